@@ -1,0 +1,23 @@
+"""The command line: ``gradfilter`` and ``python -m gradfilter`` are the same."""
+
+import sys
+
+
+def main() -> None:
+    """Run the command line of the lab, or say which extra is missing."""
+    try:
+        from gradfilter.lab._cli import main as lab_main
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("gradfilter"):
+            raise
+        print(
+            f"gradfilter: the command line needs {error.name!r}, which is not installed. "
+            'Install the extra: pip install "gradfilter[lab]"',
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    lab_main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Arithmetic on trees of tensors: the only file that touches ``torch.utils._pytree``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+# Columns per partial product. Short float32 sums lose little, and their totals are added up in
+# float64: at 11 million columns the Gram is off by 3e-7 instead of 3e-3, and twice as fast.
+BLOCK = 1024
+
+
+def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Apply a function leaf by leaf to trees of one structure."""
+    return pytree.tree_map(function, tree, *rest)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """The leaves of a tree, in a fixed order."""
+    return list(pytree.tree_leaves(tree))
+
+
+def flatten(tree: Any) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
+    """The leaves, and a function that puts other leaves into the same structure."""
+    values, spec = pytree.tree_flatten(tree)
+    return list(values), lambda new: pytree.tree_unflatten(list(new), spec)
+
+
+def flatten_with_names(tree: Any) -> tuple[dict[str, Any], Callable[[Iterable[Any]], Any]]:
+    """The leaves under dotted names such as ``sgd.momentum.fc.weight``, and the way back."""
+    pairs, spec = pytree.tree_flatten_with_path(tree)
+    named: dict[str, Any] = {}
+    for path, value in pairs:
+        name = ".".join(_key_text(key) for key in path)
+        if name in named:
+            raise ValueError(
+                f"Two leaves share the dotted name {name!r}. Use keys without dots, or keys that "
+                "stay apart when they are joined."
+            )
+        named[name] = value
+    return named, lambda new: pytree.tree_unflatten(list(new), spec)
+
+
+def _key_text(key: Any) -> str:
+    """The text of one step of a path: a dict key, an index or an attribute name."""
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """The dtype in which sums over parameters are kept: float64 wherever the device has it."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor itself, or its float32 copy when it is a half-precision one."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """``a bᵀ`` for (m, n) and (k, n): products in float32 or wider, totals in float64. (m, k)."""
+    n, width = a.shape[1], max(BLOCK, 4 * len(a))
+    whole = n - n % width
+    a, b = at_least_float32(a), at_least_float32(b)
+    total: Tensor = (a[:, whole:] @ b[:, whole:].T).to(wide(a))
+    if whole:
+        blocks = torch.bmm(
+            rearrange(a[:, :whole], "m (c w) -> c m w", w=width),
+            rearrange(b[:, :whole], "k (c w) -> c w k", w=width),
+        )
+        total = total + blocks.sum(0, dtype=wide(a))
+    return total
+
+
+def row_sq_norms(a: Tensor) -> Tensor:
+    """Squared 2-norms of the rows of (m, n), accumulated like `inner`. (m,)."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    n = a.shape[1]
+    whole = n - n % BLOCK
+    tail: Tensor = torch.linalg.vector_norm(a[:, whole:], dim=1, dtype=dtype)
+    tail = tail.to(wide(a)).square()
+    if not whole:
+        return tail
+    blocks = rearrange(a[:, :whole], "m (c w) -> m c w", w=BLOCK)
+    norms: Tensor = torch.linalg.vector_norm(blocks, dim=2, dtype=dtype)
+    return tail + norms.to(wide(a)).square().sum(1)
+
+
+def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+    """``<a, b>`` over every leaf of two trees with the same names. ()."""
+    terms = [inner(a[name].reshape(1, -1), b[name].reshape(1, -1))[0, 0] for name in a]
+    return torch.stack(terms).sum()
+
+
+def sq_norm(tree: Mapping[str, Tensor]) -> Tensor:
+    """The squared 2-norm of a tree. ()."""
+    return torch.stack([row_sq_norms(leaf.reshape(1, -1))[0] for leaf in tree.values()]).sum()
+
+
+def norm(tree: Mapping[str, Tensor]) -> Tensor:
+    """The 2-norm of a tree over all leaves together. ()."""
+    return sq_norm(tree).sqrt()
+
+
+def select(keep: Tensor | bool, new: Any, old: Any) -> Any:
+    """``new`` where ``keep`` is true, else ``old``, bit for bit and without asking the host.
+
+    ``torch.where`` leaf by leaf: a product with 0 or 1 would lose the sign of −0.0 and turn
+    0 · NaN into NaN.
+
+    Args:
+        keep: A bool, or a bool tensor of shape ().
+        new: A tree of tensors.
+        old: A tree of the same structure.
+
+    Returns:
+        A tree of the same structure. Leaves that are one and the same object pass unchanged.
+
+    Example:
+        >>> import torch, gradfilter as gf
+        >>> gf.select(torch.tensor(False), {"w": torch.ones(2)}, {"w": torch.zeros(2)})
+        {'w': tensor([0., 0.])}
+    """
+
+    def pick(n: Tensor, o: Tensor) -> Tensor:
+        if n is o:
+            return n
+        return torch.where(torch.as_tensor(keep, device=n.device), n, o)
+
+    return tree_map(pick, new, old)
+
+
+def donate_into(old: Any, new: Any) -> Any:
+    """Write ``new`` into the storage of ``old`` and return ``old``."""
+    return tree_map(lambda o, n: o if o is n else o.copy_(n), old, new)
+
+
+def zeros_like(tree: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A tree of zeros."""
+    return {name: torch.zeros_like(leaf) for name, leaf in tree.items()}
+
+
+def no_update(tree: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The update that changes no bit: −0.0, because p + 0.0 would turn −0.0 into +0.0."""
+    return {name: torch.full_like(leaf, -0.0) for name, leaf in tree.items()}
+
+
+def device_of(tree: Mapping[str, Tensor]) -> torch.device:
+    """The device of the first leaf."""
+    return next(iter(tree.values())).device
+
+
+def scalar(value: Any, like: Tensor) -> Tensor:
+    """A number or tensor as a wide 0-d tensor on the device of ``like``."""
+    if isinstance(value, Tensor):
+        return value.to(device=like.device, dtype=wide(like))
+    # `full` runs on the device; `tensor` would copy from the host and wait for it.
+    return torch.full((), value, device=like.device, dtype=wide(like))

@@ -1,0 +1,107 @@
+"""The vocabulary: what a gradient tree is, and what a link of a chain is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradfilter._tree import donate_into, select
+
+Tree = dict[str, Tensor]
+"""One tensor per leaf, keyed by the dotted names of ``nn.Module.named_parameters``."""
+
+Params = Tree
+"""The trainable parameters. Frozen ones are absent."""
+
+State = Any
+"""What a link remembers between steps: nested dicts whose leaves are tensors."""
+
+Out = dict[str, Any]
+"""What a link publishes: some of the global names, and metrics."""
+
+GLOBAL_NAMES = frozenset({"keep", "weights", "rows", "clean_grads"})
+"""Published names that later links may use. Every other published name is a metric."""
+
+
+@dataclass(frozen=True, eq=False)
+class Transform:
+    """One link: two pure functions and what is known of them before they run.
+
+    ``init(params) -> state`` and ``update(grads, state, params, **extra) -> (grads, state, out)``.
+
+    The contract. The caller passes gradients of the kind the link takes, the state of the step
+    before, and the parameters at which the gradients were taken. The link returns new objects and
+    mutates nothing; it ignores every extra keyword it does not know; it never asks the host for
+    the value of a tensor. It does not look at ``keep``: whoever applies the update does, once, for
+    the parameters and for every state together.
+
+    Attributes:
+        name: How metrics, state dictionaries and errors call this link. Empty for a chain.
+        kinds: The signatures the link has, ``"in -> out"`` with in and out among ``rows``,
+            ``tree`` and ``update``. Most links have one; some take whatever their place offers.
+        init: Makes the first state from the parameters.
+        update: The link itself.
+        needs: Global names some earlier link has to publish.
+        publishes: Every name in ``out``: global names and metrics.
+        links: The parts, when this is a chain.
+
+    Calling a transform that ends in an update applies it:
+    ``transform(params, state, grads, **extra) -> (params, state, info)``.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    init: Callable[[Params], State]
+    update: Callable[..., tuple[Any, State, Out]]
+    needs: frozenset[str] = frozenset()
+    publishes: frozenset[str] = frozenset()
+    links: tuple[Transform, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """The signature as text, for example ``rows -> tree``."""
+        return " or ".join(self.kinds)
+
+    def metric(self, name: str) -> str:
+        """The key under which ``info`` shows a metric of this link."""
+        return f"{self.name}/{name}" if self.name else name
+
+    def __call__(
+        self, params: Params, state: State, grads: Any, *, donate: bool = False, **extra: Any
+    ) -> tuple[Params, State, Out]:
+        """Apply one step; a step whose ``keep`` is false changes nothing, bit for bit.
+
+        Args:
+            params: The parameters, ``dict[str, Tensor]``.
+            state: What ``init`` or the last call returned.
+            grads: A GradStack or a stacked dict where the first link takes rows, else a tree.
+            donate: Write the results into the tensors of ``params`` and ``state``, which keep
+                their storage. The only case in which an input is mutated.
+            **extra: ``keep`` (a bool tensor to AND with what the links publish), ``count``,
+                ``value``, ``grad_fn``, and whatever own links ask for.
+
+        Returns:
+            The new parameters, the new state and ``info``: ``keep`` and every metric, tensors all.
+        """
+        if not all(kind.endswith("-> update") for kind in self.kinds):
+            raise TypeError(
+                f"Expected a chain that ends in an update rule, found one of kind {self.kind!r}. "
+                "End it with sgd(lr), adam(lr), adamw(lr) or rmsprop(lr)."
+            )
+        updates, new_state, out = self.update(grads, state, params, **extra)
+        new_params = {name: p + updates[name] for name, p in params.items()}
+        keep = out.get("keep", extra.get("keep"))
+        if keep is None:
+            keep = torch.ones((), dtype=torch.bool, device=next(iter(params.values())).device)
+        else:
+            new_params = select(keep, new_params, params)
+            new_state = select(keep, new_state, state)
+        if donate:
+            new_params = donate_into(params, new_params)
+            new_state = donate_into(state, new_state)
+        metrics = {self.metric(k): v for k, v in out.items() if k not in GLOBAL_NAMES}
+        return new_params, new_state, {"keep": keep, **metrics}

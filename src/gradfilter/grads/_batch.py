@@ -1,0 +1,100 @@
+"""A batch of any structure, cut into M microbatches along its leading axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from gradfilter import _tree
+from gradfilter._types import Params
+
+Rebuild = Callable[[Iterable[Tensor]], Any]
+
+
+def split(batch: Any, microbatches: int | None) -> tuple[list[Tensor], Rebuild]:
+    """Cut every tensor of a batch from (M·B, ...) into (M, B, ...).
+
+    Args:
+        batch: Any tree whose tensors share the leading axis N. Leaves that are not tensors are
+            handed to every microbatch as they are.
+        microbatches: M, or None for one sample per row (M = N).
+
+    Returns:
+        The cut tensors, and a function that puts one microbatch's tensors back into the batch's
+        structure.
+    """
+    # Mappings that torch does not know as trees (tokenizer outputs) become dicts.
+    batch = dict(batch) if isinstance(batch, Mapping) and not isinstance(batch, dict) else batch
+    values, unflatten = _tree.flatten(batch)
+    places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+    size = _leading_axis([values[i] for i in places])
+    rows = size if microbatches is None else microbatches
+    if size % rows:
+        raise ValueError(
+            f"Expected N divisible by the number of microbatches, found N = {size} samples and "
+            f"M = {rows}. Use a batch of {max(size // rows, 1) * rows}, or drop the last "
+            "incomplete batch (DataLoader(..., drop_last=True))."
+        )
+
+    def rebuild(tensors: Iterable[Tensor]) -> Any:
+        filled = list(values)
+        for place, tensor in zip(places, tensors, strict=True):
+            filled[place] = tensor
+        return unflatten(filled)
+
+    return [rearrange(values[i], "(m b) ... -> m b ...", m=rows) for i in places], rebuild
+
+
+def check_device(params: Params, tensors: list[Tensor]) -> None:
+    """Refuse a batch that lies on another device than the parameters."""
+    home = _tree.device_of(params)
+    strangers = [t for t in tensors if t.device != home]
+    # Integer tensors may stay behind on the CPU (sequence lengths must), but not the whole batch.
+    lengths_only = len(strangers) < len(tensors) and all(
+        t.device.type == "cpu" and not t.is_floating_point() for t in strangers
+    )
+    if strangers and not lengths_only:
+        raise ValueError(
+            f"Expected the batch on {home}, where the parameters are, found a tensor on "
+            f"{strangers[0].device}. Move the batch with .to({str(home)!r}), or the model before "
+            "`extract`."
+        )
+
+
+def check_params(params: Params) -> None:
+    """Refuse parameters that are not a flat dict of real floating-point tensors."""
+    if not isinstance(params, dict) or not params:
+        found = "an empty one" if isinstance(params, dict) else type(params).__name__
+        raise TypeError(
+            f"Expected `params` as a non-empty dict[str, Tensor], found {found}. `extract(model)` "
+            "gives one; is every parameter frozen?"
+        )
+    for name, p in params.items():
+        if not isinstance(p, Tensor) or not torch.is_floating_point(p):
+            found = p.dtype if isinstance(p, Tensor) else type(p).__name__
+            raise TypeError(
+                f"Expected real floating-point parameters, found {name!r} of {found}, which has "
+                "no gradient. Keep it as a buffer, or freeze it with requires_grad_(False)."
+            )
+
+
+def _leading_axis(tensors: list[Tensor]) -> int:
+    sizes = sorted({t.shape[0] if t.ndim else -1 for t in tensors})
+    if not tensors or -1 in sizes:
+        raise ValueError(
+            "Expected a batch of tensors with a leading axis of N samples, found "
+            f"{'a 0-d tensor' if tensors else 'no tensor at all'}. Pass constants as Python "
+            "numbers, or close over them in the loss."
+        )
+    if len(sizes) > 1:
+        raise ValueError(
+            f"Expected one leading axis N on every tensor of the batch, found sizes {sizes}. "
+            "Every leaf needs one entry per sample."
+        )
+    if sizes[0] == 0:
+        raise ValueError("Expected at least one sample, found an empty batch.")
+    return sizes[0]

@@ -1,0 +1,60 @@
+"""Plan "loop": M ordinary backward passes, one after the other. The oracle of every other plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradfilter import _tree
+from gradfilter._types import Params, Tree
+from gradfilter.grads._batch import Rebuild
+
+# loss(params, batch, buffers) -> (scalar, new buffers, aux), none of its arguments changed.
+PureLoss = Callable[[Params, Any, Tree], tuple[Tensor, Tree, Any]]
+
+# What a plan returns: rows (M, *shape) by name, losses (M,), buffers after all rows, aux (M, ...).
+Rows = tuple[Tree, Tensor, Tree, Any]
+
+
+def loop_rows(
+    loss: PureLoss,
+    params: Params,
+    tensors: list[Tensor],
+    rebuild: Rebuild,
+    buffers: Tree,
+    per_row: bool,
+) -> Rows:
+    """Row m from an ordinary backward pass over microbatch m, buffers handed from row to row.
+
+    Args:
+        loss: The pure loss.
+        params: The parameters; with ``per_row`` each with a leading axis M.
+        tensors: The batch's tensors, (M, B, ...).
+        rebuild: Puts the tensors of one microbatch into the structure the loss expects.
+        buffers: The buffers before the first row.
+        per_row: Row m has its own parameters.
+    """
+    count = len(tensors[0])
+    shapes = {name: p.shape[1:] if per_row else p.shape for name, p in params.items()}
+    # Written row by row: stacking M finished gradients would hold all of them twice.
+    rows = {name: p.new_empty((count, *shapes[name])) for name, p in params.items()}
+    losses, aux = [], []
+    for m in range(count):
+        leaves = {
+            name: (p[m] if per_row else p).detach().requires_grad_() for name, p in params.items()
+        }
+        with torch.enable_grad():
+            value, buffers, extra = loss(leaves, rebuild(t[m] for t in tensors), buffers)
+        grads = torch.autograd.grad(
+            value, list(leaves.values()), allow_unused=True, materialize_grads=True
+        )
+        for name, grad in zip(leaves, grads, strict=True):
+            rows[name][m] = grad
+        losses.append(value.detach())
+        aux.append(extra if extra is None else _tree.tree_map(torch.Tensor.detach, extra))
+        buffers = {name: b.detach() for name, b in buffers.items()}
+    stacked = None if aux[0] is None else _tree.tree_map(lambda *t: torch.stack(t), *aux)
+    return rows, torch.stack(losses), buffers, stacked

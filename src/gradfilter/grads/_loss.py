@@ -1,0 +1,186 @@
+"""From a module and a criterion to a pure loss, and between modules and plain dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from gradfilter._types import Params, Tree
+
+
+@dataclass(frozen=True, eq=False)
+class ModelLoss:
+    """The pure loss of a module: ``(params, batch, buffers) -> (loss, new buffers)``.
+
+    Made by `model_loss`. With ``has_aux`` the criterion returns ``(loss, aux)`` and the call
+    returns ``(loss, new buffers, aux)``.
+    """
+
+    model: nn.Module
+    criterion: Callable[..., Any] | None
+    has_aux: bool = False
+
+    def __call__(self, params: Params, batch: Any, buffers: Tree) -> tuple[Any, ...]:
+        """Evaluate on copies of the buffers; neither they nor the module are changed."""
+        return self.run(params, batch, {name: b.clone() for name, b in buffers.items()})
+
+    def run(self, params: Params, batch: Any, buffers: Tree) -> tuple[Any, ...]:
+        """Like a call, but let the model write into the given buffers."""
+        # One dict, not a tuple of dicts: functional_call writes reassigned buffers back into it.
+        state: dict[str, Tensor] = {**params, **buffers}
+        if isinstance(batch, Mapping):
+            output = functional_call(self.model, state, (), dict(batch))
+            result = _own_loss(output) if self.criterion is None else self.criterion(output, batch)
+        else:
+            inputs, targets = _pair(batch)
+            if self.criterion is None:
+                raise TypeError(
+                    "Expected a criterion for (inputs, targets) batches, found None. Pass "
+                    "model_loss(model, criterion), or give batches as dicts to a model that "
+                    "returns its own .loss."
+                )
+            if isinstance(inputs, Mapping):
+                output = functional_call(self.model, state, (), dict(inputs))
+            elif isinstance(inputs, (tuple, list)):
+                output = functional_call(self.model, state, tuple(inputs))
+            else:
+                output = functional_call(self.model, state, (inputs,))
+            result = self.criterion(output, targets)
+        new_buffers = {name: state[name] for name in buffers}
+        if self.has_aux:
+            loss, aux = result
+            return loss, new_buffers, aux
+        return result, new_buffers
+
+
+def model_loss(
+    model: nn.Module, criterion: Callable[..., Any] | None = None, *, has_aux: bool = False
+) -> ModelLoss:
+    """Make a pure loss of a module and a criterion; the module is never mutated.
+
+    For one microbatch, ``loss = criterion(model(x), y)``. The criterion should average over its
+    samples, as `torch.nn.functional.cross_entropy` does.
+
+    Args:
+        model: Any module. Training or evaluation mode is read when the loss is called. Frozen
+            parameters (``requires_grad=False``) keep their values in the module.
+        criterion: ``criterion(output, targets) -> scalar``. None for models that return their own
+            ``.loss``, as Hugging Face models do.
+        has_aux: The criterion returns ``(scalar, aux)``, aux any tree of tensors.
+
+    Batches: ``(x, y)`` calls ``criterion(model(x), y)``, where x may be a tuple of positional or a
+    dict of keyword arguments. A dict calls ``model(**batch)`` and takes ``.loss`` if criterion is
+    None, else ``criterion(output, batch)``.
+
+    Raises:
+        TypeError: ``model`` is not a module or ``criterion`` is not callable.
+
+    Example:
+        >>> import torch, gradfilter as gf
+        >>> model = torch.nn.Linear(3, 2)
+        >>> loss = gf.model_loss(model, torch.nn.functional.cross_entropy)
+        >>> params, buffers = gf.extract(model)
+        >>> value, buffers = loss(params, (torch.zeros(4, 3), torch.tensor([0, 1, 0, 1])), buffers)
+        >>> value.shape
+        torch.Size([])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"Expected `model` to be a torch.nn.Module, found {type(model).__name__}. Pass a pure "
+            "function loss(params, batch) straight to microbatch_grads."
+        )
+    if criterion is not None and not callable(criterion):
+        raise TypeError(
+            f"Expected `criterion` to be callable or None, found {type(criterion).__name__}."
+        )
+    return ModelLoss(model, criterion, has_aux)
+
+
+def extract(model: nn.Module) -> tuple[Params, Tree]:
+    """Copy a module's trainable parameters and its buffers into plain dicts.
+
+    Args:
+        model: Any module. Frozen parameters are left out; a tied weight appears once.
+
+    Returns:
+        ``(params, buffers)``, each ``dict[str, Tensor]`` under the module's own dotted names.
+
+    Example:
+        >>> import torch, gradfilter as gf
+        >>> params, buffers = gf.extract(torch.nn.BatchNorm1d(2))
+        >>> sorted(params), sorted(buffers)
+        (['bias', 'weight'], ['num_batches_tracked', 'running_mean', 'running_var'])
+    """
+    params = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return params, {name: b.detach().clone() for name, b in model.named_buffers()}
+
+
+def insert(model: nn.Module, params: Params, buffers: Tree | None = None) -> None:
+    """Write parameters and buffers back into a module, in place.
+
+    Args:
+        model: The module they were extracted from, or one of the same structure.
+        params: ``dict[str, Tensor]``; names that are left out stay as they are.
+        buffers: ``dict[str, Tensor]`` or None.
+
+    Raises:
+        ValueError: A name is unknown or a shape differs; nothing has been written then.
+
+    Example:
+        >>> import torch, gradfilter as gf
+        >>> model = torch.nn.Linear(1, 1)
+        >>> gf.insert(model, {"weight": torch.tensor([[2.0]])})
+        >>> model.weight.item()
+        2.0
+    """
+    pairs = [
+        *_targets("parameter", dict(model.named_parameters(remove_duplicate=False)), params),
+        *_targets("buffer", dict(model.named_buffers(remove_duplicate=False)), buffers or {}),
+    ]
+    with torch.no_grad():
+        for target, value in pairs:
+            target.copy_(value)
+
+
+def _targets(
+    what: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    for name, value in given.items():
+        if name not in own:
+            raise ValueError(
+                f"Expected a {what} of the model, found unknown name {name!r}. Insert into the "
+                "model that `extract` was called on."
+            )
+        if own[name].shape != value.shape:
+            raise ValueError(
+                f"Expected {what} {name!r} of shape {tuple(own[name].shape)}, found "
+                f"{tuple(value.shape)}."
+            )
+    return [(own[name], value) for name, value in given.items()]
+
+
+def _pair(batch: Any) -> tuple[Any, Any]:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        found = f"{type(batch).__name__}" + (
+            f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        )
+        raise TypeError(
+            f"Expected a batch (inputs, targets) or a dict of keyword arguments, found {found}. "
+            "Group several inputs: ((x1, x2), y); or write your own loss(params, batch)."
+        )
+    return batch[0], batch[1]
+
+
+def _own_loss(output: Any) -> Any:
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None:
+        raise TypeError(
+            f"Expected the model to return an object with .loss, found {type(output).__name__}. "
+            "Pass labels in the batch, or a criterion to model_loss."
+        )
+    return loss

@@ -1,0 +1,242 @@
+"""Gradients of every microbatch or every sample, as a GradStack."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gradfilter import _tree
+from gradfilter._types import Params, Tree
+from gradfilter.grads._ambient import Ambient, set_random_state
+from gradfilter.grads._batch import check_device, check_params, split
+from gradfilter.grads._loop import Rows, loop_rows
+from gradfilter.grads._loss import ModelLoss
+from gradfilter.grads._running_stats import cumulative_means
+from gradfilter.grads._stack import DenseStack, Origin
+from gradfilter.grads._vmap import vmap_rows
+
+Plan = Literal["auto", "loop", "vmap"]
+
+
+@dataclass(frozen=True, eq=False)
+class GradFunction:
+    """``(params, batch, *, buffers=None) -> GradStack``, made by `microbatch_grads`."""
+
+    loss: Callable[..., Any]
+    microbatches: int | None
+    has_aux: bool
+    plan: Plan
+    chunk_size: int | None
+
+    def __call__(self, params: Params, batch: Any, *, buffers: Tree | None = None) -> DenseStack:
+        """The gradients of one batch.
+
+        Args:
+            params: ``dict[str, Tensor]``, floating point, all that is to be differentiated.
+            batch: Any tree of tensors with leading axis N.
+            buffers: What the module's buffers are before the first row; the stack's ``buffers``
+                are what they are after the last. None takes the module's own.
+        """
+        check_params(params)
+        tensors, rebuild = split(batch, self.microbatches)
+        check_device(params, tensors)
+        if buffers is None:
+            buffers = {} if self._model is None else dict(self._model.named_buffers())
+        elif buffers and self._model is None:
+            raise TypeError(
+                "Expected no buffers with a plain loss(params, batch), which cannot take them. "
+                "Make the loss with model_loss(model, criterion), or close over them."
+            )
+        incoming = {name: b.detach() for name, b in buffers.items()}
+        plan = self._pick_plan(params, tensors)
+        ambient = Ambient.now(_tree.device_of(params))
+
+        def run(plan: Plan, params: Params, per_row: bool) -> Rows:
+            params = {name: p.detach() for name, p in params.items()}
+            if plan == "loop":
+                return loop_rows(self._pure, params, tensors, rebuild, incoming, per_row)
+            return vmap_rows(
+                self._writing,
+                params,
+                tensors,
+                rebuild,
+                incoming,
+                per_row,
+                cumulative=set() if self._model is None else cumulative_means(self._model),
+                chunk_size=self.chunk_size,
+            )
+
+        def evaluate(params: Params, per_row: bool) -> DenseStack:
+            with ambient.again():
+                return stack(run(plan, params, per_row))
+
+        def stack(rows: Rows) -> DenseStack:
+            grads, losses, after, aux = rows
+            origin = Origin(len(losses), params, evaluate)
+            return DenseStack(grads, losses, after, aux, origin=origin)
+
+        if self.plan != "auto" or plan == "loop":
+            return stack(run(plan, params, False))
+        try:
+            return stack(run(plan, params, False))
+        except (RuntimeError, NotImplementedError, ValueError) as refusal:
+            # The loop says whether the loss or only vmap was at fault, on the same random numbers.
+            plan = "loop"
+            set_random_state(ambient.random, ambient.device)
+            try:
+                result = stack(run(plan, params, False))
+            except Exception as fault:
+                raise fault from None
+            reason = str(refusal).strip().splitlines()[0]
+            warnings.warn(
+                f'Fell back to plan "loop", because vmap refused the loss: {reason} Pass '
+                'plan="loop" to choose it outright.',
+                stacklevel=2,
+            )
+            return result
+
+    @property
+    def _model(self) -> nn.Module | None:
+        return self.loss.model if isinstance(self.loss, ModelLoss) else None
+
+    def _pick_plan(self, params: Params, tensors: list[Tensor]) -> Plan:
+        if self.plan != "auto":
+            return self.plan
+        # Measured by benchmarks/fused_vs_looped.py: on a CPU a pass over a whole microbatch keeps
+        # the cores busy, so vmap pays only where the rows are many and small.
+        rows, samples = tensors[0].shape[:2]
+        on_cpu = _tree.device_of(params).type == "cpu"
+        return "loop" if on_cpu and (samples > 4 or rows < 8) else "vmap"
+
+    def _pure(self, params: Params, batch: Any, buffers: Tree) -> tuple[Tensor, Tree, Any]:
+        if not isinstance(self.loss, ModelLoss):
+            return self._writing(params, batch, buffers)
+        return self._writing(params, batch, {name: b.clone() for name, b in buffers.items()})
+
+    def _writing(self, params: Params, batch: Any, buffers: Tree) -> tuple[Tensor, Tree, Any]:
+        """The loss in one form, ``(scalar, buffers, aux)``; a module writes into the buffers."""
+        if isinstance(self.loss, ModelLoss):
+            value, buffers, *rest = self.loss.run(params, batch, buffers)
+            aux = rest[0] if rest else None
+        elif self.has_aux:
+            value, aux = self.loss(params, batch)
+        else:
+            value, aux = self.loss(params, batch), None
+        _check_value(value)
+        return value, buffers, aux
+
+
+def microbatch_grads(
+    loss: Callable[..., Any],
+    microbatches: int,
+    *,
+    has_aux: bool = False,
+    plan: Plan = "auto",
+    chunk_size: int | None = None,
+) -> GradFunction:
+    """One gradient per microbatch: a function ``(params, batch, *, buffers) -> GradStack``.
+
+    Row m is ∇f over samples m·B .. (m + 1)·B − 1 of the batch, N = M·B.
+
+    Args:
+        loss: ``loss(params, batch) -> scalar``, pure, or what `model_loss` returns. Each row's
+            loss should be the mean over its samples.
+        microbatches: M >= 1; has to divide N.
+        has_aux: ``loss`` returns ``(scalar, aux)``, aux any tree of tensors.
+        plan: How the rows are computed. ``"loop"``: M backward passes, always possible.
+            ``"vmap"``: all at once, where vmap can. ``"auto"`` chooses, and goes back to the loop
+            with a warning when vmap refuses. Plans differ by rounding, and in which random numbers
+            a dropout layer draws.
+        chunk_size: Rows computed at a time by plan ``"vmap"``, to bound memory.
+
+    Raises:
+        ValueError: M < 1; N not divisible by M; tensors of the batch disagree on N; the batch is
+            on another device than the parameters; the loss is not a scalar.
+        TypeError: A parameter is not floating point.
+
+    Example:
+        >>> import torch, gradfilter as gf
+        >>> loss = lambda params, batch: (params["w"] * batch).sum(1).mean()
+        >>> rows = gf.microbatch_grads(loss, 2)({"w": torch.ones(2)}, torch.eye(2))
+        >>> rows.stacked()
+        {'w': tensor([[1., 0.],
+                [0., 1.]])}
+    """
+    if not isinstance(microbatches, int) or microbatches < 1:
+        raise ValueError(
+            f"Expected a whole number of microbatches >= 1, found {microbatches!r}. M = 8 is a "
+            "usual choice."
+        )
+    return _grad_function(loss, microbatches, has_aux, plan, chunk_size)
+
+
+def per_sample_grads(
+    loss: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    plan: Plan = "auto",
+    chunk_size: int | None = None,
+) -> GradFunction:
+    """One gradient per sample: `microbatch_grads` with M = N, B = 1.
+
+    The loss sees batches of one sample, leading axis kept.
+
+    Args:
+        loss: As in `microbatch_grads`.
+        has_aux: As in `microbatch_grads`.
+        plan: As in `microbatch_grads`.
+        chunk_size: As in `microbatch_grads`.
+
+    Example:
+        >>> import torch, gradfilter as gf
+        >>> loss = lambda params, batch: (params["w"] * batch).sum(1).mean()
+        >>> len(gf.per_sample_grads(loss)({"w": torch.ones(3)}, torch.eye(3)))
+        3
+    """
+    return _grad_function(loss, None, has_aux, plan, chunk_size)
+
+
+def _grad_function(
+    loss: Callable[..., Any],
+    microbatches: int | None,
+    has_aux: bool,
+    plan: Plan,
+    chunk_size: int | None,
+) -> GradFunction:
+    if isinstance(loss, nn.Module) or not callable(loss):
+        raise TypeError(
+            f"Expected a function loss(params, batch), found {type(loss).__name__}. Use "
+            "model_loss(model, criterion)."
+        )
+    if plan not in ("auto", "loop", "vmap"):
+        raise ValueError(f'Expected plan "auto", "loop" or "vmap", found {plan!r}.')
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"Expected chunk_size >= 1 or None, found {chunk_size}.")
+    if has_aux and isinstance(loss, ModelLoss):
+        raise ValueError(
+            "Expected has_aux on model_loss(model, criterion, has_aux=True), found it here."
+        )
+    return GradFunction(loss, microbatches, has_aux, plan, chunk_size)
+
+
+def _check_value(value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"Expected the loss to be a scalar tensor, found {type(value).__name__}. A loss that "
+            "returns (scalar, aux) needs has_aux=True."
+        )
+    if value.ndim:
+        raise ValueError(
+            f"Expected a scalar loss per microbatch, found shape {tuple(value.shape)}. Average "
+            'over the samples: a criterion with reduction="none" needs .mean().'
+        )
+    if not value.requires_grad:
+        raise ValueError(
+            "Expected a loss that depends on the parameters, found one without a gradient. Is it "
+            "detached, computed under no_grad, or are other parameters used than those passed in?"
+        )

@@ -1,0 +1,133 @@
+"""BatchNorm's running statistics under vmap: record each row's, then replay them in order.
+
+Under vmap the M rows run at once, while running statistics are a recurrence over the rows,
+r ← (1 − a) r + a s_m. Within one training-mode forward pass nothing reads r, so the pass can run
+without it; the batch statistics s_m are kept, and the recurrence is run afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from gradfilter import _tree
+from gradfilter._types import Tree
+
+
+@dataclass
+class Recorded:
+    """What one forward pass did to its buffers: tensors, and what was known without them."""
+
+    # Per call of batch_norm: (name of the mean, name of the variance, momentum), (s_mean, s_var).
+    calls: list[tuple[str, str, float]] = field(default_factory=list)
+    moments: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
+class RecordRunningStats(TorchFunctionMode):
+    """Lets batch_norm leave its running statistics alone, and writes down what they were due.
+
+    A write to any other buffer cannot be replayed, so it is refused by name.
+    """
+
+    def __init__(self, buffers: Tree) -> None:
+        """Watch the given tensors, known by identity."""
+        super().__init__()
+        self._names = {id(b): name for name, b in buffers.items()}
+        self.recorded = Recorded()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Intercept batch_norm and writes in place; pass everything else through."""
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            return self._batch_norm(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and not name.endswith("__") and args:
+            self._refuse_write(name, self._names.get(id(args[0])))
+        return func(*args, **kwargs)
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        names = self._names.get(id(running_mean)), self._names.get(id(running_var))
+        if training and names[0] is not None and names[1] is not None:
+            x = _tree.at_least_float32(input.detach())
+            var, mean = torch.var_mean(x, dim=[0, *range(2, x.ndim)], correction=1)
+            self.recorded.calls.append((names[0], names[1], momentum))
+            self.recorded.moments.append((mean, var))
+            running_mean = running_var = None
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+    def _refuse_write(self, operation: str, buffer: str | None) -> None:
+        if buffer is not None and not buffer.endswith("num_batches_tracked"):
+            raise RuntimeError(unreplayable(buffer, f"in place by {operation}"))
+
+
+def unreplayable(buffer: str, how: str) -> str:
+    """Why a buffer stops plan "vmap"."""
+    return (
+        f'Plan "vmap" runs all rows at once and cannot hand buffer {buffer!r}, which the forward '
+        f'pass writes {how}, from row to row. Use plan="loop".'
+    )
+
+
+def cumulative_means(model: nn.Module) -> set[str]:
+    """The names of running means whose momentum is None: cumulative averages, a = 1/t."""
+    return {
+        f"{prefix}.running_mean" if prefix else "running_mean"
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None
+    }
+
+
+def replay(
+    buffers: Tree,
+    counters: Tree,
+    recorded: Recorded,
+    moments: list[tuple[Tensor, Tensor]],
+    cumulative: set[str],
+) -> Tree:
+    """The buffers after M forward passes in order.
+
+    Args:
+        buffers: Before the first row.
+        counters: Every ``num_batches_tracked`` after one forward pass, stacked (M,).
+        recorded: What was known while the rows ran.
+        moments: Mean and unbiased variance of each call, (M, C) each.
+        cumulative: Running means with momentum None.
+    """
+    after = dict(buffers)
+    if moments:
+        for m in range(len(moments[0][0])):
+            seen: dict[str, int] = {}
+            for (mean, var, momentum), (s_mean, s_var) in zip(recorded.calls, moments, strict=True):
+                rate: float | Tensor = momentum
+                if mean in cumulative:
+                    tracked = mean.replace("running_mean", "num_batches_tracked")
+                    seen[mean] = seen.get(mean, 0) + 1
+                    per_pass = counters[tracked][0] - buffers[tracked]
+                    passes = buffers[tracked] + m * per_pass + seen[mean]
+                    rate = 1 / _tree.scalar(passes, passes)
+                after[mean] = _average(after[mean], s_mean[m], rate)
+                after[var] = _average(after[var], s_var[m], rate)
+    for name, counter in counters.items():
+        after[name] = buffers[name] + len(counter) * (counter[0] - buffers[name])
+    return after
+
+
+def _average(old: Tensor, new: Tensor, rate: float | Tensor) -> Tensor:
+    return (1 - rate) * old + rate * new.to(old.dtype)

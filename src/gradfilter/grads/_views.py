@@ -1,0 +1,178 @@
+"""Stacks made of other stacks: leaves joined from several, rows chosen between two."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradfilter import _tree
+from gradfilter._types import Params, Tree
+from gradfilter.grads._stack import GradStack
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedStack(GradStack):
+    """J = [J_1, J_2, ...]: the same rows, the leaves of several stacks side by side."""
+
+    parts: tuple[GradStack, ...]
+
+    def __len__(self) -> int:
+        """M."""
+        return len(self.parts[0])
+
+    @property
+    def losses(self) -> Tensor | None:  # type: ignore[override]
+        """The losses of the first part: the rows are the same in all."""
+        return self.parts[0].losses
+
+    @property
+    def buffers(self) -> Tree:  # type: ignore[override]
+        """The buffers of the first part."""
+        return self.parts[0].buffers
+
+    @property
+    def aux(self) -> Any:
+        """The aux of the first part."""
+        return self.parts[0].aux
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """All leaves."""
+        return {name: shape for part in self.parts for name, shape in part.shapes.items()}
+
+    @property
+    def live(self) -> Tensor:
+        """A row takes part if it does in every part."""
+        return torch.stack([part.live for part in self.parts]).all(0)
+
+    def gram(self) -> Tensor:
+        """The sum over the parts."""
+        return torch.stack([part.gram() for part in self.parts]).sum(0)
+
+    def combine(self, weights: Tensor) -> Tree:
+        """Part by part."""
+        return {name: g for part in self.parts for name, g in part.combine(weights).items()}
+
+    def dot(self, tree: Mapping[str, Tensor]) -> Tensor:
+        """The sum over the parts."""
+        return torch.stack(
+            [part.dot({name: tree[name] for name in part.shapes}) for part in self.parts]
+        ).sum(0)
+
+    def sq_norms(self) -> Tensor:
+        """The sum over the parts."""
+        return torch.stack([part.sq_norms() for part in self.parts]).sum(0)
+
+    def stacked(self) -> Tree:
+        """Part by part."""
+        return {name: g for part in self.parts for name, g in part.stacked().items()}
+
+    def scaled(self, factors: Tensor) -> GradStack:
+        """Part by part."""
+        return JoinedStack(tuple(part.scaled(factors) for part in self.parts))
+
+    def columns(self, names: Collection[str]) -> GradStack:
+        """The chosen leaves of every part that has some."""
+        chosen = [
+            (part, [name for name in part.shapes if name in set(names)]) for part in self.parts
+        ]
+        return JoinedStack(tuple(part.columns(own) for part, own in chosen if own))
+
+    def first(self, count: int) -> GradStack:
+        """Part by part."""
+        return JoinedStack(tuple(part.first(count) for part in self.parts))
+
+    def at(self, params: Params) -> GradStack:
+        """Part by part, all at the same parameters."""
+        return JoinedStack(tuple(part.at(params) for part in self.parts))
+
+    def at_rows(self, params: Tree) -> GradStack:
+        """Part by part, all at the same parameters."""
+        return JoinedStack(tuple(part.at_rows(params) for part in self.parts))
+
+
+@dataclass(frozen=True, eq=False)
+class SelectedStack(GradStack):
+    """``new`` where a bool tensor says so, else ``old``, without asking the host."""
+
+    when: Tensor
+    new: GradStack
+    old: GradStack
+
+    def _pick(self, new: Any, old: Any) -> Any:
+        return _tree.select(self.when, new, old)
+
+    def __len__(self) -> int:
+        """M."""
+        return len(self.old)
+
+    @property
+    def losses(self) -> Tensor | None:  # type: ignore[override]
+        """The losses of the chosen stack."""
+        if self.new.losses is None or self.old.losses is None:
+            return None
+        return self._pick(self.new.losses, self.old.losses)  # type: ignore[no-any-return]
+
+    @property
+    def buffers(self) -> Tree:  # type: ignore[override]
+        """The buffers of the first pass."""
+        return self.old.buffers
+
+    @property
+    def aux(self) -> Any:
+        """The aux of the first pass."""
+        return self.old.aux
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The leaves, the same in both."""
+        return self.old.shapes
+
+    @property
+    def live(self) -> Tensor:
+        """Of the chosen stack."""
+        return self._pick(self.new.live, self.old.live)  # type: ignore[no-any-return]
+
+    def gram(self) -> Tensor:
+        """Of the chosen stack."""
+        return self._pick(self.new.gram(), self.old.gram())  # type: ignore[no-any-return]
+
+    def combine(self, weights: Tensor) -> Tree:
+        """Of the chosen stack."""
+        return self._pick(self.new.combine(weights), self.old.combine(weights))  # type: ignore[no-any-return]
+
+    def dot(self, tree: Mapping[str, Tensor]) -> Tensor:
+        """Of the chosen stack."""
+        return self._pick(self.new.dot(tree), self.old.dot(tree))  # type: ignore[no-any-return]
+
+    def sq_norms(self) -> Tensor:
+        """Of the chosen stack."""
+        return self._pick(self.new.sq_norms(), self.old.sq_norms())  # type: ignore[no-any-return]
+
+    def stacked(self) -> Tree:
+        """Of the chosen stack."""
+        return self._pick(self.new.stacked(), self.old.stacked())  # type: ignore[no-any-return]
+
+    def scaled(self, factors: Tensor) -> GradStack:
+        """Both, scaled."""
+        return SelectedStack(self.when, self.new.scaled(factors), self.old.scaled(factors))
+
+    def columns(self, names: Collection[str]) -> GradStack:
+        """Both, on some leaves."""
+        return SelectedStack(self.when, self.new.columns(names), self.old.columns(names))
+
+    def first(self, count: int) -> GradStack:
+        """Both, cut short."""
+        return SelectedStack(self.when, self.new.first(count), self.old.first(count))
+
+    def at(self, params: Params) -> GradStack:
+        """Both, elsewhere."""
+        return SelectedStack(self.when, self.new.at(params), self.old.at(params))
+
+    def at_rows(self, params: Tree) -> GradStack:
+        """Both, elsewhere."""
+        return SelectedStack(self.when, self.new.at_rows(params), self.old.at_rows(params))

@@ -1,0 +1,65 @@
+"""Plan "vmap": all rows at once by ``torch.func.vmap(torch.func.grad_and_value(loss))``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.func import grad_and_value, vmap
+
+from gradfilter._types import Params, Tree
+from gradfilter.grads._batch import Rebuild
+from gradfilter.grads._loop import PureLoss, Rows
+from gradfilter.grads._running_stats import (
+    Recorded,
+    RecordRunningStats,
+    replay,
+    unreplayable,
+)
+
+
+def vmap_rows(
+    loss: PureLoss,
+    params: Params,
+    tensors: list[Tensor],
+    rebuild: Rebuild,
+    buffers: Tree,
+    per_row: bool,
+    *,
+    cumulative: set[str],
+    chunk_size: int | None,
+) -> Rows:
+    """Rows as in plan "loop", computed together; ``loss`` may write into its buffers.
+
+    Args:
+        loss: The pure loss, except that it writes into the buffers it is given.
+        params: The parameters; with ``per_row`` each with a leading axis M.
+        tensors: The batch's tensors, (M, B, ...).
+        rebuild: Puts the tensors of one microbatch into the structure the loss expects.
+        buffers: The buffers before the first row.
+        per_row: Row m has its own parameters.
+        cumulative: Running means with momentum None.
+        chunk_size: Rows computed at a time; None for all of them.
+    """
+    recorded = Recorded()
+
+    def row(params: Params, tensors: list[Tensor], buffers: Tree) -> tuple[Tensor, Any]:
+        nonlocal recorded
+        own = {name: b.clone() for name, b in buffers.items()}
+        with RecordRunningStats(own) as mode:
+            value, after, aux = loss(params, rebuild(tensors), own)
+        recorded = mode.recorded
+        counters = {name: b for name, b in after.items() if name.endswith("num_batches_tracked")}
+        for name, b in after.items():
+            if b is not own[name] and name not in counters:
+                raise RuntimeError(unreplayable(name, "by assignment"))
+        return value, (counters, recorded.moments, () if aux is None else (aux,))
+
+    rows, (losses, (counters, moments, aux)) = vmap(
+        grad_and_value(row, has_aux=True),
+        in_dims=(0 if per_row else None, 0, None),
+        randomness="different",
+        chunk_size=chunk_size,
+    )(params, tensors, buffers)
+    after = replay(buffers, counters, recorded, moments, cumulative)
+    return rows, losses, after, aux[0] if aux else None

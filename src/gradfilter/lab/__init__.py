@@ -1,0 +1,1 @@
+"""Experiments and the command line; needs the extra ``lab``."""

@@ -1,0 +1,198 @@
+"""Clipping: of every row, of the whole gradient, and of every unit (AGC)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradfilter import _tree
+from gradfilter._types import Out, Params, State, Transform, Tree
+from gradfilter.grads._stack import GradStack
+from gradfilter.transforms._link import check_number, is_off, link
+
+
+def _shrink(norms: Tensor, limit: Tensor | float) -> Tensor:
+    """min(1, limit/norm), and 1 where the norm is not finite: clipping hides no Inf or NaN."""
+    factors = (limit / torch.where(norms > 0, norms, 1.0)).clamp(max=1)
+    return torch.where((norms > 0) & norms.isfinite(), factors, 1.0)
+
+
+def clip_per_row(max_norm: float) -> Transform:
+    """Scale every row to a norm of at most ``max_norm``.
+
+    g_i ← g_i · min(1, max_norm / ‖g_i‖), the norm over all leaves. A row that is not finite stays
+    as it is; finite_filter takes it out.
+
+    Args:
+        max_norm: > 0, in units of the per-row gradient norm.
+
+    Needs: rows. Publishes: ``norm`` (M,) before clipping, ``clipped_fraction`` ().
+
+    Raises:
+        ValueError: max_norm <= 0.
+
+    Example:
+        >>> import torch, gradfilter as gf
+        >>> rows, params = {"w": torch.tensor([[3.0, 4.0], [0.0, 0.5]])}, {"w": torch.zeros(2)}
+        >>> gf.clip_per_row(1.0).update(rows, {}, params)[0].sq_norms()
+        tensor([1.0000, 0.2500], dtype=torch.float64)
+
+    References:
+        Abadi et al., "Deep Learning with Differential Privacy", 2016,
+        https://arxiv.org/abs/1607.00133
+    """
+    check_number(
+        "clip_per_row", "max_norm", max_norm, low=0, open_low=True, fix="1.0 is a good start."
+    )
+
+    def update(
+        rows: GradStack, state: State, params: Params, /, **extra: Any
+    ) -> tuple[GradStack, State, Out]:
+        norms = rows.sq_norms().sqrt()
+        factors = _shrink(norms, max_norm)
+        out = {"norm": norms, "clipped_fraction": (factors < 1).to(norms.dtype).mean()}
+        return rows.scaled(factors), state, out
+
+    return link("clip_per_row", "rows -> rows", update, publishes=("norm", "clipped_fraction"))
+
+
+def clip_by_global_norm(max_norm: float) -> Transform:
+    """Scale the whole gradient to a norm of at most ``max_norm``.
+
+    g ← g · min(1, max_norm / ‖g‖). A gradient that is not finite stays as it is.
+
+    Args:
+        max_norm: > 0.
+
+    Publishes: ``norm`` () before clipping, ``clipped_fraction`` (), which is 0 or 1.
+
+    Raises:
+        ValueError: max_norm <= 0.
+
+    Example:
+        >>> import torch, gradfilter as gf
+        >>> gf.clip_by_global_norm(1.0).update({"w": torch.tensor([3.0, 4.0])}, {},
+        ...                                    {"w": torch.zeros(2)})[0]
+        {'w': tensor([0.6000, 0.8000])}
+
+    References:
+        Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", 2013,
+        https://arxiv.org/abs/1211.5063
+    """
+    check_number(
+        "clip_by_global_norm", "max_norm", max_norm, low=0, open_low=True, fix="1.0 is usual."
+    )
+
+    def update(
+        grads: Tree, state: State, params: Params, /, **extra: Any
+    ) -> tuple[Tree, State, Out]:
+        norm = _tree.norm(grads)
+        factor = _shrink(norm, max_norm)
+        out = {"norm": norm, "clipped_fraction": (factor < 1).to(norm.dtype)}
+        return {name: g * factor.to(g.dtype) for name, g in grads.items()}, state, out
+
+    return link(
+        "clip_by_global_norm", "tree -> tree", update, publishes=("norm", "clipped_fraction")
+    )
+
+
+UnitDims = Callable[[str], "int | tuple[int, ...] | None"]
+
+
+def agc_clip(
+    clipping: float | None = 0.01,
+    *,
+    eps: float = 1e-3,
+    exclude: Callable[[str], bool] | None = None,
+    unit_dims: UnitDims | None = None,
+) -> Transform:
+    r"""Adaptive gradient clipping: no unit's gradient exceeds a fraction of the unit's weight.
+
+    Per unit i:  G_i ← G_i · min(1, clipping · max(‖W_i‖, eps) / ‖G_i‖). It never scales up.
+
+    A unit is one output row or filter: dim 0 of a tensor with two or more dims (Linear, Conv1d to
+    Conv3d, rows of an Embedding), the whole of a smaller one. Norms are taken in float32 or wider.
+
+    Args:
+        clipping: λ >= 0; 0.01 for batches of 1024 to 4096, up to 0.16 for smaller ones. None or 0
+            switches clipping off.
+        eps: > 0, floors the weight's norm only, so that weights that start at zero can move.
+        exclude: Predicate on names; true means not clipped. The paper leaves out the weight of the
+            final linear layer.
+        unit_dims: name -> the dim, or dims, that index the units, () for one unit, None for the
+            rule above. ConvTranspose weights are (in, out, ...): their units lie along dim 1.
+
+    Publishes: ``clipped_fraction`` (), the part of the units that was scaled down.
+
+    A unit with Inf or NaN in it is left alone, finite entries too: scaling would turn them into 0
+    or NaN in silence. finite_filter is the tool for that.
+
+    Raises:
+        ValueError: clipping < 0 or eps <= 0.
+
+    Example:
+        >>> import torch, gradfilter as gf
+        >>> params = {"w": torch.tensor([[3.0, 4.0], [0.3, 0.4]])}  # unit norms 5 and 0.5
+        >>> grads = {"w": torch.tensor([[0.0, 1.0], [0.0, 1.0]])}
+        >>> gf.agc_clip(0.1).update(grads, {}, params)[0]
+        {'w': tensor([[0.0000, 0.5000],
+                [0.0000, 0.0500]])}
+
+    References:
+        Brock, De, Smith, Simonyan, "High-Performance Large-Scale Image Recognition Without
+        Normalization", 2021, https://arxiv.org/abs/2102.06171
+    """
+    if clipping is not None:
+        check_number(
+            "agc_clip",
+            "clipping",
+            clipping,
+            low=0,
+            fix="Use None (or 0) to switch clipping off.",
+        )
+    check_number("agc_clip", "eps", eps, low=0, open_low=True, fix="The paper has 1e-3.")
+    off = clipping is None or is_off(clipping)
+
+    def update(
+        grads: Tree, state: State, params: Params, /, **extra: Any
+    ) -> tuple[Tree, State, Out]:
+        clipped, shrunk, units = dict(grads), [], 0
+        for name, g in grads.items():
+            if off or (exclude is not None and exclude(name)):
+                continue
+            assert clipping is not None  # off
+            over = _within_unit(name, g.ndim, unit_dims)
+            limit = clipping * _unit_norms(params[name], over).clamp(min=eps)
+            factors = _shrink(_unit_norms(g, over), limit)
+            clipped[name] = torch.where(factors < 1, g * factors.to(g.dtype), g)
+            shrunk.append((factors < 1).sum())
+            units += factors.numel()
+        total = torch.stack(shrunk).sum() if shrunk else next(iter(grads.values())).new_zeros(())
+        return clipped, state, {"clipped_fraction": total / max(units, 1)}
+
+    return link("agc_clip", "tree -> tree", update, publishes=("clipped_fraction",))
+
+
+def _within_unit(name: str, ndim: int, unit_dims: UnitDims | None) -> list[int]:
+    """The dims to take a norm over."""
+    dims = None if unit_dims is None else unit_dims(name)
+    if dims is None:
+        dims = (0,) if ndim >= 2 else ()
+    dims = (dims,) if isinstance(dims, int) else dims
+    if any(not -ndim <= d < ndim for d in dims):
+        raise ValueError(
+            f"agc_clip: expected unit_dims within the {ndim} dims of {name!r}, found {dims}."
+        )
+    return [d for d in range(ndim) if d not in {d % ndim for d in dims}]
+
+
+def _unit_norms(tensor: Tensor, over: list[int]) -> Tensor:
+    """2-norms over some dims, kept as dims of size 1; of nothing, the absolute values."""
+    wide = _tree.at_least_float32(tensor)
+    if not over:
+        return wide.abs()
+    norms: Tensor = torch.linalg.vector_norm(wide, dim=over, keepdim=True)
+    return norms

@@ -1,0 +1,134 @@
+"""Consensus filtering: weigh every row by how it agrees with the sum of all the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradfilter._types import Out, Params, State, Transform, Tree
+from gradfilter.grads._stack import GradStack
+from gradfilter.transforms._link import check_number, link
+
+GRAM_UP_TO = 32
+"""Rows up to which the M x M Gram is the cheaper way to the cosines."""
+
+
+def consensus_filter(
+    threshold: float = 1.0, *, soft: bool = True, min_accepted: int = 2
+) -> Transform:
+    r"""Weigh each row by its cosine with the sum of the others: no order, no first row.
+
+    With unit rows u_i = g_i / ‖g_i‖ (0 for a zero row) and s_i = cos(u_i, Σ_{j≠i} u_j), which is 0
+    where that sum vanishes,
+
+        soft:  w_i ∝ max(0, s_i − (1 − threshold)), Σ w_i = 1
+        hard:  w_i ∝ [1 − s_i <= threshold]
+
+    Made for per-sample rows. On scikit-learn's digits with 30 % wrong labels the soft rule without
+    a threshold keeps the accuracy of clean training and costs nothing on clean labels.
+
+    Args:
+        threshold: Largest accepted cosine distance 1 − s. 1 (the default) accepts whatever points
+            the same way as the others; 0.9 to 1 is useful for ``soft=False``.
+        soft: Weigh accepted rows by how far they pass, instead of equally.
+        min_accepted: Accepted rows without which the step is skipped.
+
+    Needs: rows. Up to 32 rows it takes the Gram; beyond, two `combine`, one `dot` and the norms,
+    so that no M x M matrix is made.
+
+    Publishes: ``keep`` (), ``weights`` (M,), ``accepted`` (M,) bool (w > 0), ``cosine`` (M,): s,
+    NaN for a row that is not finite.
+
+    Raises:
+        ValueError: threshold < 0 or min_accepted < 1.
+
+    Example:
+        >>> import torch, gradfilter as gf
+        >>> rows = {"w": torch.tensor([[1.0, 0.0], [0.8, 0.6], [-1.0, 0.0]])}
+        >>> link, params = gf.consensus_filter(soft=False), {"w": torch.zeros(2)}
+        >>> link.update(rows, link.init(params), params)[2]["accepted"]
+        tensor([False,  True, False])
+    """
+    check_number(
+        "consensus_filter",
+        "threshold",
+        threshold,
+        low=0,
+        fix="It is a cosine distance, 1 - cos; 1 needs no tuning.",
+    )
+    check_number("consensus_filter", "min_accepted", min_accepted, low=1, fix="Use 2.")
+
+    def update(
+        rows: GradStack, state: State, params: Params, /, **extra: Any
+    ) -> tuple[Tree, State, Out]:
+        eps = max(
+            torch.finfo(torch.promote_types(p.dtype, torch.float32)).eps for p in params.values()
+        )
+        cosines = cosines_from_gram if len(rows) <= GRAM_UP_TO else cosines_from_products
+        cosine, usable = cosines(rows, eps)
+        if soft:
+            excess = torch.clamp(cosine - (1 - threshold), min=0)
+            # An infinite threshold is the limit in which all rows weigh the same.
+            excess = torch.where(excess.isinf(), 1.0, excess)
+            excess = torch.where(usable, excess, 0.0)
+        else:
+            everything = torch.as_tensor(threshold >= 2, device=cosine.device)
+            excess = (usable & ((1 - cosine <= threshold) | everything)).to(cosine.dtype)
+        accepted = excess > 0
+        # Dividing by the largest first keeps the sum away from underflow.
+        excess = excess / torch.where(accepted.any(), excess.max(), 1.0)
+        weights = excess / torch.where(accepted.any(), excess.sum(), 1.0)
+        out = {
+            "keep": accepted.sum() >= min_accepted,
+            "weights": weights,
+            "accepted": accepted,
+            "cosine": torch.where(usable, cosine, torch.nan),
+        }
+        return rows.combine(weights), state, out
+
+    return link(
+        "consensus_filter",
+        "rows -> tree",
+        update,
+        publishes=("keep", "weights", "accepted", "cosine"),
+    )
+
+
+def cosines_from_gram(rows: GradStack, eps: float) -> tuple[Tensor, Tensor]:
+    """Cosine of every row with the sum of the other unit rows, and which rows are usable."""
+    gram = rows.gram()
+    sq_norms = gram.diagonal()
+    usable = rows.live & sq_norms.isfinite()
+    inverse = _inverse_norms(sq_norms, usable)
+    unit = torch.where(usable[:, None] & usable, gram, 0.0) * inverse[:, None] * inverse
+    sums = unit.sum(1)
+    return _leave_one_out(sums, sums.sum(), inverse, usable, eps), usable
+
+
+def cosines_from_products(rows: GradStack, eps: float) -> tuple[Tensor, Tensor]:
+    """The same from the sum of unit rows and its products with every row: O(M) numbers."""
+    sq_norms = rows.sq_norms()
+    usable = rows.live & sq_norms.isfinite()
+    inverse = _inverse_norms(sq_norms, usable)
+    total = rows.combine(inverse)
+    sums = torch.where(usable, rows.dot(total), 0.0) * inverse
+    return _leave_one_out(sums, sums.sum(), inverse, usable, eps), usable
+
+
+def _inverse_norms(sq_norms: Tensor, usable: Tensor) -> Tensor:
+    """1/‖g‖, and 0 for rows that are zero or unusable."""
+    positive = usable & (sq_norms > 0)
+    return torch.where(positive, torch.where(positive, sq_norms, 1.0).rsqrt(), 0.0)
+
+
+def _leave_one_out(
+    sums: Tensor, total: Tensor, inverse: Tensor, usable: Tensor, eps: float
+) -> Tensor:
+    """s_i from S_i = <u_i, Σ_j u_j> and T = Σ S_i, leaving u_i itself out of the sum."""
+    own = (inverse > 0).to(sums.dtype)
+    others = total - 2 * sums + own  # ‖Σ_{j≠i} u_j‖²
+    # Sums of n unit rows carry n·eps of rounding: below that, the others cancel.
+    vanished = others <= 4 * usable.sum() * eps
+    return torch.where(vanished, 0.0, (sums - own) / torch.where(vanished, 1.0, others).sqrt())

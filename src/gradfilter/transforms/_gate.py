@@ -1,0 +1,65 @@
+"""Run a link only in the steps in which a bool says so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from gradfilter import _tree
+from gradfilter._types import Out, Params, State, Transform
+from gradfilter.grads._stack import GradStack
+from gradfilter.grads._views import SelectedStack
+from gradfilter.transforms._link import admit
+from gradfilter.transforms._reduce import mean_weights
+
+
+def gate(link: Transform, when: str) -> Transform:
+    """Run a link where a published or given bool is true, and step around it elsewhere.
+
+    Chosen with `select`: the link is computed in every step, and its result and state are taken or
+    left. Stepping around means: gradients pass unchanged; a reducer gives the plain mean and keeps
+    the step; an update rule changes nothing. Metrics are those of the link as computed.
+
+    Args:
+        link: Any link.
+        when: Name of a bool of shape (): an extra keyword of the update, ``keep``, or a metric of
+            an earlier link such as ``"finite_filter/finite"``.
+
+    Raises:
+        ValueError: At the call, nobody published or gave ``when``.
+
+    Example:
+        >>> import torch, gradfilter as gf
+        >>> update = gf.chain(gf.gate(gf.agc_clip(0.01), "late"), gf.sgd(1.0))
+        >>> params, grads = {"w": torch.ones(1)}, {"w": torch.ones(1)}
+        >>> update(params, update.init(params), grads, late=torch.tensor(False))[0]
+        {'w': tensor([0.])}
+    """
+    name = link.name or "gate"
+
+    def update(grads: Any, state: State, params: Params, /, **extra: Any) -> tuple[Any, State, Out]:
+        if when not in extra:
+            raise ValueError(
+                f"gate: {name!r} runs when {when!r} is true, but nobody gave that name. Pass "
+                f"update(..., {when}=torch.tensor(True)), or name a metric of an earlier link."
+            )
+        on = torch.as_tensor(extra[when], device=_tree.device_of(params))
+        grads = admit(name, link.kinds, grads, params)
+        new, new_state, out = link.update(grads, state, params, **extra)
+        if isinstance(new, GradStack):
+            result: Any = SelectedStack(on, new, grads)
+        elif isinstance(grads, GradStack):
+            weights = mean_weights(grads)
+            result = _tree.select(on, new, grads.combine(weights))
+            out = out | {"weights": torch.where(on, out["weights"], weights)}
+        elif any(kind.endswith("tree -> update") for kind in link.kinds):
+            result = _tree.select(on, new, _tree.no_update(new))
+        else:
+            result = _tree.select(on, new, grads)
+        if "keep" in out:
+            out = out | {"keep": out["keep"] | ~on}
+        return result, _tree.select(on, new_state, state), out
+
+    return replace(link, name=name, update=update, links=())

@@ -1,0 +1,129 @@
+"""How a link is made: its two functions, and one check of what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+
+from gradfilter._types import Out, Params, State, Transform, Tree
+from gradfilter.grads._stack import GradStack, as_stack
+
+REDUCERS = "mean_rows(), agree_filter() or consensus_filter()"
+
+
+def no_state(params: Params) -> State:
+    """The state of a link that remembers nothing."""
+    return {}
+
+
+def link(
+    name: str,
+    kinds: str | Iterable[str],
+    update: Callable[..., tuple[Any, State, Out]],
+    *,
+    init: Callable[[Params], State] = no_state,
+    needs: Iterable[str] = (),
+    publishes: Iterable[str] = (),
+) -> Transform:
+    """Make a `Transform` whose update first checks kind, names and shapes of its gradients.
+
+    Args:
+        name: How the link is called in metrics and errors.
+        kinds: One signature such as ``"rows -> tree"``, or several.
+        update: ``update(grads, state, params, **extra) -> (grads, state, out)``, pure. It gets a
+            GradStack when the link takes rows, also if the caller gave a plain stacked dict.
+        init: Makes the first state.
+        needs: Global names that an earlier link has to publish.
+        publishes: Every key of ``out``.
+
+    Example:
+        >>> import torch, gradfilter as gf
+        >>> def flip(grads, state, params, **extra):
+        ...     return {name: -g for name, g in grads.items()}, state, {}
+        >>> ascent = gf.chain(gf.link("flip", "tree -> tree", flip), gf.sgd(0.5))
+        >>> params = {"w": torch.zeros(1)}
+        >>> ascent(params, ascent.init(params), {"w": torch.ones(1)})[0]
+        {'w': tensor([0.5000])}
+    """
+    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+
+    def checked(
+        grads: Any, state: State, params: Params, /, **extra: Any
+    ) -> tuple[Any, State, Out]:
+        return update(admit(name, kinds, grads, params), state, params, **extra)
+
+    return Transform(name, kinds, init, checked, frozenset(needs), frozenset(publishes))
+
+
+def admit(name: str, kinds: tuple[str, ...], grads: Any, params: Params) -> GradStack | Tree:
+    """Gradients in the form a link of these kinds takes, or an error that names the link."""
+    takes = {kind.split(" -> ")[0] for kind in kinds}
+    if isinstance(grads, GradStack):
+        if "rows" not in takes:
+            raise TypeError(
+                f"{name}: rows reach a link that takes one gradient tree, found a GradStack of "
+                f"{len(grads)} rows. Put a reducer before it: {REDUCERS}."
+            )
+    elif not isinstance(grads, dict):
+        raise TypeError(
+            f"{name}: expected a GradStack or a dict[str, Tensor], found {type(grads).__name__}."
+        )
+    elif takes == {"rows"}:
+        grads = as_stack(grads)
+    admitted: GradStack | Tree = grads
+    check_leaves(name, admitted, params)
+    return admitted
+
+
+def check_leaves(name: str, grads: GradStack | Tree, params: Params) -> None:
+    """Refuse gradients whose leaves are not those of the parameters."""
+    shapes = (
+        grads.shapes
+        if isinstance(grads, GradStack)
+        else {leaf: g.shape for leaf, g in grads.items()}
+    )
+    missing, extra = sorted(set(params) - set(shapes)), sorted(set(shapes) - set(params))
+    if missing or extra:
+        raise ValueError(
+            f"{name}: expected one gradient leaf per parameter, missing {missing}, extra {extra}. "
+            "Give the parameters the gradients were taken at; an unused one has gradient zero."
+        )
+    for leaf, shape in shapes.items():
+        if shape != params[leaf].shape:
+            raise ValueError(
+                f"{name}: expected gradient {leaf!r} of shape {tuple(params[leaf].shape)}, found "
+                f"{tuple(shape)}. Stacked rows need a reducer first: {REDUCERS}."
+            )
+
+
+def check_number(
+    link_name: str,
+    argument: str,
+    value: Any,
+    *,
+    low: float,
+    high: float = float("inf"),
+    open_low: bool = False,
+    fix: str,
+) -> None:
+    """Refuse a number out of range; tensors (scheduled values) are taken on trust.
+
+    Looking at a tensor's value would make every step wait for the device.
+    """
+    if isinstance(value, Tensor):
+        return
+    bad_type = isinstance(value, bool) or not isinstance(value, (int, float))
+    if bad_type or not (low <= value <= high) or (open_low and value == low):
+        sign = "<" if open_low else "<="
+        top = f" <= {high:g}" if high != float("inf") else ""
+        raise ValueError(
+            f"{link_name}: expected {low:g} {sign} {argument}{top}, found {argument}={value!r}. "
+            f"{fix}"
+        )
+
+
+def is_off(value: Any) -> bool:
+    """Whether a hyperparameter is a plain zero; a scheduled one never is."""
+    return not isinstance(value, Tensor) and value == 0

@@ -1,0 +1,85 @@
+"""What every update rule shares: the step count, the learning rate, the sign and L2 decay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradfilter import _tree
+from gradfilter._types import Out, Params, State, Transform, Tree
+from gradfilter.transforms._link import check_leaves, check_number, is_off, link
+from gradfilter.transforms._schedules import Schedule, as_schedule
+
+# step(gradient, parameter, the leaf's buffers by name, t, lr) -> (update, buffers), t = 1, 2, ...
+LeafStep = Callable[
+    [Tensor, Tensor, dict[str, Tensor], Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]
+]
+
+
+def new_count(params: Params) -> Tensor:
+    """The number of applied steps, 0, on the device of the parameters."""
+    return torch.zeros((), dtype=torch.int64, device=_tree.device_of(params))
+
+
+def schedule_count(own: Tensor, extra: dict[str, Any]) -> Tensor:
+    """The count that drives schedules: the caller's ``count=``, else the link's own."""
+    given = extra.get("count")
+    if given is None:
+        return own
+    if isinstance(given, Tensor):
+        return given.to(own.device)
+    return torch.full_like(own, given)
+
+
+def update_rule(
+    name: str,
+    lr: float | Schedule,
+    buffers: tuple[str, ...],
+    step: LeafStep,
+    *,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> Transform:
+    """A ``tree -> update`` link from what it does to one leaf.
+
+    Args:
+        name: The link's name.
+        lr: A number, a 0-d tensor or a Schedule.
+        buffers: Names of the tensors kept per leaf, zero at first.
+        step: What happens to one leaf after the sign and L2.
+        weight_decay: L2, g ← g + λ p. Decoupled decay is the step's own business.
+        maximize: Flip the sign, before L2.
+    """
+    if not isinstance(lr, Schedule):
+        check_number(name, "lr", lr, low=0, fix="A Schedule such as cosine(...) fits, too.")
+    check_number(name, "weight_decay", weight_decay, low=0, fix="0 switches it off.")
+    schedule = as_schedule(lr)
+
+    def init(params: Params) -> State:
+        count = new_count(params)
+        state = {buffer: _tree.zeros_like(params) for buffer in buffers}
+        return {**state, "count": count, "lr": schedule.init(count)}
+
+    def update(
+        grads: Tree, state: State, params: Params, /, **extra: Any
+    ) -> tuple[Tree, State, Out]:
+        for buffer in buffers:
+            check_leaves(f"{name}: state {buffer!r}", state[buffer], params)
+        value, lr_state = schedule.at(schedule_count(state["count"], extra), state["lr"], **extra)
+        t = state["count"] + 1
+        updates: Tree = {}
+        kept: dict[str, Tree] = {buffer: {} for buffer in buffers}
+        for leaf, g in grads.items():
+            p = params[leaf]
+            g = -g if maximize else g
+            g = g if is_off(weight_decay) else g + weight_decay * p
+            own = {buffer: state[buffer][leaf] for buffer in buffers}
+            updates[leaf], own = step(g, p, own, t, value)
+            for buffer in buffers:
+                kept[buffer][leaf] = own[buffer]
+        return updates, {**kept, "count": t, "lr": lr_state}, {"lr": value}
+
+    return link(name, "tree -> update", update, init=init, publishes=("lr",))

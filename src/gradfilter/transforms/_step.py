@@ -1,0 +1,126 @@
+"""The whole training step as one pure function of one state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradfilter import _tree
+from gradfilter._types import Out, Params, State, Transform
+from gradfilter.grads._ambient import random_state, random_state_restored, set_random_state
+from gradfilter.grads._loss import extract
+from gradfilter.grads._microbatch import (
+    GradFunction,
+    Plan,
+    microbatch_grads,
+    per_sample_grads,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainStep:
+    """``step(state, batch, **extra) -> (state, info)``, made by `train_step`."""
+
+    grads_of: GradFunction
+    update: Transform
+
+    def init(self, model: nn.Module | Params, *, seed: int | None = None) -> State:
+        """The first state: one tree of tensors with params, buffers, transforms and random state.
+
+        Args:
+            model: A module, or the parameters of a plain loss.
+            seed: Where the random numbers of the steps start; None takes the present state of
+                torch's generators. Either way those are left alone, now and by the steps.
+        """
+        params, buffers = extract(model) if isinstance(model, nn.Module) else (dict(model), {})
+        device = _tree.device_of(params)
+        with random_state_restored(device):
+            if seed is not None:
+                torch.manual_seed(seed)
+            random = random_state(device)
+        return {
+            "params": params,
+            "buffers": buffers,
+            "transforms": self.update.init(params),
+            "random": random,
+        }
+
+    def __call__(
+        self, state: State, batch: Any, *, donate: bool = False, **extra: Any
+    ) -> tuple[State, Out]:
+        """One step; the same state and batch always give the same result.
+
+        Args:
+            state: From `init` or the step before. Not changed.
+            batch: As for `microbatch_grads`.
+            donate: Write parameters and transform states into their old tensors.
+            **extra: For the links: ``keep``, ``count``, ``value``.
+
+        Returns:
+            The new state, and ``info`` with ``loss`` () (the mean over the rows), ``keep`` and the
+            metrics of the links. A skipped step still advances buffers and random state.
+        """
+        device = _tree.device_of(state["params"])
+        with random_state_restored(device):
+            set_random_state(state["random"], device)
+            rows = self.grads_of(state["params"], batch, buffers=state["buffers"])
+            random = random_state(device)
+            params, transforms, info = self.update(
+                state["params"], state["transforms"], rows, donate=donate, **extra
+            )
+        losses: Tensor | None = rows.losses
+        assert losses is not None  # rows of a batch always have their losses
+        state = {
+            "params": params,
+            "buffers": rows.buffers,
+            "transforms": transforms,
+            "random": random,
+        }
+        return state, {"loss": losses.mean(), **info}
+
+
+def train_step(
+    loss: Callable[..., Any],
+    update: Transform,
+    *,
+    microbatches: int | None = None,
+    plan: Plan = "auto",
+    chunk_size: int | None = None,
+) -> TrainStep:
+    """Loss, gradients and update as one object with one state to checkpoint.
+
+    Args:
+        loss: What `model_loss` returns, or a pure ``loss(params, batch) -> scalar``.
+        update: A chain that takes rows and ends in an update.
+        microbatches: M rows per batch; None for one row per sample.
+        plan: As in `microbatch_grads`.
+        chunk_size: As in `microbatch_grads`.
+
+    Raises:
+        TypeError: ``update`` does not take rows or does not end in an update.
+
+    Example:
+        >>> import torch, gradfilter as gf
+        >>> model = torch.nn.Linear(2, 2)
+        >>> loss = gf.model_loss(model, torch.nn.functional.cross_entropy)
+        >>> step = gf.train_step(loss, gf.chain(gf.mean_rows(), gf.sgd(0.1)), microbatches=2)
+        >>> state = step.init(model)
+        >>> state, info = step(state, (torch.randn(8, 2), torch.arange(8) % 2))
+        >>> sorted(info)
+        ['keep', 'loss', 'sgd/lr']
+    """
+    if "rows -> update" not in update.kinds:
+        raise TypeError(
+            f"train_step: expected a chain from rows to an update, found {update.kind!r}. Start "
+            "with mean_rows() or a filter, and end with an update rule such as sgd(lr)."
+        )
+    grads_of = (
+        per_sample_grads(loss, plan=plan, chunk_size=chunk_size)
+        if microbatches is None
+        else microbatch_grads(loss, microbatches, plan=plan, chunk_size=chunk_size)
+    )
+    return TrainStep(grads_of, update)
