@@ -5,12 +5,12 @@ update = chain(agree_filter(0.97), agc_clip(0.01), sgd(lr))
 
 from gradfilter._tree import select as select
 from gradfilter._types import Transform as Transform
+from gradfilter.grads._dense import DenseStack as DenseStack
 from gradfilter.grads._loss import extract as extract
 from gradfilter.grads._loss import insert as insert
 from gradfilter.grads._loss import model_loss as model_loss
 from gradfilter.grads._microbatch import microbatch_grads as microbatch_grads
 from gradfilter.grads._microbatch import per_sample_grads as per_sample_grads
-from gradfilter.grads._stack import DenseStack as DenseStack
 from gradfilter.grads._stack import GradStack as GradStack
 from gradfilter.transforms._agreement import agree_filter as agree_filter
 from gradfilter.transforms._chain import chain as chain
@@ -22,6 +22,8 @@ from gradfilter.transforms._consensus import consensus_filter as consensus_filte
 from gradfilter.transforms._ema import ema_of as ema_of
 from gradfilter.transforms._ema import ema_params as ema_params
 from gradfilter.transforms._finite import finite_filter as finite_filter
+from gradfilter.transforms._following import plateau as plateau
+from gradfilter.transforms._following import proportional as proportional
 from gradfilter.transforms._gate import gate as gate
 from gradfilter.transforms._groups import freeze as freeze
 from gradfilter.transforms._groups import masked as masked
@@ -34,14 +36,12 @@ from gradfilter.transforms._optimizers import sgd as sgd
 from gradfilter.transforms._reduce import aggregate as aggregate
 from gradfilter.transforms._reduce import mean_rows as mean_rows
 from gradfilter.transforms._reduce import sign_agreement as sign_agreement
+from gradfilter.transforms._schedule import Schedule as Schedule
 from gradfilter.transforms._scheduled import scheduled as scheduled
-from gradfilter.transforms._schedules import Schedule as Schedule
 from gradfilter.transforms._schedules import constant as constant
 from gradfilter.transforms._schedules import cosine as cosine
 from gradfilter.transforms._schedules import linear as linear
-from gradfilter.transforms._schedules import plateau as plateau
 from gradfilter.transforms._schedules import poly as poly
-from gradfilter.transforms._schedules import proportional as proportional
 from gradfilter.transforms._schedules import step as step
 from gradfilter.transforms._sharpness import gsam_decompose as gsam_decompose
 from gradfilter.transforms._sharpness import sam_perturb as sam_perturb

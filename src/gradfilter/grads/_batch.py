@@ -75,9 +75,9 @@ def check_params(params: Params) -> None:
         )
     for name, p in params.items():
         if not isinstance(p, Tensor) or not torch.is_floating_point(p):
-            found = p.dtype if isinstance(p, Tensor) else type(p).__name__
+            kind = str(p.dtype) if isinstance(p, Tensor) else type(p).__name__
             raise TypeError(
-                f"Expected real floating-point parameters, found {name!r} of {found}, which has "
+                f"Expected real floating-point parameters, found {name!r} of {kind}, which has "
                 "no gradient. Keep it as a buffer, or freeze it with requires_grad_(False)."
             )
 

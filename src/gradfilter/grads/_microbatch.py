@@ -7,17 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from gradfilter import _tree
 from gradfilter._types import Params, Tree
 from gradfilter.grads._ambient import Ambient, set_random_state
 from gradfilter.grads._batch import check_device, check_params, split
+from gradfilter.grads._dense import DenseStack, Origin
 from gradfilter.grads._loop import Rows, loop_rows
 from gradfilter.grads._loss import ModelLoss
 from gradfilter.grads._running_stats import cumulative_means
-from gradfilter.grads._stack import DenseStack, Origin
 from gradfilter.grads._vmap import vmap_rows
 
 Plan = Literal["auto", "loop", "vmap"]

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from gradfilter._types import Out, Params, State, Transform, Tree
-from gradfilter.grads._stack import GradStack, as_stack
+from gradfilter.grads._dense import as_stack
+from gradfilter.grads._stack import GradStack
 
 REDUCERS = "mean_rows(), agree_filter() or consensus_filter()"
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from gradfilter._types import Transform
 from gradfilter.transforms._link import check_number, is_off
 from gradfilter.transforms._rule import update_rule
-from gradfilter.transforms._schedules import Schedule
+from gradfilter.transforms._schedule import Schedule
 
 Leaf = dict[str, Tensor]
 

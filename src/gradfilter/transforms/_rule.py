@@ -11,7 +11,7 @@ from torch import Tensor
 from gradfilter import _tree
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.transforms._link import check_leaves, check_number, is_off, link
-from gradfilter.transforms._schedules import Schedule, as_schedule
+from gradfilter.transforms._schedule import Schedule, as_schedule
 
 # step(gradient, parameter, the leaf's buffers by name, t, lr) -> (update, buffers), t = 1, 2, ...
 LeafStep = Callable[

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradfilter._types import Out, Params, State, Transform
 from gradfilter.transforms._rule import new_count, schedule_count
-from gradfilter.transforms._schedules import Schedule
+from gradfilter.transforms._schedule import Schedule
 
 
 def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transform:

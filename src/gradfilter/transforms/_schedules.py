@@ -1,95 +1,11 @@
-"""Schedules: hyperparameters as functions of the number of steps applied.
-
-Step k = 0, 1, ... With Wm warm-up steps and T in all, the first Wm values rise linearly,
-init + (max − init) k / Wm, and max is reached at k = Wm. Values are 0-d tensors computed on the
-device, so that nothing waits and `torch.compile` does not recompile.
-"""
+"""Schedules that depend on the step alone: constant, linear, cosine, poly and step."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from gradfilter import _tree
-from gradfilter._types import State
-
-Curve = Callable[[Tensor], Tensor]
-
-
-def _nothing(count: Tensor) -> State:
-    return {}
-
-
-@dataclass(frozen=True, eq=False)
-class Schedule:
-    """A value for every step; recognised by its type, never by being callable.
-
-    Attributes:
-        at: ``at(count, state, **extra) -> (value (), state)``, pure.
-        init: ``init(count) -> state``; only `plateau` remembers anything.
-        max_value: The largest value, which `proportional` refers to.
-        min_value: The smallest one.
-
-    Calling a schedule that remembers nothing gives its value:
-
-    Example:
-        >>> import gradfilter as gf
-        >>> round(gf.cosine(0.1, 100)(50).item(), 3)
-        0.05
-    """
-
-    at: Callable[..., tuple[Tensor, State]]
-    max_value: float
-    min_value: float
-    init: Callable[[Tensor], State] = _nothing
-
-    def __call__(self, count: int | Tensor) -> Tensor:
-        """The value at step ``count``, for schedules without a state."""
-        count = torch.as_tensor(count)
-        return self.at(count, self.init(count))[0]
-
-
-def as_schedule(value: float | Tensor | Schedule) -> Schedule:
-    """A schedule as it is; a number (or 0-d tensor) as a constant one."""
-    if isinstance(value, Schedule):
-        return value
-    bounds = (0.0, 0.0) if isinstance(value, Tensor) else (value, value)
-    return Schedule(lambda count, state, **extra: (_tree.scalar(value, count), state), *bounds)
-
-
-def _after_warmup(
-    curve: Curve, max_value: float, min_value: float, warmup_steps: int, init_value: float | None
-) -> Schedule:
-    """A schedule from what happens after the warm-up; ``curve`` gets k − Wm >= 0."""
-    if not isinstance(warmup_steps, int) or warmup_steps < 0:
-        raise ValueError(f"Expected whole warmup_steps >= 0, found {warmup_steps!r}.")
-    if min_value > max_value:
-        raise ValueError(
-            f"Expected min_value <= max_value, found min_value={min_value}, max_value={max_value}."
-        )
-    start = min_value if init_value is None else init_value
-
-    def at(count: Tensor, state: State, **extra: Any) -> tuple[Tensor, State]:
-        k = _tree.scalar(count, count)
-        rising = start + (max_value - start) * k / max(warmup_steps, 1)
-        return torch.where(k < warmup_steps, rising, curve((k - warmup_steps).clamp(min=0))), state
-
-    return Schedule(at, max(max_value, start), min(min_value, start))
-
-
-def _progress(total_steps: int, warmup_steps: int) -> Curve:
-    """The part done, x = (k − Wm) / (T − Wm), clamped to [0, 1]; 0 for ever where T = Wm."""
-    if total_steps < max(warmup_steps, 1):
-        raise ValueError(
-            f"Expected total_steps >= warmup_steps and >= 1, found total_steps={total_steps}, "
-            f"warmup_steps={warmup_steps}."
-        )
-    span = total_steps - warmup_steps
-    return lambda k: (k / span).clamp(max=1) if span else torch.zeros_like(k)
+from gradfilter.transforms._schedule import Curve, Schedule, after_warmup, progress
 
 
 def constant(value: float, *, warmup_steps: int = 0, init_value: float | None = None) -> Schedule:
@@ -107,7 +23,7 @@ def constant(value: float, *, warmup_steps: int = 0, init_value: float | None = 
     """
     start = 0.0 if init_value is None else init_value
     low = min(value, start) if warmup_steps else value
-    schedule = _after_warmup(
+    schedule = after_warmup(
         lambda k: torch.full_like(k, value), value, min(value, low), warmup_steps, start
     )
     return Schedule(schedule.at, value, low)
@@ -135,9 +51,9 @@ def linear(
         >>> [gf.linear(1.0, 4)(k).item() for k in (0, 1, 4, 9)]
         [1.0, 0.75, 0.0, 0.0]
     """
-    x = _progress(total_steps, warmup_steps)
+    x = progress(total_steps, warmup_steps)
     curve: Curve = lambda k: max_value + (min_value - max_value) * x(k)  # noqa: E731
-    return _after_warmup(curve, max_value, min_value, warmup_steps, init_value)
+    return after_warmup(curve, max_value, min_value, warmup_steps, init_value)
 
 
 def cosine(
@@ -165,12 +81,12 @@ def cosine(
     References:
         Loshchilov, Hutter, "SGDR", 2017, https://arxiv.org/abs/1608.03983
     """
-    x = _progress(total_steps, warmup_steps)
+    x = progress(total_steps, warmup_steps)
 
     def curve(k: Tensor) -> Tensor:
         return min_value + (max_value - min_value) * (1 + torch.cos(torch.pi * x(k))) / 2
 
-    return _after_warmup(curve, max_value, min_value, warmup_steps, init_value)
+    return after_warmup(curve, max_value, min_value, warmup_steps, init_value)
 
 
 def poly(
@@ -198,7 +114,7 @@ def poly(
     if power > 0:
         raise ValueError(f"Expected power <= 0, found power={power}. -0.5 is usual.")
     curve: Curve = lambda k: min_value + (max_value - min_value) * (k + 1) ** power  # noqa: E731
-    return _after_warmup(curve, max_value, min_value, warmup_steps, init_value)
+    return after_warmup(curve, max_value, min_value, warmup_steps, init_value)
 
 
 def step(
@@ -233,107 +149,4 @@ def step(
     def curve(k: Tensor) -> Tensor:
         return (max_value * factor ** torch.floor(k / every)).clamp(min=min_value)
 
-    return _after_warmup(curve, max_value, min_value, warmup_steps, init_value)
-
-
-def plateau(
-    max_value: float,
-    *,
-    factor: float = 0.1,
-    patience: int = 10,
-    threshold: float = 1e-4,
-    mode: Literal["min", "max"] = "min",
-    min_value: float = 0.0,
-    warmup_steps: int = 0,
-    init_value: float | None = None,
-) -> Schedule:
-    """Drop by a factor when a metric has not improved for more than ``patience`` reports.
-
-    The metric arrives as the extra keyword ``value=`` of the update, as a 0-d tensor, in the steps
-    that have one; best value and counter live in the state of the link. An improvement is relative,
-    as in `torch.optim.lr_scheduler.ReduceLROnPlateau`: m < best · (1 − threshold) for "min". A
-    report acts on the step it comes with.
-
-    Args:
-        max_value: Value at the end of the warm-up.
-        factor: In (0, 1).
-        patience: Reports without improvement that are forgiven.
-        threshold: Relative improvement that counts.
-        mode: Whether the metric should fall or rise.
-        min_value: Never below this.
-        warmup_steps: Wm.
-        init_value: Value at step 0 of the warm-up; ``min_value`` by default.
-
-    Example:
-        >>> import torch, gradfilter as gf
-        >>> lr = gf.plateau(1.0, factor=0.5, patience=0)
-        >>> k = torch.tensor(0)
-        >>> value, state = lr.at(k, lr.init(k), value=torch.tensor(3.0))
-        >>> lr.at(k, state, value=torch.tensor(3.0))[0].item()
-        0.5
-    """
-    if not 0 < factor < 1 or patience < 0 or mode not in ("min", "max"):
-        raise ValueError(
-            'Expected 0 < factor < 1, patience >= 0 and mode "min" or "max", found '
-            f"factor={factor}, patience={patience}, mode={mode!r}."
-        )
-    warm = constant(1.0, warmup_steps=warmup_steps, init_value=0.0)
-    start = min_value if init_value is None else init_value
-    sign = 1.0 if mode == "min" else -1.0
-
-    def init(count: Tensor) -> State:
-        return {
-            "best": _tree.scalar(torch.inf, count),
-            "bad": _tree.scalar(0.0, count),
-            "value": _tree.scalar(max_value, count),
-        }
-
-    def at(count: Tensor, state: State, **extra: Any) -> tuple[Tensor, State]:
-        if extra.get("value") is not None:
-            metric = sign * _tree.scalar(extra["value"], count)
-            # |best| makes the relative margin one of improvement for negative metrics, too.
-            margin = torch.where(state["best"].isinf(), 0.0, threshold * state["best"].abs())
-            better = metric < state["best"] - margin
-            bad = torch.where(better, 0.0, state["bad"] + 1)
-            drop = bad > patience
-            dropped = (state["value"] * factor).clamp(min=min_value)
-            state = {
-                "best": torch.where(better, metric, state["best"]),
-                "bad": torch.where(drop, 0.0, bad),
-                "value": torch.where(drop, dropped, state["value"]),
-            }
-        rise = warm(count).to(count.device)
-        return start + (state["value"] - start) * rise, state
-
-    return Schedule(at, max(max_value, start), min(min_value, start), init)
-
-
-def proportional(lr: Schedule, rho_min: float, rho_max: float) -> Schedule:
-    """ρ in proportion to the learning rate of the same step, as GSAM has it.
-
-    ρ = ρ_min + (ρ_max − ρ_min) (lr − lr_min) / (lr_max − lr_min), clamped to [ρ_min, ρ_max];
-    ρ_max where the lr does not vary.
-
-    Args:
-        lr: The schedule of the learning rate.
-        rho_min: Smallest radius.
-        rho_max: Largest radius.
-
-    Example:
-        >>> import gradfilter as gf
-        >>> rho = gf.proportional(gf.linear(0.1, 10), 0.02, 0.04)
-        >>> [round(rho(k).item(), 3) for k in (0, 5, 10)]
-        [0.04, 0.03, 0.02]
-    """
-    if not isinstance(lr, Schedule):
-        raise TypeError(f"Expected a Schedule of the lr, found {type(lr).__name__}.")
-    if not 0 <= rho_min <= rho_max:
-        raise ValueError(f"Expected 0 <= rho_min <= rho_max, found {rho_min}, {rho_max}.")
-    span = lr.max_value - lr.min_value
-
-    def at(count: Tensor, state: State, **extra: Any) -> tuple[Tensor, State]:
-        value, state = lr.at(count, state, **extra)
-        part = ((value - lr.min_value) / span).clamp(0, 1) if span else torch.ones_like(value)
-        return rho_min + (rho_max - rho_min) * part, state
-
-    return Schedule(at, rho_max, rho_min, lr.init)
+    return after_warmup(curve, max_value, min_value, warmup_steps, init_value)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gradfilter import _tree
 from gradfilter._types import Out, Params, State, Transform, Tree
-from gradfilter.grads._stack import GradStack, as_stack
+from gradfilter.grads._dense import as_stack
+from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._link import check_leaves, check_number, link
 
 DELTA = 1e-12  # keeps a zero gradient finite
