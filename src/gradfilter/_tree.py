@@ -142,6 +142,14 @@ def donate_into(old: Any, new: Any) -> Any:
     return tree_map(lambda o, n: o if o is n else o.copy_(n), old, new)
 
 
+def in_dtypes_of(model: Any, tree: Any) -> Any:
+    """The tree with the dtypes, and the order, of another one of the same structure.
+
+    A half-precision leaf of shape () times a float64 scalar is promoted, unlike all other shapes.
+    """
+    return tree_map(lambda m, leaf: leaf.to(m.dtype), model, tree)
+
+
 def zeros_like(tree: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A tree of zeros."""
     return {name: torch.zeros_like(leaf) for name, leaf in tree.items()}

@@ -27,9 +27,7 @@ def split(batch: Any, microbatches: int | None) -> tuple[list[Tensor], Rebuild]:
         The cut tensors, and a function that puts one microbatch's tensors back into the batch's
         structure.
     """
-    # Mappings that torch does not know as trees (tokenizer outputs) become dicts.
-    batch = dict(batch) if isinstance(batch, Mapping) and not isinstance(batch, dict) else batch
-    values, unflatten = _tree.flatten(batch)
+    values, unflatten = _tree.flatten(_plain(batch))
     places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
     size = _leading_axis([values[i] for i in places])
     rows = size if microbatches is None else microbatches
@@ -80,6 +78,15 @@ def check_params(params: Params) -> None:
                 f"Expected real floating-point parameters, found {name!r} of {kind}, which has "
                 "no gradient. Keep it as a buffer, or freeze it with requires_grad_(False)."
             )
+
+
+def _plain(batch: Any) -> Any:
+    """The batch with dicts for all mappings: torch takes a tokenizer's output for one leaf."""
+    if isinstance(batch, Mapping):
+        return {key: _plain(value) for key, value in batch.items()}
+    if type(batch) in (tuple, list):
+        return type(batch)(_plain(value) for value in batch)
+    return batch
 
 
 def _leading_axis(tensors: list[Tensor]) -> int:

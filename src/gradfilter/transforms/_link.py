@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gradfilter import _tree
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._dense import as_stack
 from gradfilter.grads._stack import GradStack
@@ -53,7 +54,10 @@ def link(
     def checked(
         grads: Any, state: State, params: Params, /, **extra: Any
     ) -> tuple[Any, State, Out]:
-        return update(admit(name, kinds, grads, params), state, params, **extra)
+        grads, new_state, out = update(admit(name, kinds, grads, params), state, params, **extra)
+        if not isinstance(grads, GradStack):
+            grads = _tree.in_dtypes_of(params, grads)
+        return grads, _tree.in_dtypes_of(state, new_state), out
 
     return Transform(name, kinds, init, checked, frozenset(needs), frozenset(publishes))
 

@@ -1,0 +1,264 @@
+"""Chains: what is refused when they are built and when they are called, and what they compose to."""
+
+import pytest
+import torch
+
+import gradfilter as gf
+from _cases import make_params, make_rows, make_stack, sgd
+
+PARAMS = make_params()
+ROWS = make_rows(PARAMS)
+
+
+def call(update, grads=ROWS, params=PARAMS, **extra):
+    return update(params, update.init(params), grads, **extra)
+
+
+# --- when the chain is built
+
+
+@pytest.mark.parametrize(
+    "links, error, message",
+    [
+        (
+            lambda: [gf.mean_rows(), gf.gsam_decompose(0.4), sgd()],
+            ValueError,
+            r"link 2, 'gsam_decompose', needs 'clean_grads'.*Put sam_perturb\(rho\) before it",
+        ),
+        (
+            lambda: [gf.clip_per_row(1.0), sgd()],
+            TypeError,
+            r"link 2, 'sgd', takes one gradient tree, but rows reach it from 'clip_per_row'"
+            r".*Insert a reducer before it: mean_rows\(\)",
+        ),
+        (
+            lambda: [gf.mean_rows(), gf.agree_filter()],
+            TypeError,
+            r"link 2, 'agree_filter', takes rows, but a tree reaches it: 'mean_rows' gives one",
+        ),
+        (
+            lambda: [sgd(), gf.agc_clip()],
+            TypeError,
+            r"link 2, 'agc_clip', stands after the update rule 'sgd'.*Move it before 'sgd'",
+        ),
+        (
+            lambda: [sgd(), gf.adam()],
+            TypeError,
+            r"link 2, 'adam', stands after the update rule 'sgd'",
+        ),
+        (
+            lambda: [gf.agc_clip(), gf.ema_params(0.9)],
+            TypeError,
+            r"link 2, 'ema_params', takes an update, found a tree. Put it after sgd",
+        ),
+        (
+            lambda: [gf.mean_rows(), gf.sam_perturb(0.1, per_microbatch=True), sgd()],
+            TypeError,
+            r"link 2, 'sam_perturb', takes rows, but a tree reaches it",
+        ),
+        (lambda: [gf.agree_filter, sgd()], TypeError, r"found function. Call the factory"),
+        (lambda: [], ValueError, r"at least one link"),
+        (
+            lambda: [gf.agc_clip(), gf.agc_clip(), gf.named("agc_clip_2", gf.agc_clip()), sgd()],
+            ValueError,
+            r"two links are called 'agc_clip_2'",
+        ),
+    ],
+)
+def test_refused_when_built(links, error, message):
+    with pytest.raises(error, match=message):
+        gf.chain(*links())
+
+
+def test_masked_update_rules_are_refused():
+    for update in (sgd(), gf.chain(gf.mean_rows(), sgd())):
+        with pytest.raises(TypeError, match=r"update rule.*Use partition"):
+            gf.masked(update, lambda name: True)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a.b"])
+def test_names_that_would_not_join(name):
+    with pytest.raises(ValueError, match="without '/' and '.'"):
+        gf.named(name, gf.agc_clip())
+
+
+# --- when it is called
+
+
+def test_rows_for_a_chain_that_takes_a_tree():
+    update = gf.chain(gf.agc_clip(), sgd())
+    with pytest.raises(TypeError, match=r"agc_clip -> sgd: rows reach .* GradStack of 5 rows"):
+        call(update, gf.DenseStack(ROWS))
+    with pytest.raises(ValueError, match=r"shape \(4, 3\), found \(5, 4, 3\).*mean_rows"):
+        call(update, ROWS)
+
+
+def test_something_that_is_no_gradient():
+    with pytest.raises(TypeError, match="found list"):
+        call(sgd(), [torch.ones(1)])
+
+
+def test_a_polymorphic_start_is_still_guarded():
+    with pytest.raises(TypeError, match=r"finite_filter -> sgd: rows reach.*mean_rows"):
+        call(gf.chain(gf.finite_filter(), sgd()), gf.DenseStack(ROWS))
+
+
+def test_one_row_has_nothing_to_agree_with():
+    rows = {name: g[:1] for name, g in ROWS.items()}
+    with pytest.raises(ValueError, match=r"agree_filter: .*M = 1, which has nothing to agree"):
+        call(gf.chain(gf.agree_filter(), sgd()), rows)
+
+
+def test_sam_without_a_way_to_the_second_gradient():
+    with pytest.raises(ValueError, match=r"sam_perturb: .*cannot answer `at`.*grad_fn"):
+        call(gf.chain(gf.sam_perturb(0.1), gf.mean_rows(), sgd()))
+    with pytest.raises(ValueError, match=r"sam_perturb: .*cannot answer `at`.*grad_fn"):
+        call(gf.chain(gf.mean_rows(), gf.sam_perturb(0.1), sgd()))
+    tree = {name: g.mean(0) for name, g in ROWS.items()}
+    with pytest.raises(ValueError, match=r"sam_perturb: .*behind a reducer.*grad_fn"):
+        call(gf.chain(gf.sam_perturb(0.1), sgd()), tree)
+
+
+def test_a_masked_reducer_publishes_no_weights():
+    update = gf.chain(
+        gf.masked(gf.agree_filter(1.5), lambda n: "head" in n), gf.sam_perturb(0.1), sgd()
+    )
+    with pytest.raises(ValueError, match="sam_perturb: expected the weights"):
+        call(update, make_stack(PARAMS, ROWS))
+
+
+def test_only_updates_are_callable():
+    with pytest.raises(
+        TypeError, match=r"ends in an update rule, found one of kind 'rows -> tree'"
+    ):
+        call(gf.chain(gf.finite_filter(), gf.mean_rows()))
+
+
+def test_changed_leaves_are_named_by_the_rule_that_remembers_them():
+    update = gf.chain(gf.mean_rows(), sgd())
+    state = update.init(PARAMS)
+    fewer = {n: p for n, p in PARAMS.items() if n != "head.bias"}
+    rows = {n: g for n, g in ROWS.items() if n != "head.bias"}
+    with pytest.raises(ValueError, match=r"state 'momentum'.*extra \['head.bias'\]"):
+        update(fewer, state, rows)
+
+
+# --- what it composes to
+
+
+def test_kinds_of_chains():
+    assert gf.chain(gf.agree_filter(), sgd()).kind == "rows -> update"
+    assert gf.chain(gf.agc_clip(), sgd()).kind == "tree -> update"
+    assert gf.chain(gf.sam_perturb(0.1), sgd()).kind == "tree -> update"
+    assert gf.chain(gf.sam_perturb(0.1), gf.mean_rows(), sgd()).kind == "rows -> update"
+    assert gf.chain(gf.finite_filter()).kind == "rows -> rows or tree -> tree"
+
+
+def test_names_are_numbered_and_given():
+    update = gf.chain(
+        gf.mean_rows(), gf.agc_clip(0.1), gf.chain(gf.agc_clip(0.2), sgd()), gf.ema_params()
+    )
+    assert list(update.init(PARAMS)) == ["mean_rows", "agc_clip", "agc_clip_2", "sgd", "ema_params"]
+    _, _, info = call(update)
+    assert {"agc_clip/clipped_fraction", "agc_clip_2/clipped_fraction", "sgd/lr"} <= set(info)
+    named = gf.chain(gf.named("head", gf.chain(gf.mean_rows(), gf.agc_clip())), sgd())
+    assert "head/agc_clip/clipped_fraction" in call(named)[2]
+
+
+def test_a_dict_goes_in_wherever_a_stack_does():
+    update = gf.chain(gf.agree_filter(1.2), sgd())
+    by_dict, by_stack = call(update), call(update, gf.DenseStack(ROWS))
+    assert all(torch.equal(by_dict[0][n], by_stack[0][n]) for n in PARAMS)
+
+
+def test_vmapped_gradients_go_straight_in():
+    grad = torch.func.grad(lambda p, x: (p["w"] * x).sum())
+    rows = torch.func.vmap(grad, (None, 0))({"w": torch.ones(2)}, torch.tensor([[1.0, 2], [3, 4]]))
+    new = call(gf.chain(gf.mean_rows(), gf.sgd(1.0)), rows, {"w": torch.ones(2)})[0]
+    assert torch.equal(new["w"], torch.tensor([-1.0, -2.0]))
+
+
+def test_two_agc_clips_in_one_chain_are_the_tighter_one_by_one():
+    params = make_params(torch.float64)
+    grads = {n: 3 * torch.randn_like(p) for n, p in params.items()}
+
+    def clip(g, p, clipping):
+        over = list(range(1, g.ndim)) if g.ndim > 1 else list(range(g.ndim))
+        norm = lambda t: (t * t).sum(over, keepdim=True).sqrt() if over else t.abs()  # noqa: E731
+        limit = clipping * norm(p).clamp(min=1e-3)
+        return g * (limit / norm(g)).clamp(max=1)
+
+    update = gf.chain(gf.agc_clip(0.5), gf.agc_clip(0.1), gf.sgd(1.0))
+    new, _, info = call(update, grads, params)
+    for n, p in params.items():
+        torch.testing.assert_close(p - new[n], clip(clip(grads[n], p, 0.5), p, 0.1))
+    assert info["agc_clip/clipped_fraction"] > 0 and info["agc_clip_2/clipped_fraction"] > 0
+
+
+def test_the_latest_rows_are_visible():
+    seen = {}
+
+    def look(grads, state, params, /, **extra):
+        seen["norms"] = extra["rows"].sq_norms()
+        return grads, state, {}
+
+    spy = gf.link("spy", "tree -> tree", look)
+    call(gf.chain(gf.clip_per_row(0.5), gf.mean_rows(), gf.named("inner", gf.chain(spy)), sgd()))
+    torch.testing.assert_close(seen["norms"], torch.full((5,), 0.25, dtype=torch.float64))
+
+
+def test_keep_is_the_and_of_everybody():
+    def vote(name, keep):
+        def update(grads, state, params, /, **extra):
+            return grads, state, {"keep": torch.tensor(keep)}
+
+        return gf.link(name, "tree -> tree", update, publishes=("keep",))
+
+    tree = {name: g[0] for name, g in ROWS.items()}
+    for first, second, caller in torch.cartesian_prod(*[torch.tensor([0, 1])] * 3).bool().tolist():
+        update = gf.chain(vote("a", first), vote("b", second), sgd())
+        new, _, info = call(update, tree, keep=torch.tensor(caller))
+        assert bool(info["keep"]) == (first and second and caller)
+        assert torch.equal(new["head.weight"], PARAMS["head.weight"]) != bool(info["keep"])
+
+
+def test_a_caller_may_give_a_plain_bool():
+    update = gf.chain(gf.mean_rows(), sgd())
+    assert torch.equal(call(update, keep=False)[0]["head.weight"], PARAMS["head.weight"])
+    assert not torch.equal(call(update, keep=True)[0]["head.weight"], PARAMS["head.weight"])
+
+
+def test_clip_per_row_before_consensus():
+    """Consensus looks at directions only; what it accepts is combined as it was clipped."""
+    params = make_params(torch.float64)
+    rows = make_rows(params)
+    update = gf.chain(gf.clip_per_row(0.7), gf.consensus_filter(1.0, soft=False), gf.sgd(1.0))
+    new, _, info = call(update, rows, params)
+    j = torch.cat([g.reshape(5, -1) for g in rows.values()], 1)
+    clipped = j * (0.7 / j.norm(dim=1)).clamp(max=1)[:, None]
+    unit = j / j.norm(dim=1, keepdim=True)
+    agree = torch.stack([unit[i] @ (unit.sum(0) - unit[i]) for i in range(5)]) >= 0
+    assert torch.equal(info["consensus_filter/accepted"], agree) and agree.sum() >= 2
+    got = torch.cat([(params[n] - new[n]).reshape(-1) for n in params])
+    torch.testing.assert_close(got, clipped[agree].mean(0))
+
+
+def test_a_gate_reads_a_metric_of_an_earlier_link():
+    update = gf.chain(
+        gf.finite_filter(), gf.mean_rows(), gf.gate(gf.agc_clip(1e-6), "finite_filter/any"), sgd()
+    )
+    with pytest.raises(ValueError, match=r"gate: 'agc_clip' runs when 'finite_filter/any'"):
+        call(update)
+    tree_chain = gf.chain(gf.finite_filter(), gf.gate(gf.agc_clip(1e-6), "keep"), gf.sgd(1.0))
+    tree = {name: g[0] for name, g in ROWS.items()}
+    new = call(tree_chain, tree)[0]
+    assert (new["body.conv"] - PARAMS["body.conv"]).abs().max() < 1e-4
+
+
+def test_a_skipped_step_still_reports_its_metrics():
+    rows = {"w": torch.tensor([[1.0], [-1.0], [1.0]])}
+    params = {"w": torch.zeros(1)}
+    update = gf.chain(gf.agree_filter(0.5, min_accepted=3), gf.sgd(0.1))
+    new, _, info = call(update, rows, params)
+    assert not info["keep"] and torch.equal(new["w"], params["w"])
+    assert info["agree_filter/accepted"].tolist() == [True, False, True]

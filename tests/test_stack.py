@@ -1,0 +1,160 @@
+"""The algebra of stacks, against J as an explicit matrix."""
+
+import pytest
+import torch
+from _cases import make_params, make_rows, make_stack
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gradfilter as gf
+from gradfilter.grads._views import JoinedStack, SelectedStack
+
+
+def matrix(stack):
+    return torch.cat([g.reshape(len(stack), -1) for g in stack.stacked().values()], 1)
+
+
+def vector(tree):
+    return torch.cat([leaf.reshape(-1) for leaf in tree.values()])
+
+
+def dense():
+    params = make_params(torch.float64)
+    return make_stack(params, make_rows(params))
+
+
+def scaled():
+    return dense().scaled(torch.tensor([1.0, 0.0, -2.0, 0.5, 3.0], dtype=torch.float64))
+
+
+def joined():
+    stack = dense()
+    return JoinedStack(
+        (stack.columns(["head.bias", "body.conv"]), stack.columns(["body.weight", "head.weight"]))
+    )
+
+
+def selected():
+    return SelectedStack(torch.tensor(True), scaled(), dense())
+
+
+KINDS = {"dense": dense, "scaled": scaled, "joined": joined, "selected": selected}
+every_stack = pytest.mark.parametrize("kind", KINDS)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@every_stack
+def test_the_four_questions(kind):
+    stack = KINDS[kind]()
+    j, w = matrix(stack), torch.linspace(-1, 2, len(stack), dtype=torch.float64)
+    tree = {name: torch.randn(shape, dtype=torch.float64) for name, shape in stack.shapes.items()}
+    close(stack.gram(), j @ j.T)
+    close(vector(stack.combine(w)), w @ j)
+    close(stack.dot(tree), j @ vector(tree))
+    close(stack.sq_norms(), (j * j).sum(1))
+
+
+@every_stack
+def test_scaled_columns_and_first_are_what_they_say(kind):
+    stack = KINDS[kind]()
+    j, c = matrix(stack), torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5], dtype=torch.float64)
+    close(matrix(stack.scaled(c)), c[:, None] * j)
+    close(stack.scaled(c).gram(), (c[:, None] * j) @ (c[:, None] * j).T)
+    assert torch.equal(stack.scaled(c).live, (c != 0) & stack.live)
+    close(matrix(stack.first(3)), j[:3])
+    assert len(stack.first(3)) == 3 and len(stack.first(3).losses) == 3
+    names = ["head.weight", "body.conv"]
+    chosen = stack.columns(names)
+    assert set(chosen.shapes) == set(names)
+    for name in names:
+        close(chosen.stacked()[name], stack.stacked()[name])
+    close(chosen.gram(), sum(stack.columns([name]).gram() for name in names))
+
+
+@every_stack
+def test_everything_commutes_with_at(kind):
+    stack, params = KINDS[kind](), make_params(torch.float64, seed=5)
+    c = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5], dtype=torch.float64)
+    close(matrix(stack.scaled(c).at(params)), matrix(stack.at(params).scaled(c)))
+    close(matrix(stack.first(2).at(params)), matrix(stack.at(params).first(2)))
+    some = {"head.weight": params["head.weight"]}
+    close(
+        stack.columns(["head.weight"]).at(some).stacked()["head.weight"],
+        stack.at(some).stacked()["head.weight"],
+    )
+
+
+@every_stack
+def test_at_rows_is_at_row_by_row(kind):
+    stack = KINDS[kind]().first(4)
+    own = {n: p + torch.randn(4, *p.shape) for n, p in make_params(torch.float64, seed=5).items()}
+    got = matrix(stack.at_rows(own))
+    for m in range(4):
+        close(got[m], matrix(stack.at({n: p[m] for n, p in own.items()}))[m])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_of_weight_zero_never_gets_through(bad):
+    rows = {"w": torch.tensor([[1.0, 2.0], [bad, 1.0]]), "b": torch.tensor([3.0, 4.0])}
+    stack = gf.DenseStack(rows)
+    w = torch.tensor([2.0, 0.0])
+    assert torch.equal(stack.combine(w)["w"], torch.tensor([2.0, 4.0]))
+    removed = stack.scaled(torch.tensor([1.0, 0.0]))
+    assert removed.gram().tolist() == [[14.0, 0.0], [0.0, 0.0]]
+    torch.testing.assert_close(removed.sq_norms(), torch.tensor([14.0, 0.0]).double())
+    assert removed.dot({"w": torch.ones(2), "b": torch.ones(())}).tolist() == [6.0, 0.0]
+    assert torch.equal(removed.stacked()["w"], torch.tensor([[1.0, 2.0], [0.0, 0.0]]))
+    assert torch.equal(removed.combine(torch.ones(2))["w"], torch.tensor([1.0, 2.0]))
+
+
+@given(
+    rows=st.integers(1, 6),
+    widths=st.lists(st.sampled_from([1, 7, 1023, 1024, 1025, 3000]), min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_gram_and_norms_at_any_width_are_accumulated_wide(rows, widths, dtype):
+    leaves = {str(i): torch.randn(rows, width).to(dtype) + 3 for i, width in enumerate(widths)}
+    stack = gf.DenseStack(leaves)
+    j = torch.cat([leaf.double() for leaf in leaves.values()], 1)
+    assert stack.gram().dtype == torch.float64
+    torch.testing.assert_close(stack.gram(), j @ j.T, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(stack.sq_norms(), (j * j).sum(1), rtol=2e-6, atol=1e-6)
+    tree = {name: leaf[0] for name, leaf in leaves.items()}
+    torch.testing.assert_close(stack.dot(tree), j @ j[0], rtol=2e-6, atol=1e-6)
+
+
+def test_a_wide_float32_gram_keeps_six_digits():
+    """One float32 sum over three million columns would be off by about 1e-3."""
+    g = torch.rand(3, 3_000_000)
+    exact = g.double() @ g.double().T
+    error = (gf.DenseStack({"w": g}).gram() - exact).abs().max() / exact.max()
+    assert error < 1e-6
+
+
+def test_bad_stacks_and_questions():
+    with pytest.raises(ValueError, match=r"sizes \{'a': 2, 'b': 3\}"):
+        gf.DenseStack({"a": torch.ones(2, 1), "b": torch.ones(3, 1)})
+    with pytest.raises(ValueError, match="leading axis M >= 1"):
+        gf.DenseStack({"a": torch.ones(())})
+    with pytest.raises(TypeError, match="found list"):
+        gf.DenseStack([torch.ones(2)])
+    stack = gf.DenseStack({"a": torch.ones(2, 1)})
+    with pytest.raises(ValueError, match=r"weights of shape \(2,\), found \(3,\)"):
+        stack.combine(torch.ones(3))
+    with pytest.raises(ValueError, match=r"factors of shape \(2,\), found \(3,\)"):
+        stack.scaled(torch.ones(3))
+    with pytest.raises(ValueError, match=r"missing \['a'\], extra \['b'\]"):
+        stack.dot({"b": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"found \['b'\]"):
+        stack.columns(["b"])
+    with pytest.raises(ValueError, match="1 <= count <= M = 2"):
+        stack.first(3)
+    with pytest.raises(ValueError, match="cannot answer `at`.*grad_fn"):
+        stack.at({"a": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"unknown \['b'\]"):
+        dense().at({"b": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"one set of parameters per row"):
+        dense().at_rows({"head.bias": torch.ones(3)})

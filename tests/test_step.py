@@ -1,0 +1,171 @@
+"""train_step, select and state dictionaries."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from _models import ConvBN, Dropped, images, vectors
+
+import gradfilter as gf
+from gradfilter import _tree
+
+
+def new_step(model, **kwargs):
+    update = gf.chain(gf.agree_filter(1.1), gf.agc_clip(0.1), gf.sgd(0.1, momentum=0.9))
+    kwargs = {"microbatches": 4, **kwargs}
+    return gf.train_step(gf.model_loss(model, F.cross_entropy), update, **kwargs)
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(_tree.leaves(a), _tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize("plan", ["loop", "vmap"])
+def test_one_object_is_the_loop_written_out(plan):
+    model = ConvBN()
+    step = new_step(model, plan=plan)
+    state = step.init(model)
+    params, buffers = gf.extract(model)
+    grads_of = gf.microbatch_grads(gf.model_loss(model, F.cross_entropy), 4, plan=plan)
+    memory = step.update.init(params)
+    for _ in range(3):
+        batch = images()
+        state, info = step(state, batch)
+        rows = grads_of(params, batch, buffers=buffers)
+        params, memory, expected = step.update(params, memory, rows)
+        buffers = rows.buffers
+        assert equal(state["params"], params) and equal(state["buffers"], buffers)
+        assert torch.equal(info["loss"], rows.losses.mean())
+        assert {k: v for k, v in info.items() if k != "loss"}.keys() == expected.keys()
+
+
+def test_the_same_state_gives_the_same_step_whatever_the_generators_do():
+    model, batch = Dropped(), vectors()
+    step = new_step(model)
+    state = step.init(model)
+    before = torch.get_rng_state()
+    first, _ = step(state, batch)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    again, _ = step(state, batch)
+    assert equal(first, again)
+    second, _ = step(first, batch)
+    assert not torch.equal(first["random"]["cpu"], second["random"]["cpu"])
+
+
+def test_a_seed_fixes_the_random_state():
+    model = Dropped()
+    step = new_step(model)
+    before = torch.get_rng_state()
+    a, b, c = step.init(model, seed=1), step.init(model, seed=1), step.init(model, seed=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(a["random"]["cpu"], b["random"]["cpu"])
+    assert not torch.equal(a["random"]["cpu"], c["random"]["cpu"])
+
+
+def test_a_skipped_step_gates_parameters_but_not_buffers():
+    model = ConvBN()
+    step = new_step(model)
+    state = step.init(model)
+    after, info = step(state, images(), keep=False)
+    assert not info["keep"]
+    assert equal(after["params"], state["params"])
+    assert equal(after["transforms"], state["transforms"])
+    assert after["buffers"]["bn.num_batches_tracked"] == 8
+    gated = gf.select(info["keep"], after["buffers"], state["buffers"])
+    assert equal(gated, state["buffers"])
+
+
+def test_a_run_continues_from_a_file_bit_for_bit(tmp_path):
+    model = Dropped()
+    step = new_step(model)
+    batches = [vectors() for _ in range(6)]
+    state = step.init(model, seed=0)
+    for k, batch in enumerate(batches):
+        if k == 3:
+            torch.save(gf.state_dict(state), tmp_path / "run.pt")
+        state, _ = step(state, batch)
+    flat = torch.load(tmp_path / "run.pt", weights_only=True)
+    resumed = gf.load_state_dict(step.init(copy.deepcopy(model), seed=5), flat)
+    for batch in batches[3:]:
+        resumed, _ = step(resumed, batch)
+    assert equal(resumed, state)
+
+
+def test_per_sample_and_plain_losses():
+    loss = lambda params, batch: ((params["w"] * batch).sum(1) ** 2).mean()  # noqa: E731
+    step = gf.train_step(loss, gf.chain(gf.consensus_filter(), gf.sgd(0.1)))
+    state, info = step(step.init({"w": torch.ones(3)}), torch.randn(10, 3))
+    assert info["consensus_filter/accepted"].shape == (10,)
+    assert state["buffers"] == {}
+
+
+def test_training_lowers_the_loss():
+    torch.manual_seed(1)
+    model, x = Dropped(0.0), torch.randn(64, 6)
+    batch = x, x[:, :3].argmax(1)
+    step = new_step(model)
+    state = step.init(model)
+    losses = []
+    for _ in range(60):
+        state, info = step(state, batch)
+        losses.append(info["loss"])
+    assert losses[-1] < 0.5 * losses[0]
+    gf.insert(model, state["params"], state["buffers"])
+    torch.testing.assert_close(
+        F.cross_entropy(model(batch[0]), batch[1]), losses[-1], rtol=0.2, atol=0
+    )
+
+
+def test_donation_keeps_the_storage_of_parameters():
+    model, batch = Dropped(), vectors()
+    step = new_step(model)
+    state = step.init(model)
+    expected, _ = step(state, batch)
+    expected = _tree.tree_map(torch.clone, expected)
+    donated, _ = step(state, batch, donate=True)
+    assert equal(donated, expected)
+    assert all(donated["params"][n] is state["params"][n] for n in state["params"])
+
+
+def test_only_complete_chains_from_rows():
+    loss = lambda params, batch: params["w"].sum()  # noqa: E731
+    for update in (gf.sgd(0.1), gf.chain(gf.agree_filter())):
+        with pytest.raises(TypeError, match="train_step: expected a chain from rows to an update"):
+            gf.train_step(loss, update)
+
+
+def test_select_keeps_every_bit():
+    old = {"a": torch.tensor([-0.0, torch.nan, 1.0]), "n": torch.tensor(3)}
+    new = {"a": torch.tensor([0.0, 2.0, torch.nan]), "n": torch.tensor(4)}
+    kept = gf.select(torch.tensor(False), new, old)
+    assert torch.equal(kept["a"].view(torch.int32), old["a"].view(torch.int32))
+    taken = gf.select(torch.tensor(True), new, old)
+    assert torch.equal(taken["a"].view(torch.int32), new["a"].view(torch.int32))
+    assert kept["n"] == 3 and gf.select(True, new, old)["n"] == 4
+
+
+def test_state_dict_has_dotted_names_and_load_checks_them():
+    params = {"fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2)}
+    update = gf.chain(gf.agc_clip(), gf.sgd(0.1, momentum=0.9), gf.ema_params())
+    state = update.init(params)
+    flat = gf.state_dict(state)
+    assert set(flat) == {
+        "sgd.momentum.fc.weight",
+        "sgd.momentum.fc.bias",
+        "sgd.count",
+        "ema_params.ema_average.fc.weight",
+        "ema_params.ema_average.fc.bias",
+    }
+    loaded = gf.load_state_dict(state, flat)
+    assert loaded["sgd"]["momentum"]["fc.bias"] is not flat["sgd.momentum.fc.bias"]
+    fewer = {k: v for k, v in flat.items() if k != "sgd.count"}
+    with pytest.raises(ValueError, match=r"missing \['sgd.count'\], extra \['stray'\]"):
+        gf.load_state_dict(state, {**fewer, "stray": torch.ones(1)})
+    with pytest.raises(
+        ValueError, match=r"'sgd.count' of shape \(\) and torch.int64, found \(1,\)"
+    ):
+        gf.load_state_dict(state, {**flat, "sgd.count": torch.ones(1)})
+    with pytest.raises(ValueError, match="share the dotted name 'a.b'"):
+        gf.state_dict({"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)})
