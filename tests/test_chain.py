@@ -1,4 +1,4 @@
-"""Chains: what is refused when they are built and when they are called, and what they compose to."""
+"""Chains: what is refused when built and when called, and what they compose to."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_masked_update_rules_are_refused():
 
 @pytest.mark.parametrize("name", ["", "a/b", "a.b"])
 def test_names_that_would_not_join(name):
-    with pytest.raises(ValueError, match="without '/' and '.'"):
+    with pytest.raises(ValueError, match=r"without '/' and '\.'"):
         gf.named(name, gf.agc_clip())
 
 

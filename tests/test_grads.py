@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from _models import ConvBN, Counting, Dropped, Tied, WithLoss, images, token_loss, tokens, vectors
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import gradfilter as gf
+from _models import ConvBN, Counting, Dropped, Tied, WithLoss, images, token_loss, tokens, vectors
 
 pytestmark = pytest.mark.usefixtures("float64")
 every_plan = pytest.mark.parametrize("plan", ["loop", "vmap"])
@@ -337,7 +337,7 @@ def test_auto_raises_the_users_own_error():
     def loss(params, x):
         return (params["w"] @ torch.ones(5)).sum() + x.sum()
 
-    with pytest.raises(RuntimeError, match="size mismatch|inconsistent tensor size"):
+    with pytest.raises(RuntimeError, match=r"size mismatch|inconsistent tensor size"):
         gf.per_sample_grads(loss)({"w": torch.ones(2)}, torch.randn(9, 2))
 
 

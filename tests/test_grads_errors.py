@@ -114,7 +114,7 @@ def test_bad_plan_and_chunk_size():
 def test_a_module_is_no_loss():
     with pytest.raises(TypeError, match=r"found Linear\. Use model_loss"):
         gf.microbatch_grads(MODEL, 2)
-    with pytest.raises(TypeError, match="`model` to be a torch.nn.Module, found function"):
+    with pytest.raises(TypeError, match=r"`model` to be a torch.nn.Module, found function"):
         gf.model_loss(lambda x: x)
     with pytest.raises(TypeError, match="`criterion` to be callable"):
         gf.model_loss(MODEL, "cross_entropy")

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from _cases import is_head, label, make_params, make_rows, make_stack, sgd
 
 import gradfilter as gf
+from _cases import is_head, label, make_params, make_rows, make_stack, sgd
 
 PARAMS = make_params(torch.float64)
 ROWS = make_rows(PARAMS)

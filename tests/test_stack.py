@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from _cases import make_params, make_rows, make_stack
 from hypothesis import given
 from hypothesis import strategies as st
 
 import gradfilter as gf
+from _cases import make_params, make_rows, make_stack
 from gradfilter.grads._views import JoinedStack, SelectedStack
 
 
@@ -152,7 +152,7 @@ def test_bad_stacks_and_questions():
         stack.columns(["b"])
     with pytest.raises(ValueError, match="1 <= count <= M = 2"):
         stack.first(3)
-    with pytest.raises(ValueError, match="cannot answer `at`.*grad_fn"):
+    with pytest.raises(ValueError, match=r"cannot answer `at`.*grad_fn"):
         stack.at({"a": torch.ones(1)})
     with pytest.raises(ValueError, match=r"unknown \['b'\]"):
         dense().at({"b": torch.ones(1)})

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from _models import ConvBN, Dropped, images, vectors
 
 import gradfilter as gf
+from _models import ConvBN, Dropped, images, vectors
 from gradfilter import _tree
 
 
@@ -167,5 +167,5 @@ def test_state_dict_has_dotted_names_and_load_checks_them():
         ValueError, match=r"'sgd.count' of shape \(\) and torch.int64, found \(1,\)"
     ):
         gf.load_state_dict(state, {**flat, "sgd.count": torch.ones(1)})
-    with pytest.raises(ValueError, match="share the dotted name 'a.b'"):
+    with pytest.raises(ValueError, match=r"share the dotted name 'a.b'"):
         gf.state_dict({"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)})
