@@ -146,3 +146,12 @@ def test_buffers_for_a_plain_loss():
         gf.microbatch_grads(lambda p, b: (p["w"] * b).sum(), 2)(
             {"w": torch.ones(3)}, BATCH[0], buffers={"b": torch.ones(1)}
         )
+
+
+def test_buffers_that_are_not_the_models():
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    params, buffers = gf.extract(model)
+    del buffers["1.running_var"]
+    grads_of = gf.microbatch_grads(gf.model_loss(model, F.cross_entropy), 2)
+    with pytest.raises(ValueError, match=r"missing \['1.running_var'\], extra \['stray'\]"):
+        grads_of(params, BATCH, buffers={**buffers, "stray": torch.ones(1)})

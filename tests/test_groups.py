@@ -214,6 +214,15 @@ def test_a_gate_that_is_off_keeps_the_step_and_its_own_state():
     assert not on[2]["keep"]
 
 
+def test_a_gate_around_a_whole_chain():
+    update = gf.gate(gf.chain(gf.agree_filter(1.2), sgd()), "late")
+    new, state, info = call(update, ROWS, late=torch.tensor(False))
+    assert info["keep"] and state["sgd"]["count"] == 0
+    assert all(torch.equal(new[n], PARAMS[n]) for n in PARAMS)
+    on = call(update, ROWS, late=torch.tensor(True))[0]
+    assert_params(on, call(gf.chain(gf.agree_filter(1.2), sgd()), ROWS)[0])
+
+
 def test_a_gated_reducer_hands_the_right_weights_to_sam():
     stack = make_stack(PARAMS, ROWS)
     gated = gf.chain(gf.gate(gf.agree_filter(0.9), "late"), gf.sam_perturb(0.3), gf.sgd(1.0))

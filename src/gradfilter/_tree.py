@@ -132,9 +132,16 @@ def select(keep: Tensor | bool, new: Any, old: Any) -> Any:
     def pick(n: Tensor, o: Tensor) -> Tensor:
         if n is o:
             return n
-        return torch.where(torch.as_tensor(keep, device=n.device), n, o)
+        return torch.where(flag(keep, n.device), n, o)
 
     return tree_map(pick, new, old)
+
+
+def flag(value: Tensor | bool, device: torch.device) -> Tensor:
+    """A bool as a tensor of shape () on a device, made there rather than copied there."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return torch.full((), value, dtype=torch.bool, device=device)
 
 
 def donate_into(old: Any, new: Any) -> Any:

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from gradfilter._tree import donate_into, select
+from gradfilter._tree import device_of, donate_into, flag, select
 
 Tree = dict[str, Tensor]
 """One tensor per leaf, keyed by the dotted names of ``nn.Module.named_parameters``."""
@@ -96,8 +95,9 @@ class Transform:
         new_params = {name: p + updates[name] for name, p in params.items()}
         keep = out.get("keep", extra.get("keep"))
         if keep is None:
-            keep = torch.ones((), dtype=torch.bool, device=next(iter(params.values())).device)
+            keep = flag(True, device_of(params))
         else:
+            keep = flag(keep, device_of(params))
             new_params = select(keep, new_params, params)
             new_state = select(keep, new_state, state)
         if donate:

@@ -44,14 +44,7 @@ class GradFunction:
         check_params(params)
         tensors, rebuild = split(batch, self.microbatches)
         check_device(params, tensors)
-        if buffers is None:
-            buffers = {} if self._model is None else dict(self._model.named_buffers())
-        elif buffers and self._model is None:
-            raise TypeError(
-                "Expected no buffers with a plain loss(params, batch), which cannot take them. "
-                "Make the loss with model_loss(model, criterion), or close over them."
-            )
-        incoming = {name: b.detach() for name, b in buffers.items()}
+        incoming = self._incoming(buffers)
         plan = self._pick_plan(params, tensors)
         ambient = Ambient.now(_tree.device_of(params))
 
@@ -83,7 +76,7 @@ class GradFunction:
             return stack(run(plan, params, False))
         try:
             return stack(run(plan, params, False))
-        except (RuntimeError, NotImplementedError, ValueError) as refusal:
+        except Exception as refusal:
             # The loop says whether the loss or only vmap was at fault, on the same random numbers.
             plan = "loop"
             set_random_state(ambient.random, ambient.device)
@@ -103,14 +96,33 @@ class GradFunction:
     def _model(self) -> nn.Module | None:
         return self.loss.model if isinstance(self.loss, ModelLoss) else None
 
+    def _incoming(self, buffers: Tree | None) -> Tree:
+        """The buffers before the first row."""
+        own = {} if self._model is None else dict(self._model.named_buffers())
+        buffers = own if buffers is None else buffers
+        if buffers and self._model is None:
+            raise TypeError(
+                "Expected no buffers with a plain loss(params, batch), which cannot take them. "
+                "Make the loss with model_loss(model, criterion), or close over them."
+            )
+        # A buffer left out would be the module's own, and the forward pass would write into it.
+        missing, extra = sorted(set(own) - set(buffers)), sorted(set(buffers) - set(own))
+        if missing or extra:
+            raise ValueError(
+                f"Expected the buffers of the model, missing {missing}, extra {extra}. Pass those "
+                "of `extract(model)` first, and each stack's `buffers` from then on."
+            )
+        return {name: b.detach() for name, b in buffers.items()}
+
     def _pick_plan(self, params: Params, tensors: list[Tensor]) -> Plan:
         if self.plan != "auto":
             return self.plan
-        # Measured by benchmarks/fused_vs_looped.py: on a CPU a pass over a whole microbatch keeps
+        # Measured by benchmarks/fused_vs_looped.py: on a CPU a pass over one large microbatch keeps
         # the cores busy, so vmap pays only where the rows are many and small.
         rows, samples = tensors[0].shape[:2]
+        work = samples * sum(p.numel() for p in params.values())
         on_cpu = _tree.device_of(params).type == "cpu"
-        return "loop" if on_cpu and (samples > 4 or rows < 8) else "vmap"
+        return "loop" if on_cpu and (rows < 8 or work > 30_000_000) else "vmap"
 
     def _pure(self, params: Params, batch: Any, buffers: Tree) -> tuple[Tensor, Tree, Any]:
         if not isinstance(self.loss, ModelLoss):

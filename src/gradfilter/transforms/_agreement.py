@@ -103,8 +103,7 @@ def agree_filter(
 
 def _agrees(cosine: Tensor, threshold: float | Tensor) -> Tensor:
     # From 2 on nothing is compared: in floating point a cosine may fall below −1. NaN is False.
-    everything = torch.as_tensor(threshold >= 2, device=cosine.device)
-    return (1 - cosine <= threshold) | everything
+    return (1 - cosine <= threshold) | (threshold >= 2)
 
 
 def _masked_gram(gram: Tensor, usable: Tensor) -> Tensor:

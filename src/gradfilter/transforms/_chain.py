@@ -6,8 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-import torch
-
+from gradfilter import _tree
 from gradfilter._types import GLOBAL_NAMES, Out, Params, State, Transform
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._link import REDUCERS, admit
@@ -68,9 +67,8 @@ def chain(*links: Transform) -> Transform:
             grads, new_state[name], out = part.update(grads, state[name], params, **visible)
             found = {k: v for k, v in out.items() if k in GLOBAL_NAMES}
             if "keep" in visible and "keep" in found:
-                found["keep"] = torch.logical_and(
-                    torch.as_tensor(visible["keep"], device=found["keep"].device), found["keep"]
-                )
+                before = _tree.flag(visible["keep"], found["keep"].device)
+                found["keep"] = before & found["keep"]
             found |= {f"{name}/{k}": v for k, v in out.items() if k not in GLOBAL_NAMES}
             visible |= found
             published |= found

@@ -74,8 +74,8 @@ def consensus_filter(
             excess = torch.where(excess.isinf(), 1.0, excess)
             excess = torch.where(usable, excess, 0.0)
         else:
-            everything = torch.as_tensor(threshold >= 2, device=cosine.device)
-            excess = (usable & ((1 - cosine <= threshold) | everything)).to(cosine.dtype)
+            passes = (1 - cosine <= threshold) | (threshold >= 2)
+            excess = (usable & passes).to(cosine.dtype)
         accepted = excess > 0
         # Dividing by the largest first keeps the sum away from underflow.
         excess = excess / torch.where(accepted.any(), excess.max(), 1.0)

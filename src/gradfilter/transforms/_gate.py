@@ -38,6 +38,7 @@ def gate(link: Transform, when: str) -> Transform:
         {'w': tensor([0.])}
     """
     name = link.name or "gate"
+    is_rule = all(kind in ("rows -> update", "tree -> update") for kind in link.kinds)
 
     def update(grads: Any, state: State, params: Params, /, **extra: Any) -> tuple[Any, State, Out]:
         if when not in extra:
@@ -45,17 +46,18 @@ def gate(link: Transform, when: str) -> Transform:
                 f"gate: {name!r} runs when {when!r} is true, but nobody gave that name. Pass "
                 f"update(..., {when}=torch.tensor(True)), or name a metric of an earlier link."
             )
-        on = torch.as_tensor(extra[when], device=_tree.device_of(params))
+        on = _tree.flag(extra[when], _tree.device_of(params))
         grads = admit(name, link.kinds, grads, params)
         new, new_state, out = link.update(grads, state, params, **extra)
-        if isinstance(new, GradStack):
-            result: Any = SelectedStack(on, new, grads)
+        if is_rule:
+            result: Any = _tree.select(on, new, _tree.no_update(new))
+        elif isinstance(new, GradStack):
+            result = SelectedStack(on, new, grads)
         elif isinstance(grads, GradStack):
             weights = mean_weights(grads)
             result = _tree.select(on, new, grads.combine(weights))
-            out = out | {"weights": torch.where(on, out["weights"], weights)}
-        elif any(kind.endswith("tree -> update") for kind in link.kinds):
-            result = _tree.select(on, new, _tree.no_update(new))
+            if "weights" in out:
+                out = out | {"weights": torch.where(on, out["weights"], weights)}
         else:
             result = _tree.select(on, new, grads)
         if "keep" in out:

@@ -167,7 +167,7 @@ def partition(branches: Mapping[str, Transform], label: Callable[[str], str]) ->
                 **_restrict_extra(extra, own),
             )
             keep = branch_out.get("keep", extra.get("keep", True))
-            keep = torch.as_tensor(keep, device=_tree.device_of(params))
+            keep = _tree.flag(keep, _tree.device_of(params))
             branch_updates = _tree.select(keep, branch_updates, _tree.no_update(branch_updates))
             new_state[key] = _tree.select(keep, branch_state, state[key])
             updates.update(branch_updates)
