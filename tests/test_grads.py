@@ -243,6 +243,16 @@ def test_at_computes_under_the_autocast_of_the_first_pass(plan):
 
 
 @every_plan
+def test_at_starts_from_where_the_stack_is(plan):
+    model, batch = Dropped(), vectors()
+    params, _ = gf.extract(model)
+    rows = gf.microbatch_grads(gf.model_loss(model, F.cross_entropy), 3, plan=plan)(params, batch)
+    moved = {n: p + 1 for n, p in params.items()}
+    head = {"b.weight": params["b.weight"]}
+    assert torch.equal(rows.at(moved).at(head).losses, rows.at({**moved, **head}).losses)
+
+
+@every_plan
 def test_at_rows_gives_every_row_its_own_parameters(plan):
     model, batch = Dropped(), vectors()
     params, _ = gf.extract(model)

@@ -12,13 +12,9 @@ from torch import Tensor, nn
 from gradfilter import _tree
 from gradfilter._types import Out, Params, State, Transform
 from gradfilter.grads._ambient import random_state, random_state_restored, set_random_state
+from gradfilter.grads._grad_function import GradFunction, Plan
 from gradfilter.grads._loss import extract
-from gradfilter.grads._microbatch import (
-    GradFunction,
-    Plan,
-    microbatch_grads,
-    per_sample_grads,
-)
+from gradfilter.grads._microbatch import microbatch_grads, per_sample_grads
 
 
 @dataclass(frozen=True, eq=False)
