@@ -127,8 +127,9 @@ def test_a_filter_that_rejects_everything_skips_states_before_and_after_it(varia
 @every_link
 @every_dtype
 def test_dtype_shape_and_device_are_preserved(variant, dtype):
-    update, params, state, rows = started(variant, dtype)
-    new_params, new_state, _ = step(update, params, state, rows)
+    update, params = build(variant), make_params(dtype)
+    state = update.init(params)
+    new_params, new_state, _ = step(update, params, state, make_rows(params))
     for before, after in ((params, new_params), (state, new_state)):
         for old, new in zip(_tree.leaves(before), _tree.leaves(after), strict=True):
             assert (old.dtype, old.shape, old.device) == (new.dtype, new.shape, new.device)
