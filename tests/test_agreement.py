@@ -1,5 +1,7 @@
 """agree_filter against the sequential rule, written out."""
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given
@@ -45,6 +47,7 @@ def sequential(rows, threshold, against="running", average="mean"):
     return merged, weights, torch.tensor(accepted), as_row(cosines), margin
 
 
+@cache
 def random_case(seed):
     """A stack of 2 to 8 rows, a threshold and a min_accepted; some stacks are all bad."""
     g = torch.Generator().manual_seed(seed)

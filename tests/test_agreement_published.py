@@ -1,5 +1,7 @@
 """agree_filter(average="halving") against the authors' own package, step for step."""
 
+from functools import cache
+
 import pytest
 import torch
 from gradient_agreement_filtering import _filter_gradients_cosine_sim, step_GAF
@@ -61,6 +63,7 @@ def noisy_digits():
     return images.double(), labels, torch.randperm(len(labels), generator=g)
 
 
+@cache
 def published_training(threshold):
     """Their step, 30 times: the model, and how many microbatches joined the first in each step."""
     images, labels, order = noisy_digits()

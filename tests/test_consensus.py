@@ -53,7 +53,7 @@ def weigh(cosines, threshold, soft):
     for s in cosines.tolist():
         if s != s:
             raw.append(0.0)
-        elif soft and threshold < INF:
+        elif soft and threshold < 2:
             raw.append(max(0.0, s - (1 - threshold)))
         else:
             raw.append(float(1 - s <= threshold or threshold >= 2))
@@ -148,12 +148,13 @@ def test_a_zero_row_passes_the_hard_rule_from_one_on(rows):
 
 @pytest.mark.parametrize("threshold", [2.0, 2.5, INF])
 @pytest.mark.parametrize("rows", [2, GRAM_UP_TO + 2])
-def test_from_two_on_the_hard_rule_accepts_every_finite_row(threshold, rows):
+@pytest.mark.parametrize("soft", [True, False])
+def test_from_two_on_every_finite_row_is_accepted(threshold, rows, soft):
     for seed in range(10):
         row = normal(301, seed=seed).float()
         signs = torch.ones(rows, 1)
         signs[-1] = -1
-        out = run(gf.consensus_filter(threshold, soft=False), {"w": signs * row}, {"w": row})[1]
+        out = run(gf.consensus_filter(threshold, soft=soft), {"w": signs * row}, {"w": row})[1]
         assert out["accepted"].all()
         assert_close(out["weights"], torch.full_like(out["weights"], 1 / rows))
 

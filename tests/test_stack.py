@@ -88,6 +88,12 @@ def test_everything_commutes_with_at(kind):
 
 
 @every_stack
+def test_like_repeats_what_made_the_stack(kind):
+    stack, params = KINDS[kind]().first(4), make_params(torch.float64, seed=5)
+    close(matrix(stack.like(dense().at(params))), matrix(stack.at(params)))
+
+
+@every_stack
 def test_at_rows_is_at_row_by_row(kind):
     stack = KINDS[kind]().first(4)
     own = {n: p + torch.randn(4, *p.shape) for n, p in make_params(torch.float64, seed=5).items()}

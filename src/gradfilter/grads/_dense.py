@@ -170,7 +170,7 @@ class DenseStack(GradStack):
     def at(self, params: Params) -> GradStack:
         """The same rows at other parameters."""
         origin = self._origin("at", params)
-        return self._restricted(origin.evaluate({**origin.params, **params}, False))
+        return self.like(origin.evaluate({**origin.params, **params}, False))
 
     def at_rows(self, params: Tree) -> GradStack:
         """The same rows, row m at its own parameters."""
@@ -185,14 +185,15 @@ class DenseStack(GradStack):
         # A stack cut short by `first` is computed whole, so that its random numbers stay the same.
         whole = {name: p.expand(origin.rows, *p.shape) for name, p in origin.params.items()}
         given = {name: torch.cat([leaf, whole[name][len(self) :]]) for name, leaf in params.items()}
-        return self._restricted(origin.evaluate({**whole, **given}, True))
+        return self.like(origin.evaluate({**whole, **given}, True))
 
     def _origin(self, question: str, params: Mapping[str, Tensor]) -> Origin:
         if self.origin is None:
+            instead = ", or pass grad_fn=... to the update" if question == "at" else ""
             raise ValueError(
                 f"These rows are a plain stack of tensors and cannot answer `{question}`: nothing "
                 "says how to compute them at other parameters. Take them from microbatch_grads or "
-                "per_sample_grads, or pass grad_fn=... to the update."
+                f"per_sample_grads{instead}."
             )
         unknown = set(params) - set(self.origin.params)
         if unknown:
@@ -202,8 +203,8 @@ class DenseStack(GradStack):
             )
         return self.origin
 
-    def _restricted(self, stack: GradStack) -> GradStack:
-        """Repeat on a recomputed stack what made this one out of the whole."""
+    def like(self, stack: GradStack) -> GradStack:
+        """The given stack, cut and scaled as this one was."""
         if len(self) < len(stack):
             stack = stack.first(len(self))
         if set(self.rows) < set(stack.shapes):

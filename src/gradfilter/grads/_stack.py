@@ -80,6 +80,13 @@ class GradStack(ABC):
         """The first ``count`` rows."""
 
     @abstractmethod
+    def like(self, stack: GradStack) -> GradStack:
+        """What `scaled`, `columns` and `first` made of this stack, made of another one.
+
+        The other one holds the same microbatches, whole, with gradients taken elsewhere.
+        """
+
+    @abstractmethod
     def at(self, params: Params) -> GradStack:
         """The same batch, random numbers and incoming buffers at other parameters.
 

@@ -86,6 +86,10 @@ class JoinedStack(GradStack):
         """Part by part."""
         return JoinedStack(tuple(part.first(count) for part in self.parts))
 
+    def like(self, stack: GradStack) -> GradStack:
+        """Part by part."""
+        return JoinedStack(tuple(part.like(stack) for part in self.parts))
+
     def at(self, params: Params) -> GradStack:
         """Part by part, all at the same parameters."""
         return JoinedStack(tuple(part.at(params) for part in self.parts))
@@ -168,6 +172,10 @@ class SelectedStack(GradStack):
     def first(self, count: int) -> GradStack:
         """Both, cut short."""
         return SelectedStack(self.when, self.new.first(count), self.old.first(count))
+
+    def like(self, stack: GradStack) -> GradStack:
+        """As both were."""
+        return SelectedStack(self.when, self.new.like(stack), self.old.like(stack))
 
     def at(self, params: Params) -> GradStack:
         """Both, elsewhere."""

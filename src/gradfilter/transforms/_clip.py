@@ -103,7 +103,7 @@ UnitDims = Callable[[str], "int | tuple[int, ...] | None"]
 
 
 def agc_clip(
-    clipping: float | None = 0.01,
+    clipping: float | Tensor | None = 0.01,
     *,
     eps: float = 1e-3,
     exclude: Callable[[str], bool] | None = None,
@@ -166,11 +166,14 @@ def agc_clip(
             assert clipping is not None  # off
             over = _within_unit(name, g.ndim, unit_dims)
             limit = clipping * _unit_norms(params[name], over).clamp(min=eps)
+            if isinstance(clipping, Tensor):  # a schedule that ends at 0 ends the clipping
+                limit = torch.where(clipping == 0, torch.inf, limit)
             factors = _shrink(_unit_norms(g, over), limit)
             clipped[name] = torch.where(factors < 1, g * factors.to(g.dtype), g)
             shrunk.append((factors < 1).sum())
             units += factors.numel()
-        total = torch.stack(shrunk).sum() if shrunk else next(iter(grads.values())).new_zeros(())
+        nothing = torch.zeros((), dtype=torch.int64, device=_tree.device_of(grads))
+        total = torch.stack(shrunk).sum() if shrunk else nothing
         return clipped, state, {"clipped_fraction": total / max(units, 1)}
 
     return link("agc_clip", "tree -> tree", update, publishes=("clipped_fraction",))

@@ -54,6 +54,10 @@ def plateau(
             'Expected 0 < factor < 1, patience >= 0 and mode "min" or "max", found '
             f"factor={factor}, patience={patience}, mode={mode!r}."
         )
+    if min_value > max_value:
+        raise ValueError(
+            f"Expected min_value <= max_value, found min_value={min_value}, max_value={max_value}."
+        )
     warm = constant(1.0, warmup_steps=warmup_steps, init_value=0.0)
     start = min_value if init_value is None else init_value
     sign = 1.0 if mode == "min" else -1.0
@@ -82,7 +86,7 @@ def plateau(
         rise = warm(count).to(count.device)
         return start + (state["value"] - start) * rise, state
 
-    return Schedule(at, max(max_value, start), min(min_value, start), init)
+    return Schedule(at, max_value, min_value, init)
 
 
 def proportional(lr: Schedule, rho_min: float, rho_max: float) -> Schedule:

@@ -99,7 +99,8 @@ def check_leaves(name: str, grads: GradStack | Tree, params: Params) -> None:
         if shape != params[leaf].shape:
             raise ValueError(
                 f"{name}: expected gradient {leaf!r} of shape {tuple(params[leaf].shape)}, found "
-                f"{tuple(shape)}. Stacked rows need a reducer first: {REDUCERS}."
+                f"{tuple(shape)}. For stacked rows, put a reducer first ({REDUCERS}), or "
+                "wrap them in DenseStack where the link takes rows as well as a tree."
             )
 
 
@@ -111,6 +112,7 @@ def check_number(
     low: float,
     high: float = float("inf"),
     open_low: bool = False,
+    open_high: bool = False,
     fix: str,
 ) -> None:
     """Refuse a number out of range; tensors (scheduled values) are taken on trust.
@@ -120,9 +122,10 @@ def check_number(
     if isinstance(value, Tensor):
         return
     bad_type = isinstance(value, bool) or not isinstance(value, (int, float))
-    if bad_type or not (low <= value <= high) or (open_low and value == low):
+    outside = bad_type or not low <= value <= high
+    if outside or (open_low and value == low) or (open_high and value == high):
         sign = "<" if open_low else "<="
-        top = f" <= {high:g}" if high != float("inf") else ""
+        top = f" {'<' if open_high else '<='} {high:g}" if high != float("inf") else ""
         raise ValueError(
             f"{link_name}: expected {low:g} {sign} {argument}{top}, found {argument}={value!r}. "
             f"{fix}"

@@ -24,14 +24,18 @@ def new_count(params: Params) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=_tree.device_of(params))
 
 
-def schedule_count(own: Tensor, extra: dict[str, Any]) -> Tensor:
-    """The count that drives schedules: the caller's ``count=``, else the link's own."""
+def schedule_value(
+    schedule: Schedule, own: Tensor, state: State, extra: dict[str, Any]
+) -> tuple[Tensor, State]:
+    """The value of a schedule at the caller's ``count=``, else at the link's own count."""
     given = extra.get("count")
     if given is None:
-        return own
-    if isinstance(given, Tensor):
-        return given.to(own.device)
-    return torch.full_like(own, given)
+        count = own
+    elif isinstance(given, Tensor):
+        count = given.to(own.device)
+    else:
+        count = torch.full_like(own, given)
+    return schedule.at(count, state, **{k: v for k, v in extra.items() if k != "count"})
 
 
 def update_rule(
@@ -68,7 +72,7 @@ def update_rule(
     ) -> tuple[Tree, State, Out]:
         for buffer in buffers:
             check_leaves(f"{name}: state {buffer!r}", state[buffer], params)
-        value, lr_state = schedule.at(schedule_count(state["count"], extra), state["lr"], **extra)
+        value, lr_state = schedule_value(schedule, state["count"], state["lr"], extra)
         t = state["count"] + 1
         updates: Tree = {}
         kept: dict[str, Tree] = {buffer: {} for buffer in buffers}

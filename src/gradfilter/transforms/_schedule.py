@@ -31,7 +31,7 @@ class Schedule:
     Attributes:
         at: ``at(count, state, **extra) -> (value (), state)``, pure.
         init: ``init(count) -> state``; only `plateau` remembers anything.
-        max_value: The largest value, which `proportional` refers to.
+        max_value: The largest value after the warm-up; `proportional` refers to both.
         min_value: The smallest one.
 
     Calling a schedule that remembers nothing gives its value:
@@ -78,7 +78,7 @@ def after_warmup(
         rising = start + (max_value - start) * k / max(warmup_steps, 1)
         return torch.where(k < warmup_steps, rising, curve((k - warmup_steps).clamp(min=0))), state
 
-    return Schedule(at, max(max_value, start), min(min_value, start))
+    return Schedule(at, max_value, min_value)
 
 
 def progress(total_steps: int, warmup_steps: int) -> Curve:

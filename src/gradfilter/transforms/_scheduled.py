@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradfilter._types import Out, Params, State, Transform
-from gradfilter.transforms._rule import new_count, schedule_count
+from gradfilter.transforms._rule import new_count, schedule_value
 from gradfilter.transforms._schedule import Schedule
 
 
@@ -61,10 +61,11 @@ def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transfo
         }
 
     def update(grads: Any, state: State, params: Params, /, **extra: Any) -> tuple[Any, State, Out]:
-        count = schedule_count(state["count"], extra)
         values, schedule_states = {}, {}
         for name, s in moving.items():
-            values[name], schedule_states[name] = s.at(count, state["schedules"][name], **extra)
+            values[name], schedule_states[name] = schedule_value(
+                s, state["count"], state["schedules"][name], extra
+            )
         link = factory(**fixed, **values)
         grads, link_state, out = link.update(grads, state["link"], params, **extra)
         state = {

@@ -22,11 +22,7 @@ def constant(value: float, *, warmup_steps: int = 0, init_value: float | None = 
         [0.0, 0.5, 1.0, 1.0]
     """
     start = 0.0 if init_value is None else init_value
-    low = min(value, start) if warmup_steps else value
-    schedule = after_warmup(
-        lambda k: torch.full_like(k, value), value, min(value, low), warmup_steps, start
-    )
-    return Schedule(schedule.at, value, low)
+    return after_warmup(lambda k: torch.full_like(k, value), value, value, warmup_steps, start)
 
 
 def linear(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -88,7 +89,7 @@ def sam_perturb(
         weights = finite / finite.sum().clamp(min=1).to(_tree.wide(finite))
         if per_microbatch:
             near = torch.vmap(perturbed, in_dims=(None, 0))(params, rows.stacked())
-            again = rows.at_rows(near)
+            again = _named_errors(rows.at_rows, near)
         else:
             again = _rows_at(perturbed(params, rows.combine(weights)), rows, extra)
         gap = _surrogate_gap(rows, again, weights)
@@ -129,14 +130,20 @@ def sam_perturb(
 def _rows_at(params: Params, rows: GradStack | None, extra: Any) -> GradStack:
     """The rows at other parameters, from the caller's grad_fn if there is one."""
     if "grad_fn" in extra:
-        return as_stack(extra["grad_fn"](params))
+        fresh = as_stack(extra["grad_fn"](params))
+        # Rows that were clipped or removed stay so, as they do in `at`.
+        return fresh if rows is None else rows.like(fresh)
     if rows is None:
         raise ValueError(
             "sam_perturb: expected the rows in the chain, or grad_fn(params) -> rows as an extra "
             "keyword, found neither. Start the chain from rows, or call update(..., grad_fn=...)."
         )
+    return _named_errors(rows.at, params)
+
+
+def _named_errors(question: Callable[[Params], GradStack], params: Params) -> GradStack:
     try:
-        return rows.at(params)
+        return question(params)
     except ValueError as error:
         raise ValueError(f"sam_perturb: {error}") from error
 

@@ -1,0 +1,1 @@
+"""Measurements that decide what the library does; run from the root of the repository."""

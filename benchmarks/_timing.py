@@ -1,0 +1,112 @@
+"""Timing of contenders against each other: interleaved, in rotating order, with the spread.
+
+On a machine that also does other work, speed drifts over seconds and minutes. Contenders that are
+timed one after the other then compare moments, not programs. Here every round runs each contender
+once and starts one place further on, and contenders are compared round by round.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+Contender = Callable[[], object]
+Clock = Callable[[Contender], float]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What is reported of a list of measurements."""
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Spread":
+        # quantiles() needs two values; one value is its own spread.
+        low, median, high = statistics.quantiles(
+            values if len(values) > 1 else values * 2, n=4, method="inclusive"
+        )
+        return cls(median, low, high, min(values), max(values))
+
+
+@dataclass
+class Timings:
+    """Seconds per round of each contender, and why the others have none."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def seconds_of(self, name: str) -> Spread:
+        return Spread.of(self.seconds[name])
+
+    def ratio_to(self, base: str, name: str) -> Spread:
+        """Ratios taken within each round, where a drift of the machine cancels."""
+        pairs = zip(self.seconds[name], self.seconds[base], strict=True)
+        return Spread.of([own / other for own, other in pairs])
+
+
+def clock_for(device: torch.device) -> Clock:
+    """How to time one call on a device, in seconds."""
+    return _cuda_seconds if device.type == "cuda" else _cpu_seconds
+
+
+def _cpu_seconds(contender: Contender) -> float:
+    start = time.perf_counter()
+    contender()
+    return time.perf_counter() - start
+
+
+def _cuda_seconds(contender: Contender) -> float:
+    # The device is idle when the first event is recorded, so time in which it waits for the host
+    # to launch kernels counts, as it does in training.
+    torch.cuda.synchronize()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    contender()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def rotations(names: list[str], rounds: int) -> Iterator[list[str]]:
+    """The order of each round: every contender comes first, second, ... equally often."""
+    for r in range(rounds):
+        start = r % len(names)
+        yield names[start:] + names[:start]
+
+
+def interleave(
+    contenders: dict[str, Contender], rounds: int, clock: Clock, *, warmup: int = 1
+) -> Timings:
+    """Time every contender once per round, after rounds that are not counted.
+
+    A contender that raises takes no further part, and its reason is kept.
+    """
+    timings = Timings({name: [] for name in contenders})
+    for number, order in enumerate(rotations(list(contenders), warmup + rounds)):
+        for name in order:
+            if name in timings.failures:
+                continue
+            try:
+                seconds = clock(contenders[name])
+            except Exception as error:  # whatever it is, it goes into the report
+                timings.failures[name] = reason(error)
+                del timings.seconds[name]
+                continue
+            if number >= warmup:
+                timings.seconds[name].append(seconds)
+    return timings
+
+
+def reason(error: Exception) -> str:
+    """One line about an error; text only, for its traceback would keep tensors alive."""
+    text = str(error).strip()
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in text:
+        return "out of memory"
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+def images(notebook):
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return [output for output in outputs if "image/png" in output.get("data", {})]
+
+
+def test_there_are_notebooks():
+    assert "quickstart" in {path.stem for path in NOTEBOOKS}
+
+
+# The kernel is another process, so what is ignored here is only the plumbing's own notices; which
+# of them appear depends on the versions of these packages, not on the notebook.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:(jupyter_|nbclient|traitlets|zmq)")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_from_top_to_bottom_and_draws(path, tmp_path, monkeypatch):
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel would inherit it and draw nothing
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    client = NotebookClient(
+        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+    )
+    client.execute()
+    assert len(images(notebook)) >= 2
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_is_committed_with_its_pictures_and_nothing_of_the_machine(path):
+    text = path.read_text()
+    assert len(images(nbformat.reads(text, as_version=4))) >= 2
+    assert len(text) < 400_000
+    assert 'execution": {' not in text  # time stamps, which change with every run
+    assert not any(folder in text for folder in ("/home/", "/root/", "/tmp/", "/Users/"))

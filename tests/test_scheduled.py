@@ -1,0 +1,217 @@
+"""Schedules at work: in update rules, and through `scheduled` in any link."""
+
+import pytest
+import torch
+
+import gradfilter as gf
+from _naive import (
+    assert_close,
+    assert_same,
+    normal_tree,
+    random_matrix,
+    run,
+    unflat,
+)
+from _regression import make_batch, make_params, make_rows, problem
+
+STEPS = 8
+rows = lambda k: gf.DenseStack(unflat(random_matrix(k, 5)))  # noqa: E731
+tree = lambda k: normal_tree(k)  # noqa: E731
+
+# Link -> what is scheduled, what is fixed, and what kind of gradients it takes. The schedules
+# pass 2 (from which on a filter accepts everything) and end at the edge of what is allowed.
+STATELESS = {
+    "agree_filter": (gf.agree_filter, {"threshold": gf.linear(2.5, 6)}, {}, rows),
+    "agree_filter halving": (
+        gf.agree_filter,
+        {"threshold": gf.cosine(2.5, 6, min_value=0.7)},
+        {"average": "halving", "against": "first"},
+        rows,
+    ),
+    "consensus_filter": (
+        gf.consensus_filter,
+        {"threshold": gf.linear(1.5, 6, min_value=0.5)},
+        {},
+        rows,
+    ),
+    "consensus_filter hard": (
+        gf.consensus_filter,
+        {"threshold": gf.linear(2.5, 6)},
+        {"soft": False},
+        rows,
+    ),
+    "sign_agreement": (gf.sign_agreement, {"fraction": gf.linear(1.0, 5)}, {}, rows),
+    "clip_per_row": (gf.clip_per_row, {"max_norm": gf.linear(5, 6, min_value=0.1)}, {}, rows),
+    "clip_by_global_norm": (
+        gf.clip_by_global_norm,
+        {"max_norm": gf.linear(5, 6, min_value=0.1)},
+        {},
+        tree,
+    ),
+    "agc_clip": (gf.agc_clip, {"clipping": gf.linear(1.0, 9, min_value=0.01)}, {}, tree),
+    "agc_clip until it is off": (gf.agc_clip, {"clipping": gf.linear(1.0, 5)}, {}, tree),
+    "agc_clip eps": (
+        gf.agc_clip,
+        {"eps": gf.step(10.0, 2), "clipping": gf.poly(0.3, -0.5)},
+        {},
+        tree,
+    ),
+}
+
+
+def comparable(grads):
+    return grads.stacked() if isinstance(grads, gf.GradStack) else grads
+
+
+@pytest.mark.parametrize("case", STATELESS)
+def test_a_scheduled_link_is_the_factory_called_by_hand_in_every_step(case):
+    factory, schedules, fixed, grads_of = STATELESS[case]
+    link, params = gf.scheduled(factory, **schedules, **fixed), normal_tree(100)
+    state, moved = link.init(params), []
+    at_first = factory(**{name: s(0).item() for name, s in schedules.items()}, **fixed)
+    for k in range(STEPS):
+        values = {name: schedule(k) for name, schedule in schedules.items()}
+        by_hand = factory(**{name: v.item() for name, v in values.items()}, **fixed)
+        expected, expected_out = run(by_hand, grads_of(k), params)
+        grads, state, out = link.update(grads_of(k), state, params)
+        assert_close(comparable(grads), comparable(expected))
+        assert_close(out, expected_out | values)
+        assert set(out) <= link.publishes
+        unmoved = comparable(run(at_first, grads_of(k), params)[0])
+        moved.append(not torch.equal(comparable(grads)["fc.weight"], unmoved["fc.weight"]))
+    assert state["count"] == STEPS
+    assert any(moved)  # the schedule matters
+
+
+@pytest.mark.parametrize("adaptive", [None, "asam", "gsam"])
+def test_a_scheduled_radius_is_sam_perturb_called_by_hand(adaptive):
+    params, batch = make_params(), make_batch()
+    rho = gf.linear(0.5, 4, min_value=0.1, warmup_steps=2)
+    link, stack = gf.scheduled(gf.sam_perturb, rho=rho, adaptive=adaptive), make_rows(params, batch)
+    state = link.init(params)
+    for k in range(5):
+        again, state, out = link.update(stack, state, params)
+        by_hand = gf.sam_perturb(rho(k).item(), adaptive=adaptive)
+        assert_close(again.stacked(), run(by_hand, stack, params)[0].stacked())
+        assert out["rho"] == rho(k)
+
+
+def test_a_scheduled_alpha_is_gsam_decompose_called_by_hand():
+    alpha, params = gf.linear(0.6, 3), normal_tree(0)
+    link = gf.scheduled(gf.gsam_decompose, alpha=alpha)
+    state, clean, h = link.init(params), normal_tree(1), normal_tree(2)
+    for k in range(5):
+        d, state, _ = link.update(h, state, params, clean_grads=clean)
+        assert_close(d, run(gf.gsam_decompose(alpha(k).item()), h, clean_grads=clean)[0])
+
+
+MOVING = {
+    "sgd": {
+        "momentum": gf.linear(0.9, 6, min_value=0.2, warmup_steps=2, init_value=0.5),
+        "dampening": gf.linear(0.5, 4),
+        "weight_decay": gf.cosine(0.1, 5),
+    },
+    "adam": {"weight_decay": gf.linear(0.1, 5), "eps": gf.step(0.1, 3)},
+    "adamw": {"lr": gf.cosine(0.1, 6), "weight_decay": gf.linear(0.1, 5)},
+    "rmsprop": {"alpha": gf.linear(0.99, 6, min_value=0.5), "momentum": gf.poly(0.9, -0.5)},
+}
+
+
+@pytest.mark.parametrize("rule", MOVING)
+def test_a_scheduled_update_rule_is_the_factory_called_by_hand(rule):
+    factory = getattr(gf, rule)
+    schedules = {"lr": gf.constant(0.05), **MOVING[rule]}
+    update, params = gf.scheduled(factory, **schedules), normal_tree(0)
+    expected = params
+    state, hand_state = update.init(params), None
+    for k in range(STEPS):
+        by_hand = factory(**{name: schedule(k).item() for name, schedule in schedules.items()})
+        hand_state = by_hand.init(params) if hand_state is None else hand_state
+        expected, hand_state, _ = by_hand(expected, hand_state, normal_tree(k + 1))
+        params, state, info = update(params, state, normal_tree(k + 1))
+        assert_close(params, expected)
+        assert info[f"{rule}/lr"] == schedules["lr"](k)
+
+
+def test_a_skipped_step_does_not_advance_a_schedule():
+    update = gf.chain(
+        gf.scheduled(gf.agc_clip, clipping=gf.linear(1.0, 10)), gf.sgd(gf.linear(0.1, 10))
+    )
+    params = normal_tree(0)
+    state = update.init(params)
+    clippings, lrs = [], []
+    for k in range(6):
+        keep = torch.tensor(k not in (1, 2))
+        params, state, info = update(params, state, normal_tree(k), keep=keep)
+        clippings.append(info["agc_clip/clipping"].item())
+        lrs.append(info["sgd/lr"].item())
+    assert clippings == pytest.approx([1.0, 0.9, 0.9, 0.9, 0.8, 0.7])
+    assert lrs == pytest.approx([0.1, 0.09, 0.09, 0.09, 0.08, 0.07])
+
+
+@pytest.mark.parametrize("count", [7, torch.tensor(7), torch.tensor(7, dtype=torch.int32)])
+def test_count_drives_every_schedule_and_nothing_else(count):
+    lr, clipping = gf.cosine(0.1, 10, warmup_steps=3), gf.linear(1.0, 10)
+    update = gf.chain(gf.scheduled(gf.agc_clip, clipping=clipping), gf.adam(lr))
+    params, g = normal_tree(0), normal_tree(1)
+    state = update.init(params)
+    moved, driven, info = update(params, state, g, count=count)
+    assert info["adam/lr"] == lr(7)
+    assert info["agc_clip/clipping"] == clipping(7)
+    # Bias correction still counts the steps applied.
+    assert driven["adam"]["count"] == 1
+    by_hand = gf.chain(gf.agc_clip(clipping(7).item()), gf.adam(lr(7).item()))
+    assert_close(moved, by_hand(params, by_hand.init(params), g)[0])
+
+
+def test_rho_and_lr_of_one_step_belong_together():
+    params, batch, *_ = problem()
+    lr = gf.cosine(0.1, 8, min_value=0.01, warmup_steps=3)
+    rho = gf.proportional(lr, 0.02, 0.06)
+    update = gf.chain(gf.mean_rows(), gf.scheduled(gf.sam_perturb, rho=rho), gf.sgd(lr))
+    state = update.init(params)
+    for k in range(10):
+        keep = torch.tensor(k != 4)
+        params, state, info = update(params, state, make_rows(params, batch), keep=keep)
+        part = (info["sgd/lr"] - 0.01) / (0.1 - 0.01)
+        assert_close(info["sam_perturb/rho"], 0.02 + (0.06 - 0.02) * part)
+        assert info["sgd/lr"] == lr(k - (k > 4))
+
+
+def test_a_metric_reaches_the_plateau_through_the_update():
+    update = gf.chain(gf.agc_clip(0.1), gf.sgd(gf.plateau(0.1, factor=0.5, patience=0)))
+    params = normal_tree(0)
+    state, lrs = update.init(params), []
+    for k, metric in enumerate((2.0, None, 3.0, 1.0, None, 1.0)):
+        extra = {} if metric is None else {"value": torch.tensor(metric)}
+        params, state, info = update(params, state, normal_tree(k), **extra)
+        lrs.append(info["sgd/lr"].item())
+    assert lrs == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.05, 0.025])
+
+
+def test_a_skipped_step_forgets_its_metric():
+    update = gf.sgd(gf.plateau(0.1, factor=0.5, patience=0))
+    params = normal_tree(0)
+    state = update(params, update.init(params), params, value=torch.tensor(1.0))[1]
+    skipped = update(params, state, params, value=torch.tensor(2.0), keep=torch.tensor(False))[1]
+    assert_same(gf.state_dict(skipped), gf.state_dict(state))
+
+
+def test_schedules_are_recognised_by_type_and_callables_are_not():
+    with pytest.raises(ValueError, match="found lr=<function"):
+        gf.adamw(lambda k: 0.1)
+    with pytest.raises(TypeError, match="at least one Schedule"):
+        gf.scheduled(gf.agree_filter, threshold=lambda k: 0.97)
+    with pytest.raises(TypeError, match="at least one Schedule"):
+        gf.scheduled(gf.agree_filter, threshold=0.97)
+    # A function that is meant as a function is handed on as it is.
+    excluding = gf.scheduled(gf.agc_clip, clipping=gf.constant(0.01), exclude=lambda name: True)
+    g = normal_tree(1)
+    assert_same(run(excluding, g)[0], g)
+
+
+def test_unknown_arguments_are_refused_by_name():
+    with pytest.raises(TypeError, match=r"unknown \['limit'\]"):
+        gf.scheduled(gf.agc_clip, limit=gf.constant(0.1))
+    with pytest.raises(ValueError, match="found threshold=-1"):
+        gf.scheduled(gf.agree_filter, threshold=gf.linear(-1, 10, min_value=-2))
