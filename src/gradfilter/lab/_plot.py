@@ -1,0 +1,77 @@
+"""The curves of a comparison in one figure."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from gradfilter.lab._evaluation import Evaluation
+
+# Okabe and Ito's colours, told apart by everyone; the dashes serve those who print in grey.
+STYLES = [("#D55E00", "--"), ("#0072B2", "-."), ("#009E73", "-")]
+GREY = "#595959"
+
+
+def curves(evaluations: Sequence[Evaluation], labels: Mapping[str, str], title: str) -> bytes:
+    """A PNG of test accuracy and memorised wrong labels against the step.
+
+    With several seeds the line is their mean and the band one standard deviation to each side.
+
+    Args:
+        evaluations: Those to be shown.
+        labels: What to call every method, by name.
+        title: Says what was run.
+    """
+    # Not through pyplot, which would keep the figure and choose a back end for the whole process.
+    figure = Figure(figsize=(10, 4.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for (name, label), (colour, dashes) in zip(labels.items(), STYLES, strict=True):
+        own = [e for e in evaluations if e.run == name]
+        for axes, field in ((left, "test_accuracy"), (right, "memorised")):
+            steps, mean, sd = _by_step(own, field)
+            axes.plot(steps, mean, dashes, color=colour, label=label, linewidth=2)
+            axes.fill_between(steps, mean - sd, mean + sd, color=colour, alpha=0.18, linewidth=0)
+    _dress(left, "accuracy on the clean test split (%)")
+    _dress(right, "wrong training labels memorised (%)")
+    right.set_ylim(-3, 103)
+    if all(math.isnan(e.memorised) for e in evaluations):
+        right.text(
+            0.5, 0.5, "no label is wrong", ha="center", color=GREY, transform=right.transAxes
+        )
+    figure.suptitle(title, fontsize=11)
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+    )
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()
+
+
+def _by_step(
+    evaluations: Sequence[Evaluation], field: str
+) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Steps, and the mean and standard deviation in per cent over the seeds at each."""
+    values: dict[int, list[float]] = {}
+    for evaluation in evaluations:
+        values.setdefault(evaluation.step, []).append(100 * getattr(evaluation, field))
+    steps = sorted(values)
+    mean = np.array([np.mean(values[step]) for step in steps])
+    sd = np.array([np.std(v, ddof=1) if len(v := values[step]) > 1 else 0.0 for step in steps])
+    return steps, mean, sd
+
+
+def _dress(axes: Axes, ylabel: str) -> None:
+    axes.set_xlabel("step")
+    axes.set_ylabel(ylabel)
+    axes.margins(x=0.02)
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(color=GREY, labelcolor=GREY)

@@ -1,0 +1,47 @@
+"""What a user may ask for, and the one line that says what was wrong with it."""
+
+from __future__ import annotations
+
+import torch
+
+
+class UsageError(ValueError):
+    """A bad value: its message is one line that says what, why and how to mend it."""
+
+
+def check(condition: bool, option: str, expected: str, found: object, fix: str) -> None:
+    """Raise a `UsageError` unless ``condition`` holds.
+
+    Example:
+        >>> check(0 > 1, "--steps", ">= 1", 0, "800 is the default.")
+        Traceback (most recent call last):
+            ...
+        gradfilter.lab._usage.UsageError: --steps: expected >= 1, found 0. 800 is the default.
+    """
+    if not condition:
+        raise UsageError(f"{option}: expected {expected}, found {found}. {fix}")
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of this name, if torch knows it and this machine has it.
+
+    Raises:
+        UsageError: It does not.
+    """
+    here = ["cpu", *_accelerators()]
+    expected, fix = "a device of this machine", f"Available: {', '.join(here)}."
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        # What torch says here lists every back end that it was ever compiled for.
+        device = None
+    check(device is not None and str(device) in here, "--device", expected, repr(name), fix)
+    assert device is not None
+    return device
+
+
+def _accelerators() -> list[str]:
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is None:
+        return []
+    return [kind.type, *(f"{kind.type}:{i}" for i in range(torch.accelerator.device_count()))]
