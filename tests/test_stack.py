@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import gradfilter as gf
 from _cases import make_params, make_rows, make_stack
-from gradfilter.grads._views import JoinedStack, SelectedStack
+from gradfilter.grads._views import choose, join
 
 
 def matrix(stack):
@@ -29,13 +29,13 @@ def scaled():
 
 def joined():
     stack = dense()
-    return JoinedStack(
-        (stack.columns(["head.bias", "body.conv"]), stack.columns(["body.weight", "head.weight"]))
+    return join(
+        stack.columns(["head.bias", "body.conv"]), stack.columns(["body.weight", "head.weight"])
     )
 
 
 def selected():
-    return SelectedStack(torch.tensor(True), scaled(), dense())
+    return choose(torch.tensor(True), scaled(), dense())
 
 
 KINDS = {"dense": dense, "scaled": scaled, "joined": joined, "selected": selected}

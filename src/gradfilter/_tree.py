@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+T = TypeVar("T")
 
 # Columns per partial product. Short float32 sums lose little, and their totals are added up in
 # float64: at 11 million columns the Gram is off by 3e-7 instead of 3e-3, and twice as fast.
@@ -109,7 +111,7 @@ def norm(tree: Mapping[str, Tensor]) -> Tensor:
     return sq_norm(tree).sqrt()
 
 
-def select(keep: Tensor | bool, new: Any, old: Any) -> Any:
+def select(keep: Tensor | bool, new: T, old: T) -> T:
     """``new`` where ``keep`` is true, else ``old``, bit for bit and without asking the host.
 
     ``torch.where`` leaf by leaf: a product with 0 or 1 would lose the sign of −0.0 and turn
@@ -134,7 +136,8 @@ def select(keep: Tensor | bool, new: Any, old: Any) -> Any:
             return n
         return torch.where(flag(keep, n.device), n, o)
 
-    return tree_map(pick, new, old)
+    chosen: T = tree_map(pick, new, old)
+    return chosen
 
 
 def flag(value: Tensor | bool, device: torch.device) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,31 +13,21 @@ from gradfilter import _tree
 from gradfilter._types import Params, Tree
 from gradfilter.grads._stack import GradStack
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, eq=False)
 class JoinedStack(GradStack):
-    """J = [J_1, J_2, ...]: the same rows, the leaves of several stacks side by side."""
+    """J = [J_1, J_2, ...], made by `join`."""
 
     parts: tuple[GradStack, ...]
+    losses: Tensor | None
+    buffers: Tree
+    aux: Any
 
     def __len__(self) -> int:
         """M."""
         return len(self.parts[0])
-
-    @property
-    def losses(self) -> Tensor | None:  # type: ignore[override]
-        """The losses of the first part: the rows are the same in all."""
-        return self.parts[0].losses
-
-    @property
-    def buffers(self) -> Tree:  # type: ignore[override]
-        """The buffers of the first part."""
-        return self.parts[0].buffers
-
-    @property
-    def aux(self) -> Any:
-        """The aux of the first part."""
-        return self.parts[0].aux
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -73,63 +63,55 @@ class JoinedStack(GradStack):
 
     def scaled(self, factors: Tensor) -> GradStack:
         """Part by part."""
-        return JoinedStack(tuple(part.scaled(factors) for part in self.parts))
+        return join(*(part.scaled(factors) for part in self.parts))
 
     def columns(self, names: Collection[str]) -> GradStack:
         """The chosen leaves of every part that has some."""
         chosen = [
             (part, [name for name in part.shapes if name in set(names)]) for part in self.parts
         ]
-        return JoinedStack(tuple(part.columns(own) for part, own in chosen if own))
+        return join(*(part.columns(own) for part, own in chosen if own))
 
     def first(self, count: int) -> GradStack:
         """Part by part."""
-        return JoinedStack(tuple(part.first(count) for part in self.parts))
+        return join(*(part.first(count) for part in self.parts))
 
     def like(self, stack: GradStack) -> GradStack:
         """Part by part."""
-        return JoinedStack(tuple(part.like(stack) for part in self.parts))
+        return join(*(part.like(stack) for part in self.parts))
 
     def at(self, params: Params) -> GradStack:
         """Part by part, all at the same parameters."""
-        return JoinedStack(tuple(part.at(params) for part in self.parts))
+        return join(*(part.at(params) for part in self.parts))
 
     def at_rows(self, params: Tree) -> GradStack:
         """Part by part, all at the same parameters."""
-        return JoinedStack(tuple(part.at_rows(params) for part in self.parts))
+        return join(*(part.at_rows(params) for part in self.parts))
+
+
+def join(*parts: GradStack) -> GradStack:
+    """The same rows with the leaves of several stacks side by side."""
+    first = parts[0]
+    return JoinedStack(parts, first.losses, first.buffers, first.aux)
 
 
 @dataclass(frozen=True, eq=False)
 class SelectedStack(GradStack):
-    """``new`` where a bool tensor says so, else ``old``, without asking the host."""
+    """Row for row one of two stacks, made by `choose`."""
 
     when: Tensor
     new: GradStack
     old: GradStack
+    losses: Tensor | None
+    buffers: Tree
+    aux: Any
 
-    def _pick(self, new: Any, old: Any) -> Any:
+    def _pick(self, new: T, old: T) -> T:
         return _tree.select(self.when, new, old)
 
     def __len__(self) -> int:
         """M."""
         return len(self.old)
-
-    @property
-    def losses(self) -> Tensor | None:  # type: ignore[override]
-        """The losses of the chosen stack."""
-        if self.new.losses is None or self.old.losses is None:
-            return None
-        return self._pick(self.new.losses, self.old.losses)  # type: ignore[no-any-return]
-
-    @property
-    def buffers(self) -> Tree:  # type: ignore[override]
-        """The buffers of the first pass."""
-        return self.old.buffers
-
-    @property
-    def aux(self) -> Any:
-        """The aux of the first pass."""
-        return self.old.aux
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -139,48 +121,58 @@ class SelectedStack(GradStack):
     @property
     def live(self) -> Tensor:
         """Of the chosen stack."""
-        return self._pick(self.new.live, self.old.live)  # type: ignore[no-any-return]
+        return self._pick(self.new.live, self.old.live)
 
     def gram(self) -> Tensor:
         """Of the chosen stack."""
-        return self._pick(self.new.gram(), self.old.gram())  # type: ignore[no-any-return]
+        return self._pick(self.new.gram(), self.old.gram())
 
     def combine(self, weights: Tensor) -> Tree:
         """Of the chosen stack."""
-        return self._pick(self.new.combine(weights), self.old.combine(weights))  # type: ignore[no-any-return]
+        return self._pick(self.new.combine(weights), self.old.combine(weights))
 
     def dot(self, tree: Mapping[str, Tensor]) -> Tensor:
         """Of the chosen stack."""
-        return self._pick(self.new.dot(tree), self.old.dot(tree))  # type: ignore[no-any-return]
+        return self._pick(self.new.dot(tree), self.old.dot(tree))
 
     def sq_norms(self) -> Tensor:
         """Of the chosen stack."""
-        return self._pick(self.new.sq_norms(), self.old.sq_norms())  # type: ignore[no-any-return]
+        return self._pick(self.new.sq_norms(), self.old.sq_norms())
 
     def stacked(self) -> Tree:
         """Of the chosen stack."""
-        return self._pick(self.new.stacked(), self.old.stacked())  # type: ignore[no-any-return]
+        return self._pick(self.new.stacked(), self.old.stacked())
 
     def scaled(self, factors: Tensor) -> GradStack:
         """Both, scaled."""
-        return SelectedStack(self.when, self.new.scaled(factors), self.old.scaled(factors))
+        return choose(self.when, self.new.scaled(factors), self.old.scaled(factors))
 
     def columns(self, names: Collection[str]) -> GradStack:
         """Both, on some leaves."""
-        return SelectedStack(self.when, self.new.columns(names), self.old.columns(names))
+        return choose(self.when, self.new.columns(names), self.old.columns(names))
 
     def first(self, count: int) -> GradStack:
         """Both, cut short."""
-        return SelectedStack(self.when, self.new.first(count), self.old.first(count))
+        return choose(self.when, self.new.first(count), self.old.first(count))
 
     def like(self, stack: GradStack) -> GradStack:
         """As both were."""
-        return SelectedStack(self.when, self.new.like(stack), self.old.like(stack))
+        return choose(self.when, self.new.like(stack), self.old.like(stack))
 
     def at(self, params: Params) -> GradStack:
         """Both, elsewhere."""
-        return SelectedStack(self.when, self.new.at(params), self.old.at(params))
+        return choose(self.when, self.new.at(params), self.old.at(params))
 
     def at_rows(self, params: Tree) -> GradStack:
         """Both, elsewhere."""
-        return SelectedStack(self.when, self.new.at_rows(params), self.old.at_rows(params))
+        return choose(self.when, self.new.at_rows(params), self.old.at_rows(params))
+
+
+def choose(when: Tensor, new: GradStack, old: GradStack) -> GradStack:
+    """``new`` where a bool tensor says so, else ``old``, without asking the host.
+
+    Buffers and aux are those of ``old``, the pass over the batch.
+    """
+    known = new.losses is not None and old.losses is not None
+    losses = _tree.select(when, new.losses, old.losses) if known else None
+    return SelectedStack(when, new, old, losses, old.buffers, old.aux)

@@ -10,7 +10,7 @@ import torch
 from gradfilter import _tree
 from gradfilter._types import Out, Params, State, Transform
 from gradfilter.grads._stack import GradStack
-from gradfilter.grads._views import SelectedStack
+from gradfilter.grads._views import choose
 from gradfilter.transforms._link import admit
 from gradfilter.transforms._reduce import mean_weights
 
@@ -52,7 +52,7 @@ def gate(link: Transform, when: str) -> Transform:
         if is_rule:
             result: Any = _tree.select(on, new, _tree.no_update(new))
         elif isinstance(new, GradStack):
-            result = SelectedStack(on, new, grads)
+            result = choose(on, new, grads)
         elif isinstance(grads, GradStack):
             weights = mean_weights(grads)
             result = _tree.select(on, new, grads.combine(weights))

@@ -12,7 +12,7 @@ from torch import Tensor
 from gradfilter import _tree
 from gradfilter._types import GLOBAL_NAMES, Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
-from gradfilter.grads._views import JoinedStack
+from gradfilter.grads._views import join
 from gradfilter.transforms._link import admit, link
 from gradfilter.transforms._reduce import mean_weights
 
@@ -99,7 +99,7 @@ def masked(link: Transform, names: Callable[[str], bool]) -> Transform:
 
 def _join(seen: Grads, others: Grads) -> Grads:
     if isinstance(seen, GradStack) and isinstance(others, GradStack):
-        return JoinedStack((seen, others))
+        return join(seen, others)
     assert isinstance(seen, dict) and isinstance(others, dict)
     return {**seen, **others}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradfilter.transforms._schedule import Curve, Schedule, after_warmup, progress
+from gradfilter.transforms._schedule import Schedule, after_warmup, progress
 
 
 def constant(value: float, *, warmup_steps: int = 0, init_value: float | None = None) -> Schedule:
@@ -48,7 +48,10 @@ def linear(
         [1.0, 0.75, 0.0, 0.0]
     """
     x = progress(total_steps, warmup_steps)
-    curve: Curve = lambda k: max_value + (min_value - max_value) * x(k)  # noqa: E731
+
+    def curve(k: Tensor) -> Tensor:
+        return max_value + (min_value - max_value) * x(k)
+
     return after_warmup(curve, max_value, min_value, warmup_steps, init_value)
 
 
@@ -109,7 +112,10 @@ def poly(
     """
     if power > 0:
         raise ValueError(f"Expected power <= 0, found power={power}. -0.5 is usual.")
-    curve: Curve = lambda k: min_value + (max_value - min_value) * (k + 1) ** power  # noqa: E731
+
+    def curve(k: Tensor) -> Tensor:
+        return min_value + (max_value - min_value) * (k + 1) ** power
+
     return after_warmup(curve, max_value, min_value, warmup_steps, init_value)
 
 

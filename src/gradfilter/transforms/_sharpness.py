@@ -116,8 +116,9 @@ def sam_perturb(
     def update(
         grads: GradStack | Tree, state: State, params: Params, /, **extra: Any
     ) -> tuple[Any, ...]:
-        place = on_rows if isinstance(grads, GradStack) else on_tree
-        return place(grads, state, params, extra)  # type: ignore[arg-type]
+        if isinstance(grads, GradStack):
+            return on_rows(grads, state, params, extra)
+        return on_tree(grads, state, params, extra)
 
     return link(
         "sam_perturb",
