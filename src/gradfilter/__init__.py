@@ -27,12 +27,12 @@ from gradfilter.transforms._following import proportional as proportional
 from gradfilter.transforms._gate import gate as gate
 from gradfilter.transforms._groups import freeze as freeze
 from gradfilter.transforms._groups import masked as masked
-from gradfilter.transforms._groups import partition as partition
 from gradfilter.transforms._link import link as link
 from gradfilter.transforms._optimizers import adam as adam
 from gradfilter.transforms._optimizers import adamw as adamw
 from gradfilter.transforms._optimizers import rmsprop as rmsprop
 from gradfilter.transforms._optimizers import sgd as sgd
+from gradfilter.transforms._partition import partition as partition
 from gradfilter.transforms._reduce import aggregate as aggregate
 from gradfilter.transforms._reduce import mean_rows as mean_rows
 from gradfilter.transforms._reduce import sign_agreement as sign_agreement

@@ -66,18 +66,24 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def no_autocast(tensor: Tensor) -> torch.autocast:
+    """Keeps a user's autocast from taking these products in half precision."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """``a bᵀ`` for (m, n) and (k, n): products in float32 or wider, totals in float64. (m, k)."""
     n, width = a.shape[1], max(BLOCK, 4 * len(a))
     whole = n - n % width
     a, b = at_least_float32(a), at_least_float32(b)
-    total: Tensor = (a[:, whole:] @ b[:, whole:].T).to(wide(a))
-    if whole:
-        blocks = torch.bmm(
-            rearrange(a[:, :whole], "m (c w) -> c m w", w=width),
-            rearrange(b[:, :whole], "k (c w) -> c w k", w=width),
-        )
-        total = total + blocks.sum(0, dtype=wide(a))
+    with no_autocast(a):
+        total: Tensor = (a[:, whole:] @ b[:, whole:].T).to(wide(a))
+        if whole:
+            blocks = torch.bmm(
+                rearrange(a[:, :whole], "m (c w) -> c m w", w=width),
+                rearrange(b[:, :whole], "k (c w) -> c w k", w=width),
+            )
+            total = total + blocks.sum(0, dtype=wide(a))
     return total
 
 
@@ -143,6 +149,11 @@ def select(keep: Tensor | bool, new: T, old: T) -> T:
 def flag(value: Tensor | bool, device: torch.device) -> Tensor:
     """A bool as a tensor of shape () on a device, made there rather than copied there."""
     if isinstance(value, Tensor):
+        if value.dtype != torch.bool or value.ndim:
+            raise ValueError(
+                f"Expected a bool or a bool tensor of shape (), found {value.dtype} of shape "
+                f"{tuple(value.shape)}. Compare, and reduce with .all() or .any()."
+            )
         return value.to(device)
     return torch.full((), value, dtype=torch.bool, device=device)
 
@@ -172,6 +183,8 @@ def no_update(tree: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def device_of(tree: Mapping[str, Tensor]) -> torch.device:
     """The device of the first leaf."""
+    if not tree:
+        raise ValueError("Expected at least one parameter, found none. Are all of them frozen?")
     return next(iter(tree.values())).device
 
 

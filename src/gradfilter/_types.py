@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradfilter._tree import device_of, donate_into, flag, select
@@ -91,17 +92,17 @@ class Transform:
                 f"Expected a chain that ends in an update rule, found one of kind {self.kind!r}. "
                 "End it with sgd(lr), adam(lr), adamw(lr) or rmsprop(lr)."
             )
-        updates, new_state, out = self.update(grads, state, params, **extra)
-        new_params = {name: p + updates[name] for name, p in params.items()}
-        keep = out.get("keep", extra.get("keep"))
-        if keep is None:
-            keep = flag(True, device_of(params))
-        else:
-            keep = flag(keep, device_of(params))
-            new_params = select(keep, new_params, params)
-            new_state = select(keep, new_state, state)
-        if donate:
-            new_params = donate_into(params, new_params)
-            new_state = donate_into(state, new_state)
+        # Parameters may come with requires_grad; a step is not part of anybody's graph.
+        with torch.no_grad():
+            updates, new_state, out = self.update(grads, state, params, **extra)
+            new_params = {name: p + updates[name] for name, p in params.items()}
+            keep = flag(out.get("keep", True), device_of(params))
+            keep = keep & flag(extra.get("keep", True), device_of(params))
+            if "keep" in out or "keep" in extra:
+                new_params = select(keep, new_params, params)
+                new_state = select(keep, new_state, state)
+            if donate:
+                new_params = donate_into(params, new_params)
+                new_state = donate_into(state, new_state)
         metrics = {self.metric(k): v for k, v in out.items() if k not in GLOBAL_NAMES}
         return new_params, new_state, {"keep": keep, **metrics}

@@ -1,4 +1,4 @@
-"""What a forward pass depends on beside its arguments: random numbers and autocast."""
+"""What a forward pass depends on beside its arguments: random numbers, autocast, training modes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -37,14 +37,15 @@ def random_state_restored(device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Ambient:
-    """A moment's random state and autocast settings, to be gone back to."""
+    """A moment's random state, autocast settings and training modes, to be gone back to."""
 
     device: torch.device
     random: dict[str, Tensor]
     autocast: tuple[tuple[str, torch.dtype, bool], ...]
+    training: tuple[tuple[nn.Module, bool], ...]
 
     @classmethod
-    def now(cls, device: torch.device) -> Ambient:
+    def now(cls, device: torch.device, model: nn.Module | None) -> Ambient:
         """Take the present settings down."""
         kinds = sorted({"cpu", device.type})
         return cls(
@@ -55,6 +56,7 @@ class Ambient:
                 for kind in kinds
                 if torch.amp.is_autocast_available(kind)
             ),
+            () if model is None else tuple((m, m.training) for m in model.modules()),
         )
 
     @contextmanager
@@ -64,5 +66,8 @@ class Ambient:
             stack.enter_context(random_state_restored(self.device))
             for kind, dtype, enabled in self.autocast:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+            for module, training in self.training:
+                stack.callback(setattr, module, "training", module.training)
+                module.training = training
             set_random_state(self.random, self.device)
             yield

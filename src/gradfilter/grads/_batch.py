@@ -28,6 +28,12 @@ def split(batch: Any, microbatches: int | None) -> tuple[list[Tensor], Rebuild]:
         structure.
     """
     values, unflatten = _tree.flatten(_plain(batch))
+    for value in values:
+        if hasattr(value, "__array__") and not isinstance(value, Tensor):
+            raise TypeError(
+                f"Expected tensors in the batch, found {type(value).__name__}, which would go "
+                "whole to every microbatch. Convert it with torch.from_numpy."
+            )
     places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
     size = _leading_axis([values[i] for i in places])
     rows = size if microbatches is None else microbatches

@@ -130,7 +130,9 @@ class DenseStack(GradStack):
         def weigh(leaf: Tensor) -> Tensor:
             rows = _tree.at_least_float32(leaf.reshape(len(self), -1))
             rows = torch.where(weights[:, None] != 0, rows, 0.0)
-            return (weights.to(rows.dtype) @ rows).to(leaf.dtype).reshape(leaf.shape[1:])
+            with _tree.no_autocast(rows):
+                total = weights.to(rows.dtype) @ rows
+            return total.to(leaf.dtype).reshape(leaf.shape[1:])
 
         return {name: weigh(leaf) for name, leaf in self.rows.items()}
 

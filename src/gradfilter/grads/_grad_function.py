@@ -15,7 +15,7 @@ from gradfilter.grads._ambient import Ambient, set_random_state
 from gradfilter.grads._batch import check_device, check_params, split
 from gradfilter.grads._dense import DenseStack, Origin
 from gradfilter.grads._loop import Rows, loop_rows
-from gradfilter.grads._loss import ModelLoss
+from gradfilter.grads._loss import ModelLoss, check_names
 from gradfilter.grads._running_stats import cumulative_means
 from gradfilter.grads._vmap import vmap_rows
 
@@ -42,11 +42,14 @@ class GradFunction:
                 are what they are after the last. None takes the module's own.
         """
         check_params(params)
+        if self._model is not None:
+            own = self._model.named_parameters()
+            check_names("parameters", params, {name: p for name, p in own if p.requires_grad})
         tensors, rebuild = split(batch, self.microbatches)
         check_device(params, tensors)
         incoming = self._incoming(buffers)
         plan = self._pick_plan(params, tensors)
-        ambient = Ambient.now(_tree.device_of(params))
+        ambient = Ambient.now(_tree.device_of(params), self._model)
 
         def run(plan: Plan, params: Params, per_row: bool) -> Rows:
             params = {name: p.detach() for name, p in params.items()}
@@ -85,7 +88,7 @@ class GradFunction:
                 result = stack(run(plan, params, False), params)
             except Exception as fault:
                 raise fault from None
-            reason = str(refusal).strip().splitlines()[0]
+            reason = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
             warnings.warn(
                 f'Fell back to plan "loop", because vmap refused the loss: {reason} Pass '
                 'plan="loop" to choose it outright.',
@@ -99,20 +102,17 @@ class GradFunction:
 
     def _incoming(self, buffers: Tree | None) -> Tree:
         """The buffers before the first row."""
-        own = {} if self._model is None else dict(self._model.named_buffers())
-        buffers = own if buffers is None else buffers
-        if buffers and self._model is None:
+        if self._model is None and buffers:
             raise TypeError(
                 "Expected no buffers with a plain loss(params, batch), which cannot take them. "
                 "Make the loss with model_loss(model, criterion), or close over them."
             )
-        # A buffer left out would be the module's own, and the forward pass would write into it.
-        missing, extra = sorted(set(own) - set(buffers)), sorted(set(buffers) - set(own))
-        if missing or extra:
-            raise ValueError(
-                f"Expected the buffers of the model, missing {missing}, extra {extra}. Pass those "
-                "of `extract(model)` first, and each stack's `buffers` from then on."
-            )
+        if self._model is None:
+            return {}
+        own = dict(self._model.named_buffers())
+        if buffers is None:
+            return {name: b.detach().clone() for name, b in own.items()}
+        check_names("buffers", buffers, own)
         return {name: b.detach() for name, b in buffers.items()}
 
     def _pick_plan(self, params: Params, tensors: list[Tensor]) -> Plan:
@@ -139,11 +139,11 @@ class GradFunction:
             value, aux = self.loss(params, batch)
         else:
             value, aux = self.loss(params, batch), None
-        _check_value(value)
+        _check_value(value, aux)
         return value, buffers, aux
 
 
-def _check_value(value: Any) -> None:
+def _check_value(value: Any, aux: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(
             f"Expected the loss to be a scalar tensor, found {type(value).__name__}. A loss that "
@@ -157,5 +157,12 @@ def _check_value(value: Any) -> None:
     if not value.requires_grad:
         raise ValueError(
             "Expected a loss that depends on the parameters, found one without a gradient. Is it "
-            "detached, computed under no_grad, or are other parameters used than those passed in?"
+            "detached, computed under no_grad or inference_mode, or are other parameters used than "
+            "those passed in?"
+        )
+    strangers = [] if aux is None else [x for x in _tree.leaves(aux) if not isinstance(x, Tensor)]
+    if strangers:
+        raise TypeError(
+            f"Expected aux as a tree of tensors, found {type(strangers[0]).__name__}. Return "
+            "tensors, which are stacked over the rows."
         )

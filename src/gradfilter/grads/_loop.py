@@ -52,7 +52,7 @@ def loop_rows(
             value, list(leaves.values()), allow_unused=True, materialize_grads=True
         )
         for name, grad in zip(leaves, grads, strict=True):
-            rows[name][m] = grad
+            rows[name][m] = grad.to_dense() if grad.is_sparse else grad
         losses.append(value.detach())
         aux.append(extra if extra is None else _tree.tree_map(torch.Tensor.detach, extra))
         buffers = {name: b.detach() for name, b in buffers.items()}

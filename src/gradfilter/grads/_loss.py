@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gradfilter._types import Params, Tree
+from gradfilter.grads._places import Places
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,14 +28,23 @@ class ModelLoss:
 
     def __call__(self, params: Params, batch: Any, buffers: Tree) -> tuple[Any, ...]:
         """Evaluate on copies of the buffers; neither they nor the module are changed."""
+        check_names("buffers", buffers, dict(self.model.named_buffers()))
         return self.run(params, batch, {name: b.clone() for name, b in buffers.items()})
 
     def run(self, params: Params, batch: Any, buffers: Tree) -> tuple[Any, ...]:
         """Like a call, but let the model write into the given buffers."""
-        # One dict, not a tuple of dicts: functional_call writes reassigned buffers back into it.
-        state: dict[str, Tensor] = {**params, **buffers}
+        places = Places.of(self.model)
+        state = places.fill({**params, **buffers})
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            # Tied places are all filled: torch's own tying loses the module's tensors when one
+            # submodule is registered under two names.
+            output = functional_call(self.model, state, args, kwargs, tie_weights=False)
+            places.refuse_new_buffers()
+            return output
+
         if isinstance(batch, Mapping):
-            output = functional_call(self.model, state, (), dict(batch))
+            output = forward(**batch)
             result = _own_loss(output) if self.criterion is None else self.criterion(output, batch)
         else:
             inputs, targets = _pair(batch)
@@ -45,11 +55,11 @@ class ModelLoss:
                     "returns its own .loss."
                 )
             if isinstance(inputs, Mapping):
-                output = functional_call(self.model, state, (), dict(inputs))
+                output = forward(**inputs)
             elif isinstance(inputs, (tuple, list)):
-                output = functional_call(self.model, state, tuple(inputs))
+                output = forward(*inputs)
             else:
-                output = functional_call(self.model, state, (inputs,))
+                output = forward(inputs)
             result = self.criterion(output, targets)
         new_buffers = {name: state[name] for name in buffers}
         if self.has_aux:
@@ -162,6 +172,17 @@ def _targets(
                 f"{tuple(value.shape)}."
             )
     return [(own[name], value) for name, value in given.items()]
+
+
+def check_names(what: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse parameters or buffers that are not those of the model: others would be its own."""
+    missing, extra = sorted(set(own) - set(given)), sorted(set(given) - set(own))
+    if missing or extra:
+        raise ValueError(
+            f"Expected the {what} of the model, missing {missing}, extra {extra}. Pass what "
+            "`extract(model)` gives (and from then on the stacks' `buffers`); freeze parameters "
+            "with requires_grad_(False)."
+        )
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:

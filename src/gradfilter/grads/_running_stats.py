@@ -29,27 +29,31 @@ class Recorded:
 
 
 class RecordRunningStats(TorchFunctionMode):
-    """Lets batch_norm leave its running statistics alone, and writes down what they were due.
-
-    A write to any other buffer cannot be replayed, so it is refused by name.
-    """
+    """Lets batch_norm leave its running statistics alone, and writes down what they were due."""
 
     def __init__(self, buffers: Tree) -> None:
         """Watch the given tensors, known by identity."""
         super().__init__()
+        self._buffers = buffers
         self._names = {id(b): name for name, b in buffers.items()}
+        self._versions = {name: b._version for name, b in buffers.items()}
+        self._used: set[str] = set()
         self.recorded = Recorded()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Intercept batch_norm and writes in place; pass everything else through."""
+        """Intercept batch_norm; note which buffers everything else uses."""
         kwargs = kwargs or {}
         if func is F.batch_norm:
             return self._batch_norm(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name.endswith("_") and not name.endswith("__") and args:
-            self._refuse_write(name, self._names.get(id(args[0])))
+        if name != "__get__":  # asking a tensor for its shape is no use of its values
+            listed = [x for arg in args if isinstance(arg, (list, tuple)) for x in arg]
+            found = {self._names.get(id(x)) for x in (*args, *listed)} - {None}
+            self._used |= {str(buffer) for buffer in found}
+            if name.startswith("_foreach") and found:  # raises no version
+                raise RuntimeError(unreplayable(str(found.pop()), f"by {name}"))
         return func(*args, **kwargs)
 
     def _batch_norm(
@@ -63,18 +67,33 @@ class RecordRunningStats(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        names = self._names.get(id(running_mean)), self._names.get(id(running_var))
-        if training and names[0] is not None and names[1] is not None:
-            x = _tree.at_least_float32(input.detach())
-            var, mean = torch.var_mean(x, dim=[0, *range(2, x.ndim)], correction=1)
-            self.recorded.calls.append((names[0], names[1], momentum))
-            self.recorded.moments.append((mean, var))
-            running_mean = running_var = None
+        mean_name, var_name = (self._names.get(id(r)) for r in (running_mean, running_var))
+        if mean_name is not None and var_name is not None:
+            if training:
+                x = _tree.at_least_float32(input.detach())
+                var, mean = torch.var_mean(x, dim=[0, *range(2, x.ndim)], correction=1)
+                self.recorded.calls.append((mean_name, var_name, momentum))
+                self.recorded.moments.append((mean, var))
+                running_mean = running_var = None
+            else:
+                self._used |= {mean_name, var_name}
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
-    def _refuse_write(self, operation: str, buffer: str | None) -> None:
-        if buffer is not None and not buffer.endswith("num_batches_tracked"):
-            raise RuntimeError(unreplayable(buffer, f"in place by {operation}"))
+    def check(self, after: Tree) -> None:
+        """Refuse what cannot be replayed: other writes, and other uses of running statistics.
+
+        Args:
+            after: The buffers after the forward pass.
+        """
+        for name, buffer in self._buffers.items():
+            counts = name.endswith("num_batches_tracked")
+            if not counts and after[name] is not buffer:
+                raise RuntimeError(unreplayable(name, "by assignment"))
+            if not counts and buffer._version != self._versions[name]:
+                raise RuntimeError(unreplayable(name, "in place"))
+        for statistics in self.recorded.calls:
+            for name in self._used.intersection(statistics[:2]):
+                raise RuntimeError(unreplayable(name, "and also reads"))
 
 
 def unreplayable(buffer: str, how: str) -> str:

@@ -10,12 +10,7 @@ from torch.func import grad_and_value, vmap
 from gradfilter._types import Params, Tree
 from gradfilter.grads._batch import Rebuild
 from gradfilter.grads._loop import PureLoss, Rows
-from gradfilter.grads._running_stats import (
-    Recorded,
-    RecordRunningStats,
-    replay,
-    unreplayable,
-)
+from gradfilter.grads._running_stats import Recorded, RecordRunningStats, replay
 
 
 def vmap_rows(
@@ -49,10 +44,8 @@ def vmap_rows(
         with RecordRunningStats(own) as mode:
             value, after, aux = loss(params, rebuild(tensors), own)
         recorded = mode.recorded
+        mode.check(after)
         counters = {name: b for name, b in after.items() if name.endswith("num_batches_tracked")}
-        for name, b in after.items():
-            if b is not own[name] and name not in counters:
-                raise RuntimeError(unreplayable(name, "by assignment"))
         return value, (counters, recorded.moments, () if aux is None else (aux,))
 
     rows, (losses, (counters, moments, aux)) = vmap(

@@ -162,6 +162,8 @@ def _why_not(here: set[str], links: tuple[Transform, ...], position: int) -> str
 def _check_needs(links: tuple[Transform, ...]) -> None:
     published: set[str] = set()
     for position, part in enumerate(links):
+        if any("rows" in kind for kind in part.kinds):
+            published.add("rows")
         missing = sorted(part.needs - published)
         if missing:
             raise ValueError(

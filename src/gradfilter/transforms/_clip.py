@@ -11,13 +11,13 @@ from torch import Tensor
 from gradfilter import _tree
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
-from gradfilter.transforms._link import check_number, is_off, link
+from gradfilter.transforms._link import check_number, check_predicate, is_off, link
 
 
 def _shrink(norms: Tensor, limit: Tensor | float) -> Tensor:
     """min(1, limit/norm), and 1 where the norm is not finite: clipping hides no Inf or NaN."""
-    factors = (limit / torch.where(norms > 0, norms, 1.0)).clamp(max=1)
-    return torch.where((norms > 0) & norms.isfinite(), factors, 1.0)
+    over = (norms > limit) & norms.isfinite()
+    return torch.where(over, limit / torch.where(over, norms, 1.0), 1.0)
 
 
 def clip_per_row(max_norm: float) -> Transform:
@@ -92,7 +92,12 @@ def clip_by_global_norm(max_norm: float) -> Transform:
         norm = _tree.norm(grads)
         factor = _shrink(norm, max_norm)
         out = {"norm": norm, "clipped_fraction": (factor < 1).to(norm.dtype)}
-        return {name: g * factor.to(g.dtype) for name, g in grads.items()}, state, out
+        # The factor may be too small for the gradients' own precision.
+        clipped = {
+            name: (_tree.at_least_float32(g) * factor.to(_tree.at_least_float32(g).dtype))
+            for name, g in grads.items()
+        }
+        return clipped, state, out
 
     return link(
         "clip_by_global_norm", "tree -> tree", update, publishes=("norm", "clipped_fraction")
@@ -111,7 +116,9 @@ def agc_clip(
 ) -> Transform:
     r"""Adaptive gradient clipping: no unit's gradient exceeds a fraction of the unit's weight.
 
-    Per unit i:  G_i ← G_i · min(1, clipping · max(‖W_i‖, eps) / ‖G_i‖). It never scales up.
+    Per unit i:  G_i ← G_i · min(1, clipping · max(‖W_i‖, eps) / ‖G_i‖). It never scales up, and
+    clipping twice is clipping once. (The published code also floors ‖G_i‖ at 1e-6, which matters
+    only for limits below that, and there shrinks a clipped unit again every time.)
 
     A unit is one output row or filter: dim 0 of a tensor with two or more dims (Linear, Conv1d to
     Conv3d, rows of an Embedding), the whole of a smaller one. Norms are taken in float32 or wider.
@@ -154,6 +161,9 @@ def agc_clip(
             fix="Use None (or 0) to switch clipping off.",
         )
     check_number("agc_clip", "eps", eps, low=0, open_low=True, fix="The paper has 1e-3.")
+    for argument, predicate in (("exclude", exclude), ("unit_dims", unit_dims)):
+        if predicate is not None:
+            check_predicate("agc_clip", argument, predicate)
     off = clipping is None or is_off(clipping)
 
     def update(

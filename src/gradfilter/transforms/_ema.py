@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gradfilter import _tree
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.transforms._link import check_number, link
 
@@ -13,7 +14,8 @@ KEY = "ema_average"
 def ema_params(decay: float = 0.999) -> Transform:
     """Keep an average of the parameters in the state; updates pass unchanged.
 
-    average ← decay · average + (1 − decay) · (params + update), starting from the first params.
+    average ← decay · average + (1 − decay) · (params + update), starting from the first params,
+    in float32 or wider.
 
     Args:
         decay: In [0, 1].
@@ -36,7 +38,8 @@ def ema_params(decay: float = 0.999) -> Transform:
     check_number("ema_params", "decay", decay, low=0, high=1, fix="0.999 is usual.")
 
     def init(params: Params) -> State:
-        return {KEY: {name: p.clone() for name, p in params.items()}}
+        # In half precision small steps of the average would be rounded away.
+        return {KEY: {name: _tree.at_least_float32(p).clone() for name, p in params.items()}}
 
     def update(
         updates: Tree, state: State, params: Params, /, **extra: Any

@@ -29,7 +29,7 @@ def plateau(
     The metric arrives as the extra keyword ``value=`` of the update, as a 0-d tensor, in the steps
     that have one; best value and counter live in the state of the link. An improvement is relative,
     as in `torch.optim.lr_scheduler.ReduceLROnPlateau`: m < best · (1 − threshold) for "min". A
-    report acts on the step it comes with.
+    report acts on the step it comes with, and is forgotten with it if the step is skipped.
 
     Args:
         max_value: Value at the end of the warm-up.

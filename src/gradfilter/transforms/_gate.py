@@ -38,7 +38,13 @@ def gate(link: Transform, when: str) -> Transform:
         {'w': tensor([0.])}
     """
     name = link.name or "gate"
-    is_rule = all(kind in ("rows -> update", "tree -> update") for kind in link.kinds)
+    rules = {kind in ("rows -> update", "tree -> update") for kind in link.kinds}
+    if len(rules) > 1:
+        raise TypeError(
+            f"gate: {name!r} may be an update rule or follow one, and stepping around it would "
+            "mean different things. Gate the update rule, or use freeze(names) after it."
+        )
+    is_rule = rules == {True}
 
     def update(grads: Any, state: State, params: Params, /, **extra: Any) -> tuple[Any, State, Out]:
         if when not in extra:
@@ -60,6 +66,11 @@ def gate(link: Transform, when: str) -> Transform:
                 out = out | {"weights": torch.where(on, out["weights"], weights)}
         else:
             result = _tree.select(on, new, grads)
+        clean = out.get("clean_grads")
+        if isinstance(clean, GradStack):
+            out = out | {"clean_grads": choose(on, clean, grads)}
+        elif clean is not None:  # around it, the clean gradient is the one that goes on
+            out = out | {"clean_grads": _tree.select(on, clean, result)}
         if "keep" in out:
             out = out | {"keep": out["keep"] | ~on}
         return result, _tree.select(on, new_state, state), out

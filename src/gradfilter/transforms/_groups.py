@@ -1,4 +1,4 @@
-"""Different links for different leaves: masked, partition, freeze."""
+"""Links for some of the leaves: masked and freeze."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from gradfilter import _tree
-from gradfilter._types import GLOBAL_NAMES, Out, Params, State, Transform, Tree
+from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
 from gradfilter.grads._views import join
-from gradfilter.transforms._link import admit, link
+from gradfilter.transforms._link import admit, check_predicate, link
 from gradfilter.transforms._reduce import mean_weights
 
 Grads = GradStack | Tree
 
 
-def _restrict(grads: Any, names: list[str]) -> Any:
+def restrict(grads: Any, names: list[str]) -> Any:
     """The given leaves of a stack or tree."""
     if isinstance(grads, GradStack):
         return grads.columns(names)
     return {name: grads[name] for name in names}
 
 
-def _restrict_extra(extra: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+def restrict_extra(extra: Mapping[str, Any], names: list[str], params: Params) -> dict[str, Any]:
     """What is visible to links that see only some leaves."""
     narrowed = dict(extra)
+    if "grad_fn" in extra:
+        # The caller's function knows the whole model: the other leaves stay where they are.
+        narrowed["grad_fn"] = lambda near: restrict(extra["grad_fn"]({**params, **near}), names)
     for key in ("rows", "clean_grads"):
         if extra.get(key) is not None:
-            narrowed[key] = _restrict(extra[key], names)
+            narrowed[key] = restrict(extra[key], names)
     return narrowed
 
 
@@ -56,6 +56,7 @@ def masked(link: Transform, names: Callable[[str], bool]) -> Transform:
         >>> matrices_only.update(params, matrices_only.init(params), params)[0]
         {'weight': tensor([[0.0100]]), 'bias': tensor([1.])}
     """
+    check_predicate("masked", "names", names)
     if any(kind in ("tree -> update", "rows -> update") for kind in link.kinds):
         raise TypeError(
             f"masked: expected a link that gives gradients, found the update rule {link.name!r}. "
@@ -72,23 +73,27 @@ def masked(link: Transform, names: Callable[[str], bool]) -> Transform:
         return seen, [name for name in tree if name not in set(seen)]
 
     def init(params: Params) -> State:
-        return link.init(_restrict(params, chosen(params)[0]))
+        return link.init(restrict(params, chosen(params)[0]))
 
     def update(grads: Any, state: State, params: Params, /, **extra: Any) -> tuple[Any, State, Out]:
         grads = admit(f"masked {link.name}", link.kinds, grads, params)
         seen, others = chosen(params)
         new, state, out = link.update(
-            _restrict(grads, seen), state, _restrict(params, seen), **_restrict_extra(extra, seen)
+            restrict(grads, seen),
+            state,
+            restrict(params, seen),
+            **restrict_extra(extra, seen, params),
         )
         if not others:
             return new, state, out
-        rest = _restrict(grads, others)
-        if isinstance(rest, GradStack) and not isinstance(new, GradStack):
-            rest = rest.combine(mean_weights(rest))
-            out.pop("weights", None)
-        if "clean_grads" in out:
-            out = out | {"clean_grads": _join(out["clean_grads"], _restrict(grads, others))}
-        return _join(new, rest), state, out
+        rest = restrict(grads, others)
+        reduced = rest.combine(mean_weights(rest)) if isinstance(rest, GradStack) else rest
+        clean = out.get("clean_grads")
+        if clean is not None:
+            out = out | {"clean_grads": _join(clean, rest, reduced)}
+        if isinstance(grads, GradStack) and not isinstance(new, GradStack):
+            out = {name: value for name, value in out.items() if name != "weights"}
+        return _join(new, rest, reduced), state, out
 
     reduces = "rows -> tree" in link.kinds
     publishes = link.publishes - {"weights"} if reduces else link.publishes
@@ -97,111 +102,12 @@ def masked(link: Transform, names: Callable[[str], bool]) -> Transform:
     )
 
 
-def _join(seen: Grads, others: Grads) -> Grads:
+def _join(seen: Grads, others: Grads, reduced: Tree) -> Grads:
+    """What a link gave for its leaves, with the others in the same form."""
     if isinstance(seen, GradStack) and isinstance(others, GradStack):
         return join(seen, others)
-    assert isinstance(seen, dict) and isinstance(others, dict)
-    return {**seen, **others}
-
-
-def partition(branches: Mapping[str, Transform], label: Callable[[str], str]) -> Transform:
-    """Complete chains on groups of leaves; each group is filtered, and skipped, on its own.
-
-    Args:
-        branches: A chain that ends in an update for every label. All take rows, or all a tree.
-        label: name of a leaf -> label.
-
-    Publishes: ``keep`` () (some branch applied its update), and per branch ``LABEL/keep`` and its
-    metrics under ``LABEL/link/metric``.
-
-    Raises:
-        TypeError: A branch does not end in an update, or takes something else than the others.
-        ValueError: A label without a branch, or a branch without a leaf.
-
-    Example:
-        >>> import torch, gradfilter as gf
-        >>> update = gf.partition(
-        ...     {"body": gf.sgd(1.0), "head": gf.freeze()},
-        ...     lambda name: "head" if name.startswith("head") else "body",
-        ... )
-        >>> params = {"w": torch.zeros(1), "head.w": torch.zeros(1)}
-        >>> update(params, update.init(params), {"w": torch.ones(1), "head.w": torch.ones(1)})[0]
-        {'w': tensor([-1.]), 'head.w': tensor([0.])}
-    """
-    kinds = _common_kinds(branches)
-
-    def groups(params: Params) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {key: [] for key in branches}
-        for name in params:
-            if label(name) not in found:
-                raise ValueError(
-                    f"partition: expected a label among {sorted(branches)}, found {label(name)!r} "
-                    f"for leaf {name!r}. Add a branch, for example freeze()."
-                )
-            found[label(name)].append(name)
-        empty = sorted(key for key, own in found.items() if not own)
-        if empty:
-            raise ValueError(
-                f"partition: expected at least one leaf in every branch, found none in {empty}. "
-                "Remove the branch, or look at the label function."
-            )
-        return found
-
-    def init(params: Params) -> State:
-        return {
-            key: branches[key].init(_restrict(params, own)) for key, own in groups(params).items()
-        }
-
-    def update(
-        grads: Any, state: State, params: Params, /, **extra: Any
-    ) -> tuple[Tree, State, Out]:
-        updates: Tree = {}
-        new_state: dict[str, State] = {}
-        keeps: list[Tensor] = []
-        out: Out = {}
-        for key, own in groups(params).items():
-            branch_updates, branch_state, branch_out = branches[key].update(
-                _restrict(grads, own),
-                state[key],
-                _restrict(params, own),
-                **_restrict_extra(extra, own),
-            )
-            keep = branch_out.get("keep", extra.get("keep", True))
-            keep = _tree.flag(keep, _tree.device_of(params))
-            branch_updates = _tree.select(keep, branch_updates, _tree.no_update(branch_updates))
-            new_state[key] = _tree.select(keep, branch_state, state[key])
-            updates.update(branch_updates)
-            keeps.append(keep)
-            metrics = {branches[key].metric(k): v for k, v in branch_out.items()}
-            out |= {f"{key}/{k}": v for k, v in metrics.items() if k not in GLOBAL_NAMES}
-            out[f"{key}/keep"] = keep
-        out["keep"] = torch.stack(keeps).any()
-        return {name: updates[name] for name in params}, new_state, out
-
-    publishes = {"keep"} | {f"{key}/keep" for key in branches}
-    for key, branch in branches.items():
-        publishes |= {f"{key}/{branch.metric(name)}" for name in branch.publishes - GLOBAL_NAMES}
-    return link("partition", kinds, update, init=init, publishes=publishes)
-
-
-def _common_kinds(branches: Mapping[str, Transform]) -> tuple[str, ...]:
-    if not branches:
-        raise ValueError("partition: expected at least one branch, found none.")
-    common = {"rows -> update", "tree -> update"}
-    for key, branch in branches.items():
-        if not any(kind in ("rows -> update", "tree -> update") for kind in branch.kinds):
-            raise TypeError(
-                f"partition: expected every branch to end in an update, found branch {key!r} of "
-                f"kind {branch.kind!r}. End it with sgd(lr), adamw(lr) or freeze()."
-            )
-        common &= set(branch.kinds)
-    if not common:
-        kinds = {key: branch.kind for key, branch in branches.items()}
-        raise TypeError(
-            f"partition: expected all branches to take rows or all a tree, found {kinds}. Start "
-            "a branch that takes a tree with mean_rows()."
-        )
-    return tuple(sorted(common))
+    assert isinstance(seen, dict)
+    return {**seen, **reduced}
 
 
 def freeze(names: Callable[[str], bool] | None = None) -> Transform:
@@ -221,7 +127,17 @@ def freeze(names: Callable[[str], bool] | None = None) -> Transform:
         {'a': tensor([-1.]), 'b': tensor([0.])}
     """
     every = names is None
+    if names is not None:
+        check_predicate("freeze", "names", names)
     alone = ("rows -> update", "tree -> update")
+
+    def init(params: Params) -> State:
+        if names is not None and not any(names(name) for name in params):
+            raise ValueError(
+                f"freeze: expected the predicate to choose a leaf, found none among "
+                f"{sorted(params)}."
+            )
+        return {}
 
     def update(
         grads: Any, state: State, params: Params, /, **extra: Any
@@ -233,4 +149,6 @@ def freeze(names: Callable[[str], bool] | None = None) -> Transform:
         return {n: still[n] if names(n) else g for n, g in grads.items()}, state, {}
 
     # With a predicate the others need an update to keep, so only the place after a rule is left.
-    return link("freeze", (*alone, "update -> update") if every else "update -> update", update)
+    return link(
+        "freeze", (*alone, "update -> update") if every else "update -> update", update, init=init
+    )

@@ -8,10 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from gradfilter import _tree
-from gradfilter._types import Out, Params, State, Transform, Tree
+from gradfilter._types import GLOBAL_NAMES, Out, Params, State, Transform, Tree
 from gradfilter.grads._dense import as_stack
 from gradfilter.grads._stack import GradStack
 
+KINDS = frozenset(
+    {f"{a} -> {b}" for a, b in (("rows", "rows"), ("rows", "tree"), ("tree", "tree"))}
+    | {f"{a} -> update" for a in ("rows", "tree", "update")}
+)
 REDUCERS = "mean_rows(), agree_filter() or consensus_filter()"
 
 
@@ -50,11 +54,21 @@ def link(
         {'w': tensor([0.5000])}
     """
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ValueError(f"{name}: expected kinds among {sorted(KINDS)}, found {kind!r}.")
+    unknown = sorted(set(needs) - GLOBAL_NAMES)
+    if unknown:
+        raise ValueError(
+            f"{name}: expected needs among {sorted(GLOBAL_NAMES)}, found {unknown}. A metric is "
+            "an extra keyword; say so in an error of your own when it is not there."
+        )
 
     def checked(
         grads: Any, state: State, params: Params, /, **extra: Any
     ) -> tuple[Any, State, Out]:
         grads, new_state, out = update(admit(name, kinds, grads, params), state, params, **extra)
+        check_leaves(f"{name}: result", grads, params)
         if not isinstance(grads, GradStack):
             grads = _tree.in_dtypes_of(params, grads)
         return grads, _tree.in_dtypes_of(state, new_state), out
@@ -129,6 +143,15 @@ def check_number(
         raise ValueError(
             f"{link_name}: expected {low:g} {sign} {argument}{top}, found {argument}={value!r}. "
             f"{fix}"
+        )
+
+
+def check_predicate(link_name: str, argument: str, value: Any) -> None:
+    """Refuse a list of names where a function of a name is meant."""
+    if not callable(value):
+        raise TypeError(
+            f"{link_name}: expected {argument} as a function of a leaf's name, found "
+            f"{type(value).__name__}. Use lambda name: name in {{...}}."
         )
 
 

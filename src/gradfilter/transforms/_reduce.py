@@ -140,7 +140,8 @@ def sign_agreement(fraction: float) -> Transform:
         }
         kept = torch.stack([mask.sum() for mask in agree.values()]).sum()
         total = sum(mask.numel() for mask in agree.values())
-        grads = {name: torch.where(agree[name], g, 0.0) for name, g in mean.items()}
+        # What is not finite has no sign to agree on, and is not to be hidden as a 0.
+        grads = {n: torch.where(agree[n] | ~g.isfinite(), g, 0.0) for n, g in mean.items()}
         return grads, state, {"weights": weights, "kept_fraction": kept / total}
 
     return link("sign_agreement", "rows -> tree", update, publishes=("weights", "kept_fraction"))

@@ -76,7 +76,8 @@ def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transfo
         return grads, state, out | values
 
     publishes = template.publishes | frozenset(moving)
-    return replace(template, init=init, update=update, publishes=publishes, links=())
+    name = template.name or "scheduled"
+    return replace(template, name=name, init=init, update=update, publishes=publishes, links=())
 
 
 def _stand_in(schedule: Schedule) -> Tensor:

@@ -81,8 +81,12 @@ def sam_perturb(
             scale = {name: size[name] * g for name, g in grads.items()}
         else:
             shape, scale = {name: params[name].abs() * g for name, g in grads.items()}, grads
-        step = rho / (_tree.norm(scale) + DELTA)
-        return {name: params[name] + step.to(s.dtype) * s for name, s in shape.items()}
+        step = rho / (_tree.norm(scale) + DELTA)  # 1/δ at most, which half precision cannot hold
+        moves = {name: _tree.at_least_float32(s) for name, s in shape.items()}
+        return {
+            name: (params[name] + step.to(move.dtype) * move).to(params[name].dtype)
+            for name, move in moves.items()
+        }
 
     def on_rows(rows: GradStack, state: State, params: Params, extra: Any) -> tuple[Any, ...]:
         finite = rows.live & rows.sq_norms().isfinite()
@@ -100,7 +104,8 @@ def sam_perturb(
         rows, weights = extra.get("rows"), extra.get("weights")
         unknown = next(iter(grads.values())).new_full((), torch.nan)
         if weights is None and rows is None and "grad_fn" in extra:
-            again = extra["grad_fn"](near)
+            with torch.enable_grad():
+                again = extra["grad_fn"](near)
             check_leaves("sam_perturb: grad_fn", again, params)
             return again, state, {"clean_grads": grads, "surrogate_gap": unknown}
         if weights is None:
@@ -131,7 +136,8 @@ def sam_perturb(
 def _rows_at(params: Params, rows: GradStack | None, extra: Any) -> GradStack:
     """The rows at other parameters, from the caller's grad_fn if there is one."""
     if "grad_fn" in extra:
-        fresh = as_stack(extra["grad_fn"](params))
+        with torch.enable_grad():
+            fresh = as_stack(extra["grad_fn"](params))
         # Rows that were clipped or removed stay so, as they do in `at`.
         return fresh if rows is None else rows.like(fresh)
     if rows is None:

@@ -32,12 +32,14 @@ class TrainStep:
             seed: Where the random numbers of the steps start; None takes the present state of
                 torch's generators. Either way those are left alone, now and by the steps.
         """
-        params, buffers = extract(model) if isinstance(model, nn.Module) else (dict(model), {})
+        if isinstance(model, nn.Module):
+            params, buffers = extract(model)
+        else:
+            params, buffers = {name: p.detach().clone() for name, p in model.items()}, {}
         device = _tree.device_of(params)
-        with random_state_restored(device):
-            if seed is not None:
-                torch.manual_seed(seed)
-            random = random_state(device)
+        random = random_state(device)
+        if seed is not None:
+            random = {kind: torch.Generator(kind).manual_seed(seed).get_state() for kind in random}
         return {
             "params": params,
             "buffers": buffers,
