@@ -132,6 +132,25 @@ def test_gram_and_norms_at_any_width_are_accumulated_wide(rows, widths, dtype):
     torch.testing.assert_close(stack.dot(tree), j @ j[0], rtol=2e-6, atol=1e-6)
 
 
+@given(
+    rows=st.integers(1, 6),
+    width=st.sampled_from([0, 1, 7, 64, 96, 1000, 4096]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    dead=st.sets(st.integers(0, 5)),
+    strided=st.booleans(),
+)
+def test_combine_at_any_width_and_with_any_rows_dead(rows, width, dtype, dead, strided):
+    leaf = torch.randn(width, rows).T if strided else torch.randn(rows, width)
+    leaf, w = leaf.to(dtype), torch.randn(rows, dtype=torch.float64)
+    expected = leaf.double().clone()
+    for m in dead & set(range(rows)):
+        leaf[m], w[m], expected[m] = torch.nan, 0.0, 0.0
+    got = gf.DenseStack({"w": leaf}).combine(w)["w"]
+    assert got.dtype == dtype
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(got.double(), w @ expected, rtol=tolerance, atol=tolerance)
+
+
 def test_a_wide_float32_gram_keeps_six_digits():
     """One float32 sum over three million columns would be off by about 1e-3."""
     g = torch.rand(3, 3_000_000)

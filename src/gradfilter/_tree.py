@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -99,6 +101,29 @@ def row_sq_norms(a: Tensor) -> Tensor:
     blocks = rearrange(a[:, :whole], "m (c w) -> m c w", w=BLOCK)
     norms: Tensor = torch.linalg.vector_norm(blocks, dim=2, dtype=dtype)
     return tail + norms.to(wide(a)).square().sum(1)
+
+
+def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
+    """``Σ_m w_m rows_m`` for (M,) and (M, n), nothing of a row of weight 0. (n,)."""
+    rows = at_least_float32(rows)
+    live = weights != 0
+    if rows.device.type != "cpu" or not rows.numel():
+        masked = torch.where(live[:, None], rows, 0.0)
+        with no_autocast(rows):
+            return weights.to(rows.dtype) @ masked
+    # Masking copies every row. embedding_bag sums rows by index instead, so a dead row is never
+    # read: a live one stands in for it, with weight 0. 6 to 10 times faster from 8 rows of
+    # 1.6 million columns on. Cut into pieces, because it shares out sums among the cores.
+    count, n = rows.shape
+    pieces = math.gcd(n, 64)
+    chosen = torch.where(live, torch.arange(count), live.int().argmax())
+    sums = F.embedding_bag(
+        chosen * pieces + torch.arange(pieces)[:, None],
+        rows.reshape(count * pieces, -1),
+        mode="sum",
+        per_sample_weights=weights.to(rows.dtype).expand(pieces, -1),
+    )
+    return torch.where(live.any(), sums.reshape(n), 0.0)
 
 
 def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:

@@ -128,10 +128,7 @@ class DenseStack(GradStack):
         weights = _scale(weights, self.scale)
 
         def weigh(leaf: Tensor) -> Tensor:
-            rows = _tree.at_least_float32(leaf.reshape(len(self), -1))
-            rows = torch.where(weights[:, None] != 0, rows, 0.0)
-            with _tree.no_autocast(rows):
-                total = weights.to(rows.dtype) @ rows
+            total = _tree.weighted_sum(weights, leaf.reshape(len(self), -1))
             return total.to(leaf.dtype).reshape(leaf.shape[1:])
 
         return {name: weigh(leaf) for name, leaf in self.rows.items()}
