@@ -51,7 +51,7 @@ def random_matrix(seed, rows, kinds=("plain",)):
             BAD.
     """
     g = generator(seed)
-    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=g)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=g)
     matrix = draw(WIDTH) + draw(rows, WIDTH) * (1 + draw(()).abs())
     matrix = matrix * 10 ** draw(rows, 1)
     for i in range(rows):

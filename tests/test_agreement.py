@@ -43,7 +43,7 @@ def sequential(rows, threshold, against="running", average="mean"):
         n += accept
         accepted.append(accept)
         cosines.append(s.item())
-    as_row = lambda values: torch.tensor(values, dtype=rows.dtype)  # noqa: E731
+    as_row = lambda values: torch.tensor(values, dtype=rows.dtype)
     return merged, weights, torch.tensor(accepted), as_row(cosines), margin
 
 

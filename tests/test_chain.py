@@ -191,7 +191,7 @@ def test_two_agc_clips_in_one_chain_are_the_tighter_one_by_one():
 
     def clip(g, p, clipping):
         over = list(range(1, g.ndim)) if g.ndim > 1 else list(range(g.ndim))
-        norm = lambda t: (t * t).sum(over, keepdim=True).sqrt() if over else t.abs()  # noqa: E731
+        norm = lambda t: (t * t).sum(over, keepdim=True).sqrt() if over else t.abs()
         limit = clipping * norm(p).clamp(min=1e-3)
         return g * (limit / norm(g)).clamp(max=1)
 

@@ -142,7 +142,7 @@ def test_half_precision_follows_single_precision(variant):
     for dtype in (torch.float32, torch.bfloat16):
         update, params = build(variant), make_params(torch.bfloat16)
         rows = make_rows(params)
-        cast = lambda tree, dtype=dtype: {n: t.to(dtype) for n, t in tree.items()}  # noqa: E731
+        cast = lambda tree, dtype=dtype: {n: t.to(dtype) for n, t in tree.items()}
         params = cast(params)
         results.append(step(update, params, update.init(params), cast(rows))[0])
     for single, half in zip(*(r.values() for r in results), strict=True):
@@ -269,7 +269,7 @@ def test_inductor_agrees_with_eager():
     compiled = torch.compile(update, fullgraph=True)
     for seed in range(3):
         rows = make_rows(params, seed=seed)
-        grad_fn = lambda p, rows=rows: rows  # noqa: E731
+        grad_fn = lambda p, rows=rows: rows
         expected = update(params, state, rows, grad_fn=grad_fn)
         params, state, _ = compiled(params, state, rows, grad_fn=grad_fn)
         for got, want in zip(
@@ -283,7 +283,7 @@ def test_inductor_agrees_with_eager():
 @every_link
 def test_on_a_gpu_as_on_the_cpu_and_without_waiting(variant):
     update, params, state, rows = started(variant)
-    cuda = lambda tree: _tree.tree_map(lambda t: t.cuda(), tree)  # noqa: E731
+    cuda = lambda tree: _tree.tree_map(lambda t: t.cuda(), tree)
     expected = step(update, params, state, rows)[:2]
     late = torch.tensor(True, device="cuda")
     on_gpu = cuda(params), cuda(state)

@@ -149,7 +149,7 @@ def test_dict_batches_of_a_model_with_its_own_loss(plan, mapping):
 def test_dict_batch_with_a_criterion_sees_output_and_batch(plan):
     model, (ids, labels) = WithLoss(), tokens()
     batch = {"input_ids": ids, "attention_mask": torch.ones(ids.shape), "labels": labels}
-    criterion = lambda output, batch: 2 * token_loss(output.logits, batch["labels"])  # noqa: E731
+    criterion = lambda output, batch: 2 * token_loss(output.logits, batch["labels"])
     params, _ = gf.extract(model)
     twice = gf.microbatch_grads(gf.model_loss(model, criterion), 4, plan=plan)(params, batch)
     once = gf.microbatch_grads(gf.model_loss(model), 4, plan=plan)(params, batch)
@@ -281,7 +281,7 @@ def test_plain_losses_and_aux(plan):
 @every_plan
 def test_aux_of_a_model(plan):
     model, batch = Dropped(0.0), vectors()
-    criterion = lambda out, y: (F.cross_entropy(out, y), out.argmax(1))  # noqa: E731
+    criterion = lambda out, y: (F.cross_entropy(out, y), out.argmax(1))
     params, _ = gf.extract(model)
     loss = gf.model_loss(model, criterion, has_aux=True)
     rows = gf.microbatch_grads(loss, 3, plan=plan)(params, batch)

@@ -50,7 +50,7 @@ def test_empty_batch():
 
 @every_plan
 def test_loss_that_is_not_scalar(plan):
-    each = lambda out, y: F.cross_entropy(out, y, reduction="none")  # noqa: E731
+    each = lambda out, y: F.cross_entropy(out, y, reduction="none")
     with pytest.raises(ValueError, match=r"scalar loss per microbatch, found shape \(3,\)"):
         grads(criterion=each, plan=plan)
 

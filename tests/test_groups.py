@@ -148,7 +148,7 @@ def test_partition_inside_a_chain_with_sam_in_a_branch():
     new = call(update, make_stack(PARAMS, ROWS))[0]
     j = torch.cat([g.reshape(5, -1) for g in ROWS.values()], 1)
     c = (2.0 / j.norm(dim=1)).clamp(max=1)
-    weigh = lambda g: torch.einsum("m,m...->...", c / 5, g)  # noqa: E731
+    weigh = lambda g: torch.einsum("m,m...->...", c / 5, g)
     g = {n: weigh(ROWS[n]) for n in PARAMS}
     norm = sum((g[n] ** 2).sum() for n in HEAD).sqrt()
     expected = {n: PARAMS[n] - g[n] for n in BODY}

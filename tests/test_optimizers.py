@@ -62,7 +62,7 @@ def named(flags):
 def draws(steps=STEPS, seed=0):
     """Parameters, and gradients for every step, with entries of very different sizes."""
     g = generator(seed)
-    draw = lambda shape: torch.randn(shape, dtype=torch.float64, generator=g)  # noqa: E731
+    draw = lambda shape: torch.randn(shape, dtype=torch.float64, generator=g)
     params = {name: draw(shape) for name, shape in SHAPES.items()}
     sizes = {name: 10 ** draw(shape) for name, shape in SHAPES.items()}
     grads = [{name: sizes[name] * draw(s) for name, s in SHAPES.items()} for _ in range(steps)]

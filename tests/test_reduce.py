@@ -94,7 +94,7 @@ def test_aggregate_sees_the_whole_gram_once():
 def test_a_weight_of_zero_masks_a_bad_row():
     matrix = random_matrix(4, 3)
     matrix[1] = torch.nan
-    pick = lambda gram: torch.tensor([0.5, 0.0, 0.5], dtype=gram.dtype)  # noqa: E731
+    pick = lambda gram: torch.tensor([0.5, 0.0, 0.5], dtype=gram.dtype)
     grads, _ = run(gf.aggregate(pick), unflat(matrix))
     assert_close(flat(grads), (matrix[0] + matrix[2]) / 2)
 

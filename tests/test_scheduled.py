@@ -15,8 +15,8 @@ from _naive import (
 from _regression import make_batch, make_params, make_rows, problem
 
 STEPS = 8
-rows = lambda k: gf.DenseStack(unflat(random_matrix(k, 5)))  # noqa: E731
-tree = lambda k: normal_tree(k)  # noqa: E731
+rows = lambda k: gf.DenseStack(unflat(random_matrix(k, 5)))
+tree = lambda k: normal_tree(k)
 
 # Link -> what is scheduled, what is fixed, and what kind of gradients it takes. The schedules
 # pass 2 (from which on a filter accepts everything) and end at the edge of what is allowed.

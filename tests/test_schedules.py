@@ -44,7 +44,7 @@ def progress(k, warmup, total):
 @every_init
 def test_linear(warmup, total, init):
     schedule = gf.linear(TOP, total, min_value=LOW, warmup_steps=warmup, init_value=init)
-    curve = lambda k: TOP + (LOW - TOP) * progress(k, warmup, total)  # noqa: E731
+    curve = lambda k: TOP + (LOW - TOP) * progress(k, warmup, total)
     assert_schedule(schedule, curve, warmup, total, init)
 
 
@@ -65,7 +65,7 @@ def test_cosine(warmup, total, init):
 @pytest.mark.parametrize("power", [-0.5, -1.0, -2, 0])
 def test_poly(warmup, total, init, power):
     schedule = gf.poly(TOP, power, min_value=LOW, warmup_steps=warmup, init_value=init)
-    curve = lambda k: LOW + (TOP - LOW) * (k - warmup + 1) ** power  # noqa: E731
+    curve = lambda k: LOW + (TOP - LOW) * (k - warmup + 1) ** power
     assert_schedule(schedule, curve, warmup, total, init)
 
 
@@ -74,7 +74,7 @@ def test_poly(warmup, total, init, power):
 @pytest.mark.parametrize(("every", "factor"), [(1, 0.5), (3, 0.1), (2, 1.0)])
 def test_step(warmup, total, init, every, factor):
     schedule = gf.step(TOP, every, factor, min_value=LOW, warmup_steps=warmup, init_value=init)
-    curve = lambda k: max(LOW, TOP * factor ** ((k - warmup) // every))  # noqa: E731
+    curve = lambda k: max(LOW, TOP * factor ** ((k - warmup) // every))
     assert_schedule(schedule, curve, warmup, total, init)
 
 

@@ -173,7 +173,7 @@ def test_grad_fn_of_a_stack_is_taken_with_its_losses():
 
 def test_on_one_plain_gradient_grad_fn_gives_a_tree():
     params = {"w": normal(3), "b": normal(2, seed=1)}
-    grad_fn = lambda p: {"w": p["w"] ** 3, "b": torch.cos(p["b"])}  # noqa: E731
+    grad_fn = lambda p: {"w": p["w"] ** 3, "b": torch.cos(p["b"])}
     update = gf.chain(gf.sam_perturb(0.3), gf.sgd(0.1))
     moved, _, info = update(params, update.init(params), grad_fn(params), grad_fn=grad_fn)
     w = flat(params)

@@ -94,7 +94,7 @@ def test_a_run_continues_from_a_file_bit_for_bit(tmp_path):
 
 
 def test_per_sample_and_plain_losses():
-    loss = lambda params, batch: ((params["w"] * batch).sum(1) ** 2).mean()  # noqa: E731
+    loss = lambda params, batch: ((params["w"] * batch).sum(1) ** 2).mean()
     step = gf.train_step(loss, gf.chain(gf.consensus_filter(), gf.sgd(0.1)))
     state, info = step(step.init({"w": torch.ones(3)}), torch.randn(10, 3))
     assert info["consensus_filter/accepted"].shape == (10,)
@@ -130,7 +130,7 @@ def test_donation_keeps_the_storage_of_parameters():
 
 
 def test_only_complete_chains_from_rows():
-    loss = lambda params, batch: params["w"].sum()  # noqa: E731
+    loss = lambda params, batch: params["w"].sum()
     for update in (gf.sgd(0.1), gf.chain(gf.agree_filter())):
         with pytest.raises(TypeError, match="train_step: expected a chain from rows to an update"):
             gf.train_step(loss, update)

@@ -211,7 +211,7 @@ def test_numpy_targets_are_refused():
 
 @pytest.mark.parametrize("plan", ["loop", "vmap"])
 def test_aux_that_is_no_tensor(plan):
-    loss = lambda params, x: ((params["w"] * x).sum(), {"n": 3})  # noqa: E731
+    loss = lambda params, x: ((params["w"] * x).sum(), {"n": 3})
     with pytest.raises(TypeError, match="aux as a tree of tensors, found int"):
         gf.microbatch_grads(loss, 2, has_aux=True, plan=plan)({"w": torch.ones(2)}, torch.eye(2))
 
