@@ -84,7 +84,7 @@ def published_training(threshold):
     return model, agreed
 
 
-@pytest.mark.parametrize("plan", ["loop", "vmap"])
+@pytest.mark.parametrize("plan", ["loop", "vmap", "fused"])
 @pytest.mark.parametrize("threshold", [0.7, 0.9])
 def test_thirty_training_steps_are_those_of_the_published_step(threshold, plan):
     theirs, agreed = published_training(threshold)

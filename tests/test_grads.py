@@ -13,7 +13,7 @@ import gradfilter as gf
 from _models import ConvBN, Counting, Dropped, Tied, WithLoss, images, token_loss, tokens, vectors
 
 pytestmark = pytest.mark.usefixtures("float64")
-every_plan = pytest.mark.parametrize("plan", ["loop", "vmap"])
+every_plan = pytest.mark.parametrize("plan", ["loop", "vmap", "fused"])
 
 
 def naive(model, criterion, batches, state=None):
@@ -319,8 +319,9 @@ def test_buffers_that_are_not_batch_norms(assign):
     loss = gf.model_loss(model, F.cross_entropy)
     rows = gf.microbatch_grads(loss, 3, plan="loop")(params, batch, buffers=buffers)
     assert rows.buffers["calls"] == 3 and model.calls == 0
-    with pytest.raises(RuntimeError, match=r"buffer 'calls'.*plan=\"loop\""):
-        gf.microbatch_grads(loss, 3, plan="vmap")(params, batch, buffers=buffers)
+    for plan in ("vmap", "fused"):
+        with pytest.raises(RuntimeError, match=r"buffer 'calls'.*plan=\"loop\""):
+            gf.microbatch_grads(loss, 3, plan=plan)(params, batch, buffers=buffers)
     with pytest.warns(UserWarning, match="Fell back to plan \"loop\".*'calls'"):
         rows = gf.per_sample_grads(loss)(params, batch, buffers=buffers)
     assert rows.buffers["calls"] == 12

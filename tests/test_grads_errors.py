@@ -9,7 +9,7 @@ import gradfilter as gf
 
 MODEL = nn.Linear(3, 2)
 BATCH = (torch.randn(6, 3), torch.arange(6) % 2)
-every_plan = pytest.mark.parametrize("plan", ["loop", "vmap"])
+every_plan = pytest.mark.parametrize("plan", ["loop", "vmap", "fused"])
 
 
 def grads(m=2, batch=BATCH, params=None, criterion=F.cross_entropy, plan="auto", **kwargs):

@@ -11,7 +11,7 @@ import gradfilter as gf
 from _models import vectors
 
 pytestmark = pytest.mark.usefixtures("float64")
-every_plan = pytest.mark.parametrize("plan", ["loop", "vmap"])
+every_plan = pytest.mark.parametrize("plan", ["loop", "vmap", "fused"])
 
 
 class Shared(nn.Module):
@@ -150,8 +150,9 @@ def test_the_loop_follows_and_vmap_refuses_what_it_cannot_replay(kind):
     loss = gf.model_loss(model, F.cross_entropy)
     rows = gf.microbatch_grads(loss, 3, plan="loop")(params, batch, buffers=buffers)
     assert_equals_naive(rows, model, batch, 3, expected)
-    with pytest.raises(RuntimeError, match=r'cannot hand buffer .* Use plan="loop"'):
-        gf.microbatch_grads(loss, 3, plan="vmap")(params, batch, buffers=buffers)
+    for plan in ("vmap", "fused"):
+        with pytest.raises(RuntimeError, match=r'cannot hand buffer .* Use plan="loop"'):
+            gf.microbatch_grads(loss, 3, plan=plan)(params, batch, buffers=buffers)
     # The old spectral_norm keeps its last weight in a plain attribute, which nobody gives back.
     assert_untouched(model, before, copyable=kind != "old_spectral_norm")
 

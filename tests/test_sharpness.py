@@ -187,7 +187,7 @@ def test_training_applies_the_perturbed_gradient_at_the_clean_parameters():
     assert_close(flat(moved), w - 0.1 * h)
 
 
-@pytest.mark.parametrize("plan", ["loop", "vmap"])
+@pytest.mark.parametrize("plan", ["loop", "vmap", "fused"])
 def test_both_plans_answer_the_second_pass(plan):
     params, batch = make_params(6), make_batch(7)
     rows = gf.microbatch_grads(loss, M, plan=plan)(params, batch)

@@ -8,7 +8,7 @@ import gradfilter as gf
 from _naive import assert_close, assert_same, flat, normal, run, unflat
 from _regression import SHAPES, M, ascent, make_rows, problem, rows_at
 
-every_plan = pytest.mark.parametrize("plan", ["loop", "vmap"])
+every_plan = pytest.mark.parametrize("plan", ["loop", "vmap", "fused"])
 ORDERS = {
     "after the mean": lambda: gf.chain(gf.mean_rows(), gf.sam_perturb(0.5)),
     "before the mean": lambda: gf.chain(gf.sam_perturb(0.5), gf.mean_rows()),

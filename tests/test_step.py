@@ -21,7 +21,7 @@ def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(_tree.leaves(a), _tree.leaves(b), strict=True))
 
 
-@pytest.mark.parametrize("plan", ["loop", "vmap"])
+@pytest.mark.parametrize("plan", ["loop", "vmap", "fused"])
 def test_one_object_is_the_loop_written_out(plan):
     model = ConvBN()
     step = new_step(model, plan=plan)

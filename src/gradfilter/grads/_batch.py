@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,9 +11,28 @@ from einops import rearrange
 from torch import Tensor
 
 from gradfilter import _tree
-from gradfilter._types import Params
+from gradfilter._types import Params, Tree
 
 Rebuild = Callable[[Iterable[Tensor]], Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch cut into rows, and the buffers that the first of them meets.
+
+    Attributes:
+        tensors: (M, B, ...) each.
+        rebuild: Puts the tensors of one microbatch into the structure the loss expects.
+        buffers: Before the first row.
+    """
+
+    tensors: list[Tensor]
+    rebuild: Rebuild
+    buffers: Tree
+
+    def __len__(self) -> int:
+        """M."""
+        return len(self.tensors[0])
 
 
 def split(batch: Any, microbatches: int | None) -> tuple[list[Tensor], Rebuild]:

@@ -11,15 +11,22 @@ from torch import Tensor, nn
 
 from gradfilter import _tree
 from gradfilter._types import Params, Tree
+from gradfilter.grads._again import AgainStack, Origin
 from gradfilter.grads._ambient import Ambient, set_random_state
-from gradfilter.grads._batch import check_device, check_params, split
-from gradfilter.grads._dense import DenseStack, Origin
+from gradfilter.grads._batch import Batch, check_device, check_params, split
+from gradfilter.grads._budget import bytes_of
+from gradfilter.grads._check_loss import check_value
+from gradfilter.grads._dense import DenseStack
+from gradfilter.grads._fused import Forward, forward
+from gradfilter.grads._fused_stack import FusedStack
+from gradfilter.grads._lift import untraced
 from gradfilter.grads._loop import Rows, loop_rows
 from gradfilter.grads._loss import ModelLoss, check_names
+from gradfilter.grads._pass import Pass
 from gradfilter.grads._running_stats import cumulative_means
 from gradfilter.grads._vmap import vmap_rows
 
-Plan = Literal["auto", "loop", "vmap"]
+Plan = Literal["auto", "loop", "vmap", "fused"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +38,9 @@ class GradFunction:
     has_aux: bool
     plan: Plan
     chunk_size: int | None
+    memory_budget: int | float
 
-    def __call__(self, params: Params, batch: Any, *, buffers: Tree | None = None) -> DenseStack:
+    def __call__(self, params: Params, batch: Any, *, buffers: Tree | None = None) -> AgainStack:
         """The gradients of one batch.
 
         Args:
@@ -47,54 +55,77 @@ class GradFunction:
             check_names("parameters", params, {name: p for name, p in own if p.requires_grad})
         tensors, rebuild = split(batch, self.microbatches)
         check_device(params, tensors)
-        incoming = self._incoming(buffers)
-        plan = self._pick_plan(params, tensors)
+        rows = Batch(tensors, rebuild, self._incoming(buffers))
         ambient = Ambient.now(_tree.device_of(params), self._model)
-
-        def run(plan: Plan, params: Params, per_row: bool) -> Rows:
-            params = {name: p.detach() for name, p in params.items()}
-            if plan == "loop":
-                return loop_rows(self._pure, params, tensors, rebuild, incoming, per_row)
-            return vmap_rows(
-                self._writing,
-                params,
-                tensors,
-                rebuild,
-                incoming,
-                per_row,
-                cumulative=set() if self._model is None else cumulative_means(self._model),
-                chunk_size=self.chunk_size,
-            )
-
-        def evaluate(elsewhere: Params, per_row: bool) -> DenseStack:
-            with ambient.again():
-                rows = run(plan, elsewhere, per_row)
-            return stack(rows, params if per_row else elsewhere)
-
-        def stack(rows: Rows, base: Params) -> DenseStack:
-            grads, losses, after, aux = rows
-            origin = Origin(len(losses), base, evaluate)
-            return DenseStack(grads, losses, after, aux, origin=origin)
-
-        if self.plan != "auto" or plan == "loop":
-            return stack(run(plan, params, False), params)
+        if self.plan != "auto":
+            return self._stack(self.plan, rows, ambient, params)
         try:
-            return stack(run(plan, params, False), params)
+            return self._stack("fused", rows, ambient, params)
         except Exception as refusal:
             # The loop says whether the loss or only vmap was at fault, on the same random numbers.
-            plan = "loop"
             set_random_state(ambient.random, ambient.device)
             try:
-                result = stack(run(plan, params, False), params)
+                result = self._stack("loop", rows, ambient, params)
             except Exception as fault:
                 raise fault from None
             reason = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
             warnings.warn(
-                f'Fell back to plan "loop", because vmap refused the loss: {reason} Pass '
-                'plan="loop" to choose it outright.',
+                f'Fell back to plan "loop", because the loss cannot run over all rows at once: '
+                f'{reason} Pass plan="loop" to choose it outright.',
                 stacklevel=2,
             )
             return result
+
+    def _stack(self, plan: Plan, batch: Batch, ambient: Ambient, params: Params) -> AgainStack:
+        """The rows by one plan, as random state and settings are at present."""
+
+        def evaluate(elsewhere: Params, per_row: bool) -> AgainStack:
+            with ambient.again():
+                return stack(elsewhere, per_row)
+
+        def stack(at: Params, per_row: bool) -> AgainStack:
+            at = {name: p.detach() for name, p in at.items()}
+            origin = Origin(len(batch.tensors[0]), params if per_row else at, evaluate)
+            if plan == "fused":
+                return self._fused(batch, ambient, at, per_row, origin)
+            grads, losses, after, aux = self._rows(plan, batch, at, per_row)
+            return DenseStack(grads, losses, after, aux, origin=origin)
+
+        return stack(params, False)
+
+    def _rows(self, plan: Plan, batch: Batch, params: Params, per_row: bool) -> Rows:
+        if plan == "loop":
+            return loop_rows(self._pure, params, batch, per_row)
+        return vmap_rows(
+            self._writing,
+            params,
+            batch,
+            per_row,
+            cumulative=self._cumulative,
+            chunk_size=self.chunk_size,
+        )
+
+    def _fused(
+        self, batch: Batch, ambient: Ambient, params: Params, per_row: bool, origin: Origin
+    ) -> FusedStack:
+        def run() -> Forward:
+            return untraced(forward)(self._writing, params, batch, per_row, self._cumulative)
+
+        def again() -> Forward:
+            with ambient.again():
+                return run()
+
+        first = run()
+        budget = bytes_of(self.memory_budget, ambient.device)
+        rows = Pass(again, first, budget)
+        losses = first.losses.detach()
+        return FusedStack(
+            rows, tuple(params), len(losses), losses, first.buffers, first.aux, origin
+        )
+
+    @property
+    def _cumulative(self) -> set[str]:
+        return set() if self._model is None else cumulative_means(self._model)
 
     @property
     def _model(self) -> nn.Module | None:
@@ -115,16 +146,6 @@ class GradFunction:
         check_names("buffers", buffers, own)
         return {name: b.detach() for name, b in buffers.items()}
 
-    def _pick_plan(self, params: Params, tensors: list[Tensor]) -> Plan:
-        if self.plan != "auto":
-            return self.plan
-        # Measured by benchmarks/fused_vs_looped.py: on a CPU a pass over one large microbatch keeps
-        # the cores busy, so vmap pays only where the rows are many and small.
-        rows, samples = tensors[0].shape[:2]
-        work = samples * sum(p.numel() for p in params.values())
-        on_cpu = _tree.device_of(params).type == "cpu"
-        return "loop" if on_cpu and (rows < 8 or work > 30_000_000) else "vmap"
-
     def _pure(self, params: Params, batch: Any, buffers: Tree) -> tuple[Tensor, Tree, Any]:
         if not isinstance(self.loss, ModelLoss):
             return self._writing(params, batch, buffers)
@@ -139,30 +160,5 @@ class GradFunction:
             value, aux = self.loss(params, batch)
         else:
             value, aux = self.loss(params, batch), None
-        _check_value(value, aux)
+        check_value(value, aux)
         return value, buffers, aux
-
-
-def _check_value(value: Any, aux: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"Expected the loss to be a scalar tensor, found {type(value).__name__}. A loss that "
-            "returns (scalar, aux) needs has_aux=True."
-        )
-    if value.ndim:
-        raise ValueError(
-            f"Expected a scalar loss per microbatch, found shape {tuple(value.shape)}. Average "
-            'over the samples: a criterion with reduction="none" needs .mean().'
-        )
-    if not value.requires_grad:
-        raise ValueError(
-            "Expected a loss that depends on the parameters, found one without a gradient. Is it "
-            "detached, computed under no_grad or inference_mode, or are other parameters used than "
-            "those passed in?"
-        )
-    strangers = [] if aux is None else [x for x in _tree.leaves(aux) if not isinstance(x, Tensor)]
-    if strangers:
-        raise TypeError(
-            f"Expected aux as a tree of tensors, found {type(strangers[0]).__name__}. Return "
-            "tensors, which are stacked over the rows."
-        )

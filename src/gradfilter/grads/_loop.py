@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gradfilter import _tree
 from gradfilter._types import Params, Tree
-from gradfilter.grads._batch import Rebuild
+from gradfilter.grads._batch import Batch
+from gradfilter.grads._check_loss import check_differentiable
 
 # loss(params, batch, buffers) -> (scalar, new buffers, aux), none of its arguments changed.
 PureLoss = Callable[[Params, Any, Tree], tuple[Tensor, Tree, Any]]
@@ -22,9 +23,7 @@ Rows = tuple[Tree, Tensor, Tree, Any]
 def loop_rows(
     loss: PureLoss,
     params: Params,
-    tensors: list[Tensor],
-    rebuild: Rebuild,
-    buffers: Tree,
+    batch: Batch,
     per_row: bool,
 ) -> Rows:
     """Row m from an ordinary backward pass over microbatch m, buffers handed from row to row.
@@ -32,12 +31,10 @@ def loop_rows(
     Args:
         loss: The pure loss.
         params: The parameters; with ``per_row`` each with a leading axis M.
-        tensors: The batch's tensors, (M, B, ...).
-        rebuild: Puts the tensors of one microbatch into the structure the loss expects.
-        buffers: The buffers before the first row.
+        batch: The rows.
         per_row: Row m has its own parameters.
     """
-    count = len(tensors[0])
+    count, buffers = len(batch), batch.buffers
     shapes = {name: p.shape[1:] if per_row else p.shape for name, p in params.items()}
     # Written row by row: stacking M finished gradients would hold all of them twice.
     rows = {name: p.new_empty((count, *shapes[name])) for name, p in params.items()}
@@ -47,7 +44,10 @@ def loop_rows(
             name: (p[m] if per_row else p).detach().requires_grad_() for name, p in params.items()
         }
         with torch.enable_grad():
-            value, buffers, extra = loss(leaves, rebuild(t[m] for t in tensors), buffers)
+            value, buffers, extra = loss(
+                leaves, batch.rebuild(t[m] for t in batch.tensors), buffers
+            )
+        check_differentiable(value)
         grads = torch.autograd.grad(
             value, list(leaves.values()), allow_unused=True, materialize_grads=True
         )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
+from gradfilter.grads._budget import check_budget
 from gradfilter.grads._grad_function import GradFunction, Plan
 from gradfilter.grads._loss import ModelLoss
 
@@ -18,6 +19,7 @@ def microbatch_grads(
     has_aux: bool = False,
     plan: Plan = "auto",
     chunk_size: int | None = None,
+    memory_budget: int | float = 0.25,
 ) -> GradFunction:
     """One gradient per microbatch: a function ``(params, batch, *, buffers) -> GradStack``.
 
@@ -28,11 +30,17 @@ def microbatch_grads(
             loss should be the mean over its samples.
         microbatches: M >= 1; has to divide N.
         has_aux: ``loss`` returns ``(scalar, aux)``, aux any tree of tensors.
-        plan: How the rows are computed. ``"loop"``: M backward passes, always possible.
-            ``"vmap"``: all at once, where vmap can. ``"auto"`` chooses, and goes back to the loop
-            with a warning when vmap refuses. Plans differ by rounding, and in which random numbers
-            a dropout layer draws.
+        plan: How the rows are computed. ``"fused"``: one forward pass over all rows, one backward
+            pass when the first question is asked, and rows made only where that is the cheaper
+            way to the answer. ``"loop"``: M backward passes, always possible. ``"vmap"``: all rows
+            at once by ``torch.func.vmap(grad)``. ``"auto"``, the default, is ``"fused"``, and goes
+            back to the loop with a warning where the loss cannot run over all rows at once. Plans
+            differ by rounding, and in which random numbers a dropout layer draws.
         chunk_size: Rows computed at a time by plan ``"vmap"``, to bound memory.
+        memory_budget: What plan ``"fused"`` may hold between questions, beside what an ordinary
+            backward pass takes: bytes (int), or a fraction of the device's memory (float, up to
+            1). With less it streams, and in the end runs a backward pass for every question.
+            `FusedStack.explain` shows what was chosen.
 
     Raises:
         ValueError: M < 1; N not divisible by M; tensors of the batch disagree on N; the batch is
@@ -52,7 +60,7 @@ def microbatch_grads(
             f"Expected a whole number of microbatches >= 1, found {microbatches!r}. M = 8 is a "
             "usual choice."
         )
-    return _grad_function(loss, microbatches, has_aux, plan, chunk_size)
+    return _grad_function(loss, microbatches, has_aux, plan, chunk_size, memory_budget)
 
 
 def per_sample_grads(
@@ -61,6 +69,7 @@ def per_sample_grads(
     has_aux: bool = False,
     plan: Plan = "auto",
     chunk_size: int | None = None,
+    memory_budget: int | float = 0.25,
 ) -> GradFunction:
     """One gradient per sample: `microbatch_grads` with M = N, B = 1.
 
@@ -71,6 +80,7 @@ def per_sample_grads(
         has_aux: As in `microbatch_grads`.
         plan: As in `microbatch_grads`.
         chunk_size: As in `microbatch_grads`.
+        memory_budget: As in `microbatch_grads`.
 
     Example:
         >>> import torch, gradfilter as gf
@@ -78,7 +88,7 @@ def per_sample_grads(
         >>> len(gf.per_sample_grads(loss)({"w": torch.ones(3)}, torch.eye(3)))
         3
     """
-    return _grad_function(loss, None, has_aux, plan, chunk_size)
+    return _grad_function(loss, None, has_aux, plan, chunk_size, memory_budget)
 
 
 def _grad_function(
@@ -87,18 +97,20 @@ def _grad_function(
     has_aux: bool,
     plan: Plan,
     chunk_size: int | None,
+    memory_budget: int | float,
 ) -> GradFunction:
     if isinstance(loss, nn.Module) or not callable(loss):
         raise TypeError(
             f"Expected a function loss(params, batch), found {type(loss).__name__}. Use "
             "model_loss(model, criterion)."
         )
-    if plan not in ("auto", "loop", "vmap"):
-        raise ValueError(f'Expected plan "auto", "loop" or "vmap", found {plan!r}.')
+    if plan not in get_args(Plan):
+        raise ValueError(f'Expected plan "auto", "fused", "loop" or "vmap", found {plan!r}.')
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"Expected chunk_size >= 1 or None, found {chunk_size}.")
     if has_aux and isinstance(loss, ModelLoss):
         raise ValueError(
             "Expected has_aux on model_loss(model, criterion, has_aux=True), found it here."
         )
-    return GradFunction(loss, microbatches, has_aux, plan, chunk_size)
+    check_budget(memory_budget)
+    return GradFunction(loss, microbatches, has_aux, plan, chunk_size, memory_budget)

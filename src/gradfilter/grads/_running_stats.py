@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from gradfilter import _tree
 from gradfilter._types import Tree
+from gradfilter.grads._buffer_watch import BufferWatch
 
 
 @dataclass
@@ -32,12 +33,9 @@ class RecordRunningStats(TorchFunctionMode):
     """Lets batch_norm leave its running statistics alone, and writes down what they were due."""
 
     def __init__(self, buffers: Tree) -> None:
-        """Watch the given tensors, known by identity."""
+        """Watch the given tensors."""
         super().__init__()
-        self._buffers = buffers
-        self._names = {id(b): name for name, b in buffers.items()}
-        self._versions = {name: b._version for name, b in buffers.items()}
-        self._used: set[str] = set()
+        self._watch = BufferWatch(buffers)
         self.recorded = Recorded()
 
     def __torch_function__(
@@ -47,13 +45,7 @@ class RecordRunningStats(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.batch_norm:
             return self._batch_norm(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        if name != "__get__":  # asking a tensor for its shape is no use of its values
-            listed = [x for arg in args if isinstance(arg, (list, tuple)) for x in arg]
-            found = {self._names.get(id(x)) for x in (*args, *listed)} - {None}
-            self._used |= {str(buffer) for buffer in found}
-            if name.startswith("_foreach") and found:  # raises no version
-                raise RuntimeError(unreplayable(str(found.pop()), f"by {name}"))
+        self._watch.note(func, args)
         return func(*args, **kwargs)
 
     def _batch_norm(
@@ -67,7 +59,7 @@ class RecordRunningStats(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        mean_name, var_name = (self._names.get(id(r)) for r in (running_mean, running_var))
+        mean_name, var_name = map(self._watch.name, (running_mean, running_var))
         if mean_name is not None and var_name is not None:
             if training:
                 x = _tree.at_least_float32(input.detach())
@@ -76,32 +68,12 @@ class RecordRunningStats(TorchFunctionMode):
                 self.recorded.moments.append((mean, var))
                 running_mean = running_var = None
             else:
-                self._used |= {mean_name, var_name}
+                self._watch.read(mean_name, var_name)
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
     def check(self, after: Tree) -> None:
-        """Refuse what cannot be replayed: other writes, and other uses of running statistics.
-
-        Args:
-            after: The buffers after the forward pass.
-        """
-        for name, buffer in self._buffers.items():
-            counts = name.endswith("num_batches_tracked")
-            if not counts and after[name] is not buffer:
-                raise RuntimeError(unreplayable(name, "by assignment"))
-            if not counts and buffer._version != self._versions[name]:
-                raise RuntimeError(unreplayable(name, "in place"))
-        for statistics in self.recorded.calls:
-            for name in self._used.intersection(statistics[:2]):
-                raise RuntimeError(unreplayable(name, "and also reads"))
-
-
-def unreplayable(buffer: str, how: str) -> str:
-    """Why a buffer stops plan "vmap"."""
-    return (
-        f'Plan "vmap" runs all rows at once and cannot hand buffer {buffer!r}, which the forward '
-        f'pass writes {how}, from row to row. Use plan="loop".'
-    )
+        """Refuse what cannot be replayed, given the buffers after the forward pass."""
+        self._watch.check(after, {name for call in self.recorded.calls for name in call[:2]})
 
 
 def cumulative_means(model: nn.Module) -> set[str]:

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from gradfilter._types import Params, Tree
-from gradfilter.grads._batch import Rebuild
+from gradfilter.grads._batch import Batch
+from gradfilter.grads._check_loss import check_differentiable
 from gradfilter.grads._loop import PureLoss, Rows
 from gradfilter.grads._running_stats import Recorded, RecordRunningStats, replay
 
@@ -16,9 +17,7 @@ from gradfilter.grads._running_stats import Recorded, RecordRunningStats, replay
 def vmap_rows(
     loss: PureLoss,
     params: Params,
-    tensors: list[Tensor],
-    rebuild: Rebuild,
-    buffers: Tree,
+    batch: Batch,
     per_row: bool,
     *,
     cumulative: set[str],
@@ -29,9 +28,7 @@ def vmap_rows(
     Args:
         loss: The pure loss, except that it writes into the buffers it is given.
         params: The parameters; with ``per_row`` each with a leading axis M.
-        tensors: The batch's tensors, (M, B, ...).
-        rebuild: Puts the tensors of one microbatch into the structure the loss expects.
-        buffers: The buffers before the first row.
+        batch: The rows.
         per_row: Row m has its own parameters.
         cumulative: Running means with momentum None.
         chunk_size: Rows computed at a time; None for all of them.
@@ -42,7 +39,8 @@ def vmap_rows(
         nonlocal recorded
         own = {name: b.clone() for name, b in buffers.items()}
         with RecordRunningStats(own) as mode:
-            value, after, aux = loss(params, rebuild(tensors), own)
+            value, after, aux = loss(params, batch.rebuild(tensors), own)
+        check_differentiable(value)
         recorded = mode.recorded
         mode.check(after)
         counters = {name: b for name, b in after.items() if name.endswith("num_batches_tracked")}
@@ -53,6 +51,6 @@ def vmap_rows(
         in_dims=(0 if per_row else None, 0, None),
         randomness="different",
         chunk_size=chunk_size,
-    )(params, tensors, buffers)
-    after = replay(buffers, counters, recorded, moments, cumulative)
+    )(params, batch.tensors, batch.buffers)
+    after = replay(batch.buffers, counters, recorded, moments, cumulative)
     return rows, losses, after, aux[0] if aux else None

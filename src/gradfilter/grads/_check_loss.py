@@ -1,0 +1,39 @@
+"""What a loss has to return."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from gradfilter import _tree
+
+
+def check_value(value: Any, aux: Any) -> None:
+    """Refuse a loss that is no scalar tensor, and an aux that is no tree of tensors."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"Expected the loss to be a scalar tensor, found {type(value).__name__}. A loss that "
+            "returns (scalar, aux) needs has_aux=True."
+        )
+    if value.ndim:
+        raise ValueError(
+            f"Expected a scalar loss per microbatch, found shape {tuple(value.shape)}. Average "
+            'over the samples: a criterion with reduction="none" needs .mean().'
+        )
+    strangers = [] if aux is None else [x for x in _tree.leaves(aux) if not isinstance(x, Tensor)]
+    if strangers:
+        raise TypeError(
+            f"Expected aux as a tree of tensors, found {type(strangers[0]).__name__}. Return "
+            "tensors, which are stacked over the rows."
+        )
+
+
+def check_differentiable(value: Tensor) -> None:
+    """Refuse a loss that no parameter has a part in."""
+    if not value.requires_grad:
+        raise ValueError(
+            "Expected a loss that depends on the parameters, found one without a gradient. Is it "
+            "detached, computed under no_grad or inference_mode, or are other parameters used than "
+            "those passed in?"
+        )

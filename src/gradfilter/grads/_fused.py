@@ -1,0 +1,101 @@
+"""Plan "fused": one forward pass over all rows, hot operations in one kernel for all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.overrides import TorchFunctionMode
+
+from gradfilter import _tree
+from gradfilter._types import Params, Tree
+from gradfilter.grads._batch import Batch
+from gradfilter.grads._buffer_watch import BufferWatch
+from gradfilter.grads._check_loss import check_differentiable
+from gradfilter.grads._lift import Level
+from gradfilter.grads._loop import PureLoss
+from gradfilter.grads._rules._host import Host
+from gradfilter.grads._rules._table import RULES
+from gradfilter.grads._running_updates import RunningUpdates
+from gradfilter.grads._tape import Tape
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward pass over all rows.
+
+    Attributes:
+        losses: (M,), with the graph of the pass.
+        tape: Where a backward pass leaves the gradients.
+        buffers: After all rows, in order.
+        aux: What the loss returned beside its value, stacked.
+    """
+
+    losses: Tensor
+    tape: Tape
+    buffers: Tree
+    aux: Any
+
+
+class Overrides(TorchFunctionMode):
+    """Hands functions that have a rule to it."""
+
+    def __init__(self, host: Host) -> None:
+        """For one host."""
+        super().__init__()
+        self._host = host
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Try the rule, else run the function as it is."""
+        kwargs = kwargs or {}
+        rule = RULES.get(func)
+        if rule is not None and self._host.level.is_innermost():
+            result = rule(self._host, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        self._host.running.watch.note(func, args)
+        return func(*args, **kwargs)
+
+
+def forward(
+    loss: PureLoss,
+    params: Params,
+    batch: Batch,
+    per_row: bool,
+    cumulative: set[str],
+) -> Forward:
+    """Evaluate the loss of every row at once; arguments as in `vmap_rows`."""
+    count = len(batch)
+    leaves = {
+        name: (p if per_row else p.expand(count, *p.shape)).detach().requires_grad_()
+        for name, p in params.items()
+    }
+    tape = Tape(leaves)
+    own = {name: b.clone() for name, b in batch.buffers.items()}
+    watch = BufferWatch(own)
+    running = RunningUpdates(watch, own, cumulative)
+    after: Tree = {}
+
+    def row(leaves: Tree, tensors: list[Tensor]) -> tuple[Tensor, Any]:
+        nonlocal after
+        level = Level.of(next(iter(leaves.values())), count)
+        with Overrides(Host(level, tape, running)):
+            value, after, aux = loss(leaves, batch.rebuild(tensors), own)
+        watch.check(after, set(running.updated))
+        return value, () if aux is None else (aux,)
+
+    with torch.enable_grad():
+        losses, aux = vmap(row, randomness="different")(leaves, batch.tensors)
+    check_differentiable(losses)
+    for name, counter in after.items():
+        if name.endswith("num_batches_tracked"):  # counted once, for all rows
+            before = batch.buffers[name]
+            after[name] = before + count * (counter - before)
+    after |= running.finish()
+    aux = _tree.tree_map(torch.Tensor.detach, aux[0]) if aux else None
+    return Forward(losses, tape, after, aux)

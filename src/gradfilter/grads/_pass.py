@@ -1,0 +1,204 @@
+"""One evaluation of all rows: a forward pass, and what its backward passes leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+
+from gradfilter import _tree
+from gradfilter._types import Tree
+from gradfilter.grads._dense_factor import DenseFactor
+from gradfilter.grads._factor import Factor
+from gradfilter.grads._fused import Forward
+from gradfilter.grads._modes import Modes, choose_modes
+from gradfilter.grads._tiled_factor import TiledFactor
+
+Question = Callable[[Factor, str], Tensor]
+
+SMALL = 2**16
+"""Leaves of fewer numbers are put side by side for one product: each product has its overhead."""
+
+
+class Pass:
+    """The rows of one forward pass, computed when they are asked for.
+
+    The first question runs the backward pass, which leaves a factor for every leaf; all further
+    ones are answered from those. A combination that is asked first of all is one ordinary backward
+    pass with weighted losses. Who has asked enough lets go; whoever asks again pays for a new pass.
+
+    Args:
+        again: Runs the forward pass once more, on the same random numbers.
+        first: The forward pass that was run already.
+        budget: Bytes that may be held between questions.
+    """
+
+    def __init__(self, again: Callable[[], Forward], first: Forward, budget: int) -> None:
+        self._again = again
+        self._forward: Forward | None = first
+        self.shapes = {name: leaf.shape[1:] for name, leaf in first.tape.leaves.items()}
+        self._dtypes = {name: leaf.dtype for name, leaf in first.tape.leaves.items()}
+        self.modes: Modes = choose_modes(first.tape.leaves, first.tape.uses, budget)
+        self.overrides = dict(first.tape.overrides)
+        self.count = len(first.losses)
+        self._device = first.losses.device
+        self._kept: dict[str, Factor] | None = None
+        self._grams: dict[frozenset[str], Tensor] = {}
+        self._norms: dict[frozenset[str], Tensor] = {}
+
+    def release(self) -> None:
+        """Let go of the graph and of everything that another pass can bring back."""
+        self._forward = None
+        self._kept = None
+
+    def gram(self, names: Collection[str]) -> Tensor:
+        """The Gram over some leaves. (M, M)."""
+        key = frozenset(names)
+        if key not in self._grams:
+            self._grams[key] = self._sum(
+                names, lambda factor, _: factor.gram(), (self.count, self.count), join=True
+            )
+            self._norms[key] = self._grams[key].diagonal()
+        return self._grams[key]
+
+    def sq_norms(self, names: Collection[str]) -> Tensor:
+        """Squared norms over some leaves. (M,)."""
+        key = frozenset(names)
+        if key not in self._norms:
+            self._norms[key] = self._sum(
+                names, lambda factor, _: factor.sq_norms(), (self.count,), join=True
+            )
+        return self._norms[key]
+
+    def dot(self, tree: Tree) -> Tensor:
+        """Products with a tree of some leaves. (M,)."""
+        return self._sum(tree, lambda factor, name: factor.dot(tree[name]), (self.count,))
+
+    def rows(self, names: Collection[str]) -> Tree:
+        """The rows on some leaves."""
+        found = self._ask(names, lambda factor, name: factor.rows().to(self._dtypes[name]))
+        return {
+            name: found[name]
+            if name in found
+            else torch.zeros(
+                (self.count, *self.shapes[name]), dtype=self._dtypes[name], device=self._device
+            )
+            for name in names
+        }
+
+    def total(self, names: Collection[str], weights: Tensor) -> Tree:
+        """Σ_m w_m row_m on some leaves, nothing of a row of weight 0."""
+        live = self._live(names, weights)
+        if self._kept is None and set(names) == set(self.shapes):
+            found = self._weighted(weights, weights != 0 if self._some_dead(weights) else None)
+        else:
+            found = self._ask(names, lambda factor, name: factor.total(weights, live))
+        return {
+            name: found[name].to(self._dtypes[name]).view(self.shapes[name])
+            if name in found
+            else torch.zeros(self.shapes[name], dtype=self._dtypes[name], device=self._device)
+            for name in names
+        }
+
+    def _live(self, names: Collection[str], weights: Tensor) -> Tensor | None:
+        """Which rows to mask: None where no row of weight 0 has a non-finite number in it."""
+        live = weights != 0
+        norms = self._norms.get(frozenset(names))
+        if norms is not None and self._device.type == "cpu":
+            # Masking copies all that was kept. On a CPU a look at M numbers waits for nothing.
+            return None if bool((live | norms.isfinite()).numpy().all()) else live
+        return live if self._some_dead(weights) else None
+
+    def _some_dead(self, weights: Tensor) -> bool:
+        return self._device.type != "cpu" or not weights.detach().numpy().all()
+
+    def _weighted(self, weights: Tensor, live: Tensor | None) -> Tree:
+        """One backward pass with the losses weighted."""
+        found: Tree = {}
+
+        def visit(name: str, factors: list[Factor], grad: Tensor | None) -> None:
+            parts = [factor.total(None, live) for factor in factors]
+            if grad is not None:
+                parts.append(DenseFactor(grad).total(None, live))
+            found[name] = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+        self._backward(weights, visit)
+        return found
+
+    def _sum(
+        self,
+        names: Collection[str],
+        question: Question,
+        shape: tuple[int, ...],
+        *,
+        join: bool = False,
+    ) -> Tensor:
+        """The sum of a question's answers over some leaves."""
+        answers = list(self._ask(names, question, join=join).values())
+        dtype = _tree.wide(torch.empty(0, device=self._device))
+        if not answers:
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+        return torch.stack(answers).sum(0)
+
+    def _ask(self, names: Collection[str], question: Question, *, join: bool = False) -> Tree:
+        """The answers of all leaves that have a gradient."""
+        if not self.modes.keeps:
+            found: Tree = {}
+
+            def visit(name: str, factors: list[Factor], grad: Tensor | None) -> None:
+                if name in names:
+                    found[name] = question(self._as_factor(name, factors, grad), name)
+
+            self._backward(None, visit)
+            return found
+        factors = self._factors()
+        chosen = {name: factors[name] for name in factors if name in names}
+        if join:
+            chosen = _side_by_side(chosen)
+        with torch.no_grad():
+            return {name: question(factor, name) for name, factor in chosen.items()}
+
+    def _factors(self) -> dict[str, Factor]:
+        """What the backward pass left of each leaf, after running it if need be."""
+        if self._kept is None:
+            kept: dict[str, Factor] = {}
+
+            def visit(name: str, factors: list[Factor], grad: Tensor | None) -> None:
+                kept[name] = self._as_factor(name, factors, grad)
+
+            self._backward(None, visit)
+            self._kept = kept
+        return self._kept
+
+    def _as_factor(self, name: str, factors: list[Factor], grad: Tensor | None) -> Factor:
+        """The one factor of a complete leaf, in the leaf's mode."""
+        parts = [*factors] if grad is None else [*factors, DenseFactor(grad)]
+        mode = self.modes.layers[name].mode
+        if len(parts) == 1 and (mode == "ghost" or isinstance(parts[0], DenseFactor)):
+            return parts[0]
+        tiled = TiledFactor(parts)
+        return DenseFactor(tiled.rows()) if mode == "store" else tiled
+
+    def _backward(self, weights: Tensor | None, visit: Callable[..., None]) -> None:
+        run = self._forward or self._again()
+        # With nothing kept the next question needs the graph again.
+        self._forward = None if self.modes.keeps else run
+        losses = run.losses
+        cotangent = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
+        run.tape.backward(losses, cotangent, visit, retain=not self.modes.keeps)
+
+
+def _side_by_side(factors: dict[str, Factor]) -> dict[str, Factor]:
+    """Small leaves whose rows are held, joined into one."""
+    small = [
+        name
+        for name, factor in factors.items()
+        if isinstance(factor, DenseFactor) and factor.shape.numel() < SMALL
+    ]
+    if len(small) < 2:
+        return factors
+    matrices = [factors[name].rows().reshape(factors[name].count, -1) for name in small]
+    joined = torch.cat([_tree.at_least_float32(matrix) for matrix in matrices], 1)
+    rest = {name: factor for name, factor in factors.items() if name not in set(small)}
+    return {**rest, "": DenseFactor(joined)}
