@@ -17,8 +17,8 @@ from _naive import (
     unflat,
     zeros,
 )
+from gradfilter.grads._stack import GRAM_UP_TO
 from gradfilter.transforms._consensus import (
-    GRAM_UP_TO,
     cosines_from_gram,
     cosines_from_products,
 )

@@ -96,10 +96,19 @@ class ConvFactor(Factor):
         geometry = self.geometry
         if len(weight) < len(self.weight):
             inputs, outputs, geometry = self._tile(low, low + len(weight))
+        if inputs.shape[1] == 1 and geometry.groups == 1 and not geometry.transposed:
+            return self._as_groups(inputs, outputs, weight)
         rows = inputs.new_empty(self.count, *weight.shape)
         for m in range(self.count):
             rows[m] = geometry.weight_grad(outputs[m], inputs[m], weight)
         return rows
+
+    def _as_groups(self, inputs: Tensor, outputs: Tensor, weight: Tensor) -> Tensor:
+        """Rows of one sample each, as the groups of one convolution: nothing has to be moved."""
+        geometry = replace(self.geometry, groups=self.count)
+        every = weight.expand(self.count, *weight.shape).flatten(0, 1)
+        x, grad = (t.reshape(1, -1, *t.shape[3:]) for t in (inputs, outputs))
+        return geometry.weight_grad(grad, x, every).view(self.count, *weight.shape)
 
     def _tile(self, low: int, high: int) -> tuple[Tensor, Tensor, Geometry]:
         """Inputs, output gradients and geometry of the units from low to high."""

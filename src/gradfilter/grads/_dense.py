@@ -80,6 +80,9 @@ class DenseStack(AgainStack):
         """Where the rows are."""
         return _tree.device_of(self.rows)
 
+    def release(self) -> None:
+        """Nothing to let go of: the rows are what the stack is."""
+
     def _matrices(self) -> list[Tensor]:
         """The leaves as matrices (M, p)."""
         return [leaf.reshape(len(self), -1) for leaf in self.rows.values()]

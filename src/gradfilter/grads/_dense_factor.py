@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from gradfilter import _tree
+from gradfilter._types import Tree
 from gradfilter.grads._factor import Factor
 
 
@@ -32,6 +35,11 @@ class DenseFactor(Factor):
             if live is None:
                 return self.held.sum(0)
             weights = live.to(_tree.wide(self.held))
+        if live is None:
+            rows = _tree.at_least_float32(self._matrix())
+            with _tree.no_autocast(rows):
+                total = weights.to(rows.dtype) @ rows
+            return total.view(self.shape).to(self.held.dtype)
         return _tree.weighted_sum(weights, self._matrix()).view(self.shape).to(self.held.dtype)
 
     def dot(self, leaf: Tensor) -> Tensor:
@@ -50,3 +58,33 @@ class DenseFactor(Factor):
     def bytes(self) -> int:
         """The rows."""
         return self.held.nbytes
+
+
+SMALL = 2**16
+"""Leaves of fewer numbers are put side by side for one product: each product has its overhead."""
+
+JOINED = ""
+"""The name of what is made of several leaves."""
+
+
+def small_dense(factors: Mapping[str, Factor], names: Collection[str]) -> list[str]:
+    """The leaves among some whose few rows are held."""
+    return [
+        name
+        for name, factor in factors.items()
+        if name in names and isinstance(factor, DenseFactor) and factor.shape.numel() < SMALL
+    ]
+
+
+def join_dense(factors: Mapping[str, Factor], names: list[str]) -> dict[str, Factor]:
+    """Leaves whose rows are held, as one."""
+    if not names:
+        return {}
+    matrices = [factors[name].rows().reshape(factors[name].count, -1) for name in names]
+    return {JOINED: DenseFactor(torch.cat([_tree.at_least_float32(m) for m in matrices], 1))}
+
+
+def split_joined(total: Tensor, names: list[str], shapes: Mapping[str, torch.Size]) -> Tree:
+    """A combination of joined rows, leaf by leaf."""
+    parts = torch.split_with_sizes(total, [shapes[name].numel() for name in names])
+    return {name: part.view(shapes[name]) for name, part in zip(names, parts, strict=True)}

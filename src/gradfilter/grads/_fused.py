@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 
@@ -15,12 +17,18 @@ from gradfilter._types import Params, Tree
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._buffer_watch import BufferWatch
 from gradfilter.grads._check_loss import check_differentiable
-from gradfilter.grads._lift import Level
+from gradfilter.grads._lift import Level, autocast_dtype
 from gradfilter.grads._loop import PureLoss
 from gradfilter.grads._rules._host import Host
 from gradfilter.grads._rules._table import RULES
+from gradfilter.grads._rules._values import VALUES
 from gradfilter.grads._running_updates import RunningUpdates
 from gradfilter.grads._tape import Tape
+
+CHECKPOINTS = (
+    "activation checkpointing (or whatever else hooks on saved tensors) inside the loss cannot "
+    "run over all rows at once"
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,19 @@ class Forward:
     aux: Any
 
 
+LOSSES = {
+    F.binary_cross_entropy_with_logits,
+    F.cross_entropy,
+    F.huber_loss,
+    F.kl_div,
+    F.l1_loss,
+    F.mse_loss,
+    F.nll_loss,
+    F.smooth_l1_loss,
+}
+"""What autocast computes in float32."""
+
+
 class Overrides(TorchFunctionMode):
     """Hands functions that have a rule to it."""
 
@@ -53,13 +74,25 @@ class Overrides(TorchFunctionMode):
     ) -> Any:
         """Try the rule, else run the function as it is."""
         kwargs = kwargs or {}
-        rule = RULES.get(func)
+        rule = RULES.get(func) or VALUES.get(func)
         if rule is not None and self._host.level.is_innermost():
             result = rule(self._host, *args, **kwargs)
             if result is not NotImplemented:
                 return result
         self._host.running.watch.note(func, args)
-        return func(*args, **kwargs)
+        if func in LOSSES and autocast_dtype(args[0].device) is not None:
+            # vmap takes a loss apart before autocast sees it.
+            args = tuple(_tree.at_least_float32(a) if _is_float(a) else a for a in args)
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError as error:
+            name = getattr(func, "__name__", str(func))
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RuntimeError(f"{name} cannot run over all rows at once: {reason}") from error
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def forward(
@@ -79,17 +112,18 @@ def forward(
     own = {name: b.clone() for name, b in batch.buffers.items()}
     watch = BufferWatch(own)
     running = RunningUpdates(watch, own, cumulative)
+    host = Host(Level(count, 0), tape, running)
     after: Tree = {}
 
     def row(leaves: Tree, tensors: list[Tensor]) -> tuple[Tensor, Any]:
         nonlocal after
-        level = Level.of(next(iter(leaves.values())), count)
-        with Overrides(Host(level, tape, running)):
+        host.level = Level.of(next(iter(leaves.values())), count)
+        with Overrides(host):
             value, after, aux = loss(leaves, batch.rebuild(tensors), own)
         watch.check(after, set(running.updated))
         return value, () if aux is None else (aux,)
 
-    with torch.enable_grad():
+    with torch.enable_grad(), disable_saved_tensors_hooks(CHECKPOINTS):
         losses, aux = vmap(row, randomness="different")(leaves, batch.tensors)
     check_differentiable(losses)
     for name, counter in after.items():

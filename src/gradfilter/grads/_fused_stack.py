@@ -16,6 +16,9 @@ from gradfilter.grads._lift import untraced
 from gradfilter.grads._modes import Layer
 from gradfilter.grads._pass import Pass
 
+LARGEST_GRAM = 2048
+"""Rows from which a Gram is too large to be made where something else will do."""
+
 
 @dataclass(frozen=True, eq=False)
 class FusedStack(AgainStack):
@@ -62,6 +65,10 @@ class FusedStack(AgainStack):
     def explain(self) -> None:
         """Print the mode, the extra flops and the kept bytes of every leaf."""
         print(self.run.modes)
+
+    def gram_is_cheap(self) -> bool:
+        """By the flops of both ways, as long as M x M numbers are few."""
+        return self.run.modes.gram_is_cheap and self.run.count <= LARGEST_GRAM
 
     def release(self) -> None:
         """Let go of the pass."""

@@ -70,8 +70,8 @@ class GradFunction:
                 raise fault from None
             reason = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
             warnings.warn(
-                f'Fell back to plan "loop", because the loss cannot run over all rows at once: '
-                f'{reason} Pass plan="loop" to choose it outright.',
+                f'Fell back to plan "loop": {reason.rstrip(".")}. Pass plan="loop" to choose it '
+                "outright.",
                 stacklevel=2,
             )
             return result
@@ -87,7 +87,7 @@ class GradFunction:
             at = {name: p.detach() for name, p in at.items()}
             origin = Origin(len(batch.tensors[0]), params if per_row else at, evaluate)
             if plan == "fused":
-                return self._fused(batch, ambient, at, per_row, origin)
+                return untraced(self._fused)(batch, ambient, at, per_row, origin)
             grads, losses, after, aux = self._rows(plan, batch, at, per_row)
             return DenseStack(grads, losses, after, aux, origin=origin)
 
@@ -109,7 +109,7 @@ class GradFunction:
         self, batch: Batch, ambient: Ambient, params: Params, per_row: bool, origin: Origin
     ) -> FusedStack:
         def run() -> Forward:
-            return untraced(forward)(self._writing, params, batch, per_row, self._cumulative)
+            return forward(self._writing, params, batch, per_row, self._cumulative)
 
         def again() -> Forward:
             with ambient.again():

@@ -62,9 +62,12 @@ class Level:
 
     def below(self, compute: Callable[..., Any], *args: Any) -> Any:
         """Run ``compute`` on the tensors of all rows; what it returns is raised again."""
+        return self.raised(self.aside(compute, *args))
+
+    def aside(self, compute: Callable[..., Any], *args: Any) -> Any:
+        """Run ``compute`` on the tensors of all rows."""
         with temporarily_pop_interpreter_stack():
-            result = compute(*args)
-        return self.raised(result)
+            return compute(*args)
 
 
 def shared(rows: Tensor) -> bool:

@@ -40,11 +40,13 @@ class Modes:
 
     Attributes:
         layers: Leaf by leaf.
+        gram_is_cheap: Whether the Gram takes fewer flops than combining once and one `dot`.
         keeps: Whether factors and rows are kept between questions. If not, because even that takes
             more than the budget, every question takes a backward pass of its own over the graph.
     """
 
     layers: dict[str, Layer]
+    gram_is_cheap: bool
     keeps: bool
 
     @property
@@ -99,7 +101,9 @@ def choose_modes(leaves: Tree, uses: list[Use], budget: int) -> Modes:
             excess -= savings[name]
     if excess > 0:  # nothing is kept, so streaming costs no more memory than a tile
         layers |= leaner
-    return Modes(layers, keeps=excess <= 0)
+    gram = sum(layer.flops for layer in layers.values())
+    products = sum(max(2 * use.flops, 4 * leaves[use.leaf].numel()) for use in uses)
+    return Modes(layers, gram <= products, keeps=excess <= 0)
 
 
 def _fastest(name: str, rows: tuple[int, ...], uses: list[Use], size: int) -> Layer:

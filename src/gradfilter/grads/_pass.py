@@ -9,16 +9,19 @@ from torch import Tensor
 
 from gradfilter import _tree
 from gradfilter._types import Tree
-from gradfilter.grads._dense_factor import DenseFactor
+from gradfilter.grads._dense_factor import (
+    JOINED,
+    DenseFactor,
+    join_dense,
+    small_dense,
+    split_joined,
+)
 from gradfilter.grads._factor import Factor
 from gradfilter.grads._fused import Forward
 from gradfilter.grads._modes import Modes, choose_modes
 from gradfilter.grads._tiled_factor import TiledFactor
 
 Question = Callable[[Factor, str], Tensor]
-
-SMALL = 2**16
-"""Leaves of fewer numbers are put side by side for one product: each product has its overhead."""
 
 
 class Pass:
@@ -93,7 +96,10 @@ class Pass:
         if self._kept is None and set(names) == set(self.shapes):
             found = self._weighted(weights, weights != 0 if self._some_dead(weights) else None)
         else:
-            found = self._ask(names, lambda factor, name: factor.total(weights, live))
+            found = self._ask(names, lambda factor, _: factor.total(weights, live), join=True)
+            if JOINED in found:
+                small = small_dense(self._factors(), names)
+                found |= split_joined(found.pop(JOINED), small, self.shapes)
         return {
             name: found[name].to(self._dtypes[name]).view(self.shapes[name])
             if name in found
@@ -155,8 +161,10 @@ class Pass:
         factors = self._factors()
         chosen = {name: factors[name] for name in factors if name in names}
         if join:
-            chosen = _side_by_side(chosen)
-        with torch.no_grad():
+            small = small_dense(factors, names)
+            rest = {name: factor for name, factor in chosen.items() if name not in set(small)}
+            chosen = {**rest, **join_dense(chosen, small)}
+        with torch.no_grad(), self._no_autocast():
             return {name: question(factor, name) for name, factor in chosen.items()}
 
     def _factors(self) -> dict[str, Factor]:
@@ -186,19 +194,9 @@ class Pass:
         self._forward = None if self.modes.keeps else run
         losses = run.losses
         cotangent = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
-        run.tape.backward(losses, cotangent, visit, retain=not self.modes.keeps)
+        # Autocast has done its work in the forward pass; what is asked, is asked exactly.
+        with self._no_autocast():
+            run.tape.backward(losses, cotangent, visit, retain=not self.modes.keeps)
 
-
-def _side_by_side(factors: dict[str, Factor]) -> dict[str, Factor]:
-    """Small leaves whose rows are held, joined into one."""
-    small = [
-        name
-        for name, factor in factors.items()
-        if isinstance(factor, DenseFactor) and factor.shape.numel() < SMALL
-    ]
-    if len(small) < 2:
-        return factors
-    matrices = [factors[name].rows().reshape(factors[name].count, -1) for name in small]
-    joined = torch.cat([_tree.at_least_float32(matrix) for matrix in matrices], 1)
-    rest = {name: factor for name, factor in factors.items() if name not in set(small)}
-    return {**rest, "": DenseFactor(joined)}
+    def _no_autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, enabled=False)

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from gradfilter._types import Params, Tree
 
+GRAM_UP_TO = 32
+"""Rows up to which the Gram of rows that are held costs less than three passes over them."""
+
 
 class GradStack(ABC):
     """M microbatch (or per-sample) gradients, as a linear operator J of M rows.
@@ -96,3 +99,11 @@ class GradStack(ABC):
     @abstractmethod
     def at_rows(self, params: Tree) -> GradStack:
         """Like `at`, but row m at its own parameters: leaves of shape (M, *shape)."""
+
+    def gram_is_cheap(self) -> bool:
+        """Whether the Gram costs less than the norms, a `combine` and a `dot` together."""
+        return len(self) <= GRAM_UP_TO
+
+    @abstractmethod
+    def release(self) -> None:
+        """Let go of whatever can be computed again; the stack stays answerable."""

@@ -39,6 +39,15 @@ class JoinedStack(GradStack):
         """A row takes part if it does in every part."""
         return torch.stack([part.live for part in self.parts]).all(0)
 
+    def gram_is_cheap(self) -> bool:
+        """If it is for every part."""
+        return all(part.gram_is_cheap() for part in self.parts)
+
+    def release(self) -> None:
+        """Part by part."""
+        for part in self.parts:
+            part.release()
+
     def gram(self) -> Tensor:
         """The sum over the parts."""
         return torch.stack([part.gram() for part in self.parts]).sum(0)
@@ -122,6 +131,15 @@ class SelectedStack(GradStack):
     def live(self) -> Tensor:
         """Of the chosen stack."""
         return self._pick(self.new.live, self.old.live)
+
+    def gram_is_cheap(self) -> bool:
+        """If it is for both."""
+        return self.new.gram_is_cheap() and self.old.gram_is_cheap()
+
+    def release(self) -> None:
+        """Both."""
+        self.new.release()
+        self.old.release()
 
     def gram(self) -> Tensor:
         """Of the chosen stack."""

@@ -11,9 +11,6 @@ from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._link import check_number, link
 
-GRAM_UP_TO = 32
-"""Rows up to which the M x M Gram is the cheaper way to the cosines."""
-
 
 def consensus_filter(
     threshold: float = 1.0, *, soft: bool = True, min_accepted: int = 2
@@ -37,8 +34,8 @@ def consensus_filter(
         soft: Weigh accepted rows by how far they pass, instead of equally.
         min_accepted: Accepted rows without which the step is skipped.
 
-    Needs: rows. Up to 32 rows it takes the Gram; beyond, two `combine`, one `dot` and the norms,
-    so that no M x M matrix is made.
+    Needs: rows. Of few rows, or where the stack has it cheaply, it takes the Gram; else two
+    `combine`, one `dot` and the norms, so that no M x M matrix is made.
 
     Publishes: ``keep`` (), ``weights`` (M,), ``accepted`` (M,) bool (w > 0), ``cosine`` (M,): s,
     NaN for a row that is not finite.
@@ -68,7 +65,7 @@ def consensus_filter(
         eps = max(
             torch.finfo(torch.promote_types(p.dtype, torch.float32)).eps for p in params.values()
         )
-        cosines = cosines_from_gram if len(rows) <= GRAM_UP_TO else cosines_from_products
+        cosines = cosines_from_gram if rows.gram_is_cheap() else cosines_from_products
         cosine, usable = cosines(rows, eps)
         if soft:
             excess = torch.clamp(cosine - (1 - threshold), min=0)

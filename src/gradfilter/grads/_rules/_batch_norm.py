@@ -73,15 +73,19 @@ class _BatchNorm(torch.autograd.Function):
         tape: Tape,
     ) -> Tensor:
         w, b = (None if p is None else p.value for p in (weight, bias))
-        # The kernel takes a row of any other layout for a contiguous one when it writes.
-        x = x if _is_plain(x[0]) else x.contiguous()
-        y = torch.empty_like(x)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        means, inverses = x.new_empty(2, len(x), x.shape[2], dtype=dtype)
-        for m in range(len(x)):
-            mean, var, momentum = update(m)
-            out = (y[m], means[m], inverses[m])
-            torch.native_batch_norm(x[m], w, b, mean, var, True, momentum, eps, out=out)
+        if x.ndim == 5 and _is_plain(x[0]):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            means, inverses = x.new_empty(2, len(x), x.shape[2], dtype=dtype)
+            y = torch.empty_like(x)
+            for m in range(len(x)):
+                out, (mean, var, rate) = (y[m], means[m], inverses[m]), update(m)
+                torch.native_batch_norm(x[m], w, b, mean, var, True, rate, eps, out=out)
+        else:  # what is written into a given output is laid out, and rounded, in another way
+            found = [
+                torch.native_batch_norm(x[m], w, b, mean, var, True, rate, eps)
+                for m, (mean, var, rate) in enumerate(map(update, range(len(x))))
+            ]
+            y, means, inverses = map(torch.stack, zip(*found, strict=True))
         ctx.save_for_backward(x, means, inverses)
         ctx.weight, ctx.bias, ctx.eps, ctx.tape = weight, bias, eps, tape
         return y

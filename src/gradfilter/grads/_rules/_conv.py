@@ -32,7 +32,7 @@ def conv(dims: int) -> Rule:
         groups: int = 1,
     ) -> Any:
         weights = host.weights(weight, bias)
-        if weights is None or not host.batched(weight, bias) or input.ndim != dims + 2:
+        if weights is None or not host.wanted(input, weight, bias) or input.ndim != dims + 2:
             return NotImplemented
         stride, dilation = _sizes(stride, dims), _sizes(dilation, dims)
         if isinstance(padding, str):
@@ -65,7 +65,7 @@ def conv_transpose(dims: int) -> Rule:
         dilation: Sizes = 1,
     ) -> Any:
         weights = host.weights(weight, bias)
-        if weights is None or not host.batched(weight, bias) or input.ndim != dims + 2:
+        if weights is None or not host.wanted(input, weight, bias) or input.ndim != dims + 2:
             return NotImplemented
         sizes = (_sizes(v, dims) for v in (stride, padding, dilation, output_padding))
         stride, padding, dilation, output_padding = sizes

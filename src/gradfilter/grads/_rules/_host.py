@@ -28,25 +28,33 @@ class Host:
 
     def __post_init__(self) -> None:
         """Know the leaves by identity."""
-        self._names = {id(leaf): name for name, leaf in self.tape.leaves.items()}
+        self._leaves = {
+            id(rows): Weight(rows.detach()[0], rows, name)
+            for name, rows in self.tape.leaves.items()
+            if shared(rows)
+        }
 
     def batched(self, *values: Any) -> bool:
         """Whether some value differs from row to row, as far as types can tell."""
         return any(self.level.batched(value) for value in values)
 
-    def weight(self, value: Tensor | None) -> Weight | None:
+    def wanted(self, x: Tensor, *weights: Tensor | None) -> bool:
+        """Whether a layer needs its rule: frozen ones do only for what autocast makes of them."""
+        if self.batched(*weights):
+            return True
+        return self.level.batched(x) and autocast_dtype(x.device) is not None
+
+    def weight(self, value: Tensor) -> Weight | None:
         """A parameter that all rows share, or None if every row has its own.
 
         What a rule is given may be a leaf, a view or function of leaves, or frozen.
         """
-        if value is None:
-            raise AssertionError("an absent parameter has no weight")
         if not self.level.batched(value):
             return Weight(value, None, None)
         rows = self.level.lower(value)
-        if not shared(rows):
-            return None
-        return Weight(rows.detach()[0], rows, self._names.get(id(rows)))
+        if id(rows) in self._leaves:
+            return self._leaves[id(rows)]
+        return Weight(rows.detach()[0], rows, None) if shared(rows) else None
 
     def weights(self, *values: Tensor | None) -> tuple[Weight | None, ...] | None:
         """`weight` of each that is there; None if a row has its own of any."""

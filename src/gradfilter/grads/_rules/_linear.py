@@ -17,7 +17,7 @@ from gradfilter.grads._tape import Tape, Weight
 def linear(host: Host, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """`torch.nn.functional.linear` for inputs of any rank."""
     weights = host.weights(weight, bias)
-    if weights is None or not host.batched(weight, bias) or weight.ndim != 2 or x.ndim < 1:
+    if weights is None or not host.wanted(x, weight, bias) or weight.ndim != 2:
         return NotImplemented
     return host.run("linear", _apply, host, host.level.lower(x), *weights)
 

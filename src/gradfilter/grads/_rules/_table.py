@@ -16,6 +16,7 @@ from gradfilter.grads._rules._group_norm import group_norm, instance_norm
 from gradfilter.grads._rules._host import Rule
 from gradfilter.grads._rules._layer_norm import layer_norm, rms_norm
 from gradfilter.grads._rules._linear import linear
+from gradfilter.grads._rules._multi_head_attention import multi_head_attention
 from gradfilter.grads._rules._recurrent import recurrent
 
 RULES: dict[Callable[..., Any], Rule] = {
@@ -33,6 +34,7 @@ RULES: dict[Callable[..., Any], Rule] = {
     F.instance_norm: instance_norm,
     F.embedding: embedding,
     F.scaled_dot_product_attention: scaled_dot_product_attention,
+    F.multi_head_attention_forward: multi_head_attention,
     **{kernel: recurrent(kernel) for kernel in (_VF.lstm, _VF.gru, _VF.rnn_tanh, _VF.rnn_relu)},
 }
 """Everything else runs under vmap as it is: exact, and slower."""

@@ -1,0 +1,110 @@
+"""nn.MultiheadAttention, which torch hides in one call: linear layers and attention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradfilter.grads._rules._attention import scaled_dot_product_attention
+from gradfilter.grads._rules._host import Host
+from gradfilter.grads._rules._linear import linear
+
+
+def multi_head_attention(
+    host: Host,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> Any:
+    """`torch.nn.functional.multi_head_attention_forward` on (T, B, embed)."""
+    if query.ndim != 3 or static_k is not None or static_v is not None:
+        return NotImplemented
+    if not host.batched(query, key, value) or (is_causal and attn_mask is None):
+        return NotImplemented
+    host.tape.overrides["multi_head_attention"] += 1
+
+    def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        found = linear(host, x, weight, bias)
+        result: Tensor = F.linear(x, weight, bias) if found is NotImplemented else found
+        return result
+
+    weights: tuple[Any, ...] = (q_proj_weight, k_proj_weight, v_proj_weight)
+    if not use_separate_proj_weight and query is key and key is value:
+        assert in_proj_weight is not None
+        q, k, v = project(query, in_proj_weight, in_proj_bias).chunk(3, -1)
+    else:
+        if not use_separate_proj_weight:
+            assert in_proj_weight is not None
+            weights = in_proj_weight.chunk(3)
+        biases: tuple[Any, ...] = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+        q, k, v = map(project, (query, key, value), weights, biases)
+    length, samples, width = query.shape
+    # Positions beside the keys' own that may always be attended to.
+    more: list[tuple[Any, Any]] = [] if bias_k is None else [(bias_k, bias_v)]
+    for key_part, value_part in more + [(0.0, 0.0)] * add_zero_attn:
+        k = torch.cat([k, torch.zeros_like(k[:1]) + key_part])
+        v = torch.cat([v, torch.zeros_like(v[:1]) + value_part])
+        masks = (attn_mask, key_padding_mask)
+        attn_mask, key_padding_mask = (m if m is None else F.pad(m, (0, 1)) for m in masks)
+    # (T, B, heads * size) -> (B, heads, T, size)
+    q, k, v = (t.reshape(len(t), samples, num_heads, -1).permute(1, 2, 0, 3) for t in (q, k, v))
+    mask = _merged(attn_mask, key_padding_mask, samples, num_heads, q.dtype)
+    dropout = dropout_p if training else 0.0
+    attention = None
+    if need_weights:
+        scores = (q * math.sqrt(1 / q.shape[-1])) @ k.transpose(-2, -1)
+        attention = F.softmax(scores if mask is None else scores + mask, -1)
+        attention = F.dropout(attention, dropout) if dropout else attention
+        mixed = attention @ v
+        if average_attn_weights:
+            attention = attention.mean(1)
+    else:
+        mixed = scaled_dot_product_attention(host, q, k, v, mask, dropout)
+    mixed = mixed.permute(2, 0, 1, 3).reshape(length, samples, width)
+    return project(mixed, out_proj_weight, out_proj_bias), attention
+
+
+def _merged(
+    mask: Tensor | None, padding: Tensor | None, samples: int, heads: int, dtype: torch.dtype
+) -> Tensor | None:
+    """Both masks as one that is added to the scores, broadcasting to (B, heads, T, S)."""
+    mask, padding = (_added(m, dtype) for m in (mask, padding))
+    if mask is not None and mask.ndim == 3:
+        mask = mask.view(samples, heads, *mask.shape[1:])
+    if padding is None:
+        return mask
+    padding = padding[:, None, None, :]
+    return padding if mask is None else mask + padding
+
+
+def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A bool mask, true where attention is forbidden, as 0 and −inf."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
