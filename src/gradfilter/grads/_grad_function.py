@@ -16,6 +16,7 @@ from gradfilter.grads._ambient import Ambient, set_random_state
 from gradfilter.grads._batch import Batch, check_device, check_params, split
 from gradfilter.grads._budget import bytes_of
 from gradfilter.grads._check_loss import check_value
+from gradfilter.grads._chunked import chunked_rows
 from gradfilter.grads._dense import DenseStack
 from gradfilter.grads._fused import Forward, forward
 from gradfilter.grads._fused_stack import FusedStack
@@ -107,20 +108,30 @@ class GradFunction:
 
     def _fused(
         self, batch: Batch, ambient: Ambient, params: Params, per_row: bool, origin: Origin
-    ) -> FusedStack:
-        def run() -> Forward:
+    ) -> AgainStack:
+        def run(batch: Batch, params: Params) -> Forward:
             return forward(self._writing, params, batch, per_row, self._cumulative)
 
         def again() -> Forward:
             with ambient.again():
-                return run()
+                return run(batch, params)
 
-        first = run()
+        if per_row and self.chunk_size is not None:
+            rows = chunked_rows(run, batch, params, self.chunk_size)
+            if rows is not None:
+                grads, losses, after, aux = rows
+                return DenseStack(grads, losses, after, aux, origin=origin)
+        first = run(batch, params)
         budget = bytes_of(self.memory_budget, ambient.device)
-        rows = Pass(again, first, budget)
         losses = first.losses.detach()
         return FusedStack(
-            rows, tuple(params), len(losses), losses, first.buffers, first.aux, origin
+            Pass(again, first, budget),
+            tuple(params),
+            len(losses),
+            losses,
+            first.buffers,
+            first.aux,
+            origin,
         )
 
     @property
