@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradfilter as gf
 from _naive import BAD, assert_close, flat, normal, random_matrix, run, unflat, zeros
@@ -152,6 +153,15 @@ def test_rows_that_cancel_leave_a_zero_mean_to_compare_with():
     assert_close(out["cosine"], torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64))
 
 
+def test_a_squared_norm_that_rounding_makes_negative_is_one_of_zero():
+    for seed in range(50):
+        x, y, z = normal(3, 30, seed=seed)
+        rows = {"w": torch.stack([x, y, -(x + y), z])}
+        out = run(gf.agree_filter(2.0), rows, {"w": x})[1]
+        assert out["accepted"].all()
+        assert out["cosine"].isfinite().all()
+
+
 def test_halving_gives_the_last_row_half_of_all_weight_and_the_mean_does_not():
     matrix = random_matrix(5, 5)
     halving = run(gf.agree_filter(INF, average="halving"), unflat(matrix))[1]["weights"]
@@ -200,6 +210,44 @@ def test_rows_are_merged_as_clip_per_row_left_them(against, average):
     merged, weights, *_ = sequential(clipped, 1.1, against, average)
     assert_close(out["weights"], weights)
     assert_close(flat(grads), merged)
+
+
+@pytest.mark.parametrize("average", ["mean", "halving"])
+def test_a_further_row_costs_about_ten_small_operations(average):
+    link = gf.agree_filter(0.97, average=average)
+
+    def operations(rows):
+        stack = gf.DenseStack({"w": normal(rows, 5)})
+        with Count() as count:
+            link.update(stack, {}, {"w": torch.zeros(5, dtype=torch.float64)})
+        return count.operations
+
+    assert operations(9) - operations(8) <= 12
+
+
+class Count(TorchDispatchMode):
+    """Counts all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("average", ["mean", "halving"])
+@pytest.mark.parametrize("scale", [1e-150, 1e-9, 1e150])
+def test_cosines_do_not_know_the_size_of_the_rows(average, scale):
+    """Apart from the 1e-8 that every norm is at least."""
+    matrix = random_matrix(10, 7)
+    link = gf.agree_filter(1.1, average=average)
+    out = run(link, unflat(scale * matrix))[1]
+    _, weights, accepted, cosines, _ = sequential(scale * matrix, 1.1, "running", average)
+    assert torch.equal(out["accepted"], accepted)
+    assert_close(out["weights"], weights)
+    assert_close(out["cosine"], cosines, atol=1e-9)
 
 
 def test_one_row_has_nothing_to_agree_with():

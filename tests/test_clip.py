@@ -9,6 +9,7 @@ from torch import nn
 
 import gradfilter as gf
 from _naive import assert_close, assert_same, normal, run
+from gradfilter.transforms import _clip
 
 LAYERS = {
     "linear": lambda: nn.Linear(7, 5),
@@ -102,6 +103,21 @@ def test_none_and_zero_switch_it_off(off):
     clipped, out = run(gf.agc_clip(off), grads, params)
     assert_same(clipped, grads)
     assert out["clipped_fraction"] == 0
+
+
+def test_many_small_blocks_are_one_large_one(monkeypatch):
+    params, grads = {}, {}
+    for i, (name, make) in enumerate(LAYERS.items()):
+        more = uneven_layer(make, 10 * i)
+        for tree, part in zip((params, grads), more, strict=True):
+            tree |= {f"{name}.{leaf}": value for leaf, value in part.items()}
+    expected, out = run(gf.agc_clip(), grads, params)
+    monkeypatch.setattr(_clip, "BLOCK", 30)
+    clipped, out_blocks = run(gf.agc_clip(), grads, params)
+    assert list(clipped) == list(grads)
+    assert_same(clipped, expected)
+    assert 0 < out["clipped_fraction"] < 1
+    assert_same(out_blocks, out)
 
 
 def test_exclude_goes_by_name():

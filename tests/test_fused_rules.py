@@ -33,6 +33,7 @@ FUNCTIONS = {
     "batch_norm": {"batch_norm"},
     "attention": {"scaled_dot_product_attention"},
     "multi_head_attention": {"multi_head_attention_forward"},
+    "weight_norm": {"_weight_norm"},
     "rnn": {"lstm", "gru", "rnn_tanh", "rnn_relu"},
 }
 
@@ -54,6 +55,7 @@ COUNTS = [
     ("batch_norm", "batch-norm-twice", 2),
     ("attention", "attention-causal", 1),
     ("multi_head_attention", "multi-head-self", 1),
+    ("weight_norm", "weight-norm", 2),
     ("rnn", "lstm-used-twice", 2),
     ("rnn", "gru", 1),
 ]

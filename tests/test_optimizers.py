@@ -99,6 +99,26 @@ def test_a_hundred_steps_are_those_of_torch_optim(name, flags):
     assert not any(torch.equal(ours[leaf], p) for leaf, p in params.items())
 
 
+@pytest.mark.parametrize(
+    ("name", "flags"), RULES, ids=[f"{name}-{named(flags)}" for name, flags in RULES]
+)
+def test_so_are_the_updates_that_a_rule_hands_on(name, flags):
+    """Behind a rule that has the last word, nobody sees updates; here ema_params does."""
+    params, grads = draws()
+    update = gf.chain(getattr(gf, name)(0.01, **flags), gf.ema_params())
+    ours, _ = training(update, params, grads)
+    assert_close(ours, torch_training(name, flags, params, grads, [0.01] * STEPS))
+
+
+@lively_rules
+def test_donated_steps_are_those_of_torch_optim(name, flags):
+    params, grads = draws()
+    expected = torch_training(name, flags, params, grads, [0.01] * STEPS)
+    ours, _ = training(getattr(gf, name)(0.01, **flags), params, grads, donate=True)
+    assert_close(ours, expected)
+    assert all(ours[leaf] is p for leaf, p in params.items())
+
+
 @pytest.mark.parametrize("name", ["adam", "adamw", "rmsprop"])
 def test_the_lr_is_by_default_that_of_torch_optim(name):
     params, grads = draws(3)

@@ -36,9 +36,9 @@ def microbatch_grads(
             at once by ``torch.func.vmap(grad)``. ``"auto"``, the default, is ``"fused"``, and goes
             back to the loop with a warning where the loss cannot run over all rows at once. Plans
             differ by rounding, and in which random numbers a dropout layer draws.
-        chunk_size: Rows computed at a time, to bound memory, by plan ``"vmap"``; by plan ``"fused"``
-            only where every row has its own parameters (`GradStack.at_rows`), and not where the
-            loss draws random numbers.
+        chunk_size: Rows computed at a time, to bound memory, by plan ``"vmap"``. Plan ``"fused"``
+            heeds it where every row has its own parameters (`GradStack.at_rows`), unless the loss
+            draws random numbers.
         memory_budget: What plan ``"fused"`` may hold between questions, beside what an ordinary
             backward pass takes: bytes (int), or a fraction of the device's memory (float, up to
             1). With less it streams, and in the end runs a backward pass for every question.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import _VF
 
@@ -18,6 +19,7 @@ from gradfilter.grads._rules._layer_norm import layer_norm, rms_norm
 from gradfilter.grads._rules._linear import linear
 from gradfilter.grads._rules._multi_head_attention import multi_head_attention
 from gradfilter.grads._rules._recurrent import recurrent
+from gradfilter.grads._rules._weight_norm import weight_norm
 
 RULES: dict[Callable[..., Any], Rule] = {
     F.linear: linear,
@@ -33,6 +35,7 @@ RULES: dict[Callable[..., Any], Rule] = {
     F.group_norm: group_norm,
     F.instance_norm: instance_norm,
     F.embedding: embedding,
+    torch._weight_norm: weight_norm,
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.multi_head_attention_forward: multi_head_attention,
     **{kernel: recurrent(kernel) for kernel in (_VF.lstm, _VF.gru, _VF.rnn_tanh, _VF.rnn_relu)},

@@ -1,0 +1,58 @@
+"""Every benchmark from its command line, on sizes that say nothing about speed."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
+
+from benchmarks import growth, memory, sharpness
+from benchmarks._plans import PLANS
+
+
+def run(module, tmp_path, *options):
+    module.main(["--quick", "--rounds", "1", "--models", "mlp", "--out", str(tmp_path), *options])
+    name = module.__name__.removeprefix("benchmarks.")
+    written = json.loads((tmp_path / f"{name}-cpu.json").read_text())
+    assert written["benchmark"] == name and written["rounds"] == 1 and written["quick"]
+    (workload,) = written["workloads"]
+    assert workload["model"] == "mlp" and workload["parameters"] == 1841162
+    for result in workload["results"].values():
+        assert result["failure"] is None
+        assert result["seconds"]["median"] > 0 and result["peak_bytes"] > 0
+    return workload
+
+
+def test_growth_is_over_two_microbatches(tmp_path, capsys):
+    workload = run(growth, tmp_path)
+    assert list(workload["results"]) == ["plain", "M = 2", "M = 8"]
+    assert workload["results"]["M = 2"]["ratio"]["median"] == 1
+    assert "M = 8" in capsys.readouterr().out
+
+
+def test_memory_is_over_plain_and_shown_beside_the_rows_themselves(tmp_path, capsys):
+    workload = run(memory, tmp_path)
+    assert list(workload["results"]) == ["plain", *PLANS, *memory.BUDGETS]
+    assert workload["results"]["plain"]["ratio"]["median"] == 1
+    gradient = 4 * workload["parameters"]
+    assert workload["results"]["loop"]["peak_bytes"] > 2 * gradient
+    for budget in memory.BUDGETS:
+        assert workload["results"][budget]["peak_bytes"] < 2 * gradient
+    assert f"{2 * gradient / 1e6:.0f} MB" in capsys.readouterr().out
+
+
+def test_sharpness_is_over_a_step_of_torch(tmp_path):
+    results = run(sharpness, tmp_path)["results"]
+    assert results[sharpness.BASE]["ratio"]["median"] == 1
+    assert [name for name in results if "torch" not in name] == [
+        f"{rule}, M = {count}" for count in (1, 8) for rule in ("plain", "SAM", "GSAM")
+    ]
+
+
+@pytest.mark.parametrize("module", [growth, memory, sharpness])
+def test_a_command_says_what_it_is_for(module, capsys):
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    assert module.__doc__.splitlines()[0] in capsys.readouterr().out.replace("\n", " ")
