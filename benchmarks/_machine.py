@@ -17,11 +17,25 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "device_name": _name(device),
         "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],  # above 0 at the start, something else was running
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "gradfilter": gradfilter.__version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **(_cuda(device) if device.type == "cuda" else {}),
+    }
+
+
+def _cuda(device: torch.device) -> dict[str, Any]:
+    return {
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "capability": list(torch.cuda.get_device_capability(device)),
+        "memory_bytes": torch.cuda.get_device_properties(device).total_memory,
+        # How float32 is multiplied: TF32 keeps 10 bits of the mantissa.
+        "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
+        "tf32_convolution": torch.backends.cudnn.allow_tf32,
     }
 
 

@@ -19,6 +19,7 @@ class Task:
     model: Callable[[], nn.Module]
     batch: Callable[[int], Batch]
     workloads: tuple[tuple[int, int], ...]
+    classifies: bool = True  # one class per sample, as the published step takes for granted
 
 
 def criterion(logits: Tensor, targets: Tensor) -> Tensor:
@@ -100,12 +101,19 @@ class ViT(nn.Module):
 class GPT(nn.Module):
     """A causal language model whose head is its token embedding."""
 
-    def __init__(self, vocab: int = 1000, length: int = 64, width: int = 256, depth: int = 4):
+    def __init__(
+        self,
+        vocab: int = 1000,
+        length: int = 64,
+        width: int = 256,
+        depth: int = 4,
+        heads: int = 4,
+    ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocab, width)
         nn.init.normal_(self.tokens.weight, std=0.02)
         self.positions = nn.Parameter(0.02 * torch.randn(length, width))
-        self.blocks = nn.Sequential(*[Block(width, 4, causal=True) for _ in range(depth)])
+        self.blocks = nn.Sequential(*[Block(width, heads, causal=True) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -113,12 +121,12 @@ class GPT(nn.Module):
         return F.linear(self.norm(x), self.tokens.weight)
 
 
-def images(classes: int) -> Callable[[int], Batch]:
-    return lambda n: (torch.randn(n, 3, 32, 32), torch.randint(classes, (n,)))
+def images(classes: int, size: int = 32) -> Callable[[int], Batch]:
+    return lambda n: (torch.randn(n, 3, size, size), torch.randint(classes, (n,)))
 
 
-def texts(n: int) -> Batch:
-    return torch.randint(1000, (n, 64)), torch.randint(1000, (n, 64))
+def texts(vocab: int, length: int) -> Callable[[int], Batch]:
+    return lambda n: (torch.randint(vocab, (n, length)), torch.randint(vocab, (n, length)))
 
 
 # (128, 1) is the per-sample case. The first workload of each is what --quick runs.
@@ -127,5 +135,5 @@ TASKS = {
     "lenet": Task("LeNet", lenet, images(10), ((8, 16), (128, 1))),
     "resnet18": Task("ResNet18, BN", resnet18, images(100), ((8, 16), (2, 100), (16, 8))),
     "vit": Task("ViT 6 x 192", ViT, images(100), ((8, 16),)),
-    "gpt": Task("GPT 4 x 256, T = 64", GPT, texts, ((8, 4),)),
+    "gpt": Task("GPT 4 x 256, T = 64", GPT, texts(1000, 64), ((8, 4),), classifies=False),
 }

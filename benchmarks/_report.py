@@ -1,6 +1,6 @@
 """A table and a chart of measured workloads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -11,40 +11,79 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks._results import Result, Workload
+from benchmarks._results import Contest, Result, Workload
 
 MB = 1e6
+NO_RESULT = Result(failure="-")
 
 
 def table(
-    workloads: list[Workload], plans: tuple[str, ...], about: str, console: Console | None = None
+    contests: Sequence[Contest],
+    names: Sequence[str],
+    about: str,
+    console: Console | None = None,
+    *,
+    base: str = "plain",
+    title: str = "Over one plain forward and backward pass",
 ) -> None:
-    """Print one row per workload: time over plain with its quartiles, milliseconds, memory."""
-    grid = Table(title="Over one plain forward and backward pass", caption=about, show_lines=True)
+    """Print one row per contest: time over the base with its quartiles, milliseconds, memory."""
+    grid = Table(title=title, caption=about, show_lines=True)
     grid.add_column("model (M, B)")
-    for name in ("plain", *plans):
+    for name in (base, *names):
         grid.add_column(name, justify="right")
-    for workload in workloads:
-        cells = [_cell(workload.results[name], name != "plain") for name in ("plain", *plans)]
-        grid.add_row(workload.label, *cells)
+    for contest in contests:
+        label = "\n".join([contest.label, *_also(contest)])
+        grid.add_row(label, *[_cell(contest, name, base) for name in (base, *names)])
     (console or Console()).print(grid)
 
 
-def _cell(result: Result, compared: bool) -> str:
+def by_contender(
+    contests: Sequence[Contest],
+    about: str,
+    console: Console | None = None,
+    *,
+    base: str = "plain",
+    title: str = "Over one plain forward and backward pass",
+) -> None:
+    """The same with one column per contest and one row per contender, for many contenders."""
+    grid = Table(title=title, caption=about)
+    grid.add_column("")
+    for contest in contests:
+        grid.add_column("\n".join([contest.label, *_also(contest)]), justify="right")
+    for name in dict.fromkeys(name for contest in contests for name in contest.results):
+        grid.add_row(name, *[_line(contest, name, base) for contest in contests])
+    (console or Console()).print(grid)
+
+
+def _also(contest: Contest) -> list[str]:
+    return [f"{pair}: {_short(ratio.median)}" for pair, ratio in contest.ratios.items()]
+
+
+def _cell(contest: Contest, name: str, base: str) -> str:
+    return "\n".join(_parts(contest.results.get(name, NO_RESULT), name != base))
+
+
+def _line(contest: Contest, name: str, base: str) -> str:
+    ratio_or_time, *_, memory = _parts(contest.results.get(name, NO_RESULT), name != base)
+    return f"{ratio_or_time}  {memory}"
+
+
+def _parts(result: Result, compared: bool) -> list[str]:
+    """The ratio if there is one, the time, the memory; or why there is none of it."""
     if result.seconds is None or result.peak_bytes is None:
-        return f"[red]{escape(str(result.failure))}[/red]"
-    lines = [f"{result.seconds.median * 1e3:.1f} ms", f"{result.peak_bytes / MB:.0f} MB"]
+        return [f"[red]{escape(str(result.failure))}[/red]", ""]
+    parts = [f"{result.seconds.median * 1e3:.1f} ms", f"{result.peak_bytes / MB:.0f} MB"]
     if compared and result.ratio is not None:
         low, high = _short(result.ratio.lower_quartile), _short(result.ratio.upper_quartile)
-        lines.insert(0, f"[bold]{_short(result.ratio.median)}x[/bold] ({low}, {high})")
-    return "\n".join(lines)
+        parts.insert(0, f"[bold]{_short(result.ratio.median)}x[/bold] ({low}, {high})")
+    return parts
 
 
 def _short(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
 
 
-def chart(workloads: list[Workload], plans: tuple[str, ...], about: str, path: Path) -> None:
+def chart(workloads: Sequence[Workload], plans: Sequence[str], about: str, path: Path) -> None:
     """Draw time and memory over plain, on a log scale, bars growing from 1."""
     # Without pyplot there is no window system to choose, and no figure to close.
     figure = Figure(figsize=(10, 1.2 + 0.28 * len(workloads) * (len(plans) + 1)), dpi=120)
@@ -69,19 +108,20 @@ Value = tuple[float, float, float]  # lower end, middle, upper end
 
 
 def _time_ratio(workload: Workload, plan: str) -> Value | None:
-    ratio = workload.results[plan].ratio
+    ratio = workload.results.get(plan, NO_RESULT).ratio
     return ratio and (ratio.lower_quartile, ratio.median, ratio.upper_quartile)
 
 
 def _memory_ratio(workload: Workload, plan: str) -> Value | None:
-    own, plain = workload.results[plan].peak_bytes, workload.results["plain"].peak_bytes
+    own = workload.results.get(plan, NO_RESULT).peak_bytes
+    plain = workload.results["plain"].peak_bytes
     return None if own is None or not plain else (own / plain,) * 3
 
 
 def _bars(
     axes: Axes,
-    workloads: list[Workload],
-    plans: tuple[str, ...],
+    workloads: Sequence[Workload],
+    plans: Sequence[str],
     value: Callable[[Workload, str], Value | None],
 ) -> None:
     height = 0.8 / len(plans)

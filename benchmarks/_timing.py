@@ -109,4 +109,6 @@ def reason(error: Exception) -> str:
     text = str(error).strip()
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in text:
         return "out of memory"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed"
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

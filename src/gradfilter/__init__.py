@@ -12,6 +12,8 @@ from gradfilter.grads._loss import model_loss as model_loss
 from gradfilter.grads._microbatch import microbatch_grads as microbatch_grads
 from gradfilter.grads._microbatch import per_sample_grads as per_sample_grads
 from gradfilter.grads._stack import GradStack as GradStack
+from gradfilter.transforms._adam import adam as adam
+from gradfilter.transforms._adam import adamw as adamw
 from gradfilter.transforms._agreement import agree_filter as agree_filter
 from gradfilter.transforms._chain import chain as chain
 from gradfilter.transforms._chain import named as named
@@ -28,8 +30,6 @@ from gradfilter.transforms._gate import gate as gate
 from gradfilter.transforms._groups import freeze as freeze
 from gradfilter.transforms._groups import masked as masked
 from gradfilter.transforms._link import link as link
-from gradfilter.transforms._optimizers import adam as adam
-from gradfilter.transforms._optimizers import adamw as adamw
 from gradfilter.transforms._optimizers import rmsprop as rmsprop
 from gradfilter.transforms._optimizers import sgd as sgd
 from gradfilter.transforms._partition import partition as partition

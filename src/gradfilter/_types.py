@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradfilter._tree import device_of, donate_into, flag, select
+from gradfilter._tree import device_of, donate_into, flag, select, tree_map
 
 Tree = dict[str, Tensor]
 """One tensor per leaf, keyed by the dotted names of ``nn.Module.named_parameters``."""
@@ -28,6 +28,26 @@ GLOBAL_NAMES = frozenset({"keep", "weights", "rows", "clean_grads"})
 
 
 @dataclass(frozen=True, eq=False)
+class Offer:
+    """The extra keyword ``offer``: the last of these links may apply its updates itself.
+
+    Nobody else sees them. A rule that accepts heeds ``keep`` and returns new parameters and its new
+    state, both as `Applied`; if they are donated, in the old tensors. A link knows its place by its
+    own ``update``, so that a rule inside another link, which has another one, is not meant.
+    """
+
+    links: tuple[Transform, ...]
+    donate: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Applied:
+    """New values, where updates or a state that still has to be gated are expected."""
+
+    tree: Any
+
+
+@dataclass(frozen=True, eq=False)
 class Transform:
     """One link: two pure functions and what is known of them before they run.
 
@@ -37,7 +57,7 @@ class Transform:
     before, and the parameters at which the gradients were taken. The link returns new objects and
     mutates nothing; it ignores every extra keyword it does not know; it never asks the host for
     the value of a tensor. It does not look at ``keep``: whoever applies the update does, once, for
-    the parameters and for every state together.
+    the parameters and for every state together. (The exception is a rule that takes an `Offer`.)
 
     Attributes:
         name: How metrics, state dictionaries and errors call this link. Empty for a chain.
@@ -92,17 +112,29 @@ class Transform:
                 f"Expected a chain that ends in an update rule, found one of kind {self.kind!r}. "
                 "End it with sgd(lr), adam(lr), adamw(lr) or rmsprop(lr)."
             )
+        offer = Offer(self.links or (self,), donate)
         # Parameters may come with requires_grad; a step is not part of anybody's graph.
         with torch.no_grad():
-            updates, new_state, out = self.update(grads, state, params, **extra)
-            new_params = {name: p + updates[name] for name, p in params.items()}
+            updates, new_state, out = self.update(grads, state, params, offer=offer, **extra)
+            gated = "keep" in out or "keep" in extra
             keep = flag(out.get("keep", True), device_of(params))
             keep = keep & flag(extra.get("keep", True), device_of(params))
-            if "keep" in out or "keep" in extra:
-                new_params = select(keep, new_params, params)
-                new_state = select(keep, new_state, state)
+
+            def settled(new: Any, old: Any) -> Any:
+                if isinstance(new, Applied):
+                    return new.tree
+                return select(keep, new, old) if gated else new
+
+            if not isinstance(updates, Applied):
+                updates = {name: p + updates[name] for name, p in params.items()}
+            new_params = settled(updates, params)
+            new_state = tree_map(settled, new_state, state)
             if donate:
                 new_params = donate_into(params, new_params)
                 new_state = donate_into(state, new_state)
+        # Whoever keeps a stack should not keep the activations it was computed from.
+        release = getattr(grads, "release", None)
+        if release is not None:
+            release()
         metrics = {self.metric(k): v for k, v in out.items() if k not in GLOBAL_NAMES}
         return new_params, new_state, {"keep": keep, **metrics}

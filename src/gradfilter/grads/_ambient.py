@@ -4,22 +4,94 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-def random_state(device: torch.device) -> dict[str, Tensor]:
+class Rewinds:
+    """Random numbers of one device for steps that are captured in a CUDA graph.
+
+    Inside a capture a generator's state can be neither read nor set, but the generator can be
+    pointed at another state. So every return to the start of the step takes a clone of its own,
+    made by the runs before the capture: ``main`` is drawn from first, then one spare per return.
+
+    Args:
+        generator: The one that the computation draws from; left as it was found.
+        start: Its state at the start of the step.
+    """
+
+    def __init__(self, generator: torch.Generator, start: Tensor) -> None:
+        self.generator = generator
+        self.states = [generator.clone_state()]
+        self._taken = 0
+        self._moments = 0
+        self.align(start)
+
+    def align(self, start: Tensor) -> None:
+        """Let the next step, run or replayed, draw from ``start`` on."""
+        self._start = start
+        for state in self.states:
+            state.set_state(start)
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """One step drawing from these states."""
+        before = self.generator.graphsafe_get_state()
+        token = _REWINDS.set(self)
+        self._taken = self._moments = 0
+        self.generator.graphsafe_set_state(self.states[0])
+        try:
+            yield
+        finally:
+            _REWINDS.reset(token)
+            self.generator.graphsafe_set_state(before)
+
+    def to_start(self) -> None:
+        """Draw the numbers of this step again."""
+        self._taken += 1
+        if self._taken == len(self.states):
+            spare = self.states[0].clone_state()
+            spare.set_state(self._start)
+            self.states.append(spare)
+        self.generator.graphsafe_set_state(self.states[self._taken])
+
+    def moment(self) -> None:
+        """Refuse a moment that may not be the start of the step: nothing leads back to it."""
+        self._moments += 1
+        if self._moments > 1:
+            raise RuntimeError(
+                "Expected one gradient function in a captured step, found a second one called by "
+                "the loss or a link. Call step(state, batch) instead of capturing it."
+            )
+
+
+_REWINDS: ContextVar[Rewinds | None] = ContextVar("rewinds", default=None)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
     """The state of the generators a computation on ``device`` draws from."""
+    rewinds = _REWINDS.get()
+    if rewinds is not None:
+        return {"cuda": rewinds.generator.graphsafe_get_state()}
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Put the generators into a state that `random_state` returned."""
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Put the generators into a state that `random_state` returned.
+
+    In a captured step the only such state is the one at its start.
+    """
+    rewinds = _REWINDS.get()
+    if rewinds is not None:
+        rewinds.to_start()
+        return
     torch.set_rng_state(state["cpu"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
@@ -28,11 +100,15 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
 @contextmanager
 def random_state_restored(device: torch.device) -> Iterator[None]:
     """Leave the generators as they were on entry."""
+    rewinds = _REWINDS.get()
     before = random_state(device)
     try:
         yield
     finally:
-        set_random_state(before, device)
+        if rewinds is None:
+            set_random_state(before, device)
+        else:
+            rewinds.generator.graphsafe_set_state(before["cuda"])
 
 
 @dataclass(frozen=True)
@@ -40,7 +116,7 @@ class Ambient:
     """A moment's random state, autocast settings and training modes, to be gone back to."""
 
     device: torch.device
-    random: dict[str, Tensor]
+    random: dict[str, Any]
     autocast: tuple[tuple[str, torch.dtype, bool], ...]
     training: tuple[tuple[nn.Module, bool], ...]
 
@@ -48,6 +124,9 @@ class Ambient:
     def now(cls, device: torch.device, model: nn.Module | None) -> Ambient:
         """Take the present settings down."""
         kinds = sorted({"cpu", device.type})
+        rewinds = _REWINDS.get()
+        if rewinds is not None:
+            rewinds.moment()
         return cls(
             device,
             random_state(device),

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gradfilter import _tree
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._link import check_number, link
@@ -116,27 +117,43 @@ def _against_running(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights, accepted and cosine (M,) each, by the recurrence over the rows in order.
 
-    With c = Σ w_j g_j it carries v = K w and q = wᵀ K w, so that <c, g_i> = v_i and ‖c‖² = q.
+    With c = Σ a_j g_j it carries v = K a, so that <c, g_i> = v_i and ‖c‖² = <v, a>. A cosine does
+    not know the length of c: the mean is carried as the sum, n c, whose norm is at least n ε.
     """
     k = _masked_gram(gram, usable)
     norms = k.diagonal().sqrt().clamp(min=EPS)
-    unit = torch.eye(len(k), dtype=k.dtype, device=k.device)
-    w, v = torch.zeros_like(norms), torch.zeros_like(norms)
-    q, n = k.new_zeros(()), k.new_zeros(())
-    accepted, cosines = [], []
-    for i in range(len(k)):
-        anchor = usable[i] & (n == 0)
-        cosine = torch.where(anchor, 1.0, v[i] / (q.clamp(min=0).sqrt().clamp(min=EPS) * norms[i]))
-        accept = usable[i] & (anchor | _agrees(cosine, threshold))
-        rate = torch.where(anchor, 1.0, 0.5 if average == "halving" else 1 / (n + 1))
+    anchor = usable & (usable.cumsum(0) == 1)
+    threshold = _tree.scalar(threshold, k)
+    smallest_cosine = torch.where(threshold >= 2, -torch.inf, 1 - threshold)
+    bounds = torch.where(usable, smallest_cosine * norms, torch.inf)
+    bounds = torch.where(anchor, -torch.inf, bounds)
+    mean = average == "mean"
+    # One vector (v | a | smallest ‖c‖) and what a row adds to it: few, since tiny, operations.
+    floor = torch.full_like(norms[:, None], EPS)
+    carried = torch.cat([torch.zeros_like(k[0]), torch.zeros_like(k[0]), floor[0]])
+    rates = torch.ones_like(norms)
+    if mean:
+        floor = torch.where(anchor[:, None], 0.0, floor)
+    else:
+        rates = torch.where(anchor, rates, 0.5)
+    parts = torch.cat([k, torch.eye(len(k), dtype=k.dtype, device=k.device), floor], dim=1)
+    accepted, products, lengths = [], [], []
+    rows = zip(parts.unbind(), bounds.unbind(), rates.unbind(), strict=True)
+    for i, (part, bound, rate) in enumerate(rows):
+        v, a, smallest = torch.split(carried, [len(k), len(k), 1])
+        length = torch.fmax(torch.dot(v, a).sqrt(), smallest)
+        accept = v[i] >= bound * length
         rate = torch.where(accept, rate, 0.0)
-        q = (1 - rate) ** 2 * q + 2 * rate * (1 - rate) * v[i] + rate**2 * k[i, i]
-        v = (1 - rate) * v + rate * k[i]
-        w = (1 - rate) * w + rate * unit[i]
-        n = n + accept
+        carried = torch.addcmul(carried, part, rate) if mean else torch.lerp(carried, part, rate)
+        products.append(v[i])
+        lengths.append(length)
         accepted.append(accept)
-        cosines.append(torch.where(usable[i], cosine, torch.nan))
-    return w, torch.stack(accepted), torch.stack(cosines)
+    weights = carried[len(k) : -1]
+    if mean:
+        weights = weights / weights.sum().clamp(min=1)
+    cosine = torch.stack(products) / (torch.cat(lengths) * norms)
+    cosine = torch.where(anchor, 1.0, cosine)
+    return weights, torch.cat(accepted), torch.where(usable, cosine, torch.nan)
 
 
 def _against_first(

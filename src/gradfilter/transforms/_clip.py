@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,12 @@ from torch import Tensor
 from gradfilter import _tree
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
-from gradfilter.transforms._link import check_number, check_predicate, is_off, link
+from gradfilter.transforms._blocks import blocks
+from gradfilter.transforms._link import admit, check_number, check_predicate, is_off, link
+from gradfilter.transforms._rule import multiplies
+from gradfilter.transforms._units import Scaled, UnitDims, per_leaf, unit_norms, within_units
+
+BLOCK = 1 << 20
 
 
 def _shrink(norms: Tensor, limit: Tensor | float) -> Tensor:
@@ -104,9 +110,6 @@ def clip_by_global_norm(max_norm: float) -> Transform:
     )
 
 
-UnitDims = Callable[[str], "int | tuple[int, ...] | None"]
-
-
 def agc_clip(
     clipping: float | Tensor | None = 0.01,
     *,
@@ -164,48 +167,46 @@ def agc_clip(
     for argument, predicate in (("exclude", exclude), ("unit_dims", unit_dims)):
         if predicate is not None:
             check_predicate("agc_clip", argument, predicate)
-    off = clipping is None or is_off(clipping)
+
+    def factors_of(grads: Tree, params: Params, clipping: float | Tensor) -> tuple[Tree, Tensor]:
+        """Factors for leaves of one dtype, and which of them clip."""
+        within = within_units(grads, unit_dims)
+        limits = clipping * unit_norms(params, within).clamp(min=eps)
+        if isinstance(clipping, Tensor):  # a schedule that ends at 0 ends the clipping
+            limits = torch.where(clipping == 0, torch.inf, limits)
+        factors = _shrink(unit_norms(grads, within), limits)
+        in_their_dtype = factors.to(next(iter(grads.values())).dtype)
+        return per_leaf(in_their_dtype, grads, within), factors < 1
+
+    def scale(grads: Tree, params: Params) -> tuple[Scaled, Out]:
+        chosen = {n: g for n, g in grads.items() if exclude is None or not exclude(n)}
+        if clipping is None or is_off(clipping) or not chosen:
+            nothing = torch.zeros((), device=_tree.device_of(grads))
+            return Scaled(grads, {}), {"clipped_fraction": nothing}
+        factors: Tree = {}
+        shrunk = []
+        for names in blocks(chosen, BLOCK):
+            parts = ({n: tree[n] for n in names} for tree in (grads, params))
+            some, fewer = factors_of(*parts, clipping)
+            factors |= some
+            shrunk.append(fewer)
+        fraction = torch.cat(shrunk).to(torch.float32).mean()
+        return Scaled(grads, factors), {"clipped_fraction": fraction}
 
     def update(
         grads: Tree, state: State, params: Params, /, **extra: Any
     ) -> tuple[Tree, State, Out]:
-        clipped, shrunk, units = dict(grads), [], 0
-        for name, g in grads.items():
-            if off or (exclude is not None and exclude(name)):
-                continue
-            assert clipping is not None  # off
-            over = _within_unit(name, g.ndim, unit_dims)
-            limit = clipping * _unit_norms(params[name], over).clamp(min=eps)
-            if isinstance(clipping, Tensor):  # a schedule that ends at 0 ends the clipping
-                limit = torch.where(clipping == 0, torch.inf, limit)
-            factors = _shrink(_unit_norms(g, over), limit)
-            clipped[name] = torch.where(factors < 1, g * factors.to(g.dtype), g)
-            shrunk.append((factors < 1).sum())
-            units += factors.numel()
-        nothing = torch.zeros((), dtype=torch.int64, device=_tree.device_of(grads))
-        total = torch.stack(shrunk).sum() if shrunk else nothing
-        return clipped, state, {"clipped_fraction": total / max(units, 1)}
+        scaled, out = scale(grads, params)
+        return scaled.leaves(grads), state, out
 
-    return link("agc_clip", "tree -> tree", update, publishes=("clipped_fraction",))
+    clip = link("agc_clip", "tree -> tree", update, publishes=("clipped_fraction",))
 
+    def clip_later(
+        grads: Any, state: State, params: Params, /, **extra: Any
+    ) -> tuple[Tree | Scaled, State, Out]:
+        if not multiplies(extra.get("offer"), clip_later):
+            return clip.update(grads, state, params, **extra)
+        scaled, out = scale(admit("agc_clip", clip.kinds, grads, params), params)
+        return scaled, state, out
 
-def _within_unit(name: str, ndim: int, unit_dims: UnitDims | None) -> list[int]:
-    """The dims to take a norm over."""
-    dims = None if unit_dims is None else unit_dims(name)
-    if dims is None:
-        dims = (0,) if ndim >= 2 else ()
-    dims = (dims,) if isinstance(dims, int) else dims
-    if any(not -ndim <= d < ndim for d in dims):
-        raise ValueError(
-            f"agc_clip: expected unit_dims within the {ndim} dims of {name!r}, found {dims}."
-        )
-    return [d for d in range(ndim) if d not in {d % ndim for d in dims}]
-
-
-def _unit_norms(tensor: Tensor, over: list[int]) -> Tensor:
-    """2-norms over some dims, kept as dims of size 1; of nothing, the absolute values."""
-    wide = _tree.at_least_float32(tensor)
-    if not over:
-        return wide.abs()
-    norms: Tensor = torch.linalg.vector_norm(wide, dim=over, keepdim=True)
-    return norms
+    return replace(clip, update=clip_later)

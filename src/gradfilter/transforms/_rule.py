@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradfilter import _tree
-from gradfilter._types import Out, Params, State, Transform, Tree
+from gradfilter._types import Applied, Offer, Out, Params, State, Transform, Tree
+from gradfilter.transforms import _kernel
 from gradfilter.transforms._link import check_leaves, check_number, is_off, link
 from gradfilter.transforms._schedule import Schedule, as_schedule
+from gradfilter.transforms._units import Scaled
 
 # step(gradient, parameter, the leaf's buffers by name, t, lr) -> (update, buffers), t = 1, 2, ...
 LeafStep = Callable[
@@ -38,6 +41,26 @@ def schedule_value(
     return schedule.at(count, state, **{k: v for k, v in extra.items() if k != "count"})
 
 
+@dataclass(frozen=True, eq=False)
+class KernelUpdate:
+    """The ``update`` of a rule that has a kernel, and takes `Scaled` gradients for it."""
+
+    apply: Callable[..., tuple[Any, Any, Out]]
+
+    def __call__(
+        self, grads: Any, state: State, params: Params, /, **extra: Any
+    ) -> tuple[Any, Any, Out]:
+        """Updates as always, or new values if there is an `Offer` to this rule."""
+        return self.apply(grads, state, params, **extra)
+
+
+def multiplies(offer: Offer | None, update: Callable[..., Any]) -> bool:
+    """Whether the link with this ``update`` stands right before a rule with a kernel."""
+    if offer is None or len(offer.links) < 2 or offer.links[-2].update is not update:
+        return False
+    return isinstance(offer.links[-1].update, KernelUpdate)
+
+
 def update_rule(
     name: str,
     lr: float | Schedule,
@@ -46,6 +69,7 @@ def update_rule(
     *,
     weight_decay: float = 0.0,
     maximize: bool = False,
+    kernel: _kernel.Kernel | None = None,
 ) -> Transform:
     """A ``tree -> update`` link from what it does to one leaf.
 
@@ -56,6 +80,7 @@ def update_rule(
         step: What happens to one leaf after the sign and L2.
         weight_decay: L2, g ← g + λ p. Decoupled decay is the step's own business.
         maximize: Flip the sign, before L2.
+        kernel: All of this and the addition to the parameters at once, where there is one.
     """
     if not isinstance(lr, Schedule):
         check_number(name, "lr", lr, low=0, fix="A Schedule such as cosine(...) fits, too.")
@@ -67,13 +92,17 @@ def update_rule(
         state = {buffer: _tree.zeros_like(params) for buffer in buffers}
         return {**state, "count": count, "lr": schedule.init(count)}
 
+    def begin(state: State, extra: dict[str, Any]) -> tuple[Tensor, Tensor, State]:
+        """The lr of this step, t and the schedule's state after it."""
+        value, lr_state = schedule_value(schedule, state["count"], state["lr"], extra)
+        return value, state["count"] + 1, lr_state
+
     def update(
         grads: Tree, state: State, params: Params, /, **extra: Any
     ) -> tuple[Tree, State, Out]:
         for buffer in buffers:
             check_leaves(f"{name}: state {buffer!r}", state[buffer], params)
-        value, lr_state = schedule_value(schedule, state["count"], state["lr"], extra)
-        t = state["count"] + 1
+        value, t, lr_state = begin(state, extra)
         updates: Tree = {}
         kept: dict[str, Tree] = {buffer: {} for buffer in buffers}
         for leaf, g in grads.items():
@@ -86,4 +115,30 @@ def update_rule(
                 kept[buffer][leaf] = own[buffer]
         return updates, {**kept, "count": t, "lr": lr_state}, {"lr": value}
 
-    return link(name, "tree -> update", update, init=init, publishes=("lr",))
+    formulas = link(name, "tree -> update", update, init=init, publishes=("lr",))
+    if kernel is None:
+        return formulas
+
+    def apply(
+        grads: Any, state: State, params: Params, /, **extra: Any
+    ) -> tuple[Any, State | Applied, Out]:
+        offer: Offer | None = extra.get("offer")
+        scaled = grads if isinstance(grads, Scaled) else Scaled(grads, {})
+        own = {buffer: state[buffer] for buffer in buffers}
+        if (
+            offer is None
+            or offer.links[-1].update is not rule
+            or not _kernel.fits(params, (scaled.tree, *own.values()))
+        ):
+            grads = scaled.leaves(scaled.tree) if grads is scaled else grads
+            return formulas.update(grads, state, params, **extra)
+        value, t, lr_state = begin(state, extra)
+        keep, rest = None, {"count": t, "lr": lr_state}
+        if "keep" in extra:
+            keep = _tree.flag(extra["keep"], t.device)
+            rest = _tree.select(keep, rest, {key: state[key] for key in rest})
+        new, kept = _kernel.run(kernel, params, scaled, own, t, value, keep, offer.donate)
+        return Applied(new), Applied({**kept, **rest}), {"lr": value}
+
+    rule = KernelUpdate(apply)
+    return replace(formulas, update=rule)

@@ -88,6 +88,7 @@ def train_step(
     microbatches: int | None = None,
     plan: Plan = "auto",
     chunk_size: int | None = None,
+    memory_budget: int | float = 0.25,
 ) -> TrainStep:
     """Loss, gradients and update as one object with one state to checkpoint.
 
@@ -97,6 +98,7 @@ def train_step(
         microbatches: M rows per batch; None for one row per sample.
         plan: As in `microbatch_grads`.
         chunk_size: As in `microbatch_grads`.
+        memory_budget: As in `microbatch_grads`.
 
     Raises:
         TypeError: ``update`` does not take rows or does not end in an update.
@@ -116,9 +118,14 @@ def train_step(
             f"train_step: expected a chain from rows to an update, found {update.kind!r}. Start "
             "with mean_rows() or a filter, and end with an update rule such as sgd(lr)."
         )
+    options: dict[str, Any] = {
+        "plan": plan,
+        "chunk_size": chunk_size,
+        "memory_budget": memory_budget,
+    }
     grads_of = (
-        per_sample_grads(loss, plan=plan, chunk_size=chunk_size)
+        per_sample_grads(loss, **options)
         if microbatches is None
-        else microbatch_grads(loss, microbatches, plan=plan, chunk_size=chunk_size)
+        else microbatch_grads(loss, microbatches, **options)
     )
     return TrainStep(grads_of, update)

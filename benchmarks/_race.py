@@ -1,0 +1,36 @@
+"""Contenders timed against each other, then the memory of those that got through."""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from benchmarks._memory import peak_bytes
+from benchmarks._results import Result
+from benchmarks._timing import Contender, Timings, clock_for, interleave, reason
+
+
+def race(
+    entrants: dict[str, Contender], rounds: int, device: torch.device, *, base: str
+) -> tuple[dict[str, Result], Timings]:
+    """Time all contenders, ratios to ``base``; what fails has its reason for a result."""
+    timings = interleave(entrants, rounds, clock_for(device))
+    results = {}
+    for name, run in entrants.items():
+        if name in timings.failures:
+            results[name] = Result(failure=timings.failures[name])
+            continue
+        try:
+            peak = peak_bytes(run, device)
+        except Exception as error:
+            results[name] = Result(failure=reason(error))
+            continue
+        ratio = timings.ratio_to(base, name) if base in timings.seconds else None
+        results[name] = Result(timings.seconds_of(name), ratio, peak)
+    return results, timings
+
+
+def deferred(build: Callable[[], Contender]) -> Contender:
+    """A contender built at its first call: what it needs and lacks is its own failure only."""
+    built = cache(build)
+    return lambda: built()()
