@@ -29,14 +29,15 @@ GLOBAL_NAMES = frozenset({"keep", "weights", "rows", "clean_grads"})
 
 @dataclass(frozen=True, eq=False)
 class Offer:
-    """The extra keyword ``offer``: the last of these links may apply its updates itself.
+    """The extra keyword ``offer``: the link with this ``update`` may apply its updates itself.
 
-    Nobody else sees them. A rule that accepts heeds ``keep`` and returns new parameters and its new
-    state, both as `Applied`; if they are donated, in the old tensors. A link knows its place by its
-    own ``update``, so that a rule inside another link, which has another one, is not meant.
+    It is made to the last link, whose updates nobody else sees. A rule that accepts heeds ``keep``
+    and returns new parameters and its new state, both as `Applied`; if they are donated, in the old
+    tensors. All others ignore it, and so does a rule inside another link, which has another
+    ``update`` than that link.
     """
 
-    links: tuple[Transform, ...]
+    update: Callable[..., Any]
     donate: bool
 
 
@@ -112,7 +113,7 @@ class Transform:
                 f"Expected a chain that ends in an update rule, found one of kind {self.kind!r}. "
                 "End it with sgd(lr), adam(lr), adamw(lr) or rmsprop(lr)."
             )
-        offer = Offer(self.links or (self,), donate)
+        offer = Offer((self.links or (self,))[-1].update, donate)
         # Parameters may come with requires_grad; a step is not part of anybody's graph.
         with torch.no_grad():
             updates, new_state, out = self.update(grads, state, params, offer=offer, **extra)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from gradfilter._types import Tree
 from gradfilter.transforms._blocks import blocks
-from gradfilter.transforms._units import Scaled
 
 Leaves = list[Tensor]
 
@@ -49,7 +48,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 def run(
     kernel: Kernel,
     params: Tree,
-    grads: Scaled,
+    grads: Tree,
     buffers: dict[str, Tree],
     t: Tensor,
     lr: Tensor,
@@ -66,7 +65,7 @@ def run(
     for names in blocks(params, BLOCK):
         lists = [[tree[n] if donate else tree[n].clone() for n in names] for tree in old]
         own = dict(zip(buffers, lists[1:], strict=True))
-        kernel(lists[0], list(grads.leaves(names).values()), own, t, lr, skip)
+        kernel(lists[0], [grads[n] for n in names], own, t, lr, skip)
         if donate:  # the kernels do not tell autograd, which may have saved these tensors
             changed = [leaf for leaves in lists for leaf in leaves if not leaf.is_inference()]
             torch.autograd.graph.increment_version(changed)

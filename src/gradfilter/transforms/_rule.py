@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from gradfilter._types import Applied, Offer, Out, Params, State, Transform, Tre
 from gradfilter.transforms import _kernel
 from gradfilter.transforms._link import check_leaves, check_number, is_off, link
 from gradfilter.transforms._schedule import Schedule, as_schedule
-from gradfilter.transforms._units import Scaled
 
 # step(gradient, parameter, the leaf's buffers by name, t, lr) -> (update, buffers), t = 1, 2, ...
 LeafStep = Callable[
@@ -39,26 +38,6 @@ def schedule_value(
     else:
         count = torch.full_like(own, given)
     return schedule.at(count, state, **{k: v for k, v in extra.items() if k != "count"})
-
-
-@dataclass(frozen=True, eq=False)
-class KernelUpdate:
-    """The ``update`` of a rule that has a kernel, and takes `Scaled` gradients for it."""
-
-    apply: Callable[..., tuple[Any, Any, Out]]
-
-    def __call__(
-        self, grads: Any, state: State, params: Params, /, **extra: Any
-    ) -> tuple[Any, Any, Out]:
-        """Updates as always, or new values if there is an `Offer` to this rule."""
-        return self.apply(grads, state, params, **extra)
-
-
-def multiplies(offer: Offer | None, update: Callable[..., Any]) -> bool:
-    """Whether the link with this ``update`` stands right before a rule with a kernel."""
-    if offer is None or len(offer.links) < 2 or offer.links[-2].update is not update:
-        return False
-    return isinstance(offer.links[-1].update, KernelUpdate)
 
 
 def update_rule(
@@ -123,22 +102,19 @@ def update_rule(
         grads: Any, state: State, params: Params, /, **extra: Any
     ) -> tuple[Any, State | Applied, Out]:
         offer: Offer | None = extra.get("offer")
-        scaled = grads if isinstance(grads, Scaled) else Scaled(grads, {})
         own = {buffer: state[buffer] for buffer in buffers}
         if (
             offer is None
-            or offer.links[-1].update is not rule
-            or not _kernel.fits(params, (scaled.tree, *own.values()))
+            or offer.update is not apply
+            or not _kernel.fits(params, (grads, *own.values()))
         ):
-            grads = scaled.leaves(scaled.tree) if grads is scaled else grads
             return formulas.update(grads, state, params, **extra)
         value, t, lr_state = begin(state, extra)
         keep, rest = None, {"count": t, "lr": lr_state}
         if "keep" in extra:
             keep = _tree.flag(extra["keep"], t.device)
             rest = _tree.select(keep, rest, {key: state[key] for key in rest})
-        new, kept = _kernel.run(kernel, params, scaled, own, t, value, keep, offer.donate)
+        new, kept = _kernel.run(kernel, params, grads, own, t, value, keep, offer.donate)
         return Applied(new), Applied({**kept, **rest}), {"lr": value}
 
-    rule = KernelUpdate(apply)
-    return replace(formulas, update=rule)
+    return replace(formulas, update=apply)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import reduce
 
 import torch
@@ -15,21 +14,6 @@ from gradfilter._types import Tree
 UnitDims = Callable[[str], "int | tuple[int, ...] | None"]
 Within = dict[str, list[int]]
 """Per leaf, the dims inside a unit: those to take a norm over."""
-
-
-@dataclass(frozen=True, eq=False)
-class Scaled:
-    """A tree of which some leaves are still to be multiplied by their factors."""
-
-    tree: Tree
-    factors: Tree
-
-    def leaves(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Some leaves, multiplied out."""
-        # A factor of 1 changes no bit, and costs less than a choice per entry.
-        return {
-            n: self.tree[n] * self.factors[n] if n in self.factors else self.tree[n] for n in names
-        }
 
 
 def within_units(tree: Tree, unit_dims: UnitDims | None) -> Within:
@@ -72,13 +56,11 @@ def _norms(tensor: Tensor, within: list[int], dtype: torch.dtype) -> Tensor:
     return norms.reshape(-1)
 
 
-def per_leaf(units: Tensor, tree: Tree, within: Within) -> Tree:
-    """One number per unit, as tensors that broadcast to the leaves."""
+def per_leaf(units: Tensor, tree: Tree, within: Within) -> list[Tensor]:
+    """One number per unit, as tensors that broadcast to the leaves in the order of ``within``."""
     shapes = [
         [1 if d in dims else n for d, n in enumerate(tree[name].shape)]
         for name, dims in within.items()
     ]
     parts = torch.split(units, [math.prod(shape) for shape in shapes])
-    return {
-        name: part.reshape(shape) for name, part, shape in zip(within, parts, shapes, strict=True)
-    }
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
