@@ -47,7 +47,7 @@ def split(batch: Any, microbatches: int | None) -> tuple[list[Tensor], Rebuild]:
         The cut tensors, and a function that puts one microbatch's tensors back into the batch's
         structure.
     """
-    values, unflatten = _tree.flatten(_plain(batch))
+    values, unflatten = _tree.flatten(plain(batch))
     for value in values:
         if hasattr(value, "__array__") and not isinstance(value, Tensor):
             raise TypeError(
@@ -106,12 +106,12 @@ def check_params(params: Params) -> None:
             )
 
 
-def _plain(batch: Any) -> Any:
+def plain(batch: Any) -> Any:
     """The batch with dicts for all mappings: torch takes a tokenizer's output for one leaf."""
     if isinstance(batch, Mapping):
-        return {key: _plain(value) for key, value in batch.items()}
+        return {key: plain(value) for key, value in batch.items()}
     if type(batch) in (tuple, list):
-        return type(batch)(_plain(value) for value in batch)
+        return type(batch)(plain(value) for value in batch)
     return batch
 
 

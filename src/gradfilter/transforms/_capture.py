@@ -12,7 +12,7 @@ from torch import Tensor
 from gradfilter import _tree
 from gradfilter._types import Out, State
 from gradfilter.grads._ambient import Rewinds, random_state_restored
-from gradfilter.grads._batch import _plain
+from gradfilter.grads._batch import plain
 from gradfilter.transforms._step import TrainStep
 
 WARM_UPS = 3  # lets torch choose its kernels and libraries allocate their workspaces
@@ -203,7 +203,7 @@ def apart(tree: Any, held: Any) -> Any:
 
 
 def _inputs(batch: Any, extra: dict[str, Any]) -> dict[str, Any]:
-    return {"batch": _plain(batch), **extra}
+    return {"batch": plain(batch), **extra}
 
 
 def _copied(leaf: Any) -> Any:
