@@ -26,13 +26,16 @@ class BufferWatch:
         """The name of the buffer that a value is."""
         return self._names.get(id(value))
 
-    def note(self, func: Any, args: tuple[Any, ...]) -> None:
-        """Note which buffers a function is given."""
+    def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note which buffers a function is given, and refuse writes that leave no trace."""
         name = getattr(func, "__name__", "")
         if name == "__get__":  # asking a tensor for its shape is no use of its values
             return
         listed = [x for arg in args if isinstance(arg, (list, tuple)) for x in arg]
         found = {self.name(x) for x in (*args, *listed)} - {None}
+        written = self.name(kwargs.get("out"))
+        if written is not None:
+            raise RuntimeError(unreplayable(written, f"as out= of {name}"))
         self._used |= {str(buffer) for buffer in found}
         if name.startswith("_foreach") and found:  # raises no version
             raise RuntimeError(unreplayable(str(found.pop()), f"by {name}"))

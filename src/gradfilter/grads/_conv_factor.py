@@ -148,11 +148,6 @@ class ConvFactor(Factor):
         return _tree.row_sq_norms(self.rows().flatten(1))
 
     @property
-    def bytes(self) -> int:
-        """Inputs and output gradients."""
-        return self.inputs.nbytes + self.outputs.nbytes
-
-    @property
     def _has_ghost(self) -> bool:
         return self.geometry.groups == 1 and not self.geometry.transposed
 

@@ -54,11 +54,6 @@ class DenseFactor(Factor):
         """Norms of the rows."""
         return _tree.row_sq_norms(self._matrix())
 
-    @property
-    def bytes(self) -> int:
-        """The rows."""
-        return self.held.nbytes
-
 
 SMALL = 2**16
 """Leaves of fewer numbers are put side by side for one product: each product has its overhead."""

@@ -66,8 +66,3 @@ class EmbeddingFactor(Factor):
         same = self.index[:, :, None] == self.index[:, None, :]
         norms = torch.where(same, products, 0.0).sum((1, 2), dtype=_tree.wide(grads))
         return norms.clamp(min=0)
-
-    @property
-    def bytes(self) -> int:
-        """Indices and output gradients."""
-        return self.index.nbytes + self.grads.nbytes

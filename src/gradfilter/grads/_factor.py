@@ -60,11 +60,6 @@ class Factor(ABC):
     def sq_norms(self) -> Tensor:
         """The diagonal of `gram`. (M,)."""
 
-    @property
-    @abstractmethod
-    def bytes(self) -> int:
-        """What the factor holds."""
-
 
 @dataclass(eq=False)
 class OuterFactor(Factor):
@@ -110,11 +105,6 @@ class OuterFactor(Factor):
             products = torch.bmm(inputs, inputs.mT).mul_(torch.bmm(outputs, outputs.mT))
             return products.sum((1, 2), dtype=_tree.wide(products)).clamp(min=0)
         return _tree.row_sq_norms(self.rows().flatten(1))
-
-    @property
-    def bytes(self) -> int:
-        """Inputs and output gradients."""
-        return self.inputs.nbytes + self.outputs.nbytes
 
 
 def ghost_flops(count: int, n: int, p: int, d: int) -> int | None:

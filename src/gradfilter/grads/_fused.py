@@ -79,7 +79,7 @@ class Overrides(TorchFunctionMode):
             result = rule(self._host, *args, **kwargs)
             if result is not NotImplemented:
                 return result
-        self._host.running.watch.note(func, args)
+        self._host.running.watch.note(func, args, kwargs)
         if func in LOSSES and autocast_dtype(args[0].device) is not None:
             # vmap takes a loss apart before autocast sees it.
             args = tuple(_tree.at_least_float32(a) if _is_float(a) else a for a in args)

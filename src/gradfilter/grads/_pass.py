@@ -92,10 +92,10 @@ class Pass:
 
     def total(self, names: Collection[str], weights: Tensor) -> Tree:
         """Σ_m w_m row_m on some leaves, nothing of a row of weight 0."""
-        live = self._live(names, weights)
         if self._kept is None and set(names) == set(self.shapes):
-            found = self._weighted(weights, weights != 0 if self._some_dead(weights) else None)
+            found = self._weighted(weights)
         else:
+            live = self._live(names, weights)
             found = self._ask(names, lambda factor, _: factor.total(weights, live), join=True)
             if JOINED in found:
                 small = small_dense(self._factors(), names)
@@ -109,19 +109,18 @@ class Pass:
 
     def _live(self, names: Collection[str], weights: Tensor) -> Tensor | None:
         """Which rows to mask: None where no row of weight 0 has a non-finite number in it."""
-        live = weights != 0
-        norms = self._norms.get(frozenset(names))
-        if norms is not None and self._device.type == "cpu":
-            # Masking copies all that was kept. On a CPU a look at M numbers waits for nothing.
-            return None if bool((live | norms.isfinite()).numpy().all()) else live
-        return live if self._some_dead(weights) else None
+        live = harmless = weights != 0
+        if frozenset(names) in self._norms:
+            harmless = live | self._norms[frozenset(names)].isfinite()
+        # Masking copies all that was kept. On a CPU a look at M numbers waits for nothing.
+        on_cpu = self._device.type == "cpu"
+        return None if on_cpu and bool(harmless.numpy().all()) else live
 
-    def _some_dead(self, weights: Tensor) -> bool:
-        return self._device.type != "cpu" or not weights.detach().numpy().all()
-
-    def _weighted(self, weights: Tensor, live: Tensor | None) -> Tree:
+    def _weighted(self, weights: Tensor) -> Tree:
         """One backward pass with the losses weighted."""
         found: Tree = {}
+        # Where a row is dead, its finite norm says nothing: 0 times an infinite derivative is NaN.
+        live = self._live((), weights)
 
         def visit(name: str, factors: list[Factor], grad: Tensor | None) -> None:
             parts = [factor.total(None, live) for factor in factors]

@@ -45,7 +45,7 @@ class RecordRunningStats(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.batch_norm:
             return self._batch_norm(*args, **kwargs)
-        self._watch.note(func, args)
+        self._watch.note(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _batch_norm(

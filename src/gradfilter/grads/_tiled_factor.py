@@ -69,8 +69,3 @@ class TiledFactor(Factor):
         if len(self.parts) == 1:
             return self.parts[0].sq_norms()
         return torch.stack([_tree.row_sq_norms(tile) for tile in self._tiles()]).sum(0)
-
-    @property
-    def bytes(self) -> int:
-        """Of all parts."""
-        return sum(part.bytes for part in self.parts)
