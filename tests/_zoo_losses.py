@@ -37,6 +37,48 @@ def quadratic(output, y):
     return F.mse_loss(output, (y[:, None] == torch.arange(5)).to(output.dtype)) + output.norm()
 
 
+def class_weights(classes=5):
+    return torch.linspace(0.5, 2.0, classes)
+
+
+def weighted(output, y):
+    """Weighted classes, one of them left out, smoothed labels."""
+    options = {"weight": class_weights(), "ignore_index": 3, "label_smoothing": 0.2}
+    return F.cross_entropy(output, y, **options)
+
+
+def sample_by_sample(output, y):
+    """A loss per sample, put together by hand."""
+    losses = F.cross_entropy(output, y, reduction="none")
+    return (losses * (1 + torch.arange(len(y)))).mean()
+
+
+def alone(output, y):
+    """The first sample of each microbatch, without an axis for it."""
+    return F.cross_entropy(output[0], y[0]) + F.nll_loss(output[0].log_softmax(0), y[0])
+
+
+def nll(output, y):
+    return F.nll_loss(output.log_softmax(1), y, weight=class_weights(), ignore_index=1)
+
+
+def probable(output, y):
+    """Probabilities instead of classes."""
+    targets = F.one_hot(y, 5).to(output.dtype) * 0.8 + 0.04
+    return F.cross_entropy(output, targets)
+
+
+def segmentation(output, y):
+    """A class for every place of a map."""
+    places = (y[:, None, None] + torch.arange(5)[:, None] + torch.arange(5)) % 4
+    return F.cross_entropy(output, places, ignore_index=2, weight=class_weights(4))
+
+
+def of_no_sample(output, y):
+    """Most microbatches keep no label at all, and their mean is that of nothing."""
+    return F.cross_entropy(output, torch.full_like(y, -100), reduction="sum") + output.sum()
+
+
 class OwnLoss(nn.Module):
     """Keyword arguments in, an object with .loss out."""
 
@@ -101,6 +143,10 @@ class FreeBuffers(nn.Module):
         return F.linear(self.a(x).masked_fill(self.mask, 0.5), self.table)
 
 
+def mapper():
+    return nn.Conv2d(3, 4, 3, padding=1)
+
+
 def tagger():
     return nn.Sequential(nn.Embedding(11, 4), nn.Tanh(), nn.Linear(4, 11))
 
@@ -111,6 +157,13 @@ CASES = [
     Case("contrastive", lambda: net(out=6), inputs(6), contrast, "linear", sizes=((2, 4), (3, 3))),
     Case("pairwise", net, inputs(6), pairwise, "linear", sizes=((2, 4), (3, 3))),
     Case("summed", net, inputs(6), summed, "linear"),
+    Case("loss-weighted", net, inputs(6), weighted, "linear cross_entropy"),
+    Case("loss-per-sample", net, inputs(6), sample_by_sample, "linear cross_entropy"),
+    Case("loss-alone", net, inputs(6), alone, "linear cross_entropy nll_loss"),
+    Case("loss-nll", net, inputs(6), nll, "linear nll_loss", sizes=((2, 3), (3, 2))),
+    Case("loss-probable", net, inputs(6), probable, "linear"),
+    Case("loss-segmentation", mapper, inputs(3, 5, 5), segmentation, "conv cross_entropy"),
+    Case("loss-of-no-sample", net, inputs(6), of_no_sample, "linear cross_entropy"),
     Case("quadratic", net, inputs(6), quadratic, "linear"),
     Case("own-loss", OwnLoss, keyword_batch, None, "embedding linear"),
     Case("mapping-inputs", two_inputs, mapping_inputs, rules="linear"),

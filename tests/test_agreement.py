@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradfilter as gf
 from _naive import BAD, assert_close, flat, normal, random_matrix, run, unflat, zeros
+from gradfilter._readable import readable
 
 INF = float("inf")
 RULES = [(against, average) for against in ("running", "first") for average in ("mean", "halving")]
@@ -213,6 +215,27 @@ def test_rows_are_merged_as_clip_per_row_left_them(against, average):
 
 
 @pytest.mark.parametrize("average", ["mean", "halving"])
+def test_read_as_numbers_or_followed_as_tensors_the_rule_is_one(average):
+    """A CPU reads the Gram; a GPU, a compiler or a transform works on tensors throughout."""
+    told = 0
+    for seed in range(400):
+        matrix, threshold, _ = random_case(seed)
+        *_, margin = sequential(matrix, threshold, "running", average)
+        rows = unflat(matrix)
+        link = gf.agree_filter(threshold, average=average)
+        numbers = run(link, rows)[1]
+        with Count() as count:
+            tensors = run(link, rows)[1]
+        assert count.operations > 5 * len(matrix)
+        if margin > 1e-9:
+            told += 1
+            assert torch.equal(numbers["accepted"], tensors["accepted"])
+            assert_close(numbers["weights"], tensors["weights"])
+            assert_close(numbers["cosine"], tensors["cosine"], atol=1e-10)
+    assert told > 200
+
+
+@pytest.mark.parametrize("average", ["mean", "halving"])
 def test_a_further_row_costs_about_ten_small_operations(average):
     link = gf.agree_filter(0.97, average=average)
 
@@ -223,6 +246,18 @@ def test_a_further_row_costs_about_ten_small_operations(average):
         return count.operations
 
     assert operations(9) - operations(8) <= 12
+
+
+def test_numbers_are_read_where_nobody_waits_or_follows():
+    x = torch.ones(2)
+    seen = []
+    assert readable(x) and readable(nn.Parameter(x))
+    with Count():
+        seen.append(readable(x))
+    torch.vmap(lambda row: (seen.append(readable(row)), row)[1])(x)
+    torch.func.grad(lambda y: (seen.append(readable(y)), y.sum())[1])(x)
+    seen.append(readable(x.to("meta")))
+    assert seen == [False] * 4
 
 
 class Count(TorchDispatchMode):

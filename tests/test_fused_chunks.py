@@ -45,7 +45,7 @@ def test_rows_that_draw_random_numbers_are_computed_together(float64):
 
 
 def test_no_more_rows_at_a_time_than_asked_for(monkeypatch, float64):
-    seen, level_of = [], _fused.Level.of
-    monkeypatch.setattr(_fused.Level, "of", lambda leaf, n: seen.append(n) or level_of(leaf, n))
+    seen, entered = [], _fused.Level.entered
+    monkeypatch.setattr(_fused.Level, "entered", lambda n: seen.append(n) or entered(n))
     stacks(nn.Linear(6, 3), vectors(), 4, 2)
     assert seen == [4, 4, 4, 2, 2]  # plain and its at_rows, then chunked and its two chunks

@@ -34,6 +34,8 @@ FUNCTIONS = {
     "attention": {"scaled_dot_product_attention"},
     "multi_head_attention": {"multi_head_attention_forward"},
     "weight_norm": {"_weight_norm"},
+    "cross_entropy": {"cross_entropy"},
+    "nll_loss": {"nll_loss"},
     "rnn": {"lstm", "gru", "rnn_tanh", "rnn_relu"},
 }
 
@@ -56,6 +58,9 @@ COUNTS = [
     ("attention", "attention-causal", 1),
     ("multi_head_attention", "multi-head-self", 1),
     ("weight_norm", "weight-norm", 2),
+    ("cross_entropy", "labels-left-out", 1),
+    ("cross_entropy", "summed", 1),
+    ("nll_loss", "loss-nll", 1),
     ("rnn", "lstm-used-twice", 2),
     ("rnn", "gru", 1),
 ]

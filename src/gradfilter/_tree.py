@@ -126,15 +126,38 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
     return torch.where(live.any(), sums.reshape(n), 0.0)
 
 
-def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
-    """``<a, b>`` over every leaf of two trees with the same names. ()."""
-    terms = [inner(a[name].reshape(1, -1), b[name].reshape(1, -1))[0, 0] for name in a]
-    return torch.stack(terms).sum()
-
-
 def sq_norm(tree: Mapping[str, Tensor]) -> Tensor:
     """The squared 2-norm of a tree. ()."""
-    return torch.stack([row_sq_norms(leaf.reshape(1, -1))[0] for leaf in tree.values()]).sum()
+    return torch.stack([row_sq_norms(v)[0] for v in _vectors(tree, tree)]).sum()
+
+
+CACHED = 2**18
+"""Numbers of two float32 vectors that stay in a core's cache while they are used three times."""
+
+
+def products(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+    """``<a, a>``, ``<a, b>`` and ``<b, b>``, on a CPU in one pass over the memory. (3,)."""
+    terms: list[Tensor] = []
+    for x, y in zip(_vectors(a, a), _vectors(b, a), strict=True):
+        dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+        size = CACHED if x.device.type == "cpu" else x.numel()
+        with no_autocast(x):
+            parts = (torch.split(row[0].to(dtype), size) for row in (x, y))
+            for u, v in zip(*parts, strict=True):
+                terms += (torch.dot(u, u), torch.dot(u, v), torch.dot(v, v))
+    return torch.stack(terms).view(-1, 3).sum(0, dtype=wide(terms[0]))
+
+
+SMALL = 2**16
+"""Leaves of fewer numbers are put side by side for one product: each product has its overhead."""
+
+
+def _vectors(tree: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> list[Tensor]:
+    """The leaves as rows (1, n), in the order of another tree, the small ones as one row."""
+    rows = [tree[name].reshape(1, -1) for name in like]
+    small = [at_least_float32(row) for row in rows if row.shape[1] < SMALL]
+    large = [row for row in rows if row.shape[1] >= SMALL]
+    return [*large, torch.cat(small, 1)] if small else large
 
 
 def norm(tree: Mapping[str, Tensor]) -> Tensor:

@@ -33,7 +33,7 @@ class DenseFactor(Factor):
         """One weighted sum."""
         if weights is None:
             if live is None:
-                return self.held.sum(0)
+                return self.held.sum(0) if self.count > 1 else self.held[0]
             weights = live.to(_tree.wide(self.held))
         if live is None:
             rows = _tree.at_least_float32(self._matrix())
@@ -55,9 +55,6 @@ class DenseFactor(Factor):
         return _tree.row_sq_norms(self._matrix())
 
 
-SMALL = 2**16
-"""Leaves of fewer numbers are put side by side for one product: each product has its overhead."""
-
 JOINED = ""
 """The name of what is made of several leaves."""
 
@@ -67,7 +64,7 @@ def small_dense(factors: Mapping[str, Factor], names: Collection[str]) -> list[s
     return [
         name
         for name, factor in factors.items()
-        if name in names and isinstance(factor, DenseFactor) and factor.shape.numel() < SMALL
+        if name in names and isinstance(factor, DenseFactor) and factor.shape.numel() < _tree.SMALL
     ]
 
 

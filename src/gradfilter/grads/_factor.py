@@ -119,10 +119,10 @@ def ghost_flops(count: int, n: int, p: int, d: int) -> int | None:
 def ghost_gram(inputs: Tensor, outputs: Tensor) -> Tensor:
     """Σ_tt' <a_mt, a_m't'> <d_mt, d_m't'> for (M, n, d) and (M, n, p). (M, M) float64.
 
-    The lower half only, in four steps: five eighths of the work of the whole.
+    The lower half only, in up to four steps, as soon as the products outweigh their number.
     """
     count, n = inputs.shape[:2]
-    step = -(-count // 4)
+    step = -(-count // min(max(count * n // 128, 1), 4))
     a, d = _tree.at_least_float32(inputs), _tree.at_least_float32(outputs)
     gram = torch.empty(count, count, dtype=_tree.wide(a), device=a.device)
     with _tree.no_autocast(a):
@@ -131,8 +131,8 @@ def ghost_gram(inputs: Tensor, outputs: Tensor) -> Tensor:
             below = (a[low:].flatten(0, 1) @ a[low:high].flatten(0, 1).T).mul_(
                 d[low:].flatten(0, 1) @ d[low:high].flatten(0, 1).T
             )
-            blocks = below.view(count - low, n, high - low, n)
-            block = blocks.sum((1, 3), dtype=gram.dtype) if n > 1 else blocks[:, 0, :, 0]
+            sums = below.view(-1, high - low, n).sum(2, dtype=gram.dtype)
+            block = sums.view(count - low, n, -1).sum(1)
             gram[low:, low:high] = block
             gram[low:high, high:] = block[high - low :].T
     return gram

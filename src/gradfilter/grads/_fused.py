@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import disable_saved_tensors_hooks
-from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 
 from gradfilter import _tree
@@ -112,24 +111,23 @@ def forward(
     own = {name: b.clone() for name, b in batch.buffers.items()}
     watch = BufferWatch(own)
     running = RunningUpdates(watch, own, cumulative)
-    host = Host(Level(count, 0), tape, running)
-    after: Tree = {}
-
-    def row(leaves: Tree, tensors: list[Tensor]) -> tuple[Tensor, Any]:
-        nonlocal after
-        host.level = Level.of(next(iter(leaves.values())), count)
-        with Overrides(host):
-            value, after, aux = loss(leaves, batch.rebuild(tensors), own)
+    with (
+        torch.enable_grad(),
+        disable_saved_tensors_hooks(CHECKPOINTS),
+        Level.entered(count) as level,
+    ):
+        inside = {name: level.raised(leaf) for name, leaf in leaves.items()}
+        row = batch.rebuild(level.raised(t) for t in batch.tensors)
+        with Overrides(Host(level, tape, running)):
+            value, after, aux = loss(inside, row, own)
         watch.check(after, set(running.updated))
-        return value, () if aux is None else (aux,)
-
-    with torch.enable_grad(), disable_saved_tensors_hooks(CHECKPOINTS):
-        losses, aux = vmap(row, randomness="different")(leaves, batch.tensors)
+        losses = level.lower(value)
+        aux = None if aux is None else _tree.tree_map(level.lower, aux)
     check_differentiable(losses)
     for name, counter in after.items():
         if name.endswith("num_batches_tracked"):  # counted once, for all rows
             before = batch.buffers[name]
             after[name] = before + count * (counter - before)
     after |= running.finish()
-    aux = _tree.tree_map(torch.Tensor.detach, aux[0]) if aux else None
+    aux = None if aux is None else _tree.tree_map(torch.Tensor.detach, aux)
     return Forward(losses, tape, after, aux)

@@ -7,24 +7,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor, nn
-
 from gradfilter import _tree
 from gradfilter._types import Params, Tree
 from gradfilter.grads._again import AgainStack, Origin
 from gradfilter.grads._ambient import Ambient, set_random_state
+from gradfilter.grads._any_loss import AnyLoss
 from gradfilter.grads._batch import Batch, check_device, check_params, split
 from gradfilter.grads._budget import bytes_of
-from gradfilter.grads._check_loss import check_value
 from gradfilter.grads._chunked import chunked_rows
 from gradfilter.grads._dense import DenseStack
 from gradfilter.grads._fused import Forward, forward
 from gradfilter.grads._fused_stack import FusedStack
 from gradfilter.grads._lift import untraced
 from gradfilter.grads._loop import Rows, loop_rows
-from gradfilter.grads._loss import ModelLoss, check_names
+from gradfilter.grads._loss import ModelLoss
 from gradfilter.grads._pass import Pass
-from gradfilter.grads._running_stats import cumulative_means
+from gradfilter.grads._single import forward_single
 from gradfilter.grads._vmap import vmap_rows
 
 Plan = Literal["auto", "loop", "vmap", "fused"]
@@ -51,22 +49,22 @@ class GradFunction:
                 are what they are after the last. None takes the module's own.
         """
         check_params(params)
-        if self._model is not None:
-            own = self._model.named_parameters()
-            check_names("parameters", params, {name: p for name, p in own if p.requires_grad})
+        loss = AnyLoss.of(self.loss, self.has_aux)
+        loss.check_params(params)
         tensors, rebuild = split(batch, self.microbatches)
         check_device(params, tensors)
-        rows = Batch(tensors, rebuild, self._incoming(buffers))
-        ambient = Ambient.now(_tree.device_of(params), self._model)
+        rows = Batch(tensors, rebuild, loss.incoming(buffers))
+        model = self.loss.model if isinstance(self.loss, ModelLoss) else None
+        ambient = Ambient.now(_tree.device_of(params), model)
         if self.plan != "auto":
-            return self._stack(self.plan, rows, ambient, params)
+            return self._stack(self.plan, loss, rows, ambient, params)
         try:
-            return self._stack("fused", rows, ambient, params)
+            return self._stack("fused", loss, rows, ambient, params)
         except Exception as refusal:
             # The loop says whether the loss or only vmap was at fault, on the same random numbers.
             set_random_state(ambient.random, ambient.device)
             try:
-                result = self._stack("loop", rows, ambient, params)
+                result = self._stack("loop", loss, rows, ambient, params)
             except Exception as fault:
                 raise fault from None
             reason = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
@@ -77,7 +75,9 @@ class GradFunction:
             )
             return result
 
-    def _stack(self, plan: Plan, batch: Batch, ambient: Ambient, params: Params) -> AgainStack:
+    def _stack(
+        self, plan: Plan, loss: AnyLoss, batch: Batch, ambient: Ambient, params: Params
+    ) -> AgainStack:
         """The rows by one plan, as random state and settings are at present."""
 
         def evaluate(elsewhere: Params, per_row: bool) -> AgainStack:
@@ -88,29 +88,37 @@ class GradFunction:
             at = {name: p.detach() for name, p in at.items()}
             origin = Origin(len(batch.tensors[0]), params if per_row else at, evaluate)
             if plan == "fused":
-                return untraced(self._fused)(batch, ambient, at, per_row, origin)
-            grads, losses, after, aux = self._rows(plan, batch, at, per_row)
+                return untraced(self._fused)(loss, batch, ambient, at, per_row, origin)
+            grads, losses, after, aux = self._rows(plan, loss, batch, at, per_row)
             return DenseStack(grads, losses, after, aux, origin=origin)
 
         return stack(params, False)
 
-    def _rows(self, plan: Plan, batch: Batch, params: Params, per_row: bool) -> Rows:
+    def _rows(self, plan: Plan, loss: AnyLoss, batch: Batch, params: Params, per_row: bool) -> Rows:
         if plan == "loop":
-            return loop_rows(self._pure, params, batch, per_row)
+            return loop_rows(loss.pure, params, batch, per_row)
         return vmap_rows(
-            self._writing,
+            loss.writing,
             params,
             batch,
             per_row,
-            cumulative=self._cumulative,
+            cumulative=loss.cumulative,
             chunk_size=self.chunk_size,
         )
 
     def _fused(
-        self, batch: Batch, ambient: Ambient, params: Params, per_row: bool, origin: Origin
+        self,
+        loss: AnyLoss,
+        batch: Batch,
+        ambient: Ambient,
+        params: Params,
+        per_row: bool,
+        origin: Origin,
     ) -> AgainStack:
         def run(batch: Batch, params: Params) -> Forward:
-            return forward(self._writing, params, batch, per_row, self._cumulative)
+            if len(batch) == 1:
+                return forward_single(loss.pure, params, batch, per_row)
+            return forward(loss.writing, params, batch, per_row, loss.cumulative)
 
         def again() -> Forward:
             with ambient.again():
@@ -133,43 +141,3 @@ class GradFunction:
             first.aux,
             origin,
         )
-
-    @property
-    def _cumulative(self) -> set[str]:
-        return set() if self._model is None else cumulative_means(self._model)
-
-    @property
-    def _model(self) -> nn.Module | None:
-        return self.loss.model if isinstance(self.loss, ModelLoss) else None
-
-    def _incoming(self, buffers: Tree | None) -> Tree:
-        """The buffers before the first row."""
-        if self._model is None and buffers:
-            raise TypeError(
-                "Expected no buffers with a plain loss(params, batch), which cannot take them. "
-                "Make the loss with model_loss(model, criterion), or close over them."
-            )
-        if self._model is None:
-            return {}
-        own = dict(self._model.named_buffers())
-        if buffers is None:
-            return {name: b.detach().clone() for name, b in own.items()}
-        check_names("buffers", buffers, own)
-        return {name: b.detach() for name, b in buffers.items()}
-
-    def _pure(self, params: Params, batch: Any, buffers: Tree) -> tuple[Tensor, Tree, Any]:
-        if not isinstance(self.loss, ModelLoss):
-            return self._writing(params, batch, buffers)
-        return self._writing(params, batch, {name: b.clone() for name, b in buffers.items()})
-
-    def _writing(self, params: Params, batch: Any, buffers: Tree) -> tuple[Tensor, Tree, Any]:
-        """The loss in one form, ``(scalar, buffers, aux)``; a module writes into the buffers."""
-        if isinstance(self.loss, ModelLoss):
-            value, buffers, *rest = self.loss.run(params, batch, buffers)
-            aux = rest[0] if rest else None
-        elif self.has_aux:
-            value, aux = self.loss(params, batch)
-        else:
-            value, aux = self.loss(params, batch), None
-        check_value(value, aux)
-        return value, buffers, aux

@@ -9,14 +9,17 @@ step takes eight. Everything that torch does not document stands in this file.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch._functorch.predispatch import lazy_load_decompositions
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch._functorch.vmap import vmap_increment_nesting
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -29,9 +32,12 @@ class Level:
     number: int
 
     @classmethod
-    def of(cls, batched: Tensor, rows: int) -> Level:
-        """The level at which a tensor is batched."""
-        return cls(rows, _functorch.maybe_get_level(batched))
+    @contextmanager
+    def entered(cls, rows: int) -> Iterator[Level]:
+        """Run under ``vmap(..., randomness="different")``, without its handling of trees."""
+        lazy_load_decompositions()
+        with vmap_increment_nesting(rows, "different") as number:
+            yield cls(rows, number)
 
     def is_innermost(self) -> bool:
         """Whether no transform of the loss's own runs inside this level."""

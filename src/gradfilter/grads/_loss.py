@@ -28,12 +28,12 @@ class ModelLoss:
 
     def __call__(self, params: Params, batch: Any, buffers: Tree) -> tuple[Any, ...]:
         """Evaluate on copies of the buffers; neither they nor the module are changed."""
-        check_names("buffers", buffers, dict(self.model.named_buffers()))
-        return self.run(params, batch, {name: b.clone() for name, b in buffers.items()})
-
-    def run(self, params: Params, batch: Any, buffers: Tree) -> tuple[Any, ...]:
-        """Like a call, but let the model write into the given buffers."""
         places = Places.of(self.model)
+        check_names("buffers", buffers, places.buffers)
+        return self.run(params, batch, {name: b.clone() for name, b in buffers.items()}, places)
+
+    def run(self, params: Params, batch: Any, buffers: Tree, places: Places) -> tuple[Any, ...]:
+        """Like a call, but let the model write into the given buffers."""
         state = places.fill({**params, **buffers})
 
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradfilter import _tree
+from gradfilter._readable import readable
 from gradfilter._types import Tree
 from gradfilter.grads._dense_factor import (
     JOINED,
@@ -112,9 +113,8 @@ class Pass:
         live = harmless = weights != 0
         if frozenset(names) in self._norms:
             harmless = live | self._norms[frozenset(names)].isfinite()
-        # Masking copies all that was kept. On a CPU a look at M numbers waits for nothing.
-        on_cpu = self._device.type == "cpu"
-        return None if on_cpu and bool(harmless.numpy().all()) else live
+        # Masking copies all that was kept.
+        return None if readable(harmless) and all(harmless.tolist()) else live
 
     def _weighted(self, weights: Tensor) -> Tree:
         """One backward pass with the losses weighted."""

@@ -7,38 +7,52 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from gradfilter._types import Tree
+
 
 @dataclass(frozen=True)
 class Places:
-    """The places of parameters and buffers in a module.
+    """The places of parameters and buffers in a module, found in one walk through it.
 
     Attributes:
         canonical: Place -> the name under which ``named_parameters`` or ``named_buffers`` lists
             what is there. A tied tensor has several places; a submodule registered under two
             names has its places once.
+        trainable: The parameters that are not frozen, by those names.
+        buffers: The buffers, by those names.
         empty: Buffers registered as None, which a forward pass could fill behind our back.
     """
 
     canonical: dict[str, str]
+    trainable: Tree
+    buffers: Tree
     empty: list[tuple[nn.Module, str]]
 
     @classmethod
     def of(cls, model: nn.Module) -> Places:
         """The places of a module."""
-        listed = [
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        ]
-        first = {id(tensor): name for name, tensor in reversed(listed)}
-        canonical, empty = {}, []
-        for prefix, module in model.named_modules():
-            for own in (module._parameters, module._buffers):
-                for key, tensor in own.items():
-                    if tensor is not None:
-                        canonical[f"{prefix}.{key}" if prefix else key] = first[id(tensor)]
-                    elif own is module._buffers:
-                        empty.append((module, key))
-        return cls(canonical, empty)
+        first: dict[int, str] = {}
+        canonical: dict[str, str] = {}
+        trainable: Tree = {}
+        buffers: dict[int, tuple[str, Tensor]] = {}
+        empty = []
+        modules = [(f"{prefix}." if prefix else "", m) for prefix, m in model.named_modules()]
+        for prefix, module in modules:
+            for key, tensor in module._parameters.items():
+                if tensor is not None:
+                    place = prefix + key
+                    name = canonical[place] = first.setdefault(id(tensor), place)
+                    if tensor.requires_grad:
+                        trainable[name] = tensor
+        for prefix, module in modules:
+            for key, tensor in module._buffers.items():
+                if tensor is None:
+                    empty.append((module, key))
+                else:
+                    place = prefix + key
+                    canonical[place] = first.setdefault(id(tensor), place)
+                    buffers.setdefault(id(tensor), (place, tensor))
+        return cls(canonical, trainable, dict(buffers.values()), empty)
 
     def fill(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A tensor for every place whose name is given."""

@@ -7,12 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gradfilter import _tree
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._link import check_number, link
-
-EPS = 1e-8  # clamps each norm separately, as torch.nn.functional.cosine_similarity does
+from gradfilter.transforms._running import EPS, Judged, against_running, masked_gram
 
 
 def agree_filter(
@@ -86,7 +84,7 @@ def agree_filter(
                 "with. Use microbatch_grads(loss, M) with M >= 2, or mean_rows()."
             )
         gram = rows.gram()
-        rule = _against_first if against == "first" else _against_running
+        rule = _against_first if against == "first" else against_running
         weights, accepted, cosine = rule(
             gram, rows.live & gram.diagonal().isfinite(), threshold, average
         )
@@ -107,60 +105,9 @@ def _agrees(cosine: Tensor, threshold: float | Tensor) -> Tensor:
     return (1 - cosine <= threshold) | (threshold >= 2)
 
 
-def _masked_gram(gram: Tensor, usable: Tensor) -> Tensor:
-    """The Gram with the rows and columns of unusable rows zeroed: their weight is 0, not NaN."""
-    return torch.where(usable[:, None] & usable, gram, 0.0)
-
-
-def _against_running(
-    gram: Tensor, usable: Tensor, threshold: float | Tensor, average: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, accepted and cosine (M,) each, by the recurrence over the rows in order.
-
-    With c = Σ a_j g_j it carries v = K a, so that <c, g_i> = v_i and ‖c‖² = <v, a>. A cosine does
-    not know the length of c: the mean is carried as the sum, n c, whose norm is at least n ε.
-    """
-    k = _masked_gram(gram, usable)
-    norms = k.diagonal().sqrt().clamp(min=EPS)
-    anchor = usable & (usable.cumsum(0) == 1)
-    threshold = _tree.scalar(threshold, k)
-    smallest_cosine = torch.where(threshold >= 2, -torch.inf, 1 - threshold)
-    bounds = torch.where(usable, smallest_cosine * norms, torch.inf)
-    bounds = torch.where(anchor, -torch.inf, bounds)
-    mean = average == "mean"
-    # One vector (v | a | smallest ‖c‖) and what a row adds to it: few, since tiny, operations.
-    floor = torch.full_like(norms[:, None], EPS)
-    carried = torch.cat([torch.zeros_like(k[0]), torch.zeros_like(k[0]), floor[0]])
-    rates = torch.ones_like(norms)
-    if mean:
-        floor = torch.where(anchor[:, None], 0.0, floor)
-    else:
-        rates = torch.where(anchor, rates, 0.5)
-    parts = torch.cat([k, torch.eye(len(k), dtype=k.dtype, device=k.device), floor], dim=1)
-    accepted, products, lengths = [], [], []
-    rows = zip(parts.unbind(), bounds.unbind(), rates.unbind(), strict=True)
-    for i, (part, bound, rate) in enumerate(rows):
-        v, a, smallest = torch.split(carried, [len(k), len(k), 1])
-        length = torch.fmax(torch.dot(v, a).sqrt(), smallest)
-        accept = v[i] >= bound * length
-        rate = torch.where(accept, rate, 0.0)
-        carried = torch.addcmul(carried, part, rate) if mean else torch.lerp(carried, part, rate)
-        products.append(v[i])
-        lengths.append(length)
-        accepted.append(accept)
-    weights = carried[len(k) : -1]
-    if mean:
-        weights = weights / weights.sum().clamp(min=1)
-    cosine = torch.stack(products) / (torch.cat(lengths) * norms)
-    cosine = torch.where(anchor, 1.0, cosine)
-    return weights, torch.cat(accepted), torch.where(usable, cosine, torch.nan)
-
-
-def _against_first(
-    gram: Tensor, usable: Tensor, threshold: float | Tensor, average: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, accepted and cosine (M,) each, every row compared with the first usable one."""
-    k = _masked_gram(gram, usable)
+def _against_first(gram: Tensor, usable: Tensor, threshold: float | Tensor, average: str) -> Judged:
+    """Every row compared with the first usable one."""
+    k = masked_gram(gram, usable)
     norms = k.diagonal().sqrt().clamp(min=EPS)
     anchor = usable & (usable.cumsum(0) == 1)
     anchor_row = torch.where(anchor[:, None], k, 0.0).sum(0)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradfilter._readable import followed
 from gradfilter._types import Tree
 from gradfilter.transforms._blocks import blocks
 
@@ -24,7 +25,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def fits(params: Tree, trees: Iterable[Any]) -> bool:
     """Whether the kernels take them: plain contiguous tensors, and the trees like the params."""
     # A compiler makes more of formulas, and vmap has no rule for the kernels.
-    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+    if followed():
         return False
     return all(
         p.dtype in DTYPES and p.device.type in ("cpu", "cuda") and _is_plain(p)

@@ -77,14 +77,17 @@ def sam_perturb(
             shape, scale = grads, grads
         elif adaptive == "asam":
             size = {name: params[name].abs() + eta for name in grads}
-            shape = {name: size[name] ** 2 * g for name, g in grads.items()}
             scale = {name: size[name] * g for name, g in grads.items()}
+            shape = {name: size[name] * s for name, s in scale.items()}
         else:
             shape, scale = {name: params[name].abs() * g for name, g in grads.items()}, grads
         step = rho / (_tree.norm(scale) + DELTA)  # 1/δ at most, which half precision cannot hold
         moves = {name: _tree.at_least_float32(s) for name, s in shape.items()}
+        # addcmul is one pass over the memory, a product and a sum would be two.
         return {
-            name: (params[name] + step.to(move.dtype) * move).to(params[name].dtype)
+            name: torch.addcmul(_tree.at_least_float32(params[name]), move, step.to(move.dtype)).to(
+                params[name].dtype
+            )
             for name, move in moves.items()
         }
 
@@ -207,14 +210,18 @@ def gsam_decompose(alpha: float) -> Transform:
             raise ValueError(
                 "gsam_decompose: expected clean_grads, found none. Put sam_perturb(rho) before it."
             )
-        a, b, g2 = _tree.dot(clean, grads), _tree.sq_norm(grads), _tree.sq_norm(clean)
+        b, a, g2 = _tree.products(grads, clean).unbind()
         ratio = torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
-        decomposed = {
-            name: torch.where(b == 0, h, (1 + alpha * ratio).to(h.dtype) * h - alpha * clean[name])
-            for name, h in grads.items()
-        }
+        along = 1 + alpha * ratio
+        back = torch.where(b == 0, 0.0, _tree.scalar(-alpha, b))
+
+        def decomposed(h: Tensor, g: Tensor) -> Tensor:
+            h, g = _tree.at_least_float32(h), _tree.at_least_float32(g)
+            return (along.to(h.dtype) * h).addcmul_(g, back.to(h.dtype))
+
+        found = {name: decomposed(h, clean[name]).to(h.dtype) for name, h in grads.items()}
         cosine = a / (b.sqrt() * g2.sqrt() + DELTA)
-        return decomposed, state, {"cosine": cosine}
+        return found, state, {"cosine": cosine}
 
     return link(
         "gsam_decompose", "tree -> tree", update, needs=("clean_grads",), publishes=("cosine",)

@@ -12,6 +12,7 @@ from torch import _VF
 from gradfilter.grads._rules._attention import scaled_dot_product_attention
 from gradfilter.grads._rules._batch_norm import batch_norm
 from gradfilter.grads._rules._conv import conv, conv_transpose
+from gradfilter.grads._rules._cross_entropy import class_loss
 from gradfilter.grads._rules._embedding import embedding
 from gradfilter.grads._rules._group_norm import group_norm, instance_norm
 from gradfilter.grads._rules._host import Rule
@@ -35,6 +36,8 @@ RULES: dict[Callable[..., Any], Rule] = {
     F.group_norm: group_norm,
     F.instance_norm: instance_norm,
     F.embedding: embedding,
+    F.cross_entropy: class_loss(F.cross_entropy),
+    F.nll_loss: class_loss(F.nll_loss),
     torch._weight_norm: weight_norm,
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.multi_head_attention_forward: multi_head_attention,

@@ -1,0 +1,27 @@
+"""Whether the numbers in a tensor may be looked at."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether reading a tensor's numbers waits for nothing and hides nothing.
+
+    So it is on a CPU, where a few numbers are had sooner than any operation on them, as long as
+    nobody follows the operations: no compiler, no transform, no dispatch mode.
+    """
+    return (
+        tensor.device.type == "cpu"
+        and type(tensor) in (Tensor, nn.Parameter)
+        and not followed()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def followed() -> bool:
+    """Whether a compiler or a transform of ``torch.func`` follows the operations."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._functorch.maybe_current_level() is not None
