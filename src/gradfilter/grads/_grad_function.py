@@ -55,7 +55,8 @@ class GradFunction:
         check_device(params, tensors)
         rows = Batch(tensors, rebuild, loss.incoming(buffers))
         model = self.loss.model if isinstance(self.loss, ModelLoss) else None
-        ambient = Ambient.now(_tree.device_of(params), model)
+        # Reading random states breaks any graph, and torch 2.11's compiler warns of the autocast.
+        ambient = untraced(Ambient.now)(_tree.device_of(params), model)
         if self.plan != "auto":
             return self._stack(self.plan, loss, rows, ambient, params)
         try:

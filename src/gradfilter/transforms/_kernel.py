@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -19,17 +19,18 @@ Leaves = list[Tensor]
 Kernel = Callable[[Leaves, Leaves, dict[str, Leaves], Tensor, Tensor, Tensor | None], None]
 
 BLOCK = 1 << 19
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+WIDE = (torch.float32, torch.float64)
+DTYPES = (*WIDE, torch.bfloat16, torch.float16)
 
 
-def fits(params: Tree, trees: Iterable[Any]) -> bool:
+def fits(params: Tree, trees: Iterable[Any], cpu_dtypes: Collection[torch.dtype]) -> bool:
     """Whether the kernels take them: plain contiguous tensors, and the trees like the params."""
     # A compiler makes more of formulas, and vmap has no rule for the kernels.
     if followed():
         return False
+    dtypes = {"cpu": cpu_dtypes, "cuda": DTYPES}
     return all(
-        p.dtype in DTYPES and p.device.type in ("cpu", "cuda") and _is_plain(p)
-        for p in params.values()
+        p.dtype in dtypes.get(p.device.type, ()) and _is_plain(p) for p in params.values()
     ) and all(
         isinstance(tree, dict)
         and tree.keys() == params.keys()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gradfilter._types import Transform
-from gradfilter.transforms._kernel import Leaves
+from gradfilter.transforms._kernel import WIDE, Leaves
 from gradfilter.transforms._link import check_number, is_off
 from gradfilter.transforms._rule import update_rule
 from gradfilter.transforms._schedule import Schedule
@@ -91,6 +91,8 @@ def sgd(
         weight_decay=weight_decay,
         maximize=maximize,
         kernel=kernel if plain else None,
+        # To torch 2.13 the CPU kernel skips most of half precision: pytorch/pytorch issue 191763.
+        cpu_dtypes=WIDE,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +49,7 @@ def update_rule(
     weight_decay: float = 0.0,
     maximize: bool = False,
     kernel: _kernel.Kernel | None = None,
+    cpu_dtypes: Collection[torch.dtype] = _kernel.DTYPES,
 ) -> Transform:
     """A ``tree -> update`` link from what it does to one leaf.
 
@@ -60,6 +61,7 @@ def update_rule(
         weight_decay: L2, g ← g + λ p. Decoupled decay is the step's own business.
         maximize: Flip the sign, before L2.
         kernel: All of this and the addition to the parameters at once, where there is one.
+        cpu_dtypes: What the kernel is right for on a CPU.
     """
     if not isinstance(lr, Schedule):
         check_number(name, "lr", lr, low=0, fix="A Schedule such as cosine(...) fits, too.")
@@ -106,7 +108,7 @@ def update_rule(
         if (
             offer is None
             or offer.update is not apply
-            or not _kernel.fits(params, (grads, *own.values()))
+            or not _kernel.fits(params, (grads, *own.values()), cpu_dtypes)
         ):
             return formulas.update(grads, state, params, **extra)
         value, t, lr_state = begin(state, extra)
