@@ -32,7 +32,7 @@ def microbatch_grads(
         has_aux: ``loss`` returns ``(scalar, aux)``, aux any tree of tensors.
         plan: How the rows are computed. ``"fused"``: one forward pass over all rows, one backward
             pass when the first question is asked, and rows made only where that is the cheaper
-            way to the answer. ``"loop"``: M backward passes, always possible. ``"vmap"``: all rows
+            way to the answer; for M = 1 an ordinary forward and backward pass. ``"loop"``: M backward passes, always possible. ``"vmap"``: all rows
             at once by ``torch.func.vmap(grad)``. ``"auto"``, the default, is ``"fused"``, and goes
             back to the loop with a warning where the loss cannot run over all rows at once. Plans
             differ by rounding, and in which random numbers a dropout layer draws.

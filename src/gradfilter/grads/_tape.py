@@ -73,7 +73,7 @@ class Tape:
     def _completion(self, name: str) -> Callable[[Tensor], None]:
         def complete(leaf: Tensor) -> None:
             grad, leaf.grad = leaf.grad, None
-            self._finish(name, grad)
+            self._finish(name, grad.to_dense() if grad is not None and grad.is_sparse else grad)
 
         return complete
 
