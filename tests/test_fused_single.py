@@ -31,9 +31,9 @@ def test_one_row_equals_the_loops(case):
 
 
 def test_one_row_of_a_sparse_embedding():
-    model = nn.Sequential(nn.Embedding(11, 4, sparse=True), nn.Linear(4, 11))
+    model, batch = nn.Sequential(nn.Embedding(11, 4, sparse=True), nn.Linear(4, 11)), tokens()(4)
     loop, fused = (
-        rows_of(model, tokens()(4), plan, m=1, criterion=token_loss) for plan in ("loop", PLAN)
+        rows_of(model, batch, plan, m=1, criterion=token_loss) for plan in ("loop", PLAN)
     )
     torch.testing.assert_close(fused.stacked(), loop.stacked(), rtol=1e-10, atol=1e-12)
     weights = torch.tensor([0.5])

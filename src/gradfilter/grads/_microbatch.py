@@ -32,9 +32,10 @@ def microbatch_grads(
         has_aux: ``loss`` returns ``(scalar, aux)``, aux any tree of tensors.
         plan: How the rows are computed. ``"fused"``: one forward pass over all rows, one backward
             pass when the first question is asked, and rows made only where that is the cheaper
-            way to the answer; for M = 1 an ordinary forward and backward pass. ``"loop"``: M backward passes, always possible. ``"vmap"``: all rows
-            at once by ``torch.func.vmap(grad)``. ``"auto"``, the default, is ``"fused"``, and goes
-            back to the loop with a warning where the loss cannot run over all rows at once. Plans
+            way to the answer; for M = 1 an ordinary forward and backward pass. ``"loop"``: M
+            backward passes, always possible. ``"vmap"``: all rows at once by
+            ``torch.func.vmap(grad)``. ``"auto"``, the default, is ``"fused"``, and goes back to
+            the loop with a warning where the loss cannot run over all rows at once. Plans
             differ by rounding, and in which random numbers a dropout layer draws.
         chunk_size: Rows computed at a time, to bound memory, by plan ``"vmap"``. Plan ``"fused"``
             heeds it where every row has its own parameters (`GradStack.at_rows`), unless the loss
