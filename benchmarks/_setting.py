@@ -76,11 +76,21 @@ class Setting:
         return lambda: filter_.update(rows(), state, self.params)
 
     def step(
-        self, microbatches: int, plan: Plan, update: gf.Transform, **options: Any
+        self,
+        microbatches: int,
+        plan: Plan,
+        update: gf.Transform,
+        *,
+        donate: bool = False,
+        **options: Any,
     ) -> Contender:
-        """A whole step, always from the same parameters."""
-        rows, state = self.rows(microbatches, plan, **options), update.init(self.params)
-        return lambda: update(self.params, state, rows())
+        """A whole step, always from the same parameters, or in place as torch's optimizers are."""
+        rows, params = self.rows(microbatches, plan, **options), self.params
+        state = update.init(params)
+        if not donate:
+            return lambda: update(params, state, rows())
+        own = {name: p.clone() for name, p in params.items()}
+        return lambda: update(own, state, rows(), donate=True)
 
     def published(self, microbatches: int) -> Contender:
         """A whole step of the filter's authors' own package, as its documentation has it.

@@ -3,6 +3,7 @@
 A plain step of torch is a forward pass, a backward pass and ``torch.optim.SGD`` with momentum. SAM
 needs the gradient twice, so 2 is the floor, which SAM written by hand in torch is there to show.
 Our own plain step, with one row of all samples and with M rows, shows what of the rest is SAM's.
+torch's optimizers work in place, so ours do too (``donate=True``), and once they do not.
 
     python benchmarks/sharpness.py
 """
@@ -39,20 +40,24 @@ BASE = "torch"
 
 
 def contenders(setting: Setting) -> dict[str, Contender]:
-    """Two steps of torch, and ours: one row, and M rows of which none is rejected."""
+    """Two steps of torch, and ours: in place and not, and of M rows of which none is rejected."""
     entrants = {BASE: plain_step(setting), "torch, SAM by hand": sam_step(setting, RHO)}
     sharp = {
         "plain": (),
         "SAM": (gf.sam_perturb(RHO),),
         "GSAM": (gf.sam_perturb(RHO), gf.gsam_decompose(ALPHA)),
     }
-    for microbatches, reducer in (
-        (1, gf.mean_rows()),
-        (MICROBATCHES, gf.agree_filter(THRESHOLD)),
+    for reducer, microbatches, donate, what in (
+        (gf.mean_rows(), 1, True, "M = 1, in place"),
+        (gf.mean_rows(), 1, False, "M = 1"),
+        (gf.mean_rows(), MICROBATCHES, True, "M = 8, in place"),
+        (gf.agree_filter(THRESHOLD), MICROBATCHES, True, "M = 8, filtered, in place"),
     ):
         for name, links in sharp.items():
-            update = gf.chain(reducer, *links, gf.sgd(0.1, momentum=0.9))
-            entrants[f"{name}, M = {microbatches}"] = setting.step(microbatches, "fused", update)
+            # An lr of 0, as torch's steps here have: what is written in place stays as it is.
+            update = gf.chain(reducer, *links, gf.sgd(0.0, momentum=0.9))
+            step = setting.step(microbatches, "auto", update, donate=donate)
+            entrants[f"{name}, {what}"] = step
     return entrants
 
 

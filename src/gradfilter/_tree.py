@@ -76,7 +76,7 @@ def no_autocast(tensor: Tensor) -> torch.autocast:
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """``a bᵀ`` for (m, n) and (k, n): products in float32 or wider, totals in float64. (m, k)."""
     n, width = a.shape[1], max(BLOCK, 4 * len(a))
-    whole = n - n % width
+    whole = n - n % width if n > 4 * BLOCK else 0
     a, b = at_least_float32(a), at_least_float32(b)
     with no_autocast(a):
         total: Tensor = (a[:, whole:] @ b[:, whole:].T).to(wide(a))

@@ -124,18 +124,28 @@ def ghost_gram(inputs: Tensor, outputs: Tensor) -> Tensor:
     count, n = inputs.shape[:2]
     step = -(-count // min(max(count * n // 128, 1), 4))
     a, d = _tree.at_least_float32(inputs), _tree.at_least_float32(outputs)
+    if step == count:
+        return _ghost_block(a, d, count)
     gram = torch.empty(count, count, dtype=_tree.wide(a), device=a.device)
-    with _tree.no_autocast(a):
-        for low in range(0, count, step):
-            high = min(low + step, count)
-            below = (a[low:].flatten(0, 1) @ a[low:high].flatten(0, 1).T).mul_(
-                d[low:].flatten(0, 1) @ d[low:high].flatten(0, 1).T
-            )
-            sums = below.view(-1, high - low, n).sum(2, dtype=gram.dtype)
-            block = sums.view(count - low, n, -1).sum(1)
-            gram[low:, low:high] = block
-            gram[low:high, high:] = block[high - low :].T
+    for low in range(0, count, step):
+        high = min(low + step, count)
+        block = _ghost_block(a[low:], d[low:], high - low)
+        gram[low:, low:high] = block
+        gram[low:high, high:] = block[high - low :].T
     return gram
+
+
+def _ghost_block(a: Tensor, d: Tensor, width: int) -> Tensor:
+    """The first columns of the ghost Gram."""
+    count, n = a.shape[:2]
+    with _tree.no_autocast(a):
+        products = (a.flatten(0, 1) @ a[:width].flatten(0, 1).T).mul_(
+            d.flatten(0, 1) @ d[:width].flatten(0, 1).T
+        )
+    if n == 1:
+        return products.to(_tree.wide(a))
+    sums = products.view(-1, width, n).sum(2, dtype=_tree.wide(a))
+    return sums.view(count, n, width).sum(1)
 
 
 def weigh(tensor: Tensor, weights: Tensor | None, live: Tensor | None) -> Tensor:
