@@ -116,3 +116,40 @@ def test_an_ill_row_stays_out_in_every_mode(name, budget, ghosts, monkeypatch):
                 getattr(rows, question)()
             got = rows.combine(weights)
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
+
+
+def forward_passes(*questions):
+    """How often the loss runs for some questions when nothing may be kept between them."""
+    runs = []
+
+    def loss(params, x):
+        runs.append(1)
+        return (x @ params["w"]).tanh().sum()
+
+    params, weights = {"w": torch.ones(4, 2)}, torch.ones(3)
+    rows = gf.microbatch_grads(loss, 3, plan=PLAN, memory_budget=0)(params, torch.randn(6, 4))
+    ask = {
+        "gram": lambda: rows.gram(),
+        "sq_norms": lambda: rows.sq_norms(),
+        "dot": lambda: rows.dot(params),
+        "combine": lambda: rows.combine(weights),
+    }
+    for question in questions:
+        ask[question]()
+    return len(runs)
+
+
+@pytest.mark.skipif(PLAN != "fused", reason="only the fused plan has modes")
+@pytest.mark.parametrize(
+    ("questions", "passes"),
+    [
+        (("combine",), 1),
+        (("gram", "combine"), 1),
+        (("gram", "dot", "combine"), 1),
+        (("sq_norms", "combine", "dot", "combine"), 1),  # consensus_filter without a Gram
+        (("gram", "combine", "dot"), 2),  # the combination let go of the graph
+        (("combine", "gram"), 2),
+    ],
+)
+def test_the_last_combination_lets_go_of_a_pass_that_keeps_nothing(questions, passes):
+    assert forward_passes(*questions) == passes

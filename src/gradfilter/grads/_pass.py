@@ -128,7 +128,9 @@ class Pass:
                 parts.append(DenseFactor(grad).total(None, live))
             found[name] = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
-        self._backward(weights, visit)
+        # A combination that comes first, or behind a Gram, is the last question of most filters:
+        # the pass frees activations as it goes, as any other does. Norms announce a few more.
+        self._backward(weights, visit, last=bool(self._grams) or not self._norms)
         return found
 
     def _sum(
@@ -187,15 +189,18 @@ class Pass:
         tiled = TiledFactor(parts)
         return DenseFactor(tiled.rows()) if mode == "store" else tiled
 
-    def _backward(self, weights: Tensor | None, visit: Callable[..., None]) -> None:
+    def _backward(
+        self, weights: Tensor | None, visit: Callable[..., None], *, last: bool = False
+    ) -> None:
         run = self._forward or self._again()
         # With nothing kept the next question needs the graph again.
-        self._forward = None if self.modes.keeps else run
+        retain = not self.modes.keeps and not last
+        self._forward = run if retain else None
         losses = run.losses
         cotangent = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
         # Autocast has done its work in the forward pass; what is asked, is asked exactly.
         with self._no_autocast():
-            run.tape.backward(losses, cotangent, visit, retain=not self.modes.keeps)
+            run.tape.backward(losses, cotangent, visit, retain=retain)
 
     def _no_autocast(self) -> torch.autocast:
         return torch.autocast(self._device.type, enabled=False)
