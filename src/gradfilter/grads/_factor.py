@@ -78,7 +78,10 @@ class OuterFactor(Factor):
 
     def rows(self, low: int = 0, high: int | None = None) -> Tensor:
         """D_mᵀ A_m, one batched product."""
-        rows = torch.bmm(self.outputs[..., low:high].mT, self.inputs)
+        columns = self.outputs[..., low:high].mT
+        # Of one position each it is an outer product, bound by memory alone.
+        single = self.inputs.shape[1] == 1
+        rows = columns * self.inputs if single else torch.bmm(columns, self.inputs)
         return rows.view(self.count, -1, *self.shape[1:])
 
     def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
