@@ -139,7 +139,6 @@ def forward_passes(*questions):
     return len(runs)
 
 
-@pytest.mark.skipif(PLAN != "fused", reason="only the fused plan has modes")
 @pytest.mark.parametrize(
     ("questions", "passes"),
     [

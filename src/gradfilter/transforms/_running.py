@@ -12,6 +12,9 @@ from gradfilter._readable import readable
 
 EPS = 1e-8  # clamps each norm separately, as torch.nn.functional.cosine_similarity does
 
+FEW = 128
+"""Rows up to which numbers are quicker than tensors: 0.2 against 0.7 ms at 32 rows, 2 against 3."""
+
 Judged = tuple[Tensor, Tensor, Tensor]
 """Weights, accepted and cosine, (M,) each."""
 
@@ -29,8 +32,8 @@ def against_running(
     With c = Σ a_j g_j it carries v = K a, so that <c, g_i> = v_i and ‖c‖² = <v, a>. A cosine does
     not know the length of c: the mean is carried as the sum, n c, whose norm is at least n ε.
     """
-    plain = not isinstance(threshold, Tensor) or readable(threshold)
-    judge = _in_numbers if plain and readable(gram) else _in_tensors
+    known = not isinstance(threshold, Tensor) or readable(threshold)
+    judge = _in_numbers if known and readable(gram) and len(gram) <= FEW else _in_tensors
     return judge(gram, usable, threshold, average == "mean")
 
 
