@@ -20,6 +20,20 @@ def test_a_batch_that_does_not_divide_raises_the_known_error():
 
 
 @pytest.mark.usefixtures("float64")
+def test_a_microbatch_that_keeps_no_label_has_the_mean_of_nothing():
+    model, (x, y) = torch.nn.Linear(6, 3), vectors(12)
+    y[4:8] = -100
+    loop, fused = (
+        rows_of(model, (x, y), plan, criterion=F.cross_entropy) for plan in ("loop", PLAN)
+    )
+    assert fused.losses.isnan().tolist() == [False, True, False]
+    torch.testing.assert_close(fused.losses, loop.losses, equal_nan=True)
+    torch.testing.assert_close(fused.stacked(), loop.stacked(), equal_nan=True)
+    weights = torch.tensor([0.5, 0.0, 0.5])
+    torch.testing.assert_close(fused.combine(weights), loop.combine(weights))
+
+
+@pytest.mark.usefixtures("float64")
 def test_only_one_small_parameter_is_trained():
     model, batch = ConvBN(), images()
     model.requires_grad_(False)

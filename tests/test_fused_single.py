@@ -40,6 +40,16 @@ def test_one_row_of_a_sparse_embedding():
     torch.testing.assert_close(fused.combine(weights), loop.combine(weights))
 
 
+def test_leaves_with_one_gradient_share_no_memory():
+    """Two parameters that are added, and one that is the loss: autograd hands on one tensor."""
+    loss = lambda params, x: (x * (params["p"] + params["q"])).sum() + params["s"]
+    params = {"p": torch.ones(3), "q": torch.ones(3), "s": torch.ones(())}
+    weights = torch.ones(1)
+    found = gf.microbatch_grads(loss, 1, plan=PLAN)(params, torch.ones(2, 3)).combine(weights)
+    places = {leaf.untyped_storage().data_ptr() for leaf in (*found.values(), weights)}
+    assert len(places) == 4
+
+
 def test_one_row_elsewhere_drops_the_same_units():
     model, (x, y) = Dropped(), vectors()
     params, _ = gf.extract(model)
@@ -57,3 +67,5 @@ def test_a_row_gone_bad_stays_out_of_a_combination_of_weight_zero():
     rows = case.rows(model, (x.fill_(torch.inf), y), 1, 3, PLAN)
     assert all(leaf.eq(0).all() for leaf in rows.combine(torch.zeros(1)).values())
     assert not all(leaf.isfinite().all() for leaf in rows.combine(torch.ones(1)).values())
+    rows.gram()  # and with everything kept
+    assert all(leaf.eq(0).all() for leaf in rows.combine(torch.zeros(1)).values())

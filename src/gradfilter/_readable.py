@@ -10,18 +10,20 @@ def readable(tensor: Tensor) -> bool:
     """Whether reading a tensor's numbers waits for nothing and hides nothing.
 
     So it is on a CPU, where a few numbers are had sooner than any operation on them, as long as
-    nobody follows the operations: no compiler, no transform, no dispatch mode.
+    nobody follows the operations: no autograd, no compiler or tracer, no transform, no dispatch
+    mode.
     """
     return (
         tensor.device.type == "cpu"
         and type(tensor) in (Tensor, nn.Parameter)
+        and not (tensor.requires_grad and torch.is_grad_enabled())
         and not followed()
         and not torch._C._len_torch_dispatch_stack()
     )
 
 
 def followed() -> bool:
-    """Whether a compiler or a transform of ``torch.func`` follows the operations."""
-    if torch.compiler.is_compiling():
+    """Whether a compiler, a tracer or a transform of ``torch.func`` follows the operations."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
     return torch._C._functorch.maybe_current_level() is not None

@@ -76,6 +76,7 @@ def no_autocast(tensor: Tensor) -> torch.autocast:
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """``a bᵀ`` for (m, n) and (k, n): products in float32 or wider, totals in float64. (m, k)."""
     n, width = a.shape[1], max(BLOCK, 4 * len(a))
+    # Of a few blocks the sum in float32 is as good, and one product has less overhead.
     whole = n - n % width if n > 4 * BLOCK else 0
     a, b = at_least_float32(a), at_least_float32(b)
     with no_autocast(a):
@@ -90,7 +91,7 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def row_sq_norms(a: Tensor) -> Tensor:
-    """Squared 2-norms of the rows of (m, n), accumulated like `inner`. (m,)."""
+    """Squared 2-norms of the rows of (m, n), totals in float64. (m,)."""
     dtype = torch.promote_types(a.dtype, torch.float32)
     n = a.shape[1]
     whole = n - n % BLOCK
@@ -116,9 +117,9 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
     # 1.6 million columns on. Cut into pieces, because it shares out sums among the cores.
     count, n = rows.shape
     pieces = math.gcd(n, 64)
-    chosen = torch.where(live, torch.arange(count), live.int().argmax())
+    chosen = torch.where(live, torch.arange(count, device=live.device), live.int().argmax())
     sums = F.embedding_bag(
-        chosen * pieces + torch.arange(pieces)[:, None],
+        chosen * pieces + torch.arange(pieces, device=live.device)[:, None],
         rows.reshape(count * pieces, -1),
         mode="sum",
         per_sample_weights=weights.to(rows.dtype).expand(pieces, -1),
@@ -140,7 +141,7 @@ def products(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     terms: list[Tensor] = []
     for x, y in zip(_vectors(a, a), _vectors(b, a), strict=True):
         dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-        size = CACHED if x.device.type == "cpu" else x.numel()
+        size = CACHED if x.device.type == "cpu" else 2**30  # cuBLAS counts in 32 bits
         with no_autocast(x):
             parts = (torch.split(row[0].to(dtype), size) for row in (x, y))
             for u, v in zip(*parts, strict=True):

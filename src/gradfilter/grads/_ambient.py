@@ -139,14 +139,24 @@ class Ambient:
         )
 
     @contextmanager
+    def modes(self) -> Iterator[None]:
+        """Give every module the mode it was in."""
+        changed = [module for module, training in self.training if module.training != training]
+        for module in changed:
+            module.training = not module.training
+        try:
+            yield
+        finally:
+            for module in changed:
+                module.training = not module.training
+
+    @contextmanager
     def again(self) -> Iterator[None]:
         """Compute as if it were that moment; nothing outside notices."""
         with ExitStack() as stack:
             stack.enter_context(random_state_restored(self.device))
             for kind, dtype, enabled in self.autocast:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
-            for module, training in self.training:
-                stack.callback(setattr, module, "training", module.training)
-                module.training = training
+            stack.enter_context(self.modes())
             set_random_state(self.random, self.device)
             yield

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from gradfilter._types import Params, Tree
 from gradfilter.grads._check_loss import check_value
@@ -14,10 +15,24 @@ from gradfilter.grads._loss import ModelLoss, check_names
 from gradfilter.grads._places import Places
 from gradfilter.grads._running_stats import cumulative_means
 
+T = TypeVar("T")
+
+
+class _Surroundings(nn.Module):
+    """A module around a model, whose forward pass is whatever it is given."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, compute: Callable[[], T]) -> T:
+        """Run it."""
+        return compute()
+
 
 @dataclass(frozen=True, eq=False)
 class AnyLoss:
-    """A module's loss or a plain one, for the time of one batch.
+    """A module's loss or a plain one, as they are when a batch is met.
 
     Attributes:
         loss: What `model_loss` returned, or a plain ``loss(params, batch)``.
@@ -58,6 +73,25 @@ class AnyLoss:
             return {name: b.detach().clone() for name, b in self.places.buffers.items()}
         check_names("buffers", buffers, self.places.buffers)
         return {name: b.detach() for name, b in buffers.items()}
+
+    def leaf(self, name: str, value: Tensor) -> Tensor:
+        """A parameter to differentiate with respect to, with memory of its own if need be."""
+        written = self.places is not None and name in self.places.renormalised
+        return (value.clone() if written else value).detach().requires_grad_()
+
+    def inside(self, params: Params, buffers: Tree, compute: Callable[[], T]) -> T:
+        """Run something with the module's tensors replaced, as they are in a forward pass.
+
+        A backward pass is to run so: activation checkpointing then calls the module again.
+        """
+        if self.places is None or not isinstance(self.loss, ModelLoss):
+            return compute()
+        tensors = self.places.fill({**params, **{name: b.clone() for name, b in buffers.items()}})
+        state = {f"model.{place}": tensor for place, tensor in tensors.items()}
+        found: T = functional_call(
+            _Surroundings(self.loss.model), state, (compute,), tie_weights=False
+        )
+        return found
 
     def pure(self, params: Params, batch: Any, buffers: Tree) -> tuple[Tensor, Tree, Any]:
         """The loss, with nothing it is given changed."""

@@ -122,7 +122,8 @@ def ghost_flops(count: int, n: int, p: int, d: int) -> int | None:
 def ghost_gram(inputs: Tensor, outputs: Tensor) -> Tensor:
     """Σ_tt' <a_mt, a_m't'> <d_mt, d_m't'> for (M, n, d) and (M, n, p). (M, M) float64.
 
-    The lower half only, in up to four steps, as soon as the products outweigh their number.
+    From 256 positions on the lower half only, in up to four steps; below that, further calls cost
+    more than half of the work.
     """
     count, n = inputs.shape[:2]
     step = -(-count // min(max(count * n // 128, 1), 4))

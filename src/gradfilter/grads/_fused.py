@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,12 +40,14 @@ class Forward:
         tape: Where a backward pass leaves the gradients.
         buffers: After all rows, in order.
         aux: What the loss returned beside its value, stacked.
+        inside: Runs a backward pass in the surroundings it needs.
     """
 
     losses: Tensor
     tape: Tape
     buffers: Tree
     aux: Any
+    inside: Callable[[Callable[[], None]], None] = lambda run: run()
 
 
 LOSSES = {

@@ -97,7 +97,7 @@ class GradFunction:
 
     def _rows(self, plan: Plan, loss: AnyLoss, batch: Batch, params: Params, per_row: bool) -> Rows:
         if plan == "loop":
-            return loop_rows(loss.pure, params, batch, per_row)
+            return loop_rows(loss, params, batch, per_row)
         return vmap_rows(
             loss.writing,
             params,
@@ -118,7 +118,7 @@ class GradFunction:
     ) -> AgainStack:
         def run(batch: Batch, params: Params) -> Forward:
             if len(batch) == 1:
-                return forward_single(loss.pure, params, batch, per_row)
+                return forward_single(loss, params, batch, per_row, ambient.modes)
             return forward(loss.writing, params, batch, per_row, loss.cumulative)
 
         def again() -> Forward:

@@ -78,7 +78,7 @@ class Level:
 
 def shared(rows: Tensor) -> bool:
     """Whether all rows of (M, ...) are one and the same tensor, repeated by a stride of 0."""
-    return len(rows) == 1 or rows.stride(0) == 0
+    return rows.stride(0) == 0
 
 
 def untraced(function: F) -> F:

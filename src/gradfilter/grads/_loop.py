@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from gradfilter import _tree
 from gradfilter._types import Params, Tree
+from gradfilter.grads._any_loss import AnyLoss
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._check_loss import check_differentiable
 
@@ -21,7 +23,7 @@ Rows = tuple[Tree, Tensor, Tree, Any]
 
 
 def loop_rows(
-    loss: PureLoss,
+    loss: AnyLoss,
     params: Params,
     batch: Batch,
     per_row: bool,
@@ -29,7 +31,7 @@ def loop_rows(
     """Row m from an ordinary backward pass over microbatch m, buffers handed from row to row.
 
     Args:
-        loss: The pure loss.
+        loss: The loss.
         params: The parameters; with ``per_row`` each with a leading axis M.
         batch: The rows.
         per_row: Row m has its own parameters.
@@ -40,17 +42,21 @@ def loop_rows(
     rows = {name: p.new_empty((count, *shapes[name])) for name, p in params.items()}
     losses, aux = [], []
     for m in range(count):
-        leaves = {
-            name: (p[m] if per_row else p).detach().requires_grad_() for name, p in params.items()
-        }
+        leaves = {name: loss.leaf(name, p[m] if per_row else p) for name, p in params.items()}
+        before = buffers
         with torch.enable_grad():
-            value, buffers, extra = loss(
-                leaves, batch.rebuild(t[m] for t in batch.tensors), buffers
+            value, buffers, extra = loss.pure(
+                leaves, batch.rebuild(t[m] for t in batch.tensors), before
             )
         check_differentiable(value)
-        grads = torch.autograd.grad(
-            value, list(leaves.values()), allow_unused=True, materialize_grads=True
+        differentiate = partial(
+            torch.autograd.grad,
+            value,
+            list(leaves.values()),
+            allow_unused=True,
+            materialize_grads=True,
         )
+        grads = loss.inside(leaves, before, differentiate)
         for name, grad in zip(leaves, grads, strict=True):
             rows[name][m] = grad.to_dense() if grad.is_sparse else grad
         losses.append(value.detach())

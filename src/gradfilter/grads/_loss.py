@@ -34,13 +34,13 @@ class ModelLoss:
 
     def run(self, params: Params, batch: Any, buffers: Tree, places: Places) -> tuple[Any, ...]:
         """Like a call, but let the model write into the given buffers."""
-        state = places.fill({**params, **buffers})
+        state, empty = places.fill({**params, **buffers}), places.still_empty()
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             # Tied places are all filled: torch's own tying loses the module's tensors when one
             # submodule is registered under two names.
             output = functional_call(self.model, state, args, kwargs, tie_weights=False)
-            places.refuse_new_buffers()
+            places.refuse_new_buffers(empty)
             return output
 
         if isinstance(batch, Mapping):

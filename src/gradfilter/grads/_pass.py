@@ -63,6 +63,8 @@ class Pass:
             self._grams[key] = self._sum(
                 names, lambda factor, _: factor.gram(), (self.count, self.count), join=True
             )
+            # Signed terms that cancel leave a little less than nothing of a row that is zero.
+            self._grams[key].diagonal().clamp_(min=0)
             self._norms[key] = self._grams[key].diagonal()
         return self._grams[key]
 
@@ -200,7 +202,7 @@ class Pass:
         cotangent = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
         # Autocast has done its work in the forward pass; what is asked, is asked exactly.
         with self._no_autocast():
-            run.tape.backward(losses, cotangent, visit, retain=retain)
+            run.inside(lambda: run.tape.backward(losses, cotangent, visit, retain=retain))
 
     def _no_autocast(self) -> torch.autocast:
         return torch.autocast(self._device.type, enabled=False)

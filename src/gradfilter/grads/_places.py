@@ -21,12 +21,14 @@ class Places:
         trainable: The parameters that are not frozen, by those names.
         buffers: The buffers, by those names.
         empty: Buffers registered as None, which a forward pass could fill behind our back.
+        renormalised: Embeddings with max_norm, which a forward pass writes into.
     """
 
     canonical: dict[str, str]
     trainable: Tree
     buffers: Tree
     empty: list[tuple[nn.Module, str]]
+    renormalised: set[str]
 
     @classmethod
     def of(cls, model: nn.Module) -> Places:
@@ -35,9 +37,11 @@ class Places:
         canonical: dict[str, str] = {}
         trainable: Tree = {}
         buffers: dict[int, tuple[str, Tensor]] = {}
-        empty = []
+        empty, renormalised = [], set()
         modules = [(f"{prefix}." if prefix else "", m) for prefix, m in model.named_modules()]
         for prefix, module in modules:
+            if getattr(module, "max_norm", None) is not None:
+                renormalised.add(f"{prefix}weight")
             for key, tensor in module._parameters.items():
                 if tensor is not None:
                     place = prefix + key
@@ -52,15 +56,20 @@ class Places:
                     place = prefix + key
                     canonical[place] = first.setdefault(id(tensor), place)
                     buffers.setdefault(id(tensor), (place, tensor))
-        return cls(canonical, trainable, dict(buffers.values()), empty)
+        written = {name for place, name in canonical.items() if place in renormalised}
+        return cls(canonical, trainable, dict(buffers.values()), empty, written)
 
     def fill(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A tensor for every place whose name is given."""
         return {place: tensors[name] for place, name in self.canonical.items() if name in tensors}
 
-    def refuse_new_buffers(self) -> None:
-        """Take back and refuse what a forward pass put where there was no buffer."""
-        filled = [(module, key) for module, key in self.empty if module._buffers[key] is not None]
+    def still_empty(self) -> list[tuple[nn.Module, str]]:
+        """The buffers that are None at present: the user may have filled some since."""
+        return [(module, key) for module, key in self.empty if module._buffers.get(key) is None]
+
+    def refuse_new_buffers(self, empty: list[tuple[nn.Module, str]]) -> None:
+        """Take back and refuse what a forward pass put where there was no buffer before it."""
+        filled = [(module, key) for module, key in empty if module._buffers.get(key) is not None]
         for module, key in filled:
             module._buffers[key] = None
         if filled:

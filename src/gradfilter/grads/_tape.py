@@ -56,9 +56,17 @@ class Tape:
 
     A leaf is complete when the backward pass is through with every use of it. Then ``visit`` gets
     its name, the factors that rules recorded, and the gradient (M, *shape) that came by autograd.
+
+    Attributes:
+        leaves: (M, *shape) each.
+        alone: Of a single row, the same tensors as the loss had them, without a leading axis.
+        visit: Hears of complete leaves during a backward pass.
+        uses: What the rules noted.
+        overrides: How often each rule ran.
     """
 
     leaves: Tree
+    alone: Tree | None = None
     visit: Visit | None = None
     uses: list[Use] = field(default_factory=list)
     overrides: Counter[str] = field(default_factory=Counter)
@@ -66,14 +74,16 @@ class Tape:
 
     def __post_init__(self) -> None:
         """Hear of every leaf as soon as it is complete, so that nothing has to wait for the end."""
-        for name, leaf in self.leaves.items():
+        for name, leaf in (self.alone or self.leaves).items():
             on_completion: Callable[..., Any] = leaf.register_post_accumulate_grad_hook
             on_completion(self._completion(name))
 
     def _completion(self, name: str) -> Callable[[Tensor], None]:
         def complete(leaf: Tensor) -> None:
             grad, leaf.grad = leaf.grad, None
-            self._finish(name, grad.to_dense() if grad is not None and grad.is_sparse else grad)
+            if grad is not None and self.alone is not None:
+                grad = (grad.to_dense() if grad.is_sparse else grad).unsqueeze(0)
+            self._finish(name, grad)
 
         return complete
 
@@ -93,9 +103,8 @@ class Tape:
         """Run one backward pass, and hand every leaf that has a gradient to ``visit``."""
         self.visit = visit
         try:
-            torch.autograd.backward(
-                losses, cotangent, retain_graph=retain, inputs=list(self.leaves.values())
-            )
+            inputs = list((self.alone or self.leaves).values())
+            torch.autograd.backward(losses, cotangent, retain_graph=retain, inputs=inputs)
             for name in list(self._factors):
                 self._finish(name, None)
         finally:

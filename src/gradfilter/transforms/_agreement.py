@@ -108,7 +108,7 @@ def _agrees(cosine: Tensor, threshold: float | Tensor) -> Tensor:
 def _against_first(gram: Tensor, usable: Tensor, threshold: float | Tensor, average: str) -> Judged:
     """Every row compared with the first usable one."""
     k = masked_gram(gram, usable)
-    norms = k.diagonal().sqrt().clamp(min=EPS)
+    norms = k.diagonal().clamp(min=0).sqrt().clamp(min=EPS)
     anchor = usable & (usable.cumsum(0) == 1)
     anchor_row = torch.where(anchor[:, None], k, 0.0).sum(0)
     anchor_norm = torch.where(anchor, norms, 0.0).sum()

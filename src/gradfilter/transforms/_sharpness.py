@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradfilter import _tree
+from gradfilter._readable import readable
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._dense import as_stack
 from gradfilter.grads._stack import GradStack
@@ -212,14 +213,15 @@ def gsam_decompose(alpha: float) -> Transform:
             )
         b, a, g2 = _tree.products(grads, clean).unbind()
         ratio = torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
-        along = 1 + alpha * ratio
-        back = torch.where(b == 0, 0.0, _tree.scalar(-alpha, b))
+        along, back = 1 + alpha * ratio, _tree.scalar(-alpha, b)
 
         def decomposed(h: Tensor, g: Tensor) -> Tensor:
             h, g = _tree.at_least_float32(h), _tree.at_least_float32(g)
             return (along.to(h.dtype) * h).addcmul_(g, back.to(h.dtype))
 
         found = {name: decomposed(h, clean[name]).to(h.dtype) for name, h in grads.items()}
+        if not readable(b) or 0 in b.reshape(1).tolist():
+            found = _tree.select(b == 0, grads, found)
         cosine = a / (b.sqrt() * g2.sqrt() + DELTA)
         return found, state, {"cosine": cosine}
 

@@ -28,7 +28,7 @@ def batch_norm(
     if not host.level.batched(input) or input.ndim < 2 or host.batched(running_mean, running_var):
         return NotImplemented
     x = host.level.lower(input)
-    if shared(x) and len(x) > 1:
+    if shared(x):
         return NotImplemented  # weight standardisation: the input is a weight
     if training and input.numel() == input.shape[1]:
         raise ValueError(

@@ -51,10 +51,11 @@ def _reduced(
     """The losses of every row put together as torch does: a mean is over what is not left out."""
     if reduction == "none":
         return losses
-    total = losses.flatten(1).sum(1)
-    if reduction == "sum":
-        return total
-    counts = targets != ignored
-    if weight is not None:
-        counts = torch.where(counts, weight[torch.where(counts, targets, 0)], 0.0)
-    return total / counts.flatten(1).sum(1)
+    wide = torch.promote_types(losses.dtype, torch.float32)  # as torch's own kernels add up
+    total = losses.flatten(1).sum(1, dtype=wide)
+    if reduction == "mean":
+        counts = targets != ignored
+        if weight is not None:
+            counts = torch.where(counts, weight[torch.where(counts, targets, 0).long()], 0.0)
+        total = total / counts.flatten(1).sum(1, dtype=wide)
+    return total.to(losses.dtype)
