@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
-from benchmarks import growth, memory, sharpness
+from benchmarks import growth, memory, rules, sharpness
 from benchmarks._plans import PLANS
 
 
@@ -52,7 +52,23 @@ def test_sharpness_is_over_a_step_of_torch(tmp_path):
         assert [*contest["results"]][2:] == ["plain", "SAM", "GSAM"]
 
 
-@pytest.mark.parametrize("module", [growth, memory, sharpness])
+def test_rules_are_taken_out_one_at_a_time_and_put_back(tmp_path):
+    before = dict(rules.RULES)
+    chosen = ["linear", "rnn"]
+    rules.main(["--quick", "--rounds", "1", "--rules", *chosen, "--out", str(tmp_path)])
+    assert before == rules.RULES
+    linear, rnn = json.loads((tmp_path / "rules-cpu.json").read_text())["workloads"]
+    assert all(result["seconds"]["median"] > 0 for result in linear["results"].values())
+    assert "lstm cannot run" in rnn["results"][rules.WITHOUT]["failure"]
+    assert rnn["results"][rules.BASE]["failure"] is None
+
+
+def test_every_rule_has_a_model_that_leans_on_it():
+    named = {name for case in rules.CASES for name in case.functions}
+    assert {function.__name__ for function in rules.RULES} == named
+
+
+@pytest.mark.parametrize("module", [growth, memory, rules, sharpness])
 def test_a_command_says_what_it_is_for(module, capsys):
     with pytest.raises(SystemExit):
         module.main(["--help"])

@@ -139,24 +139,28 @@ class _RMSNorm(torch.autograd.Function):
         eps: float,
         tape: Tape,
     ) -> Tensor:
-        ctx.over = list(range(-dims, 0))
+        ctx.dims = dims
         wide = _tree.at_least_float32(x)
-        inverse = (wide.square().mean(ctx.over, keepdim=True) + eps).rsqrt()
+        norm = torch.linalg.vector_norm(wide, dim=list(range(-dims, 0)), keepdim=True)
+        inverse = (norm.square() / weight.value.numel() + eps).rsqrt()
         ctx.save_for_backward(x, inverse)
         ctx.weight, ctx.tape = weight, tape
-        return (wide * inverse * weight.value).to(x.dtype)
+        y: Tensor = (wide * inverse).mul_(weight.value)
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        # With u = x r: dw = Σ g u, and dx = r (w g − u mean(w g u)). Few passes over the memory.
         x, inverse = ctx.saved_tensors
+        w = _tree.at_least_float32(ctx.weight.value)
         unit, grad = _tree.at_least_float32(x) * inverse, _tree.at_least_float32(grad)
+        products = grad * unit
         inputs = weights = None
         if ctx.needs_input_grad[0]:
-            scaled = grad * ctx.weight.value
-            along = (scaled * unit).mean(ctx.over, keepdim=True)
-            inputs = ((scaled - unit * along) * inverse).to(x.dtype)
+            along = products.flatten(-ctx.dims) @ w.flatten() / w.numel()
+            inputs = torch.addcmul(grad * w, unit, along.view(inverse.shape), value=-1)
+            inputs = inputs.mul_(inverse).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            shape = ctx.weight.value.shape
-            rows = _sums(grad * unit, shape).to(ctx.weight.value.dtype)
+            rows = _sums(products, w.shape).to(ctx.weight.value.dtype)
             weights = ctx.tape.record(ctx.weight, DenseFactor(rows))
         return inputs, weights, None, None, None, None

@@ -1,0 +1,92 @@
+"""What every rule of the fused plan saves: the same pass with the rule and without it.
+
+A rule runs one kernel for all rows where vmap would take the operation apart, or could not run it
+at all. Timed are rows, Gram, agreement filter and combination, over the same with all rules.
+
+    python benchmarks/rules.py
+    python benchmarks/rules.py --rules linear conv
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+# The profiler, which counts the memory, otherwise reports its every start; read by torch's import.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+if not __package__:  # run as a file: make the folder around it the package it is
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import gradfilter as gf
+from benchmarks._command import caption, facts, parser, rounds_of
+from benchmarks._race import race
+from benchmarks._report import table
+from benchmarks._results import Contest, save
+from benchmarks._rule_models import CASES, RuleCase
+from benchmarks._setting import THRESHOLD
+from benchmarks._timing import Contender
+from gradfilter.grads._rules._table import RULES
+
+NAME = Path(__file__).stem
+BASE, WITHOUT = "all rules", "without"
+SAMPLES, MICROBATCHES = 128, 8
+
+
+def without(case: RuleCase, run: Contender) -> Contender:
+    """The same with the case's rule out of the table."""
+    own = {function: RULES[function] for function in RULES if function.__name__ in case.functions}
+
+    def compute() -> object:
+        for function in own:
+            del RULES[function]
+        try:
+            return run()
+        finally:
+            RULES.update(own)
+
+    return compute
+
+
+def measure(case: RuleCase, samples: int, rounds: int, device: torch.device) -> Contest:
+    torch.manual_seed(0)
+    model = case.model().to(device).train()
+    batch = tuple(t.to(device) for t in case.batch(samples))
+    params, buffers = gf.extract(model)
+    loss = gf.model_loss(model, case.criterion)
+    grads_of = gf.microbatch_grads(loss, MICROBATCHES, plan="fused")
+    if grads_of(params, batch, buffers=buffers).overrides[case.rule] < 1:
+        raise RuntimeError(f"Expected a model that takes rule {case.rule!r}.")
+    filter_ = gf.agree_filter(THRESHOLD)
+    state = filter_.init(params)
+
+    def filtered() -> object:
+        return filter_.update(grads_of(params, batch, buffers=buffers), state, params)
+
+    entrants = {BASE: filtered, WITHOUT: without(case, filtered)}
+    results, _ = race(entrants, rounds, device, base=BASE)
+    size = sum(p.numel() for p in params.values())
+    return Contest(model=case.rule, title=case.rule, parameters=size, results=results)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    cases = {case.rule: case for case in CASES}
+    options = parser(__doc__, cases, called="rules").parse_args(arguments)
+    warnings.filterwarnings("ignore", message="There is a performance drop")  # it is what is shown
+    device = torch.device(options.device)
+    samples = 2 * MICROBATCHES if options.quick else SAMPLES
+    contests = [
+        measure(cases[rule], samples, rounds_of(options), device)
+        for rule in track(options.rules, "Measuring", console=Console(stderr=True))
+    ]
+    head = facts(NAME, options)
+    save(options.out / f"{NAME}-{device.type}.json", head, contests)
+    table(contests, (WITHOUT,), caption(head), base=BASE, title="Over the same with all rules")
+
+
+if __name__ == "__main__":
+    main()
