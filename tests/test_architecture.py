@@ -8,11 +8,18 @@ from pathlib import Path
 import pytest
 
 import gradfilter as gf
+from gradfilter import interop
 
 SOURCE = Path(gf.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
-FLOORS = ["core", "grads", "transforms", "lab"]  # imports point to the left only
-PUBLIC = {name: thing for name, thing in vars(gf).items() if callable(thing)}
+# Imports point to the left only.
+FLOORS = ["core", "grads", "transforms", "distributed", "interop", "lab"]
+PUBLIC = {
+    name: thing
+    for package in (gf, interop)
+    for name, thing in vars(package).items()
+    if callable(thing)
+}
 
 
 def imports(path):

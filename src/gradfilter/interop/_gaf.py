@@ -1,0 +1,168 @@
+"""One step of gradient agreement filtering under the published package's signature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence, Sized
+from importlib import import_module
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from gradfilter._types import Params
+from gradfilter.grads._dense import DenseStack
+from gradfilter.grads._loss import ModelLoss, insert, model_loss
+from gradfilter.grads._microbatch import microbatch_grads
+from gradfilter.grads._stack import GradStack
+from gradfilter.transforms._agreement import agree_filter
+
+Pair = tuple[Tensor, Tensor]
+Criterion = Callable[[Any, Tensor], Tensor]
+
+
+def step_gaf(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    criterion: Criterion,
+    list_of_microbatches: Sequence[Dataset[Any] | Pair],
+    *,
+    cos_distance_thresh: float = 1.0,
+    average: Literal["mean", "halving"] = "halving",
+    verbose: bool = False,
+    wandb: bool = False,
+    device: torch.device | str | None = None,
+) -> dict[str, float]:
+    """Filter the gradients of some microbatches, and step if at least two of them agree.
+
+    In place: the model is put into training mode, its buffers take in every microbatch, the
+    filtered gradient is left in ``p.grad``, and on a skip the optimizer is not called.
+
+    Args:
+        model: Frozen parameters stay as they are.
+        optimizer: Of the model's parameters.
+        criterion: ``criterion(model(inputs), targets)``, a mean over samples.
+        list_of_microbatches: At least two, each a dataset of (input, target) or a pair of tensors.
+            They may differ in size.
+        cos_distance_thresh: As the threshold of `agree_filter`, 1 − cos, in [0, 2].
+        average: As in `agree_filter`; ``"halving"`` is what the published package does, ``"mean"``
+            the paper's rule. Of two microbatches they are one.
+        verbose: Print the result.
+        wandb: Log the result to the current run of Weights & Biases.
+        device: Where to take the microbatches; None for the model's own.
+
+    Returns:
+        ``train_loss``, the mean over all samples; ``cosine_distance`` of the last microbatch;
+        ``agreed_count``, the merges, that is accepted microbatches minus one; ``train_accuracy``,
+        NaN where targets are no classes.
+
+    Raises:
+        ValueError: Fewer than two microbatches, or a threshold below 0.
+        ModuleNotFoundError: ``wandb`` is asked for and not installed.
+
+    Example:
+        >>> import torch
+        >>> from gradfilter.interop import step_gaf
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> parts = [(torch.randn(8, 4), torch.arange(8) % 3) for _ in range(2)]
+        >>> result = step_gaf(model, optimizer, torch.nn.CrossEntropyLoss(), parts)
+        >>> sorted(result)
+        ['agreed_count', 'cosine_distance', 'train_accuracy', 'train_loss']
+
+    References:
+        Chaubard, Eddy, Kochenderfer, "Beyond Gradient Averaging in Parallel Optimization: Improved
+        Robustness through Gradient Agreement Filtering", 2024, https://arxiv.org/abs/2412.18052
+    """
+    filter_ = agree_filter(cos_distance_thresh, average=average)
+    if len(list_of_microbatches) < 2:
+        raise ValueError(
+            f"step_gaf: expected at least two microbatches, found {len(list_of_microbatches)}: one "
+            "has nothing to agree with. Cut the batch into more parts."
+        )
+    log = logger_of(wandb)
+    home = next(model.parameters()).device if device is None else torch.device(device)
+    batches = [_on_device(part, home) for part in list_of_microbatches]
+    model.train()
+    params: Params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    loss = model_loss(model, _with_hits(criterion), has_aux=True)
+    rows = _rows_of(loss, {name: p.detach() for name, p in params.items()}, batches)
+    with torch.no_grad():
+        grads, _, out = filter_.update(rows, filter_.init(params), params)
+    insert(model, {}, rows.buffers)
+    optimizer.zero_grad()
+    if bool(out["keep"]):
+        for name, p in params.items():
+            p.grad = grads[name]
+        optimizer.step()
+    sizes = torch.tensor([float(len(targets)) for _, targets in batches], device=home)
+    assert rows.losses is not None  # rows of batches always have their losses
+    result = {
+        "train_loss": float((rows.losses * sizes).sum() / sizes.sum()),
+        "cosine_distance": float(1 - out["cosine"][-1]),
+        "agreed_count": max(int(out["accepted"].sum()) - 1, 0),
+        "train_accuracy": float(rows.aux.sum() / sizes.sum()),
+    }
+    if verbose:
+        print(result)
+    log(result)
+    return result
+
+
+def logger_of(wandb: bool) -> Callable[[dict[str, float]], Any]:
+    """What takes results: the current run of Weights & Biases, or nobody."""
+    if not wandb:
+        return lambda result: None
+    try:
+        log: Callable[[dict[str, float]], Any] = import_module("wandb").log
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Expected the package wandb, which wandb=True logs to, found none. Install wandb, or "
+            "leave wandb=False and log the result yourself."
+        ) from error
+    return log
+
+
+def _on_device(part: Dataset[Any] | Pair, device: torch.device) -> Pair:
+    if not isinstance(part, (tuple, list)):
+        part = next(iter(DataLoader(part, batch_size=len(cast(Sized, part)))))
+    inputs, targets = part[0], part[1]
+    return inputs.to(device), targets.to(device)
+
+
+def _with_hits(criterion: Criterion) -> Callable[[Any, Tensor], tuple[Tensor, Tensor]]:
+    """The loss, and how many samples are classified right."""
+
+    def both(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+        loss = criterion(outputs, targets)
+        return loss, hits(outputs, targets).to(loss.dtype)
+
+    return both
+
+
+def hits(outputs: Any, targets: Tensor) -> Tensor:
+    """How many samples are classified right, NaN where there are no classes. ()."""
+    classes = isinstance(outputs, Tensor) and outputs.ndim == 2 and targets.ndim == 1
+    if not classes or targets.is_floating_point():
+        return torch.full((), torch.nan, device=targets.device)
+    right: Tensor = outputs.detach().argmax(1) == targets
+    return right.sum()
+
+
+def _rows_of(loss: ModelLoss, params: Params, batches: list[Pair]) -> GradStack:
+    """One row per microbatch: all at once where they are alike, else one after the other."""
+    if len({(x.shape, y.shape) for x, y in batches}) == 1:
+        inputs, targets = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+        return microbatch_grads(loss, len(batches))(params, (inputs, targets))
+    found, buffers = [], None
+    for batch in batches:
+        rows = microbatch_grads(loss, 1)(params, batch, buffers=buffers)
+        buffers = rows.buffers
+        found.append((rows.stacked(), rows.losses, rows.aux))
+    grads, losses, hits = zip(*found, strict=True)
+    stacked = {name: torch.cat([g[name] for g in grads]) for name in params}
+    return DenseStack(stacked, torch.cat(losses), buffers or {}, torch.cat(hits))
+
+
+step_GAF = step_gaf
+"""The published spelling."""
