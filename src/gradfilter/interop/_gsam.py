@@ -1,0 +1,123 @@
+"""GSAM around an optimizer of torch.optim."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
+
+from gradfilter._types import Transform
+from gradfilter.interop._sam import sharpness
+from gradfilter.interop._sam_base import TwoPassOptimizer
+from gradfilter.interop._schedulers_proportion import ProportionScheduler
+from gradfilter.transforms._chain import chain
+from gradfilter.transforms._sharpness import gsam_decompose
+
+
+class GSAM(TwoPassOptimizer):
+    r"""Surrogate gap guided sharpness-aware minimisation in place.
+
+    With the clean gradient g and h, the one at the perturbed point (see `SAM`), the base optimizer
+    gets d = h − α g_⊥, g_⊥ the part of g at right angles to h, as `gsam_decompose` has it.
+
+    The radius is ``rho_t``, from the scheduler: its first value when this object is made, the next
+    ones by ``update_rho_t()`` after each step, in the same place as the lr scheduler's ``step()``.
+    A ProportionScheduler is asked at every step, so that ρ always belongs to the lr of that step.
+
+    Accumulation, AMP and closures are as in `SAM`. DDP: all works unchanged, on synchronised
+    gradients; with ``no_sync=ddp_model.no_sync`` each rank has its own g, h and d, and the mean of
+    the d is applied, so that the same parameters must have gradients on all ranks.
+
+    Args:
+        params: Those of the base optimizer.
+        base_optimizer: Any `torch.optim.Optimizer`.
+        model: What `set_closure` calls; its buffers change by the first pass only.
+        gsam_alpha: α >= 0; the paper uses 0.1 to 0.4 (and up to 1). 0 is SAM.
+        rho_scheduler: Has ``step()``, which returns ρ; such as LinearScheduler(T, rho_max, rho_min)
+            or ProportionScheduler.
+        adaptive: ASAM's perturbation with η = 0.
+        scaler: The GradScaler.
+        no_sync: Makes the context of both passes.
+
+    Raises:
+        ValueError: gsam_alpha < 0 or ρ < 0, and as for `SAM`.
+
+    Example:
+        >>> import torch
+        >>> from gradfilter.interop import GSAM
+        >>> from gradfilter.interop import LinearScheduler
+        >>> model = torch.nn.Linear(2, 1)
+        >>> base = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> lr = LinearScheduler(T_max=10, max_value=0.1, optimizer=base)
+        >>> rho = LinearScheduler(T_max=10, max_value=0.05, min_value=0.01)
+        >>> optimizer = GSAM(model.parameters(), base, model, gsam_alpha=0.4, rho_scheduler=rho)
+        >>> for x, y in [(torch.ones(4, 2), torch.zeros(4, 1))]:
+        ...     optimizer.set_closure(torch.nn.functional.mse_loss, x, y)
+        ...     predictions, loss = optimizer.step()
+        ...     _ = lr.step(), optimizer.update_rho_t()
+        >>> round(lr.lr(), 3), round(optimizer.rho_t, 3)
+        (0.09, 0.046)
+
+    References:
+        Zhuang et al., "Surrogate Gap Minimization Improves Sharpness-Aware Training", 2022,
+        https://arxiv.org/abs/2203.08065
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: Optimizer,
+        model: nn.Module,
+        gsam_alpha: float,
+        rho_scheduler: Any,
+        adaptive: bool = False,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        no_sync: Callable[[], AbstractContextManager[Any]] | None = None,
+    ) -> None:
+        super().__init__(params, base_optimizer, model, scaler, no_sync)
+        self.alpha, self.rho_scheduler, self.adaptive = gsam_alpha, rho_scheduler, adaptive
+        self._local = no_sync is not None
+        self.update_rho_t()
+        self._transform()  # refuses impossible numbers here rather than at the first step
+
+    def update_rho_t(self) -> float:
+        """Move on to the scheduler's next radius and return it."""
+        self.rho_t = float(self.rho_scheduler.step())
+        return self.rho_t
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's, with ``rho_t`` and the state of the scheduler if it has one."""
+        state = {**super().state_dict(), "rho_t": self.rho_t}
+        if hasattr(self.rho_scheduler, "state_dict"):
+            state["rho_scheduler"] = self.rho_scheduler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave, or the base optimizer's (ρ then stays as it is)."""
+        state = dict(state_dict)
+        self.rho_t = state.pop("rho_t", self.rho_t)
+        scheduler = state.pop("rho_scheduler", None)
+        if scheduler is not None:
+            self.rho_scheduler.load_state_dict(scheduler)
+        super().load_state_dict(state)
+
+    def _transform(self) -> Transform:
+        if isinstance(self.rho_scheduler, ProportionScheduler):
+            self.update_rho_t()
+        return chain(sharpness(self.rho_t, self.adaptive), gsam_decompose(self.alpha))
+
+    def _second_sync(self) -> AbstractContextManager[Any]:
+        return self.no_sync()
+
+    def _settle(self, params: list[Tensor]) -> None:
+        if not self._local:
+            return
+        for p in params:
+            if p.grad is not None:
+                p.grad /= distributed.get_world_size()
+                distributed.all_reduce(p.grad)

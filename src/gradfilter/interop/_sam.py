@@ -1,0 +1,99 @@
+"""SAM and ASAM around an optimizer of torch.optim."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from gradfilter._types import Transform
+from gradfilter.interop._sam_base import TwoPassOptimizer
+from gradfilter.transforms._sharpness import sam_perturb
+
+
+class SAM(TwoPassOptimizer):
+    r"""Sharpness-aware minimisation in place: the base optimizer at w, with gradients from w + e.
+
+        SAM:            e = ρ g / (‖g‖ + δ)
+        adaptive=True:  e = ρ w² g / (‖|w| g‖ + δ), ASAM with η = 0
+
+    as `sam_perturb` has it. ``step`` runs the closure twice: on the same dropout masks, with the
+    second pass's buffer updates (BatchNorm) dropped, and with the old parameters copied back, also
+    when the closure raises. ``p.grad`` then holds the gradient that was applied.
+
+    Accumulation: a closure may call backward several times, ``step`` sets gradients to None before
+    each of its two runs. AMP: give the GradScaler, and call ``scaler.update()`` after ``step`` as
+    always; a gradient with Inf or NaN skips the step. `torch.autocast` may be inside the closure or
+    around ``step``. DDP: all works unchanged; with ``no_sync=ddp_model.no_sync`` each rank perturbs
+    along its own gradient (m-sharpness) and saves the first synchronisation.
+
+    Args:
+        params: Those of the base optimizer.
+        base_optimizer: Any `torch.optim.Optimizer`; or its class, made with ``**kwargs``.
+        rho: ρ >= 0; 0.05 is usual for SAM, 0.5 to 2 for ASAM.
+        adaptive: ASAM.
+        model: What `set_closure` calls. Its buffers are kept; without it, those of the modules
+            that the closure calls.
+        scaler: The GradScaler; a closure of your own scales the loss itself.
+        no_sync: Makes the context of the first pass.
+        **kwargs: For the base optimizer's class.
+
+    Raises:
+        ValueError: rho < 0; parameters of the base optimizer are not in ``params``; both scaler
+            and no_sync.
+        TypeError: ``**kwargs`` for an optimizer that is made already.
+
+    Example:
+        >>> import torch
+        >>> from gradfilter.interop import SAM
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(model.weight, 3.0)
+        >>> base = torch.optim.SGD(model.parameters(), lr=1.0)
+        >>> optimizer = SAM(model.parameters(), base, rho=0.5, model=model)
+        >>> square = lambda predictions, targets: (predictions - targets).square().sum()
+        >>> optimizer.set_closure(square, torch.ones(1, 1), torch.zeros(1, 1))
+        >>> predictions, loss = optimizer.step()
+        >>> loss.item(), model.weight.item()  # 3 - 2 (3 + 0.5)
+        (9.0, -4.0)
+
+    References:
+        Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization for Efficiently Improving
+        Generalization", 2021, https://arxiv.org/abs/2010.01412
+        Kwon, Kim, Park, Choi, "ASAM", 2021, https://arxiv.org/abs/2102.11600
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: Optimizer | type[Optimizer],
+        rho: float = 0.05,
+        adaptive: bool = False,
+        *,
+        model: nn.Module | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        no_sync: Callable[[], AbstractContextManager[Any]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        params = list(params)
+        if isinstance(base_optimizer, type):
+            base_optimizer = base_optimizer(params, **kwargs)
+        elif kwargs:
+            raise TypeError(
+                f"Expected no arguments for a base optimizer that is made already, found "
+                f"{sorted(kwargs)}. Give them to {type(base_optimizer).__name__} itself."
+            )
+        sharpness(rho, adaptive)  # refuses an impossible radius here rather than at the first step
+        self.rho, self.adaptive = rho, adaptive
+        super().__init__(params, base_optimizer, model, scaler, no_sync)
+
+    def _transform(self) -> Transform:
+        return sharpness(self.rho, self.adaptive)
+
+
+def sharpness(rho: float, adaptive: bool) -> Transform:
+    """The perturbation in the published meaning of ``adaptive``."""
+    return sam_perturb(rho, adaptive="asam" if adaptive else None, eta=0.0)

@@ -1,0 +1,145 @@
+"""What SAM and GSAM share: an optimizer around another one, whose step runs a closure twice."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradfilter import _tree
+from gradfilter._types import Transform
+from gradfilter.interop._passes import all_finite, forward_backward, tensors_of
+from gradfilter.interop._perturbed_pass import SameSurroundings, transform_gradients
+
+
+class TwoPassOptimizer(Optimizer):
+    """Runs a closure twice, transforms the gradients, and lets the base optimizer apply them.
+
+    Its ``param_groups`` and ``state`` are the base optimizer's own, so that schedulers may be
+    given either of the two.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: Optimizer,
+        model: nn.Module | None,
+        scaler: torch.amp.GradScaler | None,
+        no_sync: Callable[[], AbstractContextManager[Any]] | None,
+    ) -> None:
+        if scaler is not None and no_sync is not None:
+            raise ValueError(
+                "Expected scaler or no_sync, found both: ranks would not agree which steps to "
+                "skip. Use bfloat16 autocast, which needs no scaler."
+            )
+        listed = tensors_of(params)
+        super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
+        self.base_optimizer, self.model, self.scaler = base_optimizer, model, scaler
+        self.no_sync = nullcontext if no_sync is None else no_sync
+        self._closure: Callable[[], Any] | None = None
+        self._share()
+        alone = len({id(p) for p in self._params()} - {id(p) for p in listed})
+        if alone:
+            raise ValueError(
+                f"Expected params to hold every parameter of base_optimizer, found {alone} that "
+                "are missing. Give both the same ones, for example model.parameters()."
+            )
+
+    @abstractmethod
+    def _transform(self) -> Transform:
+        """What this step makes of the gradients."""
+
+    def set_closure(
+        self, loss_fn: Callable[..., Tensor], inputs: Any, targets: Any, **kwargs: Any
+    ) -> None:
+        """Let the next steps minimise ``loss_fn(model(inputs), targets, **kwargs)``."""
+        if self.model is None:
+            raise ValueError(
+                "Expected a model to call on the inputs, found none. Write "
+                "SAM(params, base_optimizer, model=model), or step(closure)."
+            )
+
+        self._closure = forward_backward(
+            self.model, partial(loss_fn, **kwargs), inputs, targets, self.scaler
+        )
+
+    def step(self, closure: Callable[[], Any] | None = None) -> tuple[Any, Any]:  # type: ignore[override]  # the published result
+        """Run the closure here and at the perturbed point, then step the base optimizer.
+
+        Args:
+            closure: Runs forward and backward passes, as many as it likes (gradients accumulate;
+                they are set to None before), and returns ``(predictions, loss)`` or a loss. With
+                a GradScaler it scales the loss itself. None for what `set_closure` was given.
+
+        Returns:
+            Predictions and loss of the first pass, detached; predictions None if it gave a loss.
+
+        Raises:
+            RuntimeError: No closure was given or set.
+        """
+        closure = self._closure if closure is None else closure
+        if closure is None:
+            raise RuntimeError("Expected a closure, found none. Call set_closure or step(closure).")
+        self._share()
+        params = self._params()
+        same = SameSurroundings(params[0].device, self.model)
+        with same.first(), self.no_sync():
+            result = self._run(closure)
+        result = _tree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, result)
+        predictions, loss = result if isinstance(result, tuple) else (None, result)
+        if self.scaler is not None:
+            # The scaler unscales an optimizer once: this one first, the base after the second pass.
+            self.scaler.unscale_(self)
+            if self.scaler.is_enabled() and not all_finite(params):
+                return predictions, loss
+
+        def second_pass() -> None:
+            with same.second(), self._second_sync():
+                self._run(closure)
+            if self.scaler is not None:
+                self.scaler.unscale_(self.base_optimizer)
+
+        transform_gradients(self._transform(), params, second_pass)
+        self._settle(params)
+        if self.scaler is None:
+            self.base_optimizer.step()
+        else:
+            self.scaler.step(self.base_optimizer)
+        return predictions, loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the base optimizer's."""
+        self.base_optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's."""
+        return self.base_optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` or the base optimizer's gave."""
+        self.base_optimizer.load_state_dict(state_dict)
+        self._share()
+
+    def _second_sync(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def _settle(self, params: list[Tensor]) -> None:
+        """What is left to do with the gradients before they are applied."""
+
+    def _run(self, closure: Callable[[], Any]) -> Any:
+        self.zero_grad()
+        with torch.enable_grad():
+            return closure()
+
+    def _share(self) -> None:
+        # Loading a state makes new lists in the base optimizer.
+        self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]

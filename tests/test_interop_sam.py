@@ -1,0 +1,584 @@
+"""SAM and GSAM in place: the pure chain and naive code, and what the second pass must not leave."""
+
+import copy
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gradfilter as gf
+from _naive import assert_close, assert_same
+from gradfilter.interop import GSAM, SAM, LinearScheduler, ProportionScheduler
+
+pytestmark = pytest.mark.usefixtures("float64")
+RHO, ALPHA, LR = 0.3, 0.4, 0.1
+
+
+def network():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def batch(seed=2, n=8):
+    torch.manual_seed(seed)
+    return torch.randn(n, 4), torch.randint(0, 3, (n,))
+
+
+def values(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+
+
+def constant_rho(rho=RHO):
+    return LinearScheduler(T_max=10, max_value=rho, min_value=rho)
+
+
+def sam(model, base=None, **options):
+    base = sgd(model) if base is None else base
+    return SAM(model.parameters(), base, RHO, model=model, **options)
+
+
+def gsam(model, base=None, **options):
+    base = sgd(model) if base is None else base
+    return GSAM(model.parameters(), base, model, ALPHA, constant_rho(), **options)
+
+
+both = pytest.mark.parametrize("make", [sam, gsam])
+forms = pytest.mark.parametrize("adaptive", [False, True])
+
+
+def train(optimizer, batches, loss_fn=F.cross_entropy):
+    losses = []
+    for x, y in batches:
+        optimizer.set_closure(loss_fn, x, y)
+        losses.append(optimizer.step()[1])
+    return losses
+
+
+@both
+@forms
+def test_twenty_steps_are_those_of_the_pure_chain(make, adaptive):
+    model = network()
+    perturb = gf.sam_perturb(RHO, adaptive="asam" if adaptive else None, eta=0.0)
+    links = [gf.mean_rows(), perturb] + [gf.gsam_decompose(ALPHA)] * (make is gsam)
+    update = gf.chain(*links, gf.sgd(LR, momentum=0.9))
+    params, buffers = gf.extract(model)
+    grads_of = gf.microbatch_grads(gf.model_loss(model, F.cross_entropy), 1)
+    state, expected = update.init(params), []
+    batches = [batch(seed) for seed in range(20)]
+    for pair in batches:
+        rows = grads_of(params, pair, buffers=buffers)
+        expected.append(rows.losses[0])
+        params, state, _ = update(params, state, rows)
+    losses = train(make(model, adaptive=adaptive), batches)
+    assert_close(values(model), params)
+    assert_close(torch.stack(losses), torch.stack(expected))
+
+
+def naive_step(model, base, x, y, adaptive, alpha):
+    """One step of SAM, ASAM or GSAM with its own arithmetic on flat vectors."""
+    params = list(model.parameters())
+    flat = lambda tensors: torch.cat([t.reshape(-1) for t in tensors])
+
+    def write(vector):
+        with torch.no_grad():
+            nn.utils.vector_to_parameters(vector, params)
+
+    def gradient():
+        return flat(torch.autograd.grad(F.cross_entropy(model(x), y), params))
+
+    w = flat([p.detach() for p in params]).clone()
+    g = gradient()
+    e = RHO * w**2 * g / (w * g).norm() if adaptive else RHO * g / g.norm()
+    write(w + e)
+    h = gradient()
+    write(w)
+    unit = h / h.norm()
+    d = h - alpha * (g - (g @ unit) * unit)
+    for p, part in zip(params, d.split([p.numel() for p in params]), strict=True):
+        p.grad = part.reshape(p.shape)
+    base.step()
+
+
+@both
+@forms
+def test_naive_steps_around_adam(make, adaptive):
+    model = network()
+    other = copy.deepcopy(model)
+    batches = [batch(seed) for seed in range(10)]
+    adam = lambda m: torch.optim.AdamW(m.parameters(), lr=0.01)
+    train(make(model, adam(model), adaptive=adaptive), batches)
+    base = adam(other)
+    for x, y in batches:
+        naive_step(other, base, x, y, adaptive, ALPHA if make is gsam else 0.0)
+    assert_close(values(model), values(other), rtol=1e-9)
+
+
+@both
+def test_the_gradient_that_was_applied_is_left_and_can_be_zeroed(make):
+    model = network()
+    optimizer = make(model, torch.optim.SGD(model.parameters(), lr=LR))
+    before = values(model)
+    train(optimizer, [batch()])
+    for name, p in model.named_parameters():
+        assert_close(p.detach(), before[name] - LR * p.grad)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@both
+def test_an_lr_of_zero_leaves_every_bit(make):
+    model = network()
+    with torch.no_grad():
+        model[0].weight[0, 0] = -0.0
+        model[0].weight[0, 1] = 1e-300
+    before = values(model)
+    train(make(model, torch.optim.SGD(model.parameters(), lr=0.0)), [batch(s) for s in range(5)])
+    assert_same(values(model), before)
+
+
+def normed():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize(("make", "known"), [(sam, True), (sam, False), (gsam, True)])
+def test_batch_norm_is_updated_by_the_first_pass_only(make, known):
+    model = normed()
+    once = copy.deepcopy(model)
+    x, y = batch()
+    once(x)
+    optimizer = make(model)
+    if not known:
+        optimizer.model = None
+    optimizer.step(lambda: closure_of(model, x, y))
+    assert_same(dict(model.named_buffers()), dict(once.named_buffers()))
+    assert model[1].num_batches_tracked == 1
+    assert not nn.modules.module._global_forward_pre_hooks
+
+
+def closure_of(model, x, y):
+    predictions = model(x)
+    loss = F.cross_entropy(predictions, y)
+    loss.backward()
+    return predictions, loss
+
+
+class Counts(nn.Module):
+    """Its output depends on a buffer, which every pass replaces by another tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("seen", None)
+        self.started_from = []
+
+    def forward(self, x):
+        self.started_from.append(self.calls.item())
+        self.calls = self.calls + 1
+        self.seen = x.detach().sum()
+        return x @ self.weight * self.calls
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_second_pass_starts_from_the_buffers_of_the_first(known):
+    model = Counts()
+    optimizer = SAM(model.parameters(), sgd(model), RHO, model=model if known else None)
+    for _ in range(2):
+        optimizer.step(lambda: backward(model(torch.ones(2, 4)).square().mean()))
+    assert model.started_from == [0, 0, 1, 1]
+    assert model.calls == 2
+    assert model.seen == 8
+
+
+def backward(loss):
+    loss.backward()
+    return loss
+
+
+@both
+def test_dropout_masks_of_the_second_pass_are_those_of_the_first(make):
+    masks = []
+
+    class Recorded(nn.Dropout):
+        def forward(self, x):
+            masks.append(super().forward(torch.ones_like(x)))
+            return x * masks[-1]
+
+    model = nn.Sequential(nn.Linear(4, 50), Recorded(0.5), nn.Linear(50, 3))
+    optimizer = make(model)
+    x, y = batch()
+    train(optimizer, [(x, y)])
+    after = torch.rand(3)
+    train(optimizer, [(x, y)])
+    assert_same(masks[0], masks[1])
+    assert_same(masks[2], masks[3])
+    assert not torch.equal(masks[0], masks[2])
+    # The random numbers go on as after one pass.
+    batch()
+    model(x)
+    assert_same(torch.rand(3), after)
+
+
+@both
+def test_a_closure_that_raises_in_the_second_pass_leaves_everything(make):
+    model = normed()
+    x, y = batch()
+    once = copy.deepcopy(model)
+    once(x)
+    calls, seen = [], []
+
+    def closure():
+        result = closure_of(model, x, y)
+        calls.append(result)
+        seen.append(values(model))
+        if len(calls) == 2:
+            torch.rand(7)
+            raise KeyboardInterrupt
+        return result
+
+    before = values(model)
+    random = torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt):
+        make(model).step(closure)
+    assert not torch.equal(seen[1]["0.weight"], before["0.weight"])
+    assert_same(values(model), before)
+    assert_same(dict(model.named_buffers()), dict(once.named_buffers()))
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@both
+def test_a_closure_that_raises_in_the_first_pass_leaves_no_hook(make):
+    model = network()
+    optimizer = make(model)
+    optimizer.model = None
+    before = values(model)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    assert_same(values(model), before)
+    assert not nn.modules.module._global_forward_pre_hooks
+
+
+@both
+def test_parameters_without_gradient_are_not_touched(make):
+    model = network()
+    model.unused = nn.Parameter(torch.ones(2))
+    model[0].bias.requires_grad_(False)
+    base = torch.optim.SGD(model.parameters(), lr=LR, weight_decay=0.5, momentum=0.9)
+    seen = []
+
+    def loss_fn(predictions, targets):
+        seen.append(values(model))
+        return F.cross_entropy(predictions, targets)
+
+    before = values(model)
+    forward = nn.Sequential(*list(model)[:3])
+    optimizer = make(model, base)
+    optimizer.model = forward
+    train(optimizer, [batch(), batch(3)], loss_fn)
+    for name in ("unused", "0.bias"):
+        assert all(torch.equal(at[name], before[name]) for at in seen)
+        assert_same(values(model)[name], before[name])
+    assert model.unused.grad is None and model[0].bias.grad is None
+    assert not torch.equal(seen[1]["0.weight"], seen[0]["0.weight"])
+
+
+@both
+@forms
+def test_a_zero_gradient_gives_a_finite_step(make, adaptive):
+    model = network()
+    before = values(model)
+    train(make(model, adaptive=adaptive), [batch()], lambda p, t: (p * 0).sum())
+    assert_same(values(model), before)
+    train(make(model, adaptive=adaptive), [batch()])
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_no_gradient_at_all_is_an_ordinary_step():
+    model = network()
+    before = values(model)
+    assert sam(model).step(lambda: torch.ones(())) == (None, 1)
+    assert_same(values(model), before)
+
+
+@both
+def test_a_closure_may_accumulate_over_several_backward_passes(make):
+    model = network()
+    whole = copy.deepcopy(model)
+    x, y = batch(n=12)
+    optimizer = make(model)
+
+    def closure():
+        optimizer.zero_grad(set_to_none=False)  # PyTorch's habit; in place it must do no harm
+        total = 0
+        for part, target in zip(x.split(4), y.split(4), strict=True):
+            loss = F.cross_entropy(model(part), target) / 3
+            loss.backward()
+            total = total + loss
+        return total
+
+    for _ in range(3):
+        predictions, loss = optimizer.step(closure)
+    losses = train(make(whole), [(x, y)] * 3)
+    assert predictions is None
+    assert_close(loss, losses[-1])
+    assert_close(values(model), values(whole))
+
+
+@both
+def test_autocast_around_the_step_sees_the_perturbed_weights(make):
+    model = network().float()
+    x, y = batch()
+    x, seen = x.float(), []
+
+    def loss_fn(predictions, targets):
+        seen.append(predictions.detach())
+        return F.cross_entropy(predictions, targets)
+
+    optimizer = make(model)
+    optimizer.set_closure(loss_fn, x, y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        optimizer.step()
+        optimizer.step()
+    assert seen[0].dtype == torch.bfloat16
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    losses = [F.cross_entropy(p.float(), y) for p in seen]
+    assert losses[1] > losses[0] + 0.05  # RHO uphill
+    assert losses[2] < losses[0]
+    assert losses[3] > losses[2] + 0.05
+
+
+def scaler_of(scale):
+    return torch.amp.GradScaler("cpu", init_scale=scale)
+
+
+@both
+def test_a_grad_scaler_changes_nothing_but_the_scale(make):
+    model, scaler = network().float(), scaler_of(1024.0)
+    other = copy.deepcopy(model)
+    batches = [(x.float(), y) for x, y in (batch(seed) for seed in range(5))]
+    optimizer = make(model, scaler=scaler)
+    for x, y in batches:
+        optimizer.set_closure(F.cross_entropy, x, y)
+        _, loss = optimizer.step()
+        scaler.update()
+    losses = train(make(other), batches)
+    assert_close(loss, losses[-1], rtol=1e-5)
+    assert_close(values(model), values(other), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad_pass", [1, 2])
+@both
+def test_a_gradient_that_is_not_finite_skips_the_step(make, bad_pass):
+    model, scaler = network(), scaler_of(8.0)
+    optimizer = make(model, scaler=scaler)
+    before, calls = values(model), []
+
+    def loss_fn(predictions, targets):
+        calls.append(1)
+        factor = torch.inf if len(calls) == bad_pass else 1.0
+        return F.cross_entropy(predictions, targets) * factor
+
+    x, y = batch()
+    optimizer.set_closure(loss_fn, x, y)
+    optimizer.step()
+    scaler.update()
+    assert len(calls) == bad_pass
+    assert_same(values(model), before)
+    assert not optimizer.state
+    assert scaler.get_scale() == 4.0
+    optimizer.step()
+    scaler.update()
+    assert not torch.equal(model[0].weight, before["0.weight"])
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@both
+def test_a_scaler_that_is_off_is_none_at_all(make):
+    model = network()
+    other = copy.deepcopy(model)
+    train(make(model, scaler=torch.amp.GradScaler("cpu", enabled=False)), [batch()] * 3)
+    train(make(other), [batch()] * 3)
+    assert_same(values(model), values(other))
+
+
+@both
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_schedulers_of_torch_work_on_either_optimizer(make, wrapped):
+    model = network()
+    base = sgd(model)
+    optimizer = make(model, base)
+    assert optimizer.param_groups is base.param_groups
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer if wrapped else base, 1, gamma=0.5)
+    for k in range(3):
+        assert base.param_groups[0]["lr"] == LR * 0.5**k
+        train(optimizer, [batch()])
+        scheduler.step()
+
+
+@both
+def test_a_checkpoint_goes_on_bit_for_bit(make):
+    batches = [batch(seed) for seed in range(6)]
+    model = network()
+    optimizer = make(model)
+    train(optimizer, batches[:3])
+    saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    train(optimizer, batches[3:])
+    again = network()
+    again.load_state_dict(weights)
+    resumed = make(again)
+    resumed.load_state_dict(saved)
+    assert resumed.param_groups is resumed.base_optimizer.param_groups
+    train(resumed, batches[3:])
+    assert_same(values(again), values(model))
+
+
+def test_gsam_checkpoints_its_radius():
+    make = lambda model: GSAM(
+        model.parameters(), sgd(model), model, ALPHA, LinearScheduler(T_max=10, max_value=1.0)
+    )
+    first, second, third = (make(network()) for _ in range(3))
+    first.update_rho_t()
+    second.load_state_dict(first.state_dict())
+    assert second.rho_t == first.rho_t == pytest.approx(0.9)
+    assert second.update_rho_t() == pytest.approx(0.8)
+    third.load_state_dict(first.base_optimizer.state_dict())
+    assert third.rho_t == 1.0
+
+
+def test_every_group_has_its_lr_and_one_norm():
+    model = network()
+    other = copy.deepcopy(model)
+    groups = lambda m: [{"params": m[0].parameters()}, {"params": m[2].parameters(), "lr": 0.01}]
+    base = torch.optim.SGD(groups(model), lr=LR)
+    optimizer = SAM(groups(model), base, RHO, model=model)
+    train(optimizer, [batch()])
+    naive_step(other, torch.optim.SGD(groups(other), lr=LR), *batch(), False, 0.0)
+    assert_close(values(model), values(other))
+
+
+def test_the_class_of_a_base_optimizer_will_do():
+    model = network()
+    other = copy.deepcopy(model)
+    made = SAM(model.parameters(), torch.optim.SGD, RHO, model=model, lr=LR, momentum=0.9)
+    train(made, [batch()] * 3)
+    train(sam(other), [batch()] * 3)
+    assert_same(values(model), values(other))
+
+
+def test_extra_arguments_of_set_closure_reach_the_loss():
+    model = network()
+    x, y = batch()
+    optimizer = sam(model)
+    expected = F.cross_entropy(model(x), y, label_smoothing=0.3)
+    optimizer.set_closure(F.cross_entropy, x, y, label_smoothing=0.3)
+    predictions, loss = optimizer.step()
+    assert_close(loss, expected.detach())
+    assert not predictions.requires_grad and not loss.requires_grad
+
+
+def test_only_the_passes_that_may_be_local_are_under_no_sync():
+    inside, seen = [], []
+
+    @contextmanager
+    def no_sync():
+        inside.append(1)
+        yield
+        inside.pop()
+
+    def loss_fn(predictions, targets):
+        seen.append(len(inside))
+        return F.cross_entropy(predictions, targets)
+
+    train(sam(network(), no_sync=no_sync), [batch()], loss_fn)
+    assert seen == [1, 0]
+
+
+def test_the_radius_belongs_to_the_lr_of_the_step_in_whatever_order_they_move():
+    for order in ("lr first", "rho first"):
+        model = network()
+        base = sgd(model)
+        lr = torch.optim.lr_scheduler.LinearLR(base, 1.0, 0.1, total_iters=5)
+        rho = ProportionScheduler(lr, max_lr=LR, min_lr=0.0, max_value=1.0, min_value=0.0)
+        optimizer = GSAM(model.parameters(), base, model, ALPHA, rho)
+        for _ in range(5):
+            train(optimizer, [batch()])
+            assert optimizer.rho_t == pytest.approx(base.param_groups[0]["lr"] / LR)
+            moves = [lr.step, optimizer.update_rho_t]
+            for move in moves if order == "lr first" else moves[::-1]:
+                move()
+
+
+def one_rank(rank, folder):
+    """Two local steps in a rank of two, whose parameters are saved."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    for make in (sam, gsam):
+        model = network()
+        ddp = nn.parallel.DistributedDataParallel(model)
+        base = torch.optim.SGD(model.parameters(), lr=LR)
+        optimizer = make(ddp, base, no_sync=ddp.no_sync)
+        train(optimizer, [batch(rank), batch(rank + 2)])
+        torch.save(values(model), f"{folder}/{make.__name__}{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_that_perturb_on_their_own_apply_the_mean(tmp_path):
+    torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
+    for make, alpha in ((sam, 0.0), (gsam, ALPHA)):
+        model = network()
+        for k in (0, 2):
+            alone = [copy.deepcopy(model) for _ in range(2)]
+            for rank, local in enumerate(alone):
+                naive = torch.optim.SGD(local.parameters(), lr=LR)
+                naive_step(local, naive, *batch(rank + k), False, alpha)
+            moved = [values(local) for local in alone]
+            gf.insert(model, {name: (moved[0][name] + moved[1][name]) / 2 for name in moved[0]})
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{make.__name__}{rank}.pt", weights_only=True)
+            assert_close(found, values(model))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (lambda m: SAM(m.parameters(), sgd(m), -1.0), ValueError, "0 <= rho, found rho=-1"),
+        (lambda m: SAM(m.parameters(), sgd(m), lr=0.1), TypeError, r"found \['lr'\]"),
+        (lambda m: SAM(m[0].parameters(), sgd(m)), ValueError, "found 2 that are missing"),
+        (lambda m: SAM(m.parameters(), sgd(m)).step(), RuntimeError, "Expected a closure"),
+        (
+            lambda m: SAM(m.parameters(), sgd(m)).set_closure(F.mse_loss, None, None),
+            ValueError,
+            "model=model",
+        ),
+        (
+            lambda m: sam(m, scaler=scaler_of(1.0), no_sync=torch.no_grad),
+            ValueError,
+            "found both",
+        ),
+        (
+            lambda m: GSAM(m.parameters(), sgd(m), m, -1.0, constant_rho()),
+            ValueError,
+            "0 <= alpha",
+        ),
+    ],
+)
+def test_impossible_arguments_are_refused(wrong, error, message):
+    with pytest.raises(error, match=message):
+        wrong(network())
+
+
+def test_sparse_gradients_are_refused():
+    model = nn.Embedding(3, 2, sparse=True)
+    optimizer = SAM(model.parameters(), torch.optim.SGD(model.parameters(), lr=0.1), RHO)
+    with pytest.raises(ValueError, match="dense gradients"):
+        optimizer.step(lambda: backward(model(torch.tensor([1])).sum()))
