@@ -1,6 +1,20 @@
 """For existing training loops: PyTorch's habits, in place, on the pure core."""
 
+from gradfilter.interop._agc import AGC as AGC
+from gradfilter.interop._agc_optimizers import SGD_AGC as SGD_AGC
+from gradfilter.interop._agc_optimizers import Adam_AGC as Adam_AGC
+from gradfilter.interop._agc_optimizers import AdamW_AGC as AdamW_AGC
+from gradfilter.interop._agc_optimizers import RMSprop_AGC as RMSprop_AGC
+from gradfilter.interop._filtered import Filtered as Filtered
+from gradfilter.interop._filtered import StepResult as StepResult
 from gradfilter.interop._gaf import step_GAF as step_GAF
 from gradfilter.interop._gaf import step_gaf as step_gaf
 from gradfilter.interop._gaf_training import train_GAF as train_GAF
 from gradfilter.interop._gaf_training import train_gaf as train_gaf
+from gradfilter.interop._gsam import GSAM as GSAM
+from gradfilter.interop._sam import SAM as SAM
+from gradfilter.interop._schedulers import CosineScheduler as CosineScheduler
+from gradfilter.interop._schedulers import LinearScheduler as LinearScheduler
+from gradfilter.interop._schedulers import PolyScheduler as PolyScheduler
+from gradfilter.interop._schedulers import StepScheduler as StepScheduler
+from gradfilter.interop._schedulers_proportion import ProportionScheduler as ProportionScheduler

@@ -1,0 +1,225 @@
+"""Filtered gradients in an ordinary loop around a torch.optim optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradfilter import _tree
+from gradfilter._types import GLOBAL_NAMES, Out, Params, Transform
+from gradfilter.grads._again import AgainStack
+from gradfilter.grads._dense import DenseStack
+from gradfilter.grads._grad_function import GradFunction, Plan
+from gradfilter.grads._loss import extract, insert
+from gradfilter.grads._microbatch import microbatch_grads, per_sample_grads
+from gradfilter.interop._accumulated import batch_of, held, joined
+from gradfilter.interop._filtered_chain import filter_chain, finite_rows, own_state, write_grads
+from gradfilter.interop._filtered_loss import loss_of, original_of, plan_for
+from gradfilter.interop._filtered_scaler import scale_of, update_scale, with_own_losses
+from gradfilter.transforms._state import load_state_dict, state_dict
+
+
+@dataclass(frozen=True, eq=False)
+class StepResult:
+    """What one step of `Filtered` says: tensors, so that nobody waits for numbers nobody reads.
+
+    Attributes:
+        loss: (), the mean over the rows, before the step.
+        info: ``keep`` () bool, whether the optimizer was called, and the metrics of the links.
+
+    Example:
+        >>> import torch, gradfilter as gf
+        >>> from gradfilter.interop import Filtered
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> filtered = Filtered(model, torch.nn.MSELoss(), gf.mean_rows(), optimizer, 2)
+        >>> result = filtered.step(torch.zeros(4, 2), model.bias.detach().repeat(4, 1))
+        >>> result.loss, result.info["keep"]
+        (tensor(0.), tensor(True))
+    """
+
+    loss: Tensor
+    info: Out
+
+
+class Filtered:
+    """Filter the gradients of M microbatches, in place, in front of any ``torch.optim`` optimizer.
+
+    ``step(x, y)`` stands for ``optimizer.zero_grad(); criterion(model(x), y).backward();
+    optimizer.step()``: it computes one gradient per microbatch at the module's own parameters,
+    runs the chain, writes the result into ``p.grad`` and calls the optimizer. When the chain says
+    ``keep = False`` the optimizer is not called: parameters, ``p.grad``, its state and the chain's
+    stay bit-identical. To know that, and only for a chain that can skip, it waits for the device
+    once per step. Buffers (BatchNorm) are written back after every step, also a skipped one.
+
+    Learning-rate schedulers, parameter groups and ``torch.autocast`` around ``step`` work as ever.
+    An unused parameter has gradient zero, not None, so weight decay reaches it.
+
+    Args:
+        model: Any module. Frozen parameters stay as they are. One from ``torch.compile`` is run
+            row by row, with a warning, and keeps its original names.
+        criterion: As in `model_loss`, a mean over samples; None for models with a ``.loss``.
+        transforms: A chain that takes rows and ends in a tree: no update rule.
+        optimizer: Any optimizer over parameters of the model.
+        microbatches: M rows per batch; None for one row per sample.
+        plan: As in `microbatch_grads`. Once ``"auto"`` has gone back to the loop it stays there.
+        memory_budget: As in `microbatch_grads`.
+        scaler: A ``torch.amp.GradScaler``: losses are scaled, rows unscaled, and a row that
+            overflowed is rejected alone (`finite_filter` is put in front of a chain without one).
+            ``step`` updates it: it backs off when a row overflowed though its loss is finite,
+            since no scale helps where the loss is not. Call none of its methods yourself.
+
+    Raises:
+        TypeError: ``transforms`` does not lead from rows to a tree.
+        ValueError: No parameter of the optimizer is a trainable one of the model, or a compiled
+            module with plan ``"fused"`` or ``"vmap"``.
+
+    Example:
+        >>> import torch, gradfilter as gf
+        >>> from gradfilter.interop import Filtered
+        >>> model = torch.nn.Linear(2, 2)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        >>> scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10)
+        >>> criterion = torch.nn.functional.cross_entropy
+        >>> filtered = Filtered(model, criterion, gf.agree_filter(2.0), optimizer, microbatches=4)
+        >>> result = filtered.step(torch.randn(8, 2), torch.arange(8) % 2)
+        >>> scheduler.step()
+        >>> sorted(result.info)
+        ['agree_filter/accepted', 'agree_filter/cosine', 'keep']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Callable[..., Any] | None,
+        transforms: Transform,
+        optimizer: torch.optim.Optimizer,
+        microbatches: int | None,
+        *,
+        plan: Plan = "auto",
+        memory_budget: int | float = 0.25,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        """Check everything that can be checked without a batch."""
+        self.model, self.criterion = model, criterion
+        self.optimizer, self.scaler = optimizer, scaler
+        self.transforms = filter_chain(transforms, guarded=scaler is not None)
+        self._module = original_of(model)
+        self._microbatches, self._plan = microbatches, plan_for(model, plan)
+        self._memory_budget = memory_budget
+        self._grads_of(None)
+        own = {id(p) for p in self._module.parameters() if p.requires_grad}
+        if not own & {id(p) for group in optimizer.param_groups for p in group["params"]}:
+            raise ValueError(
+                "Filtered: expected an optimizer over trainable parameters of the model, found "
+                "none of them in its groups. Make it from model.parameters(), after any copy or "
+                "move of the model."
+            )
+        self._state = self.transforms.init(extract(self._module)[0])
+        self._pending: list[DenseStack] = []
+
+    def step(self, inputs: Any, targets: Any = None, **extra: Any) -> StepResult:
+        """One step over this batch and every batch accumulated since the last one.
+
+        Args:
+            inputs: What the model takes: a tensor of N = M·B samples, a tuple of positional
+                arguments or a dict of keyword arguments. Alone, one dict for the whole batch.
+            targets: What the criterion takes; None for such a dict.
+            **extra: For the links: ``keep``, ``count``, ``value``.
+        """
+        rows, factors = self._rows(inputs, targets)
+        buffers = rows.buffers
+        if self._pending:
+            rows, self._pending = joined([*self._pending, held(rows, factors)]), []
+        elif factors is not None:
+            rows = rows.scaled(factors)
+        losses = rows.losses
+        assert losses is not None  # rows of a batch always have their losses
+        params = self._params()
+        with torch.no_grad():
+            grads, state, out = self.transforms.update(rows, self._state, params, **extra)
+        rows.release()
+        keep = _tree.flag(out.get("keep", True), losses.device)
+        keep = keep & _tree.flag(extra.get("keep", True), losses.device)
+        insert(self._module, {}, buffers)
+        # The one question to the host, which has to know whether to call the optimizer.
+        if not ("keep" in out or "keep" in extra) or bool(keep):
+            self._state = own_state(state, params)
+            write_grads(self._module, self.optimizer, grads)
+            self.optimizer.step()
+        if self.scaler is not None and self.scaler.is_enabled():
+            update_scale(self.scaler, (losses.isfinite() & ~finite_rows(out)).any())
+        metrics = {name: value for name, value in out.items() if name not in GLOBAL_NAMES}
+        return StepResult(losses.mean(), {"keep": keep, **metrics})
+
+    def accumulate(self, inputs: Any, targets: Any = None) -> Tensor:
+        """Compute and hold the M rows of a batch; the next `step` filters them with its own.
+
+        Returns:
+            The mean loss of these rows. ().
+        """
+        part = held(*self._rows(inputs, targets))
+        insert(self._module, {}, part.buffers)
+        self._pending.append(part)
+        assert part.losses is not None  # rows of a batch always have their losses
+        return part.losses.mean()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All states but the module's: ``transforms`` (flat tensors), ``optimizer``, ``scaler``.
+
+        Raises:
+            RuntimeError: Rows are accumulated, which no checkpoint holds.
+        """
+        if self._pending:
+            raise RuntimeError(
+                f"Expected no accumulated rows in a checkpoint, found {len(self._pending)} "
+                "batches of them. Take state_dict() after step()."
+            )
+        states = {"transforms": state_dict(self._state), "optimizer": self.optimizer.state_dict()}
+        return states if self.scaler is None else {**states, "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave; accumulated rows are dropped.
+
+        Raises:
+            ValueError: Parts are missing or extra, or the chain is another one.
+        """
+        expected = {"transforms", "optimizer"} | ({"scaler"} if self.scaler is not None else set())
+        if set(states) != expected:
+            raise ValueError(
+                f"Expected the states {sorted(expected)}, found {sorted(states)}. Build Filtered "
+                "with a scaler, or without, as when they were saved."
+            )
+        state = load_state_dict(self._state, states["transforms"])
+        self.optimizer.load_state_dict(states["optimizer"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(states["scaler"])
+        self._state, self._pending = state, []
+
+    def _params(self) -> Params:
+        named = self._module.named_parameters()
+        return {name: p.detach() for name, p in named if p.requires_grad}
+
+    def _grads_of(self, scale: Tensor | None) -> GradFunction:
+        loss = loss_of(self.model, self.criterion, scale)
+        if self._microbatches is None:
+            return per_sample_grads(loss, plan=self._plan, memory_budget=self._memory_budget)
+        return microbatch_grads(
+            loss, self._microbatches, plan=self._plan, memory_budget=self._memory_budget
+        )
+
+    def _rows(self, inputs: Any, targets: Any) -> tuple[AgainStack, Tensor | None]:
+        """The rows of one batch, and the factors that take a loss scale out of them."""
+        params = self._params()
+        batch = batch_of(inputs, targets, self.criterion)
+        scale = scale_of(self.scaler, _tree.device_of(params))
+        rows = self._grads_of(scale)(params, batch)
+        if self._plan == "auto" and isinstance(rows, DenseStack):
+            self._plan = "loop"  # what refused the fused plan will refuse it at every step
+        if scale is None:
+            return rows, None
+        return with_own_losses(rows), (1 / scale.to(_tree.wide(scale))).expand(len(rows))

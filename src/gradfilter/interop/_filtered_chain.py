@@ -1,0 +1,85 @@
+"""The chain a wrapper runs, from rows to one gradient, and what is done with its results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradfilter import _tree
+from gradfilter._types import Out, Params, State, Transform, Tree
+from gradfilter.transforms._chain import chain
+from gradfilter.transforms._finite import finite_filter
+from gradfilter.transforms._link import REDUCERS
+
+
+def filter_chain(transforms: Transform, *, guarded: bool) -> Transform:
+    """Check that a chain takes rows and ends in a tree.
+
+    Args:
+        transforms: A chain, or one link.
+        guarded: Put `finite_filter` in front, unless a link before the reducer does its work.
+
+    Raises:
+        TypeError: The chain applies updates itself, gives rows, or takes a tree.
+    """
+    built = chain(transforms)
+    if built.kinds != ("rows -> tree",):
+        raise TypeError(
+            f"Filtered: expected a chain from rows to one gradient tree, found {built.kind!r}. "
+            f"{_remedy(built)}"
+        )
+    if guarded and not _guards_rows(built):
+        return chain(finite_filter(), built)
+    return built
+
+
+def _remedy(built: Transform) -> str:
+    if built.kind.endswith("update"):
+        rules = [part.name for part in built.links if part.kind.endswith("update")]
+        return (
+            f"Remove {', '.join(map(repr, rules))}: the wrapped optimizer makes the update, with "
+            "its own learning rate and momentum."
+        )
+    if "rows" not in built.kind:
+        return f"Insert a reducer before {built.links[0].name!r}: {REDUCERS}."
+    return f"Insert a reducer after {built.links[-1].name!r}: {REDUCERS}."
+
+
+def _guards_rows(built: Transform) -> bool:
+    """Whether rows that are not finite are taken out before they are reduced."""
+    for part in built.links:
+        if "rows -> rows" not in part.kinds:
+            return False
+        if any(key.split("/")[-1] == "finite" for key in part.publishes):
+            return True
+    return False
+
+
+def finite_rows(out: Out) -> Tensor:
+    """What the first `finite_filter` of a guarded chain said of the rows. (M,) bool."""
+    found: Tensor = next(v for k, v in out.items() if k.split("/")[-1] == "finite" and v.ndim)
+    return found
+
+
+def own_state(state: State, params: Params) -> State:
+    """The state, with copies where it holds parameters, which the optimizer is about to write."""
+    written = {p.untyped_storage().data_ptr() for p in params.values()}
+
+    def own(leaf: Any) -> Any:
+        shared = isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() in written
+        return torch.clone(leaf) if shared else leaf
+
+    return _tree.tree_map(own, state)
+
+
+def write_grads(module: nn.Module, optimizer: torch.optim.Optimizer, grads: Tree) -> None:
+    """Make these the only gradients the optimizer will see."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = None  # of a parameter frozen since, or not of this model
+    for name, p in module.named_parameters():
+        if name in grads:
+            # A copy: optimizers may write into gradients, and want them laid out as parameters.
+            p.grad = torch.empty_like(p, requires_grad=False).copy_(grads[name])

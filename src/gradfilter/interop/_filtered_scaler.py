@@ -1,0 +1,72 @@
+"""Loss scaling with torch.amp.GradScaler, by its public methods alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from gradfilter import _tree
+from gradfilter._types import Params
+from gradfilter.grads._again import AgainStack
+from gradfilter.grads._loss import _own_loss
+from gradfilter.grads._stack import GradStack
+
+LARGEST_SCALE = 2.0**32
+"""Beyond this a scale that nothing ever overflows under would overflow the products of rows."""
+
+
+def scale_of(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | None:
+    """A copy of the present loss scale, or None where no losses are scaled. ()."""
+    if scaler is None or not scaler.is_enabled():
+        return None
+    return scaler.scale(torch.ones((), device=device)).detach().clamp(max=LARGEST_SCALE)
+
+
+def update_scale(scaler: torch.amp.GradScaler, overflow: Tensor) -> None:
+    """Tell a scaler whether gradients overflowed, and let it choose its next scale.
+
+    Args:
+        scaler: An enabled one.
+        overflow: () bool.
+    """
+    # A scaler learns of overflow only from the gradients of an optimizer: here is one.
+    messenger = torch.zeros(1, device=overflow.device)
+    messenger.grad = torch.where(overflow, torch.inf, 0.0).reshape(1)
+    scaler.unscale_(torch.optim.SGD([messenger], lr=0.0))
+    scaler.update()
+
+
+def scaled_criterion(criterion: Callable[..., Any] | None, scale: Tensor) -> Callable[..., Any]:
+    """The criterion for ``has_aux``: (scaled loss, loss).
+
+    Args:
+        criterion: As in `model_loss`.
+        scale: () factor of the loss.
+    """
+
+    def scaled(output: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        loss = _own_loss(output) if criterion is None else criterion(output, targets)
+        # A loss in half precision would overflow as soon as it is scaled.
+        return _tree.at_least_float32(loss) * scale, loss
+
+    return scaled
+
+
+def with_own_losses(rows: AgainStack) -> AgainStack:
+    """Rows of a `scaled_criterion` whose ``losses`` are not scaled, here and at other parameters.
+
+    The rows themselves stay those of the scaled losses.
+    """
+    origin = rows.origin
+    assert origin is not None  # rows of a batch always have one
+
+    def evaluate(params: Params, per_row: bool) -> GradStack:
+        return with_own_losses(cast(AgainStack, origin.evaluate(params, per_row)))
+
+    again = replace(origin, evaluate=evaluate)
+    same: AgainStack = replace(cast(Any, rows), losses=rows.aux, aux=None, origin=again)
+    return same

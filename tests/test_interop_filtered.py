@@ -1,0 +1,494 @@
+"""Filtered: the in-place wrapper does what the pure loop does, and leaves alone what it should."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import gradfilter as gf
+from _models import ConvBN, Dropped, Tied, WithLoss, images, token_loss, tokens, vectors
+from gradfilter import _tree
+from gradfilter.interop import Filtered
+
+PICKY = 0.9  # of random batches this accepts some rows and skips some steps
+NOTHING, ALL = 0.0, 2.0
+
+
+def spied(optimizer):
+    """How often the optimizer is called."""
+    calls, step = [], optimizer.step
+    optimizer.step = lambda *args, **kwargs: (calls.append(1), step(*args, **kwargs))[1]
+    return calls
+
+
+def sgd(model, lr=0.1):
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+
+
+def filtered(model, threshold=ALL, criterion=F.cross_entropy, m=4, optimizer=None, **options):
+    optimizer = sgd(model) if optimizer is None else optimizer
+    return Filtered(model, criterion, gf.agree_filter(threshold), optimizer, m, **options)
+
+
+def bits(*things):
+    """Everything a step may write, as copies."""
+    tensors = []
+    for thing in things:
+        state = thing if isinstance(thing, dict) else thing.state_dict()
+        tensors += [
+            torch.as_tensor(leaf).clone() for leaf in _tree.leaves(state) if leaf is not None
+        ]
+    return tensors
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def close(a, b, tolerance=1e-10):
+    torch.testing.assert_close(
+        dict(a.state_dict()), dict(b.state_dict()), rtol=tolerance, atol=tolerance
+    )
+
+
+CASES = {
+    "batch norm": (ConvBN, images, F.cross_entropy),
+    "tied, frozen and unused": (Tied, tokens, token_loss),
+    "plain": (lambda: Dropped(0.0), vectors, F.cross_entropy),
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("plan", ["auto", "loop"])
+def test_twenty_steps_are_those_of_the_pure_loop(case, plan):
+    make, batches, criterion = CASES[case]
+    model = make()
+    pure = copy.deepcopy(model)
+    update = gf.chain(gf.agree_filter(PICKY), gf.agc_clip(0.1), gf.sgd(0.05, momentum=0.9))
+    step = gf.train_step(gf.model_loss(pure, criterion), update, microbatches=4)
+    state = step.init(pure)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    transforms = gf.chain(gf.agree_filter(PICKY), gf.agc_clip(0.1))
+    wrapper = Filtered(model, criterion, transforms, optimizer, microbatches=4, plan=plan)
+    kept = 0
+    for _ in range(20):
+        batch = batches()
+        state, expected = step(state, batch)
+        result = wrapper.step(*batch)
+        kept += int(result.info["keep"])
+        torch.testing.assert_close(result.loss, expected.pop("loss"), rtol=1e-10, atol=1e-10)
+        assert result.info.keys() == expected.keys() - {"sgd/lr"}
+        for name, value in result.info.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-8, atol=1e-8)
+        gf.insert(pure, state["params"], state["buffers"])
+        close(model, pure)
+    assert 0 < kept <= 20
+
+
+@pytest.mark.usefixtures("float64")
+def test_groups_and_a_scheduler_as_in_a_loop_by_hand():
+    model = Dropped(0.0)
+    other = copy.deepcopy(model)
+
+    def adamw(net):
+        groups = [{"params": net.a.parameters()}, {"params": net.b.parameters(), "lr": 3e-2}]
+        optimizer = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1, foreach=True)
+        return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, [1e-2, 3e-2], 12)
+
+    optimizer, scheduler = adamw(model)
+    wrapper = filtered(model, optimizer=optimizer)
+    by_hand, other_scheduler = adamw(other)
+    for _ in range(10):
+        x, y = vectors()
+        wrapper.step(x, y)
+        scheduler.step()
+        by_hand.zero_grad()
+        F.cross_entropy(other(x), y).backward()  # all rows accepted: their mean is the gradient
+        by_hand.step()
+        other_scheduler.step()
+        close(model, other)
+        assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in by_hand.param_groups]
+
+
+def opposed():
+    """Two microbatches whose gradients disagree."""
+    x = torch.randn(3, 1, 6, 6)
+    return torch.cat([x, x]), torch.tensor([0, 0, 0, 1, 1, 1])
+
+
+def test_a_skipped_step_leaves_everything_but_buffers_to_the_bit():
+    model = ConvBN()
+    model.conv.weight.data[0] = -0.0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    wrapper = filtered(model, optimizer=optimizer, m=2)
+    wrapper.step(*images())
+    wrapper.transforms = gf.chain(gf.agree_filter(NOTHING))
+    calls = spied(optimizer)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    grads = [p.grad for p in model.parameters()]
+    before, values = bits(optimizer, params), bits(dict(enumerate(grads)))
+    seen = int(model.bn.num_batches_tracked)
+    mean = model.bn.running_mean.clone()
+    result = wrapper.step(*opposed())
+    assert not result.info["keep"] and not calls
+    assert same(bits(optimizer, params), before)
+    assert torch.signbit(model.conv.weight[0]).all()
+    assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
+    assert same(bits(dict(enumerate(grads))), values)
+    assert model.bn.num_batches_tracked == 2 * seen  # as many as in the step before
+    assert not torch.equal(model.bn.running_mean, mean)
+    wrapper.transforms = gf.chain(gf.agree_filter(ALL))
+    wrapper.step(*opposed())
+    assert len(calls) == 1 and not same(bits(optimizer, params), before)
+
+
+def counting(stop=None):
+    """A link with a state, which says how often it ran."""
+
+    def update(grads, state, params, **extra):
+        return grads, {"count": state["count"] + 1}, {"ran": state["count"]}
+
+    zero = lambda params: {"count": torch.zeros((), dtype=torch.int64)}
+    return gf.link("counting", "tree -> tree", update, init=zero, publishes=("ran",))
+
+
+def test_the_states_of_links_are_gated_with_the_optimizer():
+    model = ConvBN()
+    chain = gf.chain(gf.agree_filter(1.0), counting())
+    wrapper = Filtered(model, F.cross_entropy, chain, sgd(model), 2)
+    wrapper.step(*images(), keep=False)
+    wrapper.step(*images(), keep=torch.tensor(False))
+    assert wrapper.state_dict()["transforms"]["counting.count"] == 0
+    chain = gf.chain(gf.mean_rows(), counting())
+    wrapper = Filtered(model, F.cross_entropy, chain, sgd(model), 2)
+    wrapper.step(*images(), keep=False)
+    wrapper.step(*images())
+    assert wrapper.state_dict()["transforms"]["counting.count"] == 1
+
+
+def test_a_state_may_hold_parameters_and_gradients():
+    def update(grads, state, params, **extra):
+        return grads, {"params": params, "grads": grads}, {}
+
+    init = lambda params: {"params": params, "grads": params}
+    keeping = gf.link("keeping", "tree -> tree", update, init=init)
+    model = Dropped(0.0)
+    optimizer = sgd(model, lr=1.0)
+    chain = gf.chain(gf.mean_rows(), keeping)
+    wrapper = Filtered(model, F.cross_entropy, chain, optimizer, 2)
+    before = bits(dict(model.named_parameters()))
+    assert same(bits(gf.state_dict(wrapper._state["keeping"]["params"])), before)
+    wrapper.step(*vectors())
+    grads = bits(wrapper._state["keeping"]["grads"])
+    optimizer.zero_grad(set_to_none=False)
+    assert same(bits(wrapper._state["keeping"]["params"]), before)
+    assert same(bits(wrapper._state["keeping"]["grads"]), grads)
+    assert not same(bits(dict(model.named_parameters())), before)
+
+
+def test_a_run_goes_on_bit_for_bit(tmp_path):
+    def new(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        chain = gf.chain(gf.agree_filter(ALL), counting())
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        return Filtered(model, F.cross_entropy, chain, optimizer, 4, scaler=scaler)
+
+    model, batches = ConvBN(), [images() for _ in range(6)]
+    wrapper = new(model)
+    for batch in batches[:3]:
+        wrapper.step(*batch)
+    saved = {"model": model.state_dict(), **wrapper.state_dict()}
+    torch.save(saved, tmp_path / "run.pt")
+    torch.save(saved["transforms"], tmp_path / "transforms.pt")
+    torch.load(tmp_path / "transforms.pt", weights_only=True)
+    resumed = ConvBN()
+    again = new(resumed)
+    states = torch.load(tmp_path / "run.pt", weights_only=True)
+    resumed.load_state_dict(states.pop("model"))
+    again.load_state_dict(states)
+    for batch in batches[3:]:
+        wrapper.step(*batch)
+        again.step(*batch)
+    assert same(bits(model, wrapper.state_dict()), bits(resumed, again.state_dict()))
+    assert again.state_dict()["transforms"]["counting.count"] == 6
+    assert again.scaler.get_scale() == 64.0
+    with pytest.raises(ValueError, match=r"Expected the states .*'scaler'.*found"):
+        again.load_state_dict({k: v for k, v in states.items() if k != "scaler"})
+
+
+@pytest.mark.parametrize("plan", ["fused", "loop"])
+def test_autocast_around_one_step_or_many(plan):
+    batches = [vectors() for _ in range(3)]
+    model = Dropped(0.0)
+    plain, other = copy.deepcopy(model), copy.deepcopy(model)
+    a, b, c = (filtered(net, plan=plan) for net in (model, other, plain))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for batch in batches:
+            a.step(*batch)
+    for batch in batches:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            result = b.step(*batch)
+        c.step(*batch)
+    assert same(bits(model), bits(other)) and result.loss.isfinite()
+    assert not same(bits(model), bits(plain))
+    close(model, plain, tolerance=5e-2)
+
+
+class Overflowing(nn.Module):
+    """Finite outputs whose gradient overflows float32 for inputs near 1, if scaled."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.linear(x) + 0 * x[:, :1]
+
+
+def steep(output, targets):
+    """Cross entropy; targets of class 2 pass a gradient times 1e30, of the same loss."""
+    factor = torch.where(targets == 2, 1e33, 1.0)[:, None]
+    return F.cross_entropy(output + (output - output.detach()) * (factor - 1), targets)
+
+
+@pytest.mark.parametrize("plan", ["fused", "loop", "vmap"])
+def test_a_row_that_overflows_is_rejected_alone_and_the_scale_backs_off(plan):
+    model = nn.Linear(6, 3)
+    other = copy.deepcopy(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+    x, y = torch.randn(9, 6), torch.tensor([0, 1, 0, 2, 2, 2, 1, 0, 1])
+    wrapper = filtered(model, criterion=steep, m=3, scaler=scaler, plan=plan)
+    result = wrapper.step(x, y)
+    assert result.info["keep"] and result.info["finite_filter/finite"].tolist() == [1, 0, 1]
+    assert scaler.get_scale() == 2.0**19
+    torch.testing.assert_close(result.loss, F.cross_entropy(other(x), y))
+    filtered(other, m=2).step(torch.cat([x[:3], x[6:]]), torch.cat([y[:3], y[6:]]))
+    close(model, other, tolerance=1e-6)
+
+
+def test_a_row_without_a_finite_loss_does_not_lower_the_scale():
+    model = nn.Linear(6, 3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
+    x, y = vectors()
+    x[4] = torch.inf
+    result = filtered(model, scaler=scaler).step(x, y)
+    assert result.info["finite_filter/finite"].tolist() == [1, 0, 1, 1]
+    assert result.info["keep"] and scaler.get_scale() == 8.0
+    before = bits(model)
+    result = filtered(model, scaler=scaler).step(x + torch.inf, y)
+    assert not result.info["keep"] and same(bits(model), before)
+
+
+def test_a_scale_changes_nothing_else():
+    model = WithLoss()
+    other, off = copy.deepcopy(model), copy.deepcopy(model)
+    ids, labels = tokens()
+    batch = {"input_ids": ids, "attention_mask": torch.ones(12, 4), "labels": labels}
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaled = filtered(model, criterion=None, scaler=scaler)
+    disabled = filtered(off, criterion=None, scaler=torch.amp.GradScaler("cpu", enabled=False))
+    plain = filtered(other, criterion=None)
+    for _ in range(2):
+        result, expected = scaled.step(batch), plain.step(batch)
+        disabled.step(batch)
+        torch.testing.assert_close(result.loss, expected.loss)
+    close(model, other, tolerance=1e-6)
+    assert same(bits(off), bits(other))
+
+
+def test_a_users_finite_filter_is_enough_where_it_guards_rows():
+    scaler = torch.amp.GradScaler("cpu")
+    model = nn.Linear(6, 3)
+    first = gf.chain(gf.clip_per_row(1.0), gf.finite_filter(), gf.agree_filter())
+    late = gf.chain(gf.agree_filter(), gf.finite_filter())
+    make = lambda chain, s: Filtered(model, F.cross_entropy, chain, sgd(model), 4, scaler=s)
+    names = lambda chain, s=scaler: [part.name for part in make(chain, s).transforms.links]
+    assert names(first) == ["clip_per_row", "finite_filter", "agree_filter"]
+    assert names(late) == ["finite_filter", "agree_filter", "finite_filter"]
+    assert names(late, None) == ["agree_filter", "finite_filter"]
+    make(late, scaler).step(*vectors())
+
+
+SAM = lambda: gf.chain(gf.agree_filter(1.2), gf.sam_perturb(0.05))
+PER_ROW = lambda: gf.chain(gf.sam_perturb(0.05, per_microbatch=True), gf.agree_filter(1.2))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("plan", ["fused", "loop"])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("transforms", [lambda: gf.agree_filter(1.2), SAM, PER_ROW])
+def test_accumulated_batches_are_one_batch(plan, scaled, transforms):
+    model = ConvBN()
+    model.cumulative.momentum = 0.1
+    other = copy.deepcopy(model)
+    scaler = lambda: torch.amp.GradScaler("cpu", init_scale=64.0) if scaled else None
+    make = lambda net, m: Filtered(
+        net, F.cross_entropy, transforms(), sgd(net), m, plan=plan, scaler=scaler()
+    )
+    a, b = make(model, 2), make(other, 6)
+    for _ in range(3):
+        x, y = images(18)
+        before = bits(dict(model.named_parameters()))
+        loss = a.accumulate(x[:6], y[:6])
+        torch.testing.assert_close(
+            loss, F.cross_entropy(copy.deepcopy(other)(x[:6]), y[:6]), rtol=1, atol=1
+        )
+        a.accumulate(x[6:12], y[6:12])
+        assert same(bits(dict(model.named_parameters())), before)
+        with pytest.raises(RuntimeError, match="no accumulated rows in a checkpoint, found 2"):
+            a.state_dict()
+        result, expected = a.step(x[12:], y[12:]), b.step(x, y)
+        assert result.info["agree_filter/accepted"].shape == (6,)
+        torch.testing.assert_close(result.loss, expected.loss)
+        torch.testing.assert_close(dict(result.info), dict(expected.info))
+        close(model, other)
+    a.state_dict()
+
+
+def test_accumulated_rows_of_other_parameters():
+    model = nn.Linear(6, 3)
+    wrapper = filtered(model)
+    wrapper.accumulate(*vectors())
+    model.bias.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"same trainable parameters .* found \['bias'\]"):
+        wrapper.step(*vectors())
+
+
+def test_a_parameter_frozen_later_is_not_stepped_on():
+    model = nn.Linear(6, 3)
+    wrapper = filtered(model)
+    wrapper.step(*vectors())
+    model.bias.requires_grad_(False)
+    before = model.bias.clone()
+    wrapper.step(*vectors())
+    assert torch.equal(model.bias, before) and model.bias.grad is None
+
+
+def compiled(model):
+    torch._dynamo.reset()
+    return torch.compile(model, backend="eager")
+
+
+# Dynamo asks an activation, which is no leaf, for its gradient.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_compiled_model_takes_the_loop_and_says_why(inner):
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    other, names = copy.deepcopy(model), []
+    seen = gf.link(
+        "seen",
+        "tree -> tree",
+        lambda grads, state, params, **extra: (grads, names.append(list(params)) or state, {}),
+    )
+    chain = gf.chain(gf.agree_filter(1.2), seen)
+    runs = []
+    model[0].register_forward_hook(lambda *_: runs.append(torch.compiler.is_compiling()))
+    if inner:
+        model[2] = compiled(model[2])
+    user = model if inner else compiled(model)
+    with pytest.warns(UserWarning, match="torch refuses vmap over a compiled module") as caught:
+        wrapper = Filtered(user, F.cross_entropy, chain, sgd(model), 4)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    plain = filtered(other, 1.2, plan="loop")
+    for _ in range(3):
+        batch = vectors()
+        wrapper.step(*batch)
+        plain.step(*batch)
+    assert any(runs) or inner
+    for (_, a), (_, b) in zip(model.state_dict().items(), other.state_dict().items(), strict=True):
+        torch.testing.assert_close(a, b)
+    if not inner:
+        assert names[0] == [name for name, _ in other.named_parameters()]
+    Filtered(user, F.cross_entropy, chain, sgd(model), 4, plan="loop")
+    with pytest.raises(ValueError, match=r'expected plan "loop" .* compiled module, found .fused'):
+        Filtered(user, F.cross_entropy, chain, sgd(model), 4, plan="fused")
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.b(checkpoint(lambda h: self.a(h).tanh(), x, use_reentrant=False))
+
+
+def test_a_checkpointed_model_falls_back_once():
+    model = Checkpointed()
+    other = copy.deepcopy(model)
+    wrapper, plain = filtered(model), filtered(other, plan="loop")
+    batches = [vectors() for _ in range(3)]
+    with pytest.warns(UserWarning, match='Fell back to plan "loop"') as caught:
+        for batch in batches:
+            wrapper.step(*batch)
+    assert len(caught) == 1
+    for batch in batches:
+        plain.step(*batch)
+    assert same(bits(model), bits(other))
+
+
+def test_channels_last_stays():
+    model = ConvBN().to(memory_format=torch.channels_last)
+    model.conv = nn.Conv2d(2, 4, 3).to(memory_format=torch.channels_last)
+    other = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    wrapper = filtered(model, optimizer=optimizer)
+    x, y = torch.randn(12, 2, 6, 6), torch.arange(12) % 3
+    wrapper.step(x.to(memory_format=torch.channels_last), y)
+    assert model.conv.weight.grad.stride() == model.conv.weight.stride()
+    assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    filtered(other, optimizer=torch.optim.SGD(other.parameters(), lr=0.1)).step(x, y)
+    close(model, other, tolerance=1e-4)
+
+
+def test_one_row_per_sample():
+    model = nn.Linear(6, 3)
+    wrapper = Filtered(model, F.cross_entropy, gf.consensus_filter(), sgd(model), None)
+    assert wrapper.step(*vectors()).info["consensus_filter/accepted"].shape == (12,)
+
+
+def test_a_chain_of_another_kind_is_refused_with_its_remedy():
+    model = nn.Linear(6, 3)
+    make = lambda chain: Filtered(model, F.cross_entropy, chain, sgd(model), 4)
+    for chain, remedy in [
+        (gf.chain(gf.agree_filter(), gf.sgd(0.1), gf.ema_params()), "Remove 'sgd', 'ema_params'"),
+        (gf.sgd(0.1), "Remove 'sgd'"),
+        (gf.clip_per_row(1.0), "Insert a reducer after 'clip_per_row'"),
+        (gf.chain(gf.agc_clip(), gf.clip_by_global_norm(1.0)), "a reducer before 'agc_clip'"),
+    ]:
+        with pytest.raises(TypeError, match=remedy):
+            make(chain)
+    with pytest.raises(TypeError, match="Call the factory"):
+        make(gf.agree_filter)
+
+
+def test_arguments_that_cannot_be():
+    model, wrong = nn.Linear(6, 3), nn.Linear(6, 3)
+    with pytest.raises(ValueError, match="an optimizer over trainable parameters of the model"):
+        filtered(model, optimizer=sgd(wrong))
+    with pytest.raises(ValueError, match="microbatches >= 1"):
+        filtered(model, m=0)
+    with pytest.raises(ValueError, match="Expected plan"):
+        filtered(model, plan="fast")
+    wrapper = filtered(model)
+    before = bits(model)
+    with pytest.raises(TypeError, match=r"Expected step\(inputs, targets\), or one dict"):
+        wrapper.step(torch.randn(12, 6))
+    with pytest.raises(TypeError, match=r"Expected a criterion for step\(inputs, targets\)"):
+        filtered(model, criterion=None).step(*vectors())
+    with pytest.raises(ValueError, match="divisible by the number of microbatches"):
+        wrapper.step(*vectors(10))
+    assert same(bits(model), before)
+
+
+def test_what_is_saved_needs_no_module():
+    model = nn.Linear(6, 3)
+    file = io.BytesIO()
+    torch.save(filtered(model).state_dict()["transforms"], file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True) == {}
