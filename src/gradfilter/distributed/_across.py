@@ -1,0 +1,59 @@
+"""The link that makes the rows of all ranks one stack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from gradfilter._types import Out, Params, State, Transform
+from gradfilter.distributed._rank_stack import RankStack
+from gradfilter.grads._stack import GradStack
+from gradfilter.transforms._link import link
+
+
+def across_ranks(group: dist.ProcessGroup | None = None) -> Transform:
+    """From here on the chain sees the rows of all ranks: `RankStack` as a link.
+
+    What stands before it happens on every rank by itself, what stands after it is the same on all.
+    Its place in a chain is therefore a choice::
+
+        chain(across_ranks(), agree_filter(t), sam_perturb(r), sgd(lr))  # one perturbation for all
+        chain(sam_perturb(r), across_ranks(), mean_rows(), sgd(lr))      # m-sharpness: every rank
+                                                       # perturbs along its own gradient, unasked
+        chain(clip_per_row(c), across_ranks(), consensus_filter(), sgd(lr))
+
+    All ranks start from the same parameters and state, and then keep them, to the bit.
+
+    Args:
+        group: The process group; None for all processes.
+
+    Needs: rows, as many on every rank. ``clean_grads`` of a sam_perturb before it are passed on as
+    rows of all ranks.
+
+    Raises:
+        ValueError: At a step, on every rank: rows or leaves differ between ranks.
+        RuntimeError: At a step: there is no process group, or another rank is gone.
+
+    Example:
+        >>> import torch, torch.distributed as dist, gradfilter as gf
+        >>> from gradfilter.distributed import across_ranks
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> update = gf.chain(across_ranks(), gf.agree_filter(0.97), gf.sgd(1.0))
+        >>> params = {"w": torch.zeros(2)}
+        >>> rows = {"w": torch.tensor([[1.0, 0.0], [1.0, 0.2]])}
+        >>> update(params, update.init(params), rows)[0]
+        {'w': tensor([-1.0000, -0.1000])}
+        >>> dist.destroy_process_group()
+    """
+
+    def update(
+        rows: GradStack, state: State, params: Params, /, **extra: Any
+    ) -> tuple[GradStack, State, Out]:
+        clean = extra.get("clean_grads")
+        spread = RankStack(rows, group)
+        if isinstance(clean, GradStack):
+            return spread, state, {"clean_grads": RankStack(clean, group)}
+        return spread, state, {}
+
+    return link("across_ranks", "rows -> rows", update)

@@ -1,0 +1,131 @@
+"""The ranks of a process group, and the few collectives that are asked of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """A process group as one of its members sees it.
+
+    Every method is a collective: all ranks call it, in the same order.
+
+    Attributes:
+        group: The process group.
+        rank: This process's place in the group.
+        size: How many there are, W.
+    """
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+
+    @staticmethod
+    def of(group: dist.ProcessGroup | None) -> Ranks:
+        """The members of a group; None for all processes.
+
+        Raises:
+            RuntimeError: There is no process group, or this process is not in it.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                "Expected a process group, found none. Call "
+                "torch.distributed.init_process_group() first, in processes started by torchrun."
+            )
+        found = dist.group.WORLD if group is None else group
+        rank = dist.get_rank(found) if isinstance(found, dist.ProcessGroup) else -1
+        if rank < 0 or not isinstance(found, dist.ProcessGroup):
+            raise RuntimeError(
+                f"Expected a process group that rank {dist.get_rank()} is a member of, found "
+                "another one. Only members may call this."
+            )
+        return Ranks(found, rank, dist.get_world_size(found))
+
+    def exchange(self, parcels: Tensor) -> Callable[[], Tensor]:
+        """Start sending parcel w to rank w. (W, *shape).
+
+        Returns:
+            Waits for the parcels that all ranks sent here, rank by rank. (W, *shape)
+        """
+        parts = torch.empty_like(parcels)
+        return self._started(
+            "exchanging gradients",
+            parts,
+            lambda: dist.all_to_all_single(parts, parcels, group=self.group, async_op=True),
+        )
+
+    def start_gather(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Start `gather`, and wait for it when the result is called."""
+        parts, own = tensor.new_empty(self.size, *tensor.shape), tensor.contiguous()[None]
+        return self._started(
+            "gathering",
+            parts,
+            lambda: dist.all_gather_into_tensor(parts, own, group=self.group, async_op=True),
+        )
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """What every rank has, rank by rank. (W, *shape)."""
+        return self.start_gather(tensor)()
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks, the same bits on each."""
+        total = tensor.clone()
+        with self._talking("adding up"):
+            dist.all_reduce(total, group=self.group)
+        return total
+
+    def gather_on_host(self, numbers: list[int]) -> list[list[int]]:
+        """A few integers of every rank, without waiting for an accelerator."""
+        group = _host_group(self.group)
+        parts = torch.empty(self.size, len(numbers), dtype=torch.int64)
+        with self._talking("comparing notes"):
+            dist.all_gather_into_tensor(parts, torch.tensor([numbers]), group=group)
+        found: list[list[int]] = parts.tolist()
+        return found
+
+    def _started(
+        self, doing: str, result: Tensor, collective: Callable[[], dist.Work | None]
+    ) -> Callable[[], Tensor]:
+        with self._talking(doing):
+            work = collective()
+
+        def wait() -> Tensor:
+            # The collective holds on to what it sends and fills until then.
+            with self._talking(doing):
+                if work is not None:
+                    work.wait()
+            return result
+
+        return wait
+
+    @contextmanager
+    def _talking(self, doing: str) -> Iterator[None]:
+        """Say what a failed collective means."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"Rank {self.rank} of {self.size} lost the others while {doing}: one of them died, "
+                "raised an error, or was silent for longer than the process group's timeout. "
+                "Nothing was updated in this step. Look for the first error among the ranks, and "
+                f"start all of them again from a checkpoint. torch.distributed says: {error}"
+            ) from error
+
+
+@lru_cache(maxsize=16)
+def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The group itself if it talks between CPUs, else one of the same ranks that does."""
+    if "cpu" in dist.get_backend_config(group) or dist.get_backend(group) in ("gloo", "mpi"):
+        return group
+    members = dist.get_process_group_ranks(group)
+    made = dist.new_group(members, backend="gloo", use_local_synchronization=True)
+    assert isinstance(made, dist.ProcessGroup)  # this rank is a member
+    return made

@@ -1,0 +1,82 @@
+"""Whether all ranks hold the same leaves and as many rows, said before anything is exchanged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Any
+
+from torch import Tensor
+
+from gradfilter.distributed._ranks import Ranks
+from gradfilter.grads._again import AgainStack
+from gradfilter.grads._dense import DenseStack
+from gradfilter.grads._stack import GradStack
+
+
+def check_alike(stack: GradStack, ranks: Ranks) -> None:
+    """Refuse, on every rank, stacks that cannot be rows of one matrix.
+
+    Args:
+        stack: The local rows.
+        ranks: Whose stacks are compared.
+
+    Raises:
+        ValueError: Number of rows, leaves, their order, shapes or dtypes differ; it names two
+            ranks and the difference.
+    """
+    text = _described(stack)
+    digest = int.from_bytes(sha256(text).digest()[:8], signed=True)
+    notes = ranks.gather_on_host([len(stack), digest, len(text)])
+    # All ranks read the same notes, so all of them take the same way from here.
+    for rank, note in enumerate(notes):
+        if note[0] != notes[0][0]:
+            raise ValueError(
+                f"RankStack: expected as many rows on every rank, found {notes[0][0]} on rank 0 "
+                f"and {note[0]} on rank {rank}. Give all ranks batches of one size; drop_last=True "
+                "in the DataLoader leaves out a last one that is smaller."
+            )
+    other = next((rank for rank, note in enumerate(notes) if note[1] != notes[0][1]), None)
+    if other is not None:
+        # Read by every rank, because gathering is done by all or by none.
+        longest = max(note[2] for note in notes)
+        letters = ranks.gather_on_host([*text, *bytes(longest - len(text))])
+        ours, theirs = (json.loads(bytes(letters[rank][: notes[rank][2]])) for rank in (0, other))
+        raise ValueError(
+            f"RankStack: expected the same leaves in the same order on every rank, found "
+            f"{_difference(ours, theirs, other)}. Build the same model, with the same frozen "
+            "parameters, on all ranks."
+        )
+
+
+def _described(stack: GradStack) -> bytes:
+    """Names, shapes and dtypes of the leaves in order, and whether losses are known."""
+    tensors: Mapping[str, Tensor] = {}
+    if isinstance(stack, DenseStack):
+        tensors = stack.rows
+    elif isinstance(stack, AgainStack) and stack.origin is not None:
+        tensors = stack.origin.params
+    leaves = [
+        [name, list(shape), str(tensors[name].dtype) if name in tensors else "unknown"]
+        for name, shape in stack.shapes.items()
+    ]
+    return json.dumps([*leaves, stack.losses is not None]).encode()
+
+
+def _difference(ours: list[Any], theirs: list[Any], other: int) -> str:
+    """The first thing in which two ranks differ, in words."""
+    *ours, known = ours
+    *theirs, also_known = theirs
+    for place, (a, b) in enumerate(zip(ours, theirs, strict=False)):
+        if a != b:
+            return f"leaf {place} is {_words(a)} on rank 0 and {_words(b)} on rank {other}"
+    if len(ours) != len(theirs):
+        return f"{len(ours)} leaves on rank 0 and {len(theirs)} on rank {other}"
+    here, there = ("known" if losses else "unknown" for losses in (known, also_known))
+    return f"losses {here} on rank 0 and {there} on rank {other}"
+
+
+def _words(leaf: list[Any]) -> str:
+    name, shape, dtype = leaf
+    return f"{name!r} of shape {shape} and dtype {dtype}"

@@ -1,0 +1,102 @@
+"""The rows of all ranks, before they are cut or scaled: what every view of them shares."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradfilter import _tree
+from gradfilter._types import Tree
+from gradfilter.distributed._exchange import Bucket, combined, exchanged
+from gradfilter.distributed._ranks import Ranks
+from gradfilter.grads._stack import GradStack
+
+
+@dataclass(eq=False)
+class SpreadRows:
+    """W times M rows, M of them here. All methods but `mine` are collectives.
+
+    Attributes:
+        local: The M rows of this rank.
+        ranks: Where the rows are.
+        live: Which rows take part, rank-major. (M·W,) bool
+        losses: Of all rows, or None. (M·W,)
+    """
+
+    local: GradStack
+    ranks: Ranks
+    live: Tensor
+    losses: Tensor | None
+    _gram: Tensor | None = None
+    _buckets: list[Bucket] | None = None
+
+    @staticmethod
+    def of(local: GradStack, ranks: Ranks) -> SpreadRows:
+        """Gather what there is one number per row of, at once: later only some ranks may ask."""
+        live, losses = local.live, local.losses
+        if losses is None:
+            return SpreadRows(local, ranks, ranks.gather(live.byte()).flatten().bool(), None)
+        dtype = _tree.wide(live)
+        both = ranks.gather(torch.stack([live.to(dtype), losses.detach().to(dtype)]))  # (W, 2, M)
+        live, all_losses = both[:, 0].flatten() != 0, both[:, 1].flatten().to(losses.dtype)
+        return SpreadRows(local, ranks, live, all_losses)
+
+    def __len__(self) -> int:
+        """M·W."""
+        return len(self.local) * self.ranks.size
+
+    def mine(self, per_row: Tensor) -> Tensor:
+        """This rank's part of a tensor with one entry per row. (M, ...)."""
+        start = len(self.local) * self.ranks.rank
+        return per_row[start : start + len(self.local)]
+
+    def columns(self, names: Collection[str]) -> SpreadRows:
+        """The same rows on some of the leaves."""
+        return SpreadRows(self.local.columns(names), self.ranks, self.live, self.losses)
+
+    @property
+    def is_exchanged(self) -> bool:
+        """Whether every rank holds a shard of all rows, or their Gram."""
+        return self._gram is not None
+
+    def gram(self) -> Tensor:
+        """J Jᵀ, the same bits on every rank. (M·W, M·W)."""
+        if self._gram is None:
+            buckets, parts = [], []
+            for bucket in exchanged(self.local.stacked(), self.ranks):
+                parts.append(_tree.inner(bucket.shard, bucket.shard))
+                buckets.append(bucket)
+            self._buckets = buckets
+            self._gram = self.ranks.total(torch.stack(parts).sum(0))
+        return self._gram
+
+    def combine(self, weights: Tensor) -> Tree:
+        """Wᵀ J for weights (M·W,), the same bits on every rank."""
+        if self._buckets is not None:
+            return combined(self._buckets, weights, self.ranks)
+        # Without shards of all rows, the sum of the local ones is all that has to travel.
+        own = self.local.combine(self.mine(weights))
+        sums = exchanged({name: g[None] for name, g in own.items()}, self.ranks)
+        return combined(sums, weights.new_ones(self.ranks.size), self.ranks)
+
+    def dot(self, tree: Mapping[str, Tensor]) -> Tensor:
+        """J v. (M·W,)."""
+        return self.ranks.gather(self.local.dot(tree)).flatten()
+
+    def sq_norms(self) -> Tensor:
+        """diag(J Jᵀ). (M·W,)."""
+        if self._gram is not None:
+            return self._gram.diagonal()
+        return self.ranks.gather(self.local.sq_norms()).flatten()
+
+    def stacked(self) -> Tree:
+        """All rows, on every rank. (M·W, *shape)."""
+        return {n: self.ranks.gather(g).flatten(0, 1) for n, g in self.local.stacked().items()}
+
+    def release(self) -> None:
+        """Let go of the shards, and of what the local rows were computed from."""
+        self._buckets = None
+        self.local.release()

@@ -1,0 +1,35 @@
+"""What collectives send, counted from the tensors that torch hands to the process group."""
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def _bytes(tensors):
+    flat = []
+    for item in tensors if isinstance(tensors, list | tuple) else [tensors]:
+        flat += item if isinstance(item, list | tuple) else [item]
+    return sum(t.numel() * t.element_size() for t in flat)
+
+
+class Wire(TorchDispatchMode):
+    """Counts the bytes one rank sends, with ring algorithms, and names every collective."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.sent, self.calls = size, 0.0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        if name.startswith("c10d::"):
+            self.calls.append(name.removeprefix("c10d::"))
+            self.sent += self._leaving(self.calls[-1], args)
+        return function(*args, **(kwargs or {}))
+
+    def _leaving(self, name, args):
+        share = (self.size - 1) / self.size
+        if name == "alltoall_base_":
+            return _bytes(args[1]) * share  # (output, input)
+        if name in ("_allgather_base_", "allgather_into_tensor_coalesced_"):
+            return _bytes(args[1]) * (self.size - 1)
+        if name == "allreduce_":
+            return 2 * _bytes(args[0]) * share
+        raise AssertionError(f"no formula for what {name} sends")

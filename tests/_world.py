@@ -1,0 +1,96 @@
+"""A few processes with a gloo process group, that run a function of a test module on every rank."""
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "gradfilter", "gradfilter.distributed"])
+PATIENCE = 120  # seconds for which a test waits for any rank
+
+
+class Failed(AssertionError):
+    """What went wrong on a rank."""
+
+
+class World:
+    """W processes; ``run(function, *args)`` gives what ``function(*args)`` returned on each."""
+
+    def __init__(self, size, timeout=PATIENCE):
+        self.folder = tempfile.TemporaryDirectory()
+        store = str(Path(self.folder.name) / "store")
+        self.pipes, self.processes = [], []
+        for rank in range(size):
+            here, there = CONTEXT.Pipe()
+            process = CONTEXT.Process(
+                target=_serve, args=(there, store, rank, size, timeout), daemon=True
+            )
+            process.start()
+            there.close()
+            self.pipes.append(here)
+            self.processes.append(process)
+
+    def start(self, function, *args):
+        """Let every rank begin."""
+        for pipe in self.pipes:
+            pipe.send((function, args))
+
+    def outcome(self, rank):
+        """``(True, result)`` or ``(False, what was raised)`` of a rank."""
+        if not self.pipes[rank].poll(PATIENCE):
+            raise Failed(f"rank {rank} has said nothing for {PATIENCE} s")
+        return self.pipes[rank].recv()
+
+    def outcomes(self):
+        return [self.outcome(rank) for rank in range(len(self.pipes))]
+
+    def run(self, function, *args):
+        self.start(function, *args)
+        found = self.outcomes()
+        wrong = [f"rank {rank}: {said}" for rank, (fine, said) in enumerate(found) if not fine]
+        if wrong:
+            raise Failed("\n".join(wrong))
+        return [said for _, said in found]
+
+    def errors(self, function, *args):
+        """The messages that all ranks raised; an error if one of them did not."""
+        self.start(function, *args)
+        found = self.outcomes()
+        assert not any(fine for fine, _ in found), found
+        return [said for _, said in found]
+
+    def signal(self, rank, number):
+        os.kill(self.processes[rank].pid, number)
+
+    def close(self):
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        self.folder.cleanup()
+
+
+def _serve(pipe, store, rank, size, timeout):
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout),
+    )
+    while True:
+        function, args = pipe.recv()
+        torch.manual_seed(0)
+        try:
+            pipe.send((True, function(*args)))
+        except Exception as error:
+            pipe.send((False, f"{error}\n{traceback.format_exc()}"))

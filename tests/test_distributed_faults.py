@@ -1,0 +1,178 @@
+"""What goes wrong with several ranks: an error on all of them that says what, never an update."""
+
+import copy
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import gradfilter as gf
+from _world import World
+from gradfilter.distributed import RankStack, across_ranks
+
+LEAVES = {"a.weight": (2, 3), "a.bias": (2,)}
+
+
+def rows(m=2, leaves=LEAVES, dtype=torch.float64):
+    return {name: torch.ones(m, *shape, dtype=dtype) for name, shape in leaves.items()}
+
+
+@pytest.fixture(scope="module")
+def four():
+    world = World(4)
+    yield world
+    world.close()
+
+
+def fewer_rows():
+    RankStack(rows(3 if dist.get_rank() == 2 else 2))
+
+
+def another_order():
+    leaves = dict(reversed(LEAVES.items())) if dist.get_rank() == 3 else LEAVES
+    RankStack(rows(leaves=leaves))
+
+
+def another_shape():
+    RankStack(rows(leaves={**LEAVES, "a.bias": (5,)} if dist.get_rank() == 1 else LEAVES))
+
+
+def another_dtype():
+    RankStack(rows(dtype=torch.float32 if dist.get_rank() == 1 else torch.float64))
+
+
+def one_leaf_less():
+    RankStack(rows(leaves={"a.weight": (2, 3)} if dist.get_rank() == 1 else LEAVES))
+
+
+def losses_on_some():
+    losses = None if dist.get_rank() == 1 else torch.ones(2)
+    RankStack(gf.DenseStack(rows(), losses=losses))
+
+
+DIFFERENCES = {
+    fewer_rows: "2 on rank 0 and 3 on rank 2",
+    another_order: "leaf 0 is 'a.weight' of shape [2, 3] and dtype torch.float64 on rank 0 and "
+    "'a.bias' of shape [2] and dtype torch.float64 on rank 3",
+    another_shape: "leaf 1 is 'a.bias' of shape [2] and dtype torch.float64 on rank 0 and "
+    "'a.bias' of shape [5] and dtype torch.float64 on rank 1",
+    another_dtype: "and 'a.weight' of shape [2, 3] and dtype torch.float32 on rank 1",
+    one_leaf_less: "2 leaves on rank 0 and 1 on rank 1",
+    losses_on_some: "losses known on rank 0 and unknown on rank 1",
+}
+
+
+def fine():
+    return RankStack(rows()).gram().sum().item()
+
+
+@pytest.mark.parametrize("difference", DIFFERENCES, ids=lambda f: f.__name__)
+def test_ranks_that_differ_are_named_on_every_rank(four, difference):
+    for said in four.errors(difference):
+        assert said.startswith("RankStack: expected") and DIFFERENCES[difference] in said
+    assert four.run(fine) == [8 * 8 * 8.0] * 4  # and nothing is left half-sent
+
+
+def stranger():
+    group = dist.new_group([0, 2])
+    if dist.get_rank() in (0, 2):
+        return RankStack(rows(), group).gram().shape[0]
+    with pytest.raises(RuntimeError, match=r"Expected a process group that rank . is a member of"):
+        RankStack(rows(), group)
+    return None
+
+
+def test_a_group_of_some_ranks(four):
+    assert four.run(stranger) == [4, None, 4, None]
+
+
+def test_without_a_process_group_the_error_says_what_to_call():
+    with pytest.raises(RuntimeError, match=r"init_process_group\(\) first, .* torchrun"):
+        RankStack(rows())
+
+
+# A rank that is killed, stalls or raises.
+
+UPDATE = gf.chain(across_ranks(), gf.agree_filter(1.0), gf.sgd(0.1, momentum=0.9))
+
+
+def steps(victim, harm):
+    """Ten steps, and what was updated and said when something happened to one rank in the fifth."""
+    params = {name: torch.zeros(shape) for name, shape in LEAVES.items()}
+    state = UPDATE.init(params)
+    for step in range(10):
+        before = copy.deepcopy((params, state))
+        if step == 4 and dist.get_rank() == victim:
+            if harm == "raises":
+                raise ValueError("my own mistake")
+            time.sleep(60)  # until it is killed, or for longer than the others wait
+        try:
+            params, state, _ = UPDATE(params, state, rows(), donate=True)
+        except RuntimeError as error:
+            now, then = (gf.state_dict(tree) for tree in ((params, state), before))
+            unchanged = all(torch.equal(now[name], then[name]) for name in then)
+            return step, unchanged, str(error)
+    return None
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("harm", ["killed", "stalls"])
+def test_the_others_fail_within_the_timeout_when_a_rank_is_gone(size, harm):
+    timeout, victim = 4, size - 1
+    world = World(size, timeout=timeout)
+    try:
+        world.start(steps, victim, harm)
+        if harm == "killed":
+            time.sleep(2.0)
+            world.signal(victim, signal.SIGKILL)
+        start = time.monotonic()
+        for rank in range(size):
+            if rank != victim:
+                fine, said = world.outcome(rank)
+                assert fine, said
+                step, unchanged, message = said
+                assert step == 4 and unchanged
+                assert f"Rank {rank} of {size} lost the others while" in message
+                assert "Nothing was updated in this step" in message
+        assert time.monotonic() - start < 3 * timeout + 10
+    finally:
+        world.close()
+
+
+def test_the_others_fail_when_a_rank_raises():
+    world = World(2, timeout=3)
+    try:
+        world.start(steps, 1, "raises")
+        fine, said = world.outcome(1)
+        assert not fine and said.startswith("my own mistake")
+        fine, (step, unchanged, message) = world.outcome(0)
+        assert fine and step == 4 and unchanged
+        assert "raised an error" in message
+    finally:
+        world.close()
+
+
+def nan_rank(seed):
+    """Rank 1 has nothing but NaN for a while; the others go on without it."""
+    g = torch.Generator().manual_seed(seed)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    params = {name: torch.zeros(shape) for name, shape in LEAVES.items()}
+    update = gf.chain(across_ranks(), gf.finite_filter(), gf.agree_filter(2.0), gf.sgd(1.0))
+    state, expected = update.init(params), {n: torch.zeros(s) for n, s in LEAVES.items()}
+    for step in range(3):
+        full = {n: torch.randn(size, 2, *s, generator=g) for n, s in LEAVES.items()}
+        if step < 2:
+            full["a.bias"][1, :, 0] = torch.nan
+        good = [r for r in range(size) if r != 1 or step == 2]
+        for n in expected:
+            expected[n] -= full[n][good].flatten(0, 1).mean(0)
+        params, state, info = update(params, state, {n: t[rank] for n, t in full.items()})
+        assert info["keep"] and info["agree_filter/accepted"].sum() == 2 * len(good)
+    for n in expected:
+        torch.testing.assert_close(params[n], expected[n], rtol=1e-12, atol=1e-12)
+
+
+def test_a_rank_of_nan_rows_is_left_out_and_training_goes_on(four):
+    four.run(nan_rank, 0)

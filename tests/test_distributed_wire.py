@@ -1,0 +1,98 @@
+"""What is sent, by the sizes of the tensors that the collectives are given."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import gradfilter as gf
+from _wire import Wire
+from _world import World
+from gradfilter.distributed import RankStack, across_ranks
+
+P = 12_000  # divides by every W, so that nothing is filled up
+NUMBERS = 8  # bytes each, in float64
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def world(request):
+    world = World(request.param)
+    yield world
+    world.close()
+
+
+def rows(m):
+    rank = dist.get_rank()
+    g = torch.Generator().manual_seed(rank)
+    return {
+        "a": torch.randn(m, 100, 90, generator=g) + 1,
+        "b": torch.randn(m, P - 9000, generator=g) + 1,
+    }
+
+
+def sent(m, name, *arguments):
+    """Bytes per number of a shared gradient, beside what making the stack takes."""
+    size = dist.get_world_size()
+    stack = RankStack(rows(m))
+    with Wire(size) as wire:
+        if name == "gram":
+            stack.gram()
+        elif name == "combine":
+            stack.combine(torch.ones(m * size))
+        elif name == "both":
+            stack.gram()
+            stack.combine(torch.ones(m * size))
+        else:
+            link = getattr(gf, name)(*arguments)
+            params = {n: leaf[0] for n, leaf in stack.shapes.items()}
+            params = {n: torch.zeros(shape) for n, shape in stack.shapes.items()}
+            link.update(stack, {}, params)
+    return wire.sent / NUMBERS, wire.calls
+
+
+def all_alike(found):
+    assert all(one == found[0] for one in found)
+    return found[0]
+
+
+@pytest.mark.parametrize("m", [1, 2, 8])
+def test_a_gram_sends_the_rows_once_and_a_combination_one_more(world, m):
+    size = len(world.pipes)
+    share = (size - 1) / size
+    numbers = 2 * (m * size) ** 2 * share  # the Gram itself, by a ring all-reduce
+    gram, calls = all_alike(world.run(sent, m, "gram"))
+    assert gram == pytest.approx(m * P * share + numbers)
+    assert calls.count("allreduce_") == 1
+    both, _ = all_alike(world.run(sent, m, "both"))
+    assert both == pytest.approx((m + 1) * P * share + numbers)
+    combination, _ = all_alike(world.run(sent, m, "combine"))
+    assert combination == pytest.approx(2 * P * share)  # whatever M is
+
+
+def test_filtering_one_row_per_rank_sends_what_an_all_reduce_sends(world):
+    size = len(world.pipes)
+    ring = 2 * P * (size - 1) / size
+    for rule in ("agree_filter", "consensus_filter", "mean_rows"):
+        found, _ = all_alike(world.run(sent, 1, rule))
+        assert ring <= found <= 1.05 * ring, rule
+
+
+@pytest.mark.parametrize("m", [2, 3, 16])
+def test_consensus_takes_two_sums_of_gradients_and_a_few_numbers(world, m):
+    size = len(world.pipes)
+    ring = 2 * P * (size - 1) / size
+    found, calls = all_alike(world.run(sent, m, "consensus_filter"))
+    few = 2 * m * size if m > 2 else 2 * (m * size) ** 2
+    assert found <= 2 * ring + few
+    assert ("allreduce_" in calls) == (m <= 2)  # a Gram, where that sends less
+
+
+def making(m):
+    size, local = dist.get_world_size(), gf.DenseStack(rows(m), losses=torch.ones(m))
+    with Wire(size) as wire:
+        across_ranks().update(local, {}, {n: leaf[0] for n, leaf in local.rows.items()})
+    return wire.sent / NUMBERS
+
+
+def test_making_a_stack_sends_a_few_numbers(world):
+    for found in world.run(making, 4):
+        assert found == (3 + 2 * 4) * (len(world.pipes) - 1)
