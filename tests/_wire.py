@@ -19,8 +19,10 @@ class Wire(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name
-        if name.startswith("c10d::"):
-            self.calls.append(name.removeprefix("c10d::"))
+        space, _, call = name.partition("::")
+        talks = space in ("c10d", "_c10d_functional")
+        if talks and not call.startswith(("wait", "_wrap")):
+            self.calls.append(call)
             self.sent += self._leaving(self.calls[-1], args)
         return function(*args, **(kwargs or {}))
 
@@ -30,6 +32,6 @@ class Wire(TorchDispatchMode):
             return _bytes(args[1]) * share  # (output, input)
         if name in ("_allgather_base_", "allgather_into_tensor_coalesced_"):
             return _bytes(args[1]) * (self.size - 1)
-        if name == "allreduce_":
+        if name in ("allreduce_", "all_reduce"):
             return 2 * _bytes(args[0]) * share
         raise AssertionError(f"no formula for what {name} sends")

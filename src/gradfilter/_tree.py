@@ -12,6 +12,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from gradfilter._shards import parts
+
 T = TypeVar("T")
 
 # Columns per partial product. Short float32 sums lose little, and their totals are added up in
@@ -129,7 +131,13 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
 
 def sq_norm(tree: Mapping[str, Tensor]) -> Tensor:
     """The squared 2-norm of a tree. ()."""
-    return torch.stack([row_sq_norms(v)[0] for v in _vectors(tree, tree)]).sum()
+    sums = [
+        part.summed(
+            torch.stack([row_sq_norms(v)[0] for v in _vectors(part.leaves, part.leaves)]).sum()
+        )
+        for part in parts(tree)
+    ]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
 
 CACHED = 2**18
@@ -138,6 +146,12 @@ CACHED = 2**18
 
 def products(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     """``<a, a>``, ``<a, b>`` and ``<b, b>``, on a CPU in one pass over the memory. (3,)."""
+    pairs = zip(parts(a), parts({name: b[name] for name in a}), strict=True)
+    sums = [x.summed(_products(x.leaves, y.leaves)) for x, y in pairs]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+
+def _products(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     terms: list[Tensor] = []
     for x, y in zip(_vectors(a, a), _vectors(b, a), strict=True):
         dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)

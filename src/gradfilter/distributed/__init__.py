@@ -2,3 +2,5 @@
 
 from gradfilter.distributed._across import across_ranks as across_ranks
 from gradfilter.distributed._rank_stack import RankStack as RankStack
+from gradfilter.distributed._sharded_rows import sharded_rows as sharded_rows
+from gradfilter.distributed._sharded_stack import ShardedStack as ShardedStack

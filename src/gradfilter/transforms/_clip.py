@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradfilter import _tree
+from gradfilter._shards import is_sharded
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._blocks import blocks
 from gradfilter.transforms._link import check_number, check_predicate, is_off, link
+from gradfilter.transforms._sharded_units import clip_shards
 from gradfilter.transforms._units import UnitDims, per_leaf, unit_norms, within_units
 
 BLOCK = 1 << 20
@@ -166,13 +169,18 @@ def agc_clip(
         if predicate is not None:
             check_predicate("agc_clip", argument, predicate)
 
-    def clip(grads: Tree, params: Params, clipping: float | Tensor) -> tuple[Tree, Tensor]:
+    def clip(
+        grads: Tree,
+        params: Params,
+        clipping: float | Tensor,
+        summed: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tree, Tensor]:
         """Clipped leaves of one dtype, and which units were scaled down."""
         within = within_units(grads, unit_dims)
-        limits = clipping * unit_norms(params, within).clamp(min=eps)
+        limits = clipping * unit_norms(params, within, summed).clamp(min=eps)
         if isinstance(clipping, Tensor):  # a schedule that ends at 0 ends the clipping
             limits = torch.where(clipping == 0, torch.inf, limits)
-        factors = _shrink(unit_norms(grads, within), limits)
+        factors = _shrink(unit_norms(grads, within, summed), limits)
         leaves = [grads[name] for name in within]
         # A factor of 1 changes no bit, and costs less than a choice per entry.
         scaled = torch._foreach_mul(leaves, per_leaf(factors.to(leaves[0].dtype), grads, within))
@@ -186,6 +194,11 @@ def agc_clip(
             nothing = torch.zeros((), device=_tree.device_of(grads))
             return grads, state, {"clipped_fraction": nothing}
         clipped, shrunk = dict(grads), []
+        if any(map(is_sharded, chosen.values())):
+            some, fraction = clip_shards(
+                partial(clip, clipping=clipping), chosen, params, unit_dims
+            )
+            return clipped | some, state, {"clipped_fraction": fraction}
         for names in blocks(chosen, BLOCK):
             some, fewer = clip(
                 {n: grads[n] for n in names}, {n: params[n] for n in names}, clipping

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from gradfilter._shards import whole
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._link import link
@@ -37,7 +38,7 @@ def finite_filter() -> Transform:
             finite = norms.isfinite()
             out = {"keep": (finite & grads.live).any(), "finite": finite}
             return grads.scaled(finite.to(norms.dtype)), state, out
-        finite = torch.stack([g.isfinite().all() for g in grads.values()]).all()
+        finite = torch.stack([whole(g.isfinite().all()) for g in grads.values()]).all()
         return grads, state, {"keep": finite, "finite": finite}
 
     return link(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfilter import _tree
+from gradfilter._shards import whole
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._link import check_number, link
@@ -138,7 +139,7 @@ def sign_agreement(fraction: float) -> Transform:
             name: stacked[name].sign().to(torch.float32).sum(0).abs() / count >= fraction
             for name in mean
         }
-        kept = torch.stack([mask.sum() for mask in agree.values()]).sum()
+        kept = torch.stack([whole(mask.sum()) for mask in agree.values()]).sum()
         total = sum(mask.numel() for mask in agree.values())
         # What is not finite has no sign to agree on, and is not to be hidden as a 0.
         grads = {n: torch.where(agree[n] | ~g.isfinite(), g, 0.0) for n, g in mean.items()}

@@ -34,8 +34,16 @@ def _within(name: str, ndim: int, unit_dims: UnitDims | None) -> list[int]:
     return [d for d in range(ndim) if d not in {d % ndim for d in dims}]
 
 
-def unit_norms(tree: Tree, within: Within) -> Tensor:
-    """The 2-norms of all units of all those leaves in one row, in float32 or wider. (units,)."""
+def unit_norms(
+    tree: Tree, within: Within, summed: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """The 2-norms of all units of all those leaves in one row, in float32 or wider. (units,).
+
+    Args:
+        tree: Has those leaves.
+        within: The dims to take norms over.
+        summed: Finishes sums of squares over parts of a unit that other ranks hold.
+    """
     dtypes = (tree[name].dtype for name in within)
     dtype = reduce(torch.promote_types, dtypes, torch.float32)
     norms = [
@@ -46,7 +54,8 @@ def unit_norms(tree: Tree, within: Within) -> Tensor:
     whole = [tree[name] for name in list(within)[len(norms) :]]
     if whole:  # networks have many of them, and small: one call for all
         norms.append(torch.stack(torch._foreach_norm(whole, 2, dtype)))
-    return torch.cat(norms)
+    own = torch.cat(norms)
+    return own if summed is None else summed(own.square()).sqrt()
 
 
 def _norms(tensor: Tensor, within: list[int], dtype: torch.dtype) -> Tensor:
