@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -47,7 +48,8 @@ def main(args: Sequence[str] | None = None) -> None:
             raise UsageError(f"unknown command {command!r}. The commands are: demo.")
     except UsageError as error:
         name = "gradfilter demo" if command == "demo" else "gradfilter"
-        print(f"{name}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+            print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("gradfilter: interrupted", file=sys.stderr)

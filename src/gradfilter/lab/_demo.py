@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import gradfilter as gf
+from gradfilter.lab._crew import Crew, connected, own_device
 from gradfilter.lab._demo_config import (
     DemoConfig,
     checked,
@@ -45,16 +46,25 @@ def demo(config: DemoConfig) -> int:
     Raises:
         UsageError: A value is out of range. Nothing has been done then.
     """
-    device = checked(config)
+    device = own_device(checked(config))
+    with connected(device) as crew, interruptible() as stopped:
+        train = partial(_train_all, config, device, crew, crew.together(stopped))
+        if crew.is_first:
+            return _recorded(config, train)
+        # The others compute; what there is to say is said once.
+        finished = _finished_seeds(config, train(None))
+        return 0 if len(finished) == config.seeds else 130
+
+
+def _recorded(config: DemoConfig, train: Callable[[Path], list[Evaluation]]) -> int:
+    """Train, and write and print what came of it."""
     folder = directory(config)
     record, status = settings(config), "interrupted"
     write_json(folder / "config.json", {**record, "status": "running"})
     print(f"writing to {folder}", flush=True)
     try:
-        with interruptible() as stopped:
-            evaluations = _train_all(config, folder, device, stopped)
-            if _report(config, folder, evaluations):
-                status = "finished"
+        if _report(config, folder, train(folder)):
+            status = "finished"
     finally:
         write_json(folder / "config.json", {**record, "status": status})
     return 0 if status == "finished" else 130
@@ -74,42 +84,57 @@ def _methods(config: DemoConfig) -> list[Method]:
 
 
 def _train_all(
-    config: DemoConfig, folder: Path, device: torch.device, stopped: Callable[[], bool]
+    config: DemoConfig,
+    device: torch.device,
+    crew: Crew,
+    stopped: Callable[[], bool],
+    folder: Path | None,
 ) -> list[Evaluation]:
-    """Train every method with every seed, or as much of it as there is time for."""
+    """Train every method with every seed, or as much of it as there is time for.
+
+    Args:
+        config: What to do.
+        device: Where.
+        crew: With whom.
+        stopped: Whether to stop.
+        folder: For metrics and checkpoints; None to write nothing.
+    """
     methods = _methods(config)
     evaluations: list[Evaluation] = []
 
     def log(evaluation: Evaluation) -> None:
         evaluations.append(evaluation)
-        append_json_line(folder / "metrics.jsonl", asdict(evaluation))
+        if folder is not None:
+            append_json_line(folder / "metrics.jsonl", asdict(evaluation))
 
-    with _progress() as progress:
+    with _progress(folder is not None) as progress:
         total = config.steps * config.seeds
         bars = {m.name: progress.add_task(m.label, total=total) for m in methods}
         for seed in range(config.seed, config.seed + config.seeds):
-            data = noisy_digits(config.noise, seed, device)
-            trainings = _begin(config, methods, seed, data)
+            data = noisy_digits(config.noise, seed, device, getattr(torch, config.dtype))
+            trainings = _begin(config, methods, seed, data, crew)
             for training in trainings:
-                log(evaluate(training, data))
+                log(evaluate(training, data, crew))
             _take_turns(
                 trainings,
                 data,
                 config.steps,
+                crew,
                 stopped=stopped,
                 tick=lambda training: progress.advance(bars[training.method.name]),
                 log=log,
             )
-            for training in trainings:
-                path = folder / f"{training.method.name}-seed-{seed}.pt"
-                write_checkpoint(path, gf.state_dict(training.state))
+            if folder is not None:
+                for training in trainings:
+                    path = folder / f"{training.method.name}-seed-{seed}.pt"
+                    write_checkpoint(path, gf.state_dict(training.state))
             if stopped():
                 break
     return evaluations
 
 
 def _begin(
-    config: DemoConfig, methods: Sequence[Method], seed: int, data: Digits
+    config: DemoConfig, methods: Sequence[Method], seed: int, data: Digits, crew: Crew
 ) -> list[Training]:
     batches = class_balanced(
         data.labels.cpu().numpy(),
@@ -119,13 +144,14 @@ def _begin(
         stream(seed, "batches"),
     )
     on_device = torch.from_numpy(batches).to(data.labels.device)
-    return [begin(method, seed, data, on_device) for method in methods]
+    return [begin(method, seed, data, on_device, crew) for method in methods]
 
 
 def _take_turns(
     trainings: Sequence[Training],
     data: Digits,
     steps: int,
+    crew: Crew,
     *,
     stopped: Callable[[], bool],
     tick: Callable[[Training], None],
@@ -140,7 +166,7 @@ def _take_turns(
                 training, data, min(until, steps), stopped=stopped, tick=partial(tick, training)
             )
             if training.done > before:
-                log(evaluate(training, data))
+                log(evaluate(training, data, crew))
 
 
 def _report(config: DemoConfig, folder: Path, evaluations: Sequence[Evaluation]) -> bool:
@@ -148,11 +174,7 @@ def _report(config: DemoConfig, folder: Path, evaluations: Sequence[Evaluation])
     methods = _methods(config)
     labels = {method.name: method.label for method in methods}
     last = {(e.run, e.seed): e.step for e in evaluations}
-    finished = {
-        seed
-        for _, seed in last
-        if all(last[method.name, seed] == config.steps for method in methods)
-    }
+    finished = _finished_seeds(config, evaluations)
     # Half-trained seeds would make means of unlike things; alone they are better than nothing.
     shown = [e for e in evaluations if e.seed in finished] if finished else evaluations
     title = _title(config, len(finished), sorted(last.values()))
@@ -168,6 +190,13 @@ def _report(config: DemoConfig, folder: Path, evaluations: Sequence[Evaluation])
     return len(finished) == config.seeds
 
 
+def _finished_seeds(config: DemoConfig, evaluations: Sequence[Evaluation]) -> set[int]:
+    """The seeds with which every method was trained to the end."""
+    last = {(e.run, e.seed): e.step for e in evaluations}
+    names = [method.name for method in _methods(config)]
+    return {seed for _, seed in last if all(last[n, seed] == config.steps for n in names)}
+
+
 def _title(config: DemoConfig, finished: int, steps: Sequence[int]) -> str:
     noise = f"digits, {100 * config.noise:g} % of the training labels wrong"
     if finished == config.seeds:
@@ -179,7 +208,7 @@ def _title(config: DemoConfig, finished: int, steps: Sequence[int]) -> str:
     return f"{noise}, seed {config.seed}, interrupted after {span} of {config.steps} steps"
 
 
-def _progress() -> Progress:
+def _progress(shown: bool) -> Progress:
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
@@ -187,5 +216,5 @@ def _progress() -> Progress:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,  # a log file wants no bars
+        disable=not (shown and console.is_terminal),  # a log file wants no bars
     )

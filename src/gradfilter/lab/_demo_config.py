@@ -5,12 +5,13 @@ from __future__ import annotations
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 import gradfilter as gf
 from gradfilter.lab import _training
+from gradfilter.lab._crew import started_processes
 from gradfilter.lab._digits import CLASSES
 from gradfilter.lab._rundir import named_directory, numbered_directory
 from gradfilter.lab._usage import check, usable_device
@@ -24,7 +25,9 @@ class DemoConfig:
 
     Plain SGD, microbatches that have to agree, and a consensus of per-sample gradients start from
     the same parameters and see the same batches. Prints a table and writes metrics, settings, a
-    checkpoint of each run and a plot. Nothing is tuned on the test split.
+    checkpoint of each run and a plot. Nothing is tuned on the test split. In 2, 4 or 8 processes
+    (torchrun --nproc-per-node 2 -m gradfilter demo) each takes its part of every batch, and the
+    training is the same.
     """
 
     noise: float = 0.3
@@ -38,7 +41,9 @@ class DemoConfig:
     seeds: int = 1
     """How many seeds, from --seed on; two or more give mean ± standard deviation."""
     device: str = "cpu"
-    """Where to train: cpu, cuda, cuda:1, mps, ..."""
+    """Where to train: cpu, cuda, cuda:1, mps, ...; each of several processes on its own."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Of parameters and images."""
     out: Path | None = None
     """A new or empty directory for the results; otherwise one is made in runs/."""
 
@@ -65,6 +70,13 @@ def checked(config: DemoConfig) -> torch.device:
     )
     check(config.steps >= 1, "--steps", "at least 1", config.steps, "800 is the default.")
     check(config.seed >= 0, "--seed", "at least 0", config.seed, "0 is the default.")
+    check(
+        _training.MICROBATCHES % started_processes() == 0,
+        "torchrun",
+        f"1, 2, 4 or {_training.MICROBATCHES} processes, for {_training.MICROBATCHES} microbatches",
+        started_processes(),
+        "Choose another --nproc-per-node.",
+    )
     check(config.seeds >= 1, "--seeds", "at least 1", config.seeds, "5 gives mean ± sd.")
     return usable_device(config.device)
 
@@ -106,6 +118,7 @@ def settings(config: DemoConfig) -> dict[str, Any]:
         "sampling": "class-balanced by the labels trained on, every class reshuffled when through",
         "evaluate_every": evaluate_every(config.steps),
         "threads": torch.get_num_threads(),
+        "processes": started_processes(),
         "versions": {
             "gradfilter": gf.__version__,
             "torch": torch.__version__,

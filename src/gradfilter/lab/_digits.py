@@ -47,7 +47,9 @@ class Digits:
         return self.labels != self.clean
 
 
-def noisy_digits(noise: float, seed: int, device: torch.device) -> Digits:
+def noisy_digits(
+    noise: float, seed: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Digits:
     """A stratified 70/30 split; a fraction ``noise`` of the training labels is wrong.
 
     Pixels are divided by 16 and standardised with the one mean and the one standard deviation
@@ -57,6 +59,7 @@ def noisy_digits(noise: float, seed: int, device: torch.device) -> Digits:
         noise: In [0, 1).
         seed: Of the split and of the noise, each with random numbers of its own.
         device: Where all tensors are put.
+        dtype: Of the images.
     """
     images, labels = load_digits(return_X_y=True)
     train, test, clean, test_labels = train_test_split(
@@ -69,7 +72,8 @@ def noisy_digits(noise: float, seed: int, device: torch.device) -> Digits:
     mean, deviation = train.mean(), train.std()
     noisy = corrupted(clean, noise, stream(seed, "noise"))
     arrays = ((train - mean) / deviation, noisy, clean, (test - mean) / deviation, test_labels)
-    return Digits(*(torch.from_numpy(array).to(device) for array in arrays))
+    tensors = (torch.from_numpy(array).to(device) for array in arrays)
+    return Digits(*(t.to(dtype) if t.is_floating_point() else t for t in tensors))
 
 
 def corrupted(clean: Labels, noise: float, random: np.random.Generator) -> Labels:

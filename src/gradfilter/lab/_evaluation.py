@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradfilter.lab._crew import ALONE, Crew
 from gradfilter.lab._digits import Digits
 from gradfilter.lab._training import Training
 
@@ -42,7 +43,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(training: Training, data: Digits) -> Evaluation:
+def evaluate(training: Training, data: Digits, crew: Crew = ALONE) -> Evaluation:
     """Measure a training where it stands; the only place that waits for the device."""
 
     def predict(images: Tensor) -> Tensor:
@@ -70,6 +71,6 @@ def evaluate(training: Training, data: Digits) -> Evaluation:
         memorised=memorised / corrupted if corrupted else math.nan,
         accepted=float(training.accepted) / training.rows if training.rows else math.nan,
         skipped=skipped,
-        loss=torch.stack(losses).mean().item() if losses else math.nan,
+        loss=crew.mean(torch.stack(losses).mean()).item() if losses else math.nan,
         seconds=training.seconds,
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import gradfilter as gf
 from gradfilter._types import State
+from gradfilter.lab._crew import ALONE, Crew
 from gradfilter.lab._digits import CLASSES, Digits, stream
 
 HIDDEN = 256
@@ -68,7 +69,7 @@ def mlp(seed: int) -> nn.Module:
         )
 
 
-def begin(method: Method, seed: int, data: Digits, batches: Tensor) -> Training:
+def begin(method: Method, seed: int, data: Digits, batches: Tensor, crew: Crew = ALONE) -> Training:
     """A training before its first step.
 
     Args:
@@ -76,11 +77,14 @@ def begin(method: Method, seed: int, data: Digits, batches: Tensor) -> Training:
         seed: Of the initial parameters.
         data: To be trained on.
         batches: Indices of the samples of every step, on the device to train on. (steps, N)
+        crew: Who takes part. A method of fewer microbatches than processes has one on each.
     """
-    model = mlp(seed).to(batches.device)
-    update = gf.chain(method.reducer, gf.sgd(LR, momentum=MOMENTUM))
+    model = mlp(seed).to(batches.device, data.images.dtype)
+    batches = crew.share(batches)
+    update = gf.chain(crew.spread(method.reducer), gf.sgd(LR, momentum=MOMENTUM))
     loss = gf.model_loss(model, nn.functional.cross_entropy)
-    step = gf.train_step(loss, update, microbatches=method.microbatches)
+    here = None if method.microbatches is None else max(1, method.microbatches // crew.size)
+    step = gf.train_step(loss, update, microbatches=here)
     state = step.init(model, seed=0)
     # What is loaded at a first step is not what a step costs; its results are not used.
     step(state, (data.images[batches[0]], data.labels[batches[0]]))

@@ -1,0 +1,91 @@
+"""The processes that torchrun started for one command, or this process alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import gradfilter as gf
+from gradfilter.distributed import across_ranks
+from gradfilter.distributed._ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who trains together; each takes its part of every batch.
+
+    Attributes:
+        ranks: All of them, or None where one process does everything.
+    """
+
+    ranks: Ranks | None = None
+
+    @property
+    def size(self) -> int:
+        """How many, W."""
+        return 1 if self.ranks is None else self.ranks.size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.ranks is None or self.ranks.rank == 0
+
+    def spread(self, reducer: gf.Transform) -> gf.Transform:
+        """A reducer of the rows of all processes, under its own name in metrics and state."""
+        return reducer if self.ranks is None else gf.chain(across_ranks(), reducer)
+
+    def share(self, batches: Tensor) -> Tensor:
+        """This process's part of every batch, rank by rank. (steps, N) -> (steps, N/W)."""
+        if self.ranks is None:
+            return batches
+        return batches.reshape(len(batches), self.size, -1)[:, self.ranks.rank]
+
+    def mean(self, number: Tensor) -> Tensor:
+        """The mean over the processes."""
+        return number if self.ranks is None else self.ranks.total(number) / self.size
+
+    def together(self, asked: Callable[[], bool]) -> Callable[[], bool]:
+        """A question that is true for all as soon as it is for one, so that none waits for ever."""
+        ranks = self.ranks
+        if ranks is None:
+            return asked
+        return lambda: any(answer for (answer,) in ranks.gather_on_host([int(asked())]))
+
+
+ALONE = Crew()
+
+
+def started_processes() -> int:
+    """How many processes torchrun started, 1 without it; known before they are connected."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_device(device: torch.device) -> torch.device:
+    """The device of this process, where each of several has its own."""
+    if device.type == "cpu" or started_processes() == 1:
+        return device
+    return torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+
+
+@contextmanager
+def connected(device: torch.device) -> Iterator[Crew]:
+    """Connect the processes, if there are several.
+
+    Args:
+        device: Where this one computes.
+    """
+    if started_processes() == 1:
+        yield ALONE
+        return
+    dist.init_process_group("gloo" if device.type == "cpu" else None)
+    try:
+        yield Crew(Ranks.of(None))
+        dist.barrier()  # nobody leaves while another one still writes
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,74 @@
+"""`torchrun -m gradfilter demo`: several processes train what one process trains."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+OPTIONS = ["--steps", "6", "--dtype", "float64", "--seeds", "2", "--noise", "0.3"]
+
+
+def launched(processes, *options):
+    """The outcome of a demo in one process, or in several started by torchrun."""
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    # One thread each: a process cannot know how many others compute beside it.
+    return subprocess.run(
+        [sys.executable, *(run if processes > 1 else []), "-m", "gradfilter", "demo", *options],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    done = launched(1, *OPTIONS, "--out", str(folder))
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def table(out):
+    """Everything printed but paths and times."""
+    lines = [line for line in out.splitlines() if line and "wr" not in line[:5]]
+    return [line.split("│")[1:-2] for line in lines]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_it_trains_and_equals_the_single_process(alone, tmp_path, processes):
+    folder = tmp_path / "run"
+    done = launched(processes, *OPTIONS, "--out", str(folder))
+    assert done.returncode == 0, done.stderr
+    files = sorted(path.name for path in folder.iterdir())
+    assert files == sorted(path.name for path in alone[0].iterdir())
+    for path in folder.glob("*.pt"):
+        found, expected = (torch.load(f / path.name, weights_only=True) for f in (folder, alone[0]))
+        assert found["params.0.weight"].dtype == torch.float64
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    lines = zip(metrics(folder), metrics(alone[0]), strict=True)
+    for found, expected in lines:
+        for key in found.keys() - {"seconds"}:
+            same = found[key] == expected[key]  # also names, and null for what there is not yet
+            assert same or found[key] == pytest.approx(expected[key], rel=1e-12), key
+    assert done.stdout.count("writing to") == 1 and table(done.stdout) == table(alone[1])
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["processes"] == processes and settings["status"] == "finished"
+
+
+def test_a_number_of_processes_that_does_not_divide_the_batch_is_one_line(tmp_path):
+    done = launched(3, "--out", str(tmp_path / "run"))
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("gradfilter demo:")]
+    assert said == [
+        "gradfilter demo: torchrun: expected 1, 2, 4 or 8 processes, for 8 microbatches, found 3. "
+        "Choose another --nproc-per-node."
+    ]
+    assert not (tmp_path / "run").exists()
