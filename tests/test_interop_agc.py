@@ -1,9 +1,12 @@
 """AGC and its four optimizers against torch.optim, and against clipping by hand before it."""
 
 import copy
+import gc
 import inspect
 import io
 import itertools
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from torch import nn
 
 import gradfilter as gf
 from _naive import assert_close, assert_same, normal
-from gradfilter.interop import AGC, SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC
+from gradfilter.interop import AGC, SAM, SGD_AGC, Adam_AGC, AdamW_AGC, RMSprop_AGC
 
 OURS = {
     torch.optim.SGD: SGD_AGC,
@@ -153,6 +156,18 @@ def test_agc_goes_around_every_optimizer(base):
     assert_same(train(AGC(base(off.values(), lr=0.02), None), off, 20), without)
     if base is not torch.optim.Rprop:  # it looks at signs only
         assert not torch.equal(found["fc.weight"], without["fc.weight"])
+
+
+def test_no_optimizer_of_torch_is_left_out():
+    kinds = {kind for kind in vars(torch.optim).values() if inspect.isclass(kind)}
+    kinds = {kind for kind in kinds if issubclass(kind, torch.optim.Optimizer)}
+    others = {torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.Muon, torch.optim.SparseAdam}
+    assert kinds - others == set(EVERY)
+
+
+def test_muon_gets_clipped_gradients():
+    params = {"fc.weight": network()["fc.weight"]}
+    assert clipped_places(params, AGC(torch.optim.Muon(params.values()), 0.05)) == set(params)
 
 
 @given(seed=st.integers(0, 2**16), clipping=st.floats(1e-6, 10), eps=st.floats(1e-6, 10))
@@ -374,6 +389,22 @@ def test_the_state_of_a_plain_optimizer_loads_and_is_clipped():
     assert clipped_places(params, plain) == set()
 
 
+def test_the_state_of_a_plain_optimizer_leaves_every_group_its_own_clipping():
+    conv, weight, bias, scale = network().values()
+    groups = [{"params": [conv, weight]}, {"params": [bias, scale]}]
+    own = [{"clipping": 0.3}, {"clipping": None, "agc_eps": 0.5}]
+    optimizer = SGD_AGC([g | o for g, o in zip(groups, own, strict=True)], lr=1.0)
+    plain = torch.optim.SGD(groups, lr=0.25).state_dict()
+    optimizer.load_state_dict(plain)
+    found = [(g["clipping"], g["agc_eps"], g["lr"]) for g in optimizer.param_groups]
+    assert found == [(0.3, 1e-3, 0.25), (None, 0.5, 0.25)]
+    assert "clipping" not in plain["param_groups"][0]
+    one = SGD_AGC([conv, weight, bias, scale], lr=1.0)
+    for left, right in ((optimizer, one), (one, optimizer)):
+        with pytest.raises(ValueError, match="different number of parameter groups"):
+            left.load_state_dict(right.state_dict())
+
+
 SCHEDULERS = {
     "step": lambda o: torch.optim.lr_scheduler.StepLR(o, 3, 0.5),
     "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10),
@@ -424,13 +455,89 @@ def test_hooks_of_others_run_once_and_see_clipped_gradients():
     assert norms == pytest.approx([limit, limit])
 
 
-def test_agc_on_a_copy_clips_with_the_hyperparameters_of_the_original():
+def is_head(name):
+    return name == "fc.weight"
+
+
+def pickled(optimizer):
+    return pickle.loads(pickle.dumps(optimizer))
+
+
+def saved(optimizer):
+    file = io.BytesIO()
+    torch.save(optimizer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved, lambda o: pickled(saved(o))])
+@pytest.mark.parametrize("base", EVERY)
+def test_copies_clip_as_the_original_does(base, copied):
     params = network()
-    optimizer = AGC(torch.optim.SGD(params.values(), lr=0.1), 0.07)
-    twin = AGC(copy.deepcopy(optimizer))
+    optimizer = built(base, params.items(), lr=0.02, clipping=0.07, exclude=is_head)
+    optimizer.param_groups[0]["agc_eps"] = 0.5
+    train(optimizer, params, 2)
+    twin = copied(optimizer)
+    assert type(twin) is type(optimizer)
     others = dict(zip(params, twin.param_groups[0]["params"], strict=True))
-    assert twin.param_groups[0]["clipping"] == 0.07
+    assert not {id(p) for p in others.values()} & {id(p) for p in params.values()}
     assert_same(train(twin, others, 3), train(optimizer, params, 3))
+    assert clipped_places(others, twin) == set(SHAPES) - {"fc.weight"}
+    twin.load_state_dict(base(params.items(), lr=0.02).state_dict())
+    assert twin.param_groups[0]["clipping"] == 0.07
+    twin.add_param_group({"params": [("new", nn.Parameter(torch.ones(2)))]})
+    assert twin.param_groups[1]["clipping"] == 0.07
+
+
+def test_a_copy_belongs_to_the_copied_model():
+    model = nn.Linear(3, 2)
+    both = {"model": model, "optimizer": SGD_AGC(model.parameters(), lr=0.1)}
+    for twin in (copy.deepcopy(both), pickle.loads(pickle.dumps(both))):
+        found = twin["optimizer"].param_groups[0]["params"]
+        assert all(p is q for p, q in zip(found, twin["model"].parameters(), strict=True))
+        assert clipped_places(dict(twin["model"].named_parameters()), twin["optimizer"])
+
+
+def test_an_optimizer_that_clips_does_not_keep_itself_alive():
+    optimizer = Adam_AGC(network().values())
+    alive = weakref.ref(optimizer)
+    gc.collect()
+    gc.disable()
+    try:
+        del optimizer
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_a_pickle_does_not_lose_what_it_cannot_hold():
+    optimizer = SGD_AGC(network().items(), lr=0.1, exclude=lambda name: False)
+    with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
+        pickle.dumps(optimizer)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+def test_compiled_steps_clip():
+    torch._dynamo.reset()
+    params, others = network(), network()
+    optimizer = SGD_AGC(params.values(), lr=0.02, clipping=0.05)
+    step = torch.compile(optimizer.step, backend="aot_eager")
+    reference = SGD_AGC(others.values(), lr=0.02, clipping=0.05)
+    for k in range(3):
+        fill(params, k)
+        fill(others, k)
+        step()
+        reference.step()
+    assert_close(dict(params), dict(others))
+
+
+def test_parameters_may_change_their_dtype():
+    model = nn.Linear(3, 2)
+    optimizer = SGD_AGC(model.parameters(), lr=0.1, clipping=0.01)
+    model.to(torch.bfloat16)
+    params = dict(model.named_parameters())
+    assert clipped_places(params, optimizer) == {"weight", "bias"}
+    assert all(p.grad.dtype == torch.bfloat16 for p in params.values())
 
 
 # Mixed precision, differentiable steps
@@ -522,6 +629,20 @@ def test_only_optimizers_are_wrapped():
         TypeError, match=r"AGC: expected a torch\.optim\.Optimizer, found type\. Make"
     ):
         AGC(torch.optim.SGD)
+
+
+def test_clipping_twice_is_refused():
+    optimizer = SGD_AGC(network().values(), lr=0.1)
+    for clipping in (optimizer, copy.deepcopy(optimizer)):
+        with pytest.raises(ValueError, match=r"does not clip yet, found a SGD_AGC .*\. Change"):
+            AGC(clipping, 0.5)
+
+
+def test_an_optimizer_of_two_passes_is_refused():
+    params = list(network().values())
+    sam = SAM(params, torch.optim.SGD(params, lr=0.1))
+    with pytest.raises(TypeError, match=r"found SAM\. Put AGC around its base optimizer"):
+        AGC(sam)
 
 
 def test_what_torch_refuses_is_refused_by_torch():

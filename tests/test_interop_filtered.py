@@ -2,17 +2,23 @@
 
 import copy
 import io
+from collections import UserDict
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import gradfilter as gf
 from _models import ConvBN, Dropped, Tied, WithLoss, images, token_loss, tokens, vectors
 from gradfilter import _tree
-from gradfilter.interop import Filtered
+from gradfilter.grads._again import Origin
+from gradfilter.interop import GSAM, SAM, SGD_AGC, Filtered, LinearScheduler, step_gaf
+from gradfilter.interop._accumulated import joined
 
 PICKY = 0.9  # of random batches this accepts some rows and skips some steps
 NOTHING, ALL = 0.0, 2.0
@@ -113,6 +119,130 @@ def test_groups_and_a_scheduler_as_in_a_loop_by_hand():
         other_scheduler.step()
         close(model, other)
         assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in by_hand.param_groups]
+
+
+class SignSGD(torch.optim.Optimizer):
+    """Somebody else's optimizer, which writes into the gradients it is given."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad.sign_(), alpha=group["lr"])
+
+
+OPTIMIZERS = {
+    "plain": lambda params: torch.optim.Adam(params, lr=0.01, foreach=False),
+    "foreach": lambda params: torch.optim.Adam(params, lr=0.01, foreach=True),
+    "fused": lambda params: torch.optim.Adam(params, lr=0.01, fused=True),
+    "with tensor lr": lambda params: torch.optim.SGD(params, lr=torch.tensor(0.01)),
+    "clipping": lambda params: SGD_AGC(params, lr=0.1, clipping=1e-3),
+    "third-party": lambda params: SignSGD(params, lr=0.01),
+    "muon": lambda params: torch.optim.Muon([p for p in params if p.ndim == 2]),
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("m", [1, 3])
+def test_any_optimizer_gets_the_gradient_of_the_batch(optimizer, m):
+    model = Dropped(0.0)
+    other = copy.deepcopy(model)
+    first, second = (OPTIMIZERS[optimizer](list(net.parameters())) for net in (model, other))
+    wrapper = Filtered(model, F.cross_entropy, gf.mean_rows(), first, m)
+    for _ in range(4):
+        x, y = vectors()
+        result = wrapper.step(x, y)
+        other.zero_grad()
+        loss = F.cross_entropy(other(x), y)
+        loss.backward()
+        second.step()
+        torch.testing.assert_close(result.loss, loss.detach())
+        close(model, other, tolerance=1e-3 if optimizer == "muon" else 1e-10)  # muon: bfloat16
+
+
+def test_parameters_of_other_optimizers_stay():
+    model = Dropped(0.0)
+    before = bits(model.b)
+    wrapper = filtered(model, optimizer=sgd(model.a))
+    wrapper.step(*vectors())
+    assert same(bits(model.b), before) and model.b.weight.grad is not None
+    after = bits(model.a)
+    sgd(model.b).step()  # its gradients are there
+    assert same(bits(model.a), after) and not same(bits(model.b), before)
+
+
+L = torch.optim.lr_scheduler
+SCHEDULERS = {
+    "lambda": lambda o: L.LambdaLR(o, lambda k: 0.9**k),
+    "one cycle": lambda o: L.OneCycleLR(o, 0.1, total_steps=9),
+    "warm restarts": lambda o: L.CosineAnnealingWarmRestarts(o, 3),
+    "cyclic": lambda o: L.CyclicLR(o, 0.01, 0.1, step_size_up=2),
+    "sequence": lambda o: L.SequentialLR(o, [L.LinearLR(o), L.ExponentialLR(o, 0.5)], [3]),
+    "chained": lambda o: L.ChainedScheduler([L.LinearLR(o), L.ExponentialLR(o, 0.5)]),
+    "plateau": lambda o: L.ReduceLROnPlateau(o, patience=0, threshold=10.0),
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("schedule", SCHEDULERS)
+def test_schedulers_of_torch(schedule):
+    model = Dropped(0.0)
+    other = copy.deepcopy(model)
+    optimizers = [sgd(net) for net in (model, other)]
+    wrapper = filtered(model, optimizer=optimizers[0])
+    schedulers = [SCHEDULERS[schedule](o) for o in optimizers]
+    lrs = set()
+    for _ in range(7):
+        x, y = vectors()
+        result = wrapper.step(x, y)
+        other.zero_grad()
+        loss = F.cross_entropy(other(x), y)
+        loss.backward()
+        optimizers[1].step()
+        metrics = [(result.loss,), (loss.detach(),)] if schedule == "plateau" else [(), ()]
+        for scheduler, metric in zip(schedulers, metrics, strict=True):
+            scheduler.step(*metric)
+        found, expected = (o.param_groups[0]["lr"] for o in optimizers)
+        assert found == expected
+        lrs.add(found)
+        close(model, other)
+    assert len(lrs) > 2
+
+
+class HostQuestions(TorchDispatchMode):
+    """How often a value of a tensor is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    ("chain", "questions"),
+    [(gf.agree_filter(ALL), 1), (gf.agree_filter(NOTHING), 1), (gf.mean_rows(), 0)],
+)
+def test_the_host_asks_once_and_only_where_a_step_may_be_skipped(chain, questions, scaled):
+    model = nn.Linear(6, 3)
+    scaler = torch.amp.GradScaler("cpu") if scaled else None
+    plain = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
+    wrapper = Filtered(model, F.cross_entropy, chain, plain, 4, scaler=scaler)
+    wrapper.step(*vectors())
+    batch = vectors()
+    plain.step = lambda: None  # what an optimizer asks is its own
+    with HostQuestions() as asked:
+        wrapper.accumulate(*batch)
+        assert asked.count == 0
+        wrapper.step(*batch)
+    assert asked.count == (1 if scaled else questions)  # finite_filter comes with a scaler
 
 
 def opposed():
@@ -239,17 +369,6 @@ def test_autocast_around_one_step_or_many(plan):
     close(model, plain, tolerance=5e-2)
 
 
-class Overflowing(nn.Module):
-    """Finite outputs whose gradient overflows float32 for inputs near 1, if scaled."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(6, 3)
-
-    def forward(self, x):
-        return self.linear(x) + 0 * x[:, :1]
-
-
 def steep(output, targets):
     """Cross entropy; targets of class 2 pass a gradient times 1e30, of the same loss."""
     factor = torch.where(targets == 2, 1e33, 1.0)[:, None]
@@ -301,6 +420,33 @@ def test_a_scale_changes_nothing_else():
     assert same(bits(off), bits(other))
 
 
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**100])
+@pytest.mark.parametrize("plan", ["fused", "loop"])
+def test_metrics_are_those_of_losses_without_a_scale(plan, scale):
+    model = Dropped(0.0)
+    other = copy.deepcopy(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    make = lambda net, s: Filtered(net, F.cross_entropy, SHARP(), sgd(net), 4, scaler=s, plan=plan)
+    scaled, plain = make(model, scaler), make(other, None)
+    for _ in range(2):
+        batch = vectors()
+        found, expected = scaled.step(*batch).info, plain.step(*batch).info
+        assert "sam_perturb/surrogate_gap" in expected
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+    close(model, other, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("plan", ["fused", "loop"])
+def test_half_precision_under_a_scale(plan):
+    model = nn.Linear(6, 3).half()
+    before = bits(model)
+    wrapper = filtered(model, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10), plan=plan)
+    x, y = vectors()
+    result = wrapper.step(x.half(), y)
+    assert result.info["finite_filter/finite"].all() and not same(bits(model), before)
+
+
 def test_a_users_finite_filter_is_enough_where_it_guards_rows():
     scaler = torch.amp.GradScaler("cpu")
     model = nn.Linear(6, 3)
@@ -314,14 +460,14 @@ def test_a_users_finite_filter_is_enough_where_it_guards_rows():
     make(late, scaler).step(*vectors())
 
 
-SAM = lambda: gf.chain(gf.agree_filter(1.2), gf.sam_perturb(0.05))
+SHARP = lambda: gf.chain(gf.agree_filter(1.2), gf.sam_perturb(0.05))
 PER_ROW = lambda: gf.chain(gf.sam_perturb(0.05, per_microbatch=True), gf.agree_filter(1.2))
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("plan", ["fused", "loop"])
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("transforms", [lambda: gf.agree_filter(1.2), SAM, PER_ROW])
+@pytest.mark.parametrize("transforms", [lambda: gf.agree_filter(1.2), SHARP, PER_ROW])
 def test_accumulated_batches_are_one_batch(plan, scaled, transforms):
     model = ConvBN()
     model.cumulative.momentum = 0.1
@@ -350,6 +496,91 @@ def test_accumulated_batches_are_one_batch(plan, scaled, transforms):
     a.state_dict()
 
 
+class Masked(nn.Module):
+    """Dropout that keeps its masks, and BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.masks = []
+        self.a, self.norm, self.b = nn.Linear(6, 32), nn.BatchNorm1d(32), nn.Linear(32, 3)
+
+    def forward(self, x):
+        h = self.norm(self.a(x))
+        self.masks.append(F.dropout(torch.ones_like(h), 0.5, self.training))
+        return self.b(h.tanh() * self.masks[-1])
+
+
+@pytest.mark.usefixtures("float64")
+def test_accumulated_batches_meet_their_own_masks_and_buffers_again():
+    model = Masked()
+    wrapper = Filtered(model, F.cross_entropy, SHARP(), sgd(model, lr=0.0), 2, plan="loop")
+    wrapper.accumulate(*vectors(12))
+    wrapper.accumulate(*vectors(4))
+    after = bits(model.norm)
+    torch.rand(3)
+    wrapper.step(*vectors(8))
+    masks = model.masks
+    assert [len(mask) for mask in masks] == [6, 6, 2, 2, 4, 4] * 2
+    assert same(masks[:6], masks[6:]) and not torch.equal(masks[0], masks[1])
+    assert model.norm.num_batches_tracked == 6 and not same(bits(model.norm), after)
+
+
+@pytest.mark.usefixtures("float64")
+def test_rows_of_batches_of_several_sizes_count_alike():
+    model = nn.Linear(6, 3)
+    wrapper = Filtered(model, F.cross_entropy, gf.mean_rows(), sgd(model, lr=0.0), 2)
+    batches = [vectors(12), vectors(4)]
+    wrapper.accumulate(*batches[0])
+    result = wrapper.step(*batches[1])
+    losses = [F.cross_entropy(model(x), y) for x, y in batches]  # rows of one batch: equal sizes
+    torch.testing.assert_close(result.loss, (losses[0] + losses[1]).detach() / 2)
+    expected = torch.autograd.grad(losses[0] + losses[1], model.weight)[0] / 2
+    torch.testing.assert_close(model.weight.grad, expected)
+
+
+def test_loading_a_state_drops_accumulated_rows():
+    model = nn.Linear(6, 3)
+    wrapper = filtered(model)
+    state = wrapper.state_dict()
+    wrapper.accumulate(*vectors())
+    wrapper.load_state_dict(state)
+    assert wrapper.step(*vectors()).info["agree_filter/accepted"].shape == (4,)
+
+
+def test_joined_rows_have_the_buffers_after_the_last():
+    parts = [gf.DenseStack({"w": torch.ones(2, 3)}, buffers={"b": torch.tensor(k)}) for k in (1, 2)]
+    origin = Origin(2, {"w": torch.ones(3)}, None)
+    assert joined([replace(part, origin=origin) for part in parts]).buffers["b"] == 2
+
+
+def test_what_fails_drops_no_accumulated_rows():
+    model = nn.Linear(6, 3)
+    wrapper = filtered(model)
+    wrapper.accumulate(*vectors())
+    with pytest.raises(ValueError, match="divisible"):
+        wrapper.step(*vectors(13))
+    assert wrapper.step(*vectors()).info["agree_filter/accepted"].shape == (8,)
+
+
+@pytest.mark.parametrize("plan", ["fused", "loop"])
+def test_batch_norm_autocast_a_scale_and_accumulation_together(plan):
+    model = nn.Sequential(nn.Linear(6, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Linear(32, 3))
+    other = copy.deepcopy(model)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**8) for _ in range(2)]
+    make = lambda net, m, s: filtered(net, m=m, plan=plan, scaler=s)
+    a, b = make(model, 2, scalers[0]), make(other, 6, scalers[1])
+    for _ in range(2):
+        x, y = vectors(36)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            a.accumulate(x[:12], y[:12])
+            a.accumulate(x[12:24], y[12:24])
+            found, expected = a.step(x[24:], y[24:]), b.step(x, y)
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(dict(found.info), dict(expected.info), rtol=0.05, atol=0.05)
+        close(model, other, tolerance=5e-3)
+    assert model[1].num_batches_tracked == 12 and model[0].weight.grad.dtype == torch.float32
+
+
 def test_accumulated_rows_of_other_parameters():
     model = nn.Linear(6, 3)
     wrapper = filtered(model)
@@ -367,6 +598,76 @@ def test_a_parameter_frozen_later_is_not_stepped_on():
     before = model.bias.clone()
     wrapper.step(*vectors())
     assert torch.equal(model.bias, before) and model.bias.grad is None
+
+
+def test_parameters_may_be_frozen_and_freed_again():
+    model = Dropped(0.0)
+    wrapper = filtered(model)
+    wrapper.step(*vectors())
+    model.a.requires_grad_(False)
+    before = bits(model.a)
+    wrapper.step(*vectors())
+    assert same(bits(model.a), before)
+    model.a.requires_grad_(True)
+    wrapper.step(*vectors())
+    assert not same(bits(model.a), before)
+
+
+def test_a_model_may_move_to_another_dtype():
+    model = Dropped(0.0)
+    wrapper = filtered(model)
+    wrapper.step(*vectors())
+    model.double()
+    x, y = vectors()
+    result = wrapper.step(x.double(), y)
+    assert result.loss.dtype == model.a.weight.grad.dtype == torch.float64
+
+
+def test_a_step_in_evaluation_mode_leaves_statistics():
+    model = ConvBN().eval()
+    before = bits(dict(model.named_buffers()))
+    filtered(model).step(*images())
+    assert same(bits(dict(model.named_buffers())), before) and not model.training
+
+
+class Encoding(UserDict):
+    """What tokenizers return."""
+
+
+@pytest.mark.parametrize("kind", [dict, Encoding])
+def test_a_batch_in_one_mapping(kind):
+    class Keyed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 3)
+
+        def forward(self, x, y):
+            return self.linear(x)
+
+    model = Keyed()
+    other = copy.deepcopy(model.linear)
+    x, y = vectors()
+    filtered(model, criterion=lambda output, batch: F.cross_entropy(output, batch["y"])).step(
+        kind(x=x, y=y)
+    )
+    filtered(other).step(x, y)
+    close(model.linear, other)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_model_compiled_by_aot_autograd_is_itself():
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+    other = copy.deepcopy(model)
+    backend = CompileCounterWithBackend("aot_eager")
+    user = torch.compile(model, backend=backend, fullgraph=True)
+    for net in (user, other):
+        torch.manual_seed(1)
+        wrapper = Filtered(net, F.cross_entropy, SHARP(), sgd(net), 4, plan="loop")
+        for _ in range(3):
+            wrapper.step(*vectors())
+    assert backend.frame_count == 1  # one graph for every row of every step, moved or not
+    close(model, other, tolerance=1e-6)
 
 
 def compiled(model):
@@ -391,7 +692,7 @@ def test_a_compiled_model_takes_the_loop_and_says_why(inner):
     if inner:
         model[2] = compiled(model[2])
     user = model if inner else compiled(model)
-    with pytest.warns(UserWarning, match="torch refuses vmap over a compiled module") as caught:
+    with pytest.warns(UserWarning, match="torch runs no compiled module under vmap") as caught:
         wrapper = Filtered(user, F.cross_entropy, chain, sgd(model), 4)
     assert len(caught) == 1 and caught[0].filename == __file__
     plain = filtered(other, 1.2, plan="loop")
@@ -467,6 +768,55 @@ def test_a_chain_of_another_kind_is_refused_with_its_remedy():
         make(gf.agree_filter)
 
 
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda model: torch.optim.LBFGS(model.parameters()), "LBFGS"),
+        (lambda model: SAM(model.parameters(), sgd(model)), "SAM"),
+        (
+            lambda model: GSAM(model.parameters(), sgd(model), model, 0.1, LinearScheduler(5, 0.1)),
+            "GSAM",
+        ),
+    ],
+)
+def test_an_optimizer_that_needs_a_closure_is_refused(make, kind):
+    model = nn.Linear(6, 3)
+    with pytest.raises(
+        TypeError, match=rf"found {kind}, whose step needs a closure\. .* the chain"
+    ):
+        filtered(model, optimizer=make(model))
+
+
+def test_what_is_no_module_criterion_or_optimizer_is_refused():
+    model = nn.Linear(6, 3)
+    make = lambda m, c, o: Filtered(m, c, gf.agree_filter(), o, 4)
+    with pytest.raises(TypeError, match=r"a torch\.nn\.Module, found function\. Pass"):
+        make(lambda x: x, F.cross_entropy, sgd(model))
+    with pytest.raises(TypeError, match=r"a criterion to call, or None, found str\. Give"):
+        make(model, "mse", sgd(model))
+    for wrong, kind in ((torch.optim.SGD, "type"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=rf"torch\.optim\.Optimizer, found {kind}\. Make"):
+            make(model, F.cross_entropy, wrong)
+
+
+def test_a_module_whose_wrapper_would_not_average_over_ranks_is_refused(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Linear(6, 3))
+        for wrapped in (model, nn.Sequential(model)):
+            with pytest.raises(
+                ValueError, match=r"found DistributedDataParallel.*Pass its \.module"
+            ):
+                filtered(wrapped)
+            with pytest.raises(ValueError, match=r"step_gaf: .* found DistributedDataParallel"):
+                step_gaf(wrapped, sgd(model), F.cross_entropy, [vectors(), vectors()])
+        filtered(model.module).step(*vectors())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_arguments_that_cannot_be():
     model, wrong = nn.Linear(6, 3), nn.Linear(6, 3)
     with pytest.raises(ValueError, match="an optimizer over trainable parameters of the model"):
@@ -483,6 +833,10 @@ def test_arguments_that_cannot_be():
         filtered(model, criterion=None).step(*vectors())
     with pytest.raises(ValueError, match="divisible by the number of microbatches"):
         wrapper.step(*vectors(10))
+    with pytest.raises(ValueError, match="found an empty batch"):
+        wrapper.step(*vectors(0))
+    with pytest.raises(ValueError, match="found M = 1"):
+        filtered(model, m=1).step(*vectors())
     assert same(bits(model), before)
 
 

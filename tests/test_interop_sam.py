@@ -1,6 +1,7 @@
 """SAM and GSAM in place: the pure chain and naive code, and what the second pass must not leave."""
 
 import copy
+import pickle
 from contextlib import contextmanager
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 import gradfilter as gf
 from _naive import assert_close, assert_same
-from gradfilter.interop import GSAM, SAM, LinearScheduler, ProportionScheduler
+from gradfilter.interop import GSAM, SAM, SGD_AGC, LinearScheduler, ProportionScheduler
 
 pytestmark = pytest.mark.usefixtures("float64")
 RHO, ALPHA, LR = 0.3, 0.4, 0.1
@@ -290,6 +291,24 @@ def test_parameters_without_gradient_are_not_touched(make):
 
 
 @both
+def test_a_gradient_of_the_second_pass_alone_is_dropped(make):
+    model = network()
+    model.late = nn.Parameter(torch.ones(2))
+    calls = []
+
+    def loss_fn(predictions, targets):
+        calls.append(1)
+        late = model.late.sum() if len(calls) == 2 else 0.0
+        return F.cross_entropy(predictions, targets) + late
+
+    optimizer = make(model)
+    optimizer.model = nn.Sequential(*list(model)[:3])
+    train(optimizer, [batch()], loss_fn)
+    assert model.late.grad is None and torch.equal(model.late, torch.ones(2))
+    assert len(calls) == 2
+
+
+@both
 @forms
 def test_a_zero_gradient_gives_a_finite_step(make, adaptive):
     model = network()
@@ -439,6 +458,17 @@ def test_a_checkpoint_goes_on_bit_for_bit(make):
     assert_same(values(again), values(model))
 
 
+@both
+def test_a_state_loaded_into_the_base_optimizer_is_shared_from_the_next_step_on(make):
+    model = network()
+    optimizer = make(model)
+    train(optimizer, [batch()])
+    base = optimizer.base_optimizer
+    base.load_state_dict(copy.deepcopy(base.state_dict()))
+    train(optimizer, [batch()])
+    assert optimizer.param_groups is base.param_groups and optimizer.state is base.state
+
+
 def test_gsam_checkpoints_its_radius():
     make = lambda model: GSAM(
         model.parameters(), sgd(model), model, ALPHA, LinearScheduler(T_max=10, max_value=1.0)
@@ -450,6 +480,175 @@ def test_gsam_checkpoints_its_radius():
     assert second.update_rho_t() == pytest.approx(0.8)
     third.load_state_dict(first.base_optimizer.state_dict())
     assert third.rho_t == 1.0
+
+
+@both
+def test_a_saved_checkpoint_goes_on_bit_for_bit(make, tmp_path):
+    batches = [batch(seed) for seed in range(6)]
+    model = network()
+    optimizer = make(model)
+    train(optimizer, batches[:3])
+    torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "run.pt")
+    train(optimizer, batches[3:])
+    again = network()
+    resumed = make(again)
+    weights, state = torch.load(tmp_path / "run.pt", weights_only=True)
+    again.load_state_dict(weights)
+    resumed.load_state_dict(state)  # before its first step
+    train(resumed, batches[3:])
+    assert_same(values(again), values(model))
+
+
+L = torch.optim.lr_scheduler
+SCHEDULERS = {
+    "one cycle": lambda o: L.OneCycleLR(o, 0.1, total_steps=9),
+    "sequence": lambda o: L.SequentialLR(o, [L.LinearLR(o), L.ExponentialLR(o, 0.5)], [3]),
+    "plateau": lambda o: L.ReduceLROnPlateau(o, patience=0, threshold=10.0),
+}
+
+
+@both
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize("schedule", SCHEDULERS)
+def test_any_scheduler_of_torch_moves_the_base_optimizer(make, wrapped, schedule):
+    model = network()
+    base = sgd(model)
+    optimizer = make(model, base)
+    alone = torch.optim.SGD([torch.zeros(1)], lr=LR, momentum=0.9)
+    mine, theirs = (SCHEDULERS[schedule](o) for o in (optimizer if wrapped else base, alone))
+    lrs = set()
+    for _ in range(7):
+        train(optimizer, [batch()])
+        alone.step()
+        for scheduler in (mine, theirs):
+            scheduler.step(*([1.0] if schedule == "plateau" else []))
+        found, expected = base.param_groups[0], alone.param_groups[0]
+        assert (found["lr"], found["momentum"]) == (expected["lr"], expected["momentum"])
+        lrs.add(found["lr"])
+    assert len(lrs) > 2
+
+
+@forms
+def test_gsam_with_alpha_zero_is_sam(adaptive):
+    model = network()
+    other = copy.deepcopy(model)
+    batches = [batch(seed) for seed in range(10)]
+    train(sam(model, adaptive=adaptive), batches)
+    train(GSAM(other.parameters(), sgd(other), other, 0.0, constant_rho(), adaptive), batches)
+    assert_same(values(model), values(other))
+
+
+KERNELS = {
+    "one by one": lambda params: torch.optim.SGD(params, lr=LR, momentum=0.9, foreach=False),
+    "foreach": lambda params: torch.optim.SGD(params, lr=LR, momentum=0.9, foreach=True),
+    "fused": lambda params: torch.optim.SGD(params, lr=LR, momentum=0.9, fused=True),
+}
+
+
+@both
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_channels_last_under_every_kernel(make, kernel):
+    def run(layout, base):
+        torch.manual_seed(0)
+        layers = nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3)
+        model = nn.Sequential(*layers).to(memory_format=layout)
+        x = torch.randn(8, 3, 6, 6).to(memory_format=layout)
+        train(make(model, base(model.parameters())), [(x, torch.arange(8) % 3)] * 3)
+        return model[0].weight
+
+    found = run(torch.channels_last, KERNELS[kernel])
+    assert found.grad.stride() == found.stride() != found.contiguous().stride()
+    assert_close(found, run(torch.contiguous_format, KERNELS["one by one"]))
+
+
+def test_clipping_by_the_base_optimizer_is_by_the_old_weights():
+    model = network()
+    update = gf.chain(gf.mean_rows(), gf.sam_perturb(RHO), gf.agc_clip(0.01), gf.sgd(LR))
+    params, buffers = gf.extract(model)
+    grads_of = gf.microbatch_grads(gf.model_loss(model, F.cross_entropy), 1)
+    state = update.init(params)
+    batches = [batch(seed) for seed in range(5)]
+    for pair in batches:
+        params, state, _ = update(params, state, grads_of(params, pair, buffers=buffers))
+    train(sam(model, SGD_AGC(model.parameters(), lr=LR, clipping=0.01)), batches)
+    assert_close(values(model), params)
+
+
+@both
+def test_tied_weights_are_perturbed_once(make):
+    def tied():
+        torch.manual_seed(4)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        model[2].weight = model[0].weight
+        return model
+
+    model, other = tied(), tied()
+    x, y = batch()
+    train(make(model), [(x, y)])
+    naive_step(other, sgd(other), x, y, False, ALPHA if make is gsam else 0.0)
+    assert_close(values(model), values(other))
+
+
+@both
+def test_parameters_may_be_frozen_freed_added_and_moved_to_another_dtype(make):
+    model = network()
+    optimizer = make(model, torch.optim.SGD(model.parameters(), lr=LR))
+    for frozen in (True, False):
+        model[0].requires_grad_(not frozen)
+        before = values(model)
+        train(optimizer, [batch()])
+        assert torch.equal(model[0].weight, before["0.weight"]) == frozen
+        assert not torch.equal(model[2].weight, before["2.weight"])
+    model.float()
+    x, y = batch()
+    train(optimizer, [(x.float(), y)])
+    assert model[0].weight.grad.dtype == torch.float32
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": 0.5})
+    assert [g["lr"] for g in optimizer.base_optimizer.param_groups] == [LR, 0.5]
+
+
+@both
+def test_parameters_of_no_group_are_neither_perturbed_nor_moved(make):
+    model = network()
+    seen = []
+
+    def loss_fn(predictions, targets):
+        seen.append(values(model))
+        return F.cross_entropy(predictions, targets)
+
+    train(make(model, torch.optim.SGD(model[0].parameters(), lr=LR)), [batch()], loss_fn)
+    for at in (seen[1], values(model)):
+        assert_same(at["2.weight"], seen[0]["2.weight"])
+        assert not torch.equal(at["0.weight"], seen[0]["0.weight"])
+
+
+@both
+def test_a_loss_that_is_nan_is_returned_and_applied_as_by_any_optimizer(make):
+    model = network()
+    losses = train(make(model), [batch()], lambda p, t: p.sum() * torch.nan)
+    assert losses[0].isnan() and all(p.isnan().all() for p in model.parameters())
+
+
+@both
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_model(make):
+    torch._dynamo.reset()
+    model = normed()
+    other = copy.deepcopy(model)
+    batches = [batch(seed) for seed in range(4)]
+    user = torch.compile(model, backend="aot_eager")
+    train(make(user), batches)
+    train(make(other), batches)
+    assert_close(values(model), values(other))
+    assert_close(dict(model.named_buffers()), dict(other.named_buffers()))
+
+
+@both
+def test_copies_are_refused(make):
+    optimizer = make(network())
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"Expected a state_dict\(\) of G?SAM, found .* Make"):
+            copied(optimizer)
 
 
 def test_every_group_has_its_lr_and_one_norm():
@@ -532,6 +731,21 @@ def one_rank(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+def test_gradients_that_are_views_of_buckets(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        model = network()
+        ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        train(gsam(ddp), [batch(seed) for seed in range(3)])
+    finally:
+        torch.distributed.destroy_process_group()
+    other = network()
+    train(gsam(other), [batch(seed) for seed in range(3)])
+    assert_close(values(model), values(other))
+
+
 def test_ranks_that_perturb_on_their_own_apply_the_mean(tmp_path):
     torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
     for make, alpha in ((sam, 0.0), (gsam, ALPHA)):
@@ -546,6 +760,13 @@ def test_ranks_that_perturb_on_their_own_apply_the_mean(tmp_path):
         for rank in range(2):
             found = torch.load(tmp_path / f"{make.__name__}{rank}.pt", weights_only=True)
             assert_close(found, values(model))
+
+
+class NoRadius:
+    """Steps like the schedulers of torch.optim."""
+
+    def step(self):
+        return None
 
 
 @pytest.mark.parametrize(
@@ -564,6 +785,19 @@ def test_ranks_that_perturb_on_their_own_apply_the_mean(tmp_path):
             lambda m: sam(m, scaler=scaler_of(1.0), no_sync=torch.no_grad),
             ValueError,
             "found both",
+        ),
+        (
+            lambda m: SAM(m.parameters(), torch.optim.LBFGS, RHO),
+            TypeError,
+            "SAM: .* found LBFGS, whose step needs a closure",
+        ),
+        (lambda m: sam(m, sam(m)), TypeError, "SAM: .* found SAM, whose step needs a closure"),
+        (lambda m: gsam(m, sam(m)), TypeError, "GSAM: .* found SAM, whose step needs"),
+        (lambda m: sam(m, 0.1), TypeError, r"SAM: .* torch\.optim\.Optimizer, found float\. Make"),
+        (
+            lambda m: GSAM(m.parameters(), sgd(m), m, ALPHA, NoRadius()),
+            TypeError,
+            r"found None of a NoRadius\. Use ProportionScheduler",
         ),
         (
             lambda m: GSAM(m.parameters(), sgd(m), m, -1.0, constant_rho()),

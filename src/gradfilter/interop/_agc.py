@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeVar
+from weakref import ref
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from gradfilter import _tree
-from gradfilter._types import Tree
-from gradfilter.transforms._clip import agc_clip
-from gradfilter.transforms._link import check_number, check_predicate, is_off
+from gradfilter.interop._agc_step import Clipping, Exclude, check_values, clip_gradients
+from gradfilter.interop._sam_base import TwoPassOptimizer
+from gradfilter.transforms._link import check_predicate
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
-Clipping = float | Tensor | None
-Exclude = Callable[[str], bool]
 
 
 def AGC(
@@ -34,7 +30,7 @@ def AGC(
     whoever asks for its type find what they expect. ``clipping`` and ``agc_eps`` are entries of its
     parameter groups like ``lr``: give them per group (what a group has stays), change, save and
     load them. A closure is called as often as the optimizer calls it, and the gradients are clipped
-    each time. Copies (`copy.deepcopy`, pickle) lose hooks: use AGC on the copy.
+    each time. What `copy.deepcopy` and pickle make of it clips as well.
 
     Args:
         optimizer: Any `torch.optim.Optimizer`.
@@ -45,8 +41,9 @@ def AGC(
             fourth parameter of the first group.
 
     Raises:
-        TypeError: Not an optimizer, or ``exclude`` is not a function.
-        ValueError: clipping < 0 or agc_eps <= 0, here or in a group; a sparse gradient, at a step.
+        TypeError: Not an optimizer, or SAM or GSAM; ``exclude`` is not a function.
+        ValueError: clipping < 0 or agc_eps <= 0, here or in a group; the optimizer clips already;
+            a sparse gradient, at a step.
 
     Example:
         >>> import torch
@@ -68,82 +65,72 @@ def AGC(
             f"AGC: expected a torch.optim.Optimizer, found {type(optimizer).__name__}. Make it "
             "first: AGC(torch.optim.SGD(params, lr=0.1), 0.01)."
         )
+    if isinstance(optimizer, TwoPassOptimizer):
+        raise TypeError(
+            f"AGC: expected the optimizer that applies the gradients, found "
+            f"{type(optimizer).__name__}. Put AGC around its base optimizer."
+        )
+    if _MARK in vars(optimizer):
+        raise ValueError(
+            f"AGC: expected an optimizer that does not clip yet, found a {type(optimizer).__name__}"
+            " that does. Change the clipping of its parameter groups instead."
+        )
     if exclude is not None:
         check_predicate("AGC", "exclude", exclude)
     own = {"clipping": clipping, "agc_eps": agc_eps}
+    check_values(own)
+    for group in (optimizer.defaults, *optimizer.param_groups):
+        check_values(own | group)
+        for name, value in own.items():
+            group.setdefault(name, value)
+    return _clipping(optimizer, exclude)
 
-    def complete(optimizer: Optimizer) -> None:
-        """Every group has valid values; a state dictionary of a plain optimizer brings none."""
-        for group in (optimizer.defaults, *optimizer.param_groups):
-            _check(own | group)
-            for name, value in own.items():
-                group.setdefault(name, value)
+
+_MARK = "__reduce_ex__"
+"""What `copy.deepcopy` and pickle ask an object for; an optimizer that clips has its own."""
+
+
+def _clipping(optimizer: AnyOptimizer, exclude: Exclude | None) -> AnyOptimizer:
+    """The optimizer, with hooks. Its groups have their values."""
 
     def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if closure is None:
-            _clip(optimizer, exclude)
+            clip_gradients(optimizer, exclude)
             return None
 
         def clipped() -> Any:
             with torch.enable_grad():
                 loss = closure()
-            _clip(optimizer, exclude)
+            clip_gradients(optimizer, exclude)
             return loss
 
         by_name = {**kwargs, "closure": clipped}
         return (args, by_name) if len(args) == 1 else ((args[0], clipped, *args[2:]), kwargs)
 
-    _check(own)
-    complete(optimizer)
-    optimizer.register_load_state_dict_post_hook(complete)
+    def before_load(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A plain optimizer's state says nothing of clipping: every group keeps its own."""
+        groups = list(state_dict["param_groups"])
+        for i, group in enumerate(optimizer.param_groups[: len(groups)]):
+            groups[i] = {name: group[name] for name in ("clipping", "agc_eps")} | groups[i]
+        return {**state_dict, "param_groups": groups}
+
     # A step of one's own around the optimizer's would run the hooks of both.
     optimizer.register_step_pre_hook(before_step)
+    optimizer.register_load_state_dict_pre_hook(before_load)
+    this = ref(optimizer)  # the optimizer should not keep itself alive
+
+    def reduce(protocol: Any) -> tuple[Any, ...]:
+        """Hooks are no part of what PyTorch copies, so that clipping would end in silence."""
+        original = this()
+        assert original is not None  # it is being copied
+        return _copied, (type(original), original.__getstate__(), exclude)
+
+    vars(optimizer)[_MARK] = reduce
     return optimizer
 
 
-def _check(values: dict[str, Any]) -> None:
-    clipping, eps = values["clipping"], values["agc_eps"]
-    if clipping is not None:
-        check_number("AGC", "clipping", clipping, low=0, fix="Use None (or 0) to switch it off.")
-    check_number("AGC", "agc_eps", eps, low=0, open_low=True, fix="The paper has 1e-3.")
-
-
-def _clip(optimizer: Optimizer, exclude: Exclude | None) -> None:
-    """Clip the gradients that the optimizer is about to use, in place."""
-    for index, group in enumerate(optimizer.param_groups):
-        _check(group)
-        clipping = group["clipping"]
-        off = clipping is None or is_off(clipping)
-        params, grads = ({}, {}) if off else _clippable(index, group, exclude)
-        if not params:
-            continue
-        # A fused optimizer under GradScaler unscales in its kernel: the limit is scaled instead.
-        if (scale := getattr(optimizer, "grad_scale", None)) is not None:
-            clipping = clipping * _tree.scalar(scale, next(iter(params.values())))
-        link = agc_clip(clipping, eps=group["agc_eps"])
-        with torch.set_grad_enabled(group.get("differentiable", False)):
-            if torch.is_grad_enabled():  # the step writes into the parameters: clones for autograd
-                clones = {place: p.clone() for place, p in params.items()}
-                for place, g in link.update(grads, {}, clones)[0].items():
-                    params[place].grad = g
-            else:  # in place: DistributedDataParallel's gradients are views of its buckets
-                clipped, _, _ = link.update(grads, {}, params)
-                torch._foreach_copy_(list(grads.values()), [clipped[place] for place in grads])
-
-
-def _clippable(index: int, group: dict[str, Any], exclude: Exclude | None) -> tuple[Tree, Tree]:
-    """The parameters of a group to clip, and their gradients, by place: names may repeat."""
-    params, grads = {}, {}
-    for i, p in enumerate(group["params"]):
-        place = f"{index}.{i}"
-        name = group["param_names"][i] if "param_names" in group else place
-        if p.grad is None or (exclude is not None and exclude(name)):
-            continue
-        if p.grad.layout != torch.strided:
-            raise ValueError(
-                f"AGC: expected dense gradients, found a sparse one for {name!r}. Use sparse=False "
-                "in the layer, or leave it unclipped with exclude=lambda name: ..."
-            )
-        params[place], grads[place] = p, p.grad
-    return params, grads
+def _copied(kind: type[AnyOptimizer], state: dict[str, Any], exclude: Exclude | None) -> Any:
+    optimizer = kind.__new__(kind)
+    optimizer.__setstate__(state)
+    return _clipping(optimizer, exclude)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from gradfilter.interop._agc import AGC, Clipping, Exclude
+from gradfilter.interop._agc import AGC
+from gradfilter.interop._agc_step import Clipping, Exclude
 
 
 def _signature(base: type) -> inspect.Signature:
@@ -29,7 +30,7 @@ class SGD_AGC(torch.optim.SGD):
         clipping: λ >= 0; None or 0 switches clipping off, and the rest is the same bit for bit.
         agc_eps: > 0, floors the norm of the weight.
         exclude: Predicate on names, given ``named_parameters()``; true means not clipped. See
-            `AGC`, which also says what a copy lacks.
+            `AGC`.
         **kwargs: As `torch.optim.SGD`.
 
     Raises:

@@ -18,8 +18,9 @@ from gradfilter.grads._loss import extract, insert
 from gradfilter.grads._microbatch import microbatch_grads, per_sample_grads
 from gradfilter.interop._accumulated import batch_of, held, joined
 from gradfilter.interop._filtered_chain import filter_chain, finite_rows, own_state, write_grads
-from gradfilter.interop._filtered_loss import loss_of, original_of, plan_for
+from gradfilter.interop._filtered_loss import check_module, loss_of, original_of, plan_for
 from gradfilter.interop._filtered_scaler import scale_of, update_scale, with_own_losses
+from gradfilter.interop._sam_base import check_steps_alone
 from gradfilter.transforms._state import load_state_dict, state_dict
 
 
@@ -74,9 +75,10 @@ class Filtered:
             since no scale helps where the loss is not. Call none of its methods yourself.
 
     Raises:
-        TypeError: ``transforms`` does not lead from rows to a tree.
-        ValueError: No parameter of the optimizer is a trainable one of the model, or a compiled
-            module with plan ``"fused"`` or ``"vmap"``.
+        TypeError: ``transforms`` does not lead from rows to a tree; an optimizer whose step needs a
+            closure (LBFGS, SAM); no module, criterion or optimizer at all.
+        ValueError: No parameter of the optimizer is a trainable one of the model; a compiled module
+            with plan ``"fused"`` or ``"vmap"``; a DistributedDataParallel.
 
     Example:
         >>> import torch, gradfilter as gf
@@ -105,6 +107,13 @@ class Filtered:
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         """Check everything that can be checked without a batch."""
+        check_module("Filtered", model)
+        check_steps_alone("Filtered", optimizer, "For SAM, put sam_perturb into the chain.")
+        if criterion is not None and not callable(criterion):
+            raise TypeError(
+                f"Filtered: expected a criterion to call, or None, found "
+                f"{type(criterion).__name__}. Give criterion(output, targets) -> scalar."
+            )
         self.model, self.criterion = model, criterion
         self.optimizer, self.scaler = optimizer, scaler
         self.transforms = filter_chain(transforms, guarded=scaler is not None)

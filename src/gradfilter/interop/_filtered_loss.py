@@ -53,24 +53,40 @@ def loss_of(
     return CompiledLoss(original, criterion, scale is not None, compiled=model)
 
 
+def check_module(name: str, model: Any) -> None:
+    """Refuse what is no module, and a wrapper that these backward passes would go around.
+
+    Args:
+        name: Who asks.
+        model: What the user gave.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{name}: expected a torch.nn.Module, found {type(model).__name__}. Pass a pure "
+            "function to gradfilter.microbatch_grads."
+        )
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise ValueError(
+            f"{name}: expected a module of one rank, found DistributedDataParallel, which averages "
+            "over ranks only what its own backward passes compute. Pass its .module, whose "
+            "gradients stay on this rank."
+        )
+
+
 def original_of(model: nn.Module) -> nn.Module:
     """The module that torch.compile was given, or the module itself."""
     return model.get_submodule(PREFIX[:-1]) if _is_compiled_module(model) else model
 
 
 def plan_for(model: nn.Module, plan: Plan) -> Plan:
-    """The plan a module allows: torch refuses vmap over compiled code.
+    """The plan a module allows: under vmap torch runs compiled code uncompiled, or not at all.
 
     Raises:
         ValueError: A compiled module and a plan that needs vmap.
     """
-    compiled = any(
-        _is_compiled_module(m) or getattr(m, "_compiled_call_impl", None) is not None
-        for m in model.modules()
-    )
-    if not compiled or plan == "loop":
+    if plan == "loop" or not has_compiled(model):
         return plan
-    why = "torch refuses vmap over a compiled module, so that its rows take M backward passes"
+    why = "torch runs no compiled module under vmap, so that its rows take M backward passes"
     if plan != "auto":
         raise ValueError(
             f'Filtered: expected plan "loop" (or "auto") for a compiled module, found {plan!r}: '
@@ -82,6 +98,14 @@ def plan_for(model: nn.Module, plan: Plan) -> Plan:
         stacklevel=3,
     )
     return "loop"
+
+
+def has_compiled(model: nn.Module) -> bool:
+    """Whether a module, or a part of it, is compiled."""
+    return any(
+        _is_compiled_module(m) or getattr(m, "_compiled_call_impl", None) is not None
+        for m in model.modules()
+    )
 
 
 def _is_compiled_module(module: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Sized
 from importlib import import_module
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from gradfilter._types import Params
 from gradfilter.grads._dense import DenseStack
+from gradfilter.grads._grad_function import Plan
 from gradfilter.grads._loss import ModelLoss, insert, model_loss
 from gradfilter.grads._microbatch import microbatch_grads
 from gradfilter.grads._stack import GradStack
+from gradfilter.interop._filtered_chain import write_grads
+from gradfilter.interop._filtered_loss import check_module, has_compiled
+from gradfilter.interop._sam_base import check_steps_alone
 from gradfilter.transforms._agreement import agree_filter
 
 Pair = tuple[Tensor, Tensor]
@@ -57,7 +61,8 @@ def step_gaf(
         NaN where targets are no classes.
 
     Raises:
-        ValueError: Fewer than two microbatches, or a threshold below 0.
+        ValueError: Fewer than two microbatches, a threshold below 0, or a DistributedDataParallel.
+        TypeError: An optimizer whose step needs a closure.
         ModuleNotFoundError: ``wandb`` is asked for and not installed.
 
     Example:
@@ -74,6 +79,8 @@ def step_gaf(
         Chaubard, Eddy, Kochenderfer, "Beyond Gradient Averaging in Parallel Optimization: Improved
         Robustness through Gradient Agreement Filtering", 2024, https://arxiv.org/abs/2412.18052
     """
+    check_module("step_gaf", model)
+    check_steps_alone("step_gaf", optimizer, "Use one that needs no closure.")
     filter_ = agree_filter(cos_distance_thresh, average=average)
     if len(list_of_microbatches) < 2:
         raise ValueError(
@@ -82,18 +89,18 @@ def step_gaf(
         )
     log = logger_of(wandb)
     home = next(model.parameters()).device if device is None else torch.device(device)
-    batches = [_on_device(part, home) for part in list_of_microbatches]
+    batches = [on_device(part, home) for part in list_of_microbatches]
     model.train()
     params: Params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     loss = model_loss(model, _with_hits(criterion), has_aux=True)
-    rows = _rows_of(loss, {name: p.detach() for name, p in params.items()}, batches)
+    plan: Plan = "loop" if has_compiled(model) else "auto"
+    rows = _rows_of(loss, {name: p.detach() for name, p in params.items()}, batches, plan)
     with torch.no_grad():
         grads, _, out = filter_.update(rows, filter_.init(params), params)
     insert(model, {}, rows.buffers)
     optimizer.zero_grad()
     if bool(out["keep"]):
-        for name, p in params.items():
-            p.grad = grads[name]
+        write_grads(model, optimizer, grads)
         optimizer.step()
     sizes = torch.tensor([float(len(targets)) for _, targets in batches], device=home)
     assert rows.losses is not None  # rows of batches always have their losses
@@ -101,7 +108,7 @@ def step_gaf(
         "train_loss": float((rows.losses * sizes).sum() / sizes.sum()),
         "cosine_distance": float(1 - out["cosine"][-1]),
         "agreed_count": max(int(out["accepted"].sum()) - 1, 0),
-        "train_accuracy": float(rows.aux.sum() / sizes.sum()),
+        "train_accuracy": float(rows.aux.sum()) / float(sizes.sum()),
     }
     if verbose:
         print(result)
@@ -123,9 +130,17 @@ def logger_of(wandb: bool) -> Callable[[dict[str, float]], Any]:
     return log
 
 
-def _on_device(part: Dataset[Any] | Pair, device: torch.device) -> Pair:
-    if not isinstance(part, (tuple, list)):
-        part = next(iter(DataLoader(part, batch_size=len(cast(Sized, part)))))
+def are_tensors(data: Any) -> TypeGuard[Pair]:
+    """Whether data are a batch of inputs and targets, not a dataset (which may be a list)."""
+    listed = isinstance(data, (tuple, list)) and len(data) > 1
+    return listed and all(isinstance(part, Tensor) for part in data)
+
+
+def on_device(part: Dataset[Any] | Pair, device: torch.device) -> Pair:
+    """Inputs and targets of a microbatch."""
+    if not are_tensors(part):
+        dataset = cast("Dataset[Any]", part)
+        part = next(iter(DataLoader(dataset, batch_size=len(cast(Sized, part)))))
     inputs, targets = part[0], part[1]
     return inputs.to(device), targets.to(device)
 
@@ -135,7 +150,7 @@ def _with_hits(criterion: Criterion) -> Callable[[Any, Tensor], tuple[Tensor, Te
 
     def both(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
         loss = criterion(outputs, targets)
-        return loss, hits(outputs, targets).to(loss.dtype)
+        return loss, hits(outputs, targets).float()  # half precision cannot count to 300
 
     return both
 
@@ -149,14 +164,14 @@ def hits(outputs: Any, targets: Tensor) -> Tensor:
     return right.sum()
 
 
-def _rows_of(loss: ModelLoss, params: Params, batches: list[Pair]) -> GradStack:
+def _rows_of(loss: ModelLoss, params: Params, batches: list[Pair], plan: Plan) -> GradStack:
     """One row per microbatch: all at once where they are alike, else one after the other."""
     if len({(x.shape, y.shape) for x, y in batches}) == 1:
         inputs, targets = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
-        return microbatch_grads(loss, len(batches))(params, (inputs, targets))
+        return microbatch_grads(loss, len(batches), plan=plan)(params, (inputs, targets))
     found, buffers = [], None
     for batch in batches:
-        rows = microbatch_grads(loss, 1)(params, batch, buffers=buffers)
+        rows = microbatch_grads(loss, 1, plan=plan)(params, batch, buffers=buffers)
         buffers = rows.buffers
         found.append((rows.stacked(), rows.losses, rows.aux))
     grads, losses, hits = zip(*found, strict=True)

@@ -7,16 +7,24 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from gradfilter.interop._gaf import Criterion, hits, logger_of, step_gaf
+from gradfilter.interop._gaf import (
+    Criterion,
+    Pair,
+    are_tensors,
+    hits,
+    logger_of,
+    on_device,
+    step_gaf,
+)
 
 
 def train_gaf(
     model: nn.Module,
     args: Any,
-    train_dataset: Dataset[Any],
-    val_dataset: Dataset[Any],
+    train_dataset: Dataset[Any] | Pair,
+    val_dataset: Dataset[Any] | Pair,
     optimizer: torch.optim.Optimizer,
     criterion: Criterion,
     *,
@@ -29,13 +37,14 @@ def train_gaf(
     """Train for some epochs with `step_gaf`, and validate after each.
 
     Every epoch goes through the training data once, in an order drawn from torch's generator.
+    Validation is in evaluation mode; the model is left in training mode.
 
     Args:
         model: Moved to ``device``.
         args: An object or a mapping with ``epochs``, ``batch_size`` (of one microbatch) and
             ``num_batches_to_force_agreement`` (microbatches per step, at least two).
-        train_dataset: Of (input, target).
-        val_dataset: Of (input, target).
+        train_dataset: Of (input, target), or a pair of tensors.
+        val_dataset: Likewise; at least one sample.
         optimizer: Of the model's parameters.
         criterion: As in `step_gaf`.
         cos_distance_thresh: As in `step_gaf`.
@@ -49,7 +58,9 @@ def train_gaf(
         steps, ``val_loss`` and ``val_accuracy``, means over the samples.
 
     Raises:
-        ValueError: Fewer training samples than one step takes; arguments of `step_gaf`.
+        ValueError: Fewer training samples than one step takes, none to validate with, a number in
+            ``args`` too small; arguments of `step_gaf`.
+        TypeError: A DataLoader in place of a dataset.
         AttributeError: A field of ``args`` is missing.
 
     Example:
@@ -67,9 +78,12 @@ def train_gaf(
         Chaubard, Eddy, Kochenderfer, "Beyond Gradient Averaging in Parallel Optimization: Improved
         Robustness through Gradient Agreement Filtering", 2024, https://arxiv.org/abs/2412.18052
     """
-    epochs, size = _field(args, "epochs"), _field(args, "batch_size")
-    count = _field(args, "num_batches_to_force_agreement")
-    samples = len(cast(Sized, train_dataset))
+    epochs, size = _field(args, "epochs", 0), _field(args, "batch_size", 1)
+    count = _field(args, "num_batches_to_force_agreement", 2)
+    train, val = _dataset(train_dataset), _dataset(val_dataset)
+    samples = len(cast(Sized, train))
+    if not len(cast(Sized, val)):
+        raise ValueError("train_gaf: expected validation samples, found none. Give at least one.")
     if samples < size * count:
         raise ValueError(
             f"train_gaf: expected at least batch_size * num_batches_to_force_agreement = "
@@ -91,10 +105,10 @@ def train_gaf(
                 wandb=wandb,
                 device=home,
             )
-            for parts in _microbatches(train_dataset, samples, size, count)
+            for parts in _microbatches(train, samples, size, count)
         ]
         mean = {k: sum(s[k] for s in steps) / len(steps) for k in ("train_loss", "train_accuracy")}
-        result = {"epoch": epoch, **mean, **_validate(model, val_dataset, size, criterion, home)}
+        result = {"epoch": epoch, **mean, **_validate(model, val, size, criterion, home)}
         if verbose:
             print(result)
         log(result)
@@ -102,14 +116,28 @@ def train_gaf(
     return results
 
 
-def _field(args: Any, name: str) -> int:
+def _dataset(data: Dataset[Any] | Pair) -> Dataset[Any]:
+    if isinstance(data, DataLoader):
+        raise TypeError(
+            "train_gaf: expected a dataset or a pair of tensors, found DataLoader. Give its "
+            ".dataset: batches are made here."
+        )
+    return TensorDataset(*data) if are_tensors(data) else cast("Dataset[Any]", data)
+
+
+def _field(args: Any, name: str, least: int) -> int:
     value = args.get(name) if isinstance(args, Mapping) else getattr(args, name, None)
     if value is None:
         raise AttributeError(
             f"train_gaf: expected args with epochs, batch_size and num_batches_to_force_agreement, "
-            f"found no {name!r}."
+            f"found no {name!r}. Give all three."
         )
-    return int(value)
+    number = int(value)
+    if number < least:
+        raise ValueError(
+            f"train_gaf: expected args.{name} >= {least}, found {number}. Use {least} or more."
+        )
+    return number
 
 
 def _microbatches(
@@ -127,11 +155,13 @@ def _validate(
     model.eval()
     loss = right = samples = 0.0
     with torch.no_grad():
-        for inputs, targets in DataLoader(data, batch_size=size):
-            outputs, targets = model(inputs.to(device)), targets.to(device)
+        for batch in DataLoader(data, batch_size=size):
+            inputs, targets = on_device(batch, device)
+            outputs = model(inputs)
             loss += float(criterion(outputs, targets)) * len(targets)
             right += float(hits(outputs, targets))
             samples += len(targets)
+    model.train()
     return {"val_loss": loss / samples, "val_accuracy": right / samples}
 
 

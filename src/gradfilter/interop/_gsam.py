@@ -45,6 +45,7 @@ class GSAM(TwoPassOptimizer):
 
     Raises:
         ValueError: gsam_alpha < 0 or ρ < 0, and as for `SAM`.
+        TypeError: A rho_scheduler whose ``step()`` returns None, and as for `SAM`.
 
     Example:
         >>> import torch
@@ -87,7 +88,14 @@ class GSAM(TwoPassOptimizer):
 
     def update_rho_t(self) -> float:
         """Move on to the scheduler's next radius and return it."""
-        self.rho_t = float(self.rho_scheduler.step())
+        rho = self.rho_scheduler.step()
+        if rho is None:
+            raise TypeError(
+                f"GSAM: expected ρ from rho_scheduler.step(), found None of a "
+                f"{type(self.rho_scheduler).__name__}. Use ProportionScheduler(lr_scheduler, ...) "
+                "to follow one of torch.optim.lr_scheduler."
+            )
+        self.rho_t = float(rho)
         return self.rho_t
 
     def state_dict(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class SAM(TwoPassOptimizer):
         rho: ρ >= 0; 0.05 is usual for SAM, 0.5 to 2 for ASAM.
         adaptive: ASAM.
         model: What `set_closure` calls. Its buffers are kept; without it, those of the modules
-            that the closure calls.
+            that the closure calls (for a compiled one torch warns of the hook that finds them).
         scaler: The GradScaler; a closure of your own scales the loss itself.
         no_sync: Makes the context of the first pass.
         **kwargs: For the base optimizer's class.
@@ -45,7 +45,8 @@ class SAM(TwoPassOptimizer):
     Raises:
         ValueError: rho < 0; parameters of the base optimizer are not in ``params``; both scaler
             and no_sync.
-        TypeError: ``**kwargs`` for an optimizer that is made already.
+        TypeError: ``**kwargs`` for an optimizer that is made already, or one whose step needs a
+            closure.
 
     Example:
         >>> import torch

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class TwoPassOptimizer(Optimizer):
                 "Expected scaler or no_sync, found both: ranks would not agree which steps to "
                 "skip. Use bfloat16 autocast, which needs no scaler."
             )
+        check_steps_alone(type(self).__name__, base_optimizer, "Use one that needs no closure.")
         listed = tensors_of(params)
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self.base_optimizer, self.model, self.scaler = base_optimizer, model, scaler
@@ -126,6 +128,14 @@ class TwoPassOptimizer(Optimizer):
         self.base_optimizer.load_state_dict(state_dict)
         self._share()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse copies and pickles, which would lack the base optimizer and the model."""
+        name = type(self).__name__
+        raise TypeError(
+            f"Expected a state_dict() of {name}, found an attempt to copy or pickle the object. "
+            f"Make another {name} around the other parameters and load it there."
+        )
+
     def _second_sync(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
@@ -143,3 +153,26 @@ class TwoPassOptimizer(Optimizer):
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
+
+
+def check_steps_alone(name: str, optimizer: Any, fix: str) -> None:
+    """Refuse what is no optimizer, and one that computes gradients of its own.
+
+    Args:
+        name: Who asks.
+        optimizer: To be called without a closure.
+        fix: The end of the message to who gave one that needs it.
+    """
+    kind = type(optimizer).__name__
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"{name}: expected a torch.optim.Optimizer, found {kind}. Make it first, for example "
+            "torch.optim.SGD(model.parameters(), lr=0.1)."
+        )
+    closure = signature(optimizer.step).parameters.get("closure")
+    required = closure is not None and closure.default is Parameter.empty
+    if required or isinstance(optimizer, TwoPassOptimizer):
+        raise TypeError(
+            f"{name}: expected an optimizer that steps on the gradients it finds, found {kind}, "
+            f"whose step needs a closure. {fix}"
+        )

@@ -51,7 +51,9 @@ class ProportionScheduler:
         min_value: float,
     ) -> None:
         if max_lr < min_lr:
-            raise ValueError(f"Expected min_lr <= max_lr, found min_lr={min_lr}, max_lr={max_lr}.")
+            raise ValueError(
+                f"Expected min_lr <= max_lr, found min_lr={min_lr}, max_lr={max_lr}. Swap them."
+            )
         self.pytorch_lr_scheduler = pytorch_lr_scheduler
 
         def present(count: Tensor, state: State, **extra: Any) -> tuple[Tensor, State]:
