@@ -2,13 +2,14 @@
 
 import ast
 import inspect
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import gradfilter as gf
-from gradfilter import interop
+from gradfilter import distributed, interop
 
 SOURCE = Path(gf.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -16,10 +17,12 @@ FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = ["core", "grads", "transforms", "distributed", "interop", "lab"]
 PUBLIC = {
     name: thing
-    for package in (gf, interop)
+    for package in (gf, interop, distributed)
     for name, thing in vars(package).items()
-    if callable(thing)
+    if callable(thing) and not name.startswith("_")
 }
+# Imported when they are first asked for.
+LAZY = {"_lightning.py": {"lightning"}, "_trainer.py": {"transformers"}}
 
 
 def imports(path):
@@ -51,7 +54,14 @@ def test_the_core_needs_torch_and_einops_only():
     for path in FILES:
         if "lab" not in path.relative_to(SOURCE).parts:
             found = {name.split(".")[0] for name in imports(path)}
+            found -= LAZY.get(path.name, set())
             assert found <= allowed, f"{path.name} imports {found - allowed}"
+
+
+def test_frameworks_are_imported_only_when_asked_for():
+    loaded = "import sys, gradfilter.interop; print({'lightning', 'transformers'} & {*sys.modules})"
+    run = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
 
 
 def test_only_tree_touches_pytree():

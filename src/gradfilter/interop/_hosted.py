@@ -1,0 +1,137 @@
+"""Filtered inside a trainer that clips gradients and calls the optimizer itself."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from gradfilter._types import Transform
+from gradfilter.grads._grad_function import Plan
+from gradfilter.interop._filtered import Filtered, StepResult
+from gradfilter.transforms._state import load_state_dict, state_dict
+
+HostLoss = Callable[[dict[str, Any]], Tensor]
+
+
+class Hosted(Filtered):
+    """A `Filtered` that writes ``p.grad`` and notes whether a step is due, which the host makes.
+
+    Args:
+        model: The module whose parameters and buffers are swapped while ``loss`` runs.
+        loss: The host's mean loss of one microbatch, which it computes by calling ``model``.
+        transforms: As in `Filtered`.
+        optimizer: The host's. It is never called here.
+        microbatches: As in `Filtered`.
+        plan: As in `Filtered`.
+        memory_budget: As in `Filtered`.
+
+    Attributes:
+        kept: Whether the last step is to be made; known without asking the device again.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: HostLoss,
+        transforms: Transform,
+        optimizer: torch.optim.Optimizer,
+        microbatches: int | None,
+        *,
+        plan: Plan,
+        memory_budget: int | float,
+    ) -> None:
+        """Check as `Filtered` does."""
+        self.kept = False
+        self._served = model, optimizer
+        super().__init__(
+            _LossView(model, loss),
+            None,
+            transforms,
+            optimizer,
+            microbatches,
+            plan=plan,
+            memory_budget=memory_budget,
+        )
+        # A step reads the groups of its optimizer and calls it, no more.
+        self.optimizer = cast(torch.optim.Optimizer, _Noted(optimizer, self._note))
+
+    def serves(self, model: object, optimizer: object) -> bool:
+        """Whether the host still has the model and the optimizer that this was made for."""
+        return model is self._served[0] and optimizer is self._served[1]
+
+    def begin(self) -> None:
+        """Begin a step: drop the rows of one that was broken off."""
+        self.kept, self._pending = False, []
+
+    def step(self, inputs: Any, targets: Any = None, **extra: Any) -> StepResult:
+        """As in `Filtered`, up to the optimizer's step."""
+        self.kept = False
+        return super().step(inputs, targets, **extra)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The transforms' state, flat tensors; the host saves the rest.
+
+        Accumulated rows are not in it, as a host's accumulated gradients are in no checkpoint.
+        """
+        return state_dict(self._state)
+
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            ValueError: The transforms are others.
+        """
+        self._state, self._pending = load_state_dict(self._state, states), []
+
+    def resume(self, saved: Mapping[str, Any] | None, source: str) -> None:
+        """`load_state_dict`, or a warning where a checkpoint has no state for these transforms."""
+        if saved is not None:
+            self.load_state_dict(saved)
+        elif self.state_dict():
+            warnings.warn(
+                f"Expected the transforms' state in {source}, found none: they start afresh. "
+                "Resume from a checkpoint of a run with filtered gradients.",
+                stacklevel=2,
+            )
+
+    def _note(self) -> None:
+        self.kept = True
+
+
+class _Noted:
+    """An optimizer as `Filtered` sees it; its step is somebody else's business."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, step: Callable[[], None]) -> None:
+        self._optimizer, self.step = optimizer, step
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of the moment: a host may add some, and load others."""
+        return self._optimizer.param_groups
+
+
+class _LossView(nn.Module):
+    """A model under its own names whose output is the loss that a host computes with it."""
+
+    def __init__(self, model: nn.Module, loss: HostLoss) -> None:
+        super().__init__()
+        # The same tables, not copies: whoever swaps a tensor here swaps it for the model, and
+        # links that choose by name see the names of the model.
+        self._parameters = model._parameters
+        self._buffers = model._buffers
+        self._modules = model._modules
+        self._loss = loss
+
+    def forward(self, **inputs: Any) -> dict[str, Tensor]:
+        return {"loss": self._loss(inputs)}
+
+
+def scalars(result: StepResult) -> dict[str, Tensor]:
+    """A step as numbers for a logger: ``keep``, and each metric's mean over rows, () float."""
+    dtype = torch.promote_types(result.loss.dtype, torch.float32)
+    # A row that is not finite has a cosine of NaN, which should not hide the others'.
+    return {name: value.detach().to(dtype).nanmean() for name, value in result.info.items()}

@@ -1,0 +1,234 @@
+"""Filtered gradients in PyTorch Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import lightning.pytorch as lightning
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from gradfilter._types import Transform
+from gradfilter.grads._grad_function import Plan
+from gradfilter.interop._hosted import Hosted, scalars
+from gradfilter.interop._lightning_checks import check_fit
+
+CHECKPOINT_KEY = "gradfilter"
+
+
+class FilteredModule(lightning.LightningModule):
+    """A `LightningModule` that trains with filtered gradients.
+
+    Derive from it, name the transforms and the microbatches, and write ``microbatch_loss`` in
+    place of ``training_step``. The rest of the module, and the trainer, stay as they are.
+
+    It is a mixin on Lightning's *automatic* optimization, with four of its hooks filled:
+    ``training_step`` computes the rows (`Filtered`), ``backward`` and ``optimizer_zero_grad`` have
+    nothing left to do, ``optimizer_step`` leaves the optimizer alone where the chain says
+    ``keep = False``. So schedulers of every interval, ``accumulate_grad_batches``,
+    ``gradient_clip_val`` (on the filtered gradient), callbacks and checkpoints are Lightning's own
+    and not imitated, which manual optimization would ask for, and no strategy is replaced.
+
+    As under mixed precision, ``trainer.global_step`` and the schedulers count a skipped step, so
+    that runs end where they were planned to. With ``accumulate_grad_batches`` k the rows of k
+    batches are filtered together. Logged once per step: ``train_loss``, ``keep`` and the metrics
+    of the links, averaged over rows (``agree_filter/accepted`` is a fraction). The transforms'
+    state is in Lightning's checkpoint. For ``precision`` "32-true", "64-true", "bf16-true" and
+    "bf16-mixed".
+
+    Attributes:
+        transforms: A chain that takes rows and ends in a tree, as in `Filtered`.
+        microbatches: M rows per batch; None for one row per sample.
+        plan: As in `Filtered`.
+        memory_budget: As in `Filtered`.
+
+    Raises:
+        TypeError: At the start of a fit: ``transforms`` or ``microbatches`` are missing;
+            ``transforms`` does not lead from rows to a tree; an optimizer that wants to evaluate
+            the loss again.
+        ValueError: Likewise: several processes, or precision "16-mixed". At a step: a batch that
+            ``microbatches`` does not divide.
+
+    Example:
+        >>> import warnings, torch, lightning as L, gradfilter as gf
+        >>> from gradfilter.interop import FilteredModule
+        >>> warnings.filterwarnings("ignore", module="lightning")
+        >>> class Net(FilteredModule):
+        ...     transforms = gf.agree_filter(2.0)
+        ...     microbatches = 4
+        ...
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.linear = torch.nn.Linear(2, 2)
+        ...
+        ...     def microbatch_loss(self, batch):
+        ...         x, y = batch
+        ...         return torch.nn.functional.cross_entropy(self.linear(x), y)
+        ...
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+        >>> data = torch.utils.data.TensorDataset(torch.randn(40, 2), torch.arange(40) % 2)
+        >>> quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer = L.Trainer(
+        ...     max_epochs=1, accelerator="cpu", enable_checkpointing=False, **quiet
+        ... )
+        >>> trainer.fit(Net(), torch.utils.data.DataLoader(data, batch_size=8))
+        >>> trainer.global_step
+        5
+        >>> sorted(trainer.callback_metrics)
+        ['agree_filter/accepted', 'agree_filter/cosine', 'keep', 'train_loss']
+    """
+
+    transforms: Transform
+    microbatches: int | None
+    plan: Plan = "auto"
+    memory_budget: int | float = 0.25
+
+    _hosted: Hosted | None = None
+    _saved: dict[str, Tensor] | None = None
+    _resumes = False
+    _completes_step = False
+    _in_loss = False
+
+    def microbatch_loss(self, batch: Any) -> Tensor:
+        """The mean loss of the samples of one microbatch: write this one.
+
+        It is evaluated for all microbatches at once where that is possible: call the module's
+        layers and return the loss; log in other hooks.
+
+        Args:
+            batch: What the data loader gives, with its leading axis cut down to B samples.
+        """
+        raise NotImplementedError(
+            f"Expected a method microbatch_loss(self, batch) in {type(self).__name__}, found "
+            "none. Return the mean loss of the batch from it, as training_step would."
+        )
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Compute the rows of a batch; with the last one of a step, filter and write ``p.grad``.
+
+        Returns:
+            The mean loss of the rows so far unreported: of this batch, or of the whole step. ().
+        """
+        hosted = self._host()
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            hosted.begin()
+        if not self._completes_step:
+            return hosted.accumulate({"batch": batch})
+        result = hosted.step({"batch": batch})
+        self.log("train_loss", result.loss, prog_bar=True)
+        self.log_dict(scalars(result))
+        return result.loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the gradients were computed with the loss.
+
+        Raises:
+            TypeError: The loss is that of another ``training_step``.
+        """
+        if loss.requires_grad:
+            raise TypeError(
+                f"Expected the loss of FilteredModule.training_step, found {type(self).__name__}'s "
+                "own, whose gradients nobody filters. Rename it to microbatch_loss(self, batch)."
+            )
+
+    def optimizer_zero_grad(
+        self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Nothing: filtered gradients replace those of the step before."""
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: torch.optim.Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Let the trainer clip and step, unless the chain skips the step."""
+        assert optimizer_closure is not None  # the trainer always has one
+        hosted = self._host()
+        hosted.kept, self._completes_step = False, True
+        try:
+            loss = optimizer_closure()
+        finally:
+            self._completes_step = False
+        if hosted.kept:
+            super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Find an ``optimizer_step`` that went past the filter.
+
+        Raises:
+            TypeError: The optimizer is about to step on gradients that are none of this step.
+        """
+        super().on_before_optimizer_step(optimizer)
+        if not self._host().kept:
+            raise TypeError(
+                "Expected steps through FilteredModule.optimizer_step, found one of "
+                f"{type(self).__name__}'s own, before anything was filtered. Call "
+                "super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure) in it."
+            )
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """As in `LightningModule`, but not for one microbatch.
+
+        Raises:
+            RuntimeError: Called in ``microbatch_loss``.
+        """
+        if self._in_loss:
+            raise RuntimeError(
+                "Expected microbatch_loss to return the loss and change nothing, found self.log in "
+                "it, where values are of all microbatches at once. Log in on_train_batch_end."
+            )
+        super().log(*args, **kwargs)
+
+    def on_fit_start(self) -> None:
+        """Find mistakes before the first batch."""
+        super().on_fit_start()
+        self._host()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the transforms' state into the checkpoint."""
+        super().on_save_checkpoint(checkpoint)
+        if self._hosted is not None:
+            checkpoint[CHECKPOINT_KEY] = self._hosted.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the transforms' state until there is an optimizer."""
+        super().on_load_checkpoint(checkpoint)
+        # Weights are also loaded to be tested, or to be trained anew.
+        self._resumes = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        self._saved = checkpoint.get(CHECKPOINT_KEY) if self._resumes else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the module is of the module alone, as Lightning leaves its trainer out."""
+        return {key: v for key, v in super().__getstate__().items() if key != "_hosted"}
+
+    def _loss(self, inputs: dict[str, Any]) -> Tensor:
+        self._in_loss = True
+        try:
+            return self.microbatch_loss(inputs["batch"])
+        finally:
+            self._in_loss = False
+
+    def _host(self) -> Hosted:
+        """The wrapper of this fit, which has its own optimizer."""
+        optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
+        if self._hosted is None or not self._hosted.serves(self, optimizer):
+            check_fit(self)
+            self._hosted = Hosted(
+                self,
+                self._loss,
+                self.transforms,
+                optimizer,
+                self.microbatches,
+                plan=self.plan,
+                memory_budget=self.memory_budget,
+            )
+            if self._resumes:
+                self._hosted.resume(self._saved, "the checkpoint")
+            self._resumes, self._saved = False, None
+        return self._hosted
