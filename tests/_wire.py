@@ -1,5 +1,6 @@
 """What collectives send, counted from the tensors that torch hands to the process group."""
 
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -32,6 +33,8 @@ class Wire(TorchDispatchMode):
             return _bytes(args[1]) * share  # (output, input)
         if name in ("_allgather_base_", "allgather_into_tensor_coalesced_"):
             return _bytes(args[1]) * (self.size - 1)
+        if name == "broadcast_":  # all it takes, to the account of where it comes from
+            return _bytes(args[0]) * (self.size - 1) if args[2] == dist.get_rank() else 0.0
         if name in ("allreduce_", "all_reduce"):
             return 2 * _bytes(args[0]) * share
         raise AssertionError(f"no formula for what {name} sends")

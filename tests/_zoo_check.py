@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import gradfilter as gf
-from gradfilter import _tree
+from gradfilter import _products, _tree
 
 FLOOR = 1e-12  # of a row's whole norm: gradients that are zero but for rounding
 
@@ -86,7 +86,7 @@ class Oracle:
             scale = {
                 "gram": self.norms[:, None] * self.norms,
                 "sq_norms": self.norms**2,
-                "dot": self.norms * _tree.norm(self.probe.tree),
+                "dot": self.norms * _products.norm(self.probe.tree),
             }[question]
             assert got.dtype == want.dtype, f"{where}: {got.dtype}"
             assert got.shape == want.shape, f"{where}: {got.shape}"

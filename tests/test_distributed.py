@@ -293,10 +293,29 @@ def sharpness_per_rank(m, alpha):
         found, _, _ = update(params, update.init(params), rows)
     close(found, expected)
     same_on_all_ranks(found)
-    return wire.calls.count("alltoall_base_")
+    return wire.calls.count("allreduce_")
 
 
 @pytest.mark.parametrize("m", [1, 2])
 def test_m_sharpness_perturbs_on_every_rank_and_reduces_once(world, m):
     assert set(world.run(sharpness_per_rank, m, 0.0)) == {1}  # h
     assert set(world.run(sharpness_per_rank, m, 0.4)) == {2}  # h and g
+
+
+def shared_gradients():
+    """Autograd gives both parameters one and the same gradient, expanded from a single number."""
+    size = dist.get_world_size()
+    shape = (_exchange.BUCKET + 3,)
+    params = {"a": torch.zeros(shape), "b": torch.zeros(shape)}
+    loss = lambda p, batch: (p["a"] + p["b"]).sum() * batch.mean()
+    update = gf.chain(across_ranks(), gf.mean_rows(), gf.sgd(1.0))
+    for m in (1, 2):
+        batch = torch.arange(2.0 * m * size)
+        rows = gf.microbatch_grads(loss, m)(params, mine(batch))
+        found, _, _ = update(params, update.init(params), rows)
+        for name in params:
+            close(found[name], torch.full(shape, -batch.mean()))
+
+
+def test_gradients_that_autograd_shares_are_added_up_once(world):
+    world.run(shared_gradients)

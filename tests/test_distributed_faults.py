@@ -30,6 +30,10 @@ def fewer_rows():
     RankStack(rows(3 if dist.get_rank() == 2 else 2))
 
 
+def many_rows():
+    RankStack(rows(300 if dist.get_rank() == 2 else 299))
+
+
 def another_order():
     leaves = dict(reversed(LEAVES.items())) if dist.get_rank() == 3 else LEAVES
     RankStack(rows(leaves=leaves))
@@ -54,6 +58,7 @@ def losses_on_some():
 
 DIFFERENCES = {
     fewer_rows: "2 on rank 0 and 3 on rank 2",
+    many_rows: "299 on rank 0 and 300 on rank 2",
     another_order: "leaf 0 is 'a.weight' of shape [2, 3] and dtype torch.float64 on rank 0 and "
     "'a.bias' of shape [2] and dtype torch.float64 on rank 3",
     another_shape: "leaf 1 is 'a.bias' of shape [2] and dtype torch.float64 on rank 0 and "

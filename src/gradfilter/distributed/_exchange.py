@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from gradfilter import _tree
+from gradfilter import _products
+from gradfilter._readable import readable
 from gradfilter._types import Tree
 from gradfilter.distributed._ranks import Ranks
 
@@ -51,6 +52,9 @@ def exchanged(rows: Mapping[str, Tensor], ranks: Ranks) -> Iterator[Bucket]:
 def combined(buckets: Iterable[Bucket], weights: Tensor, ranks: Ranks) -> Tree:
     """The weighted sum of all rows, the same bits on every rank: P (W − 1)/W numbers are sent.
 
+    Where M = 1 the sum takes the memory of the shards, whose contents are lost: fresh memory would
+    cost a CPU more than the sum itself.
+
     Args:
         buckets: The shards of all rows.
         weights: (M·W,); a row of weight 0 is masked.
@@ -58,17 +62,51 @@ def combined(buckets: Iterable[Bucket], weights: Tensor, ranks: Ranks) -> Tree:
     """
     flights = []
     for bucket in buckets:
-        part = _tree.weighted_sum(weights, bucket.shard).to(bucket.shard.dtype)  # (s,)
-        flights.append((bucket.shapes, ranks.start_gather(part)))
-    leaves: Tree = {}
-    for shapes, arrived in flights:
-        sizes = [shape.numel() for shape in shapes.values()]
-        pieces = torch.split(arrived().flatten()[: sum(sizes)], sizes)
-        leaves |= {
-            name: piece.view(shape)
-            for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
-        }
-    return leaves
+        shard = bucket.shard
+        if len(shard) != ranks.size:
+            part = _products.weighted_sum(weights, shard).to(shard.dtype)  # (s,)
+            arrived = ranks.start_gather(part)
+        else:
+            arrived = ranks.start_gather(_summed_into(shard, weights, ranks.rank), into=shard)
+        flights.append((bucket.shapes, arrived))
+    return {n: leaf for shapes, arrived in flights for n, leaf in _leaves(shapes, arrived())}
+
+
+def added_up(tree: Tree, ranks: Ranks) -> Tree:
+    """The sum of a tree over the ranks, the same bits on each: 2 P (W − 1)/W numbers are sent.
+
+    Args:
+        tree: The local part; large leaves are overwritten.
+        ranks: Who takes part.
+    """
+    flights = []
+    for shapes, flat in _flattened({name: leaf[None] for name, leaf in tree.items()}):
+        flights.append((shapes, ranks.start_total(flat[0])))
+    return {n: leaf for shapes, arrived in flights for n, leaf in _leaves(shapes, arrived())}
+
+
+def _summed_into(shard: Tensor, weights: Tensor, place: int) -> Tensor:
+    """The weighted sum of the rows, written over one of them where that saves memory. (s,)."""
+    own = shard[place]
+    if shard.dtype not in (torch.float32, torch.float64) or not readable(weights):
+        return own.copy_(_products.weighted_sum(weights, shard))
+    numbers: list[float] = weights.tolist()
+    if numbers[place]:
+        own.mul_(numbers[place])
+    else:
+        own.zero_()  # 0 · NaN is NaN
+    for row, weight in enumerate(numbers):
+        if weight and row != place:
+            own.add_(shard[row], alpha=weight)
+    return own
+
+
+def _leaves(shapes: dict[str, torch.Size], flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What `_flattened` put side by side, and whatever filled it up left out."""
+    sizes = [shape.numel() for shape in shapes.values()]
+    pieces = torch.split(flat.flatten()[: sum(sizes)], sizes)
+    for (name, shape), piece in zip(shapes.items(), pieces, strict=True):
+        yield name, piece.view(shape)
 
 
 def _flattened(rows: Mapping[str, Tensor]) -> Iterator[tuple[dict[str, torch.Size], Tensor]]:

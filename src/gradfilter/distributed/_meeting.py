@@ -7,29 +7,48 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradfilter.distributed._ranks import Ranks
+from gradfilter.distributed._spread import SpreadRows, per_row
 from gradfilter.grads._again import AgainStack
 from gradfilter.grads._dense import DenseStack
 from gradfilter.grads._stack import GradStack
 
+ROWS = 32
+"""Rows per rank of which a message between CPUs also brings what there is one number of."""
 
-def check_alike(stack: GradStack, ranks: Ranks) -> None:
-    """Refuse, on every rank, stacks that cannot be rows of one matrix.
+
+def met(stack: GradStack, ranks: Ranks) -> SpreadRows:
+    """The rows of all ranks, once every rank knows that they are rows of one matrix.
 
     Args:
         stack: The local rows.
-        ranks: Whose stacks are compared.
+        ranks: Who gives some.
 
     Raises:
         ValueError: Number of rows, leaves, their order, shapes or dtypes differ; it names two
             ranks and the difference.
     """
-    text = _described(stack)
+    text, own = _described(stack), per_row(stack)
     digest = int.from_bytes(sha256(text).digest()[:8], signed=True)
-    notes = ranks.gather_on_host([len(stack), digest, len(text)])
-    # All ranks read the same notes, so all of them take the same way from here.
+    few = own.device.type == "cpu" and len(stack) <= ROWS
+    # Of one length whatever there is to say, or ranks that differ could not even compare.
+    message = torch.zeros(3 + 2 * ROWS, dtype=torch.int64)
+    message[:3] = torch.tensor([len(stack), digest, len(text)])
+    if few:
+        message[3 : 3 + own.numel()] = own.flatten().view(torch.int64)
+    messages = ranks.gather_on_host(message)
+    _check_alike(messages[:, :3].tolist(), text, ranks)
+    if not few:
+        return SpreadRows(stack, ranks, ranks.gather(own))
+    numbers = messages[:, 3 : 3 + own.numel()].contiguous().view(own.dtype)
+    return SpreadRows(stack, ranks, numbers.reshape(-1, *own.shape))
+
+
+def _check_alike(notes: list[list[int]], text: bytes, ranks: Ranks) -> None:
+    """Compare (number of rows, digest, length of the text); all ranks read the same notes."""
     for rank, note in enumerate(notes):
         if note[0] != notes[0][0]:
             raise ValueError(
@@ -39,12 +58,12 @@ def check_alike(stack: GradStack, ranks: Ranks) -> None:
             )
     other = next((rank for rank, note in enumerate(notes) if note[1] != notes[0][1]), None)
     if other is not None:
-        # Read by every rank, because gathering is done by all or by none.
+        # Sent by all ranks, also those that agree: a gathering is of all or of none.
         longest = max(note[2] for note in notes)
-        letters = ranks.gather_on_host([*text, *bytes(longest - len(text))])
-        ours, theirs = (json.loads(bytes(letters[rank][: notes[rank][2]])) for rank in (0, other))
+        letters = ranks.gather_on_host(torch.tensor([*text.ljust(longest)], dtype=torch.uint8))
+        ours, theirs = (json.loads(bytes(letters[rank].tolist())) for rank in (0, other))
         raise ValueError(
-            f"RankStack: expected the same leaves in the same order on every rank, found "
+            "RankStack: expected the same leaves in the same order on every rank, found "
             f"{_difference(ours, theirs, other)}. Build the same model, with the same frozen "
             "parameters, on all ranks."
         )

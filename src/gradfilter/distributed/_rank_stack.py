@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradfilter._types import Params, Tree
+from gradfilter.distributed._meeting import met
 from gradfilter.distributed._ranks import Ranks
-from gradfilter.distributed._signature import check_alike
-from gradfilter.distributed._spread import SpreadRows
+from gradfilter.distributed._spread import SpreadRows, per_row
 from gradfilter.grads._again import AgainStack
 from gradfilter.grads._checks import check_per_row, check_same_leaves, scale_rows
 from gradfilter.grads._dense import as_stack
@@ -40,7 +40,7 @@ class RankStack(AgainStack):
     that way up to M = 2, else two combinations without a gram. ``stacked``, and so a
     `sam_perturb` per microbatch, brings all rows to all ranks: see `across_ranks` for better.
 
-    Making a stack compares rows and leaves of all ranks, by three integers between CPUs, and
+    Making a stack compares rows and leaves of all ranks, by a short message between CPUs, and
     gathers the losses. ``buffers`` and ``aux`` are the local ones: BatchNorm keeps statistics per
     rank, as in DistributedDataParallel without SyncBatchNorm.
 
@@ -65,14 +65,14 @@ class RankStack(AgainStack):
 
     def __init__(self, stack: GradStack | Tree, group: dist.ProcessGroup | None = None) -> None:
         local, ranks = as_stack(stack), Ranks.of(group)
-        check_alike(local, ranks)
-        self._view(SpreadRows.of(local, ranks), None, len(local) * ranks.size)
+        self._view(met(local, ranks), None, len(local) * ranks.size)
 
     def _view(self, spread: SpreadRows, scale: Tensor | None, count: int) -> Self:
         """The first ``count`` of the rows, scaled."""
         self._spread, self.scale, self._count = spread, scale, count
         self.origin = None
-        self.losses = None if spread.losses is None else spread.losses[:count]
+        losses = spread.losses
+        self.losses = None if losses is None else losses[:count]
         self.buffers, self.aux = spread.local.buffers, spread.local.aux
         return self
 
@@ -101,7 +101,7 @@ class RankStack(AgainStack):
     @property
     def device(self) -> torch.device:
         """Where the numbers are."""
-        return self._spread.live.device
+        return self._spread.numbers.device
 
     @property
     def live(self) -> Tensor:
@@ -161,7 +161,8 @@ class RankStack(AgainStack):
         return self._again(self._spread.local.at_rows(own))
 
     def _again(self, local: GradStack) -> GradStack:
-        spread = SpreadRows.of(local, self._spread.ranks)
+        ranks = self._spread.ranks
+        spread = SpreadRows(local, ranks, ranks.gather(per_row(local)))
         return self._like_this(spread, self.scale, self._count)
 
     def release(self) -> None:

@@ -8,11 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradfilter import _tree
+from gradfilter import _products, _tree
 from gradfilter._types import Tree
-from gradfilter.distributed._exchange import Bucket, combined, exchanged
+from gradfilter.distributed._exchange import Bucket, added_up, combined, exchanged
 from gradfilter.distributed._ranks import Ranks
 from gradfilter.grads._stack import GradStack
+
+
+def per_row(stack: GradStack) -> Tensor:
+    """Whether rows take part, and their losses if known. (2, M)."""
+    live = stack.live.to(_tree.wide(stack.live))
+    losses = live if stack.losses is None else stack.losses.detach().to(live.dtype)
+    return torch.stack([live, losses])
 
 
 @dataclass(eq=False)
@@ -22,27 +29,27 @@ class SpreadRows:
     Attributes:
         local: The M rows of this rank.
         ranks: Where the rows are.
-        live: Which rows take part, rank-major. (M·W,) bool
-        losses: Of all rows, or None. (M·W,)
+        numbers: What `per_row` says on every rank, gathered at once: later only some ranks may ask.
+            (W, 2, M)
     """
 
     local: GradStack
     ranks: Ranks
-    live: Tensor
-    losses: Tensor | None
+    numbers: Tensor
     _gram: Tensor | None = None
     _buckets: list[Bucket] | None = None
 
-    @staticmethod
-    def of(local: GradStack, ranks: Ranks) -> SpreadRows:
-        """Gather what there is one number per row of, at once: later only some ranks may ask."""
-        live, losses = local.live, local.losses
-        if losses is None:
-            return SpreadRows(local, ranks, ranks.gather(live.byte()).flatten().bool(), None)
-        dtype = _tree.wide(live)
-        both = ranks.gather(torch.stack([live.to(dtype), losses.detach().to(dtype)]))  # (W, 2, M)
-        live, all_losses = both[:, 0].flatten() != 0, both[:, 1].flatten().to(losses.dtype)
-        return SpreadRows(local, ranks, live, all_losses)
+    @property
+    def live(self) -> Tensor:
+        """Which rows take part, rank-major. (M·W,) bool."""
+        return self.numbers[:, 0].flatten() != 0
+
+    @property
+    def losses(self) -> Tensor | None:
+        """Of all rows, if they are known. (M·W,)."""
+        if self.local.losses is None:
+            return None
+        return self.numbers[:, 1].flatten().to(self.local.losses.dtype)
 
     def __len__(self) -> int:
         """M·W."""
@@ -55,7 +62,7 @@ class SpreadRows:
 
     def columns(self, names: Collection[str]) -> SpreadRows:
         """The same rows on some of the leaves."""
-        return SpreadRows(self.local.columns(names), self.ranks, self.live, self.losses)
+        return SpreadRows(self.local.columns(names), self.ranks, self.numbers)
 
     @property
     def is_exchanged(self) -> bool:
@@ -67,7 +74,7 @@ class SpreadRows:
         if self._gram is None:
             buckets, parts = [], []
             for bucket in exchanged(self.local.stacked(), self.ranks):
-                parts.append(_tree.inner(bucket.shard, bucket.shard))
+                parts.append(_products.inner(bucket.shard, bucket.shard))
                 buckets.append(bucket)
             self._buckets = buckets
             self._gram = self.ranks.total(torch.stack(parts).sum(0))
@@ -76,11 +83,12 @@ class SpreadRows:
     def combine(self, weights: Tensor) -> Tree:
         """Wᵀ J for weights (M·W,), the same bits on every rank."""
         if self._buckets is not None:
-            return combined(self._buckets, weights, self.ranks)
+            buckets = self._buckets
+            if len(self.local) == 1:
+                self._buckets = None  # their memory will hold the sum
+            return combined(buckets, weights, self.ranks)
         # Without shards of all rows, the sum of the local ones is all that has to travel.
-        own = self.local.combine(self.mine(weights))
-        sums = exchanged({name: g[None] for name, g in own.items()}, self.ranks)
-        return combined(sums, weights.new_ones(self.ranks.size), self.ranks)
+        return added_up(self.local.combine(self.mine(weights)), self.ranks)
 
     def dot(self, tree: Mapping[str, Tensor]) -> Tensor:
         """J v. (M·W,)."""

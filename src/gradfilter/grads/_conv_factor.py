@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradfilter import _tree
+from gradfilter import _products
 from gradfilter.grads._factor import (
     Factor,
     OuterFactor,
@@ -145,7 +145,7 @@ class ConvFactor(Factor):
         n, p, d = self._sizes()
         if self._has_ghost and 2 * n * n <= p * d:
             return self._unfolded().sq_norms()
-        return _tree.row_sq_norms(self.rows().flatten(1))
+        return _products.row_sq_norms(self.rows().flatten(1))
 
     @property
     def _has_ghost(self) -> bool:

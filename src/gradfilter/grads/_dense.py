@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradfilter import _tree
+from gradfilter import _products, _tree
 from gradfilter._types import Tree
 from gradfilter.grads._again import AgainStack, Origin
 from gradfilter.grads._checks import check_per_row, check_same_leaves, first_rows, scale_rows
@@ -93,7 +93,7 @@ class DenseStack(AgainStack):
 
     def gram(self) -> Tensor:
         """K = J Jᵀ, leaf by leaf. (M, M)."""
-        gram = self._total([_tree.inner(g, g) for g in self._matrices()])
+        gram = self._total([_products.inner(g, g) for g in self._matrices()])
         if self.scale is None:
             return gram
         return scale_rows(scale_rows(gram, self.scale).T, self.scale).T
@@ -102,14 +102,14 @@ class DenseStack(AgainStack):
         """J v. (M,)."""
         check_same_leaves(self.rows, tree, "dot")
         parts = [
-            _tree.inner(leaf.reshape(len(self), -1), tree[name].reshape(1, -1))[:, 0]
+            _products.inner(leaf.reshape(len(self), -1), tree[name].reshape(1, -1))[:, 0]
             for name, leaf in self.rows.items()
         ]
         return scale_rows(self._total(parts), self.scale)
 
     def sq_norms(self) -> Tensor:
         """Squared norms of the rows. (M,)."""
-        norms = self._total([_tree.row_sq_norms(g) for g in self._matrices()])
+        norms = self._total([_products.row_sq_norms(g) for g in self._matrices()])
         return (
             norms if self.scale is None else scale_rows(scale_rows(norms, self.scale), self.scale)
         )
@@ -120,7 +120,7 @@ class DenseStack(AgainStack):
         weights = scale_rows(weights, self.scale)
 
         def weigh(leaf: Tensor) -> Tensor:
-            total = _tree.weighted_sum(weights, leaf.reshape(len(self), -1))
+            total = _products.weighted_sum(weights, leaf.reshape(len(self), -1))
             return total.to(leaf.dtype).reshape(leaf.shape[1:])
 
         return {name: weigh(leaf) for name, leaf in self.rows.items()}

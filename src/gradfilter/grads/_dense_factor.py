@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradfilter import _tree
+from gradfilter import _products, _tree
 from gradfilter._types import Tree
 from gradfilter.grads._factor import Factor
 
@@ -40,19 +40,19 @@ class DenseFactor(Factor):
             with _tree.no_autocast(rows):
                 total = weights.to(rows.dtype) @ rows
             return total.view(self.shape).to(self.held.dtype)
-        return _tree.weighted_sum(weights, self._matrix()).view(self.shape).to(self.held.dtype)
+        return _products.weighted_sum(weights, self._matrix()).view(self.shape).to(self.held.dtype)
 
     def dot(self, leaf: Tensor) -> Tensor:
         """One product."""
-        return _tree.inner(self._matrix(), leaf.reshape(1, -1))[:, 0]
+        return _products.inner(self._matrix(), leaf.reshape(1, -1))[:, 0]
 
     def gram(self) -> Tensor:
         """One product."""
-        return _tree.inner(self._matrix(), self._matrix())
+        return _products.inner(self._matrix(), self._matrix())
 
     def sq_norms(self) -> Tensor:
         """Norms of the rows."""
-        return _tree.row_sq_norms(self._matrix())
+        return _products.row_sq_norms(self._matrix())
 
 
 JOINED = ""
@@ -64,7 +64,9 @@ def small_dense(factors: Mapping[str, Factor], names: Collection[str]) -> list[s
     return [
         name
         for name, factor in factors.items()
-        if name in names and isinstance(factor, DenseFactor) and factor.shape.numel() < _tree.SMALL
+        if name in names
+        and isinstance(factor, DenseFactor)
+        and factor.shape.numel() < _products.SMALL
     ]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradfilter import _tree
+from gradfilter import _products, _tree
 
 LARGE_SUM = 2.5
 """Ghost products pay while they take up to this many times the flops of the rows themselves.
@@ -102,12 +102,14 @@ class OuterFactor(Factor):
         """The ghost Gram's diagonal, block by block, or from the rows where they are fewer."""
         (n, p), d = self.outputs.shape[1:], self.inputs.shape[2]
         if n == 1:
-            return _tree.row_sq_norms(self.inputs[:, 0]) * _tree.row_sq_norms(self.outputs[:, 0])
+            return _products.row_sq_norms(self.inputs[:, 0]) * _products.row_sq_norms(
+                self.outputs[:, 0]
+            )
         if 2 * n * n <= p * d:
             inputs, outputs = map(_tree.at_least_float32, (self.inputs, self.outputs))
             products = torch.bmm(inputs, inputs.mT).mul_(torch.bmm(outputs, outputs.mT))
             return products.sum((1, 2), dtype=_tree.wide(products)).clamp(min=0)
-        return _tree.row_sq_norms(self.rows().flatten(1))
+        return _products.row_sq_norms(self.rows().flatten(1))
 
 
 def ghost_flops(count: int, n: int, p: int, d: int) -> int | None:

@@ -56,7 +56,10 @@ class GradStack(ABC):
 
     @abstractmethod
     def combine(self, weights: Tensor) -> Tree:
-        """Wᵀ J for ``weights`` (M,); a row of weight 0 is masked, for 0 · NaN is NaN."""
+        """Wᵀ J for ``weights`` (M,); a row of weight 0 is masked, for 0 · NaN is NaN.
+
+        The leaves are new: nobody else holds their memory, and no two of them share any.
+        """
 
     @abstractmethod
     def dot(self, tree: Mapping[str, Tensor]) -> Tensor:

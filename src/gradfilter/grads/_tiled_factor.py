@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradfilter import _tree
+from gradfilter import _products
 from gradfilter.grads._factor import Factor
 
 TILE = 2**24
@@ -62,10 +62,10 @@ class TiledFactor(Factor):
 
     def gram(self) -> Tensor:
         """Tile by tile."""
-        return torch.stack([_tree.inner(tile, tile) for tile in self._tiles()]).sum(0)
+        return torch.stack([_products.inner(tile, tile) for tile in self._tiles()]).sum(0)
 
     def sq_norms(self) -> Tensor:
         """Tile by tile, or of the only part."""
         if len(self.parts) == 1:
             return self.parts[0].sq_norms()
-        return torch.stack([_tree.row_sq_norms(tile) for tile in self._tiles()]).sum(0)
+        return torch.stack([_products.row_sq_norms(tile) for tile in self._tiles()]).sum(0)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradfilter import _tree
+from gradfilter import _products, _tree
 from gradfilter._shards import is_sharded
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
@@ -96,7 +96,7 @@ def clip_by_global_norm(max_norm: float) -> Transform:
     def update(
         grads: Tree, state: State, params: Params, /, **extra: Any
     ) -> tuple[Tree, State, Out]:
-        norm = _tree.norm(grads)
+        norm = _products.norm(grads)
         factor = _shrink(norm, max_norm)
         out = {"norm": norm, "clipped_fraction": (factor < 1).to(norm.dtype)}
         # The factor may be too small for the gradients' own precision.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gradfilter import _tree
+from gradfilter import _products, _tree
 from gradfilter._readable import readable
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._dense import as_stack
@@ -82,7 +82,9 @@ def sam_perturb(
             shape = {name: size[name] * s for name, s in scale.items()}
         else:
             shape, scale = {name: params[name].abs() * g for name, g in grads.items()}, grads
-        step = rho / (_tree.norm(scale) + DELTA)  # 1/δ at most, which half precision cannot hold
+        step = rho / (
+            _products.norm(scale) + DELTA
+        )  # 1/δ at most, which half precision cannot hold
         moves = {name: _tree.at_least_float32(s) for name, s in shape.items()}
         # addcmul is one pass over the memory, a product and a sum would be two.
         return {
@@ -211,7 +213,7 @@ def gsam_decompose(alpha: float) -> Transform:
             raise ValueError(
                 "gsam_decompose: expected clean_grads, found none. Put sam_perturb(rho) before it."
             )
-        b, a, g2 = _tree.products(grads, clean).unbind()
+        b, a, g2 = _products.products(grads, clean).unbind()
         ratio = torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
         along, back = 1 + alpha * ratio, _tree.scalar(-alpha, b)
 

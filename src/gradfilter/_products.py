@@ -1,0 +1,142 @@
+"""Inner products, norms and weighted sums, in float32 or wider, of rows and of whole trees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from gradfilter import _tree
+from gradfilter._readable import readable
+from gradfilter._shards import parts
+
+# Columns per partial product. Short float32 sums lose little, and their totals are added up in
+# float64: at 11 million columns the Gram is off by 3e-7 instead of 3e-3, and twice as fast.
+BLOCK = 1024
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """``a bᵀ`` for (m, n) and (k, n): products in float32 or wider, totals in float64. (m, k)."""
+    n, width = a.shape[1], max(BLOCK, 4 * len(a))
+    # Of a few blocks the sum in float32 is as good, and one product has less overhead.
+    whole = n - n % width if n > 4 * BLOCK else 0
+    a, b = _tree.at_least_float32(a), _tree.at_least_float32(b)
+    with _tree.no_autocast(a):
+        total: Tensor = (a[:, whole:] @ b[:, whole:].T).to(_tree.wide(a))
+        if whole:
+            blocks = torch.bmm(
+                rearrange(a[:, :whole], "m (c w) -> c m w", w=width),
+                rearrange(b[:, :whole], "k (c w) -> c w k", w=width),
+            )
+            total = total + blocks.sum(0, dtype=_tree.wide(a))
+    return total
+
+
+def row_sq_norms(a: Tensor) -> Tensor:
+    """Squared 2-norms of the rows of (m, n), totals in float64. (m,)."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    n = a.shape[1]
+    whole = n - n % BLOCK
+    tail: Tensor = torch.linalg.vector_norm(a[:, whole:], dim=1, dtype=dtype)
+    tail = tail.to(_tree.wide(a)).square()
+    if not whole:
+        return tail
+    blocks = rearrange(a[:, :whole], "m (c w) -> m c w", w=BLOCK)
+    norms: Tensor = torch.linalg.vector_norm(blocks, dim=2, dtype=dtype)
+    return tail + norms.to(_tree.wide(a)).square().sum(1)
+
+
+def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
+    """``Σ_m w_m rows_m`` for (M,) and (M, n), nothing of a row of weight 0. (n,)."""
+    rows = _tree.at_least_float32(rows)
+    live = weights != 0
+    if rows.device.type != "cpu" or not rows.numel():
+        masked = torch.where(live[:, None], rows, 0.0)
+        with _tree.no_autocast(rows):
+            return weights.to(rows.dtype) @ masked
+    if readable(weights):
+        return _sum_of_live(weights.to(rows.dtype), rows)
+    # Masking copies every row. embedding_bag sums rows by index instead, so a dead row is never
+    # read: a live one stands in for it, with weight 0. 6 to 10 times faster from 8 rows of
+    # 1.6 million columns on. Cut into pieces, because it shares out sums among the cores.
+    count, n = rows.shape
+    pieces = math.gcd(n, 64)
+    chosen = torch.where(live, torch.arange(count, device=live.device), live.int().argmax())
+    sums = F.embedding_bag(
+        chosen * pieces + torch.arange(pieces, device=live.device)[:, None],
+        rows.reshape(count * pieces, -1),
+        mode="sum",
+        per_sample_weights=weights.to(rows.dtype).expand(pieces, -1),
+    )
+    return torch.where(live.any(), sums.reshape(n), 0.0)
+
+
+def _sum_of_live(weights: Tensor, rows: Tensor) -> Tensor:
+    """The same where the weights may be looked at: products of runs of rows that have one."""
+    live = [weight != 0 for weight in weights.tolist()]
+    total = rows.new_zeros(0)
+    start = 0
+    for alive, run in groupby(live):
+        end = start + len(list(run))
+        if alive:
+            with _tree.no_autocast(rows):
+                part = weights[start:end] @ rows[start:end]
+            total = total.add_(part) if total.numel() else part
+        start = end
+    return total if total.numel() else rows.new_zeros(rows.shape[1])
+
+
+def sq_norm(tree: Mapping[str, Tensor]) -> Tensor:
+    """The squared 2-norm of a tree. ()."""
+    sums = [
+        part.summed(
+            torch.stack([row_sq_norms(v)[0] for v in _vectors(part.leaves, part.leaves)]).sum()
+        )
+        for part in parts(tree)
+    ]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+
+
+CACHED = 2**18
+"""Numbers of two float32 vectors that stay in a core's cache while they are used three times."""
+
+
+def products(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+    """``<a, a>``, ``<a, b>`` and ``<b, b>``, on a CPU in one pass over the memory. (3,)."""
+    pairs = zip(parts(a), parts({name: b[name] for name in a}), strict=True)
+    sums = [x.summed(_products(x.leaves, y.leaves)) for x, y in pairs]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+
+def _products(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+    terms: list[Tensor] = []
+    for x, y in zip(_vectors(a, a), _vectors(b, a), strict=True):
+        dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+        size = CACHED if x.device.type == "cpu" else 2**30  # cuBLAS counts in 32 bits
+        with _tree.no_autocast(x):
+            parts = (torch.split(row[0].to(dtype), size) for row in (x, y))
+            for u, v in zip(*parts, strict=True):
+                terms += (torch.dot(u, u), torch.dot(u, v), torch.dot(v, v))
+    return torch.stack(terms).view(-1, 3).sum(0, dtype=_tree.wide(terms[0]))
+
+
+SMALL = 2**16
+"""Leaves of fewer numbers are put side by side for one product: each product has its overhead."""
+
+
+def _vectors(tree: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> list[Tensor]:
+    """The leaves as rows (1, n), in the order of another tree, the small ones as one row."""
+    rows = [tree[name].reshape(1, -1) for name in like]
+    small = [_tree.at_least_float32(row) for row in rows if row.shape[1] < SMALL]
+    large = [row for row in rows if row.shape[1] >= SMALL]
+    return [*large, torch.cat(small, 1)] if small else large
+
+
+def norm(tree: Mapping[str, Tensor]) -> Tensor:
+    """The 2-norm of a tree over all leaves together. ()."""
+    return sq_norm(tree).sqrt()
