@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 import gradfilter as gf
 from _cases import EXTRA, VARIANTS, build, make_params, make_rows, make_stack
-from _wire import Wire
+from benchmarks._wire import Wire
 from _world import World
 from gradfilter import _tree
 from gradfilter.distributed import RankStack, _exchange, across_ranks

@@ -9,9 +9,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import gradfilter as gf
-from _wire import Wire
+from benchmarks._wire import Wire
 from _world import World
 from gradfilter.distributed import ShardedStack, sharded_rows
+from gradfilter.interop import Filtered
 
 M, B, STEPS = 3, 4, 5
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
@@ -305,3 +306,32 @@ def refusals():
 
 def test_what_cannot_be_is_refused_and_what_is_mixed_is_counted_once(two):
     two.run(refusals)
+
+
+def with_torch_optim():
+    """The recipe for an optimizer of torch, and who refuses sharded parameters by name."""
+    model = sharded("fsdp")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    filters = gf.chain(gf.agree_filter(1.0), gf.clip_by_global_norm(0.5))
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    state = filters.init(params)
+    whole_model = network()
+    single = torch.optim.AdamW(whole_model.parameters(), lr=0.01)
+    own = {n: p.detach() for n, p in whole_model.named_parameters()}
+    for step in range(3):
+        for net, rule, rows, at in (
+            (model, optimizer, own_rows(model, step), params),
+            (whole_model, single, reference(step, own), own),
+        ):
+            grads, state, out = filters.update(rows, state, at)
+            for name, p in net.named_parameters():
+                p.grad = grads[name]
+            if out["keep"]:
+                rule.step()
+        close(whole(params), own)
+    with pytest.raises(ValueError, match=r"Filtered: expected parameters that are whole .*_rows"):
+        Filtered(model, F.cross_entropy, gf.mean_rows(), optimizer, 2)
+
+
+def test_the_recipe_for_torch_optim(two):
+    two.run(with_torch_optim)

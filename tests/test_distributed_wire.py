@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 import gradfilter as gf
-from _wire import Wire
+from benchmarks._wire import Wire
 from _world import World
 from gradfilter.distributed import RankStack, across_ranks
 

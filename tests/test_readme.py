@@ -4,16 +4,21 @@ import inspect
 import re
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 import gradfilter as gf
+from _world import World
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_examples_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
+    blocks = [block for block in BLOCKS if not block.startswith("# torchrun")]
+    assert len(blocks) == 4
     scope = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
@@ -31,13 +36,37 @@ def test_the_examples_run_in_order(tmp_path, monkeypatch):
     )
 
 
+def on_ranks(blocks):
+    """What a rank of its own would run, where the process group is there already."""
+    torch.set_default_dtype(torch.float32)
+    scope = {}
+    for block in blocks:
+        if block.startswith("# torchrun"):
+            scope["loader"] = scope["loader"][dist.get_rank() :: dist.get_world_size()]
+        code = block.replace("dist.init_process_group()", "assert dist.is_initialized()")
+        exec(compile(code, "README.md", "exec"), scope)
+    return [p.detach().tolist() for p in scope["model"].parameters()], bool(scope["out"]["keep"])
+
+
+def test_the_examples_of_several_ranks_run_on_two(tmp_path, monkeypatch):
+    first = [block for block in BLOCKS if not block.startswith("# torchrun")]
+    blocks = [first[0], first[3], *(block for block in BLOCKS if block not in first)]
+    assert len(blocks) == 4
+    world = World(2)
+    try:
+        ours, theirs = world.run(on_ranks, blocks)
+    finally:
+        world.close()
+    assert ours == theirs  # parameters and decision
+
+
 def test_every_link_is_in_the_table():
     links = {
         name
         for name, thing in vars(gf).items()
         if inspect.isfunction(thing) and inspect.signature(thing).return_annotation == "Transform"
     }
-    table = README.split("## Links")[1].split("## Coming from")[0]
+    table = README.split("## Links")[1].split("## Keep your loop")[0]
     missing = {name for name in links if not re.search(rf"`{name}\b", table)}
     assert missing == set()
 

@@ -17,7 +17,7 @@ from gradfilter.grads._grad_function import GradFunction, Plan
 from gradfilter.grads._loss import extract, insert
 from gradfilter.grads._microbatch import microbatch_grads, per_sample_grads
 from gradfilter.interop._accumulated import batch_of, held, joined
-from gradfilter.interop._filtered_chain import filter_chain, finite_rows, own_state, write_grads
+from gradfilter.interop._filtered_chain import filter_chain, overflowed, own_state, write_grads
 from gradfilter.interop._filtered_loss import check_module, loss_of, original_of, plan_for
 from gradfilter.interop._filtered_scaler import scale_of, update_scale, with_own_losses
 from gradfilter.interop._sam_base import check_steps_alone
@@ -161,7 +161,7 @@ class Filtered:
             write_grads(self._module, self.optimizer, grads)
             self.optimizer.step()
         if self.scaler is not None and self.scaler.is_enabled():
-            update_scale(self.scaler, (losses.isfinite() & ~finite_rows(out)).any())
+            update_scale(self.scaler, overflowed(out, losses))
         metrics = {name: value for name, value in out.items() if name not in GLOBAL_NAMES}
         return StepResult(losses.mean(), {"keep": keep, **metrics})
 

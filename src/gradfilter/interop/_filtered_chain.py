@@ -57,10 +57,17 @@ def _guards_rows(built: Transform) -> bool:
     return False
 
 
-def finite_rows(out: Out) -> Tensor:
-    """What the first `finite_filter` of a guarded chain said of the rows. (M,) bool."""
-    found: Tensor = next(v for k, v in out.items() if k.split("/")[-1] == "finite" and v.ndim)
-    return found
+def overflowed(out: Out, losses: Tensor) -> Tensor:
+    """Whether a row is not finite though its loss is, by the first `finite_filter` of a chain. ().
+
+    Args:
+        out: What a guarded chain published.
+        losses: Of the rows of this process. (M,)
+    """
+    finite: Tensor = next(v for k, v in out.items() if k.split("/")[-1] == "finite" and v.ndim)
+    # Rows of all ranks are judged alike on all of them, and so without the losses of one.
+    excused = ~losses.isfinite() if finite.shape == losses.shape else finite
+    return (~finite & ~excused).any()
 
 
 def own_state(state: State, params: Params) -> State:

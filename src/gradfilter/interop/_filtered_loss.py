@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gradfilter._shards import is_sharded
 from gradfilter._types import Params, Tree
 from gradfilter.grads._grad_function import Plan
 from gradfilter.grads._loss import ModelLoss
@@ -68,8 +69,14 @@ def check_module(name: str, model: Any) -> None:
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError(
             f"{name}: expected a module of one rank, found DistributedDataParallel, which averages "
-            "over ranks only what its own backward passes compute. Pass its .module, whose "
-            "gradients stay on this rank."
+            "over ranks only what its own backward passes compute. Pass its .module, and for the "
+            "rows of all ranks put gradfilter.distributed.across_ranks() first in the chain."
+        )
+    if any(is_sharded(p) for p in model.parameters()):
+        raise ValueError(
+            f"{name}: expected parameters that are whole on this rank, found sharded ones "
+            "(DTensor). Take the rows from gradfilter.distributed.sharded_rows, and let a chain "
+            "filter them."
         )
 
 
