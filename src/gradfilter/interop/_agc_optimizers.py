@@ -19,7 +19,22 @@ def _signature(base: type) -> inspect.Signature:
     return theirs.replace(parameters=[*theirs.parameters.values(), *keywords])
 
 
-class SGD_AGC(torch.optim.SGD):
+class _Clips(torch.optim.Optimizer):
+    """Made with `AGC` already around it; stands in front of the optimizer that it makes."""
+
+    def __init__(
+        self,
+        *args: Any,
+        clipping: Clipping = 0.01,
+        agc_eps: float = 1e-3,
+        exclude: Exclude | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        AGC(self, clipping, agc_eps, exclude)
+
+
+class SGD_AGC(_Clips, torch.optim.SGD):
     """`torch.optim.SGD` that clips the gradients, unit by unit, before each step.
 
     Per unit i:  G_i ← G_i · min(1, clipping · max(‖W_i‖, agc_eps) / ‖G_i‖), written into
@@ -52,19 +67,8 @@ class SGD_AGC(torch.optim.SGD):
 
     __signature__ = _signature(torch.optim.SGD)
 
-    def __init__(
-        self,
-        *args: Any,
-        clipping: Clipping = 0.01,
-        agc_eps: float = 1e-3,
-        exclude: Exclude | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        AGC(self, clipping, agc_eps, exclude)
 
-
-class Adam_AGC(torch.optim.Adam):
+class Adam_AGC(_Clips, torch.optim.Adam):
     """`torch.optim.Adam` that clips the gradients, unit by unit, before each step.
 
     G ← the clipped gradient;  p ← p − lr · m̂ / (√v̂ + eps), m̂ and v̂ of G.
@@ -80,19 +84,8 @@ class Adam_AGC(torch.optim.Adam):
 
     __signature__ = _signature(torch.optim.Adam)
 
-    def __init__(
-        self,
-        *args: Any,
-        clipping: Clipping = 0.01,
-        agc_eps: float = 1e-3,
-        exclude: Exclude | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        AGC(self, clipping, agc_eps, exclude)
 
-
-class AdamW_AGC(torch.optim.AdamW):
+class AdamW_AGC(_Clips, torch.optim.AdamW):
     """`torch.optim.AdamW` that clips the gradients, unit by unit, before each step.
 
     G ← the clipped gradient;  p ← (1 − lr λ) p − lr · m̂ / (√v̂ + eps), m̂ and v̂ of G.
@@ -108,19 +101,8 @@ class AdamW_AGC(torch.optim.AdamW):
 
     __signature__ = _signature(torch.optim.AdamW)
 
-    def __init__(
-        self,
-        *args: Any,
-        clipping: Clipping = 0.01,
-        agc_eps: float = 1e-3,
-        exclude: Exclude | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        AGC(self, clipping, agc_eps, exclude)
 
-
-class RMSprop_AGC(torch.optim.RMSprop):
+class RMSprop_AGC(_Clips, torch.optim.RMSprop):
     """`torch.optim.RMSprop` that clips the gradients, unit by unit, before each step.
 
     G ← the clipped gradient;  p ← p − lr · G / (√v + eps), v the running mean of G².
@@ -135,14 +117,3 @@ class RMSprop_AGC(torch.optim.RMSprop):
     """
 
     __signature__ = _signature(torch.optim.RMSprop)
-
-    def __init__(
-        self,
-        *args: Any,
-        clipping: Clipping = 0.01,
-        agc_eps: float = 1e-3,
-        exclude: Exclude | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        AGC(self, clipping, agc_eps, exclude)
