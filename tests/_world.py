@@ -1,6 +1,7 @@
 """A few processes with a gloo process group, that run a function of a test module on every rank."""
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import tempfile
@@ -14,6 +15,7 @@ import torch.distributed as dist
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "gradfilter", "gradfilter.distributed"])
 PATIENCE = 120  # seconds for which a test waits for any rank
+REST = 5  # and for the others, once one of them has failed that should not
 
 
 class Failed(AssertionError):
@@ -24,6 +26,11 @@ class World:
     """W processes; ``run(function, *args)`` gives what ``function(*args)`` returned on each."""
 
     def __init__(self, size, timeout=PATIENCE):
+        self.size, self.timeout = size, timeout
+        self._open()
+
+    def _open(self):
+        size, timeout = self.size, self.timeout
         self.folder = tempfile.TemporaryDirectory()
         store = str(Path(self.folder.name) / "store")
         self.pipes, self.processes = [], []
@@ -53,11 +60,20 @@ class World:
 
     def run(self, function, *args):
         self.start(function, *args)
-        found = self.outcomes()
-        wrong = [f"rank {rank}: {said}" for rank, (fine, said) in enumerate(found) if not fine]
-        if wrong:
-            raise Failed("\n".join(wrong))
-        return [said for _, said in found]
+        found, patience = {}, PATIENCE
+        while len(found) < self.size:
+            waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in found]
+            ready = multiprocessing.connection.wait(waiting, patience)
+            found |= {self.pipes.index(pipe): pipe.recv() for pipe in ready}
+            wrong = [f"rank {rank}: {said}" for rank, (fine, said) in found.items() if not fine]
+            patience = REST if wrong else PATIENCE
+            if not ready:  # the others still wait for it: only new processes are of any use
+                self.close()
+                self._open()
+                break
+        if wrong or not ready:
+            raise Failed("\n".join(wrong) or f"ranks said nothing for {patience} s")
+        return [found[rank][1] for rank in range(self.size)]
 
     def errors(self, function, *args):
         """The messages that all ranks raised; an error if one of them did not."""

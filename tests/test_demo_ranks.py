@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+from gradfilter.lab._crew import started_processes
+
 OPTIONS = ["--steps", "6", "--dtype", "float64", "--seeds", "2", "--noise", "0.3"]
 
 
@@ -62,6 +64,22 @@ def test_it_trains_and_equals_the_single_process(alone, tmp_path, processes):
     assert done.stdout.count("writing to") == 1 and table(done.stdout) == table(alone[1])
     settings = json.loads((folder / "config.json").read_text())
     assert settings["processes"] == processes and settings["status"] == "finished"
+
+
+def test_a_directory_in_use_is_one_line_and_no_traceback(tmp_path):
+    (tmp_path / "mine").touch()
+    done = launched(2, "--out", str(tmp_path))
+    assert done.returncode != 0
+    assert done.stderr.count("gradfilter demo: --out: expected a new or empty directory") == 1
+    assert "_crew.py" not in done.stderr  # torchrun has a traceback of its own
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_one_variable_of_torchrun_alone_makes_no_crew(monkeypatch, name):
+    for other in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "2")
+    assert started_processes() == 1
 
 
 def test_a_number_of_processes_that_does_not_divide_the_batch_is_one_line(tmp_path):

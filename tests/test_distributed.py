@@ -6,10 +6,10 @@ Every rank computes the single-process answer itself, from rows it shares by a s
 import pytest
 import torch
 import torch.distributed as dist
+from benchmarks._wire import Wire
 
 import gradfilter as gf
 from _cases import EXTRA, VARIANTS, build, make_params, make_rows, make_stack
-from benchmarks._wire import Wire
 from _world import World
 from gradfilter import _tree
 from gradfilter.distributed import RankStack, _exchange, across_ranks

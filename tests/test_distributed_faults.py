@@ -56,7 +56,12 @@ def losses_on_some():
     RankStack(gf.DenseStack(rows(), losses=losses))
 
 
+def keep_on_some():
+    RankStack(rows(), keep=True if dist.get_rank() == 3 else None)
+
+
 DIFFERENCES = {
+    keep_on_some: "keep unknown on rank 0 and known on rank 3. Give them on all ranks or on none.",
     fewer_rows: "2 on rank 0 and 3 on rank 2",
     many_rows: "299 on rank 0 and 300 on rank 2",
     another_order: "leaf 0 is 'a.weight' of shape [2, 3] and dtype torch.float64 on rank 0 and "
@@ -96,6 +101,52 @@ def test_a_group_of_some_ranks(four):
 def test_without_a_process_group_the_error_says_what_to_call():
     with pytest.raises(RuntimeError, match=r"init_process_group\(\) first, .* torchrun"):
         RankStack(rows())
+
+
+def named_in_a_group():
+    group = dist.new_group([1, 3])
+    if dist.get_rank() not in (1, 3):
+        return "", ""
+    said = []
+    for own in (rows(dist.get_rank()), rows(dtype=[torch.float32, torch.float64][rank_is(3)])):
+        with pytest.raises(ValueError, match="RankStack: expected") as raised:
+            RankStack(own, group)
+        said.append(str(raised.value))
+    return said
+
+
+def rank_is(rank):
+    return dist.get_rank() == rank
+
+
+def test_ranks_of_a_group_are_named_as_everybody_knows_them(four):
+    said = four.run(named_in_a_group)
+    for count, kind in (said[1], said[3]):
+        assert "1 on rank 1 and 3 on rank 3" in count
+        assert "float32 on rank 1 and" in kind and "float64 on rank 3" in kind
+
+
+def skipped_together(how):
+    """A step that one rank would skip, by its own rows or its caller, all skip: to the bit."""
+    guard = [gf.finite_filter()] if how == "rows" else []
+    update = gf.chain(*guard, across_ranks(), gf.mean_rows(), gf.sgd(1.0, momentum=0.9))
+    params = {name: torch.zeros(shape) for name, shape in LEAVES.items()}
+    state = update.init(params)
+    for step in range(3):
+        own, extra = rows(), {}
+        if step == 1 and rank_is(2) and how == "rows":
+            own["a.bias"][:] = torch.nan
+        if how == "caller":
+            extra["keep"] = torch.tensor(not (step == 1 and rank_is(2)))
+        params, state, info = update(params, state, own, **extra)
+        assert bool(info["keep"]) == (step != 1)
+    return {name: leaf.tolist() for name, leaf in gf.state_dict((params, state)).items()}
+
+
+@pytest.mark.parametrize("how", ["rows", "caller"])
+def test_a_step_that_one_rank_would_skip_all_skip(four, how):
+    found = four.run(skipped_together, how)
+    assert all(one == found[0] for one in found)
 
 
 # A rank that is killed, stalls or raises.

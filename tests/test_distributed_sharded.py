@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from benchmarks._wire import Wire
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import gradfilter as gf
-from benchmarks._wire import Wire
 from _world import World
 from gradfilter.distributed import ShardedStack, sharded_rows
 from gradfilter.interop import Filtered

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
+from benchmarks._wire import Wire
 
 import gradfilter as gf
-from benchmarks._wire import Wire
 from _world import World
 from gradfilter.distributed import RankStack, across_ranks
+from gradfilter.distributed._ranks import LONG, Ranks
 
 P = 12_000  # divides by every W, so that nothing is filled up
 NUMBERS = 8  # bytes each, in float64
@@ -95,4 +96,20 @@ def making(m):
 
 def test_making_a_stack_sends_a_few_numbers(world):
     for found in world.run(making, 4):
-        assert found == (3 + 2 * 32) * (len(world.pipes) - 1)
+        assert found == (3 + 3 * 32) * (len(world.pipes) - 1)
+
+
+def gathering(count):
+    ranks = Ranks.of(None)
+    with Wire(ranks.size) as wire:
+        found = ranks.gather(torch.full((count,), float(ranks.rank)))
+    assert torch.equal(found, torch.arange(float(ranks.size))[:, None].expand(-1, count))
+    return wire.sent / NUMBERS, wire.calls
+
+
+def test_cpus_gather_large_tensors_by_broadcasts_which_send_no_more(world):
+    size = len(world.pipes)
+    assert set(world.run(gathering, LONG)[0][1]) == {"_allgather_base_"}
+    for sent_here, calls in world.run(gathering, LONG + 1):
+        assert calls == ["broadcast_"] * size
+        assert sent_here == (LONG + 1) * (size - 1)

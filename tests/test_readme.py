@@ -42,7 +42,8 @@ def on_ranks(blocks):
     scope = {}
     for block in blocks:
         if block.startswith("# torchrun"):
-            scope["loader"] = scope["loader"][dist.get_rank() :: dist.get_world_size()]
+            whole = scope.setdefault("whole", scope["loader"])
+            scope["loader"] = whole[dist.get_rank() :: dist.get_world_size()]
         code = block.replace("dist.init_process_group()", "assert dist.is_initialized()")
         exec(compile(code, "README.md", "exec"), scope)
     return [p.detach().tolist() for p in scope["model"].parameters()], bool(scope["out"]["keep"])

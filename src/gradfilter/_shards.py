@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,12 @@ def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a `torch.distributed.tensor.DTensor`."""
     # Asked of every leaf in every step, and torch.distributed.tensor is slow to import.
     return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "placements")
+
+
+def _is_cut(placement: Any) -> bool:
+    """Whether ranks along a dim of the mesh hold different pieces, in order or interleaved."""
+    # is_shard() denies it of the interleaved pieces that FSDP makes of tensor-parallel ones.
+    return not (placement.is_replicate() or placement.is_partial())
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,13 +34,21 @@ class Part:
     leaves: dict[str, Tensor]
     like: Any = None
 
-    def summed(self, number: Tensor) -> Tensor:
-        """A sum over the numbers in local leaves, summed over all ranks that hold others."""
+    def summed(self, number: Tensor, over: Collection[int] | None = None) -> Tensor:
+        """A sum over the numbers in local leaves, summed over the ranks that hold others.
+
+        Args:
+            number: The sum of this rank, or several.
+            over: The dims of the mesh to sum over; None for all that cut the leaves up.
+        """
         if self.like is None:
             return number
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
-        spread = [Partial() if p.is_shard() else Replicate() for p in self.like.placements]
+        over = cuts(self.like) if over is None else over
+        spread = [
+            Partial() if d in over else Replicate() for d in range(self.like.device_mesh.ndim)
+        ]
         whole: Tensor = DTensor.from_local(
             number, self.like.device_mesh, spread, run_check=False
         ).full_tensor()
@@ -77,19 +91,19 @@ def whole(number: Any) -> Tensor:
 
 
 def resharded(shard: Tensor, like: Any, dropped: int = 0) -> Tensor:
-    """A shard as part of a DTensor that lies as ``like`` does without its first dims.
+    """A shard as part of a DTensor that lies as ``like``, less some first dims or behind new ones.
 
     Args:
         shard: What this rank has of it.
         like: A DTensor; a plain tensor gives the shard itself.
-        dropped: Dims of ``like`` that the shard is without.
+        dropped: Number of first dims of ``like`` that the shard lacks; negative for new ones.
     """
     if not is_sharded(like):
         return shard
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor
 
-    placements = [Shard(p.dim - dropped) if p.is_shard() else p for p in like.placements]
-    shape = like.shape[dropped:]
+    placements = [_without(p, dropped) for p in like.placements]
+    shape = like.shape[dropped:] if dropped >= 0 else shard.shape[:-dropped] + like.shape
     whole: Tensor = DTensor.from_local(
         shard,
         like.device_mesh,
@@ -101,6 +115,18 @@ def resharded(shard: Tensor, like: Any, dropped: int = 0) -> Tensor:
     return whole
 
 
-def sharded_dims(tensor: Any) -> set[int]:
-    """The dims along which a tensor is cut up among ranks."""
-    return {p.dim for p in tensor.placements if p.is_shard()} if is_sharded(tensor) else set()
+def _without(placement: Any, dropped: int) -> Any:
+    """How a tensor lies without its first dims."""
+    if not (dropped and _is_cut(placement)):
+        return placement
+    kind, dim = type(placement), placement.dim - dropped
+    if placement.is_shard():
+        return kind(dim)
+    return kind(dim, split_factor=placement.split_factor)
+
+
+def cuts(tensor: Any) -> dict[int, int]:
+    """The dims of the mesh among whose ranks a tensor is cut up, and along which of its dims."""
+    if not is_sharded(tensor):
+        return {}
+    return {d: p.dim for d, p in enumerate(tensor.placements) if _is_cut(p)}

@@ -23,13 +23,21 @@ def across_ranks(group: dist.ProcessGroup | None = None) -> Transform:
                                                        # perturbs along its own gradient, unasked
         chain(clip_per_row(c), across_ranks(), consensus_filter(), sgd(lr))
 
-    All ranks start from the same parameters and state, and then keep them, to the bit.
+    All ranks start from the same parameters and state, and then keep them, to the bit. A step that
+    one of them would skip, by a ``keep`` from its caller or a link before this one, all skip: put
+    `finite_filter` behind this link to reject the rows of such a rank instead.
+
+    What is computed before this link stays as it is: ``info["loss"]`` of a `train_step`, the
+    ``loss`` of a `Filtered` step and metrics of earlier links are those of this rank's rows alone.
+    ``value`` for a `plateau` schedule is to be the same on all ranks; `RankStack.losses` has all.
 
     Args:
         group: The process group; None for all processes.
 
-    Needs: rows, as many on every rank. ``clean_grads`` of a sam_perturb before it are passed on as
-    rows of all ranks.
+    Needs: rows, as many on every rank.
+
+    Publishes: ``keep`` () if an earlier link or the caller did; ``clean_grads``, as rows of all
+    ranks, if a sam_perturb before it did.
 
     Raises:
         ValueError: At a step, on every rank: rows or leaves differ between ranks.
@@ -50,10 +58,11 @@ def across_ranks(group: dist.ProcessGroup | None = None) -> Transform:
     def update(
         rows: GradStack, state: State, params: Params, /, **extra: Any
     ) -> tuple[GradStack, State, Out]:
-        clean = extra.get("clean_grads")
-        spread = RankStack(rows, group)
+        keep, clean = extra.get("keep"), extra.get("clean_grads")
+        spread = RankStack(rows, group, keep=keep)
+        out: Out = {} if keep is None else {"keep": spread.keep}
         if isinstance(clean, GradStack):
-            return spread, state, {"clean_grads": RankStack(clean, group)}
-        return spread, state, {}
+            out["clean_grads"] = RankStack(clean, group)
+        return spread, state, out
 
     return link("across_ranks", "rows -> rows", update)

@@ -81,7 +81,7 @@ def added_up(tree: Tree, ranks: Ranks) -> Tree:
     """
     flights = []
     for shapes, flat in _flattened({name: leaf[None] for name, leaf in tree.items()}):
-        flights.append((shapes, ranks.start_total(flat[0])))
+        flights.append((shapes, ranks.start_total(flat[0].contiguous())))
     return {n: leaf for shapes, arrived in flights for n, leaf in _leaves(shapes, arrived())}
 
 

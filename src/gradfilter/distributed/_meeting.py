@@ -20,22 +20,23 @@ ROWS = 32
 """Rows per rank of which a message between CPUs also brings what there is one number of."""
 
 
-def met(stack: GradStack, ranks: Ranks) -> SpreadRows:
+def met(stack: GradStack, ranks: Ranks, keep: Tensor | bool | None = None) -> SpreadRows:
     """The rows of all ranks, once every rank knows that they are rows of one matrix.
 
     Args:
         stack: The local rows.
         ranks: Who gives some.
+        keep: False where this rank would skip the step; None if nobody asks.
 
     Raises:
         ValueError: Number of rows, leaves, their order, shapes or dtypes differ; it names two
             ranks and the difference.
     """
-    text, own = _described(stack), per_row(stack)
+    text, own = _described(stack, keep is not None), per_row(stack, True if keep is None else keep)
     digest = int.from_bytes(sha256(text).digest()[:8], signed=True)
     few = own.device.type == "cpu" and len(stack) <= ROWS
     # Of one length whatever there is to say, or ranks that differ could not even compare.
-    message = torch.zeros(3 + 2 * ROWS, dtype=torch.int64)
+    message = torch.zeros(3 + 3 * ROWS, dtype=torch.int64)
     message[:3] = torch.tensor([len(stack), digest, len(text)])
     if few:
         message[3 : 3 + own.numel()] = own.flatten().view(torch.int64)
@@ -52,9 +53,10 @@ def _check_alike(notes: list[list[int]], text: bytes, ranks: Ranks) -> None:
     for rank, note in enumerate(notes):
         if note[0] != notes[0][0]:
             raise ValueError(
-                f"RankStack: expected as many rows on every rank, found {notes[0][0]} on rank 0 "
-                f"and {note[0]} on rank {rank}. Give all ranks batches of one size; drop_last=True "
-                "in the DataLoader leaves out a last one that is smaller."
+                f"RankStack: expected as many rows on every rank, found {notes[0][0]} on rank "
+                f"{ranks.name(0)} and {note[0]} on rank {ranks.name(rank)}. Give all "
+                "ranks batches of one size; drop_last=True in the DataLoader leaves out a last "
+                "one that is smaller."
             )
     other = next((rank for rank, note in enumerate(notes) if note[1] != notes[0][1]), None)
     if other is not None:
@@ -64,13 +66,12 @@ def _check_alike(notes: list[list[int]], text: bytes, ranks: Ranks) -> None:
         ours, theirs = (json.loads(bytes(letters[rank].tolist())) for rank in (0, other))
         raise ValueError(
             "RankStack: expected the same leaves in the same order on every rank, found "
-            f"{_difference(ours, theirs, other)}. Build the same model, with the same frozen "
-            "parameters, on all ranks."
+            f"{_difference(ours, theirs, ranks.name(0), ranks.name(other))}."
         )
 
 
-def _described(stack: GradStack) -> bytes:
-    """Names, shapes and dtypes of the leaves in order, and whether losses are known."""
+def _described(stack: GradStack, keeps: bool) -> bytes:
+    """Names, shapes and dtypes of the leaves in order, and what else is known of the rows."""
     tensors: Mapping[str, Tensor] = {}
     if isinstance(stack, DenseStack):
         tensors = stack.rows
@@ -80,20 +81,24 @@ def _described(stack: GradStack) -> bytes:
         [name, list(shape), str(tensors[name].dtype) if name in tensors else "unknown"]
         for name, shape in stack.shapes.items()
     ]
-    return json.dumps([*leaves, stack.losses is not None]).encode()
+    return json.dumps([*leaves, [stack.losses is not None, keeps]]).encode()
 
 
-def _difference(ours: list[Any], theirs: list[Any], other: int) -> str:
-    """The first thing in which two ranks differ, in words."""
-    *ours, known = ours
-    *theirs, also_known = theirs
+def _difference(ours: list[Any], theirs: list[Any], one: int, other: int) -> str:
+    """The first thing in which two ranks differ, and what to do about it, in words."""
+    advice = "Build the same model, with the same frozen parameters, on all ranks"
+    *ours, known_here = ours
+    *theirs, known_there = theirs
     for place, (a, b) in enumerate(zip(ours, theirs, strict=False)):
         if a != b:
-            return f"leaf {place} is {_words(a)} on rank 0 and {_words(b)} on rank {other}"
+            here, there = (f"{_words(a)} on rank {one}", f"{_words(b)} on rank {other}")
+            return f"leaf {place} is {here} and {there}. {advice}"
     if len(ours) != len(theirs):
-        return f"{len(ours)} leaves on rank 0 and {len(theirs)} on rank {other}"
-    here, there = ("known" if losses else "unknown" for losses in (known, also_known))
-    return f"losses {here} on rank 0 and {there} on rank {other}"
+        return f"{len(ours)} leaves on rank {one} and {len(theirs)} on rank {other}. {advice}"
+    what = 0 if known_here[0] != known_there[0] else 1
+    here, there = ("known" if known[what] else "unknown" for known in (known_here, known_there))
+    found = f"{('losses', 'keep')[what]} {here} on rank {one} and {there} on rank {other}"
+    return f"{found}. Give them on all ranks or on none"
 
 
 def _words(leaf: list[Any]) -> str:

@@ -47,6 +47,10 @@ class RankStack(AgainStack):
     Args:
         stack: The local rows: a GradStack or a plain stacked dict, M as large on every rank.
         group: The process group; None for all processes.
+        keep: False where this rank would skip the step, () bool; None if nobody asks.
+
+    Attributes:
+        keep: Whether no rank would skip the step, the same on all. () bool.
 
     Raises:
         ValueError: Rows, leaves, shapes or dtypes differ between ranks; raised on all of them.
@@ -63,9 +67,15 @@ class RankStack(AgainStack):
         >>> dist.destroy_process_group()
     """
 
-    def __init__(self, stack: GradStack | Tree, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        stack: GradStack | Tree,
+        group: dist.ProcessGroup | None = None,
+        *,
+        keep: Tensor | bool | None = None,
+    ) -> None:
         local, ranks = as_stack(stack), Ranks.of(group)
-        self._view(met(local, ranks), None, len(local) * ranks.size)
+        self._view(met(local, ranks, keep), None, len(local) * ranks.size)
 
     def _view(self, spread: SpreadRows, scale: Tensor | None, count: int) -> Self:
         """The first ``count`` of the rows, scaled."""
@@ -73,6 +83,7 @@ class RankStack(AgainStack):
         self.origin = None
         losses = spread.losses
         self.losses = None if losses is None else losses[:count]
+        self.keep = spread.keep
         self.buffers, self.aux = spread.local.buffers, spread.local.aux
         return self
 

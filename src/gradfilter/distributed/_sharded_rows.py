@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
 
 from gradfilter import _tree
-from gradfilter._shards import is_sharded
+from gradfilter._shards import Part, is_sharded, local, resharded
+from gradfilter.distributed._ranks import Ranks
 from gradfilter.distributed._sharded_stack import ShardedStack
 
 
@@ -26,7 +26,9 @@ def sharded_rows(
 
     The gradients are taken where the model is; buffers change as in any training step. Gradients
     in ``p.grad`` are put aside and back. The rows cannot be computed at other parameters:
-    `sam_perturb` refuses them, ``gradfilter.interop.SAM`` around the optimizer works.
+    `sam_perturb` refuses them. An optimizer of torch takes what a chain without an update rule
+    makes of them: ``grads, state, out = filters.update(rows, state, params)``, each into its
+    ``p.grad``, and ``optimizer.step()`` if ``out["keep"]``.
 
     Args:
         model: A module all of whose trainable parameters are DTensors.
@@ -38,7 +40,8 @@ def sharded_rows(
         The rows, with the losses averaged over the ranks.
 
     Raises:
-        ValueError: N is not divisible by M; a trainable parameter is not sharded.
+        ValueError: N is not divisible by M; M differs between ranks, then on all of them; a
+            trainable parameter is not sharded; no gradient arrived.
 
     Example:
         >>> import torch, torch.distributed as dist, gradfilter as gf
@@ -57,6 +60,7 @@ def sharded_rows(
         tensor([True, True, True, True])
         >>> dist.destroy_process_group()
     """
+    _reshard(model)
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     plain = sorted(name for name, p in params.items() if not is_sharded(p))
     if plain or not params:
@@ -65,30 +69,73 @@ def sharded_rows(
             f"{plain[:3] or 'none at all'}. Call fully_shard(model) on the whole model; for plain "
             "parameters use microbatch_grads and across_ranks."
         )
+    cut = _microbatches(batch, microbatches)
+    first: Any = next(iter(params.values()))
+    mesh = first.device_mesh
+    _check_alike(microbatches, mesh)
     before = {name: p.grad for name, p in params.items()}
     rows: dict[str, list[Tensor]] = {name: [] for name in params}
     losses = []
     try:
-        for microbatch in _microbatches(batch, microbatches):
+        for microbatch in cut:
             for p in params.values():
                 p.grad = None
             with torch.enable_grad():
                 value = loss(microbatch)
             value.backward()  # type: ignore[no-untyped-call]
             losses.append(value.detach())
+            if all(p.grad is None for p in params.values()):
+                raise ValueError(
+                    "sharded_rows: expected gradients after loss(microbatch).backward(), found "
+                    "none. Compute the loss by calling the model, and undo "
+                    "set_requires_gradient_sync(False)."
+                )
             for name, p in params.items():
-                rows[name].append(torch.zeros_like(p) if p.grad is None else p.grad)
+                rows[name].append(_shard_of(p))
     finally:
+        _reshard(model)  # after a loss that raised
         for name, p in params.items():
             p.grad = before[name]
-    mesh = cast(DTensor, next(iter(params.values()))).device_mesh
-    everywhere = [Partial()] * mesh.ndim
-    total = DTensor.from_local(torch.stack(losses), mesh, everywhere, run_check=False)
+    total = Part({}, first).summed(torch.stack(losses), over=range(mesh.ndim))
     return ShardedStack(
-        {name: torch.stack(grads).detach() for name, grads in rows.items()},
-        total.full_tensor() / mesh.size(),
+        {name: resharded(torch.stack(rows[name]), p, -1) for name, p in params.items()},
+        total / mesh.size(),
         {name: b.detach().clone() for name, b in model.named_buffers()},
     )
+
+
+def _shard_of(param: Any) -> Tensor:
+    """This rank's shard of the gradient in a parameter, cut up like the parameter."""
+    if param.grad is None:
+        return torch.zeros_like(local(param))
+    grad: Any = param.grad.detach()
+    if grad.placements != param.placements:
+        grad = grad.redistribute(placements=param.placements)
+    return local(grad)
+
+
+def _reshard(model: nn.Module) -> None:
+    """Let go of what a pass without backward, such as an evaluation, has left unsharded."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _check_alike(count: int, mesh: Any) -> None:
+    """Refuse numbers of microbatches that differ, before ranks wait for each other's passes."""
+    counts = torch.tensor([count])
+    for dim in range(mesh.ndim):
+        counts = Ranks.of(mesh.get_group(dim)).gather_on_host(counts).flatten()
+    ranks = mesh.mesh.permute(*reversed(range(mesh.ndim))).flatten().tolist()
+    found = sorted(zip(ranks, counts.tolist(), strict=True))
+    rank, other = next((pair for pair in found if pair[1] != found[0][1]), found[0])
+    if other != found[0][1]:
+        raise ValueError(
+            f"sharded_rows: expected as many microbatches on every rank, found {found[0][1]} on "
+            f"rank {found[0][0]} and {other} on rank {rank}. Give all ranks one number."
+        )
 
 
 def _microbatches(batch: Any, count: int) -> list[Any]:

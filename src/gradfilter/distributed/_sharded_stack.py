@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradfilter._shards import is_sharded, parts, resharded
+from gradfilter._shards import cuts, parts, resharded
 from gradfilter._types import Tree
 from gradfilter.grads._checks import check_same_leaves
 from gradfilter.grads._dense import DenseStack
@@ -50,8 +49,7 @@ class ShardedStack(DenseStack):
         """Check the leaves, and that M is whole on every rank."""
         super().__post_init__()
         for name, leaf in self.rows.items():
-            sharded: Any = leaf
-            if is_sharded(leaf) and any(p.is_shard(0) for p in sharded.placements):
+            if 0 in cuts(leaf).values():
                 raise ValueError(
                     "ShardedStack: expected the leading axis M whole on every rank, found "
                     f"{name!r} sharded along it. For rows on different ranks use RankStack."

@@ -15,11 +15,11 @@ from gradfilter.distributed._ranks import Ranks
 from gradfilter.grads._stack import GradStack
 
 
-def per_row(stack: GradStack) -> Tensor:
-    """Whether rows take part, and their losses if known. (2, M)."""
+def per_row(stack: GradStack, keep: Tensor | bool = True) -> Tensor:
+    """Whether rows take part, their losses if known, and whether their rank skips. (3, M)."""
     live = stack.live.to(_tree.wide(stack.live))
     losses = live if stack.losses is None else stack.losses.detach().to(live.dtype)
-    return torch.stack([live, losses])
+    return torch.stack([live, losses, _tree.flag(keep, live.device).to(live.dtype).expand_as(live)])
 
 
 @dataclass(eq=False)
@@ -30,7 +30,7 @@ class SpreadRows:
         local: The M rows of this rank.
         ranks: Where the rows are.
         numbers: What `per_row` says on every rank, gathered at once: later only some ranks may ask.
-            (W, 2, M)
+            (W, 3, M)
     """
 
     local: GradStack
@@ -50,6 +50,11 @@ class SpreadRows:
         if self.local.losses is None:
             return None
         return self.numbers[:, 1].flatten().to(self.local.losses.dtype)
+
+    @property
+    def keep(self) -> Tensor:
+        """Whether no rank skips the step. () bool."""
+        return (self.numbers[:, 2] != 0).all()
 
     def __len__(self) -> int:
         """M·W."""
@@ -78,10 +83,11 @@ class SpreadRows:
                 buckets.append(bucket)
             self._buckets = buckets
             self._gram = self.ranks.total(torch.stack(parts).sum(0))
-        return self._gram
+        return self._gram.clone()  # the caller's, who may write to it
 
     def combine(self, weights: Tensor) -> Tree:
         """Wᵀ J for weights (M·W,), the same bits on every rank."""
+        weights = weights.detach()
         if self._buckets is not None:
             buckets = self._buckets
             if len(self.local) == 1:
@@ -97,7 +103,7 @@ class SpreadRows:
     def sq_norms(self) -> Tensor:
         """diag(J Jᵀ). (M·W,)."""
         if self._gram is not None:
-            return self._gram.diagonal()
+            return self._gram.diagonal().clone()
         return self.ranks.gather(self.local.sq_norms()).flatten()
 
     def stacked(self) -> Tree:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import gradfilter as gf
 from gradfilter.distributed import across_ranks
-from gradfilter.distributed._ranks import Ranks
+from gradfilter.distributed._ranks import LostRanksError, Ranks
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ ALONE = Crew()
 
 def started_processes() -> int:
     """How many processes torchrun started, 1 without it; known before they are connected."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    given = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # one alone is something else
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in given) else 1
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -84,8 +86,13 @@ def connected(device: torch.device) -> Iterator[Crew]:
         yield ALONE
         return
     dist.init_process_group("gloo" if device.type == "cpu" else None)
+    crew = Crew(Ranks.of(None))
     try:
-        yield Crew(Ranks.of(None))
+        yield crew
         dist.barrier()  # nobody leaves while another one still writes
+    except LostRanksError as error:
+        if crew.is_first:
+            raise
+        sys.exit(f"gradfilter: {error}")  # where to look is not here
     finally:
         dist.destroy_process_group()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from gradfilter._shards import local, parts, resharded, sharded_dims
+from gradfilter._shards import cuts, local, parts, resharded
 from gradfilter._types import Params, Tree
 from gradfilter.transforms._units import UnitDims, within_units
 
@@ -30,23 +31,27 @@ def clip_shards(
     Returns:
         The clipped gradients, sharded as before, and the part of all units that was scaled down.
     """
-    within = within_units(grads, unit_dims)
-    split = {name for name, dims in within.items() if sharded_dims(grads[name]) & set(dims)}
+    # Along which dims of the mesh the units of a leaf lie on several ranks.
+    apart = {
+        name: tuple(where for where, dim in cuts(grads[name]).items() if dim in dims)
+        for name, dims in within_units(grads, unit_dims).items()
+    }
     clipped: Tree = {}
     counts = []
     for part in parts(grads):
-        kinds = {(name in split, leaf.dtype) for name, leaf in part.leaves.items()}
-        for cut_up, dtype in sorted(kinds, key=str):
+        kinds = {(apart[name], leaf.dtype) for name, leaf in part.leaves.items()}
+        for over, dtype in sorted(kinds, key=str):
             some = {
                 name: leaf
                 for name, leaf in part.leaves.items()
-                if ((name in split), leaf.dtype) == (cut_up, dtype)
+                if (apart[name], leaf.dtype) == (over, dtype)
             }
             weights = {name: local(params[name]) for name in some}
-            scaled, fewer = clip(some, weights, summed=part.summed if cut_up else None)
+            summed = partial(part.summed, over=over) if over else None
+            scaled, fewer = clip(some, weights, summed=summed)
             clipped |= {name: resharded(leaf, grads[name]) for name, leaf in scaled.items()}
             count = torch.stack([fewer.sum(), torch.ones_like(fewer).sum()])
             # A unit that lies on several ranks was counted by each of them.
-            counts.append(count if cut_up else part.summed(count))
+            counts.append(part.summed(count, over=set(cuts(part.like)) - set(over)))
     shrunk, units = torch.stack(counts).sum(0).to(torch.float32).unbind()
     return clipped, shrunk / units
