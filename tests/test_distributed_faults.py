@@ -232,3 +232,31 @@ def nan_rank(seed):
 
 def test_a_rank_of_nan_rows_is_left_out_and_training_goes_on(four):
     four.run(nan_rank, 0)
+
+
+def started(difference):
+    """What `init` says of parameters that one rank has made otherwise."""
+    rank = dist.get_rank()
+    params = {
+        "a.weight": torch.linspace(0, 1, 6).reshape(2, 3).T,
+        "a.bias": torch.full((2,), torch.nan),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "none": torch.zeros(0),
+        "complex": torch.ones(2, dtype=torch.complex64),
+    }
+    if difference == "values" and rank == 2:
+        params["half"][1] += 0.01  # one unit in the last place
+    if difference == "leaves" and rank == 3:
+        del params["none"]
+    return UPDATE.init(params)
+
+
+def test_ranks_that_start_apart_are_refused_before_the_first_step(four):
+    assert len(four.run(started, None)) == 4
+    for said in four.errors(started, "values"):
+        assert said.startswith(
+            "across_ranks: expected the same parameters on every rank, found other values of "
+            "'half' on rank 0 than on rank 2. Wrap the model in DistributedDataParallel"
+        )
+    for said in four.errors(started, "leaves"):
+        assert "on rank 0 and 'complex' of shape [2]" in said and "on rank 3" in said

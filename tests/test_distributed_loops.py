@@ -114,12 +114,15 @@ def test_filtered_with_the_rows_of_all_ranks(two, m, accumulate):
 def scaled(place):
     """A GradScaler; in the second step the rows of rank 1 overflow.
 
-    They are rejected by a filter of all rows; one of every rank makes all ranks skip the step.
+    They are rejected by a filter of all rows, which is where `Filtered` puts its own; one of every
+    rank makes all ranks skip the step.
     """
     model = network()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    guard = [gf.finite_filter()] if place == "after" else []
-    transforms = gf.chain(across_ranks(), *guard, gf.mean_rows())
+    guard = [gf.finite_filter()]
+    transforms = gf.chain(
+        *guard * (place == "before"), across_ranks(), *guard * (place == "after"), gf.mean_rows()
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     weighted = lambda output, targets: F.cross_entropy(output, targets[0]) * targets[1].mean()
     filtered = Filtered(model, weighted, transforms, optimizer, 2, scaler=scaler)
@@ -133,7 +136,7 @@ def scaled(place):
             weights[8:] = 1e306  # the losses are finite, what is scaled is not
         x_here, y_here, weights = mine((x, y, weights))
         result = filtered.step(x_here, (y_here, weights))
-        assert bool(result.info["keep"]) == (not bad or place == "after")
+        assert bool(result.info["keep"]) == (not bad or place != "before")
         if result.info["keep"]:
             plain.zero_grad()
             F.cross_entropy(reference(x[:8] if bad else x), y[:8] if bad else y).backward()
@@ -145,8 +148,9 @@ def scaled(place):
 
 
 def test_filtered_with_a_scaler_on_several_ranks(two):
-    ours = two.run(scaled, "after")
-    assert ours[0] == ours[1] == 2.0**9  # all backed off together
+    for place in ("after", "by itself"):
+        ours = two.run(scaled, place)
+        assert ours[0] == ours[1] == 2.0**9  # all backed off together
     alone = two.run(scaled, "before")  # every rank has a scale of its own
     assert alone == [2.0**10, 2.0**9]
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import gradfilter as gf
 from _world import World
 from gradfilter import _tree
-from gradfilter.distributed import RankStack, _exchange, _ranks
+from gradfilter.distributed import RankStack, _exchange, _ranks, across_ranks
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -222,3 +222,23 @@ def test_groups_asked_in_turn(two):
 def test_sharded_tensors_are_imported_when_needed():
     code = "import gradfilter.distributed, sys; sys.exit('torch.distributed.tensor' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def compiled():
+    """A compiled update across ranks gives what the update gives, also in its second step."""
+    g = torch.Generator().manual_seed(dist.get_rank())
+    params = {"w": torch.zeros(4, 3), "b": torch.ones(4)}
+    update = gf.chain(
+        across_ranks(), gf.agree_filter(1.0), gf.agc_clip(0.1), gf.sgd(0.1, momentum=0.9)
+    )
+    state = update.init(params)
+    step = torch.compile(update, backend="aot_eager")
+    for _ in range(2):
+        rows = {n: 1 + torch.randn(3, *p.shape, generator=g) for n, p in params.items()}
+        expected = update(params, state, rows)
+        params, state, info = step(params, state, rows)
+        torch.testing.assert_close((params, state, info), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_compiled_update_is_the_update(two):
+    two.run(compiled)

@@ -8,6 +8,9 @@ import torch.distributed as dist
 
 from gradfilter._types import Out, Params, State, Transform
 from gradfilter.distributed._rank_stack import RankStack
+from gradfilter.distributed._ranks import Ranks
+from gradfilter.distributed._same_start import check_same_start
+from gradfilter.grads._lift import untraced
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._link import link
 
@@ -23,7 +26,8 @@ def across_ranks(group: dist.ProcessGroup | None = None) -> Transform:
                                                        # perturbs along its own gradient, unasked
         chain(clip_per_row(c), across_ranks(), consensus_filter(), sgd(lr))
 
-    All ranks start from the same parameters and state, and then keep them, to the bit. A step that
+    All ranks start from the same parameters, which ``init`` compares, and then keep them, to the
+    bit. A step that
     one of them would skip, by a ``keep`` from its caller or a link before this one, all skip: put
     `finite_filter` behind this link to reject the rows of such a rank instead.
 
@@ -40,8 +44,8 @@ def across_ranks(group: dist.ProcessGroup | None = None) -> Transform:
     ranks, if a sam_perturb before it did.
 
     Raises:
-        ValueError: At a step, on every rank: rows or leaves differ between ranks.
-        RuntimeError: At a step: there is no process group, or another rank is gone.
+        ValueError: On every rank: at ``init`` parameters differ between ranks, or at a step rows.
+        RuntimeError: At either: there is no process group, or another rank is gone.
 
     Example:
         >>> import torch, torch.distributed as dist, gradfilter as gf
@@ -59,10 +63,15 @@ def across_ranks(group: dist.ProcessGroup | None = None) -> Transform:
         rows: GradStack, state: State, params: Params, /, **extra: Any
     ) -> tuple[GradStack, State, Out]:
         keep, clean = extra.get("keep"), extra.get("clean_grads")
-        spread = RankStack(rows, group, keep=keep)
+        spread_out = untraced(RankStack)  # ranks talk between the graphs of torch.compile
+        spread = spread_out(rows, group, keep=keep)
         out: Out = {} if keep is None else {"keep": spread.keep}
         if isinstance(clean, GradStack):
-            out["clean_grads"] = RankStack(clean, group)
+            out["clean_grads"] = spread_out(clean, group)
         return spread, state, out
 
-    return link("across_ranks", "rows -> rows", update)
+    def init(params: Params) -> State:
+        check_same_start(params, Ranks.of(group))
+        return {}
+
+    return link("across_ranks", "rows -> rows", update, init=init)

@@ -33,11 +33,10 @@ def met(stack: GradStack, ranks: Ranks, keep: Tensor | bool | None = None) -> Sp
             ranks and the difference.
     """
     text, own = _described(stack, keep is not None), per_row(stack, True if keep is None else keep)
-    digest = int.from_bytes(sha256(text).digest()[:8], signed=True)
     few = own.device.type == "cpu" and len(stack) <= ROWS
     # Of one length whatever there is to say, or ranks that differ could not even compare.
     message = torch.zeros(3 + 3 * ROWS, dtype=torch.int64)
-    message[:3] = torch.tensor([len(stack), digest, len(text)])
+    message[:3] = torch.tensor([len(stack), _digest(text), len(text)])
     if few:
         message[3 : 3 + own.numel()] = own.flatten().view(torch.int64)
     messages = ranks.gather_on_host(message)
@@ -46,6 +45,21 @@ def met(stack: GradStack, ranks: Ranks, keep: Tensor | bool | None = None) -> Sp
         return SpreadRows(stack, ranks, ranks.gather(own))
     numbers = messages[:, 3 : 3 + own.numel()].contiguous().view(own.dtype)
     return SpreadRows(stack, ranks, numbers.reshape(-1, *own.shape))
+
+
+def check_leaves_alike(params: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Refuse, on every rank, parameters whose names, order, shapes or dtypes differ between ranks.
+
+    Raises:
+        ValueError: They do; it names two ranks and the difference.
+    """
+    text = _described(DenseStack({name: p.detach()[None] for name, p in params.items()}), False)
+    note = torch.tensor([1, _digest(text), len(text)])
+    _check_alike(ranks.gather_on_host(note).tolist(), text, ranks)
+
+
+def _digest(text: bytes) -> int:
+    return int.from_bytes(sha256(text).digest()[:8], signed=True)
 
 
 def _check_alike(notes: list[list[int]], text: bytes, ranks: Ranks) -> None:

@@ -19,7 +19,9 @@ def filter_chain(transforms: Transform, *, guarded: bool) -> Transform:
 
     Args:
         transforms: A chain, or one link.
-        guarded: Put `finite_filter` in front, unless a link before the reducer does its work.
+        guarded: Put `finite_filter` in front, or where rows of other ranks come in, unless a link
+            before the reducer does its work. In front of those it would skip the step of all
+            ranks where it leaves one of them no row.
 
     Raises:
         TypeError: The chain applies updates itself, gives rows, or takes a tree.
@@ -31,7 +33,9 @@ def filter_chain(transforms: Transform, *, guarded: bool) -> Transform:
             f"{_remedy(built)}"
         )
     if guarded and not _guards_rows(built):
-        return chain(finite_filter(), built)
+        names = [part.name for part in built.links]
+        start = names.index("across_ranks") + 1 if "across_ranks" in names else 0
+        return chain(*built.links[:start], finite_filter(), *built.links[start:])
     return built
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -12,6 +11,7 @@ from typing import TypeVar
 import tyro
 
 import gradfilter
+from gradfilter.lab._processes import is_first_process
 from gradfilter.lab._usage import UsageError
 
 Config = TypeVar("Config")
@@ -48,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> None:
             raise UsageError(f"unknown command {command!r}. The commands are: demo.")
     except UsageError as error:
         name = "gradfilter demo" if command == "demo" else "gradfilter"
-        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+        if is_first_process():  # of several one says it
             print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -15,6 +15,7 @@ from torch import Tensor
 import gradfilter as gf
 from gradfilter.distributed import across_ranks
 from gradfilter.distributed._ranks import LostRanksError, Ranks
+from gradfilter.lab._processes import started_processes
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,6 @@ class Crew:
 
 
 ALONE = Crew()
-
-
-def started_processes() -> int:
-    """How many processes torchrun started, 1 without it; known before they are connected."""
-    given = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # one alone is something else
-    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in given) else 1
 
 
 def own_device(device: torch.device) -> torch.device:

@@ -11,8 +11,8 @@ import torch
 
 import gradfilter as gf
 from gradfilter.lab import _training
-from gradfilter.lab._crew import started_processes
 from gradfilter.lab._digits import CLASSES
+from gradfilter.lab._processes import started_processes
 from gradfilter.lab._rundir import named_directory, numbered_directory
 from gradfilter.lab._usage import check, usable_device
 

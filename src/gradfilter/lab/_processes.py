@@ -1,0 +1,16 @@
+"""What torchrun tells a process about the others it started."""
+
+from __future__ import annotations
+
+import os
+
+
+def started_processes() -> int:
+    """How many processes torchrun started, 1 without it; known before they are connected."""
+    given = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # one alone is something else
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in given) else 1
+
+
+def is_first_process() -> bool:
+    """Whether this is the first of them, or alone."""
+    return started_processes() == 1 or os.environ["RANK"] == "0"
