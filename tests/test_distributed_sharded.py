@@ -290,6 +290,10 @@ def refusals():
         sharded_rows(model, lambda batch: batch, torch.ones(12), 5)
     with pytest.raises(ValueError, match=r"found plain \['bias', 'weight'\].*fully_shard"):
         sharded_rows(torch.nn.Linear(2, 2), lambda batch: batch, torch.ones(4), 2)
+    with pytest.raises(TypeError, match=r"found 'scale' sharded over ranks .*sharded_rows"):
+        params = {n: p.detach() for n, p in model.named_parameters()}
+        rows_of = gf.microbatch_grads(gf.model_loss(model, F.cross_entropy), M)
+        rows_of(params, batches(0)[0])
     with pytest.raises(ValueError, match="cannot answer `at`"):
         link = gf.chain(gf.mean_rows(), gf.sam_perturb(0.1), gf.sgd(0.1))
         params = {n: p.detach() for n, p in model.named_parameters()}

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from gradfilter import _tree
+from gradfilter._shards import is_sharded
 from gradfilter._types import Params, Tree
 
 Rebuild = Callable[[Iterable[Tensor]], Any]
@@ -90,7 +91,7 @@ def check_device(params: Params, tensors: list[Tensor]) -> None:
 
 
 def check_params(params: Params) -> None:
-    """Refuse parameters that are not a flat dict of real floating-point tensors."""
+    """Refuse parameters that are not a flat dict of real floating-point tensors, each whole."""
     if not isinstance(params, dict) or not params:
         found = "an empty one" if isinstance(params, dict) else type(params).__name__
         raise TypeError(
@@ -103,6 +104,12 @@ def check_params(params: Params) -> None:
             raise TypeError(
                 f"Expected real floating-point parameters, found {name!r} of {kind}, which has "
                 "no gradient. Keep it as a buffer, or freeze it with requires_grad_(False)."
+            )
+        if is_sharded(p):
+            raise TypeError(
+                f"Expected parameters that are whole on every rank, found {name!r} sharded over "
+                "ranks (DTensor), which vmap and functional_call do not mix with tensors. Take the "
+                "rows from gradfilter.distributed.sharded_rows."
             )
 
 
