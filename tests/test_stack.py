@@ -1,9 +1,12 @@
 """The algebra of stacks, against J as an explicit matrix."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradfilter as gf
 from _cases import make_params, make_rows, make_stack
@@ -183,3 +186,29 @@ def test_bad_stacks_and_questions():
         dense().at({"b": torch.ones(1)})
     with pytest.raises(ValueError, match=r"one set of parameters per row"):
         dense().at_rows({"head.bias": torch.ones(3)})
+
+
+class Followed(TorchDispatchMode):
+    """Somebody who follows the operations, and from whom no number may be hidden."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("live", ["1111", "0110", "1010", "0001", "1000", "0000", "1101"])
+@pytest.mark.parametrize("followed", [False, True])
+def test_a_weighted_sum_reads_no_dead_row(live, followed):
+    """Whether the weights may be looked at or not, and wherever the dead rows are."""
+    rows = torch.randn(4, 9)
+    weights = torch.tensor([0.5, -1.0, 2.0, 3.0], dtype=torch.float64)
+    expected = torch.zeros(9)
+    for i, alive in enumerate(live):
+        if alive == "1":
+            expected += weights[i].float() * rows[i]
+        else:
+            rows[i, i] = torch.nan
+            weights[i] = 0.0
+    stack = gf.DenseStack({"w": rows})
+    with Followed() if followed else nullcontext():
+        found = stack.combine(weights)["w"]
+    torch.testing.assert_close(found, expected)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +59,11 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
         with _tree.no_autocast(rows):
             return weights.to(rows.dtype) @ masked
     if readable(weights):
-        return _sum_of_live(weights.to(rows.dtype), rows)
+        places = live.nonzero().flatten().tolist()
+        first, last = (places[0], places[-1] + 1) if places else (0, 0)
+        if len(places) == last - first:  # nothing dead in between: a product, 1.5 to 3 times faster
+            with _tree.no_autocast(rows):
+                return weights[first:last].to(rows.dtype) @ rows[first:last]
     # Masking copies every row. embedding_bag sums rows by index instead, so a dead row is never
     # read: a live one stands in for it, with weight 0. 6 to 10 times faster from 8 rows of
     # 1.6 million columns on. Cut into pieces, because it shares out sums among the cores.
@@ -74,21 +77,6 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
         per_sample_weights=weights.to(rows.dtype).expand(pieces, -1),
     )
     return torch.where(live.any(), sums.reshape(n), 0.0)
-
-
-def _sum_of_live(weights: Tensor, rows: Tensor) -> Tensor:
-    """The same where the weights may be looked at: products of runs of rows that have one."""
-    live = [weight != 0 for weight in weights.tolist()]
-    total = rows.new_zeros(0)
-    start = 0
-    for alive, run in groupby(live):
-        end = start + len(list(run))
-        if alive:
-            with _tree.no_autocast(rows):
-                part = weights[start:end] @ rows[start:end]
-            total = total.add_(part) if total.numel() else part
-        start = end
-    return total if total.numel() else rows.new_zeros(rows.shape[1])
 
 
 def sq_norm(tree: Mapping[str, Tensor]) -> Tensor:
