@@ -25,7 +25,7 @@ def forward_backward(
         loss = loss_fn(predictions, targets)
         scaled = loss if scaler is None else scaler.scale(loss)
         with _tree.no_autocast(loss):  # torch wants autocast around forward passes only
-            scaled.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(scaled)
         return predictions, loss
 
     return closure
