@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from gradfilter import _tree
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "gradfilter", "gradfilter.distributed"])
 PATIENCE = 120  # seconds for which a test waits for any rank
@@ -110,3 +112,9 @@ def _serve(pipe, store, rank, size, timeout):
             pipe.send((True, function(*args)))
         except Exception as error:
             pipe.send((False, f"{error}\n{traceback.format_exc()}"))
+
+
+def mine(tree):
+    """On a rank: its rows of what has those of all ranks."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return _tree.tree_map(lambda t: t.unflatten(0, (size, -1))[rank], tree)

@@ -2,6 +2,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from _world import World
+
 # Examples take milliseconds or a compilation; a shared machine makes deadlines a lottery.
 settings.register_profile("gradfilter", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("gradfilter")
@@ -18,3 +20,25 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+def processes(size):
+    """Ranks that a test module shares, started when it first asks for them."""
+    world = World(size)
+    yield world
+    world.close()
+
+
+@pytest.fixture(scope="module")
+def two():
+    yield from processes(2)
+
+
+@pytest.fixture(scope="module")
+def four():
+    yield from processes(4)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def world(request):
+    yield from processes(request.param)

@@ -10,19 +10,12 @@ from benchmarks._wire import Wire
 
 import gradfilter as gf
 from _cases import EXTRA, VARIANTS, build, make_params, make_rows, make_stack
-from _world import World
+from _world import mine
 from gradfilter import _tree
 from gradfilter.distributed import RankStack, _exchange, across_ranks
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 ODD = {"a": (3, 5), "b": (7,), "c": (), "d": (2, 3, 3), "e": (1,)}  # 42 numbers
-
-
-@pytest.fixture(scope="module", params=[2, 4])
-def world(request):
-    world = World(request.param)
-    yield world
-    world.close()
 
 
 def rows_of(seed, rows, dtype=torch.float64, shapes=ODD):
@@ -33,12 +26,6 @@ def rows_of(seed, rows, dtype=torch.float64, shapes=ODD):
         return common + 2 * torch.randn((rows, *shape), generator=g, dtype=torch.float64)
 
     return {name: leaf(shape).to(dtype) for name, shape in shapes.items()}
-
-
-def mine(tree):
-    """This rank's rows of what has all of them."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    return _tree.tree_map(lambda t: t.unflatten(0, (size, -1))[rank], tree)
 
 
 def same_on_all_ranks(tree):

@@ -19,13 +19,6 @@ def rows(m=2, leaves=LEAVES, dtype=torch.float64):
     return {name: torch.ones(m, *shape, dtype=dtype) for name, shape in leaves.items()}
 
 
-@pytest.fixture(scope="module")
-def four():
-    world = World(4)
-    yield world
-    world.close()
-
-
 def fewer_rows():
     RankStack(rows(3 if dist.get_rank() == 2 else 2))
 

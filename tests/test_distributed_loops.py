@@ -7,19 +7,11 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import gradfilter as gf
-from _world import World
 from gradfilter.distributed import across_ranks
 from gradfilter.interop import GSAM, SAM, Filtered, LinearScheduler
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 STEPS, B = 6, 4
-
-
-@pytest.fixture(scope="module")
-def two():
-    world = World(2)
-    yield world
-    world.close()
 
 
 def network():

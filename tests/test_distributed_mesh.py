@@ -23,13 +23,6 @@ M = 3
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}
 
 
-@pytest.fixture(scope="module")
-def two():
-    world = World(2)
-    yield world
-    world.close()
-
-
 def network():
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5))

@@ -2,26 +2,12 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import gradfilter as gf
-from _world import World
-from gradfilter import _tree
+from _world import mine
 from gradfilter.distributed import across_ranks
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
-
-
-@pytest.fixture(scope="module")
-def two():
-    world = World(2)
-    yield world
-    world.close()
-
-
-def mine(tree):
-    """This rank's rows of what has all of them."""
-    return _tree.tree_map(lambda t: t.unflatten(0, (2, -1))[dist.get_rank()], tree)
 
 
 def close(found, expected, **tolerance):

@@ -10,23 +10,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import gradfilter as gf
-from _world import World
+from _world import mine
 from gradfilter import _tree
 from gradfilter.distributed import RankStack, _exchange, _ranks, across_ranks
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
-
-
-@pytest.fixture(scope="module")
-def two():
-    world = World(2)
-    yield world
-    world.close()
-
-
-def mine(tree):
-    """This rank's rows of what has all of them."""
-    return _tree.tree_map(lambda t: t.unflatten(0, (2, -1))[dist.get_rank()], tree)
 
 
 def close(found, expected, **tolerance):

@@ -10,7 +10,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import gradfilter as gf
-from _world import World
 from gradfilter.distributed import ShardedStack, sharded_rows
 from gradfilter.interop import Filtered
 
@@ -119,20 +118,6 @@ def questions(layout):
         close(whole(a.stacked()), b.stacked())
     p = dict(model.named_parameters())["hidden.weight"]
     return v["up.weight"].placements == p.placements
-
-
-@pytest.fixture(scope="module")
-def two():
-    world = World(2)
-    yield world
-    world.close()
-
-
-@pytest.fixture(scope="module")
-def four():
-    world = World(4)
-    yield world
-    world.close()
 
 
 def test_every_question_has_the_answer_of_whole_rows(two):

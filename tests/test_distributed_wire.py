@@ -6,19 +6,11 @@ import torch.distributed as dist
 from benchmarks._wire import Wire
 
 import gradfilter as gf
-from _world import World
 from gradfilter.distributed import RankStack, across_ranks
 from gradfilter.distributed._ranks import LONG, Ranks
 
 P = 12_000  # divides by every W, so that nothing is filled up
 NUMBERS = 8  # bytes each, in float64
-
-
-@pytest.fixture(scope="module", params=[2, 4])
-def world(request):
-    world = World(request.param)
-    yield world
-    world.close()
 
 
 def rows(m):

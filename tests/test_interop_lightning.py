@@ -452,7 +452,7 @@ MISTAKES = {
     "lbfgs": (changed(configure_optimizers=lbfgs), TypeError, "found LBFGS, whose step needs"),
     "no loss": (
         changed(microbatch_loss=FilteredModule.microbatch_loss),
-        NotImplementedError,
+        TypeError,
         r"method microbatch_loss\(self, batch\) in Changed, found none. Return",
     ),
 }

@@ -101,8 +101,11 @@ class FilteredModule(lightning.LightningModule):
 
         Args:
             batch: What the data loader gives, with its leading axis cut down to B samples.
+
+        Raises:
+            TypeError: It was not written.
         """
-        raise NotImplementedError(
+        raise TypeError(
             f"Expected a method microbatch_loss(self, batch) in {type(self).__name__}, found "
             "none. Return the mean loss of the batch from it, as training_step would."
         )
