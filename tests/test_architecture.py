@@ -9,17 +9,22 @@ from pathlib import Path
 import pytest
 
 import gradfilter as gf
-from gradfilter import distributed, interop
+from gradfilter import diagnostics, distributed, interop
 
 SOURCE = Path(gf.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 # Imports point to the left only.
-FLOORS = ["core", "grads", "transforms", "distributed", "interop", "lab"]
+FLOORS = ["core", "grads", "diagnostics", "transforms", "distributed", "interop", "lab"]
 PUBLIC = {
     name: thing
-    for package in (gf, interop, distributed)
+    for package in (gf, diagnostics, interop, distributed)
     for name, thing in vars(package).items()
     if callable(thing) and not name.startswith("_")
+}
+# What users do not call by name is shown where it is made.
+NOT_CALLED = {
+    *("Transform", "GradStack", "TrainStep", "ema_of"),
+    *("InputCurvature", "HessianTop", "HessianTrace", "OperatorNorm", "NoiseScale"),
 }
 # Imported when they are first asked for.
 LAZY = {"_lightning.py": {"lightning"}, "_trainer.py": {"transformers"}}
@@ -79,6 +84,5 @@ def test_modules_are_private_and_short():
 def test_every_public_name_has_a_docstring_with_an_example(name):
     documentation = inspect.getdoc(PUBLIC[name])
     assert documentation and len(documentation.splitlines()[0]) <= 100
-    # What users do not call by name is shown where it is made.
-    if name not in {"Transform", "GradStack", "TrainStep", "ema_of"}:
+    if name not in NOT_CALLED:
         assert ">>>" in documentation

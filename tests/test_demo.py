@@ -1,8 +1,5 @@
 """`gradfilter demo`: what it writes, what it refuses, and that its comparison is a fair one."""
 
-import contextlib
-import io
-import json
 import math
 import os
 import re
@@ -10,61 +7,27 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from tests._lab import command, config, metrics, numbers, refused
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradfilter as gf
-from gradfilter.lab import _training
-from gradfilter.lab._cli import main, one_line
-from gradfilter.lab._digits import CLASSES, corrupted, noisy_digits, stream
-from gradfilter.lab._evaluation import Evaluation, evaluate
+from gradfilter.lab._demo_config import DemoConfig
+from gradfilter.lab._demo_methods import METHODS, train_config
 from gradfilter.lab._interrupt import interruptible
-from gradfilter.lab._sampling import class_balanced
-from gradfilter.lab._training import Method, advance, begin
+from gradfilter.lab._parse import one_line
+from gradfilter.lab.models._build import build_model
+from gradfilter.lab.train._begin import begin
+from gradfilter.lab.train._command import parse_train
+from gradfilter.lab.train._evaluation import Evaluation
+from gradfilter.lab.train._run import advance, evaluation
 
 CPU = torch.device("cpu")
 RUNS = ["sgd", "agree", "consensus"]
-
-
-def command(*args):
-    """Exit code, stdout and stderr of a command line, in this process."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main([str(arg) for arg in args])
-        except SystemExit as stop:
-            code = stop.code
-    return code, out.getvalue(), err.getvalue()
-
-
-def metrics(folder):
-    def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
-
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=refuse) for line in lines]
-
-
-def config(folder):
-    return json.loads((folder / "config.json").read_text())
-
-
-def refused(*args):
-    """The one line on stderr after a bad value."""
-    code, out, err = command(*args)
-    assert (code, out) == (2, "")
-    assert err.endswith("\n") and err.count("\n") == 1
-    return err
-
-
-def numbers(line):
-    return {key: value for key, value in line.items() if key != "seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +58,10 @@ def test_config_records_settings_versions_and_status(finished):
     given_values = {"noise": 0.3, "threshold": 0.9, "steps": 5, "seed": 3, "seeds": 1}
     assert given_values.items() <= found.items()
     assert found["out"] == str(finished[0]) and found["device"] == "cpu"
-    assert found["learning_rate"] == 0.05 and found["momentum"] == 0.9
+    assert list(found["runs"]) == RUNS
+    for settings in found["runs"].values():
+        assert settings["learning_rate"] == 0.05 and settings["momentum"] == 0.9
+        assert settings["model"] == "mlp_256" and settings["seed"] == settings["label_seed"] == 3
     assert found["versions"]["gradfilter"] == gf.__version__
     assert found["versions"]["torch"] == torch.__version__
     assert found["versions"]["python"].startswith("3.")
@@ -107,7 +73,7 @@ def test_metrics_are_one_object_per_run_and_evaluation(finished):
         (run, step) for step in range(6) for run in RUNS
     ]
     for line in lines:
-        assert list(line) == [field.name for field in fields(Evaluation)]
+        assert list(line) == ["run", "seed", *(field.name for field in fields(Evaluation))]
         assert line["seed"] == 3
         assert (line["loss"] is None) == (line["accepted"] is None) == (line["step"] == 0)
         assert 0 <= line["memorised"] <= 1
@@ -140,7 +106,7 @@ def test_table_has_the_columns_and_the_last_numbers(finished):
             f"{100 * max(line['test_accuracy'] for line in own):.1f}",
             f"{100 * own[-1]['train_clean_accuracy']:.1f}",
             f"{100 * own[-1]['memorised']:.1f}",
-            f"{100 * own[-1]['accepted']:.1f}",
+            f"{100 * np.mean([line['accepted'] for line in own[1:]]):.1f}",
             str(own[-1]["skipped"]),
             f"{own[-1]['seconds']:.1f}",
         ]
@@ -149,16 +115,9 @@ def test_table_has_the_columns_and_the_last_numbers(finished):
 @pytest.mark.parametrize("run", RUNS)
 def test_checkpoint_gives_the_last_metrics_again(finished, run):
     flat = torch.load(finished[0] / f"{run}-seed-3.pt", weights_only=True)
-    reducer, microbatches = {
-        "sgd": (gf.mean_rows(), 1),
-        "agree": (gf.agree_filter(0.9), 8),
-        "consensus": (gf.consensus_filter(), None),
-    }[run]
-    batches = torch.zeros(1, 80, dtype=torch.long)
-    data = noisy_digits(0.3, 3, CPU)
-    again = begin(Method(run, run, reducer, microbatches), 99, data, batches)
+    again = begun(run, steps=5, seed=3)
     again.state = gf.load_state_dict(again.state, flat)
-    found, last = evaluate(again, data), [x for x in metrics(finished[0]) if x["run"] == run][-1]
+    found, last = evaluation(again), [x for x in metrics(finished[0]) if x["run"] == run][-1]
     names = ("test_accuracy", "train_clean_accuracy", "memorised")
     assert [getattr(found, name) for name in names] == [last[name] for name in names]
 
@@ -363,113 +322,49 @@ def test_first_ctrl_c_asks_and_the_second_interrupts():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-# The data
-
-
-@given(noise=st.floats(0, 1, exclude_max=True), seed=st.integers(0, 2**64))
-def test_noise_changes_exactly_so_many_labels(noise, seed):
-    clean = np.arange(197) % CLASSES
-    noisy = corrupted(clean, noise, stream(seed, "noise"))
-    assert (noisy != clean).sum() == round(noise * 197)
-    assert noisy.min() >= 0 and noisy.max() < CLASSES
-
-
-def test_noise_is_symmetric():
-    clean = np.full(90_000, 7)
-    counts = np.bincount(corrupted(clean, 0.999999, stream(0, "noise")), minlength=CLASSES)
-    others = np.delete(counts, 7)
-    assert abs(others / 10_000 - 1).max() < 0.05  # five standard deviations
-
-
-def test_digits_are_split_and_standardised_by_the_training_part():
-    data = noisy_digits(0.3, 0, CPU)
-    assert data.images.shape == (1257, 64) and data.test_images.shape == (540, 64)
-    assert data.wrong.sum() == 377  # round(0.3 · 1257)
-    torch.testing.assert_close(data.images.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
-    torch.testing.assert_close(data.images.std(correction=0), torch.tensor(1.0))
-    assert data.test_images.mean().abs() > 1e-5
-    share = torch.bincount(data.test_labels) / torch.bincount(
-        torch.cat([data.clean, data.test_labels])
-    )
-    assert (share - 0.3).abs().max() < 0.01
-    other = noisy_digits(0.3, 1, CPU)
-    assert not torch.equal(other.test_labels, data.test_labels)
-
-
-def test_every_purpose_has_random_numbers_of_its_own():
-    draws = {
-        purpose: stream(4, purpose).integers(2**62)
-        for purpose in ("split", "noise", "init", "batches")
-    }
-    assert len(set(draws.values())) == 4
-    before = noisy_digits(0.5, 4, CPU)
-    class_balanced(before.labels.numpy(), CLASSES, 3, 8, stream(4, "batches"))
-    torch.manual_seed(1)
-    np.random.seed(1)
-    after = noisy_digits(0.5, 4, CPU)
-    assert torch.equal(before.labels, after.labels) and torch.equal(before.images, after.images)
-    # Another amount of noise is another set of labels on the same split.
-    assert torch.equal(before.images, noisy_digits(0.1, 4, CPU).images)
-
-
-@given(
-    sizes=st.lists(st.integers(1, 9), min_size=2, max_size=6),
-    steps=st.integers(1, 7),
-    microbatches=st.integers(1, 5),
-    per_class=st.integers(1, 3),
-    seed=st.integers(0, 2**32),
-)
-def test_every_microbatch_is_class_balanced(sizes, steps, microbatches, per_class, seed):
-    random = np.random.default_rng(seed)
-    classes = len(sizes)
-    labels = random.permutation(np.repeat(np.arange(classes), sizes))
-    drawn = class_balanced(labels, classes, steps, microbatches, random, per_class=per_class)
-    assert drawn.shape == (steps, microbatches * classes * per_class)
-    rows = labels[drawn].reshape(steps * microbatches, -1)
-    assert (np.sort(rows) == np.repeat(np.arange(classes), per_class)).all()
-    for label, size in enumerate(sizes):
-        # Ragged classes cycle: every sample comes once before any comes again.
-        in_order = drawn.reshape(-1)[labels[drawn.reshape(-1)] == label]
-        for start in range(0, len(in_order), size):
-            turn = in_order[start : start + size]
-            assert len(set(turn)) == len(turn)
-
-
-def test_a_class_without_samples_is_named():
-    labels = np.array([0, 0, 1, 3])
-    with pytest.raises(ValueError, match="none of class 2"):
-        class_balanced(labels, 4, 1, 1, np.random.default_rng(0))
-
-
-def test_order_of_the_samples_depends_on_the_seed_and_is_new_in_every_round():
-    labels = np.zeros(50, dtype=np.int64)
-    first = class_balanced(labels, 1, 100, 1, stream(0, "batches"))[:, 0]
-    other = class_balanced(labels, 1, 100, 1, stream(1, "batches"))[:, 0]
-    assert (first[:50] != other[:50]).any() and (first[:50] != first[50:]).any()
-
-
 # The trainings
 
 
-def trained(method, steps=6, data=None):
-    data = data or noisy_digits(0.3, 0, CPU)
-    batches = class_balanced(data.labels.numpy(), CLASSES, steps, 8, stream(0, "batches"))
-    training = begin(method, 0, data, torch.from_numpy(batches))
-    advance(training, data, steps, stopped=lambda: False, tick=lambda: None)
-    return training, data
+def begun(name, steps=6, seed=0, noise=0.3, threshold=0.9):
+    config = DemoConfig(noise=noise, steps=steps, threshold=threshold)
+    method = next(m for m in METHODS if m.name == name)
+    return begin(train_config(method, config, seed), CPU)
+
+
+def trained(name, steps=6, **options):
+    run = begun(name, steps, **options)
+    advance(run, steps)
+    return run
+
+
+def everything(samples):
+    return samples.images.fetch(torch.arange(len(samples)))
 
 
 def test_plain_sgd_is_ordinary_training():
-    training, data = trained(Method("sgd", "", gf.mean_rows(), 1))
-    model = _training.mlp(0)
+    run = trained("sgd")
+    samples = run.data.train
+    model = build_model("mlp_256", classes=10, shape=(1, 8, 8), seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    for chosen in training.batches:
+    for chosen in run.order(0, 6):
         optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(model(data.images[chosen]), data.labels[chosen])
-        loss.backward()
+        logits = model(samples.images.fetch(chosen))
+        torch.nn.functional.cross_entropy(logits, samples.labels[chosen]).backward()
         optimizer.step()
     for name, value in model.named_parameters():
-        torch.testing.assert_close(training.state["params"][name], value.detach())
+        torch.testing.assert_close(run.state["params"][name], value.detach())
+
+
+def test_the_batches_of_all_runs_hold_the_same_samples():
+    drawn = [begun(name).order(0, 6).sort(1).values for name in RUNS]
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
+
+
+def test_every_run_is_a_preset_of_train():
+    for name in RUNS:
+        preset = parse_train(["--preset", f"demo-{name}"]).settings
+        seeds = {"data_split_seed": 0, "label_seed": 0}
+        assert begun(name, steps=800).config == replace(preset, **seeds)
 
 
 def test_all_runs_start_alike_and_see_the_same_batches(tmp_path):
@@ -488,20 +383,23 @@ def test_all_runs_start_alike_and_see_the_same_batches(tmp_path):
 
 def test_evaluation_counts_what_it_says():
     # At threshold 0 no second row is ever accepted: the network stays as it was.
-    strict, data = trained(Method("agree", "", gf.agree_filter(0.0), 8))
-    result, model = evaluate(strict, data), _training.mlp(0)
-    assert torch.equal(strict.state["params"]["0.weight"], model[0].weight)
+    run = trained("agree", threshold=0.0)
+    model = build_model("mlp_256", classes=10, shape=(1, 8, 8), seed=0)
+    result, data = evaluation(run), run.data
+    for name, value in model.named_parameters():
+        assert torch.equal(run.state["params"][name], value)
     assert result.skipped == 6 and result.accepted == 1 / 8
-    train, test = model(data.images).argmax(1), model(data.test_images).argmax(1)
+    train = model(everything(data.train)).argmax(1)
+    test = model(everything(data.test)).argmax(1)
 
     def share(right):
         return pytest.approx(right.double().mean().item())
 
-    assert result.test_accuracy == share(test == data.test_labels)
-    assert result.train_clean_accuracy == share(train == data.clean)
-    assert result.memorised == share((train == data.labels)[data.labels != data.clean])
+    assert result.test_accuracy == share(test == data.test.clean)
+    assert result.train_accuracy == share(train == data.train.labels)
+    assert result.train_clean_accuracy == share(train == data.train.clean)
+    assert result.memorised == share((train == data.train.labels)[data.train.wrong])
     assert result.step == 6 and result.loss == pytest.approx(math.log(10), rel=0.05)
-    assert math.isnan(evaluate(strict, data).loss)  # no step since the evaluation before
 
 
 class NoHostReads(TorchDispatchMode):
@@ -510,12 +408,8 @@ class NoHostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    ("reducer", "microbatches"),
-    [(gf.mean_rows(), 1), (gf.agree_filter(0.9), 8), (gf.consensus_filter(), None)],
-    ids=RUNS,
-)
-def test_no_step_waits_for_the_device(reducer, microbatches):
-    data = noisy_digits(0.3, 0, CPU)
+@pytest.mark.parametrize("name", RUNS)
+def test_no_step_waits_for_the_device(name):
+    run = begun(name, steps=2)
     with NoHostReads():
-        trained(Method("run", "", reducer, microbatches), steps=2, data=data)
+        advance(run, 2)

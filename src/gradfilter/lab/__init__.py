@@ -3,6 +3,6 @@
 import importlib.util
 
 # Asked for at once, which costs nothing, and not when the part that needs it is loaded.
-for _name in ("matplotlib", "numpy", "rich", "sklearn", "tyro"):
+for _name in ("filelock", "matplotlib", "numpy", "rich", "sklearn", "tyro"):
     if importlib.util.find_spec(_name) is None:
         raise ModuleNotFoundError(f"No module named {_name!r}", name=_name)

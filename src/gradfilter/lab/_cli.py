@@ -1,20 +1,13 @@
-"""The command line: subcommands, typed options, and one line for whatever is wrong with them."""
+"""The command line: subcommands, and one line for whatever is wrong with their options."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
-from typing import TypeVar
-
-import tyro
+from collections.abc import Callable, Mapping, Sequence
 
 import gradfilter
 from gradfilter.lab._processes import is_first_process
 from gradfilter.lab._usage import UsageError
-
-Config = TypeVar("Config")
 
 HELP = """\
 usage: gradfilter COMMAND [options]
@@ -23,6 +16,10 @@ Choose which gradients a neural network follows.
 
 commands:
   demo         three trainings on digits with wrong labels, side by side, in about a minute
+  train        one training: data, model, filters, schedules, checkpoints
+  stats        measure its checkpoints: Jacobians, sharpness, agreement
+  sweep        many trainings, by several workers or machines
+  report       tables and figures of finished runs
 
 options:
   -h, --help   show this text; gradfilter COMMAND --help shows the options of a command
@@ -42,12 +39,13 @@ def main(args: Sequence[str] | None = None) -> None:
             print(HELP, end="")
         elif command == "--version":
             print(f"gradfilter {gradfilter.__version__}")
-        elif command == "demo":
-            sys.exit(_demo(options))
+        elif command in COMMANDS:
+            sys.exit(COMMANDS[command](options))
         else:
-            raise UsageError(f"unknown command {command!r}. The commands are: demo.")
+            known = ", ".join(COMMANDS)
+            raise UsageError(f"unknown command {command!r}. The commands are: {known}.")
     except UsageError as error:
-        name = "gradfilter demo" if command == "demo" else "gradfilter"
+        name = f"gradfilter {command}" if command in COMMANDS else "gradfilter"
         if is_first_process():  # of several one says it
             print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -59,39 +57,46 @@ def main(args: Sequence[str] | None = None) -> None:
 def _demo(options: Sequence[str]) -> int:
     from gradfilter.lab._demo import demo
     from gradfilter.lab._demo_config import DemoConfig
+    from gradfilter.lab._parse import parse
 
     return demo(parse(DemoConfig, "gradfilter demo", options))
 
 
-def parse(config: type[Config], program: str, options: Sequence[str]) -> Config:
-    """Read options into a dataclass.
+def _train(options: Sequence[str]) -> int:
+    from gradfilter.lab.train._command import train_command
 
-    Raises:
-        UsageError: tyro refuses them; what it says, on one line.
-        SystemExit: With code 0, after ``--help``.
-    """
-    shown, refused = StringIO(), StringIO()
-    try:
-        # Both are caught because tyro draws a plain box, and no coloured one, when stdout is not
-        # a terminal.
-        with redirect_stdout(shown), redirect_stderr(refused):
-            return tyro.cli(config, prog=program, args=options)
-    except SystemExit as stop:
-        if not stop.code:
-            print(shown.getvalue(), end="")
-            raise
-        said = one_line(refused.getvalue()).rstrip(".")
-        raise UsageError(f"{said}. See {program} --help.") from None
+    return train_command(options)
 
 
-def one_line(box: str) -> str:
-    """What tyro's error box says, without title, rules, and advice below the second rule."""
-    lines = [line.strip() for line in box.splitlines()]
-    parts: list[list[str]] = [[]]
-    for line in lines:
-        if line and not line.strip("-"):
-            parts.append([])
-        elif line:
-            parts[-1].append(line)
-    texts = [" ".join(part) for part in parts if part] or ["bad options"]
-    return texts[min(1, len(texts) - 1)]
+def _stats(options: Sequence[str]) -> int:
+    from gradfilter.lab._options import environment_arguments
+    from gradfilter.lab._parse import parse
+    from gradfilter.lab.stats._config import StatsConfig
+    from gradfilter.lab.stats._stats import stats
+
+    given = [*environment_arguments(StatsConfig), *options]
+    return stats(parse(StatsConfig, "gradfilter stats", given))
+
+
+def _sweep(options: Sequence[str]) -> int:
+    from gradfilter.lab.sweep._command import sweep_command
+
+    return sweep_command(options)
+
+
+def _report(options: Sequence[str]) -> int:
+    from gradfilter.lab._parse import parse
+    from gradfilter.lab.report._config import ReportConfig
+    from gradfilter.lab.report._report import report
+
+    return report(parse(ReportConfig, "gradfilter report", options))
+
+
+# Each imports what it needs when it is asked for: --help needs nothing.
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
+    "demo": _demo,
+    "train": _train,
+    "stats": _stats,
+    "sweep": _sweep,
+    "report": _report,
+}

@@ -34,9 +34,14 @@ class Crew:
         return 1 if self.ranks is None else self.ranks.size
 
     @property
+    def rank(self) -> int:
+        """Which of them this process is, 0 .. W − 1."""
+        return 0 if self.ranks is None else self.ranks.rank
+
+    @property
     def is_first(self) -> bool:
         """Whether this process writes and prints."""
-        return self.ranks is None or self.ranks.rank == 0
+        return self.rank == 0
 
     def spread(self, reducer: gf.Transform) -> gf.Transform:
         """A reducer of the rows of all processes, under its own name in metrics and state."""
@@ -51,6 +56,11 @@ class Crew:
     def mean(self, number: Tensor) -> Tensor:
         """The mean over the processes."""
         return number if self.ranks is None else self.ranks.total(number) / self.size
+
+    def meet(self) -> None:
+        """Wait until all are here."""
+        if self.ranks is not None:
+            dist.barrier()
 
     def together(self, asked: Callable[[], bool]) -> Callable[[], bool]:
         """A question that is true for all as soon as it is for one, so that none waits for ever."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,27 +13,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import gradfilter as gf
 from gradfilter.lab._crew import Crew, connected, own_device
-from gradfilter.lab._demo_config import (
-    DemoConfig,
-    checked,
-    directory,
-    evaluate_every,
-    settings,
-)
-from gradfilter.lab._digits import CLASSES, Digits, noisy_digits, stream
-from gradfilter.lab._evaluation import Evaluation, evaluate
+from gradfilter.lab._demo_config import DemoConfig, checked, directory, evaluate_every
+from gradfilter.lab._demo_methods import LABELS, METHODS, settings, train_config
 from gradfilter.lab._interrupt import interruptible
+from gradfilter.lab._measured import Measured, as_line
 from gradfilter.lab._plot import curves
-from gradfilter.lab._rundir import append_json_line, write_bytes, write_checkpoint, write_json
-from gradfilter.lab._sampling import class_balanced
+from gradfilter.lab._rundir import append_json_line, write_bytes, write_json
 from gradfilter.lab._table import comparison
-from gradfilter.lab._training import (
-    MICROBATCHES,
-    Method,
-    Training,
-    advance,
-    begin,
-)
+from gradfilter.lab.train._archive import tensor_bytes
+from gradfilter.lab.train._begin import begin
+from gradfilter.lab.train._config import TrainConfig
+from gradfilter.lab.train._run import Run, advance, evaluation
+from gradfilter.lab.train._totals import nothing
 
 
 def demo(config: DemoConfig) -> int:
@@ -56,7 +46,7 @@ def demo(config: DemoConfig) -> int:
         return 0 if len(finished) == config.seeds else 130
 
 
-def _recorded(config: DemoConfig, train: Callable[[Path], list[Evaluation]]) -> int:
+def _recorded(config: DemoConfig, train: Callable[[Path], list[Measured]]) -> int:
     """Train, and write and print what came of it."""
     folder = directory(config)
     record, status = settings(config), "interrupted"
@@ -70,26 +60,13 @@ def _recorded(config: DemoConfig, train: Callable[[Path], list[Evaluation]]) -> 
     return 0 if status == "finished" else 130
 
 
-def _methods(config: DemoConfig) -> list[Method]:
-    return [
-        Method("sgd", "plain SGD", gf.mean_rows(), 1),
-        Method(
-            "agree",
-            f"agreement of {MICROBATCHES} microbatches",
-            gf.agree_filter(config.threshold),
-            MICROBATCHES,
-        ),
-        Method("consensus", "consensus of per-sample gradients", gf.consensus_filter(), None),
-    ]
-
-
 def _train_all(
     config: DemoConfig,
     device: torch.device,
     crew: Crew,
     stopped: Callable[[], bool],
     folder: Path | None,
-) -> list[Evaluation]:
+) -> list[Measured]:
     """Train every method with every seed, or as much of it as there is time for.
 
     Args:
@@ -99,89 +76,77 @@ def _train_all(
         stopped: Whether to stop.
         folder: For metrics and checkpoints; None to write nothing.
     """
-    methods = _methods(config)
-    evaluations: list[Evaluation] = []
+    measured: list[Measured] = []
 
-    def log(evaluation: Evaluation) -> None:
-        evaluations.append(evaluation)
+    def log(name: str, run: Run) -> None:
+        measured.append(Measured(name, run.config.seed, evaluation(run)))
+        run.totals = nothing(device)  # what comes next is measured from here on
+        run.epoch_seconds = 0.0
         if folder is not None:
-            append_json_line(folder / "metrics.jsonl", asdict(evaluation))
+            append_json_line(folder / "metrics.jsonl", as_line(measured[-1]))
 
     with _progress(folder is not None) as progress:
         total = config.steps * config.seeds
-        bars = {m.name: progress.add_task(m.label, total=total) for m in methods}
+        bars = {m.name: progress.add_task(m.label, total=total) for m in METHODS}
         for seed in range(config.seed, config.seed + config.seeds):
-            data = noisy_digits(config.noise, seed, device, getattr(torch, config.dtype))
-            trainings = _begin(config, methods, seed, data, crew)
-            for training in trainings:
-                log(evaluate(training, data, crew))
+            runs = {m.name: _begun(train_config(m, config, seed), device, crew) for m in METHODS}
+            for name, run in runs.items():
+                log(name, run)
             _take_turns(
-                trainings,
-                data,
+                runs,
                 config.steps,
-                crew,
                 stopped=stopped,
-                tick=lambda training: progress.advance(bars[training.method.name]),
+                tick=lambda name: progress.advance(bars[name]),
                 log=log,
             )
             if folder is not None:
-                for training in trainings:
-                    path = folder / f"{training.method.name}-seed-{seed}.pt"
-                    write_checkpoint(path, gf.state_dict(training.state))
+                for name, run in runs.items():
+                    path = folder / f"{name}-seed-{seed}.pt"
+                    write_bytes(path, tensor_bytes(gf.state_dict(run.state)))
             if stopped():
                 break
-    return evaluations
+    return measured
 
 
-def _begin(
-    config: DemoConfig, methods: Sequence[Method], seed: int, data: Digits, crew: Crew
-) -> list[Training]:
-    batches = class_balanced(
-        data.labels.cpu().numpy(),
-        CLASSES,
-        config.steps,
-        MICROBATCHES,
-        stream(seed, "batches"),
-    )
-    on_device = torch.from_numpy(batches).to(data.labels.device)
-    return [begin(method, seed, data, on_device, crew) for method in methods]
+def _begun(config: TrainConfig, device: torch.device, crew: Crew) -> Run:
+    run = begin(config, device, crew)
+    state, totals, skipped = run.state, run.totals, run.skipped
+    # What is loaded at a first step is not what a step costs; its results are not used.
+    advance(run, 1)
+    run.state, run.totals, run.skipped = state, totals, skipped
+    run.done, run.seconds, run.epoch_seconds = 0, 0.0, 0.0
+    return run
 
 
 def _take_turns(
-    trainings: Sequence[Training],
-    data: Digits,
+    runs: Mapping[str, Run],
     steps: int,
-    crew: Crew,
     *,
     stopped: Callable[[], bool],
-    tick: Callable[[Training], None],
-    log: Callable[[Evaluation], None],
+    tick: Callable[[str], None],
+    log: Callable[[str, Run], None],
 ) -> None:
     """Take turns from one evaluation to the next, so that whenever it ends all are about as far."""
     every = evaluate_every(steps)
     for until in range(every, steps + every, every):
-        for training in trainings:
-            before = training.done
-            advance(
-                training, data, min(until, steps), stopped=stopped, tick=partial(tick, training)
-            )
-            if training.done > before:
-                log(evaluate(training, data, crew))
+        for name, run in runs.items():
+            before = run.done
+            advance(run, min(until, steps), stopped=stopped, tick=partial(tick, name))
+            if run.done > before:
+                log(name, run)
 
 
-def _report(config: DemoConfig, folder: Path, evaluations: Sequence[Evaluation]) -> bool:
+def _report(config: DemoConfig, folder: Path, measured: Sequence[Measured]) -> bool:
     """Draw and print what there is; say whether that is everything."""
-    methods = _methods(config)
-    labels = {method.name: method.label for method in methods}
-    last = {(e.run, e.seed): e.step for e in evaluations}
-    finished = _finished_seeds(config, evaluations)
+    last = {(m.run, m.seed): m.evaluation.step for m in measured}
+    finished = _finished_seeds(config, measured)
     # Half-trained seeds would make means of unlike things; alone they are better than nothing.
-    shown = [e for e in evaluations if e.seed in finished] if finished else evaluations
+    shown = [m for m in measured if m.seed in finished] if finished else measured
     title = _title(config, len(finished), sorted(last.values()))
-    write_bytes(folder / "curves.png", curves(shown, labels, title))
+    write_bytes(folder / "curves.png", curves(shown, LABELS, title))
     print(title)
     # A file or pipe has no width of its own, and 80 columns would break the lines.
-    Console(width=None if sys.stdout.isatty() else 120).print(comparison(shown, labels))
+    Console(width=None if sys.stdout.isatty() else 120).print(comparison(shown, LABELS))
     checkpoints = len(list(folder.glob("*.pt")))
     print(
         f"wrote {folder}/: metrics.jsonl, config.json, curves.png and {checkpoints} checkpoints, "
@@ -190,11 +155,10 @@ def _report(config: DemoConfig, folder: Path, evaluations: Sequence[Evaluation])
     return len(finished) == config.seeds
 
 
-def _finished_seeds(config: DemoConfig, evaluations: Sequence[Evaluation]) -> set[int]:
+def _finished_seeds(config: DemoConfig, measured: Sequence[Measured]) -> set[int]:
     """The seeds with which every method was trained to the end."""
-    last = {(e.run, e.seed): e.step for e in evaluations}
-    names = [method.name for method in _methods(config)]
-    return {seed for _, seed in last if all(last[n, seed] == config.steps for n in names)}
+    last = {(m.run, m.seed): m.evaluation.step for m in measured}
+    return {seed for _, seed in last if all(last[n, seed] == config.steps for n in LABELS)}
 
 
 def _title(config: DemoConfig, finished: int, steps: Sequence[int]) -> str:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import platform
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-import gradfilter as gf
-from gradfilter.lab import _training
-from gradfilter.lab._digits import CLASSES
 from gradfilter.lab._processes import started_processes
 from gradfilter.lab._rundir import named_directory, numbered_directory
 from gradfilter.lab._usage import check, usable_device
 
 EVALUATIONS = 40
+MICROBATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -71,9 +68,9 @@ def checked(config: DemoConfig) -> torch.device:
     check(config.steps >= 1, "--steps", "at least 1", config.steps, "800 is the default.")
     check(config.seed >= 0, "--seed", "at least 0", config.seed, "0 is the default.")
     check(
-        _training.MICROBATCHES % started_processes() == 0,
+        MICROBATCHES % started_processes() == 0,
         "torchrun",
-        f"1, 2, 4 or {_training.MICROBATCHES} processes, for {_training.MICROBATCHES} microbatches",
+        f"1, 2, 4 or {MICROBATCHES} processes, for {MICROBATCHES} microbatches",
         started_processes(),
         "Choose another --nproc-per-node.",
     )
@@ -100,28 +97,3 @@ def directory(config: DemoConfig) -> Path:
 def evaluate_every(steps: int) -> int:
     """Steps from one evaluation to the next."""
     return max(1, steps // EVALUATIONS)
-
-
-def settings(config: DemoConfig) -> dict[str, Any]:
-    """Everything that the numbers depend on."""
-    return {
-        "command": "demo",
-        **asdict(config),
-        "out": None if config.out is None else str(config.out),
-        "data": "scikit-learn digits, stratified split, 30 % for testing",
-        "model": f"MLP 64-{_training.HIDDEN}-{_training.HIDDEN}-{CLASSES}",
-        "optimizer": "sgd",
-        "learning_rate": _training.LR,
-        "momentum": _training.MOMENTUM,
-        "batch_size": _training.BATCH_SIZE,
-        "microbatches": _training.MICROBATCHES,
-        "sampling": "class-balanced by the labels trained on, every class reshuffled when through",
-        "evaluate_every": evaluate_every(config.steps),
-        "threads": torch.get_num_threads(),
-        "processes": started_processes(),
-        "versions": {
-            "gradfilter": gf.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }

@@ -11,20 +11,20 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from gradfilter.lab._evaluation import Evaluation
+from gradfilter.lab._measured import Measured
 
 # Okabe and Ito's colours, told apart by everyone; the dashes serve those who print in grey.
 STYLES = [("#D55E00", "--"), ("#0072B2", "-."), ("#009E73", "-")]
 GREY = "#595959"
 
 
-def curves(evaluations: Sequence[Evaluation], labels: Mapping[str, str], title: str) -> bytes:
+def curves(measured: Sequence[Measured], labels: Mapping[str, str], title: str) -> bytes:
     """A PNG of test accuracy and memorised wrong labels against the step.
 
     With several seeds the line is their mean and the band one standard deviation to each side.
 
     Args:
-        evaluations: Those to be shown.
+        measured: Those to be shown.
         labels: What to call every method, by name.
         title: Says what was run.
     """
@@ -33,7 +33,7 @@ def curves(evaluations: Sequence[Evaluation], labels: Mapping[str, str], title: 
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for (name, label), (colour, dashes) in zip(labels.items(), STYLES, strict=True):
-        own = [e for e in evaluations if e.run == name]
+        own = [m for m in measured if m.run == name]
         for axes, field in ((left, "test_accuracy"), (right, "memorised")):
             steps, mean, sd = _by_step(own, field)
             axes.plot(steps, mean, dashes, color=colour, label=label, linewidth=2)
@@ -41,7 +41,7 @@ def curves(evaluations: Sequence[Evaluation], labels: Mapping[str, str], title: 
     _dress(left, "accuracy on the clean test split (%)")
     _dress(right, "wrong training labels memorised (%)")
     right.set_ylim(-3, 103)
-    if all(math.isnan(e.memorised) for e in evaluations):
+    if all(math.isnan(m.evaluation.memorised) for m in measured):
         right.text(
             0.5, 0.5, "no label is wrong", ha="center", color=GREY, transform=right.transAxes
         )
@@ -54,13 +54,12 @@ def curves(evaluations: Sequence[Evaluation], labels: Mapping[str, str], title: 
     return image.getvalue()
 
 
-def _by_step(
-    evaluations: Sequence[Evaluation], field: str
-) -> tuple[list[int], np.ndarray, np.ndarray]:
+def _by_step(measured: Sequence[Measured], field: str) -> tuple[list[int], np.ndarray, np.ndarray]:
     """Steps, and the mean and standard deviation in per cent over the seeds at each."""
     values: dict[int, list[float]] = {}
-    for evaluation in evaluations:
-        values.setdefault(evaluation.step, []).append(100 * getattr(evaluation, field))
+    for one in measured:
+        value = 100 * getattr(one.evaluation, field)
+        values.setdefault(one.evaluation.step, []).append(value)
     steps = sorted(values)
     mean = np.array([np.mean(values[step]) for step in steps])
     sd = np.array([np.std(v, ddof=1) if len(v := values[step]) > 1 else 0.0 for step in steps])

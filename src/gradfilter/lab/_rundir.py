@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import math
@@ -11,9 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from gradfilter.lab._usage import UsageError
 
@@ -85,13 +81,6 @@ def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
     line = (json.dumps(_finite(value)) + "\n").encode()
     with path.open("ab", buffering=0) as file:
         file.write(line)
-
-
-def write_checkpoint(path: Path, flat: Mapping[str, Tensor]) -> None:
-    """Write tensors so that ``torch.load(path, weights_only=True)`` reads them on any machine."""
-    buffer = io.BytesIO()
-    torch.save({name: tensor.cpu() for name, tensor in flat.items()}, buffer)
-    write_bytes(path, buffer.getvalue())
 
 
 def _finite(value: Mapping[str, Any]) -> dict[str, Any]:

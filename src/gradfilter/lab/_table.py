@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from gradfilter.lab._evaluation import Evaluation
+from gradfilter.lab._measured import Measured
+from gradfilter.lab.train._evaluation import Evaluation
 
 # Heading, and the field of the last evaluation it shows; fractions are shown as per cent.
 COLUMNS = {
     "final\ntest %": "test_accuracy",
-    "best test %\n(oracle)": "",
+    "best test %\n(oracle)": "best",
     "clean\ntrain %": "train_clean_accuracy",
     "memorised\n%": "memorised",
     "accepted\nrows %": "accepted",
@@ -30,11 +31,11 @@ CAPTION = (
 )
 
 
-def comparison(evaluations: Sequence[Evaluation], labels: Mapping[str, str]) -> Table:
+def comparison(measured: Sequence[Measured], labels: Mapping[str, str]) -> Table:
     """One line per method from the last evaluation of every seed, and the best of all.
 
     Args:
-        evaluations: Those to be shown, in the order they were made.
+        measured: Those to be shown, in the order they were made.
         labels: What every method is, by the name that the other files call it by too.
     """
     legend = " ".join(f"{name}: {label}." for name, label in labels.items())
@@ -50,17 +51,25 @@ def comparison(evaluations: Sequence[Evaluation], labels: Mapping[str, str]) -> 
         table.add_column(heading, justify="right", min_width=width)
     for name in labels:
         by_seed: dict[int, list[Evaluation]] = {}
-        for evaluation in evaluations:
-            if evaluation.run == name:
-                by_seed.setdefault(evaluation.seed, []).append(evaluation)
+        for one in measured:
+            if one.run == name:
+                by_seed.setdefault(one.seed, []).append(one.evaluation)
         best = [max(e.test_accuracy for e in of_seed) for of_seed in by_seed.values()]
+        # Evaluations are equally far apart, so that their mean is that of all steps.
+        accepted = [_mean([e.accepted for e in of_seed]) for of_seed in by_seed.values()]
         last = [of_seed[-1] for of_seed in by_seed.values()]
+        found = {"best": best, "accepted": accepted}
         cells = [
-            _spread([getattr(e, key) for e in last] if key else best, 1 if key in COUNTS else 100)
+            _spread(found.get(key) or [getattr(e, key) for e in last], 1 if key in COUNTS else 100)
             for key in COLUMNS.values()
         ]
         table.add_row(name, *cells)
     return table
+
+
+def _mean(values: Sequence[float]) -> float:
+    measured = [value for value in values if not math.isnan(value)]
+    return statistics.mean(measured) if measured else math.nan
 
 
 def _spread(values: Sequence[float], factor: float) -> str:

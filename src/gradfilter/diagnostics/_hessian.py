@@ -1,0 +1,173 @@
+"""The loss as a function of the parameters: its Hessian's top eigenvalue and trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradfilter import _tree
+from gradfilter._types import Params, Tree
+from gradfilter.diagnostics._attention import plain_attention
+from gradfilter.diagnostics._checks import check_at_least
+from gradfilter.diagnostics._lanczos import top_eigenvalue
+from gradfilter.diagnostics._loss_at import LossAt
+from gradfilter.diagnostics._random import normals
+from gradfilter.diagnostics._trace import trace
+
+
+class HessianTop(NamedTuple):
+    """What `hessian_top` returns.
+
+    Attributes:
+        value: The largest eigenvalue, ().
+        residual: ‖H u − λ u‖ / max |λ| for the unit vector u it was found with, ().
+    """
+
+    value: Tensor
+    residual: Tensor
+
+
+class HessianTrace(NamedTuple):
+    """What `hessian_trace` returns.
+
+    Attributes:
+        value: The trace, ().
+        standard_error: Of the mean over the probes, (); 0 where the trace is exact.
+    """
+
+    value: Tensor
+    standard_error: Tensor
+
+
+def hessian_top(
+    loss: Callable[..., Any],
+    params: Params,
+    batch: Any,
+    *,
+    buffers: Tree | None = None,
+    iterations: int = 50,
+    tolerance: float = 1e-3,
+    seed: int = 0,
+) -> HessianTop:
+    r"""The largest eigenvalue of the Hessian ∂²f/∂w² over all parameters together.
+
+    The largest in value, not in size: the sharpest direction upwards. By the Lanczos method, one
+    product H v per step, which takes about two gradients' time; as many vectors like the
+    parameters are held as there are steps.
+
+    Args:
+        loss: What `gradfilter.model_loss` makes, or a plain ``loss(params, batch) -> scalar``,
+            twice differentiable. Put a module into evaluation mode, unless the curvature of
+            training, with BatchNorm on batch statistics, is what you mean.
+        params: ``dict[str, Tensor]``, as `gradfilter.extract` gives. They are not changed.
+        batch: What the loss takes.
+        buffers: For a module's loss; None takes the module's own.
+        iterations: Products at most, >= 1.
+        tolerance: >= 0; relative residual at which to stop.
+        seed: Of the first vector.
+
+    Returns:
+        A `HessianTop`: value and residual, both (), float64.
+
+    Raises:
+        ValueError: iterations < 1, tolerance < 0; the loss does not depend on the parameters or
+            is no scalar.
+        TypeError: The loss returns no tensor.
+
+    Example:
+        >>> import torch, gradfilter.diagnostics as gd
+        >>> loss = lambda params, batch: (batch * params["w"] ** 2).sum()  # H = 2 diag(batch)
+        >>> gd.hessian_top(loss, {"w": torch.ones(3)}, torch.tensor([1.0, 4.0, -9.0])).value.round()
+        tensor(8., dtype=torch.float64)
+
+    References:
+        Lanczos, "An iteration method for the solution of the eigenvalue problem", 1950.
+        Ghorbani, Krishnan, Xiao, "An Investigation into Neural Net Optimization via Hessian
+        Eigenvalue Density", 2019, https://arxiv.org/abs/1901.10159
+    """
+    check_at_least("iterations", iterations, 1, "Ten to fifty are usual.")
+    check_at_least("tolerance", tolerance, 0, "1e-3 is usual.")
+    product, like = _product(loss, params, batch, buffers)
+    top = top_eigenvalue(product, normals(seed, like), iterations=iterations, tolerance=tolerance)
+    return HessianTop(top.values[0], top.residuals[0])
+
+
+def hessian_trace(
+    loss: Callable[..., Any],
+    params: Params,
+    batch: Any,
+    *,
+    buffers: Tree | None = None,
+    probes: int = 32,
+    seed: int = 0,
+) -> HessianTrace:
+    r"""The trace of the Hessian ∂²f/∂w² over all parameters together.
+
+    The mean of vᵀ H v over random vectors v of ±1 (Hutchinson); exact where there are at least as
+    many probes as parameters.
+
+    Args:
+        loss: As for `hessian_top`, like the next three.
+        params: ``dict[str, Tensor]``.
+        batch: What the loss takes.
+        buffers: For a module's loss.
+        probes: >= 2.
+        seed: Of the probes.
+
+    Returns:
+        A `HessianTrace`: value and standard error, both (), float64.
+
+    Raises:
+        ValueError: probes < 2; the loss does not depend on the parameters or is no scalar.
+        TypeError: The loss returns no tensor.
+
+    Example:
+        >>> import torch, gradfilter.diagnostics as gd
+        >>> loss = lambda params, batch: (batch * params["w"] ** 2).sum()  # H = 2 diag(batch)
+        >>> gd.hessian_trace(loss, {"w": torch.ones(3)}, torch.tensor([1.0, 4.0, -9.0])).value
+        tensor(-8., dtype=torch.float64)
+
+    References:
+        Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1989.
+        Yao, Gholami, Keutzer, Mahoney, "PyHessian", 2020, https://arxiv.org/abs/1912.07145
+    """
+    check_at_least("probes", probes, 2, "Two are needed for a standard error.")
+    product, like = _product(loss, params, batch, buffers)
+    values, errors = trace(product, like, probes=probes, seeds=seed)
+    return HessianTrace(values[0], errors[0])
+
+
+def _product(
+    loss: Callable[..., Any], params: Params, batch: Any, buffers: Tree | None
+) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """H v for v (1, P), and a tensor like v. The gradient's graph is made once, for all v."""
+    with plain_attention():
+        _, gradient, leaves = LossAt.of(loss, batch, buffers).gradient(params, twice=True)
+    slopes = [g for g in gradient.values() if g.requires_grad]  # of a linear part H is 0
+
+    def product(v: Tensor) -> Tensor:
+        parts = torch.split(v[0], [leaf.numel() for leaf in leaves.values()])
+        along = {
+            name: part.view(leaf.shape).to(leaf.dtype)
+            for part, (name, leaf) in zip(parts, leaves.items(), strict=True)
+        }
+        moved = [torch.zeros_like(leaf) for leaf in leaves.values()]
+        if slopes:
+            directions = [along[name] for name, g in gradient.items() if g.requires_grad]
+            moved = list(
+                torch.autograd.grad(
+                    slopes,
+                    list(leaves.values()),
+                    directions,
+                    retain_graph=True,
+                    materialize_grads=True,
+                )
+            )
+        return torch.cat([m.reshape(-1).to(v.dtype) for m in moved])[None]
+
+    size = sum(leaf.numel() for leaf in leaves.values())
+    first = _tree.at_least_float32(next(iter(leaves.values())))
+    return product, first.new_empty((1, size))

@@ -1,0 +1,128 @@
+"""The largest singular value of every sample's Jacobian."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from gradfilter import _tree
+from gradfilter.diagnostics._checks import Model, at_once, check_at_least, check_one_of
+from gradfilter.diagnostics._cotangents import Normalization, chosen_rows, cotangents
+from gradfilter.diagnostics._derivative import Derivative, derivative
+from gradfilter.diagnostics._gram import top_of_gram
+from gradfilter.diagnostics._lanczos import Top, top_eigenvalue
+from gradfilter.diagnostics._pulled import held_jacobian, over, whole_norms
+from gradfilter.diagnostics._random import Seeds, normals
+
+Method = Literal["auto", "gram", "power"]
+
+GRAM_UP_TO = 32
+"""Rows up to which the exact value costs no more than about ten products with J and Jᵀ."""
+
+
+class OperatorNorm(NamedTuple):
+    """What `operator_norm` returns.
+
+    Attributes:
+        values: σ_max(J) of every sample, (N,).
+        residuals: ‖J Jᵀ u − σ² u‖ / σ² for the unit vector u it was found with, (N,): σ is off by
+            at most half of that, relatively, from a singular value.
+    """
+
+    values: Tensor
+    residuals: Tensor
+
+
+def operator_norm(
+    model: Model,
+    x: Tensor,
+    *,
+    normalization: Normalization = "none",
+    targets: Tensor | None = None,
+    target_logit_only: bool = False,
+    chunk_size: int | None = None,
+    method: Method = "auto",
+    iterations: int = 50,
+    tolerance: float = 1e-4,
+    seed: Seeds = 0,
+) -> OperatorNorm:
+    r"""The operator norm of every sample's Jacobian, max ‖J v‖ over ‖v‖ = 1.
+
+    σ² is the largest eigenvalue of K = J Jᵀ, which is only C' x C'.
+
+    ``"gram"`` computes J and K, in float64, and its eigenvalues: exact, C' backward passes, and
+    the whole Jacobian in memory. ``"power"`` multiplies a random vector with K again and again,
+    one backward pass (Jᵀ u) and one forward pass with tangents (J v) each time, and takes the best
+    vector of all those it has met (the Lanczos method), so that about ten products do. It holds no
+    Jacobian. ``"auto"`` is gram up to 32 rows, power beyond.
+
+    Args:
+        model: As for `input_jacobian`, like the next five.
+        x: (N, *shape).
+        normalization: Which Jacobian.
+        targets: Classes (N,).
+        target_logit_only: Row y only.
+        chunk_size: Rows of J at once, where J is computed.
+        method: ``"auto"``, ``"gram"`` or ``"power"``.
+        iterations: Products at most, >= 1, for ``"power"``.
+        tolerance: >= 0; a sample is left alone once its residual is below that.
+        seed: Of the first vector: one number, or N of them, one per sample. A sample's result
+            depends on its own seed only, not on the rest of the batch.
+
+    Returns:
+        An `OperatorNorm`: values and residuals, both (N,), float64. The empirical Lipschitz
+        constant of a data set is √(mean σ²).
+
+    Raises:
+        ValueError: As `input_jacobian`; iterations < 1, tolerance < 0, an unknown method, or
+            another number of seeds than samples.
+        TypeError: As `input_jacobian`.
+
+    Example:
+        >>> import torch, gradfilter.diagnostics as gd
+        >>> w = torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
+        >>> values, residuals = gd.operator_norm(lambda x: x @ w.T, torch.zeros(2, 2))
+        >>> values
+        tensor([4., 4.], dtype=torch.float64)
+
+    References:
+        Gamba, Azizpour, Björkman, "On the Lipschitz Constant of Deep Networks and Double Descent",
+        2023, https://arxiv.org/abs/2301.12309
+        Golub, Van Loan, "Matrix Computations", 2013, chapter 10.
+    """
+    check_one_of("method", method, get_args(Method))
+    check_at_least("iterations", iterations, 1, "Ten to fifty are usual.")
+    check_at_least("tolerance", tolerance, 0, "1e-4 is usual.")
+    at = derivative(model, x)
+    rows = chosen_rows(at.logits, normalization, targets, target_logit_only)
+    size = at_once(chunk_size, len(x), x.device)
+    if method == "gram" or (method == "auto" and len(rows) <= GRAM_UP_TO):
+        jacobian = held_jacobian(at, normalization, rows, size)
+        return OperatorNorm(*_roots(top_of_gram(jacobian.flatten(2))))
+    start = normals(seed, at.logits.new_empty((len(x), len(rows)), dtype=_tree.wide(x)))
+    weights = cotangents(at.logits, normalization, rows)  # A, (C', N, C)
+    product = partial(_product, at, weights)
+    top = top_eigenvalue(product, start, iterations=iterations, tolerance=tolerance)
+    values, residuals = _roots(top)
+    if normalization == "jacobian":
+        values = over(values, whole_norms(at, size))
+    return OperatorNorm(values, residuals)
+
+
+def _product(at: Derivative, weights: Tensor, u: Tensor) -> Tensor:
+    """A J Jᵀ Aᵀ u for u (N, C')."""
+    down = torch.einsum("rnc,nr->nc", weights, u.to(weights.dtype))
+    v = at.pull(down[None])[0]
+    # J v at a v of length 1: twice the exponent of a small J is more than float32 has.
+    size = torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=u.dtype)
+    scale = torch.where(size > 0, size, 1.0)
+    up = at.push((v.flatten(1) / scale[:, None]).to(v.dtype))
+    return scale[:, None] * torch.einsum("rnc,nc->nr", weights, up.to(weights.dtype)).to(u.dtype)
+
+
+def _roots(top: Top) -> tuple[Tensor, Tensor]:
+    """Singular values of J from eigenvalues of J Jᵀ, which rounding may have made negative."""
+    return top.values.clamp(min=0).sqrt(), top.residuals

@@ -1,0 +1,1 @@
+"""Data for the experiments: sets, label noise, splits, sampling, augmentation, batches."""

@@ -1,0 +1,1 @@
+"""``gradfilter train``: one training, recorded and resumable."""

@@ -1,0 +1,196 @@
+"""The checkpoints of a run: one zip archive that grows, and is whole whenever the process dies.
+
+Adding to a zip archive writes over the directory at its end. That directory is kept beside the
+archive while this happens, so that whoever comes after a kill puts it back: the archive is then
+what it was before. The moment at which the kept directory is removed is the moment of the commit.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import time
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from torch import Tensor
+
+from gradfilter.lab._rundir import write_bytes
+from gradfilter.lab._usage import UsageError
+
+NAME = "checkpoints.zip"
+LABELS = "labels.pt"
+PATIENCE = 10.0
+"""Seconds that a reader waits for an archive that is being written."""
+_ENTRY = re.compile(r"(\d+)-step-(\d+)-epoch-([\d.]+)\.pt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One entry of the archive.
+
+    Attributes:
+        id: 0 is the start of the training, 1 the next that was saved, ...
+        step: Steps done.
+        epoch: Epochs done.
+    """
+
+    id: int
+    step: int
+    epoch: float
+
+    @property
+    def entry(self) -> str:
+        """Its name in the archive."""
+        return f"{self.id:05d}-step-{self.step}-epoch-{self.epoch:g}.pt"
+
+
+def tensor_bytes(flat: Mapping[str, Tensor]) -> bytes:
+    """What ``torch.load(..., weights_only=True)`` reads on any machine."""
+    buffer = io.BytesIO()
+    torch.save({name: tensor.detach().cpu() for name, tensor in flat.items()}, buffer)
+    return buffer.getvalue()
+
+
+def add(archive: Path, entry: str, content: bytes) -> None:
+    """Add an entry, as a whole or not at all; an entry of that name stays as it is."""
+    recover(archive)
+    if not archive.exists():
+        first = io.BytesIO()
+        with zipfile.ZipFile(first, "w") as new:
+            new.writestr(entry, content)
+        write_bytes(archive, first.getvalue())
+        return
+    with zipfile.ZipFile(archive) as old:
+        if entry in old.namelist():
+            return
+        start = old.start_dir
+    with archive.open("rb") as file:
+        file.seek(start)
+        write_bytes(_kept(archive), start.to_bytes(8, "big") + file.read())
+    try:
+        with zipfile.ZipFile(archive, "a") as grown:
+            grown.writestr(entry, content)
+    except BaseException:
+        recover(archive)
+        raise
+    _kept(archive).unlink()
+
+
+def recover(archive: Path) -> None:
+    """Undo what a killed process left half-written; only the owner of the run may."""
+    kept = _kept(archive)
+    if not kept.exists():
+        return
+    if not archive.exists():
+        kept.unlink()
+        return
+    content = kept.read_bytes()
+    start, directory = int.from_bytes(content[:8], "big"), content[8:]
+    with archive.open("r+b") as file:
+        file.truncate(start)
+        file.seek(start)
+        file.write(directory)
+        file.flush()
+        os.fsync(file.fileno())
+    kept.unlink()
+
+
+def keep_until(archive: Path, step: int) -> None:
+    """Drop the checkpoints after a step: a run that is resumed there makes them again."""
+    recover(archive)
+    late = {c.entry for c in checkpoints(archive) if c.step > step} if archive.exists() else set()
+    if not late:
+        return
+    rest = io.BytesIO()
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(rest, "w") as new:
+        for name in old.namelist():
+            if name not in late:
+                new.writestr(name, old.read(name))
+    write_bytes(archive, rest.getvalue())
+
+
+def checkpoints(archive: Path) -> list[Checkpoint]:
+    """What has been saved, in order.
+
+    Raises:
+        UsageError: There is no archive, or it cannot be read.
+    """
+    with _opened(archive) as opened:
+        found = [_ENTRY.fullmatch(name) for name in opened.namelist()]
+    return sorted(
+        (Checkpoint(int(m[1]), int(m[2]), float(m[3])) for m in found if m), key=lambda c: c.id
+    )
+
+
+def read_tensors(archive: Path, entry: Checkpoint | str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, or of another entry; pickles that are not tensors never run.
+
+    Raises:
+        UsageError: The entry is missing, damaged, or not what this package wrote.
+    """
+    name = entry if isinstance(entry, str) else entry.entry
+    with _opened(archive) as opened:
+        try:
+            content = opened.read(name)
+        except KeyError:
+            raise UsageError(f"{str(archive)!r} has no checkpoint {name!r}.") from None
+        except (zipfile.BadZipFile, OSError) as error:
+            raise UsageError(
+                f"checkpoint {name!r} in {str(archive)!r} is damaged: {error}. "
+                "Choose another, or train again."
+            ) from None
+    return tensors_of(content, f"checkpoint {name!r} in {str(archive)!r}")
+
+
+def tensors_of(content: bytes, what: str) -> dict[str, Tensor]:
+    """Read tensors by name, and nothing else.
+
+    Raises:
+        UsageError: It is damaged or holds something else.
+    """
+    try:
+        read = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except UnpicklingError:
+        raise UsageError(
+            f"{what} holds more than tensors, and was not opened: loading it could run any code. "
+            "Use a file that this program wrote."
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        raise UsageError(f"{what} is damaged. Choose another, or train again.") from None
+    named = isinstance(read, dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in read.items()
+    )
+    if not named:
+        raise UsageError(f"{what} is not a dict of tensors. Use a file that this program wrote.")
+    return dict(read)
+
+
+def _opened(archive: Path) -> zipfile.ZipFile:
+    if not archive.exists():
+        raise UsageError(f"no checkpoints: {str(archive)!r} does not exist. Train first.")
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            if not _kept(archive).exists():
+                return zipfile.ZipFile(archive)
+        except zipfile.BadZipFile:
+            pass  # perhaps it is just being written
+        if time.monotonic() > deadline or not _kept(archive).exists():
+            break
+        time.sleep(0.05)
+    if _kept(archive).exists():
+        raise UsageError(
+            f"{str(archive)!r} was left half-written by a killed run. "
+            "Continue the run with --resume, which mends it."
+        )
+    raise UsageError(f"{str(archive)!r} is not a zip archive, or is damaged. Train again.")
+
+
+def _kept(archive: Path) -> Path:
+    return archive.with_name(f".{archive.name}.directory")

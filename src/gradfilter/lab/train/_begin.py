@@ -1,0 +1,186 @@
+"""From a configuration to a training before its first step."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import gradfilter as gf
+from gradfilter.grads._grad_function import Plan
+from gradfilter.lab._crew import ALONE, Crew
+from gradfilter.lab._usage import UsageError, check
+from gradfilter.lab.data._augment import augmentation
+from gradfilter.lab.data._batches import Order, class_balanced, shuffled
+from gradfilter.lab.data._epochs import steps_until
+from gradfilter.lab.data._load import load_data
+from gradfilter.lab.data._samples import Data
+from gradfilter.lab.models._build import build_model
+from gradfilter.lab.train import _totals
+from gradfilter.lab.train._config import TrainConfig
+from gradfilter.lab.train._run import Run
+from gradfilter.lab.train._update import update_of
+
+BATCH_SIZE = 80
+
+
+def begin(config: TrainConfig, device: torch.device, crew: Crew = ALONE) -> Run:
+    """A training before its first step.
+
+    Args:
+        config: Checked by itself; what depends on data and model is checked here.
+        device: Where to train.
+        crew: Who trains together.
+
+    Raises:
+        UsageError: The data set is missing, or settings do not fit data, model or processes.
+    """
+    data = data_of(config, device)
+    model = model_of(config, data).to(device, getattr(torch, config.dtype))
+    size, order = _batching(config, data)
+    rows = _rows(config, size, crew)
+    _check_rows(config, model, data, size)
+    augment = None
+    if config.augmentation:
+        part = (crew.rank, crew.size)
+        augment = augmentation(data, flipped_only=config.crop_flipped_only, part=part)
+    per_epoch = len(data.train) / size
+    total = config.steps
+    if total is None:
+        total = steps_until(config.epochs, len(data.train), size)
+    loss = gf.model_loss(model, _criterion(config))
+    if config.compile:
+        model.compile()
+    # A compiled model cannot be run over all rows at once.
+    plan: Plan = "loop" if config.compile else "auto"
+    update = update_of(config, total, per_epoch, crew)
+    step = gf.train_step(loss, update, microbatches=rows, plan=plan)
+    all_rows = None
+    if config.per_sample:
+        all_rows = gf.per_sample_grads(loss, plan=plan)
+    elif config.microbatches > 1:
+        all_rows = gf.microbatch_grads(loss, config.microbatches, plan=plan)
+    return Run(
+        config=config,
+        data=data,
+        model=model,
+        step=step,
+        all_rows=all_rows,
+        order=order,
+        augment=augment,
+        batch_size=size,
+        total_steps=total,
+        crew=crew,
+        state=step.init(model, seed=config.seed),
+        totals=_totals.nothing(device),
+        skipped=torch.zeros((), device=device, dtype=torch.int64),
+    )
+
+
+def data_of(config: TrainConfig, device: torch.device) -> Data:
+    """The data set with its wrong labels.
+
+    Raises:
+        UsageError: It is missing, or the options do not fit it.
+    """
+    return load_data(
+        config.data,
+        data_dir=config.data_dir,
+        download=config.download,
+        noise_file=config.noise_file,
+        image_size=config.image_size,
+        data_split_seed=config.data_split_seed,
+        train_split=_size(config.train_split),
+        val_split=_size(config.val_split),
+        label_noise=config.label_noise,
+        noise_type=config.noise_type,
+        label_seed=config.label_seed,
+        device=device,
+        dtype=getattr(torch, config.dtype),
+        resident=config.workers == 0,
+    )
+
+
+def _size(split: float | None) -> int | float | None:
+    """A whole number is a number of samples, what is below 1 a fraction of them."""
+    return int(split) if split is not None and split.is_integer() else split
+
+
+def model_of(config: TrainConfig, data: Data) -> nn.Module:
+    """The model before training, on the CPU.
+
+    Raises:
+        UsageError: There is no such model, or it does not fit the images.
+    """
+    return build_model(
+        config.model,
+        classes=data.classes,
+        shape=data.shape,
+        additions=config.model_additions,
+        init=config.weight_init,
+        seed=config.seed,
+    )
+
+
+def _batching(config: TrainConfig, data: Data) -> tuple[int, Order]:
+    """How many samples a step has, and which."""
+    rows, n = config.microbatches, len(data.train)
+    if config.samples_per_class is not None:
+        order = class_balanced(
+            data.train.labels,
+            classes=data.classes,
+            microbatches=rows,
+            per_class=config.samples_per_class,
+            seed=config.seed,
+        )
+        return rows * data.classes * config.samples_per_class, order
+    size = BATCH_SIZE if config.batch_size is None else config.batch_size
+    check(size >= 1, "--batch-size", "at least 1", size, "80 is the default.")
+    check(
+        size % rows == 0,
+        "--batch-size",
+        f"a multiple of --microbatches {rows}",
+        size,
+        f"{max(1, size // rows) * rows} is the nearest below.",
+    )
+    return size, shuffled(n, batch_size=size, seed=config.seed)
+
+
+def _rows(config: TrainConfig, size: int, crew: Crew) -> int | None:
+    """Rows of one process."""
+    check(
+        size % crew.size == 0,
+        "torchrun",
+        f"a number of processes that divides the batch of {size} samples",
+        crew.size,
+        "Choose another --nproc-per-node, or another batch size.",
+    )
+    if config.per_sample:
+        return None
+    rows = config.microbatches
+    check(
+        rows == 1 or rows % crew.size == 0,
+        "torchrun",
+        f"a number of processes that divides --microbatches {rows}",
+        crew.size,
+        "Choose another --nproc-per-node, or other microbatches.",
+    )
+    return max(1, rows // crew.size)
+
+
+def _check_rows(config: TrainConfig, model: nn.Module, data: Data, size: int) -> None:
+    """Refuse rows that the model cannot normalise, before anything is written."""
+    samples = 1 if config.per_sample else size // config.microbatches
+    first = data.train.images.fetch(torch.arange(samples))
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.func.functional_call(model, buffers, (first,))
+    except ValueError as error:
+        raise UsageError(
+            f"--model {config.model}: cannot be trained on rows of {samples} samples: {error}. "
+            "Take larger microbatches, or a model without BatchNorm."
+        ) from None
+
+
+def _criterion(config: TrainConfig) -> nn.Module:
+    return nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)

@@ -1,0 +1,114 @@
+"""Options of ``gradfilter train``, whichever way they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import tyro
+
+from gradfilter.lab._options import (
+    arguments,
+    as_toml,
+    environment_arguments,
+    read_settings,
+    value_of,
+)
+from gradfilter.lab._parse import parse
+from gradfilter.lab._usage import UsageError
+from gradfilter.lab.train._config import TrainConfig
+from gradfilter.lab.train._place import plain_settings
+from gradfilter.lab.train._train import train
+
+PROGRAM = "gradfilter train"
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train one model on one data set, following the gradients you choose.
+
+    Every epoch is counted by samples: --epochs 10 sees ten times as many samples as there are,
+    however they are cut into microbatches. A run can be stopped at any moment, by Ctrl-C or
+    kill -9, and --resume continues it as if nothing had happened.
+    """
+
+    settings: tyro.conf.OmitArgPrefixes[TrainConfig]
+    """"""
+    preset: str | None = None
+    """A published recipe by name; options given beside it count more."""
+    config: Path | None = None
+    """A TOML file with a table [train]; counts more than a preset, less than options."""
+    print_config: bool = False
+    """Print all settings as such a file, and do nothing."""
+
+
+def train_command(options: Sequence[str]) -> int:
+    """Run ``gradfilter train``.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UsageError: An option is wrong.
+    """
+    command = parse_train(options)
+    if command.print_config:
+        print(as_toml(plain_settings(command.settings), "train"), end="")
+        return 0
+    return train(command.settings)
+
+
+def parse_train(options: Sequence[str], program: str = PROGRAM) -> TrainCommand:
+    """The settings of a preset, under those of a file, of the environment and of the options.
+
+    Raises:
+        UsageError: An option, a file or a preset is wrong.
+    """
+    options = with_default_threshold(options)
+    file = value_of("--config", options)
+    try:
+        given = read_settings(
+            value_of("--preset", options), None if file is None else Path(file), "train"
+        )
+    except UsageError:
+        if {"-h", "--help"} & set(options):
+            given = {}
+        else:
+            raise
+    from_files = arguments(given)
+    return parse(
+        TrainCommand, program, [*from_files, *environment_arguments(TrainConfig), *options]
+    )
+
+
+def config_of(settings: dict[str, object], what: str) -> TrainConfig:
+    """Settings as they were recorded.
+
+    Args:
+        settings: Of a ``config.json``.
+        what: Whose they are, for the error.
+
+    Raises:
+        UsageError: They are not settings of this version.
+    """
+    try:
+        return parse(TrainConfig, PROGRAM, arguments(settings))
+    except UsageError as error:
+        raise UsageError(f"{what} does not fit this version: {error}") from None
+
+
+def with_default_threshold(options: Sequence[str]) -> list[str]:
+    """``--consensus`` without a number is ``--consensus 1``.
+
+    Example:
+        >>> with_default_threshold(["--consensus", "--per-sample"])
+        ['--consensus', '1.0', '--per-sample']
+    """
+    typed: list[str] = []
+    for option, following in zip_longest(options, options[1:], fillvalue="--"):
+        typed.append(option)
+        if option == "--consensus" and following.startswith("--"):
+            typed.append("1.0")
+    return typed

@@ -1,0 +1,131 @@
+"""How good a training is where it stands."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gradfilter._types import State
+from gradfilter.lab.data._samples import Data, Samples
+from gradfilter.lab.data._stream import in_order
+
+CHUNK = 1000
+"""Samples of one forward pass."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One line of ``metrics.jsonl``; fractions in [0, 1], NaN where there is nothing to measure.
+
+    The numbers of steps are those of the epoch that has just ended, so that they do not depend on
+    how often a run is evaluated.
+
+    Attributes:
+        step: Steps done.
+        epoch: Epochs done.
+        samples: Samples seen.
+        loss: Mean loss of the batches, by the labels trained on.
+        train_accuracy: On the training images without augmentation, by the labels trained on.
+        train_clean_accuracy: The same by the true labels.
+        memorised: Part of the wrong labels that the model predicts.
+        train_loss: On the training images without augmentation, by the labels trained on.
+        val_accuracy: On the validation split.
+        val_loss: On the validation split.
+        test_accuracy: On the test split.
+        test_loss: On the test split.
+        accepted: Part of the rows accepted.
+        cosine: Mean pairwise cosine of the rows of one batch.
+        noise_scale: Simple noise scale of that batch, in samples.
+        skipped: Steps skipped since the start.
+        clipped_rows: Part of the rows that were clipped.
+        clipped_units: Part of the units that AGC clipped.
+        surrogate_gap: f(w + e) − f(w).
+        lr: Learning rate of the last step.
+        rho: Radius of the last step.
+        seconds: Spent in training steps since the start.
+        samples_per_second: In this epoch, training steps alone.
+        peak_memory: Bytes: of the device's memory, or of the process on a CPU.
+    """
+
+    step: int
+    epoch: float
+    samples: int
+    loss: float
+    train_accuracy: float
+    train_clean_accuracy: float
+    memorised: float
+    train_loss: float
+    val_accuracy: float
+    val_loss: float
+    test_accuracy: float
+    test_loss: float
+    accepted: float
+    cosine: float
+    noise_scale: float
+    skipped: int
+    clipped_rows: float
+    clipped_units: float
+    surrogate_gap: float
+    lr: float
+    rho: float
+    seconds: float
+    samples_per_second: float
+    peak_memory: int
+
+
+@torch.no_grad()
+def accuracies(model: nn.Module, state: State, data: Data) -> dict[str, float]:
+    """Accuracy and loss on every split; waits for the device once.
+
+    Args:
+        model: Its training mode is put back afterwards; its own parameters are not used.
+        state: With the parameters and buffers to be measured.
+        data: To be measured on.
+    """
+    training = model.training
+    model.eval()
+    try:
+        train = _sums(model, state, data.train)
+        sums = [train, _sums(model, state, data.val), _sums(model, state, data.test)]
+    finally:
+        model.train(training)
+    of_train, of_val, of_test = torch.stack(sums).tolist()
+    wrong = int(data.train.wrong.sum())
+    return {
+        "train_accuracy": _ratio(of_train[0], len(data.train)),
+        "train_clean_accuracy": _ratio(of_train[1], len(data.train)),
+        "memorised": _ratio(of_train[2], wrong),
+        "train_loss": _ratio(of_train[3], len(data.train)),
+        "val_accuracy": _ratio(of_val[0], len(data.val)),
+        "val_loss": _ratio(of_val[3], len(data.val)),
+        "test_accuracy": _ratio(of_test[0], len(data.test)),
+        "test_loss": _ratio(of_test[3], len(data.test)),
+    }
+
+
+def _sums(model: nn.Module, state: State, samples: Samples) -> Tensor:
+    """Right by label, right by true label, memorised, and loss, summed. (4,)."""
+    device = samples.labels.device
+    total = torch.zeros(4, device=device, dtype=torch.float32 if device.type == "mps" else None)
+    total = total if device.type == "mps" else total.double()
+    weights = {**state["params"], **state["buffers"]}
+    for images, chosen in in_order(samples, CHUNK):
+        logits = torch.func.functional_call(model, weights, (images,)).float()
+        predicted, labels, clean = logits.argmax(1), samples.labels[chosen], samples.clean[chosen]
+        right = predicted == labels
+        total += torch.stack(
+            [
+                right.sum(),
+                (predicted == clean).sum(),
+                (right & (labels != clean)).sum(),
+                nn.functional.cross_entropy(logits, labels, reduction="sum"),
+            ]
+        )
+    return total
+
+
+def _ratio(part: float, whole: int) -> float:
+    return part / whole if whole else math.nan

@@ -1,0 +1,163 @@
+"""Where a run is kept: a directory that its settings name, owned by one process at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from gradfilter.lab._usage import UsageError
+from gradfilter.lab.train._config import PLACE, WATCHING, TrainConfig, setting
+
+LONGEST = 120
+"""Characters of a folder's name, where file systems allow 255 bytes."""
+
+
+def place_of(config: TrainConfig) -> Path:
+    """``SAVE_DIR/[NAME/]MODEL/DATA/SETTING/[noise-0.2000-]seed-S``.
+
+    SETTING joins the settings that are not the defaults by hyphens; ``default`` if there are none.
+    """
+    parts = [
+        name.replace("_", "-") if value is True else f"{name.replace('_', '-')}-{_plain(value)}"
+        for name, value in setting(config).items()
+    ]
+    long = "-".join(parts) or "default"
+    if len(long) > LONGEST:
+        long = f"{long[:LONGEST]}-{hashlib.sha256(long.encode()).hexdigest()[:8]}"
+    noise = f"noise-{config.label_noise:.4f}-" if config.label_noise else ""
+    model, data = _plain(config.model), _plain(config.data)
+    return config.save_dir / config.name / model / data / long / f"{noise}seed-{config.seed}"
+
+
+def _plain(value: Any) -> str:
+    """A value as part of a file name."""
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, tuple):
+        text = "-".join(_plain(part) for part in value)
+    return re.sub(r"[^\w.+-]+", "-", text).strip("-")
+
+
+@contextmanager
+def owned(place: Path) -> Iterator[None]:
+    """Make the directory and keep other processes out of it; a killed one leaves no lock behind.
+
+    Raises:
+        UsageError: Another process is at work there, or it cannot be written to.
+    """
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(place / "run.lock", timeout=0)
+        with lock:
+            yield
+    except Timeout:
+        raise UsageError(
+            f"the run in {str(place)!r} is at work in another process. "
+            "Wait for it, or give this one another --name or --seed."
+        ) from None
+
+
+@contextmanager
+def explained(place: Path) -> Iterator[None]:
+    """Turn what the file system refuses into one line.
+
+    Raises:
+        UsageError: A file could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to {str(place)!r}: {error.strerror or error}. What was finished before "
+            "is whole; make room or name another --save-dir, and --resume."
+        ) from None
+
+
+def is_finished(place: Path) -> bool:
+    """Whether there is a run that was trained to its end."""
+    exists = (place / "config.json").exists()
+    return exists and read_config(place).get("status") == "finished"
+
+
+def refuse_what_is_there(config: TrainConfig, place: Path) -> None:
+    """Refuse to write over a run, and to go on with another one than was begun.
+
+    Raises:
+        UsageError: There is one.
+    """
+    if not (place / "config.json").exists():
+        return
+    found = read_config(place)
+    if not config.resume:
+        raise UsageError(
+            f"there is a run in {str(place)!r} ({found.get('status')}). Go on with --resume, or "
+            "give this one another --name or --seed."
+        )
+    own = plain_settings(config)
+    others = [
+        name
+        for name in own
+        if name not in (*PLACE, *WATCHING) and found["settings"].get(name) != own[name]
+    ]
+    if others:
+        raise UsageError(
+            f"--resume: the run in {str(place)!r} has other settings: {', '.join(others)}. "
+            "Give this one another --name."
+        )
+
+
+def plain_settings(config: TrainConfig) -> dict[str, Any]:
+    """Every setting, as JSON knows it."""
+    return {name: _jsonable(value) for name, value in asdict(config).items()}
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def read_config(place: Path) -> dict[str, Any]:
+    """What ``config.json`` of a run says.
+
+    Raises:
+        UsageError: There is none, or it cannot be read.
+    """
+    path = place / "config.json"
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"no run in {str(place)!r}: it has no config.json.") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{str(path)!r} cannot be read: {error}.") from None
+    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+        raise UsageError(f"{str(path)!r} is not the record of a run.")
+    return found
+
+
+def find_runs(save_dir: Path, **wanted: Any) -> list[Path]:
+    """The run directories below a folder whose settings are those wanted.
+
+    Args:
+        save_dir: Searched as a whole.
+        **wanted: Fields of `TrainConfig` and their values.
+    """
+    found = []
+    for path in sorted(save_dir.rglob("config.json")):
+        try:
+            record = read_config(path.parent)
+        except UsageError:
+            continue  # something else, or half of something
+        settings = record["settings"]
+        if record.get("command") == "train" and all(
+            settings.get(name) == value for name, value in wanted.items()
+        ):
+            found.append(path.parent)
+    return found

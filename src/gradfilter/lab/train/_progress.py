@@ -1,0 +1,71 @@
+"""How a training shows that it goes on: a bar for a terminal, lines for a log."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gradfilter.lab.train._evaluation import Evaluation
+
+log = logging.getLogger("gradfilter")
+
+
+@contextmanager
+def speaking(level: str) -> Iterator[Console]:
+    """Let the package's log lines out on stderr, from this level on."""
+    console = Console(stderr=True)
+    handler: logging.Handler = (
+        RichHandler(console=console, show_path=False, show_level=False)
+        if console.is_terminal
+        else logging.StreamHandler(console.file)
+    )
+    before = log.level
+    log.setLevel(level.upper())
+    log.addHandler(handler)
+    try:
+        yield console
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+
+
+@contextmanager
+def progress_bar(
+    console: Console, label: str, total: int, done: int
+) -> Iterator[Callable[[], None]]:
+    """A bar, and the function that moves it by one; a log file wants none."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    ) as progress:
+        bar = progress.add_task(label, total=total, completed=done)
+        yield lambda: progress.advance(bar)
+
+
+def shown(evaluation: Evaluation) -> str:
+    """An evaluation as a line for people."""
+    parts = [
+        f"epoch {evaluation.epoch:.4g}, step {evaluation.step}:",
+        f"loss {evaluation.loss:.4f}," if not math.isnan(evaluation.loss) else "",
+        f"train {100 * evaluation.train_accuracy:.1f} %",
+    ]
+    for label, value in (
+        ("memorised", evaluation.memorised),
+        ("val", evaluation.val_accuracy),
+        ("test", evaluation.test_accuracy),
+        ("accepted rows", evaluation.accepted),
+    ):
+        if not math.isnan(value):
+            parts.append(f"{label} {100 * value:.1f} %")
+    head, rest = [p for p in parts[:2] if p], parts[2:]
+    return " ".join(head) + " " + ", ".join(rest)

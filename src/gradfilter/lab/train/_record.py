@@ -1,0 +1,112 @@
+"""What a run leaves behind: settings, metrics, checkpoints, and the point to go on from."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gradfilter as gf
+from gradfilter.lab._processes import started_processes
+from gradfilter.lab._rundir import append_json_line, write_json
+from gradfilter.lab.models._build import parameter_count
+from gradfilter.lab.train._archive import (
+    LABELS,
+    NAME,
+    Checkpoint,
+    add,
+    checkpoints,
+    keep_until,
+    recover,
+    tensor_bytes,
+)
+from gradfilter.lab.train._evaluation import Evaluation
+from gradfilter.lab.train._place import plain_settings
+from gradfilter.lab.train._resume import go_on, keep_lines_until, write_point
+from gradfilter.lab.train._run import Run
+from gradfilter.lab.train._trackers import Track
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Record:
+    """The files of a run, written by the process that owns its directory.
+
+    Attributes:
+        place: The directory.
+        facts: What ``config.json`` says beside the status.
+        track: Tells TensorBoard and the like.
+    """
+
+    place: Path
+    facts: Mapping[str, Any]
+    track: Track
+
+    def say(self, status: str) -> None:
+        """Write ``config.json``: running, interrupted, failed or finished."""
+        write_json(self.place / "config.json", {**self.facts, "status": status})
+
+    def write_evaluation(self, evaluation: Evaluation) -> None:
+        """Add a line to the metrics."""
+        numbers = asdict(evaluation)
+        append_json_line(self.place / METRICS, numbers)
+        self.track(evaluation.step, numbers)
+
+    def write_checkpoint(self, run: Run) -> None:
+        """Add parameters and buffers to the archive."""
+        archive = self.place / NAME
+        number = len(checkpoints(archive)) if archive.exists() else 0
+        flat = gf.state_dict({name: run.state[name] for name in ("params", "buffers")})
+        add(archive, Checkpoint(number, run.done, run.epoch).entry, tensor_bytes(flat))
+
+    def clear(self) -> None:
+        """Drop what a run wrote that was killed before there was a point to go on from."""
+        for name in (METRICS, NAME):
+            (self.place / name).unlink(missing_ok=True)
+        recover(self.place / NAME)
+
+    def start(self, run: Run) -> None:
+        """Write what is known before the first step."""
+        samples = run.data.train
+        labels = {name: getattr(samples, name) for name in ("labels", "clean", "wrong", "ids")}
+        add(self.place / NAME, LABELS, tensor_bytes(labels))
+        add(self.place / NAME, "config.json", json.dumps(dict(self.facts)).encode())
+
+    def go_on(self, run: Run) -> None:
+        """Put a run where it was left, and drop what was written after that point."""
+        go_on(self.place, run)
+        keep_lines_until(self.place / METRICS, run.done)
+        keep_until(self.place / NAME, run.done)
+
+    def save_point(self, run: Run) -> None:
+        """Write the point to go on from."""
+        write_point(self.place, run)
+
+
+def facts_of(run: Run) -> dict[str, Any]:
+    """Everything that the numbers of a run depend on."""
+    data = run.data
+    return {
+        "command": "train",
+        "settings": plain_settings(run.config),
+        "classes": data.classes,
+        "shape": list(data.shape),
+        "samples": {"train": len(data.train), "val": len(data.val), "test": len(data.test)},
+        "wrong_labels": int(data.train.wrong.sum()),
+        "batch_size": run.batch_size,
+        "total_steps": run.total_steps,
+        "parameters": parameter_count(run.model),
+        "threads": torch.get_num_threads(),
+        "processes": started_processes(),
+        "versions": {
+            "gradfilter": gf.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }

@@ -1,0 +1,83 @@
+"""A checkpoint as it was: model, data and settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gradfilter.lab._usage import UsageError
+from gradfilter.lab.data._samples import Data
+from gradfilter.lab.train._archive import LABELS, NAME, Checkpoint, read_tensors
+from gradfilter.lab.train._begin import data_of, model_of
+from gradfilter.lab.train._command import config_of
+from gradfilter.lab.train._config import TrainConfig
+from gradfilter.lab.train._place import read_config
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A model where a training stood, in evaluation mode.
+
+    Attributes:
+        model: On the device.
+        data: With the labels that the run was trained on.
+        config: Of the run.
+        checkpoint: Where the training stood.
+        run: The directory.
+    """
+
+    model: nn.Module
+    data: Data
+    config: TrainConfig
+    checkpoint: Checkpoint
+    run: Path
+
+
+def restored(
+    run: Path,
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device,
+    data_dir: Path | None = None,
+) -> Restored:
+    """Read a checkpoint and load its data set again.
+
+    Args:
+        run: The run directory.
+        checkpoint: One of `checkpoints`.
+        device: Where to.
+        data_dir: Where the data set is, if it is no longer where the run found it.
+
+    Raises:
+        UsageError: Something is missing or damaged, or the data set is not what it was.
+    """
+    config = config_of(read_config(run)["settings"], f"the run in {str(run)!r}")
+    if data_dir is not None:
+        config = replace(config, data_dir=data_dir)
+    data = data_of(config, device)
+    recorded = read_tensors(run / NAME, LABELS)
+    for name in ("labels", "clean", "ids"):
+        found = getattr(data.train, name).cpu()
+        if not torch.equal(found, recorded.get(name, found[:0])):
+            raise UsageError(
+                f"the {name} of {config.data!r} are not those that the run in {str(run)!r} was "
+                "trained on. Look for the same data set, with --data-dir."
+            )
+    model = model_of(config, data)
+    flat = read_tensors(run / NAME, checkpoint)
+    named = {name.split(".", 1)[1]: tensor for name, tensor in flat.items()}
+    try:
+        model.load_state_dict(named, strict=False)
+        missing = {name for name, _ in model.named_parameters()} - set(named)
+    except RuntimeError as error:
+        missing = {str(error).splitlines()[-1].strip()}
+    if missing:
+        raise UsageError(
+            f"checkpoint {checkpoint.entry!r} in {str(run)!r} does not fit {config.model}: "
+            f"{', '.join(sorted(missing))}."
+        )
+    model = model.to(device, getattr(torch, config.dtype)).eval()
+    return Restored(model, data, config, checkpoint, run)

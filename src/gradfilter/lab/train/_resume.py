@@ -1,0 +1,82 @@
+"""The point from which a run goes on: everything that the next step depends on, in one file."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gradfilter as gf
+from gradfilter.lab._rundir import write_bytes
+from gradfilter.lab._usage import UsageError
+from gradfilter.lab.train._archive import tensor_bytes, tensors_of
+from gradfilter.lab.train._run import Run
+
+NAME = "resume.pt"
+NUMBERS = ("done", "seconds", "epoch_seconds")
+
+
+def write_point(place: Path, run: Run) -> None:
+    """Write the point where a run stands, as a whole or not at all."""
+    report = math.nan if run.report is None else run.report
+    numbers = {name: getattr(run, name) for name in NUMBERS} | {"report": report}
+    flat = {
+        **_prefixed("state.", gf.state_dict(run.state)),
+        **_prefixed("totals.", run.totals),
+        "skipped": run.skipped,
+        **{name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()},
+    }
+    write_bytes(place / NAME, tensor_bytes(flat))
+
+
+def go_on(place: Path, run: Run) -> None:
+    """Put a run that has just begun where the point says.
+
+    Raises:
+        UsageError: The point cannot be read, or is one of another run.
+    """
+    path = place / NAME
+    flat = tensors_of(path.read_bytes(), repr(str(path)))
+    try:
+        state = gf.load_state_dict(run.state, _without("state.", flat))
+        totals = {name: flat[f"totals.{name}"].to(run.device) for name in run.totals}
+        numbers = {name: flat[name].item() for name in (*NUMBERS, "report")}
+        skipped = flat["skipped"].to(run.device)
+    except (ValueError, KeyError) as error:
+        raise UsageError(
+            f"--resume: {str(path)!r} does not fit this run: {error} "
+            "Start anew under another --name."
+        ) from None
+    run.state, run.totals, run.skipped = state, totals, skipped
+    run.done = int(numbers["done"])
+    run.seconds, run.epoch_seconds = numbers["seconds"], numbers["epoch_seconds"]
+    run.report = None if math.isnan(numbers["report"]) else numbers["report"]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; one that a kill or a full disk cut in two is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def keep_lines_until(path: Path, step: int) -> None:
+    """Drop the evaluations after a step: a run that is resumed there makes them again."""
+    kept = [line for line in read_lines(path) if line["step"] <= step]
+    write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def _prefixed(prefix: str, flat: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in flat.items()}
+
+
+def _without(prefix: str, flat: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): v for n, v in flat.items() if n.startswith(prefix)}

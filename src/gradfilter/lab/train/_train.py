@@ -1,0 +1,106 @@
+"""The command ``gradfilter train``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from gradfilter.lab._crew import connected, own_device
+from gradfilter.lab._interrupt import interruptible
+from gradfilter.lab._processes import is_first_process
+from gradfilter.lab._usage import usable_device
+from gradfilter.lab.train._begin import begin
+from gradfilter.lab.train._check import check_values
+from gradfilter.lab.train._config import TrainConfig
+from gradfilter.lab.train._evaluation import Evaluation
+from gradfilter.lab.train._loop import Watch, train_to_the_end
+from gradfilter.lab.train._place import (
+    explained,
+    is_finished,
+    owned,
+    place_of,
+    refuse_what_is_there,
+)
+from gradfilter.lab.train._progress import progress_bar, shown, speaking
+from gradfilter.lab.train._record import Record, facts_of
+from gradfilter.lab.train._resume import NAME as POINT
+from gradfilter.lab.train._resume import go_on
+from gradfilter.lab.train._run import Run
+from gradfilter.lab.train._trackers import check_trackers, trackers
+
+log = logging.getLogger("gradfilter.train")
+
+
+def train(config: TrainConfig) -> int:
+    """Train, or go on training.
+
+    Returns:
+        The exit code: 0, or 130 after Ctrl-C.
+
+    Raises:
+        UsageError: A value is wrong, or the run is there already. Nothing has been changed then.
+    """
+    check_values(config)
+    check_trackers(config)
+    device = own_device(usable_device(config.device))
+    place = place_of(config)
+    if config.resume and is_finished(place):
+        if is_first_process():
+            print(f"finished already: {place}")
+        return 0
+    with ExitStack() as stack:
+        if is_first_process():
+            refuse_what_is_there(config, place)
+            stack.enter_context(explained(place))
+            stack.enter_context(owned(place))
+        crew = stack.enter_context(connected(device))
+        stopped = crew.together(stack.enter_context(interruptible()))
+        run = begin(config, device, crew)
+        goes_on = config.resume and (place / POINT).exists()
+        crew.meet()  # nobody writes before everybody has looked
+        if crew.is_first:
+            return 0 if _recorded(run, place, goes_on, stopped) else 130
+        if goes_on:
+            go_on(place, run)
+        # The others compute; what there is to say is said once.
+        return 0 if train_to_the_end(run, Watch(), stopped) else 130
+
+
+def _recorded(run: Run, place: Path, goes_on: bool, stopped: Callable[[], bool]) -> bool:
+    """Train, and write and say what comes of it."""
+    config, facts = run.config, facts_of(run)
+    last: list[Evaluation] = []
+    with (
+        speaking(config.log_level) as console,
+        trackers(config, place, facts["settings"]) as track,
+    ):
+        record = Record(place, facts, track)
+        if goes_on:
+            record.go_on(run)
+            log.info("going on after step %d: %s", run.done, place)
+        else:
+            record.clear()
+            log.info("writing to %s", place)
+        record.say("running")
+        record.start(run)
+        status = "failed"
+        try:
+            with progress_bar(console, config.model, run.total_steps, run.done) as tick:
+
+                def evaluated(evaluation: Evaluation) -> None:
+                    record.write_evaluation(evaluation)
+                    log.info(shown(evaluation))
+                    last[:] = [evaluation]
+
+                watch = Watch(evaluated, record.write_checkpoint, record.save_point, tick)
+                over = train_to_the_end(run, watch, stopped)
+                status = "finished" if over else "interrupted"
+        finally:
+            record.say(status)
+    if not over:
+        print(f"interrupted after step {run.done} of {run.total_steps}; --resume goes on: {place}")
+    elif last:
+        print(f"{shown(last[0])}\nwrote {place}")
+    return over

@@ -1,0 +1,191 @@
+"""A run that was killed and resumed is the run that was never killed, bit for bit."""
+
+import random
+import zipfile
+
+import pytest
+import torch
+from tests._lab import command, config, metrics, numbers, only_run, process, refused
+
+from gradfilter.lab._usage import UsageError
+from gradfilter.lab.train import _archive
+from gradfilter.lab.train._archive import Checkpoint, add, checkpoints, keep_until, recover
+
+# argv: the step to die after, or -n to die in the middle of writing the n-th checkpoint; options.
+DIES = """
+import os, signal, sys, zipfile
+from gradfilter.lab._cli import main
+from gradfilter.lab.train import _loop
+
+when, advance, die = int(sys.argv[1]), _loop.advance, lambda: os.kill(os.getpid(), signal.SIGKILL)
+
+def mortal(run, until, *, stopped, tick):
+    def counted():
+        tick()
+        if run.done == when:
+            die()
+    advance(run, until, stopped=stopped, tick=counted)
+
+_loop.advance = mortal
+written, write = [0], zipfile.ZipFile.writestr
+
+def half(self, name, content):
+    if isinstance(name, str) and "step" in name:
+        written[0] += 1
+        if written[0] == -when:
+            write(self, name, content[: len(content) // 2])
+            self.fp.flush()
+            die()
+    write(self, name, content)
+
+zipfile.ZipFile.writestr = half
+main(sys.argv[2:])
+"""
+
+BASE = ["train", "--label-noise", 0.3, "--epochs", 4, "--batch-size", 96, "--model", "mlp_16"]
+RUNS = {
+    "agreement, momentum and a cosine": (
+        "--microbatches 4 --agree 0.9 --schedule cosine --save-checkpoint 1"
+    ),
+    "adam, dropout, plateau, loaded by processes": (
+        "--optimizer adam --learning-rate 1e-3 --model-additions dropout-0.2 --schedule plateau "
+        "--workers 2"
+    ),
+    "BatchNorm, GSAM, AGC, between two epochs": (
+        "--model resnet18_1 --model-additions batchnorm --microbatches 3 --samples-per-class 1 "
+        "--batch-size None --sam 0.05 --gsam 0.4 --agc 0.02 --epochs 1.5 --resume-every 3 "
+        "--train-split 500"
+    ),
+}
+
+
+def files(folder):
+    """Everything that a run leaves and that clocks do not touch."""
+    run = only_run(folder)
+    point = torch.load(run / "resume.pt", weights_only=True)
+    clocks = {"seconds", "epoch_seconds"}
+    saved = {
+        c: _archive.read_tensors(run / "checkpoints.zip", c)
+        for c in checkpoints(run / "checkpoints.zip")
+    }
+    lines = [numbers(line) for line in metrics(run)]
+    return {k: v for k, v in point.items() if k not in clocks}, saved, lines
+
+
+def assert_same(found, expected):
+    for a, b in zip(found[:2], expected[:2], strict=True):
+        assert a.keys() == b.keys()
+    for name, tensor in expected[0].items():
+        assert torch.equal(found[0][name].nan_to_num(7.0), tensor.nan_to_num(7.0)), name
+    for checkpoint, flat in expected[1].items():
+        for name, tensor in flat.items():
+            assert torch.equal(found[1][checkpoint][name], tensor), (checkpoint, name)
+    assert found[2] == expected[2]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_at_any_step_and_resumed(name, tmp_path):
+    options = [*BASE, *RUNS[name].split()]
+    assert command(*options, "--save-dir", tmp_path / "whole")[0] == 0
+    expected = files(tmp_path / "whole")
+    total = config(only_run(tmp_path / "whole"))["total_steps"]
+    when = random.Random(name).randrange(2, total)
+    broken = [*options, "--save-dir", tmp_path / "broken"]
+    killed = process(DIES, when, *broken)
+    assert killed.returncode == -9, killed.stderr
+    assert config(only_run(tmp_path / "broken"))["status"] == "running"
+    code, out, err = command(*broken, "--resume")
+    assert code == 0, err
+    assert_same(files(tmp_path / "broken"), expected)
+    code, out, _ = command(*broken, "--resume")
+    assert (code, out.startswith("finished already")) == (0, True)
+
+
+@pytest.mark.parametrize("written", [1, 3])
+def test_killed_while_a_checkpoint_is_written(written, tmp_path):
+    options = [*BASE, "--save-checkpoint", 1, "--epochs", 3]
+    assert command(*options, "--save-dir", tmp_path / "whole")[0] == 0
+    broken = [*options, "--save-dir", tmp_path / "broken"]
+    assert process(DIES, -written, *broken).returncode == -9
+    if written > 1:
+        half = only_run(tmp_path / "broken") / "checkpoints.zip"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_archive, "PATIENCE", 0.1)
+            with pytest.raises(UsageError, match=r"half-written.*--resume"):
+                checkpoints(half)
+    assert command(*broken, "--resume")[0] == 0
+    assert_same(files(tmp_path / "broken"), files(tmp_path / "whole"))
+
+
+def test_ctrl_c_goes_on_where_it_was(tmp_path):
+    interrupts = DIES.replace("SIGKILL", "SIGINT")
+    options = [*BASE, "--save-dir", tmp_path / "broken"]
+    stopped = process(interrupts, 20, *options)
+    assert stopped.returncode == 130 and "interrupted after step 20 of" in stopped.stdout
+    run = only_run(tmp_path / "broken")
+    assert config(run)["status"] == "interrupted"
+    assert torch.load(run / "resume.pt", weights_only=True)["done"] == 20
+    assert command(*options, "--resume")[0] == 0
+    assert command(*BASE, "--save-dir", tmp_path / "whole")[0] == 0
+    assert_same(files(tmp_path / "broken"), files(tmp_path / "whole"))
+
+
+# The archive
+
+
+def test_an_append_that_dies_at_any_byte_is_undone(tmp_path):
+    archive = tmp_path / "a.zip"
+    first, second = Checkpoint(0, 0, 0.0), Checkpoint(1, 5, 1.0)
+    add(archive, first.entry, _archive.tensor_bytes({"w": torch.arange(5.0)}))
+    before = archive.read_bytes()
+    add(archive, second.entry, _archive.tensor_bytes({"w": torch.arange(7.0)}))
+    after = archive.read_bytes()
+    start = zipfile.ZipFile(tmp_path / "a.zip").start_dir  # where the directory is now
+    assert start > len(before) - 200
+    with zipfile.ZipFile(archive) as opened:
+        kept_at = opened.infolist()[1].header_offset
+    kept = kept_at.to_bytes(8, "big") + before[kept_at:]
+    for size in range(kept_at, len(after), 37):
+        archive.write_bytes(after[:size] + before[size:])
+        (tmp_path / ".a.zip.directory").write_bytes(kept)
+        recover(archive)
+        assert archive.read_bytes() == before
+        assert [c.id for c in checkpoints(archive)] == [0]
+
+
+def test_a_full_disk_leaves_the_archive_as_it_was(tmp_path, monkeypatch):
+    archive = tmp_path / "a.zip"
+    add(archive, "00000-step-0-epoch-0.pt", _archive.tensor_bytes({"w": torch.ones(3)}))
+    before = archive.read_bytes()
+    write = zipfile.ZipFile.writestr
+
+    def full(self, name, content):
+        write(self, name, content[:50])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", full)
+    with pytest.raises(OSError, match="No space"):
+        add(archive, "00001-step-5-epoch-1.pt", b"x" * 1000)
+    monkeypatch.undo()
+    assert archive.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.zip"]
+
+
+def test_checkpoints_after_the_point_are_dropped(tmp_path):
+    archive = tmp_path / "a.zip"
+    for number, step in enumerate((0, 5, 9)):
+        add(archive, Checkpoint(number, step, step / 5).entry, _archive.tensor_bytes({}))
+    keep_until(archive, 5)
+    assert [c.step for c in checkpoints(archive)] == [0, 5]
+
+
+def test_resume_refuses_what_it_cannot_go_on_from(tmp_path):
+    options = [*BASE, "--save-dir", tmp_path, "--epochs", 1]
+    assert command(*options)[0] == 0
+    run = only_run(tmp_path)
+    assert "there is a run" in refused(*options)
+    point = run / "resume.pt"
+    (run / "config.json").write_text((run / "config.json").read_text().replace("finished", "x"))
+    point.write_bytes(point.read_bytes()[:-100])
+    assert "resume.pt' is damaged" in refused(*options, "--resume")
+    torch.save({"a": torch.ones(1)}, point)
+    assert "does not fit this run" in refused(*options, "--resume")
