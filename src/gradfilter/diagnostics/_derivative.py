@@ -68,4 +68,4 @@ def _at(model: Model, x: Tensor) -> Derivative:
         many: Tensor = torch.func.vmap(vjp)(u)[0]
         return many
 
-    return Derivative(x, logits.detach(), push, pull)
+    return Derivative(x, logits, push, pull)

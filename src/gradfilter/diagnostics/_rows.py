@@ -53,7 +53,8 @@ def agreement(rows: GradStack | Tree) -> Tensor:
     if gram is None:
         total = _products.sq_norm(stack.combine(inverse)) - count
     else:
-        both = usable[:, None] & usable & ~torch.eye(len(usable), dtype=torch.bool).to(usable)
+        itself = torch.eye(len(usable), dtype=torch.bool, device=usable.device)
+        both = usable[:, None] & usable & ~itself
         total = (torch.where(both, gram, 0.0) * inverse[:, None] * inverse).sum()
     mean = (total / torch.where(pairs > 0, pairs, 1.0)).clamp(-1, 1)
     return torch.where(pairs > 0, mean, torch.nan)

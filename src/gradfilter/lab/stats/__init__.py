@@ -1,0 +1,1 @@
+"""``gradfilter stats``: what the checkpoints of a run are like around every sample."""

@@ -1,0 +1,89 @@
+"""Finished batches on disk, one line each, so that a killed measurement goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from gradfilter.lab._usage import UsageError
+from gradfilter.lab.stats._place import explained
+from gradfilter.lab.stats._records import Record
+
+
+def part_path(folder: Path, stem: str, rank: int) -> Path:
+    """Where a process keeps its finished batches."""
+    return folder / f"{stem}-id-{rank}.jsonl"
+
+
+def parts(folder: Path, stem: str) -> list[Path]:
+    """The parts that there are, also those of more processes than there are now."""
+    return sorted(
+        path
+        for path in folder.glob(f"{stem}-id-*.jsonl")
+        if path.name.removeprefix(f"{stem}-id-").removesuffix(".jsonl").isdigit()
+    )
+
+
+def finished(path: Path, origin: Mapping[str, Any]) -> list[Record]:
+    """The batches in a part.
+
+    A killed process may leave half of a last line; it does not count.
+
+    Args:
+        path: Of the part.
+        origin: What the numbers depend on.
+
+    Raises:
+        UsageError: They depend on something else.
+    """
+    lines = _whole(path).splitlines()
+    if not lines:
+        return []
+    try:
+        head, *rest = map(json.loads, lines)
+        records = [Record(**line) for line in rest]
+        before = dict(head)
+    except (ValueError, TypeError):
+        raise UsageError(f"{str(path)!r} is damaged. Remove it, and measure again.") from None
+    if before != origin:
+        differing = sorted(
+            name for name in {*before, *origin} if before.get(name) != origin.get(name)
+        )
+        raise UsageError(
+            f"{str(path)!r} is part of a measurement with other {', '.join(differing)}. Finish "
+            "that one, remove the file, or give --outname."
+        )
+    return records
+
+
+def _whole(path: Path) -> str:
+    """The file up to its last end of line."""
+    content = path.read_bytes()
+    return content[: content.rfind(b"\n") + 1].decode()
+
+
+@contextmanager
+def appending(path: Path, origin: Mapping[str, Any]) -> Iterator[Callable[[Record], None]]:
+    """Open a part, and give the function that adds a finished batch to it.
+
+    Raises:
+        UsageError: It cannot be written; also by that function.
+    """
+    with ExitStack() as stack:
+        with explained(path):
+            keep = len(_whole(path).encode()) if path.exists() else 0
+            file = stack.enter_context(path.open("ab", buffering=0))
+            file.truncate(keep)
+
+        def line(value: Mapping[str, Any]) -> None:
+            rest = (json.dumps(value, allow_nan=False) + "\n").encode()
+            with explained(path):
+                while rest:  # a disk that is nearly full takes a part, and then refuses
+                    rest = rest[file.write(rest) :]
+
+        if not keep:
+            line(origin)
+        yield lambda record: line(record.plain())
