@@ -1,0 +1,1 @@
+"""The command ``gradfilter report``: tables and figures of trainings, on one page."""

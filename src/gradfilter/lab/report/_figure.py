@@ -1,0 +1,217 @@
+"""Figures of curves with bands, all in one hand."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, ScalarFormatter
+
+from gradfilter.lab._plot import GREY
+from gradfilter.lab.report._parts import Plot
+
+# Okabe and Ito's colours without the yellow, told apart by everyone; dashes for print in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+MOST = len(COLOURS)
+"""Curves that can be told apart in one figure."""
+DPI = 150
+WIDTH = 6.4
+LEGEND = 58
+"""Characters that fit beside each other below a figure."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line with a band.
+
+    Attributes:
+        label: In the legend.
+        data: Columns x, mean, sd and runs.
+        settings: What the numbers belong to, for the CSV.
+        style: Which colour and dashes.
+        dashed: Dashes that say something, in place of those of the style.
+    """
+
+    label: str
+    data: pd.DataFrame
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    style: int = 0
+    dashed: str | None = None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What is along one side of a figure.
+
+    Attributes:
+        label: With the unit.
+        factor: From the numbers to the unit: 100 for per cent.
+        log: Its base, if it is logarithmic.
+        name: The numbers' name in the CSV.
+    """
+
+    label: str
+    name: str
+    factor: float = 1.0
+    log: int | None = None
+
+
+def plot(
+    name: str,
+    title: str,
+    curves: Sequence[Curve],
+    x: Axis,
+    y: Axis,
+    *,
+    note: str = "",
+    marks: Mapping[str, float] | None = None,
+    points: bool = False,
+    focus: bool = False,
+) -> Plot:
+    """Draw curves, and keep the numbers.
+
+    Args:
+        name: Of the files.
+        title: Above the figure.
+        curves: Some; those without numbers are left out.
+        x: Along the bottom.
+        y: Along the side.
+        note: Below the figure.
+        marks: Places on the x axis that are marked by a vertical line, by what to call them.
+        points: Mark the measured places, of which there are few.
+        focus: Let the first tenth reach beyond the figure, which else may squeeze the rest.
+    """
+    shown = [curve for curve in curves if len(curve.data)]
+    # Not through pyplot, which would keep the figure and choose a back end for the whole process.
+    rows = _legend_rows([*(curve.label for curve in shown), *(marks or {})])
+    figure = Figure(figsize=(WIDTH, 4.2 + 0.27 * sum(rows)), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    _dress(axes, x, y)
+    for curve in shown:
+        _draw(axes, curve, x, y, points)
+    if focus and shown:
+        _focus(axes, shown, y)
+    for label, place in (marks or {}).items():
+        axes.axvline(x.factor * place, color=GREY, linestyle=":", linewidth=1.8, label=label)
+    if x.log == 2:
+        _ticks_at(axes, sorted({x.factor * v for curve in shown for v in curve.data["x"]}))
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        [textwrap.fill(label, LEGEND) for label in labels],
+        loc="outside lower center",
+        ncols=2 if len(rows) < len(labels) else 1,
+        frameon=False,
+        fontsize=11,
+        handlelength=2.6,
+    )
+    image = io.BytesIO()
+    figure.savefig(image, format="png", metadata={"Software": None})
+    return Plot(
+        name,
+        title,
+        note,
+        _alt(title, shown, x, y, marks or {}),
+        image.getvalue(),
+        (round(WIDTH * DPI), round(figure.get_figheight() * DPI)),
+        _numbers(shown, x, y),
+    )
+
+
+def _draw(axes: Axes, curve: Curve, x: Axis, y: Axis, points: bool) -> None:
+    colour = COLOURS[curve.style % MOST]
+    places, mean = x.factor * curve.data["x"], y.factor * curve.data["mean"]
+    axes.plot(
+        places,
+        mean,
+        linestyle=curve.dashed or DASHES[curve.style % MOST],
+        color=colour,
+        linewidth=2.2,
+        label=curve.label,
+        marker="o" if points or len(places) == 1 else None,
+        markersize=5,
+    )
+    sd = y.factor * curve.data["sd"]
+    if sd.notna().any():
+        # Below 0 there is nothing on a logarithmic axis.
+        low = mean - sd if y.log is None else np.maximum(mean - sd, mean / 1e3)
+        axes.fill_between(places, low, mean + sd, color=colour, alpha=0.18, linewidth=0)
+
+
+def _focus(axes: Axes, curves: Sequence[Curve], y: Axis) -> None:
+    everything = pd.concat([curve.data for curve in curves])
+    first, last = everything["x"].min(), everything["x"].max()
+    late = everything[everything["x"] >= first + (last - first) / 10]
+    sd = late["sd"].fillna(0)
+    high = y.factor * (late["mean"] + sd).max()
+    if y.log is not None:  # a band that reaches down to 0 would have no end
+        low = y.factor * late["mean"][late["mean"] > 0].min()
+        axes.set_ylim(low / 2, high * 1.5)
+    elif (low := y.factor * (late["mean"] - sd).min()) < high:
+        axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+
+
+def _dress(axes: Axes, x: Axis, y: Axis) -> None:
+    axes.set_xlabel(x.label, fontsize=13)
+    axes.set_ylabel(y.label, fontsize=13)
+    if x.log is not None:
+        axes.set_xscale("log", base=x.log)
+    if y.log is not None:
+        axes.set_yscale("log", base=y.log)
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    if x.log == 10:
+        axes.xaxis.set_major_locator(LogLocator(10))
+    axes.margins(x=0.03)
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(color=GREY, labelcolor="#333333", labelsize=12)
+
+
+def _ticks_at(axes: Axes, places: Sequence[float]) -> None:
+    axes.set_xticks(places)
+    axes.xaxis.set_minor_locator(NullLocator())
+    plain = ScalarFormatter()
+    plain.set_scientific(False)
+    axes.xaxis.set_major_formatter(plain)
+    if len(places) > 8:
+        axes.tick_params(axis="x", labelrotation=45)
+
+
+def _legend_rows(labels: Sequence[str]) -> list[int]:
+    """Lines of text in every row of a legend of one column, or of two if all labels are short."""
+    lines = [len(textwrap.wrap(label, LEGEND)) or 1 for label in labels]
+    if len(labels) > 2 and max(map(len, labels)) <= LEGEND // 2 - 4:
+        return [1] * ((len(labels) + 1) // 2)
+    return lines
+
+
+def _numbers(curves: Sequence[Curve], x: Axis, y: Axis) -> pd.DataFrame:
+    parts = []
+    for curve in curves:
+        data = curve.data.rename(
+            columns={"x": x.name, "mean": f"{y.name}_mean", "sd": f"{y.name}_sd"}
+        )
+        own = {"line": curve.label, **curve.settings}
+        parts.append(pd.DataFrame({n: [v] * len(data) for n, v in own.items()}).join(data))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _alt(title: str, curves: Sequence[Curve], x: Axis, y: Axis, marks: Mapping[str, float]) -> str:
+    ends = [
+        f"{curve.label}: {y.factor * curve.data['mean'].iloc[-1]:.4g}"
+        f" at {x.factor * curve.data['x'].iloc[-1]:.4g}"
+        for curve in curves
+    ]
+    marked = "".join(f" {label}: {x.factor * place:g}." for label, place in marks.items())
+    return f"{title}: {y.label} against {x.label}. Where the lines end: {'; '.join(ends)}.{marked}"

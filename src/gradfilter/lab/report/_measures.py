@@ -1,0 +1,108 @@
+"""What ``gradfilter stats`` found out about the checkpoints of a training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradfilter.lab._usage import UsageError
+from gradfilter.lab.stats._output import Document, read
+
+FOLDER = "stats"
+PLAIN = {"gen_strategy": "none", "normalization": "none", "target_logit_only": False}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One column of one file of numbers.
+
+    Attributes:
+        metric: What was measured.
+        column: Which of its numbers, where there are several.
+        split: On which samples.
+        variant: The file's name without checkpoint and range: it names the settings.
+        plain: Of the images themselves, differentiating the logits.
+        checkpoint: Its id.
+        step: Where the training stood.
+        samples: How many there are.
+        mean: Over them.
+        lipschitz: √(mean m²) for operator norms; otherwise NaN.
+        wrong: The mean over the samples with wrong labels; NaN if there are none.
+        right: The mean over the others.
+    """
+
+    metric: str
+    column: str
+    split: str
+    variant: str
+    plain: bool
+    checkpoint: int
+    step: int
+    samples: int
+    mean: float
+    lipschitz: float
+    wrong: float
+    right: float
+
+
+def read_measures(run: Path) -> tuple[tuple[Measure, ...], list[str]]:
+    """The measurements of a run, and why others cannot be read.
+
+    Of files that measure parts of a split the largest counts.
+    """
+    chosen: dict[tuple[str, str, int], Measure] = {}
+    unreadable = []
+    for path in sorted((run / FOLDER).glob("*.json")):
+        try:
+            found = _measures(path, read(path))
+        except UsageError:
+            unreadable.append(f"{str(path)!r} is not a file of numbers.")
+            continue
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            unreadable.append(f"{str(path)!r}: not what gradfilter stats writes ({error!r}).")
+            continue
+        for measure in found:
+            key = (measure.variant, measure.column, measure.checkpoint)
+            if key not in chosen or measure.samples > chosen[key].samples:
+                chosen[key] = measure
+    return tuple(chosen.values()), unreadable
+
+
+def _measures(path: Path, document: Document) -> list[Measure]:
+    facts = document["metadata"]
+    settings: Mapping[str, Any] = facts["settings"]
+    if facts["axes"][-1] != "column":
+        return []  # running values along a path, which have no one mean
+    values = np.array(document["stats"], dtype=float)  # null becomes NaN
+    values = values.reshape(len(values), -1)  # (samples, columns)
+    start, stop = facts["samples"]
+    per_sample = len(values) == len(document["targets"])
+    wrong = np.array(document["targets"]) != np.array(document["ground_truths"])
+    lipschitz = np.ravel(facts["aggregate"].get("lipschitz", math.nan)).astype(float)
+    return [
+        Measure(
+            settings["metric"],
+            column,
+            settings["dataset_split"],
+            path.stem.split("-checkpoint-")[0],
+            all(settings.get(name, value) == value for name, value in PLAIN.items()),
+            int(facts["checkpoint"]["id"]),
+            int(facts["checkpoint"]["step"]),
+            stop - start,
+            _mean(numbers),
+            float(lipschitz[0]),
+            _mean(numbers[wrong]) if per_sample and wrong.any() else math.nan,
+            _mean(numbers[~wrong]) if per_sample else math.nan,
+        )
+        for column, numbers in zip(facts["columns"], values.T, strict=True)
+    ]
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else math.nan

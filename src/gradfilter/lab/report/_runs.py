@@ -1,0 +1,145 @@
+"""Trainings as they lie on disk."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from gradfilter.lab._usage import UsageError
+from gradfilter.lab.report._measures import Measure, read_measures
+from gradfilter.lab.report._metrics import number, read_metrics
+from gradfilter.lab.train._config import TrainConfig
+from gradfilter.lab.train._place import read_config
+from gradfilter.lab.train._record import METRICS
+
+DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
+
+log = logging.getLogger("gradfilter.report")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        path: Its directory.
+        status: running, interrupted, finished or failed.
+        settings: Every field of `TrainConfig`; the batch size as it was.
+        parameters: Of the model; NaN if that was not recorded.
+        versions: Of what trained it.
+        metrics: One row per evaluation, in the order of the steps; a column per `Evaluation` field.
+        measures: What ``gradfilter stats`` found.
+    """
+
+    path: Path
+    status: str
+    settings: Mapping[str, Any]
+    parameters: float
+    versions: Mapping[str, str]
+    metrics: pd.DataFrame
+    measures: tuple[Measure, ...]
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was trained to its end."""
+        return self.status == "finished"
+
+    def last(self, name: str) -> float:
+        """A number of the last evaluation."""
+        return float(self.metrics[name].iloc[-1])
+
+    def at_end(self, metric: str, split: str, number: str = "mean", column: str = "") -> float:
+        """What was measured of the images themselves at the last step; NaN if that was not.
+
+        Args:
+            metric: Of ``gradfilter stats``.
+            split: On which samples.
+            number: An attribute of `Measure`.
+            column: Which number of a metric that has several; the metric's name otherwise.
+        """
+        found = [
+            measure
+            for measure in self.measures
+            if (measure.metric, measure.column) == (metric, column or metric)
+            and measure.plain
+            and measure.split == split
+            and measure.step == self.last("step")
+        ]
+        # Of several ways to measure it the usual one has the shortest name.
+        best = min(found, key=lambda measure: len(measure.variant), default=None)
+        return math.nan if best is None else float(getattr(best, number))
+
+
+def read_runs(dirs: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The trainings below some directories, each once, and why others were skipped.
+
+    Raises:
+        UsageError: A directory does not exist.
+    """
+    runs, skipped = [], []
+    for place in _places(dirs):
+        try:
+            record = read_config(place)
+        except UsageError as error:
+            # Many programs write a config.json; only one of a training is missed.
+            if (place / METRICS).exists():
+                skipped.append(str(error))
+            continue
+        if record.get("command") != "train":
+            continue
+        try:
+            measures, unreadable = read_measures(place)
+            runs.append(_run(place, record, read_metrics(place / METRICS), measures))
+            skipped += unreadable
+        except UsageError as error:
+            skipped.append(f"{error} ({record.get('status')})")
+    for line in skipped:
+        log.warning("skipped: %s", line)
+    return runs, skipped
+
+
+def _places(dirs: Sequence[Path]) -> Iterator[Path]:
+    seen = set()
+    for folder in dirs:
+        if not folder.is_dir():
+            raise UsageError(
+                f"DIR: expected a directory with trainings, found none at {str(folder)!r}. "
+                "gradfilter train writes into runs unless --save-dir names another."
+            )
+        for path in sorted(folder.rglob("config.json")):
+            if (real := path.resolve()) not in seen:
+                seen.add(real)
+                yield path.parent
+
+
+def _run(
+    place: Path, record: Mapping[str, Any], metrics: pd.DataFrame, measures: tuple[Measure, ...]
+) -> Run:
+    settings = DEFAULTS | record["settings"]
+    if "batch_size" in record:
+        settings["batch_size"] = record["batch_size"]
+    try:
+        return Run(
+            place,
+            str(record.get("status")),
+            {name: _hashable(value) for name, value in settings.items()},
+            number(record.get("parameters")),
+            dict(record.get("versions") or {}),
+            metrics,
+            measures,
+        )
+    except (TypeError, ValueError):
+        raise UsageError(f"{str(place / 'config.json')!r} is not the record of a run.") from None
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(map(_hashable, value))
+    hash(value)  # a TypeError where a setting cannot be one
+    return str(value) if isinstance(value, Path) else value
