@@ -69,12 +69,12 @@ def _train(options: Sequence[str]) -> int:
 
 
 def _stats(options: Sequence[str]) -> int:
-    from gradfilter.lab._options import environment_arguments
+    from gradfilter.lab._options import environment_arguments, from_files
     from gradfilter.lab._parse import parse
     from gradfilter.lab.stats._config import StatsConfig
     from gradfilter.lab.stats._stats import stats
 
-    given = [*environment_arguments(StatsConfig), *options]
+    given = [*from_files(options, "stats"), *environment_arguments(StatsConfig), *options]
     return stats(parse(StatsConfig, "gradfilter stats", given))
 
 

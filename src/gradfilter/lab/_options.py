@@ -50,6 +50,23 @@ def environment_arguments(config: type[DataclassInstance]) -> list[str]:
     return arguments({name: value for name in known if (value := os.environ.get(name.upper()))})
 
 
+def from_files(options: Sequence[str], command: str) -> list[str]:
+    """What the --preset and the --config among the options say, as it would be typed.
+
+    Args:
+        options: As they were typed.
+        command: Whose table is read.
+
+    Raises:
+        UsageError: There is no such preset or file, or it is not TOML.
+    """
+    if {"-h", "--help"} & set(options):
+        return []
+    file = value_of("--config", options)
+    preset = value_of("--preset", options)
+    return arguments(read_settings(preset, None if file is None else Path(file), command))
+
+
 def value_of(option: str, options: Sequence[str]) -> str | None:
     """The last value that an option is given.
 

@@ -41,6 +41,11 @@ class StatsConfig:
     data_dir: Path | None = None
     """Where torchvision keeps its data sets (DATA_DIR), if it is no longer where the run had it."""
 
+    preset: str | None = None
+    """What a published recipe measures; options given beside it count more."""
+    config: Path | None = None
+    """A TOML file with a table [stats]; counts more than a preset, less than options."""
+
     metric: MetricName = "crossentropy"
     """What to measure."""
     checkpoint: tuple[int, ...] = ()

@@ -13,8 +13,7 @@ from gradfilter.lab._options import (
     arguments,
     as_toml,
     environment_arguments,
-    read_settings,
-    value_of,
+    from_files,
 )
 from gradfilter.lab._parse import parse
 from gradfilter.lab._usage import UsageError
@@ -67,20 +66,8 @@ def parse_train(options: Sequence[str], program: str = PROGRAM) -> TrainCommand:
         UsageError: An option, a file or a preset is wrong.
     """
     options = with_default_threshold(options)
-    file = value_of("--config", options)
-    try:
-        given = read_settings(
-            value_of("--preset", options), None if file is None else Path(file), "train"
-        )
-    except UsageError:
-        if {"-h", "--help"} & set(options):
-            given = {}
-        else:
-            raise
-    from_files = arguments(given)
-    return parse(
-        TrainCommand, program, [*from_files, *environment_arguments(TrainConfig), *options]
-    )
+    given = [*from_files(options, "train"), *environment_arguments(TrainConfig), *options]
+    return parse(TrainCommand, program, given)
 
 
 def config_of(settings: dict[str, object], what: str) -> TrainConfig:
