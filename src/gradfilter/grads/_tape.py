@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -79,11 +80,18 @@ class Tape:
             on_completion(self._completion(name))
 
     def _completion(self, name: str) -> Callable[[Tensor], None]:
+        # The leaf holds its hook, and the tape the leaf. A cycle through a tensor's hooks is not
+        # always found by the garbage collector: it would keep the parameters of every step.
+        weak = weakref.ref(self)
+
         def complete(leaf: Tensor) -> None:
+            tape = weak()
             grad, leaf.grad = leaf.grad, None
-            if grad is not None and self.alone is not None:
+            if tape is None:
+                return
+            if grad is not None and tape.alone is not None:
                 grad = (grad.to_dense() if grad.is_sparse else grad).unsqueeze(0)
-            self._finish(name, grad)
+            tape._finish(name, grad)
 
         return complete
 
