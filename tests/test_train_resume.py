@@ -10,6 +10,10 @@ from tests._lab import command, config, metrics, numbers, only_run, process, ref
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.train import _archive
 from gradfilter.lab.train._archive import Checkpoint, add, checkpoints, keep_until, recover
+from gradfilter.lab.train._begin import begin as begin_on
+from gradfilter.lab.train._command import parse_train
+from gradfilter.lab.train._place import place_of
+from gradfilter.lab.train._train import recorded as recorded_in
 
 # argv: the step to die after, or -n to die in the middle of writing the n-th checkpoint; options.
 DIES = """
@@ -57,6 +61,16 @@ RUNS = {
         "--train-split 500"
     ),
 }
+
+
+def begin(config):
+    return begin_on(config, torch.device("cpu"))
+
+
+def recorded(run, stopped):
+    place = place_of(run.config)
+    place.mkdir(parents=True)
+    return recorded_in(run, place, False, stopped)
 
 
 def files(folder):
@@ -117,17 +131,22 @@ def test_killed_while_a_checkpoint_is_written(written, tmp_path):
     assert_same(files(tmp_path / "broken"), files(tmp_path / "whole"))
 
 
-def test_ctrl_c_goes_on_where_it_was(tmp_path):
-    interrupts = DIES.replace("SIGKILL", "SIGINT")
-    options = [*BASE, "--save-dir", tmp_path / "broken"]
-    stopped = process(interrupts, 20, *options)
-    assert stopped.returncode == 130 and "interrupted after step 20 of" in stopped.stdout
-    run = only_run(tmp_path / "broken")
-    assert config(run)["status"] == "interrupted"
-    assert torch.load(run / "resume.pt", weights_only=True)["done"] == 20
-    assert command(*options, "--resume")[0] == 0
+@pytest.mark.parametrize("step", [0, 20])
+def test_interrupted_runs_go_on_where_they_were(step, tmp_path):
+    run = begin(parse_train([*map(str, BASE[1:]), "--save-dir", str(tmp_path / "broken")]).settings)
+    assert not recorded(run, lambda: run.done == step)
+    place = only_run(tmp_path / "broken")
+    assert config(place)["status"] == "interrupted"
+    assert torch.load(place / "resume.pt", weights_only=True)["done"] == step
+    assert command(*BASE, "--save-dir", tmp_path / "broken", "--resume")[0] == 0
     assert command(*BASE, "--save-dir", tmp_path / "whole")[0] == 0
     assert_same(files(tmp_path / "broken"), files(tmp_path / "whole"))
+
+
+def test_ctrl_c_interrupts(tmp_path):
+    interrupts = DIES.replace("SIGKILL", "SIGINT")
+    stopped = process(interrupts, 20, *BASE, "--save-dir", tmp_path)
+    assert stopped.returncode == 130 and "interrupted after step 20 of" in stopped.stdout
 
 
 # The archive

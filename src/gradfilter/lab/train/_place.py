@@ -45,12 +45,16 @@ def _plain(value: Any) -> str:
     return re.sub(r"[^\w.+-]+", "-", text).strip("-")
 
 
+class BusyError(UsageError):
+    """Another process is at work where this one wanted to be."""
+
+
 @contextmanager
 def owned(place: Path) -> Iterator[None]:
     """Make the directory and keep other processes out of it; a killed one leaves no lock behind.
 
     Raises:
-        UsageError: Another process is at work there, or it cannot be written to.
+        BusyError: Another process is at work there.
     """
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -58,7 +62,7 @@ def owned(place: Path) -> Iterator[None]:
         with lock:
             yield
     except Timeout:
-        raise UsageError(
+        raise BusyError(
             f"the run in {str(place)!r} is at work in another process. "
             "Wait for it, or give this one another --name or --seed."
         ) from None

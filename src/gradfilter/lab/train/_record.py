@@ -81,6 +81,9 @@ class Record:
     def go_on(self, run: Run) -> None:
         """Put a run where it was left, and drop what was written after that point."""
         go_on(self.place, run)
+        if run.done == 0:  # what is known before the first step is written again
+            self.clear()
+            return
         keep_lines_until(self.place / METRICS, run.done)
         keep_until(self.place / NAME, run.done)
 

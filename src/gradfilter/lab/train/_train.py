@@ -61,15 +61,25 @@ def train(config: TrainConfig) -> int:
         goes_on = config.resume and (place / POINT).exists()
         crew.meet()  # nobody writes before everybody has looked
         if crew.is_first:
-            return 0 if _recorded(run, place, goes_on, stopped) else 130
+            return 0 if recorded(run, place, goes_on, stopped) else 130
         if goes_on:
             go_on(place, run)
         # The others compute; what there is to say is said once.
         return 0 if train_to_the_end(run, Watch(), stopped) else 130
 
 
-def _recorded(run: Run, place: Path, goes_on: bool, stopped: Callable[[], bool]) -> bool:
-    """Train, and write and say what comes of it."""
+def recorded(run: Run, place: Path, goes_on: bool, stopped: Callable[[], bool]) -> bool:
+    """Train, and write and say what comes of it.
+
+    Args:
+        run: That has just begun.
+        place: Its directory, owned by this process.
+        goes_on: Whether it was left at a point there.
+        stopped: Asked before every step.
+
+    Returns:
+        Whether the training is over.
+    """
     config, facts = run.config, facts_of(run)
     last: list[Evaluation] = []
     with (

@@ -1,0 +1,79 @@
+"""Begin a study, or join one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from gradfilter.lab._usage import UsageError
+from gradfilter.lab.sweep._plan import Plan
+from gradfilter.lab.sweep._queue import Queue
+from gradfilter.lab.sweep._storage import Storage, opened
+
+KEY = "gradfilter"
+"""Where a study says what it is made of."""
+
+
+def folder_of(plan: Plan) -> Path:
+    """Where runs, tables and by default the study are kept."""
+    return plan.base.save_dir / plan.base.name
+
+
+@contextmanager
+def joined(plan: Plan, storage: str | None, heartbeat: int) -> Iterator[Queue]:
+    """The study of that name, begun if it is not there yet.
+
+    Args:
+        plan: What it is made of; its name is that of the runs.
+        storage: A file or a URL; None for a file in the study's folder.
+        heartbeat: Seconds between two signs of life.
+
+    Raises:
+        UsageError: The storage cannot be used, or has a study of that name that is made of
+            something else.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    opening = opened(storage or str(folder_of(plan) / "study.db"), heartbeat)
+    with closing(opening):
+        yield Queue(_study(opening, plan), opening, plan)
+
+
+def _study(storage: Storage, plan: Plan) -> optuna.Study:
+    with storage.turn():
+        study = optuna.create_study(
+            storage=storage.rdb,
+            study_name=plan.base.name,
+            direction=plan.direction,
+            load_if_exists=True,
+        )
+        found, own = study.user_attrs.get(KEY), plan.definition()
+        if found is None and not study.get_trials(deepcopy=False):
+            study.set_user_attr(KEY, own)
+        elif found != own:
+            raise UsageError(
+                f"a study {plan.base.name!r} exists in {storage.shown!r} with "
+                f"{_differences(found, own)}. Join it with the options that it was begun with, or "
+                "give this one another --name."
+            )
+    return study
+
+
+def _differences(found: Any, own: dict[str, Any]) -> str:
+    """In what a study is not the one that was asked for."""
+    if not isinstance(found, dict):
+        return "trials that this command did not make"
+    names = [
+        f"--{name}" if name != "settings" else _settings(found, own)
+        for name in sorted({*found, *own})
+        if found.get(name) != own.get(name)
+    ]
+    return f"another {', '.join(names)}"
+
+
+def _settings(found: dict[str, Any], own: dict[str, Any]) -> str:
+    theirs, ours = found.get("settings", {}), own["settings"]
+    return ", ".join(n for n in sorted({*theirs, *ours}) if theirs.get(n) != ours.get(n))

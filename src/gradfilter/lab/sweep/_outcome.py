@@ -1,0 +1,112 @@
+"""One training of a study, and what came of it."""
+
+from __future__ import annotations
+
+import gc
+import io
+import math
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+from optuna.trial import TrialState
+
+from gradfilter.lab._usage import UsageError
+from gradfilter.lab.sweep._plan import Plan
+from gradfilter.lab.train._config import TrainConfig
+from gradfilter.lab.train._place import BusyError, place_of
+from gradfilter.lab.train._record import METRICS
+from gradfilter.lab.train._resume import read_lines
+from gradfilter.lab.train._train import train
+
+
+class Unfinished(Enum):
+    """Why a training has no outcome yet."""
+
+    INTERRUPTED = "interrupted by Ctrl-C"
+    BUSY = "at work in another process"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a training.
+
+    Attributes:
+        state: COMPLETE; PRUNED if it diverged; FAIL if it raised.
+        value: Of the metric, if it is complete.
+        run: The directory, in --save-dir.
+        reason: Why there is no value.
+        evaluation: The evaluation that counts.
+    """
+
+    state: TrialState
+    value: float | None
+    run: str
+    reason: str | None = None
+    evaluation: dict[str, Any] | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What is recorded beside state and value."""
+        facts = {"run": self.run, "reason": self.reason, "evaluation": self.evaluation}
+        return {name: fact for name, fact in facts.items() if fact is not None}
+
+
+def outcome_of(plan: Plan, config: TrainConfig) -> Outcome | Unfinished:
+    """Train, or go on training.
+
+    Args:
+        plan: Says what counts.
+        config: Settings of the training.
+    """
+    place = place_of(config)
+    run = str(place.relative_to(config.save_dir))
+    try:
+        with redirect_stdout(io.StringIO()):  # the study says it in one line
+            interrupted = train(replace(config, resume=True)) != 0
+    except BusyError:
+        return Unfinished.BUSY
+    except UsageError as error:
+        return Outcome(TrialState.FAIL, None, run, str(error))
+    except Exception as error:
+        # Whatever it was, it is recorded, and the other trainings go on.
+        said = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+        return Outcome(TrialState.FAIL, None, run, reason)
+    finally:
+        if config.device != "cpu":
+            gc.collect()  # what a training leaves in cycles is a model's worth of device memory
+    if interrupted:
+        return Unfinished.INTERRUPTED
+    return measured(plan, read_lines(place / METRICS), run)
+
+
+def measured(plan: Plan, lines: list[dict[str, Any]], run: str) -> Outcome:
+    """What the evaluations of a finished training say.
+
+    Args:
+        plan: Says what counts.
+        lines: The evaluations, in order.
+        run: The directory.
+    """
+    if not lines:
+        return Outcome(TrialState.FAIL, None, run, f"the run has no {METRICS}")
+    best = max if plan.direction == "maximize" else min
+    counting = lines[-1]
+    if plan.evaluation == "best":
+        numbers = [line for line in lines if _is_number(line.get(plan.metric))]
+        counting = best(numbers, key=lambda line: line[plan.metric]) if numbers else lines[-1]
+    value, step = counting.get(plan.metric), lines[-1].get("step")
+    reason = None
+    if not _is_number(lines[-1].get("train_loss")):
+        # An accuracy is a number even where the parameters are none.
+        reason = f"diverged: the training loss at step {step} is not a number"
+    elif not _is_number(value):
+        reason = f"{plan.metric} is not a number at step {step}"
+    if reason is not None:
+        return Outcome(TrialState.PRUNED, None, run, reason, lines[-1])
+    return Outcome(TrialState.COMPLETE, float(counting[plan.metric]), run, None, counting)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

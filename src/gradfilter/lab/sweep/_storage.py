@@ -1,0 +1,142 @@
+"""Where a study is kept, and whose turn it is to change it."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+import sqlalchemy
+from filelock import FileLock
+from optuna.storages import RDBStorage
+
+from gradfilter.lab._usage import UsageError
+
+FAULTS = (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError)
+"""What a storage raises when it is out of reach."""
+PATIENCE = 60
+"""Seconds that a writer waits for others who write into the same file."""
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A database.
+
+    Attributes:
+        rdb: As optuna knows it.
+        file: Where it is, unless it is a server's.
+        shown: What people may see of its name.
+    """
+
+    rdb: RDBStorage
+    file: Path | None
+    shown: str
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Let one worker at a time decide who does what; a killed one leaves no lock behind.
+
+        SQLite cannot lock a row that it reads, and optuna's look-then-write is two steps there. A
+        server locks the one row of the table that optuna itself writes only when it migrates.
+        """
+        if self.file is not None:
+            with _lock(self.file):
+                yield
+            return
+        with self.rdb.engine.begin() as connection:
+            connection.execute(sqlalchemy.text("SELECT * FROM version_info FOR UPDATE"))
+            yield
+
+    def close(self) -> None:
+        """Give its connections back."""
+        self.rdb.remove_session()
+        self.rdb.engine.dispose()
+
+
+def opened(where: str, heartbeat: int) -> Storage:
+    """Open a storage; make it if it is a file that is not there.
+
+    Args:
+        where: A file or the URL of a database.
+        heartbeat: Seconds between two signs of life.
+
+    Raises:
+        UsageError: It cannot be reached, or is something else.
+    """
+    shown = where
+    try:
+        url = sqlalchemy.make_url(where if "://" in where else _url(Path(where)))
+        shown = url.render_as_string() if "://" in where else where  # without the password
+        if url.get_backend_name() != "sqlite":
+            return Storage(_attempted(url, heartbeat), None, shown)
+        if url.database in (None, "", ":memory:"):
+            raise UsageError(f"--storage: {shown!r} is gone with the process. Name a file.")
+        file = Path(str(url.database))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(file):  # two who make the same tables would be in each other's way
+            return Storage(_rdb(url, heartbeat), file, shown)
+    except ImportError as error:
+        raise UsageError(f"--storage: {shown!r} needs a driver: {_line(error)}") from None
+    except (*FAULTS, OSError, RuntimeError) as error:
+        raise UsageError(f"--storage: {shown!r} cannot be used: {_line(error)}") from None
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn the faults of a storage that was reached before into one line.
+
+    Raises:
+        UsageError: It is out of reach.
+    """
+    try:
+        yield
+    except FAULTS as error:
+        raise UsageError(
+            f"--storage: out of reach: {_line(error)} What was trained is kept; the same command "
+            "goes on."
+        ) from None
+
+
+def _attempted(url: sqlalchemy.URL, heartbeat: int) -> RDBStorage:
+    """Servers may be asked by several workers at once to make the same tables."""
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return _rdb(url, heartbeat)
+        except FAULTS:
+            time.sleep(0.5)
+    return _rdb(url, heartbeat)
+
+
+def _rdb(url: sqlalchemy.URL, heartbeat: int) -> RDBStorage:
+    sqlite = url.get_backend_name() == "sqlite"
+    template = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
+    with warnings.catch_warnings():
+        # Heartbeats are experimental in optuna: its version is what the tests ran with.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return RDBStorage(
+            template,  # which optuna fills in
+            engine_kwargs={"connect_args": {"timeout": PATIENCE}} if sqlite else None,
+            heartbeat_interval=heartbeat,
+        )
+
+
+def _url(file: Path) -> str:
+    url = sqlalchemy.URL.create("sqlite", database=str(file))
+    return url.render_as_string(hide_password=False)
+
+
+def _lock(file: Path) -> FileLock:
+    return FileLock(file.with_name(f"{file.name}.lock"), poll_interval=0.01)
+
+
+def _line(error: BaseException) -> str:
+    """The innermost cause, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    told = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{told[0].rstrip('.')}."
