@@ -57,9 +57,12 @@ def main(args: Sequence[str] | None = None) -> None:
 def _demo(options: Sequence[str]) -> int:
     from gradfilter.lab._demo import demo
     from gradfilter.lab._demo_config import DemoConfig
+    from gradfilter.lab._options import environment_arguments
     from gradfilter.lab._parse import parse
 
-    return demo(parse(DemoConfig, "gradfilter demo", options))
+    return demo(
+        parse(DemoConfig, "gradfilter demo", [*environment_arguments(DemoConfig), *options])
+    )
 
 
 def _train(options: Sequence[str]) -> int:
@@ -74,7 +77,11 @@ def _stats(options: Sequence[str]) -> int:
     from gradfilter.lab.stats._config import StatsConfig
     from gradfilter.lab.stats._stats import stats
 
-    given = [*from_files(options, "stats"), *environment_arguments(StatsConfig), *options]
+    given = [
+        *from_files(options, "stats", StatsConfig),
+        *environment_arguments(StatsConfig),
+        *options,
+    ]
     return stats(parse(StatsConfig, "gradfilter stats", given))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -62,6 +62,13 @@ class Crew:
         if self.ranks is not None:
             dist.barrier()
 
+    def agreed(self, numbers: Sequence[float]) -> list[float]:
+        """The first process's numbers, for decisions that all have to take alike."""
+        if self.ranks is None:
+            return list(numbers)
+        found: list[float] = self.ranks.gather_on_host(torch.tensor(numbers).double())[0].tolist()
+        return found
+
     def together(self, asked: Callable[[], bool]) -> Callable[[], bool]:
         """A question that is true for all as soon as it is for one, so that none waits for ever."""
         ranks = self.ranks
@@ -77,7 +84,7 @@ def own_device(device: torch.device) -> torch.device:
     """The device of this process, where each of several has its own."""
     if device.type == "cpu" or started_processes() == 1:
         return device
-    return torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+    return torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from gradfilter.lab._table import comparison
 from gradfilter.lab.train._archive import tensor_bytes
 from gradfilter.lab.train._begin import begin
 from gradfilter.lab.train._config import TrainConfig
-from gradfilter.lab.train._run import Run, advance, evaluation
+from gradfilter.lab.train._run import Run, advance, evaluation, settle
 from gradfilter.lab.train._totals import nothing
 
 
@@ -79,6 +79,7 @@ def _train_all(
     measured: list[Measured] = []
 
     def log(name: str, run: Run) -> None:
+        settle(run)
         measured.append(Measured(name, run.config.seed, evaluation(run)))
         run.totals = nothing(device)  # what comes next is measured from here on
         run.epoch_seconds = 0.0

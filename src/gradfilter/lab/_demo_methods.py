@@ -10,8 +10,9 @@ import torch
 
 import gradfilter as gf
 from gradfilter.lab._demo_config import MICROBATCHES, DemoConfig, evaluate_every
+from gradfilter.lab._options import arguments, read_settings
+from gradfilter.lab._parse import parse
 from gradfilter.lab._processes import started_processes
-from gradfilter.lab.train._command import parse_train
 from gradfilter.lab.train._config import TrainConfig
 from gradfilter.lab.train._place import plain_settings
 
@@ -39,7 +40,8 @@ LABELS = {method.name: method.label for method in METHODS}
 
 def train_config(method: Method, config: DemoConfig, seed: int) -> TrainConfig:
     """What this training is, as ``gradfilter train --preset demo-NAME`` would have it."""
-    preset = parse_train(["--preset", f"demo-{method.name}"]).settings
+    settings = read_settings(f"demo-{method.name}", None, "train")
+    preset = parse(TrainConfig, "gradfilter demo", arguments(settings))
     return replace(
         preset,
         agree=None if preset.agree is None else config.threshold,

@@ -25,7 +25,7 @@ def arguments(settings: Mapping[str, Any]) -> list[str]:
 
     Example:
         >>> arguments({"learning_rate": 0.1, "betas": [0.9, 0.95], "nesterov": True, "agc": None})
-        ['--learning-rate', '0.1', '--betas', '0.9', '0.95', '--nesterov', '--agc', 'None']
+        ['--learning-rate=0.1', '--betas', '0.9', '0.95', '--nesterov', '--agc=None']
     """
     typed = []
     for name, value in settings.items():
@@ -35,7 +35,7 @@ def arguments(settings: Mapping[str, Any]) -> list[str]:
         elif isinstance(value, list | tuple):
             typed += [f"--{option}", *map(str, value)]
         else:
-            typed += [f"--{option}", str(value)]
+            typed.append(f"--{option}={value}")  # also where the value begins with a hyphen
     return typed
 
 
@@ -50,21 +50,26 @@ def environment_arguments(config: type[DataclassInstance]) -> list[str]:
     return arguments({name: value for name in known if (value := os.environ.get(name.upper()))})
 
 
-def from_files(options: Sequence[str], command: str) -> list[str]:
+def from_files(options: Sequence[str], command: str, config: type[DataclassInstance]) -> list[str]:
     """What the --preset and the --config among the options say, as it would be typed.
 
     Args:
         options: As they were typed.
         command: Whose table is read.
+        config: Whose options may be in it.
 
     Raises:
-        UsageError: There is no such preset or file, or it is not TOML.
+        UsageError: There is no such preset or file, it is not TOML, or says something unknown.
     """
     if {"-h", "--help"} & set(options):
         return []
     file = value_of("--config", options)
     preset = value_of("--preset", options)
-    return arguments(read_settings(preset, None if file is None else Path(file), command))
+    settings = read_settings(preset, None if file is None else Path(file), command)
+    unknown = sorted(settings.keys() - {field.name for field in fields(config)})
+    if unknown:
+        raise UsageError(f"--config: unknown settings in {file!r}: {', '.join(unknown)}.")
+    return arguments(settings)
 
 
 def value_of(option: str, options: Sequence[str]) -> str | None:
@@ -109,7 +114,7 @@ def read_settings(preset: str | None, file: Path | None, command: str) -> dict[s
                 f"--preset: expected one of {', '.join(known)}, found {preset!r}. "
                 "--config reads a file of your own."
             )
-        settings |= _table(known[preset], command)
+        settings |= _table(known[preset], command, {})
     if file is not None:
         settings |= _table(file, command)
     return settings
@@ -132,11 +137,15 @@ def _toml(value: Any) -> str:
     return f'"{escaped}"'
 
 
-def _table(file: Path | Traversable, command: str) -> dict[str, Any]:
+def _table(file: Path | Traversable, command: str, missing: object = None) -> dict[str, Any]:
     try:
-        table = tomllib.loads(file.read_text()).get(command, {})
+        table = tomllib.loads(file.read_text(encoding="utf-8")).get(command, missing)
     except (OSError, ValueError) as error:
         raise UsageError(f"--config: {str(file)!r} cannot be read: {error}") from None
     if not isinstance(table, dict):
         raise UsageError(f"--config: expected a table [{command}] in {str(file)!r}.")
-    return {name.replace("-", "_"): value for name, value in table.items()}
+    settings = {name.replace("-", "_"): value for name, value in table.items()}
+    odd = {"preset", "config", "print_config"} & settings.keys()
+    if odd:
+        raise UsageError(f"--config: {', '.join(sorted(odd))} in {str(file)!r} is no setting.")
+    return settings

@@ -8,7 +8,9 @@ import os
 def started_processes() -> int:
     """How many processes torchrun started, 1 without it; known before they are connected."""
     given = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # one alone is something else
-    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in given) else 1
+    if not all(os.environ.get(name) for name in given) or not os.environ["WORLD_SIZE"].isdigit():
+        return 1
+    return int(os.environ["WORLD_SIZE"])
 
 
 def is_first_process() -> bool:

@@ -62,6 +62,10 @@ def chosen(config: StatsConfig, saved: Sequence[Checkpoint]) -> list[Checkpoint]
     found = []
     for number in dict.fromkeys(config.checkpoint):
         place = number * factor if by_step else number
+        if config.nsteps_per_epoch is not None and place not in known:
+            # Where the batches do not divide the samples, an epoch ends some steps before.
+            ends = {round(c.epoch): c.step for c in saved if abs(c.epoch - number) < 0.5}
+            place = ends.get(number, place)
         if place not in known:
             kind = "step" if by_step else "id"
             raise UsageError(

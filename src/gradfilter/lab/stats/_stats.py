@@ -40,8 +40,10 @@ def stats(config: StatsConfig) -> int:
     with ExitStack() as stack:
         crew = stack.enter_context(connected(device))
         stopped = stack.enter_context(interruptible())
+        data = None
         for checkpoint in wanted:
-            model = restored(run, checkpoint, device=device, data_dir=config.data_dir)
+            model = restored(run, checkpoint, device=device, data_dir=config.data_dir, data=data)
+            data = model.data
             measurement = Measurement.of(config, model)
             if not measurement.carry_out(crew, stopped):
                 break

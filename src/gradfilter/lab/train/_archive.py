@@ -48,7 +48,7 @@ class Checkpoint:
     @property
     def entry(self) -> str:
         """Its name in the archive."""
-        return f"{self.id:05d}-step-{self.step}-epoch-{self.epoch:g}.pt"
+        return f"{self.id:05d}-step-{self.step}-epoch-{self.epoch:.6f}.pt"
 
 
 def tensor_bytes(flat: Mapping[str, Tensor]) -> bytes:

@@ -47,6 +47,14 @@ def begin(config: TrainConfig, device: torch.device, crew: Crew = ALONE) -> Run:
     total = config.steps
     if total is None:
         total = steps_until(config.epochs, len(data.train), size)
+    warmup = round(config.lr_warmup_epochs * per_epoch)
+    check(
+        warmup <= total,
+        "--lr-warmup-epochs",
+        f"at most the length of the training, {total} steps",
+        f"{config.lr_warmup_epochs} ({warmup} steps)",
+        "The target would not be reached. Train longer, or warm up for less.",
+    )
     loss = gf.model_loss(model, _criterion(config))
     if config.compile:
         model.compile()
@@ -101,8 +109,10 @@ def data_of(config: TrainConfig, device: torch.device) -> Data:
 
 
 def _size(split: float | None) -> int | float | None:
-    """A whole number is a number of samples, what is below 1 a fraction of them."""
-    return int(split) if split is not None and split.is_integer() else split
+    """A whole number is a number of samples, what is below 1 a fraction of them; 0 is none."""
+    if not split:
+        return None
+    return int(split) if split.is_integer() else split
 
 
 def model_of(config: TrainConfig, data: Data) -> nn.Module:
@@ -118,7 +128,23 @@ def model_of(config: TrainConfig, data: Data) -> nn.Module:
         additions=config.model_additions,
         init=config.weight_init,
         seed=config.seed,
+        **_model_arguments(config),
     )
+
+
+def _model_arguments(config: TrainConfig) -> dict[str, int]:
+    found = {}
+    for argument in config.model_arguments:
+        name, _, number = argument.partition("=")
+        check(
+            name.isidentifier() and number.isdecimal(),
+            "--model-arguments",
+            "NAME=NUMBER",
+            repr(argument),
+            "depth=3 is one, for mlp and vit.",
+        )
+        found[name] = int(number)
+    return found
 
 
 def _batching(config: TrainConfig, data: Data) -> tuple[int, Order]:
@@ -170,7 +196,7 @@ def _rows(config: TrainConfig, size: int, crew: Crew) -> int | None:
 def _check_rows(config: TrainConfig, model: nn.Module, data: Data, size: int) -> None:
     """Refuse rows that the model cannot normalise, before anything is written."""
     samples = 1 if config.per_sample else size // config.microbatches
-    first = data.train.images.fetch(torch.arange(samples))
+    first = data.train.images.fetch(torch.arange(samples) % len(data.train))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from gradfilter.lab._usage import UsageError, check
 from gradfilter.lab.train._config import TrainConfig
 
 POSITIVE = (
-    "resume_every",
-    "image_size",
-    "learning_rate",
-    "eval_every",
-    "lr_step",
-    "agc_eps",
-    "eps",
+    *("epochs", "resume_every", "image_size", "learning_rate", "eval_every", "lr_step"),
+    *("agc_eps", "eps"),
 )
 POSITIVE_IF_GIVEN = ("clip_per_row", "sam", "early_exit_accuracy", "steps", "samples_per_class")
 NOT_NEGATIVE = (
     *("seed", "label_seed", "data_split_seed", "workers", "weight_decay", "lr_min", "lr_patience"),
-    *("lr_warmup_epochs", "lr_warmup_initial", "rho_min", "epochs"),
+    *("lr_warmup_epochs", "lr_warmup_initial", "rho_min"),
 )
 NOT_NEGATIVE_IF_GIVEN = ("agc", "gsam", "early_exit_loss", "train_split", "val_split")
 FRACTIONS = ("label_noise", "label_smoothing", "alpha")
+
+
+LARGEST = 2**62
+"""What torch's and numpy's integers can hold, with room to count on."""
 
 
 def check_values(config: TrainConfig) -> None:
@@ -54,6 +54,29 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in FRACTIONS:
         value = getattr(config, name)
         check(0 <= value < 1, option(name), "a fraction in [0, 1)", value, "")
+    for name in ("seed", "label_seed", "data_split_seed", "steps", "batch_size", "resume_every"):
+        value = getattr(config, name)
+        fits = value is None or value <= LARGEST
+        check(fits, option(name), f"at most {LARGEST}", value, "Take a smaller one.")
+    accuracy = config.early_exit_accuracy
+    check(
+        accuracy is None or accuracy <= 1,
+        "--early-exit-accuracy",
+        "a fraction in (0, 1]",
+        accuracy,
+        "0.99 is 99 % of the training labels.",
+    )
+    for name in ("train_split", "val_split"):
+        value = getattr(config, name)
+        check(
+            value != 1,
+            option(name),
+            "a fraction below 1, or a number of samples above 1",
+            value,
+            "Leave it away to take what there is.",
+        )
+    outside = Path(config.name).is_absolute() or ".." in Path(config.name).parts
+    check(not outside, "--name", "a folder inside --save-dir", config.name, "")
     for beta in config.betas:
         check(0 <= beta < 1, "--betas", "two numbers in [0, 1)", config.betas, "")
     check(config.microbatches >= 1, "--microbatches", "at least 1", config.microbatches, "")
@@ -89,7 +112,7 @@ def _check_distances(config: TrainConfig) -> None:
 
 
 def _check_together(config: TrainConfig) -> None:
-    rows = "one row per sample" if config.per_sample else f"--microbatches {config.microbatches}"
+    rows = f"--microbatches {config.microbatches}"
     several = config.per_sample or config.microbatches > 1
     refusals = [
         (

@@ -18,6 +18,7 @@ from gradfilter.lab._options import (
 from gradfilter.lab._parse import parse
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.train._config import TrainConfig
+from gradfilter.lab.train._ignored import refuse_ignored
 from gradfilter.lab.train._place import plain_settings
 from gradfilter.lab.train._train import train
 
@@ -56,6 +57,7 @@ def train_command(options: Sequence[str]) -> int:
     if command.print_config:
         print(as_toml(plain_settings(command.settings), "train"), end="")
         return 0
+    refuse_ignored(command.settings, options)
     return train(command.settings)
 
 
@@ -65,8 +67,9 @@ def parse_train(options: Sequence[str], program: str = PROGRAM) -> TrainCommand:
     Raises:
         UsageError: An option, a file or a preset is wrong.
     """
-    options = with_default_threshold(options)
-    given = [*from_files(options, "train"), *environment_arguments(TrainConfig), *options]
+    options = spelt_out(options)
+    files = from_files(options, "train", TrainConfig)
+    given = [*files, *environment_arguments(TrainConfig), *options]
     return parse(TrainCommand, program, given)
 
 
@@ -86,16 +89,24 @@ def config_of(settings: dict[str, object], what: str) -> TrainConfig:
         raise UsageError(f"{what} does not fit this version: {error}") from None
 
 
-def with_default_threshold(options: Sequence[str]) -> list[str]:
-    """``--consensus`` without a number is ``--consensus 1``.
+ALONE = {"--consensus": "1.0", "--adaptive": "asam", "--average": "mean"}
+"""What an option means that stands without a value."""
+NESTEROV = "sgd+nesterov"
+
+
+def spelt_out(options: Sequence[str]) -> list[str]:
+    """Options that may stand without a value with one, and an optimizer's other name.
 
     Example:
-        >>> with_default_threshold(["--consensus", "--per-sample"])
-        ['--consensus', '1.0', '--per-sample']
+        >>> spelt_out(["--consensus", "--per-sample", "--optimizer", "sgd+nesterov"])
+        ['--consensus', '1.0', '--per-sample', '--optimizer', 'sgd', '--nesterov']
     """
     typed: list[str] = []
     for option, following in zip_longest(options, options[1:], fillvalue="--"):
-        typed.append(option)
-        if option == "--consensus" and following.startswith("--"):
-            typed.append("1.0")
+        if option in (NESTEROV, f"--optimizer={NESTEROV}"):
+            typed += [option.replace(NESTEROV, "sgd"), "--nesterov"]
+        else:
+            typed.append(option)
+        if option in ALONE and following.startswith("--"):
+            typed.append(ALONE[option])
     return typed

@@ -51,7 +51,10 @@ class TrainConfig:
     """resnet18_K, resnet18, resnet34, tv_resnet18, tv_resnet34, cnn_K, cnn5_K, vgg8 to vgg19,
     vit_D, mlp_H, wrn_D_W or lenet."""
     model_additions: tuple[str, ...] = ()
-    """What the model has beside its usual parts, for example batchnorm."""
+    """What the model has beside its usual parts: batchnorm, dropout-0.1."""
+    model_arguments: tuple[str, ...] = ()
+    """Sizes that its name does not say, as NAME=NUMBER: width of vgg, patch and depth of vit, depth
+    of mlp."""
     weight_init: Literal["pytorch", "fixup", "mfixup", "nkaiming"] = "pytorch"
     """How the parameters start."""
 
@@ -96,7 +99,7 @@ class TrainConfig:
     lr_decay_rate: float = 0.1
     """Factor of a drop, for step and plateau."""
     lr_min: float = 0.0
-    """Where linear, cosine and poly end, and below which none falls."""
+    """Where linear and cosine end, and below which step, poly and plateau do not fall."""
     lr_power: float = -0.5
     """Exponent of poly, at most 0."""
     lr_patience: int = 10
@@ -175,7 +178,7 @@ class TrainConfig:
     """How much is said on the way."""
 
 
-PLACE = ("data_dir", "download", "noise_file", "resume", "name", "save_dir", "device", "workers")
+PLACE = ("data_dir", "download", "resume", "name", "save_dir", "device", "workers")
 """Settings that say where or how a run is done, and do not change its numbers (much)."""
 WATCHING = ("eval_every", "resume_every", "tensorboard", "wandb", "log_level")
 """Settings that say how a run is watched."""

@@ -15,7 +15,7 @@ from gradfilter.lab.train._marks import (
     is_epoch_end,
     next_mark,
 )
-from gradfilter.lab.train._run import Run, advance, evaluation
+from gradfilter.lab.train._run import Run, advance, evaluation, settle
 
 
 def _nothing(*_: Any) -> None:
@@ -56,6 +56,7 @@ def train_to_the_end(run: Run, watch: Watch, stopped: Callable[[], bool]) -> boo
     while run.done < run.total_steps:
         mark = next_mark(run)
         advance(run, mark, stopped=stopped, tick=watch.tick)
+        settle(run)
         if run.done < mark:
             watch.point(run)
             return False
@@ -77,11 +78,12 @@ def pass_mark(run: Run, watch: Watch) -> bool:
     measured = evaluation(run) if due or exits or watches else None
     over = run.done == run.total_steps
     if measured is not None:
-        over = over or (exits and _is_good_enough(run, measured))
+        # What is watched is not the test split, which may not steer a training.
+        watched = measured.loss if math.isnan(measured.val_loss) else measured.val_loss
+        good, watched = run.crew.agreed([exits and _is_good_enough(run, measured), watched])
+        over = over or bool(good)
         if watches:
-            # What is watched is not the test split, which may not steer a training.
-            no_val = math.isnan(measured.val_loss)
-            run.report = measured.loss if no_val else measured.val_loss
+            run.report = watched
         if due or over:
             watch.evaluated(measured)
     if over or checkpoint_is_due(run):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.train._config import PLACE, WATCHING, TrainConfig, setting
 
+LOCK = "run.lock"
 LONGEST = 120
 """Characters of a folder's name, where file systems allow 255 bytes."""
 
@@ -39,7 +40,7 @@ def place_of(config: TrainConfig) -> Path:
 
 def _plain(value: Any) -> str:
     """A value as part of a file name."""
-    text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
     if isinstance(value, tuple):
         text = "-".join(_plain(part) for part in value)
     return re.sub(r"[^\w.+-]+", "-", text).strip("-")
@@ -57,15 +58,27 @@ def owned(place: Path) -> Iterator[None]:
         BusyError: Another process is at work there.
     """
     try:
+        new = [folder for folder in (place, *place.parents) if not folder.exists()]
         place.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(place / "run.lock", timeout=0)
-        with lock:
-            yield
+        with FileLock(place / LOCK, timeout=0):
+            try:
+                yield
+            finally:
+                _tidy(place, new)
     except Timeout:
         raise BusyError(
             f"the run in {str(place)!r} is at work in another process. "
             "Wait for it, or give this one another --name or --seed."
         ) from None
+
+
+def _tidy(place: Path, new: list[Path]) -> None:
+    """Take back the directories that were made for a run of which nothing was written."""
+    if new and {path.name for path in place.iterdir()} <= {LOCK}:
+        with suppress(OSError):  # somebody else is there meanwhile
+            (place / LOCK).unlink(missing_ok=True)
+            for folder in new:
+                folder.rmdir()
 
 
 @contextmanager

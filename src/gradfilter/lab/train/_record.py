@@ -14,6 +14,7 @@ import torch
 import gradfilter as gf
 from gradfilter.lab._processes import started_processes
 from gradfilter.lab._rundir import append_json_line, write_json
+from gradfilter.lab._usage import UsageError
 from gradfilter.lab.models._build import parameter_count
 from gradfilter.lab.train._archive import (
     LABELS,
@@ -27,9 +28,10 @@ from gradfilter.lab.train._archive import (
 )
 from gradfilter.lab.train._evaluation import Evaluation
 from gradfilter.lab.train._place import plain_settings
+from gradfilter.lab.train._resume import NAME as POINT
 from gradfilter.lab.train._resume import go_on, keep_lines_until, write_point
 from gradfilter.lab.train._run import Run
-from gradfilter.lab.train._trackers import Track
+from gradfilter.lab.train._same_data import check_same_data
 
 METRICS = "metrics.jsonl"
 
@@ -41,12 +43,10 @@ class Record:
     Attributes:
         place: The directory.
         facts: What ``config.json`` says beside the status.
-        track: Tells TensorBoard and the like.
     """
 
     place: Path
     facts: Mapping[str, Any]
-    track: Track
 
     def say(self, status: str) -> None:
         """Write ``config.json``: running, interrupted, failed or finished."""
@@ -54,9 +54,7 @@ class Record:
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
         """Add a line to the metrics."""
-        numbers = asdict(evaluation)
-        append_json_line(self.place / METRICS, numbers)
-        self.track(evaluation.step, numbers)
+        append_json_line(self.place / METRICS, asdict(evaluation))
 
     def write_checkpoint(self, run: Run) -> None:
         """Add parameters and buffers to the archive."""
@@ -67,7 +65,7 @@ class Record:
 
     def clear(self) -> None:
         """Drop what a run wrote that was killed before there was a point to go on from."""
-        for name in (METRICS, NAME):
+        for name in (METRICS, NAME, POINT):
             (self.place / name).unlink(missing_ok=True)
         recover(self.place / NAME)
 
@@ -80,6 +78,13 @@ class Record:
 
     def go_on(self, run: Run) -> None:
         """Put a run where it was left, and drop what was written after that point."""
+        if not (self.place / NAME).exists():
+            raise UsageError(
+                f"--resume: the checkpoints of the run are gone: {str(self.place / NAME)!r} does "
+                "not exist. Start anew under another --name."
+            )
+        recover(self.place / NAME)
+        check_same_data(self.place, run.data)
         go_on(self.place, run)
         if run.done == 0:  # what is known before the first step is written again
             self.clear()

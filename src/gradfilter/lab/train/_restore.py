@@ -10,11 +10,12 @@ from torch import nn
 
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.data._samples import Data
-from gradfilter.lab.train._archive import LABELS, NAME, Checkpoint, read_tensors
+from gradfilter.lab.train._archive import NAME, Checkpoint, read_tensors
 from gradfilter.lab.train._begin import data_of, model_of
 from gradfilter.lab.train._command import config_of
 from gradfilter.lab.train._config import TrainConfig
 from gradfilter.lab.train._place import read_config
+from gradfilter.lab.train._same_data import check_same_data
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def restored(
     *,
     device: torch.device,
     data_dir: Path | None = None,
+    data: Data | None = None,
 ) -> Restored:
     """Read a checkpoint and load its data set again.
 
@@ -50,6 +52,7 @@ def restored(
         checkpoint: One of `checkpoints`.
         device: Where to.
         data_dir: Where the data set is, if it is no longer where the run found it.
+        data: The data set, if another checkpoint of the run has been read before.
 
     Raises:
         UsageError: Something is missing or damaged, or the data set is not what it was.
@@ -57,21 +60,14 @@ def restored(
     config = config_of(read_config(run)["settings"], f"the run in {str(run)!r}")
     if data_dir is not None:
         config = replace(config, data_dir=data_dir)
-    data = data_of(config, device)
-    recorded = read_tensors(run / NAME, LABELS)
-    for name in ("labels", "clean", "ids"):
-        found = getattr(data.train, name).cpu()
-        if not torch.equal(found, recorded.get(name, found[:0])):
-            raise UsageError(
-                f"the {name} of {config.data!r} are not those that the run in {str(run)!r} was "
-                "trained on. Look for the same data set, with --data-dir."
-            )
-    model = model_of(config, data)
+    if data is None:
+        data = data_of(config, device)
+        check_same_data(run, data)
+    model = model_of(config, data).to(dtype=getattr(torch, config.dtype))
     flat = read_tensors(run / NAME, checkpoint)
     named = {name.split(".", 1)[1]: tensor for name, tensor in flat.items()}
     try:
-        model.load_state_dict(named, strict=False)
-        missing = {name for name, _ in model.named_parameters()} - set(named)
+        missing = {*model.load_state_dict(named, strict=False).missing_keys}
     except RuntimeError as error:
         missing = {str(error).splitlines()[-1].strip()}
     if missing:
@@ -79,5 +75,4 @@ def restored(
             f"checkpoint {checkpoint.entry!r} in {str(run)!r} does not fit {config.model}: "
             f"{', '.join(sorted(missing))}."
         )
-    model = model.to(device, getattr(torch, config.dtype)).eval()
-    return Restored(model, data, config, checkpoint, run)
+    return Restored(model.to(device).eval(), data, config, checkpoint, run)

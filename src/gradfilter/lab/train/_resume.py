@@ -17,13 +17,14 @@ from gradfilter.lab.train._archive import tensor_bytes, tensors_of
 from gradfilter.lab.train._run import Run
 
 NAME = "resume.pt"
-NUMBERS = ("done", "seconds", "epoch_seconds")
+NUMBERS = ("done", "seconds", "epoch_seconds", "peak_memory")
 
 
 def write_point(place: Path, run: Run) -> None:
     """Write the point where a run stands, as a whole or not at all."""
     report = math.nan if run.report is None else run.report
-    numbers = {name: getattr(run, name) for name in NUMBERS} | {"report": report}
+    numbers = {name: getattr(run, name) for name in NUMBERS}
+    numbers |= {"reports": run.report is not None, "report": report}
     flat = {
         **_prefixed("state.", gf.state_dict(run.state)),
         **_prefixed("totals.", run.totals),
@@ -43,8 +44,8 @@ def go_on(place: Path, run: Run) -> None:
     flat = tensors_of(path.read_bytes(), repr(str(path)))
     try:
         state = gf.load_state_dict(run.state, _without("state.", flat))
-        totals = {name: flat[f"totals.{name}"].to(run.device) for name in run.totals}
-        numbers = {name: flat[name].item() for name in (*NUMBERS, "report")}
+        totals = {name: flat[f"totals.{name}"].to(zero) for name, zero in run.totals.items()}
+        numbers = {name: flat[name].item() for name in (*NUMBERS, "reports", "report")}
         skipped = flat["skipped"].to(run.device)
     except (ValueError, KeyError) as error:
         raise UsageError(
@@ -54,7 +55,7 @@ def go_on(place: Path, run: Run) -> None:
     run.state, run.totals, run.skipped = state, totals, skipped
     run.done = int(numbers["done"])
     run.seconds, run.epoch_seconds = numbers["seconds"], numbers["epoch_seconds"]
-    run.report = None if math.isnan(numbers["report"]) else numbers["report"]
+    run.report = numbers["report"] if numbers["reports"] else None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

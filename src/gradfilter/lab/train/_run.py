@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import gradfilter as gf
 from gradfilter import diagnostics
 from gradfilter._types import State
+from gradfilter.grads._ambient import random_state_restored, set_random_state
 from gradfilter.grads._grad_function import GradFunction
 from gradfilter.lab._crew import Crew
 from gradfilter.lab.data._augment import Augment
@@ -24,7 +25,7 @@ from gradfilter.lab.data._stream import batches
 from gradfilter.lab.train import _totals
 from gradfilter.lab.train._config import TrainConfig
 from gradfilter.lab.train._evaluation import Evaluation, accuracies
-from gradfilter.lab.train._memory import peak_memory
+from gradfilter.lab.train._memory import peak_memory, watch_memory
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Run:
         totals: Of the epoch at work.
         skipped: Steps skipped since the start, on the device.
         report: What the next step tells a plateau schedule.
+        peak_memory: The most that was held during steps, in bytes.
         seconds: Spent in steps since the start.
         epoch_seconds: Spent in steps of this epoch.
     """
@@ -67,6 +69,7 @@ class Run:
     skipped: Tensor
     done: int = 0
     report: float | None = None
+    peak_memory: float = 0.0
     seconds: float = 0.0
     epoch_seconds: float = 0.0
 
@@ -119,6 +122,7 @@ def advance(
         first_step=run.done,
     )
     start = time.perf_counter()
+    watch_memory(run.device)
     run.model.train()
     with precision(config, run.device):
         for batch in stream:
@@ -126,7 +130,10 @@ def advance(
                 break
             # The schedule follows the steps done, so that skipped ones do not stretch it.
             run.state, info = run.step(run.state, batch, count=run.done, value=run.report)
-            run.report = None
+            # A schedule forgets what it is told in a step that is skipped. To ask costs a look at
+            # the device, once after an epoch.
+            if run.report is not None and info["keep"]:
+                run.report = None
             run.totals = _totals.plus(run.totals, info)
             run.skipped = run.skipped + ~info["keep"]
             run.done += 1
@@ -134,18 +141,34 @@ def advance(
     if run.device.type != "cpu":
         torch.accelerator.synchronize(run.device)
     spent = time.perf_counter() - start
+    run.peak_memory = max(run.peak_memory, peak_memory(run.device))
     run.seconds += spent
     run.epoch_seconds += spent
 
 
+def settle(run: Run) -> None:
+    """Make one of what several processes measured on their own rows: totals and running statistics.
+
+    Parameters and transforms are the same bits on all at any time. BatchNorm's statistics are those
+    of a process's own samples until here, where each becomes their mean.
+    """
+    if run.crew.size == 1:
+        return
+    totals = run.crew.mean(torch.stack([*run.totals.values()]))
+    run.totals = dict(zip(run.totals, totals.unbind(), strict=True))
+    buffers = {
+        name: run.crew.mean(buffer) if buffer.is_floating_point() else buffer
+        for name, buffer in run.state["buffers"].items()
+    }
+    run.state = {**run.state, "buffers": buffers}
+
+
 def evaluation(run: Run) -> Evaluation:
-    """Measure a training where it stands; changes nothing."""
-    # Of what each process measures on its own rows, the mean; the rest is the same on all.
-    totals = run.crew.mean(torch.stack([*run.totals.values()])).tolist()
-    numbers = dict(zip(run.totals, totals, strict=True))
+    """Measure a training where it stands; changes nothing. Several processes settle before."""
+    numbers = dict(zip(run.totals, torch.stack([*run.totals.values()]).tolist(), strict=True))
     seen = numbers["steps"] * run.batch_size
     with precision(run.config, run.device):
-        quality = accuracies(run.model, run.state, run.data)
+        quality = accuracies(run.model, run.state, run.data, run.config.workers)
         agreement = _agreement(run)
     return Evaluation(
         step=run.done,
@@ -154,7 +177,7 @@ def evaluation(run: Run) -> Evaluation:
         skipped=int(run.skipped),
         seconds=run.seconds,
         samples_per_second=seen / run.epoch_seconds if run.epoch_seconds else math.nan,
-        peak_memory=peak_memory(run.device),
+        peak_memory=run.peak_memory if run.done else math.nan,
         **quality,
         **agreement,
         **_totals.means(numbers, run.config),
@@ -168,6 +191,9 @@ def _agreement(run: Run) -> dict[str, float]:
     chosen = run.order(run.done, run.done + 1)[0]
     samples = run.data.train
     batch = samples.images.fetch(chosen), samples.labels[chosen.to(run.device)]
-    rows = run.all_rows(run.state["params"], batch, buffers=run.state["buffers"])
-    scale = diagnostics.noise_scale(rows, run.batch_size // len(rows)).samples
-    return {"cosine": diagnostics.agreement(rows).item(), "noise_scale": scale.item()}
+    with random_state_restored(run.device):  # dropout as the next step will have it
+        set_random_state(run.state["random"], run.device)
+        rows = run.all_rows(run.state["params"], batch, buffers=run.state["buffers"])
+        scale = diagnostics.noise_scale(rows, run.batch_size // len(rows)).samples
+        cosine = diagnostics.agreement(rows)
+    return {"cosine": cosine.item(), "noise_scale": scale.item()}

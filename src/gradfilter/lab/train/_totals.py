@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradfilter.lab.train._config import TrainConfig
 
-SUMS = ("loss", "rows", "accepted", "steps", "clipped_rows", "clipped_units", "gap")
+SUMS = ("loss", "losses", "rows", "accepted", "steps", "clipped_rows", "clipped_units", "gap")
 LATEST = ("lr", "rho")
 
 Totals = dict[str, Tensor]
@@ -34,8 +34,11 @@ def plus(totals: Totals, info: Mapping[str, Tensor]) -> Totals:
     accepted = found.get("accepted")
     # A reducer that accepts nothing and rejects nothing takes every row.
     one = torch.ones_like(totals["steps"])
+    # A loss that is no number is one of a step that a filter skipped, or the last of a training.
+    finite = info["loss"].isfinite()
     new = {
-        "loss": info["loss"],
+        "loss": torch.where(finite, info["loss"], 0.0),
+        "losses": finite,
         "rows": one if accepted is None else one * len(accepted),
         "accepted": one if accepted is None else accepted.sum(),
         "steps": one,
@@ -60,7 +63,7 @@ def means(totals: Mapping[str, float], config: TrainConfig) -> dict[str, float]:
     steps = totals["steps"] or math.nan
     moving = config.rho_schedule != "constant"
     return {
-        "loss": totals["loss"] / steps,
+        "loss": totals["loss"] / (totals["losses"] or math.nan),
         "accepted": totals["accepted"] / (totals["rows"] or math.nan),
         "clipped_rows": _if(config.clip_per_row is not None, totals["clipped_rows"] / steps),
         "clipped_units": _if(bool(config.agc), totals["clipped_units"] / steps),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -35,18 +36,21 @@ def is_installed(package: str) -> bool:
 
 
 @contextmanager
-def trackers(config: TrainConfig, place: Path, settings: Mapping[str, Any]) -> Iterator[Track]:
+def trackers(
+    config: TrainConfig, place: Path, settings: Mapping[str, Any], first: int
+) -> Iterator[Track]:
     """Everything that was asked for, as one function.
 
     Args:
         config: Says what is asked for.
         place: The run directory.
         settings: Shown beside the metrics.
+        first: The first step that is told now.
     """
     tracks: list[Track] = []
     with ExitStack() as stack:
         if config.tensorboard:
-            tracks.append(_tensorboard(place, stack))
+            tracks.append(_tensorboard(place, first, stack))
         if config.wandb:
             tracks.append(_wandb(place, settings, stack))
 
@@ -58,10 +62,11 @@ def trackers(config: TrainConfig, place: Path, settings: Mapping[str, Any]) -> I
         yield track
 
 
-def _tensorboard(place: Path, stack: ExitStack) -> Track:
+def _tensorboard(place: Path, first: int, stack: ExitStack) -> Track:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = stack.enter_context(SummaryWriter(str(place / "tensorboard")))
+    # What a killed run said after its last point is said again.
+    writer = stack.enter_context(SummaryWriter(str(place / "tensorboard"), purge_step=first))
 
     def track(step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
@@ -73,8 +78,15 @@ def _tensorboard(place: Path, stack: ExitStack) -> Track:
 def _wandb(place: Path, settings: Mapping[str, Any], stack: ExitStack) -> Track:
     import wandb
 
+    # The same run of theirs for the same directory, also when it goes on.
+    known = hashlib.sha256(str(place.resolve()).encode()).hexdigest()[:16]
     run = wandb.init(
-        project="gradfilter", name=str(place), dir=place, config=dict(settings), resume="allow"
+        project="gradfilter",
+        id=known,
+        name=str(place),
+        dir=place,
+        config=dict(settings),
+        resume="allow",
     )
     stack.callback(run.finish)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 from gradfilter.lab._crew import connected, own_device
@@ -46,13 +47,13 @@ def train(config: TrainConfig) -> int:
     check_trackers(config)
     device = own_device(usable_device(config.device))
     place = place_of(config)
-    if config.resume and is_finished(place):
+    refuse_what_is_there(config, place)
+    if is_finished(place):
         if is_first_process():
             print(f"finished already: {place}")
         return 0
     with ExitStack() as stack:
         if is_first_process():
-            refuse_what_is_there(config, place)
             stack.enter_context(explained(place))
             stack.enter_context(owned(place))
         crew = stack.enter_context(connected(device))
@@ -82,11 +83,9 @@ def recorded(run: Run, place: Path, goes_on: bool, stopped: Callable[[], bool]) 
     """
     config, facts = run.config, facts_of(run)
     last: list[Evaluation] = []
-    with (
-        speaking(config.log_level) as console,
-        trackers(config, place, facts["settings"]) as track,
-    ):
-        record = Record(place, facts, track)
+    with ExitStack() as stack:
+        console = stack.enter_context(speaking(config.log_level))
+        record = Record(place, facts)
         if goes_on:
             record.go_on(run)
             log.info("going on after step %d: %s", run.done, place)
@@ -95,18 +94,24 @@ def recorded(run: Run, place: Path, goes_on: bool, stopped: Callable[[], bool]) 
             log.info("writing to %s", place)
         record.say("running")
         record.start(run)
+        first = run.done + 1 if run.done else 0
+        track = stack.enter_context(trackers(config, place, facts["settings"], first))
         status = "failed"
         try:
             with progress_bar(console, config.model, run.total_steps, run.done) as tick:
 
                 def evaluated(evaluation: Evaluation) -> None:
                     record.write_evaluation(evaluation)
+                    track(evaluation.step, asdict(evaluation))
                     log.info(shown(evaluation))
                     last[:] = [evaluation]
 
                 watch = Watch(evaluated, record.write_checkpoint, record.save_point, tick)
                 over = train_to_the_end(run, watch, stopped)
                 status = "finished" if over else "interrupted"
+        except KeyboardInterrupt:
+            status = "interrupted"  # a second Ctrl-C, which does not wait for the step
+            raise
         finally:
             record.say(status)
     if not over:
