@@ -301,7 +301,7 @@ def test_a_run_leaves_everything_behind(tmp_path):
 
 
 def _short(line):
-    return {**line, "epoch": float(f"{line['epoch']:g}")}
+    return {**line, "epoch": round(line["epoch"], 6)}
 
 
 def test_a_checkpoint_gives_the_metrics_of_its_line_again(tmp_path):
@@ -368,3 +368,85 @@ def test_ranks_train_what_one_process_trains(tmp_path):
         for key, value in a.items():
             assert value == b[key] or value == pytest.approx(b[key], rel=1e-10), key
     assert json.loads((runs[1] / "config.json").read_text())["processes"] == 2
+
+
+# What once was wrong
+
+
+def test_a_report_outlives_the_steps_that_are_skipped():
+    # At this threshold many steps are skipped; nothing improves, so every epoch is a drop.
+    options = ["--schedule", "plateau", "--lr-patience", 0, "--learning-rate", 1e-9, "--epochs", 8]
+    _, lines = trained(*options, "--microbatches", 2, "--agree", 0.55)
+    assert 0 < lines[-1].skipped < 126
+    assert lines[-1].lr == pytest.approx(1e-9 * 0.1**6, rel=1e-3)
+
+
+def test_a_loss_that_is_no_number_is_left_out_of_the_mean():
+    run = run_of("--model", "mlp_8", "--microbatches", 2, "--agree", 1.9, "--epochs", 1)
+    whole = run_of("--model", "mlp_8", "--microbatches", 2, "--agree", 1.9, "--epochs", 1)
+    advance(whole, 1)
+    first = whole.totals["loss"].item()
+    advance(run, 1)
+    run.data.train.images.source.fill_(0)
+    step = run.step
+
+    def spoilt(state, batch, **extra):
+        return step(state, (batch[0] * torch.nan, batch[1]), **extra)
+
+    run.step = spoilt
+    advance(run, 2)
+    run.step = step
+    assert run.skipped.item() == 1
+    assert evaluation(run).loss == pytest.approx(first)
+
+
+def test_agreement_is_measured_with_the_dropout_of_the_next_step():
+    options = ["--model", "mlp_32", "--model-additions", "dropout-0.5", "--microbatches", 4]
+    run = run_of(*options)
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(evaluation(run).cosine)
+    assert found[0] == found[1]
+    assert found[0] == evaluation(run_of(*options)).cosine
+
+
+def test_checkpoints_keep_every_digit(tmp_path):
+    options = [*SMALL, "--dtype", "float64", "--save-dir", tmp_path]
+    assert command(*options)[0] == 0
+    run = only_run(tmp_path)
+    last = checkpoints(run / "checkpoints.zip")[-1]
+    flat = read_tensors(run / "checkpoints.zip", last)
+    again = dict(restored(run, last, device=CPU).model.named_parameters())
+    for name, value in flat.items():
+        assert torch.equal(again[name.removeprefix("params.")], value)
+
+
+def test_settings_that_only_look_alike_are_not_taken_for_a_finished_run(tmp_path):
+    base = [*SMALL, "--save-dir", tmp_path, "--resume"]
+    assert command(*base, "--label-noise", 0.10001)[0] == 0
+    assert "other settings: label_noise" in refused(*base, "--label-noise", 0.1)
+    assert command(*base, "--learning-rate", 0.12345678)[0] == 0
+    assert "finished already" not in command(*base, "--learning-rate", 0.12345699)[1]
+
+
+def test_options_that_stand_alone_and_names_of_others():
+    found = parse_train(["--consensus", "--per-sample"]).settings
+    assert found.consensus == 1.0
+    found = parse_train(["--sam", "0.05", "--adaptive", "--optimizer", "sgd+nesterov"]).settings
+    assert (found.adaptive, found.optimizer, found.nesterov) == ("asam", "sgd", True)
+    sizes = parse_train(["--model-arguments", "depth=3"]).settings
+    deep = begin(sizes, CPU)
+    assert len(deep.state["params"]) == 8
+
+
+def test_odd_numbers_of_samples():
+    run = run_of("--train-split", 90, "--samples-per-class", 10, "--steps", 1)
+    assert run.batch_size == 100  # ragged classes cycle
+    advance(run, 1)
+
+
+def test_a_name_may_begin_with_a_hyphen(tmp_path):
+    assert command(*SMALL, "--name=-x", "--save-dir", tmp_path)[0] == 0
+    run = only_run(tmp_path)
+    assert restored(run, checkpoints(run / "checkpoints.zip")[0], device=CPU).config.name == "-x"

@@ -18,7 +18,7 @@ from tests._lab import command, config, metrics, only_run, refused
 from gradfilter.lab import _rundir
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.train import _place
-from gradfilter.lab.train._archive import add, checkpoints, read_tensors, tensors_of
+from gradfilter.lab.train._archive import add, checkpoints, read_tensors, tensor_bytes, tensors_of
 from gradfilter.lab.train._restore import restored
 
 SMALL = ["train", "--model", "mlp_8", "--epochs", 1, "--log-level", "error"]
@@ -75,6 +75,22 @@ VALUES = {
     "--save-checkpoint 0": "--save-checkpoint",
     "--eval-every 0": "--eval-every",
     "--workers -1": "--workers",
+    "--epochs 0": "--epochs",
+    "--steps 3 --schedule constant --lr-warmup-epochs 5": "--lr-warmup-epochs: expected at most",
+    "--steps 3 --schedule cosine --lr-warmup-epochs 5": "--lr-warmup-epochs: expected at most",
+    "--seed 99999999999999999999999": "--seed",
+    "--steps 99999999999999999999 --schedule cosine": "--steps",
+    "--early-exit-accuracy 50": "--early-exit-accuracy",
+    "--train-split 1": "--train-split",
+    "--name ../escape": "--name",
+    "--name /abs": "--name",
+    "--epochs 5 --steps 10": "--epochs: it would change nothing",
+    "--betas 0.9 0.99": "--betas: it would change nothing without --optimizer adam or adamw",
+    "--agc-exclude head.*": "--agc-exclude: it would change nothing without --agc",
+    "--against first": "--against",
+    "--noise-type pairflip": "--noise-type",
+    "--model-arguments depth": "--model-arguments",
+    "--model-arguments width=3": "width",
     "--device cuda:99": "--device: expected a device of this machine",
     "--seed -1": "--seed",
     "--preset nothing": "gaf-cifar100",
@@ -91,12 +107,15 @@ def test_bad_values_get_one_line_and_nothing_is_written(options, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     line = refused("train", *options.split())
     assert line.startswith("gradfilter train: ") and VALUES[options] in line
-    assert not list(tmp_path.rglob("*.json*")) and not list(tmp_path.rglob("*.zip"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_is_no_configuration_is_named(tmp_path):
     file = tmp_path / "own.toml"
-    for text in ("[train", "train = 3", "[train]\nlearning_rat = 3", "[train]\nepochs = 'x'"):
+    for text in (
+        *("[train", "train = 3", "[train]\nlearning_rat = 3", "[train]\nepochs = 'x'"),
+        *("model = 'mlp_8'", "[trian]\nepochs = 1", "[train]\npreset = 'gaf-cifar100'"),
+    ):
         file.write_text(text)
         assert "--" in refused("train", "--config", file)
 
@@ -257,6 +276,19 @@ def test_a_checkpoint_of_another_model_or_data_set_is_refused(run):
         (run / "config.json").write_text(text.replace(before, after))
         with pytest.raises(UsageError, match=said):
             restored(run, wanted, device=torch.device("cpu"))
+
+
+def test_resuming_on_another_data_set_is_refused(run):
+    text = (run / "config.json").read_text().replace('"finished"', '"interrupted"')
+    (run / "config.json").write_text(text)
+    labels = read_tensors(run / "checkpoints.zip", "labels.pt")
+    (run / "checkpoints.zip").unlink()
+    line = refused(*SMALL, "--save-dir", run.parents[3], "--resume")
+    assert "checkpoints of the run are gone" in line
+    labels["labels"][3] += 1
+    add(run / "checkpoints.zip", "labels.pt", tensor_bytes(labels))
+    line = refused(*SMALL, "--save-dir", run.parents[3], "--resume")
+    assert "not those that the run" in line
 
 
 def test_resuming_with_other_settings_is_refused(run):
