@@ -11,8 +11,8 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
+from tests._lab import command
 
-from gradfilter.lab._cli import main
 from gradfilter.lab._options import presets
 from gradfilter.lab.sweep import _outcome
 from gradfilter.lab.sweep._command import parse_sweep
@@ -25,17 +25,6 @@ from gradfilter.lab.train._place import place_of
 from gradfilter.lab.train._train import train
 
 SHARED = ["--", "--epochs", "2", "--model", "mlp_8", "--val-split", "0.2"]
-
-
-def command(*args):
-    """Exit code, stdout and stderr of a command line, in this process."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main([str(arg) for arg in args])
-        except SystemExit as stop:
-            code = stop.code
-    return code, out.getvalue(), err.getvalue()
 
 
 def rows(folder):
