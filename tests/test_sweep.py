@@ -137,7 +137,7 @@ def test_the_metric_is_validation_where_there_is_one():
         (["--grid", "learning_rate=0.1,-1"], "--learning-rate: expected a positive number"),
         (["--grid", "agree=0.9", "microbatches=1,2"], "several rows to compare"),
         (["--grid", "eval_every=1,2"], "Give it after --"),
-        (["--grid", "learning_rate=0.1,0.10000001"], "two trainings have the run directory"),
+        (["--grid", "data=folder:a/b,folder:a-b"], "two trainings have the run directory"),
         (["--grid", "seed=0", "--trials", "3"], "--trials"),
         (["--grid", "seed=0", "--jobs", "0"], "--jobs: expected at least 1"),
         (["--grid", "seed=0", "--heartbeat", "0"], "--heartbeat: expected at least 1"),
