@@ -56,7 +56,7 @@ def _at(model: Model, x: Tensor) -> Derivative:
         tangents = torch.empty_like(x).copy_(v.reshape(x.shape))  # in the layout of x
         with warnings.catch_warnings(), plain_attention():
             # What torch imports for forward mode uses what torch has deprecated.
-            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
             moved: Tensor = torch.func.jvp(model, (x,), (tangents,))[1]
         return moved
 
