@@ -255,11 +255,13 @@ def test_module_is_the_same_command():
     assert (done.returncode, done.stdout) == (0, f"gradfilter {gf.__version__}\n"), done.stderr
 
 
-def test_missing_extra_is_named():
-    code = "import sys; sys.modules['tyro'] = None; import gradfilter.__main__ as m; m.main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+@pytest.mark.parametrize(("package", "command_name"), [("tyro", "demo"), ("optuna", "sweep")])
+def test_missing_extra_is_named(package, command_name):
+    code = f"import sys; sys.modules[{package!r}] = None; import gradfilter.__main__ as m; m.main()"
+    run = [sys.executable, "-c", code, command_name]
+    done = subprocess.run(run, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "'tyro'" in done.stderr and "gradfilter[lab]" in done.stderr
+    assert repr(package) in done.stderr and "gradfilter[lab]" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

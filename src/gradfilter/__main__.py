@@ -7,16 +7,17 @@ def main() -> None:
     """Run the command line of the lab, or say which extra is missing."""
     try:
         from gradfilter.lab._cli import main as lab_main
+
+        lab_main()  # commands import what they need when they are asked for
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("gradfilter"):
             raise
         print(
-            f"gradfilter: the command line needs {error.name!r}, which is not installed. "
+            f"gradfilter: the command line needs {error.name.split('.')[0]!r}, which is not installed. "
             'Install the extra: pip install "gradfilter[lab]"',
             file=sys.stderr,
         )
         sys.exit(2)
-    lab_main()
 
 
 if __name__ == "__main__":
