@@ -12,8 +12,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("gradfilter"):
             raise
+        package = error.name.split(".")[0]
         print(
-            f"gradfilter: the command line needs {error.name.split('.')[0]!r}, which is not installed. "
+            f"gradfilter: the command line needs {package!r}, which is not installed. "
             'Install the extra: pip install "gradfilter[lab]"',
             file=sys.stderr,
         )
