@@ -120,16 +120,23 @@ def main(args: list[str] | None = None) -> None:
         "preset": None if given.part == "features" else PRESET,
     }
     means = [_means(lines, size, value) for value in sizes]
-    peak = {
-        name: max(means, key=lambda point: point[name])[size]
-        for name in ("test_error", "lipschitz")
-    }
+    peak = {name: _peak(means, size, name) for name in ("test_error", "lipschitz")}
     fits = [point[size] for point in means if point["train_error"] == 0]
     summary = {"peaks": peak, "first_without_train_error": min(fits, default=None)}
     path = given.out / f"double_descent_{given.part}-cpu.json"
     write(path, {**facts, **summary, "means": means, "lines": lines})
     Console(width=120).print(_table(means, size))
     print(json.dumps(summary))
+
+
+def _peak(means: list[dict[str, Any]], size: str, name: str) -> int | None:
+    """Where the second rise ends: the highest point after the first valley."""
+    values = [point[name] for point in means]
+    down = next((i for i in range(1, len(values)) if values[i] > values[i - 1]), None)
+    if down is None:
+        return None
+    top = max(range(down, len(values)), key=lambda i: values[i])
+    return int(means[top][size])
 
 
 def _means(lines: list[dict[str, Any]], size: str, value: int) -> dict[str, Any]:
