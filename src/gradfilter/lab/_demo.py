@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import gradfilter as gf
 from gradfilter.lab._crew import Crew, connected, own_device
@@ -23,6 +22,7 @@ from gradfilter.lab._table import comparison
 from gradfilter.lab.train._archive import tensor_bytes
 from gradfilter.lab.train._begin import begin
 from gradfilter.lab.train._config import TrainConfig
+from gradfilter.lab.train._progress import bars
 from gradfilter.lab.train._run import Run, advance, evaluation, settle
 from gradfilter.lab.train._totals import nothing
 
@@ -86,9 +86,9 @@ def _train_all(
         if folder is not None:
             append_json_line(folder / "metrics.jsonl", as_line(measured[-1]))
 
-    with _progress(folder is not None) as progress:
+    with bars(Console(stderr=True), shown=folder is not None) as progress:
         total = config.steps * config.seeds
-        bars = {m.name: progress.add_task(m.label, total=total) for m in METHODS}
+        rows = {m.name: progress.add_task(m.label, total=total) for m in METHODS}
         for seed in range(config.seed, config.seed + config.seeds):
             runs = {m.name: _begun(train_config(m, config, seed), device, crew) for m in METHODS}
             for name, run in runs.items():
@@ -97,7 +97,7 @@ def _train_all(
                 runs,
                 config.steps,
                 stopped=stopped,
-                tick=lambda name: progress.advance(bars[name]),
+                tick=lambda name: progress.advance(rows[name]),
                 log=log,
             )
             if folder is not None:
@@ -171,15 +171,3 @@ def _title(config: DemoConfig, finished: int, steps: Sequence[int]) -> str:
         return f"{noise}, interrupted: {finished} of {config.seeds} seeds finished"
     span = f"{steps[0]}" if steps[0] == steps[-1] else f"{steps[0]} to {steps[-1]}"
     return f"{noise}, seed {config.seed}, interrupted after {span} of {config.steps} steps"
-
-
-def _progress(shown: bool) -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not (shown and console.is_terminal),  # a log file wants no bars
-    )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gradfilter import _tree
 from gradfilter._types import State
 from gradfilter.lab.data._samples import Data, Samples
 from gradfilter.lab.data._stream import in_order
@@ -110,9 +111,7 @@ def accuracies(model: nn.Module, state: State, data: Data, workers: int = 0) -> 
 
 def _sums(model: nn.Module, state: State, samples: Samples, chunk: int, workers: int) -> Tensor:
     """Right by label, right by true label, memorised, and loss, summed. (4,)."""
-    device = samples.labels.device
-    total = torch.zeros(4, device=device, dtype=torch.float32 if device.type == "mps" else None)
-    total = total if device.type == "mps" else total.double()
+    total = samples.labels.new_zeros(4, dtype=_tree.wide(samples.labels))
     weights = {**state["params"], **state["buffers"]}
     for images, chosen in in_order(samples, chunk, workers=workers):
         logits = torch.func.functional_call(model, weights, (images,)).float()

@@ -35,19 +35,24 @@ def speaking(level: str) -> Iterator[Console]:
         log.setLevel(before)
 
 
-@contextmanager
-def progress_bar(
-    console: Console, label: str, total: int, done: int
-) -> Iterator[Callable[[], None]]:
-    """A bar, and the function that moves it by one; a log file wants none."""
-    with Progress(
+def bars(console: Console, shown: bool = True) -> Progress:
+    """Room for bars, drawn on a terminal only: a log file wants none."""
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
-    ) as progress:
+        disable=not (shown and console.is_terminal),
+    )
+
+
+@contextmanager
+def progress_bar(
+    console: Console, label: str, total: int, done: int
+) -> Iterator[Callable[[], None]]:
+    """A bar, and the function that moves it by one."""
+    with bars(console) as progress:
         bar = progress.add_task(label, total=total, completed=done)
         yield lambda: progress.advance(bar)
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from gradfilter import _tree
 from gradfilter.lab.train._config import TrainConfig
 
 SUMS = ("loss", "losses", "rows", "accepted", "steps", "clipped_rows", "clipped_units", "gap")
@@ -19,7 +20,8 @@ Totals = dict[str, Tensor]
 
 def nothing(device: torch.device) -> Totals:
     """The totals before the first step of an epoch."""
-    zero = torch.zeros((), device=device, dtype=_widest(device))
+    narrow = torch.zeros((), device=device)
+    zero = narrow.to(_tree.wide(narrow))
     return dict.fromkeys((*SUMS, *LATEST), zero)
 
 
@@ -75,7 +77,3 @@ def means(totals: Mapping[str, float], config: TrainConfig) -> dict[str, float]:
 
 def _if(has: bool, value: float) -> float:
     return value if has else math.nan
-
-
-def _widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
