@@ -70,9 +70,29 @@ def rules() -> list[Rule]:
 
 
 def candidates() -> list[Rule]:
-    """What was tried as a rule for everybody: it should cost nothing where all labels are right."""
+    """The best of `rule_search.py` for clean and noisy labels, and what they are measured by."""
     soft = {**PER_SAMPLE, "consensus": 1.0}
-    return [Rule("plain"), Rule("consensus, soft", soft)]
+    found: list[Rule] = []
+    for power in (0.0, 3.0):
+        rule = Rule(f"budget 0.3, power {power:g}", {**PER_SAMPLE, **_budget(power)})
+        found += [rule, _averaged(rule)]
+    clipped = _clipped(Rule("consensus, soft", soft))
+    return [
+        Rule("plain"),
+        Rule(f"clip {CLIP:g} per sample", {**PER_SAMPLE, "clip_per_row": CLIP}),
+        Rule("consensus, soft", soft),
+        clipped,
+        _averaged(clipped),
+        *found,
+    ]
+
+
+def _budget(power: float) -> dict[str, Any]:
+    return {"budget_clip": 0.3, "budget_power": power}
+
+
+def _averaged(rule: Rule) -> Rule:
+    return replace(rule, name=f"{rule.name}, averaged", ema=0.99)
 
 
 def rule_of(name: str) -> Rule:

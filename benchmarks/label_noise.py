@@ -2,20 +2,23 @@
 
 On digits, a network 64-256-256-10 sees the same 1500 batches of 80 samples under every rule, eight
 samples of every class. The learning rate of a rule is the one with the highest final accuracy on a
-validation split (a fifth of the training part, true labels) over two seeds that are not used again;
-then it is trained on the whole training part with five other seeds. Accuracies are those of the
+validation split (a fifth of the training part, true labels) over two seeds that are not used again:
+six rates, and further ones until the best is neither the lowest nor the highest that was tried.
+Then it is trained on the whole training part with five other seeds. Accuracies are those of the
 last step; "best" is the highest of the 30 evaluations, picked with the test labels, so an upper
 bound and no result. At equal time a rule stops where plain training is at its end; the cost of a
 step is measured apart, the rules taking turns.
 
     python benchmarks/label_noise.py                  # the rules at 30 % noise
-    python benchmarks/label_noise.py --part default   # one rule for 0, 30 and 50 %
+    python benchmarks/label_noise.py --part default   # one rate for 0, 30 and 50 %, ten seeds
+    python benchmarks/label_noise.py --part clean     # plain training at its best rate for 0 %
 """
 
 import argparse
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,29 +31,87 @@ if not __package__:  # run as a file: make the folder around it the package it i
 
 from benchmarks._machine import machine
 from benchmarks._noise_rules import STEPS, Rule, candidates, rules
-from benchmarks._noise_runs import EVERY, Done, Task, begun
+from benchmarks._noise_runs import CPU, EVERY, Done, Task, begun
 from benchmarks._results import write
 from gradfilter.lab.train._run import advance
 
-RATES = (0.01, 0.03, 0.1, 0.3)
-AsWritten = argparse.RawDescriptionHelpFormatter
 SWEEP_SEEDS = (100, 101)
-SEEDS = (0, 1, 2, 3, 4)
-NOISES = {"rules": (0.3,), "default": (0.0, 0.3, 0.5)}
-NAMES = {"rules": "label_noise", "default": "default_rule"}
+PARTS = ("rules", "default", "clean")
 
 
-def best_rate(done: Done, rule: Rule, noises: tuple[float, ...]) -> tuple[float, dict[str, float]]:
-    """The rate of the highest validation accuracy, over all noises, and those of all rates."""
-    means = {
-        str(rate): statistics.mean(
-            done[Task(rule.name, rate, noise, seed, True)]["curve"][-1]["val_accuracy"]
-            for noise in noises
-            for seed in SWEEP_SEEDS
-        )
-        for rate in RATES
-    }
-    return float(max(means, key=lambda rate: means[rate])), means
+@dataclass(frozen=True)
+class Study:
+    """What is compared, and with what.
+
+    Attributes:
+        name: Of the file that is written.
+        rules: To be compared.
+        noises: Fractions of wrong labels; a rule has one learning rate for all of them.
+        ladder: Learning rates.
+        first: The lowest and the highest of them that every rule is tried with.
+        seeds: Of the trainings that count.
+    """
+
+    name: str
+    rules: list[Rule]
+    noises: tuple[float, ...]
+    ladder: tuple[float, ...]
+    first: tuple[float, float]
+    seeds: tuple[int, ...]
+
+    def finals(self, rule: Rule, rate: float, noise: float) -> list[Task]:
+        return [Task(rule.name, rate, noise, seed, False) for seed in self.seeds]
+
+
+def study(part: str) -> Study:
+    """The study of this name."""
+    one_three = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    one_two_five = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+    five, ten, noises = tuple(range(5)), tuple(range(10)), (0.0, 0.3, 0.5)
+    studies = (
+        Study("label_noise", rules(), (0.3,), one_three, (0.001, 0.3), five),
+        Study("default_rule", candidates(), noises, one_two_five, (0.02, 0.2), ten),
+        Study("clean_labels", [Rule("plain")], (0.0,), one_two_five, (0.02, 0.2), ten),
+    )
+    return dict(zip(PARTS, studies, strict=True))[part]
+
+
+Means = dict[float, float]
+
+
+def sweep(done: Done, chosen: Study, jobs: int) -> dict[str, tuple[float, Means]]:
+    """For each rule the rate of the highest validation accuracy over all noises, and all means.
+
+    A rule whose best rate is the lowest or the highest it was tried with gets one more.
+    """
+    low, high = (chosen.ladder.index(rate) for rate in chosen.first)
+    tried = {rule.name: (low, high) for rule in chosen.rules}
+    while True:
+        trial = {
+            (name, rate): [
+                Task(name, rate, noise, seed, True)
+                for noise in chosen.noises
+                for seed in SWEEP_SEEDS
+            ]
+            for name, (low, high) in tried.items()
+            for rate in chosen.ladder[low : high + 1]
+        }
+        done.all_of([task for tasks in trial.values() for task in tasks], jobs, "learning rates")
+        means: dict[str, Means] = {name: {} for name in tried}
+        for (name, rate), tasks in trial.items():
+            finals = [done[task]["curve"][-1]["val_accuracy"] for task in tasks]
+            means[name][rate] = statistics.mean(finals)
+        best = {name: max(found, key=lambda rate: found[rate]) for name, found in means.items()}
+        wider = {
+            name: (
+                max(0, low - (chosen.ladder[low] == best[name])),
+                min(len(chosen.ladder) - 1, high + (chosen.ladder[high] == best[name])),
+            )
+            for name, (low, high) in tried.items()
+        }
+        if wider == tried:
+            return {name: (best[name], means[name]) for name in tried}
+        tried = wider
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -97,59 +158,46 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--part", choices=list(NOISES), default="rules")
+    parser.add_argument("--part", choices=PARTS, default="rules")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--rounds", type=int, default=40, help="of the step costs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--work", type=Path, help="where finished trainings are kept")
     given = parser.parse_args(args)
-    name, noises = NAMES[given.part], NOISES[given.part]
+    chosen = study(given.part)
     given.out.mkdir(parents=True, exist_ok=True)
-    done = Done(given.work or given.out / f".{name}.jsonl")
-    chosen = rules() if given.part == "rules" else candidates()
-    sweep = [
-        Task(rule.name, rate, noise, seed, True)
-        for rule in chosen
-        for rate in RATES
-        for noise in noises
-        for seed in SWEEP_SEEDS
-    ]
-    done.all_of(sweep, given.jobs, "learning rates")
-    rates = {rule.name: best_rate(done, rule, noises) for rule in chosen}
+    done = Done(given.work or given.out / f".{chosen.name}.jsonl")
+    rates = sweep(done, chosen, given.jobs)
     final = [
-        Task(rule.name, rates[rule.name][0], noise, seed, False)
-        for rule in chosen
-        for noise in noises
-        for seed in SEEDS
+        task
+        for rule in chosen.rules
+        for noise in chosen.noises
+        for task in chosen.finals(rule, rates[rule.name][0], noise)
     ]
-    done.all_of(final, given.jobs, "five seeds")
-    costs = step_costs(chosen, given.rounds)
-    found = [_found(done, rule, rates[rule.name], noises, costs) for rule in chosen]
+    done.all_of(final, given.jobs, f"{len(chosen.seeds)} seeds")
+    costs = step_costs(chosen.rules, given.rounds)
+    found = [_found(done, chosen, rule, rates[rule.name], costs) for rule in chosen.rules]
     facts = {
-        "benchmark": name,
-        **machine(torch.device("cpu")),
+        "benchmark": chosen.name,
+        **machine(CPU),
         "steps": STEPS,
-        "rates": RATES,
+        "rates": chosen.ladder,
         "sweep_seeds": SWEEP_SEEDS,
-        "seeds": SEEDS,
-        "noises": noises,
+        "seeds": chosen.seeds,
+        "noises": chosen.noises,
     }
-    write(given.out / f"{name}-cpu.json", {**facts, "rules": found})
-    for noise in noises:
+    write(given.out / f"{chosen.name}-cpu.json", {**facts, "rules": found})
+    for noise in chosen.noises:
         Console(width=140).print(_table(found, noise))
 
 
 def _found(
-    done: Done,
-    rule: Rule,
-    rate: tuple[float, dict[str, float]],
-    noises: tuple[float, ...],
-    costs: dict[str, float],
+    done: Done, chosen: Study, rule: Rule, rate: tuple[float, Means], costs: dict[str, float]
 ) -> dict[str, Any]:
+    steps = max(EVERY, min(STEPS, int(STEPS * costs["plain"] / costs[rule.name])))
     by_noise = {}
-    for noise in noises:
-        curves = [done[Task(rule.name, rate[0], noise, s, False)]["curve"] for s in SEEDS]
-        steps = max(EVERY, min(STEPS, int(STEPS * costs["plain"] / costs[rule.name])))
+    for noise in chosen.noises:
+        curves = [done[task]["curve"] for task in chosen.finals(rule, rate[0], noise)]
         by_noise[str(noise)] = {
             "equal_samples": summary(curves, STEPS),
             "equal_time": summary(curves, steps),
@@ -157,8 +205,9 @@ def _found(
     return {
         "rule": rule.name,
         "settings": rule.settings,
+        "averaged": rule.ema,
         "learning_rate": rate[0],
-        "validation": rate[1],
+        "validation": {str(tried): accuracy for tried, accuracy in rate[1].items()},
         "milliseconds_per_step": round(costs[rule.name], 3),
         "noise": by_noise,
     }

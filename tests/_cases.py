@@ -61,6 +61,10 @@ CASES = {
     "mean_rows": [lambda: reducer(gf.mean_rows())],
     "sign_agreement": [lambda: reducer(gf.sign_agreement(0.6))],
     "clip_per_row": [lambda: from_rows(gf.clip_per_row(0.5))],
+    "budget_clip": [
+        lambda: from_rows(gf.budget_clip(0.3)),
+        lambda: from_rows(gf.budget_clip(0.5, power=0)),
+    ],
     "finite_filter": [
         lambda: from_rows(gf.finite_filter()),
         lambda: on_tree(gf.finite_filter()),

@@ -126,6 +126,7 @@ def test_plateau_watches_what_is_not_the_test_split():
 CHAINS = {
     (): ["mean_rows", "sgd"],
     ("--agree", "0.9", "--microbatches", "4", "--agc", "0.1"): ["agree_filter", "agc_clip", "sgd"],
+    ("--budget-clip", "--per-sample"): ["budget_clip", "mean_rows", "sgd"],
     ("--consensus", "--per-sample", "--clip-per-row", "1"): [
         *("clip_per_row", "consensus_filter", "sgd"),
     ],

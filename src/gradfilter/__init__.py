@@ -15,6 +15,7 @@ from gradfilter.grads._stack import GradStack as GradStack
 from gradfilter.transforms._adam import adam as adam
 from gradfilter.transforms._adam import adamw as adamw
 from gradfilter.transforms._agreement import agree_filter as agree_filter
+from gradfilter.transforms._budget_clip import budget_clip as budget_clip
 from gradfilter.transforms._capture import capture as capture
 from gradfilter.transforms._chain import chain as chain
 from gradfilter.transforms._chain import named as named

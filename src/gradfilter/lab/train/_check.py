@@ -12,10 +12,12 @@ POSITIVE = (
     *("epochs", "resume_every", "image_size", "learning_rate", "eval_every", "lr_step"),
     *("agc_eps", "eps"),
 )
-POSITIVE_IF_GIVEN = ("clip_per_row", "sam", "early_exit_accuracy", "steps", "samples_per_class")
+POSITIVE_IF_GIVEN = (
+    *("clip_per_row", "budget_clip", "sam", "early_exit_accuracy", "steps", "samples_per_class"),
+)
 NOT_NEGATIVE = (
     *("seed", "label_seed", "data_split_seed", "workers", "weight_decay", "lr_min", "lr_patience"),
-    *("lr_warmup_epochs", "lr_warmup_initial", "rho_min"),
+    *("lr_warmup_epochs", "lr_warmup_initial", "rho_min", "budget_power"),
 )
 NOT_NEGATIVE_IF_GIVEN = ("agc", "gsam", "early_exit_loss", "train_split", "val_split")
 FRACTIONS = ("label_noise", "label_smoothing", "alpha")
@@ -123,6 +125,15 @@ def _check_together(config: TrainConfig) -> None:
             (config.agree is not None or config.consensus is not None) and not several,
             f"--agree, --consensus: expected several rows to compare, found {rows}. "
             "Give --microbatches 8, or --per-sample.",
+        ),
+        (
+            config.budget_clip is not None and not several,
+            f"--budget-clip: expected several rows to share it, found {rows}. "
+            "Give --microbatches 8, or --per-sample.",
+        ),
+        (
+            config.budget_clip is not None and config.clip_per_row is not None,
+            "--budget-clip, --clip-per-row: both limit the norms of rows. Choose one.",
         ),
         (
             config.per_sample and config.microbatches > 1,

@@ -89,7 +89,7 @@ def config_of(settings: dict[str, object], what: str) -> TrainConfig:
         raise UsageError(f"{what} does not fit this version: {error}") from None
 
 
-ALONE = {"--consensus": "1.0", "--adaptive": "asam", "--average": "mean"}
+ALONE = {"--consensus": "1.0", "--budget-clip": "0.3", "--adaptive": "asam", "--average": "mean"}
 """What an option means that stands without a value."""
 NESTEROV = "sgd+nesterov"
 

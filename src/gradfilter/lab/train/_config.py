@@ -122,6 +122,10 @@ class TrainConfig:
     """Accept or reject instead of weighing."""
     clip_per_row: float | None = None
     """Largest norm of a row."""
+    budget_clip: float | None = None
+    """Limit the mean norm of the rows: this part of the first step's; 0.3 is a good start."""
+    budget_power: float = 3.0
+    """How much more of it rows get that agree; 0 compares nothing."""
     agc: float | None = None
     """Adaptive gradient clipping: largest ratio of gradient to weight, unit by unit."""
     agc_eps: float = 1e-3

@@ -25,6 +25,7 @@ NEEDS: Mapping[str, Condition] = {
     "lr_power": ("--schedule poly", lambda c: c.schedule == "poly"),
     "lr_patience": ("--schedule plateau", lambda c: c.schedule == "plateau"),
     "lr_warmup_initial": ("--lr-warmup-epochs", lambda c: c.lr_warmup_epochs > 0),
+    "budget_power": ("--budget-clip", lambda c: c.budget_clip is not None),
     "against": AGREE,
     "average": AGREE,
     "agc_eps": AGC,

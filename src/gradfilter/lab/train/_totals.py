@@ -12,6 +12,7 @@ from gradfilter import _tree
 from gradfilter.lab.train._config import TrainConfig
 
 SUMS = ("loss", "losses", "rows", "accepted", "steps", "clipped_rows", "clipped_units", "gap")
+CLIPPED_ROWS = ("clip_per_row/clipped_fraction", "budget_clip/clipped_fraction")
 LATEST = ("lr", "rho")
 
 Totals = dict[str, Tensor]
@@ -44,7 +45,7 @@ def plus(totals: Totals, info: Mapping[str, Tensor]) -> Totals:
         "rows": one if accepted is None else one * len(accepted),
         "accepted": one if accepted is None else accepted.sum(),
         "steps": one,
-        "clipped_rows": info.get("clip_per_row/clipped_fraction"),
+        "clipped_rows": next((info[n] for n in CLIPPED_ROWS if n in info), None),
         "clipped_units": info.get("agc_clip/clipped_fraction"),
         "gap": found.get("surrogate_gap"),
         "lr": found["lr"],
@@ -64,10 +65,11 @@ def means(totals: Mapping[str, float], config: TrainConfig) -> dict[str, float]:
     """
     steps = totals["steps"] or math.nan
     moving = config.rho_schedule != "constant"
+    clipped = config.clip_per_row is not None or config.budget_clip is not None
     return {
         "loss": totals["loss"] / (totals["losses"] or math.nan),
         "accepted": totals["accepted"] / (totals["rows"] or math.nan),
-        "clipped_rows": _if(config.clip_per_row is not None, totals["clipped_rows"] / steps),
+        "clipped_rows": _if(clipped, totals["clipped_rows"] / steps),
         "clipped_units": _if(bool(config.agc), totals["clipped_units"] / steps),
         "surrogate_gap": _if(config.sam is not None, totals["gap"] / steps),
         "lr": totals["lr"] * steps / steps,

@@ -21,7 +21,12 @@ def update_of(
         crew: Whose rows are reduced.
     """
     lr = schedule_of(config, total_steps, steps_per_epoch)
-    links = [crew.spread(reducer_of(config))]
+    reducer = reducer_of(config)
+    if config.budget_clip is not None:
+        # Of all processes' rows together, for the budget is one of the whole batch.
+        limit = gf.budget_clip(config.budget_clip, power=config.budget_power)
+        reducer = gf.chain(limit, reducer)
+    links = [crew.spread(reducer)]
     if config.clip_per_row is not None:
         links.insert(0, gf.clip_per_row(config.clip_per_row))
     if config.sam is not None:
