@@ -1,8 +1,13 @@
+import os
+
 import pytest
 import torch
 from hypothesis import settings
 
 from _world import World
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # every core has a worker of its own
 
 # Examples take milliseconds or a compilation; a shared machine makes deadlines a lottery.
 settings.register_profile("gradfilter", deadline=None, derandomize=True, max_examples=40)

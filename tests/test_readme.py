@@ -74,8 +74,8 @@ def test_every_link_is_in_the_table():
 
 def test_the_two_commands_are_there_and_ci_runs_the_second():
     assert 'pip install -e ".[lab]" && gradfilter demo' in README
-    assert 'pip install -e ".[dev]" && pytest' in README
-    assert r'pip install -e "\.\[dev\]" && pytest' in (ROOT / ".ci" / "run").read_text()
+    assert 'pip install -e ".[dev]" && pytest -n auto' in README
+    assert r'pip install -e "\.\[dev\]" && pytest -n auto' in (ROOT / ".ci" / "run").read_text()
 
 
 def test_links_to_files_lead_somewhere():

@@ -19,6 +19,7 @@ from gradfilter.lab.train._archive import checkpoints, read_tensors
 from gradfilter.lab.train._begin import begin
 from gradfilter.lab.train._command import parse_train
 from gradfilter.lab.train._config import TrainConfig
+from gradfilter.lab.train._evaluation import accuracies
 from gradfilter.lab.train._loop import Watch, train_to_the_end
 from gradfilter.lab.train._place import find_runs, place_of
 from gradfilter.lab.train._restore import restored
@@ -127,6 +128,9 @@ CHAINS = {
     (): ["mean_rows", "sgd"],
     ("--agree", "0.9", "--microbatches", "4", "--agc", "0.1"): ["agree_filter", "agc_clip", "sgd"],
     ("--budget-clip", "--per-sample"): ["budget_clip", "mean_rows", "sgd"],
+    ("--budget-clip", "0.5", "--budget-power", "0", "--microbatches", "4", "--ema", "0.9"): [
+        *("budget_clip", "mean_rows", "sgd", "ema_params"),
+    ],
     ("--consensus", "--per-sample", "--clip-per-row", "1"): [
         *("clip_per_row", "consensus_filter", "sgd"),
     ],
@@ -163,6 +167,29 @@ def test_metrics_say_what_the_chain_did():
     for name in ("cosine", "noise_scale", "clipped_rows", "clipped_units", "surrogate_gap", "rho"):
         assert math.isnan(getattr(plain, name))
     assert math.isnan(plain.memorised) and math.isnan(plain.val_accuracy)
+
+
+def test_the_budget_limits_what_is_clipped():
+    options = ["--budget-clip", 0.3, "--per-sample", "--steps", 30]
+    _, lines = trained(*options)
+    assert 0 < lines[-1].clipped_rows <= 1
+    assert run_of(*options).config.budget_power == 3
+
+
+def test_averaged_parameters_are_what_is_measured_and_saved(tmp_path):
+    options = ["--ema", 0.95, "--steps", 40, "--learning-rate", 0.3]
+    run, lines = trained(*options)
+    average = gf.ema_of(run.state)
+    state = {"params": average, "buffers": run.state["buffers"]}
+    expected = accuracies(run.model, state, run.data)
+    last = accuracies(run.model, run.state, run.data)
+    assert expected["test_loss"] != last["test_loss"]
+    assert lines[-1].test_loss == expected["test_loss"]
+    assert command("train", "--model", "mlp_8", *options, "--save-dir", tmp_path)[0] == 0
+    archive = only_run(tmp_path) / "checkpoints.zip"
+    saved = read_tensors(archive, checkpoints(archive)[-1])
+    for name, leaf in average.items():
+        assert torch.equal(saved[f"params.{name}"], leaf)
 
 
 def test_agc_leaves_alone_what_it_should():

@@ -70,6 +70,8 @@ VALUES = {
     "--budget-clip --per-sample --clip-per-row 1": "--clip-per-row",
     "--budget-power 2 --per-sample": "--budget-power",
     "--label-smoothing 1": "--label-smoothing",
+    "--ema 1": "--ema: expected a decay in [0, 1), found 1.0",
+    "--ema -0.1": "--ema",
     "--schedule exponential": "--schedule",
     "--lr-min 1": "--lr-min",
     "--lr-decay-rate 2": "--lr-decay-rate",

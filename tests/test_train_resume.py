@@ -49,7 +49,8 @@ main(sys.argv[2:])
 BASE = ["train", "--label-noise", 0.3, "--epochs", 4, "--batch-size", 96, "--model", "mlp_16"]
 RUNS = {
     "agreement, momentum and a cosine": (
-        "--microbatches 4 --agree 0.9 --schedule cosine --save-checkpoint 1"
+        "--microbatches 4 --agree 0.9 --schedule cosine --save-checkpoint 1 --budget-clip 0.3 "
+        "--ema 0.9"
     ),
     "adam, dropout, plateau, loaded by processes": (
         "--optimizer adam --learning-rate 1e-3 --model-additions dropout-0.2 --schedule plateau "
@@ -77,7 +78,7 @@ def files(folder):
     """Everything that a run leaves and that clocks do not touch."""
     run = only_run(folder)
     point = torch.load(run / "resume.pt", weights_only=True)
-    clocks = {"seconds", "epoch_seconds"}
+    clocks = {"seconds", "epoch_seconds", "peak_memory"}
     saved = {
         c: _archive.read_tensors(run / "checkpoints.zip", c)
         for c in checkpoints(run / "checkpoints.zip")

@@ -97,6 +97,13 @@ def _check_ranges(config: TrainConfig) -> None:
         config.momentum,
         "",
     )
+    check(
+        config.ema is None or 0 <= config.ema < 1,
+        "--ema",
+        "a decay in [0, 1)",
+        config.ema,
+        "Leave it away to have none.",
+    )
     for epoch in config.save_checkpoint:
         check(epoch > 0, "--save-checkpoint", "epochs above 0", epoch, "The first is always saved.")
 

@@ -146,6 +146,8 @@ class TrainConfig:
     """Radius where the learning rate is smallest, for proportional."""
     label_smoothing: float = 0.0
     """In [0, 1)."""
+    ema: float | None = None
+    """Measure and save a moving average of the parameters, which has this decay; 0.99 is usual."""
 
     eval_every: float = 1.0
     """Epochs from one evaluation to the next."""

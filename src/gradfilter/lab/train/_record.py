@@ -60,7 +60,7 @@ class Record:
         """Add parameters and buffers to the archive."""
         archive = self.place / NAME
         number = len(checkpoints(archive)) if archive.exists() else 0
-        flat = gf.state_dict({name: run.state[name] for name in ("params", "buffers")})
+        flat = gf.state_dict(run.measured)
         add(archive, Checkpoint(number, run.done, run.epoch).entry, tensor_bytes(flat))
 
     def clear(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gradfilter as gf
-from gradfilter import diagnostics
+from gradfilter import _tree, diagnostics
 from gradfilter._types import State
 from gradfilter.grads._ambient import random_state_restored, set_random_state
 from gradfilter.grads._grad_function import GradFunction
@@ -81,6 +81,14 @@ class Run:
     def steps_at(self, epoch: float) -> int:
         """Steps until this many epochs of samples have been seen."""
         return steps_until(epoch, len(self.data.train), self.batch_size)
+
+    @property
+    def measured(self) -> State:
+        """The parameters and buffers that are evaluated and saved: with --ema, averaged ones."""
+        params = self.state["params"]
+        if self.config.ema is not None:
+            params = _tree.in_dtypes_of(params, gf.ema_of(self.state))
+        return {"params": params, "buffers": self.state["buffers"]}
 
     @property
     def epoch(self) -> float:
@@ -168,7 +176,7 @@ def evaluation(run: Run) -> Evaluation:
     numbers = dict(zip(run.totals, torch.stack([*run.totals.values()]).tolist(), strict=True))
     seen = numbers["steps"] * run.batch_size
     with precision(run.config, run.device):
-        quality = accuracies(run.model, run.state, run.data, run.config.workers)
+        quality = accuracies(run.model, run.measured, run.data, run.config.workers)
         agreement = _agreement(run)
     return Evaluation(
         step=run.done,

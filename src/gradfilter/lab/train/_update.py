@@ -44,7 +44,10 @@ def update_of(
                 exclude=lambda name: any(fnmatchcase(name, p) for p in patterns),
             )
         )
-    return gf.chain(*links, _rule(config, lr))
+    links.append(_rule(config, lr))
+    if config.ema is not None:
+        links.append(gf.ema_params(config.ema))
+    return gf.chain(*links)
 
 
 def reducer_of(config: TrainConfig) -> gf.Transform:
