@@ -83,10 +83,10 @@ def test_wrong_labels_have_steeper_losses_and_restored_targets_mend_them(run):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 @pytest.mark.parametrize("metric", METRICS)
 def test_every_metric_from_the_command_line(run, metric):
-    path, found = numbers(
-        run, "--metric", metric, "--num-samples", 16, "--batch-size", 8, "--num-probes", 2,
-        "--microbatches", 2,
-    )  # fmt: skip
+    small = {"num_probes": ("--num-probes", 2), "microbatches": ("--microbatches", 2)}
+    own = [part for name in METRICS[metric].takes for part in small.get(name, ())]
+    options = ["--metric", metric, "--num-samples", 16, "--batch-size", 8, *own]
+    path, found = numbers(run, *options)
     assert path.name.startswith(f"{metric}-train-") and "-id-0-16" in path.name
     assert len(found["stats"]) == (2 if METRICS[metric].per_batch else 16)
     assert len(found["sample_ids"]) == 16

@@ -38,6 +38,10 @@ def test_every_metric_is_accepted_with_defaults(metric):
         ({"metric": "jacobian", "legacy_scale": True}, "--legacy-scale"),
         ({"metric": "jacobian", "method": "gram"}, "--method"),
         ({"metric": "tangent_jacobian", "normalization": "jacobian"}, "--normalization"),
+        ({"rho": 0.1}, "--rho"),
+        ({"metric": "jacobian", "num_power_iters": 10}, "--num-power-iters"),
+        ({"metric": "loss_hessian_top", "num_probes": 10}, "--num-probes"),
+        ({"metric": "sharpness", "microbatches": 4}, "--microbatches"),
         (
             {"metric": "jacobian", "normalization": "crossentropy", "target_logit_only": True},
             "--target-logit-only",

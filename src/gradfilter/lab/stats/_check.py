@@ -10,8 +10,8 @@ from gradfilter.lab.stats._catalogue import METRICS
 from gradfilter.lab.stats._config import StatsConfig
 from gradfilter.lab.stats._strategies import is_path
 
-MISLEADING = ("normalization", "target_logit_only", "method", "legacy_scale")
-"""Settings that a metric may not silently ignore."""
+OF_SOME = sorted({name for metric in METRICS.values() for name in metric.takes} - {"batch_size"})
+"""Settings that count for some metrics only; the others may not ignore them silently."""
 AT_LEAST_ONE = ("batch_size", "num_directions", "num_power_iters")
 NOT_NEGATIVE = ("skip", "mc_sample_seed")
 
@@ -47,7 +47,7 @@ def check_values(config: StatsConfig) -> None:
 
 def _check_metric(config: StatsConfig) -> None:
     metric = METRICS[config.metric]
-    for name in MISLEADING:
+    for name in OF_SOME:
         value = getattr(config, name)
         if value != _default(name) and name not in metric.takes:
             users = ", ".join(m for m, other in METRICS.items() if name in other.takes)
