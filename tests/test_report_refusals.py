@@ -40,7 +40,9 @@ def test_a_directory_without_runs(tmp_path, capsys):
 @pytest.mark.parametrize(
     "metrics",
     [
-        '{"step": 1}\n{"step": 2, "loss"',
+        '{"step": 1}\n{"step": 2, "loss"\n',
+        '{"step": 1',
+        '{"step": Infinity}\n',
         "[1, 2]\n",
         '{"step": 1, "loss": "large"}\n',
         '{"loss": 1.0}\n',

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 from gradfilter.lab.report._accuracy import last
 from gradfilter.lab.report._facets import facets
@@ -15,12 +16,15 @@ from gradfilter.lab.report._table import Column, Columns, group_table
 
 SIZE = "batch_size"
 COMPARED = (SIZE, "optimizer", "agc", "agc_eps", "agc_exclude")
-LEAD = "After as many epochs; a line joins the batch sizes of one setting."
+LEAD = (
+    "A line joins the batch sizes of one setting: after as many epochs, or, where --steps was "
+    "given, after as many steps, that is, different numbers of samples."
+)
 
 
 def seconds_per_epoch(run: Run) -> float:
     """Time of the training steps alone."""
-    return run.last("seconds") / run.last("epoch")
+    return run.last("seconds") / (run.last("epoch") or math.nan)
 
 
 QUANTITIES = (
@@ -45,7 +49,9 @@ def batches(groups: Sequence[Group]) -> Section:
         why = "Needs finished runs that differ in --agc, --optimizer or --batch-size alone."
         return Section(name, title, LEAD, left_out=[why])
     left_out = []
-    figures = [figure for lines in _by_model(sets) for figure in _figures(lines)]
+    by_model = _by_model(sets)
+    stems = _stems([lines[0][0].runs[0].settings["data"] for lines in by_model])
+    figures = [f for lines in by_model for f in _figures(lines, stems)]
     if not figures:
         left_out.append("Figures against the batch size: need several batch sizes of one setting.")
     members = [group for alike in sets for group in alike]
@@ -64,7 +70,7 @@ def _by_model(sets: Sequence[Sequence[Group]]) -> list[list[list[Group]]]:
     return list(found.values())
 
 
-def _figures(lines: Sequence[Sequence[Group]]) -> list[Plot]:
+def _figures(lines: Sequence[Sequence[Group]], stems: Mapping[str, str]) -> list[Plot]:
     run = lines[0][0].runs[0]
     data, model = run.settings["data"], run.settings["model"]
     names = [name for name in differing([line[0] for line in lines]) if name != SIZE]
@@ -81,7 +87,7 @@ def _figures(lines: Sequence[Sequence[Group]]) -> list[Plot]:
                 )
                 for place, member in enumerate(facet.members)
             ]
-            name = f"batch-size-{_plain(data)}-{model}-{axis.name.replace('_', '-')}"
+            name = f"batch-size-{stems[data]}-{model}-{axis.name.replace('_', '-')}"
             found.append(
                 plot(
                     f"{name}{facet.suffix}",
@@ -100,5 +106,16 @@ def _label(group: Group, names: Sequence[str]) -> str:
     return "without AGC" if "agc" in names and said == "plain" else said
 
 
-def _plain(data: str) -> str:
-    return data.split(":")[0]
+def _stems(sets: Sequence[str]) -> dict[str, str]:
+    """What data sets are called in names of files.
+
+    Example:
+        >>> _stems(["folder:/a/cats", "digits", "folder:/b/dogs"])
+        {'folder:/a/cats': 'folder', 'digits': 'digits', 'folder:/b/dogs': 'folder-2'}
+    """
+    stems: dict[str, str] = {}
+    for data in dict.fromkeys(sets):
+        kind = data.split(":")[0]
+        number = 1 + sum(other.split(":")[0] == kind for other in stems)
+        stems[data] = kind if number == 1 else f"{kind}-{number}"
+    return stems

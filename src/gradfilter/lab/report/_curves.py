@@ -65,6 +65,8 @@ def over(
         said: Settings that are said of every line, also where all have the same.
     """
     bands = [band(group.runs, x.name, name) for group in groups]
+    if y.log is not None:  # which has no place for what is not positive
+        bands = [data[data["mean"] > 0] for data in bands]
     shown = [i for i, data in enumerate(bands) if len(data)]
     found = []
     for facet in facets([groups[i].settings for i in shown]):
@@ -72,7 +74,8 @@ def over(
         for place, member in enumerate(facet.members):
             group = groups[shown[member]]
             label = group.label([n for n in group.settings if n in (*said, *facet.names)])
-            lines.append(Curve(label, bands[shown[member]], group.settings, place))
+            data = bands[shown[member]]
+            lines.append(Curve(label, data, group.settings, place, runs=len(group.runs)))
         file = f"{name.replace('_', '-')}-{by}{facet.suffix}"
         found.append(plot(file, facet.titled(f"{title} {against}"), lines, x, y, focus=True))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ MOST = len(COLOURS)
 """Curves that can be told apart in one figure."""
 DPI = 150
 WIDTH = 6.4
+MOST_TICKS = 12
 LEGEND = 58
 """Characters that fit beside each other below a figure."""
 
@@ -39,6 +41,7 @@ class Curve:
         settings: What the numbers belong to, for the CSV.
         style: Which colour and dashes.
         dashed: Dashes that say something, in place of those of the style.
+        runs: How many it is of, if that is known.
     """
 
     label: str
@@ -46,6 +49,20 @@ class Curve:
     settings: Mapping[str, Any] = field(default_factory=dict)
     style: int = 0
     dashed: str | None = None
+    runs: int | None = None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place on the x axis.
+
+    Attributes:
+        place: In the units of the data.
+        style: Which colour, None for grey.
+    """
+
+    place: float
+    style: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +90,7 @@ def plot(
     y: Axis,
     *,
     note: str = "",
-    marks: Mapping[str, float] | None = None,
+    marks: Mapping[str, Mark] | None = None,
     points: bool = False,
     focus: bool = False,
 ) -> Plot:
@@ -101,12 +118,13 @@ def plot(
         _draw(axes, curve, x, y, points)
     if focus and shown:
         _focus(axes, shown, y)
-    for label, place in (marks or {}).items():
-        axes.axvline(x.factor * place, color=GREY, linestyle=":", linewidth=1.8, label=label)
+    for label, mark in (marks or {}).items():
+        colour = GREY if mark.style is None else COLOURS[mark.style % MOST]
+        axes.axvline(x.factor * mark.place, color=colour, linestyle=":", linewidth=1.8, label=label)
     if x.log == 2:
         _ticks_at(axes, sorted({x.factor * v for curve in shown for v in curve.data["x"]}))
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(
+    legend = figure.legend(
         handles,
         [textwrap.fill(label, LEGEND) for label in labels],
         loc="outside lower center",
@@ -115,6 +133,11 @@ def plot(
         fontsize=11,
         handlelength=2.6,
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a $ in the name of a directory is no formula
+    fewer = [c.label for c in shown if c.runs is not None and (c.data["runs"] < c.runs).any()]
+    if fewer:
+        note = f"{note} Not all runs have this number: {'; '.join(fewer)}.".strip()
     image = io.BytesIO()
     figure.savefig(image, format="png", metadata={"Software": None})
     return Plot(
@@ -156,7 +179,8 @@ def _focus(axes: Axes, curves: Sequence[Curve], y: Axis) -> None:
     high = y.factor * (late["mean"] + sd).max()
     if y.log is not None:  # a band that reaches down to 0 would have no end
         low = y.factor * late["mean"][late["mean"] > 0].min()
-        axes.set_ylim(low / 2, high * 1.5)
+        if low < high:
+            axes.set_ylim(low / 2, high * 1.5)
     elif (low := y.factor * (late["mean"] - sd).min()) < high:
         axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
 
@@ -179,6 +203,8 @@ def _dress(axes: Axes, x: Axis, y: Axis) -> None:
 
 
 def _ticks_at(axes: Axes, places: Sequence[float]) -> None:
+    if len(places) > MOST_TICKS:  # as many as can be read: powers of two
+        places = [place for place in places if place > 0 and math.log2(place).is_integer()]
     axes.set_xticks(places)
     axes.xaxis.set_minor_locator(NullLocator())
     plain = ScalarFormatter()
@@ -207,11 +233,11 @@ def _numbers(curves: Sequence[Curve], x: Axis, y: Axis) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _alt(title: str, curves: Sequence[Curve], x: Axis, y: Axis, marks: Mapping[str, float]) -> str:
+def _alt(title: str, curves: Sequence[Curve], x: Axis, y: Axis, marks: Mapping[str, Mark]) -> str:
     ends = [
         f"{curve.label}: {y.factor * curve.data['mean'].iloc[-1]:.4g}"
         f" at {x.factor * curve.data['x'].iloc[-1]:.4g}"
         for curve in curves
     ]
-    marked = "".join(f" {label}: {x.factor * place:g}." for label, place in marks.items())
+    marked = "".join(f" {label}: {x.factor * mark.place:g}." for label, mark in marks.items())
     return f"{title}: {y.label} against {x.label}. Where the lines end: {'; '.join(ends)}.{marked}"

@@ -52,26 +52,29 @@ class Group:
 def groups_of(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
     """Runs by their settings, in an order that people expect, and which runs were left out.
 
-    A device counts as a setting because it changes the seconds; --name counts only where it alone
-    tells two runs apart. Of runs that are the same in everything the first counts.
+    A kind of device counts as a setting because it changes the seconds; --name counts only for
+    settings of which two runs differ in nothing else. Of runs that are the same in everything the
+    first counts.
     """
-    unimportant = {*CHANCE, *PLACE, *WATCHING} - {"device"}
+    unimportant = {*CHANCE, *PLACE, *WATCHING, "save_checkpoint"} - {"device"}
     names = [*FIRST, *(name for name in DEFAULTS if name not in {*unimportant, *FIRST})]
-    if max(Counter(_key(run, [*names, *CHANCE]) for run in runs).values(), default=0) > 1:
-        names.append("name")
+    same = Counter((_key(run, names), _key(run, CHANCE), run.finished) for run in runs)
+    named = {(setting, done) for (setting, _, done), count in same.items() if count > 1}
     by_setting: dict[tuple[Any, ...], dict[tuple[Any, ...], Run]] = {}
     doubles = []
     for run in runs:
-        of_setting = by_setting.setdefault((*_key(run, names), run.finished), {})
+        setting = _key(run, names)
+        name = run.settings["name"] if (setting, run.finished) in named else ""
+        of_setting = by_setting.setdefault((*setting, name, run.finished), {})
         first = of_setting.setdefault(_key(run, CHANCE), run)
         if first is not run:
             doubles.append(f"{str(run.path)!r} has the settings and seeds of {str(first.path)!r}.")
-    differing = [n for n in names if len({run.settings[n] for run in runs}) > 1]
-    groups = []
-    for key, of_setting in by_setting.items():
-        settings = dict(zip(names, key, strict=False))
-        members = tuple(of_setting.values())
-        groups.append(Group({n: settings[n] for n in differing}, members, bool(key[-1])))
+    found = [dict(zip((*names, "name"), key, strict=False)) for key in by_setting]
+    differing = [n for n in (*names, "name") if len({settings[n] for settings in found}) > 1]
+    groups = [
+        Group({n: settings[n] for n in differing}, tuple(members.values()), bool(key[-1]))
+        for settings, (key, members) in zip(found, by_setting.items(), strict=True)
+    ]
     return sorted(groups, key=lambda g: (*map(order, g.settings.values()), not g.finished)), doubles
 
 
@@ -105,7 +108,7 @@ def wording(name: str, value: Any) -> str:
         ('nesterov', 'label noise 0')
     """
     said = WORDS.get(name, name.replace("_", " "))
-    if name not in STATED and value == DEFAULTS.get(name):
+    if value == (None if name in STATED else DEFAULTS.get(name)):
         return ""
     if isinstance(value, bool) or value is None or value == ():
         return said if value is True else f"{said} off"

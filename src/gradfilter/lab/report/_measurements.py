@@ -25,16 +25,23 @@ NUMBERS_OF = {
 def measurements(groups: Sequence[Group]) -> Section:
     """What ``gradfilter stats`` found, at the last checkpoint that it measured."""
     name, title = "measurements", "Measurements of checkpoints"
-    lead = "What gradfilter stats found at the last checkpoint that was measured in every run."
-    rows = [row for group in groups for row in _rows(group)]
+    lead = (
+        "What gradfilter stats found at the last step that was measured in every run of a setting; "
+        "where they ended at different ones, at their ends."
+    )
+    rows, left_out = [], []
+    for group in groups:
+        found, why = _rows(group)
+        rows += found
+        left_out += why
     rows.sort(key=lambda row: (row.settings["variant"], row.settings["column"]))  # groups in order
     if not rows:
-        why = "Needs gradfilter stats on some of these runs."
-        return Section(name, title, lead, left_out=[why])
+        left_out = left_out or ["Needs gradfilter stats on some of these runs."]
+        return Section(name, title, lead, left_out=left_out)
     columns = [
         Column("checkpoint_step", "step", 1.0, 0),
         Column("samples", "samples", 1.0, 0),
-        *(Column(number, heading, 1.0, 3) for number, heading in NUMBERS_OF.items()),
+        *(Column(number, heading, 1.0, None) for number, heading in NUMBERS_OF.items()),
     ]
     note = "Mean ± sd over seeds, of the mean over samples."
     return Section(
@@ -42,26 +49,39 @@ def measurements(groups: Sequence[Group]) -> Section:
         title,
         lead,
         [table("measurements", "Per metric and setting", columns, rows, note=note)],
+        left_out,
     )
 
 
-def _rows(group: Group) -> list[Row]:
-    last: dict[tuple[str, str], dict[int, Measure]] = {}
+def _rows(group: Group) -> tuple[list[Row], list[str]]:
+    """A row per way of measuring, and which have none."""
+    by_way: dict[tuple[str, str], dict[int, dict[int, Measure]]] = {}
     for number, run in enumerate(group.runs):
         for measure in run.measures:
-            of_runs = last.setdefault((measure.variant, measure.column), {})
-            if number not in of_runs or measure.step > of_runs[number].step:
-                of_runs[number] = measure
-    found = []
-    for (variant, column), of_runs in last.items():
-        measures = list(of_runs.values())
-        what = variant if column == measures[0].metric else f"{variant}, {column.replace('_', ' ')}"
-        settings = {"metric": measures[0].metric, "column": column, "variant": variant}
+            of_runs = by_way.setdefault((measure.variant, measure.column), {})
+            of_runs.setdefault(number, {})[measure.step] = measure
+    found, left_out = [], []
+    for (variant, column), of_runs in by_way.items():
+        measures = _comparable(group, of_runs)
+        metric = next(iter(next(iter(of_runs.values())).values())).metric
+        what = variant if column == metric else f"{variant}, {column.replace('_', ' ')}"
+        label = f"{what}: {group.label()}"
+        if not measures:
+            left_out.append(f"{label}: no step was measured in all of its runs.")
+            continue
+        settings = {"metric": metric, "column": column, "variant": variant, **group.settings}
         values = [[getattr(m, n) for m in measures] for n in ("step", "samples", *NUMBERS_OF)]
-        found.append(
-            Row(f"{what}: {group.label()}", {**settings, **group.settings}, values, len(measures))
-        )
-    return found
+        found.append(Row(label, settings, values, len(measures)))
+    return found, left_out
+
+
+def _comparable(group: Group, of_runs: dict[int, dict[int, Measure]]) -> list[Measure]:
+    """Of every run that was measured, where they stood alike: one step, or their ends."""
+    common = set.intersection(*(set(by_step) for by_step in of_runs.values()))
+    if common:
+        return [by_step[max(common)] for by_step in of_runs.values()]
+    ends = [by_step.get(int(group.runs[n].last("step"))) for n, by_step in of_runs.items()]
+    return [end for end in ends if end is not None] if all(ends) else []
 
 
 def overview(groups: Sequence[Group]) -> Section:

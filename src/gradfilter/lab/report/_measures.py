@@ -63,7 +63,7 @@ def read_measures(run: Path) -> tuple[tuple[Measure, ...], list[str]]:
         except UsageError:
             unreadable.append(f"{str(path)!r} is not a file of numbers.")
             continue
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             unreadable.append(f"{str(path)!r}: not what gradfilter stats writes ({error!r}).")
             continue
         for measure in found:
@@ -89,18 +89,24 @@ def _measures(path: Path, document: Document) -> list[Measure]:
             settings["metric"],
             column,
             settings["dataset_split"],
-            path.stem.split("-checkpoint-")[0],
+            path.stem.rsplit("-checkpoint-", 1)[0],
             all(settings.get(name, value) == value for name, value in PLAIN.items()),
             int(facts["checkpoint"]["id"]),
             int(facts["checkpoint"]["step"]),
             stop - start,
-            _mean(numbers),
+            _of_all(facts, column, numbers),
             float(lipschitz[0]),
             _mean(numbers[wrong]) if per_sample and wrong.any() else math.nan,
             _mean(numbers[~wrong]) if per_sample else math.nan,
         )
         for column, numbers in zip(facts["columns"], values.T, strict=True)
     ]
+
+
+def _of_all(facts: Mapping[str, Any], column: str, values: np.ndarray) -> float:
+    """The mean; of noise scales, which may be infinite, the quotient of means that stats wrote."""
+    whole = facts["aggregate"].get(column)
+    return float(whole) if isinstance(whole, int | float) else _mean(values)
 
 
 def _mean(values: np.ndarray) -> float:

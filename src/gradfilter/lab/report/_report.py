@@ -112,7 +112,9 @@ def _earlier(out: Path) -> list[str]:
         names = [Path(name).name for name in found["files"] if found["command"] == "report"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         names = []
-    if not names and any(out.iterdir()):
+    # A report that was killed in its first moment leaves half a file, which is nobody's.
+    others = [p for p in out.iterdir() if not (p.name.startswith(".") and p.suffix == ".part")]
+    if not names and others:
         raise UsageError(
             f"--out: expected a new or empty directory, or that of an earlier report, found files "
             f"in {str(out)!r}. Name another."

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -54,26 +55,46 @@ class Run:
         """A number of the last evaluation."""
         return float(self.metrics[name].iloc[-1])
 
-    def at_end(self, metric: str, split: str, number: str = "mean", column: str = "") -> float:
-        """What was measured of the images themselves at the last step; NaN if that was not.
+    def measured(self, metric: str, split: str) -> list[Measure]:
+        """What was measured of the images themselves at the last step.
 
         Args:
             metric: Of ``gradfilter stats``.
             split: On which samples.
+        """
+        return [
+            measure
+            for measure in self.measures
+            if (measure.metric, measure.split) == (metric, split)
+            and measure.plain
+            and measure.step == self.last("step")
+        ]
+
+    def at_end(self, variant: str, number: str = "mean", column: str = "") -> float:
+        """A number of a measurement at the last step; NaN if it was not measured in this way.
+
+        Args:
+            variant: One of `usual_variant`.
             number: An attribute of `Measure`.
             column: Which number of a metric that has several; the metric's name otherwise.
         """
-        found = [
-            measure
-            for measure in self.measures
-            if (measure.metric, measure.column) == (metric, column or metric)
-            and measure.plain
-            and measure.split == split
-            and measure.step == self.last("step")
-        ]
-        # Of several ways to measure it the usual one has the shortest name.
-        best = min(found, key=lambda measure: len(measure.variant), default=None)
-        return math.nan if best is None else float(getattr(best, number))
+        for measure in self.measures:
+            if (
+                measure.variant == variant
+                and measure.column == (column or measure.metric)
+                and measure.step == self.last("step")
+            ):
+                return float(getattr(measure, number))
+        return math.nan
+
+
+def usual_variant(runs: Iterable[Run], metric: str, split: str) -> str:
+    """The way of measuring that most of these runs share, of several the shortest name; or none.
+
+    Numbers that were measured with different settings are not to be compared.
+    """
+    ways = Counter(way for run in runs for way in {m.variant for m in run.measured(metric, split)})
+    return min(ways, key=lambda way: (-ways[way], len(way)), default="")
 
 
 def read_runs(dirs: Sequence[Path]) -> tuple[list[Run], list[str]]:
@@ -82,7 +103,7 @@ def read_runs(dirs: Sequence[Path]) -> tuple[list[Run], list[str]]:
     Raises:
         UsageError: A directory does not exist.
     """
-    runs, skipped = [], []
+    runs, skipped = [], _without_record(dirs)
     for place in _places(dirs):
         try:
             record = read_config(place)
@@ -95,8 +116,9 @@ def read_runs(dirs: Sequence[Path]) -> tuple[list[Run], list[str]]:
             continue
         try:
             measures, unreadable = read_measures(place)
-            runs.append(_run(place, record, read_metrics(place / METRICS), measures))
-            skipped += unreadable
+            metrics, cut = read_metrics(place / METRICS)
+            runs.append(_run(place, record, metrics, measures))
+            skipped += [*cut, *unreadable]
         except UsageError as error:
             skipped.append(f"{error} ({record.get('status')})")
     for line in skipped:
@@ -118,13 +140,25 @@ def _places(dirs: Sequence[Path]) -> Iterator[Path]:
                 yield path.parent
 
 
+def _without_record(dirs: Sequence[Path]) -> list[str]:
+    found = {path.resolve() for folder in dirs for path in folder.rglob(METRICS)}
+    lost = sorted(path for path in found if not path.with_name("config.json").exists())
+    return [f"{str(path)!r} has no config.json beside it." for path in lost]
+
+
 def _run(
     place: Path, record: Mapping[str, Any], metrics: pd.DataFrame, measures: tuple[Measure, ...]
 ) -> Run:
     settings = DEFAULTS | record["settings"]
     if "batch_size" in record:
         settings["batch_size"] = record["batch_size"]
+    # Which of several devices it was is chance, as with a seed.
+    settings["device"] = str(settings["device"]).split(":")[0]
+    if settings["steps"] is not None:
+        settings["epochs"] = None
     try:
+        if not isinstance(settings["microbatches"], int):
+            raise TypeError
         return Run(
             place,
             str(record.get("status")),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from gradfilter.lab.report._accuracy import ORACLE, best, last
 from gradfilter.lab.report._curves import SAMPLES, SECONDS, over
 from gradfilter.lab.report._figure import Axis
 from gradfilter.lab.report._groups import Group, finished
 from gradfilter.lab.report._parts import Plot, Section, Table
-from gradfilter.lab.report._runs import Run
+from gradfilter.lab.report._runs import Run, usual_variant
 from gradfilter.lab.report._table import Column, Columns, group_table
 
 TASK = ("data", "model", "label_noise", "noise_type", "epochs", "steps", "batch_size")
@@ -20,24 +21,26 @@ LEAD = (
 GAP = Axis("surrogate gap", "surrogate_gap")
 
 
-def _measured(column: str) -> Columns:
-    def of(run: Run) -> float:
-        return run.at_end("sharpness", "train", column=column)
+def _columns(groups: Sequence[Group]) -> Columns:
+    variant = usual_variant((run for g in groups for run in g.runs), "sharpness", "train")
 
-    return {Column(column, column.replace("_", " ") + " (stats)", 1.0, 3): of}
+    def measured(column: str) -> Columns:
+        heading = f"{column.replace('_', ' ')} (stats)"
+        return {
+            Column(column, heading, 1.0, None): partial(Run.at_end, variant=variant, column=column)
+        }
 
-
-COLUMNS: Columns = {
-    Column("test_accuracy", "final test %"): last("test_accuracy"),
-    ORACLE: best,
-    Column("val_accuracy", "validation %"): last("val_accuracy"),
-    Column("train_loss", "training loss", 1.0, 3): last("train_loss"),
-    Column("surrogate_gap", "surrogate gap", 1.0, 4): last("surrogate_gap"),
-    **_measured("sharpness"),
-    **_measured("hessian_top"),
-    **_measured("hessian_trace"),
-    Column("seconds", "seconds", 1.0): last("seconds"),
-}
+    return {
+        Column("test_accuracy", "final test %"): last("test_accuracy"),
+        ORACLE: best,
+        Column("val_accuracy", "validation %"): last("val_accuracy"),
+        Column("train_loss", "training loss", 1.0, None): last("train_loss"),
+        Column("surrogate_gap", "surrogate gap", 1.0, None): last("surrogate_gap"),
+        **measured("sharpness"),
+        **measured("hessian_top"),
+        **measured("hessian_trace"),
+        Column("seconds", "seconds", 1.0): last("seconds"),
+    }
 
 
 def sharpness(groups: Sequence[Group]) -> Section:
@@ -50,7 +53,7 @@ def sharpness(groups: Sequence[Group]) -> Section:
         return Section(name, title, LEAD, left_out=[why])
     aware = [group for group in compared if _is_sharpness_aware(group)]
     parts: list[Plot | Table] = [
-        group_table("sharpness", "Sharpness-aware rules and others", COLUMNS, compared),
+        group_table("sharpness", "Sharpness-aware rules and others", _columns(compared), compared),
         *_gaps(aware, SAMPLES, "by-samples", "against samples seen"),
         *_gaps(aware, SECONDS, "by-seconds", "against time"),
     ]

@@ -12,7 +12,7 @@ import pandas as pd
 from gradfilter.lab.report._groups import Group
 from gradfilter.lab.report._parts import Table
 from gradfilter.lab.report._runs import Run
-from gradfilter.lab.report._spread import spread
+from gradfilter.lab.report._spread import Spread, spread
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class Column:
         name: In the CSV.
         heading: On the page, with the unit.
         factor: From the number to the unit on the page.
-        digits: Behind the point, on the page.
+        digits: Behind the point, on the page; None for four that count.
     """
 
     name: str
     heading: str
     factor: float = 100.0
-    digits: int = 1
+    digits: int | None = 1
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def table(
 ) -> Table:
     """Mean ± sd over runs.
 
-    Columns without any number are in the CSV and not on the page, which says so.
+    Columns without any number are in the CSV and not on the page, which says so. A number that
+    only some of the runs have, because others diverged, is shown with how many they are.
     """
     cells = [[spread(values) for values in row.values] for row in rows]
     kept = [i for i in range(len(columns)) if any(not math.isnan(row[i].mean) for row in cells)]
@@ -92,7 +93,7 @@ def table(
         [
             row.label,
             *([str(row.runs)] if counted else []),
-            *(cell[i].shown(columns[i].factor, columns[i].digits) for i in kept),
+            *(_shown(cell[i], columns[i], len(row.values[i])) for i in kept),
         ]
         for row, cell in zip(rows, cells, strict=True)
     ]
@@ -110,6 +111,11 @@ def table(
     ]
     headings = [first, *(["runs"] if counted else []), *(columns[i].heading for i in kept)]
     return Table(name, title, note, headings, shown, pd.DataFrame(numbers))
+
+
+def _shown(cell: Spread, column: Column, runs: int) -> str:
+    some = f" ({cell.runs} of {runs})" if 0 < cell.runs < runs else ""
+    return cell.shown(column.factor, column.digits) + some
 
 
 def state(group: Group) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from gradfilter.lab.report._facets import facets
-from gradfilter.lab.report._figure import MOST, Axis, Curve, plot
+from gradfilter.lab.report._figure import MOST, Axis, Curve, Mark, plot
 from gradfilter.lab.report._groups import Group, apart_from, finished
 from gradfilter.lab.report._parts import Plot, Section
-from gradfilter.lab.report._runs import Run
+from gradfilter.lab.report._runs import Run, usual_variant
 from gradfilter.lab.report._spread import points
 
 FEWEST = 3
@@ -111,19 +111,22 @@ def _error(split: str) -> Callable[[Run], float]:
 
 
 def _lipschitz(name: str, members: Sequence[Family], place: Place) -> list[Plot]:
-    lines = _measured("jacobian_operator_norm", "lipschitz")
+    lines = _measured(members, "jacobian_operator_norm", "lipschitz")
     axis = Axis("√(mean σ²) of input Jacobians", "lipschitz")
     return _figures(name, members, place, lines, "empirical Lipschitz constant", axis)
 
 
 def _jacobians(name: str, members: Sequence[Family], place: Place) -> list[Plot]:
     axis = Axis("mean Frobenius norm", "jacobian")
-    return _figures(name, members, place, _measured("jacobian", "mean"), "input Jacobian", axis)
+    lines = _measured(members, "jacobian", "mean")
+    return _figures(name, members, place, lines, "input Jacobian", axis)
 
 
-def _measured(metric: str, number: str) -> list[Line]:
+def _measured(members: Sequence[Family], metric: str, number: str) -> list[Line]:
+    runs = [run for family in members for group in family.groups for run in group.runs]
+    ways = {split: usual_variant(runs, metric, split) for split in SPLITS}
     return [
-        (f"{split} images", partial(Run.at_end, metric=metric, split=split, number=number), dashes)
+        (f"{split} images", partial(Run.at_end, variant=ways[split], number=number), dashes)
         for split, dashes in SPLITS.items()
     ]
 
@@ -144,20 +147,23 @@ def _figures(
     found = []
     for facet in facets(settings, most=MOST // 2):
         drawn: list[Curve] = []
-        marks, never = {}, []
-        for member in facet.members:
+        marks: dict[str, Mark] = {}
+        never = []
+        several = len(facet.members) > 1
+        for colour, member in enumerate(facet.members):
             family = members[member]
             setting = family.groups[0].label(facet.names) if facet.names else ""
             for called, number, dashes in lines:
                 data = points(family.groups, place, number)
                 if len(data) > 1:
                     label = _joined(called, setting)
-                    drawn.append(Curve(label, data, settings[member], len(drawn), dashes))
+                    style = colour if several else len(drawn)
+                    drawn.append(Curve(label, data, settings[member], style, dashes))
             mark = _joined("interpolation threshold", setting)
             if family.threshold is None:
                 never.append(mark)
             elif math.isfinite(at := place(family.threshold)):
-                marks[mark] = at
+                marks[mark] = Mark(at, colour if several else None)
         if drawn:
             found.append(
                 plot(

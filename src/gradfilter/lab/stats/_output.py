@@ -97,7 +97,7 @@ def read(path: Path) -> Document:
         found = json.loads(path.read_text())
         origin_of(found)
         records_of(found)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(
             f"{str(path)!r} exists and is not a file of numbers. Remove it, or give --outname."
         ) from None
