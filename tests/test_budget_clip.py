@@ -6,7 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gradfilter as gf
-from _naive import BAD, assert_close, assert_same, flat, normal, random_matrix, run, unflat, zeros
+from _naive import (
+    BAD,
+    WIDTH,
+    assert_close,
+    assert_same,
+    flat,
+    normal,
+    random_matrix,
+    run,
+    unflat,
+    zeros,
+)
 from test_consensus import leave_one_out
 
 seeds = st.integers(0, 2**20)
@@ -110,7 +121,7 @@ def test_without_a_power_the_longest_rows_become_equal_and_the_others_stay(seed,
 
 
 def test_of_two_groups_that_disagree_the_larger_one_gets_the_budget():
-    right, wrong = normal(2, flat(zeros()).numel())
+    right, wrong = normal(2, WIDTH)
     matrix = torch.stack([right] * 5 + [-2 * right] * 2 + [right + 0.1 * wrong])
     clipped, out, _ = clip(matrix, 0.5, 2)
     shares = clipped.norm(dim=1) / clipped.norm(dim=1).sum()
@@ -150,9 +161,17 @@ def test_a_first_step_that_is_skipped_sets_no_scale():
     assert params["w"] == -2
 
 
+def test_a_row_of_which_nothing_is_left_is_still_one_of_the_mean():
+    matrix = torch.cat([random_matrix(2, 5).abs(), -normal(1, WIDTH).abs()])
+    update = gf.chain(gf.budget_clip(0.3, power=200.0), gf.mean_rows())
+    clipped, _, _ = clip(matrix, 0.3, 200.0)
+    assert clipped[-1].norm() < 1e-200
+    assert_close(flat(run(update, unflat(matrix))[0]), clipped.mean(0))
+
+
 @pytest.mark.parametrize("power", [0.0, 2.0])
 def test_rows_that_are_all_zero_stay(power):
-    matrix = torch.zeros(4, flat(zeros()).numel(), dtype=torch.float64)
+    matrix = torch.zeros(4, WIDTH, dtype=torch.float64)
     clipped, out, state = clip(matrix, 0.3, power)
     assert torch.equal(clipped, matrix)
     assert state["first"] == 0

@@ -30,14 +30,19 @@ def budget_clip(budget: float = 0.3, *, power: float = 3.0) -> Transform:
 
     While right labels are learnt the mean norm falls under the budget and nothing is changed any
     more. Wrong labels keep it high: then the budget is small, the smaller the more rows are
-    wrong, and it goes to the rows that agree; short rows, which are learnt, are not touched.
+    wrong, and it goes to the rows that agree.
+
+    On scikit-learn's digits it costs nothing that can be measured on right labels and keeps most
+    of the accuracy with 30 and 50 % wrong ones, at one learning rate: `benchmarks/label_noise.py`,
+    ``--part default``. There it stands before mean_rows, sgd with momentum and ema_params(0.99).
 
     Args:
         budget: > 0, as a fraction of the mean row norm of the first step.
         power: >= 0. How much more agreement counts than equality; at 0 nothing is compared, every
             row has the same limit, and the rule costs no more than `clip_per_row`.
 
-    Needs: rows. A state of one number, the mean norm of the first step that was not skipped.
+    Needs: rows; of several ranks those of all, so its place is behind `across_ranks`. A state of
+    one number, the mean norm of the first step that was not skipped.
 
     Publishes: ``norm`` (M,) before clipping, ``clipped_fraction`` (), ``allowed`` (), the mean of
     the norms that is allowed (Inf where m <= b), and with a power ``cosine`` (M,): s, NaN for a
@@ -75,6 +80,8 @@ def budget_clip(budget: float = 0.3, *, power: float = 3.0) -> Transform:
         level = _level(norms, shares, allowed * usable.sum())
         clipped = over & (norms > level * shares)
         factors = torch.where(clipped, level * shares / torch.where(clipped, norms, 1.0), 1.0)
+        # A factor of 0 would take the row out of means: a short row is still one of M.
+        factors = factors.clamp(min=torch.finfo(factors.dtype).tiny)
         out = {
             "norm": sq_norms.sqrt(),
             "clipped_fraction": clipped.to(norms.dtype).mean(),
