@@ -1,5 +1,6 @@
 """Curvature in the input: dense Hessians, the ReLU identity, samples that stay apart."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,3 +113,46 @@ def test_a_flat_loss_and_one_that_is_not_finite(method):
     flat = gd.loss_curvature(lambda x: torch.zeros(len(x), 3), x, torch.tensor([0, 2]))
     for value in flat:
         assert (value == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_the_vectors_in_float32(dtype):
+    model, (x, y) = net(nn.ReLU()), images()
+    x, model = x.to(dtype), model.to(dtype)
+    options = {"probes": 18, "iterations": 18, "tolerance": 1e-3}
+    half = gd.loss_curvature(model, x, y, **options)
+    same = gd.loss_curvature(model.float(), x.float(), y, **options)
+    torch.testing.assert_close(half.tops, same.tops, rtol=0.03, atol=1e-3)
+    torch.testing.assert_close(half.traces, same.traces, rtol=0.03, atol=1e-3)
+    assert half.residuals.max() < 0.02
+
+
+@pytest.mark.parametrize("method", ["hvp", "gauss_newton"])
+def test_targets_of_any_whole_type(method):
+    many, x = nn.Linear(4, 300).eval(), torch.randn(3, 4)
+    y = torch.tensor([0, 1, 127])
+    expected = gd.loss_curvature(many, x, y, method=method, probes=4)
+    for dtype in (torch.int32, torch.int16, torch.int8, torch.uint8):
+        found = gd.loss_curvature(many, x, y.to(dtype), method=method, probes=4)
+        torch.testing.assert_close(found.traces, expected.traces)
+    few, yes = nn.Linear(4, 2).eval(), torch.tensor([True, False, True])
+    found = gd.loss_curvature(few, x, yes, method=method, probes=4).traces
+    torch.testing.assert_close(
+        found, gd.loss_curvature(few, x, yes.long(), method=method, probes=4).traces
+    )
+    with pytest.raises(ValueError, match=r"0 \.\. 4, found 0 \.\. 127"):
+        gd.loss_curvature(nn.Linear(4, 5).eval(), x, y.to(torch.uint8), method=method)
+
+
+@pytest.mark.parametrize("make", [torch.tensor, np.int64, np.array])
+def test_a_seed_may_be_any_whole_number(make):
+    model, (x, y) = net(nn.Tanh()), images()
+    options = {"probes": 3, "iterations": 2}
+    expected = gd.loss_curvature(model, x, y, seed=3, **options)
+    for found in (
+        gd.loss_curvature(model, x, y, seed=make(3), **options),
+        gd.loss_curvature(model, x, y, seed=[make(3)] * 4, **options),
+        gd.loss_curvature(model, x, y, seed=np.full(4, 3), **options),
+    ):
+        torch.testing.assert_close(found.tops, expected.tops)
+        torch.testing.assert_close(found.traces, expected.traces)

@@ -84,6 +84,8 @@ def test_targets(targets, error, match):
         (lambda: gd.hessian_trace(lambda p, b: torch.ones(()), PARAMS, None), "depends on the"),
         (lambda: gd.sharpness(lambda p, b: p["w"], PARAMS, None), "scalar loss"),
         (lambda: gd.sharpness(SQUARE, PARAMS, None, rho=-0.1), "`rho` >= 0"),
+        (lambda: gd.sharpness(SQUARE, {"w": torch.ones(3).bfloat16()}, None), "float32.*autocast"),
+        (lambda: gd.sharpness(SQUARE, {**PARAMS, "v": torch.ones(2).half()}, None), "'v' in"),
         (lambda: gd.noise_scale(ROWS, 0), "`batch_size` >= 1"),
     ],
 )

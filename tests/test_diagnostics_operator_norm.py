@@ -1,5 +1,7 @@
 """Operator norms: closed forms, gram = power = SVD, and nothing of a sample's neighbours."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -106,3 +108,17 @@ def test_a_sample_that_is_not_finite_spoils_no_other(method):
     found = gd.operator_norm(lambda x: linear(weight)(x.square()), x, method=method)
     assert found.values.isnan().tolist() == [False, True, False]
     assert found.residuals.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(6,), (2, 3, 5), (1, 2, 4, 4)])
+def test_samples_may_share_memory(method, shape):
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(math.prod(shape), 5), nn.Tanh(), nn.Linear(5, 40)
+    ).eval()
+    x = torch.randn(1, *shape).expand(3, *[-1] * len(shape))
+    dense = gd.operator_norm(model, x.clone(), method=method).values
+    torch.testing.assert_close(gd.operator_norm(model, x, method=method).values, dense)
+    windows = torch.randn(20).unfold(0, 8, 3)  # (5, 8), overlapping
+    found = gd.operator_norm(linear(torch.randn(3, 8)), windows, method=method).values
+    assert len(found) == 5 and found.isfinite().all()

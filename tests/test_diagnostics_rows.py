@@ -121,3 +121,16 @@ def test_rows_of_a_model_and_of_a_chain():
     rows = gf.per_sample_grads(gf.model_loss(model, F.cross_entropy))(params, batch)
     torch.testing.assert_close(gd.agreement(rows), pairwise(rows.stacked()), rtol=1e-5, atol=1e-6)
     assert gd.noise_scale(rows, 1).trace > 0
+
+
+@pytest.mark.parametrize(("count", "kind"), [(6, gf.DenseStack), (48, NoGram)])
+def test_the_noise_of_rows_in_half_precision_is_not_that_of_a_rounded_mean(count, kind):
+    step = 2.0**-7  # of bfloat16 from 1 on: a mean of 1 + 4/3 steps is no number of it
+    column = 1 + step * torch.tensor([0.0, 0.0, 4.0]).repeat(count // 3)
+    rows = {"w": torch.stack([column.roll(i) for i in range(200)], 1).bfloat16()}
+    values = matrix(rows)
+    trace, of_mean = values.var(0).sum(), values.mean(0).square().sum()
+    found = gd.noise_scale(kind(rows), 4)
+    torch.testing.assert_close(found.trace, trace, rtol=0.05, atol=0)
+    torch.testing.assert_close(found.sq_norm_of_mean, of_mean, rtol=1e-4, atol=0)
+    torch.testing.assert_close(found.samples, 4 * trace / of_mean, rtol=0.05, atol=0)

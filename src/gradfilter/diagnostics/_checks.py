@@ -64,6 +64,7 @@ def check_targets(targets: Tensor, logits: Tensor) -> None:
             f"Expected `targets` of shape ({count},), found {tuple(targets.shape)}. Give one class "
             "per sample."
         )
+    targets = targets.to(torch.int64)  # eight bits cannot be compared with 300 classes
     # Seen by the host once per batch; an index out of range would end a CUDA context.
     if bool(((targets < 0) | (targets >= classes)).any()):
         raise ValueError(

@@ -49,7 +49,8 @@ def cotangents(logits: Tensor, normalization: Normalization, rows: Tensor) -> Te
         rows: Classes k, (c, N).
 
     Returns:
-        (c, N, C), in the dtype of the logits.
+        (c, N, C), wide: of a confident sample they may be too small for the logits' dtype. Unit
+        rows are in that dtype.
     """
     if normalization in ("none", "jacobian"):
         return factor_rows(logits, "none", rows)
@@ -76,7 +77,14 @@ def factor_rows(logits: Tensor, factor: Factor, rows: Tensor) -> Tensor:
         result = own[..., None] * result
     elif factor == "fisher":
         result = own.sqrt()[..., None] * result
-    return result.to(logits.dtype)
+    return result
+
+
+def scaled(cotangents: Tensor) -> tuple[Tensor, Tensor]:
+    """Cotangents (*rest, C) over their largest entry, and that entry's size, wide, (*rest,)."""
+    size = cotangents.abs().amax(-1).to(_tree.wide(cotangents))
+    size = torch.where(size > 0, size, 1.0)
+    return cotangents / size[..., None].to(cotangents.dtype), size
 
 
 def _probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gradfilter import _tree
@@ -22,8 +21,10 @@ from gradfilter.diagnostics._cotangents import all_rows, chosen_rows, factor_row
 from gradfilter.diagnostics._derivative import Derivative, derivative
 from gradfilter.diagnostics._gram import top_of_gram
 from gradfilter.diagnostics._lanczos import top_eigenvalue
+from gradfilter.diagnostics._log_loss import log_loss
 from gradfilter.diagnostics._pulled import held, jacobian_norms
 from gradfilter.diagnostics._random import Seeds, normals
+from gradfilter.diagnostics._recurrent import plain_recurrence
 from gradfilter.diagnostics._trace import trace
 
 CurvatureMethod = Literal["hvp", "gauss_newton"]
@@ -111,8 +112,8 @@ def loss_curvature(
     slopes = jacobian_norms(at, "crossentropy", rows, 1)
     if method == "gauss_newton":
         return _gauss_newton(at, slopes, at_once(chunk_size, len(x), x.device))
-    product = _hessian_product(model, at.x, targets)
-    flat = at.x.flatten(1)
+    product = _hessian_product(model, at.x, rows[0])
+    flat = _tree.at_least_float32(at.x.flatten(1))
     traces, errors = trace(product, flat, probes=probes, seeds=seed)
     start = normals(seed, flat)
     tops = top_eigenvalue(product, start, iterations=iterations, tolerance=tolerance)
@@ -133,15 +134,14 @@ def _hessian_product(model: Model, x: Tensor, targets: Tensor) -> Callable[[Tens
 
     def loss(z: Tensor) -> Tensor:
         logits = model(z)
-        # 1 − p of a confident sample is nothing in float32.
-        return F.cross_entropy(logits.to(_tree.wide(logits)), targets, reduction="sum")
+        return log_loss(logits.to(_tree.wide(logits)), targets)
 
-    with plain_attention():
+    with plain_attention(), plain_recurrence(model, x.device):
         pull = torch.func.vjp(torch.func.grad(loss), x)[1]
 
     @torch.no_grad()
     def product(v: Tensor) -> Tensor:
         moved: Tensor = pull(v.reshape(x.shape).to(x.dtype))[0]
-        return moved.flatten(1)
+        return moved.flatten(1).to(v.dtype)
 
     return product

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradfilter.diagnostics._attention import plain_attention
 from gradfilter.diagnostics._checks import Model, check_logits, check_model, check_samples
+from gradfilter.diagnostics._recurrent import plain_recurrence
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,8 +23,8 @@ class Derivative:
         x: (N, *shape), where it was taken.
         logits: (N, C).
         push: J v for v (N, *shape): a forward pass with tangents. (N, C).
-        pull: Jᵀ u for several u at once, (c, N, C), through the one forward pass there was.
-            (c, N, *shape). No gradient of a parameter is computed on the way.
+        pull: Jᵀ u for several u at once, (c, N, C) of any dtype, through the one forward pass
+            there was. (c, N, *shape). No gradient of a parameter is computed on the way.
     """
 
     x: Tensor
@@ -46,15 +47,19 @@ def derivative(model: Model, x: Tensor) -> Derivative:
 
 
 def _at(model: Model, x: Tensor) -> Derivative:
-    x = x.detach()
-    with plain_attention():
+    x = _dense(x.detach())
+    with plain_attention(), plain_recurrence(model, x.device):
         logits, vjp, *_ = torch.func.vjp(model, x)
     check_logits(logits, len(x))
 
     @torch.no_grad()
     def push(v: Tensor) -> Tensor:
         tangents = torch.empty_like(x).copy_(v.reshape(x.shape))  # in the layout of x
-        with warnings.catch_warnings(), plain_attention():
+        with (
+            warnings.catch_warnings(),
+            plain_attention(),
+            plain_recurrence(model, x.device),
+        ):
             # What torch imports for forward mode uses what torch has deprecated.
             warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
             moved: Tensor = torch.func.jvp(model, (x,), (tangents,))[1]
@@ -62,6 +67,7 @@ def _at(model: Model, x: Tensor) -> Derivative:
 
     @torch.no_grad()
     def pull(u: Tensor) -> Tensor:
+        u = u.to(logits.dtype)
         if len(u) == 1:  # what cannot be vmapped can still be had one by one
             one: Tensor = vjp(u[0])[0]
             return one[None]
@@ -69,3 +75,9 @@ def _at(model: Model, x: Tensor) -> Derivative:
         return many
 
     return Derivative(x, logits, push, pull)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The same numbers, each with memory of its own, as tangents must be laid out."""
+    dense = torch.empty_like(x)
+    return x if dense.stride() == x.stride() else dense.copy_(x)

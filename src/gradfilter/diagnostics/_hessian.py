@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from gradfilter.diagnostics._lanczos import top_eigenvalue
 from gradfilter.diagnostics._loss_at import LossAt
 from gradfilter.diagnostics._random import normals
 from gradfilter.diagnostics._trace import trace
+from gradfilter.grads._ambient import random_state_restored
 
 
 class HessianTop(NamedTuple):
@@ -144,8 +146,9 @@ def _product(
     loss: Callable[..., Any], params: Params, batch: Any, buffers: Tree | None
 ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """H v for v (1, P), and a tensor like v. The gradient's graph is made once, for all v."""
-    with plain_attention():
-        _, gradient, leaves = LossAt.of(loss, batch, buffers).gradient(params, twice=True)
+    at = LossAt.of(loss, batch, buffers)
+    with plain_attention(), random_state_restored(_tree.device_of(params)):
+        _, gradient, leaves = at.gradient(params, twice=True)
     slopes = [g for g in gradient.values() if g.requires_grad]  # of a linear part H is 0
 
     def product(v: Tensor) -> Tensor:
@@ -157,15 +160,16 @@ def _product(
         moved = [torch.zeros_like(leaf) for leaf in leaves.values()]
         if slopes:
             directions = [along[name] for name, g in gradient.items() if g.requires_grad]
-            moved = list(
-                torch.autograd.grad(
-                    slopes,
-                    list(leaves.values()),
-                    directions,
-                    retain_graph=True,
-                    materialize_grads=True,
-                )
+            differentiate = partial(
+                torch.autograd.grad,
+                slopes,
+                list(leaves.values()),
+                directions,
+                retain_graph=True,
+                materialize_grads=True,
             )
+            with plain_attention():  # what was checkpointed runs again
+                moved = list(at.inside(leaves, differentiate))
         return torch.cat([m.reshape(-1).to(v.dtype) for m in moved])[None]
 
     size = sum(leaf.numel() for leaf in leaves.values())

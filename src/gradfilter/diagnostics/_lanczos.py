@@ -49,11 +49,13 @@ def top_eigenvalue(
     done = torch.zeros_like(values, dtype=torch.bool)
     for _ in range(min(iterations, size)):
         vector = product(basis[-1]).to(start.dtype)
-        diagonal.append(_dots(basis[-1], vector))
+        length = _lengths(vector)
+        vector = _normalized(vector)
+        diagonal.append(length * _dots(basis[-1], vector))
         for _ in range(2):  # once leaves behind what rounding lets back in
             for other in basis:
                 vector = vector - _dots(other, vector)[:, None].to(start.dtype) * other
-        beside.append(_dots(vector, vector).sqrt())
+        beside.append(length * _lengths(vector))
         latest, residual = _ritz(diagonal, beside)
         values = torch.where(done, values, latest)
         residuals = torch.where(done, residuals, residual)
@@ -82,11 +84,17 @@ def _ritz(diagonal: list[Tensor], beside: list[Tensor]) -> tuple[Tensor, Tensor]
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of rows, totals in float64. (N,)."""
+    """Inner products of rows of length 1 at most, totals in float64. (N,)."""
     return (a * b).sum(1, dtype=_tree.wide(a))
+
+
+def _lengths(vectors: Tensor) -> Tensor:
+    """Norms of rows, (N,). In float32 the square of a small one is 0."""
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=1, dtype=_tree.wide(vectors))
+    return norms
 
 
 def _normalized(vectors: Tensor) -> Tensor:
     """Rows of length 1; a zero row stays zero."""
-    norms = _dots(vectors, vectors).sqrt()
-    return vectors / torch.where(norms > 0, norms, 1.0)[:, None].to(vectors.dtype)
+    norms = _lengths(vectors)
+    return (vectors / torch.where(norms > 0, norms, 1.0)[:, None]).to(vectors.dtype)

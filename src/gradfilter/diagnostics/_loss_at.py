@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from gradfilter import _tree
 from gradfilter._types import Params, Tree
 from gradfilter.grads._any_loss import AnyLoss
 from gradfilter.grads._check_loss import check_differentiable
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +42,10 @@ class LossAt:
         self.loss.check_params(params)
         return self.loss.pure(params, self.batch, self.buffers)[0]
 
+    def inside(self, leaves: Tree, backward: Callable[[], T]) -> T:
+        """A backward pass; checkpointed parts run forward again in it, at these leaves."""
+        return self.loss.inside(leaves, self.buffers, backward)
+
     def gradient(self, params: Params, *, twice: bool = False) -> tuple[Tensor, Tree, Tree]:
         """f(w), ∇f(w), and the leaves it was taken at; ``twice`` keeps it differentiable.
 
@@ -49,7 +56,12 @@ class LossAt:
             _tree.device_of(leaves)  # refuses none at all
             value = self.value(leaves)
             check_differentiable(value)
-            slopes = torch.autograd.grad(
-                value, list(leaves.values()), create_graph=twice, materialize_grads=True
+            differentiate = partial(
+                torch.autograd.grad,
+                value,
+                list(leaves.values()),
+                create_graph=twice,
+                materialize_grads=True,
             )
+            slopes = self.inside(leaves, differentiate)
         return value, dict(zip(leaves, slopes, strict=True)), leaves

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from gradfilter import _tree
 from gradfilter.diagnostics._checks import Model, at_once, check_at_least, check_one_of
-from gradfilter.diagnostics._cotangents import Normalization, chosen_rows, cotangents
+from gradfilter.diagnostics._cotangents import Normalization, chosen_rows, scaled
 from gradfilter.diagnostics._derivative import Derivative, derivative
+from gradfilter.diagnostics._factor_maps import Map, factor_maps
 from gradfilter.diagnostics._gram import top_of_gram
 from gradfilter.diagnostics._lanczos import Top, top_eigenvalue
-from gradfilter.diagnostics._pulled import held_jacobian, over, whole_norms
+from gradfilter.diagnostics._pulled import held_jacobian, jacobian_norms, over, whole_norms
 from gradfilter.diagnostics._random import Seeds, normals
 
 Method = Literal["auto", "gram", "power"]
@@ -100,11 +101,13 @@ def operator_norm(
     rows = chosen_rows(at.logits, normalization, targets, target_logit_only)
     size = at_once(chunk_size, len(x), x.device)
     if method == "gram" or (method == "auto" and len(rows) <= GRAM_UP_TO):
+        if len(rows) == 1:  # its norm, which is not rounded to the dtype of x
+            norms = jacobian_norms(at, normalization, rows, size)
+            return OperatorNorm(norms, norms - norms)  # 0, or NaN
         jacobian = held_jacobian(at, normalization, rows, size)
         return OperatorNorm(*_roots(top_of_gram(jacobian.flatten(2))))
     start = normals(seed, at.logits.new_empty((len(x), len(rows)), dtype=_tree.wide(x)))
-    weights = cotangents(at.logits, normalization, rows)  # A, (C', N, C)
-    product = partial(_product, at, weights)
+    product = partial(_product, at, *factor_maps(at.logits, normalization, rows))
     top = top_eigenvalue(product, start, iterations=iterations, tolerance=tolerance)
     values, residuals = _roots(top)
     if normalization == "jacobian":
@@ -112,15 +115,15 @@ def operator_norm(
     return OperatorNorm(values, residuals)
 
 
-def _product(at: Derivative, weights: Tensor, u: Tensor) -> Tensor:
-    """A J Jᵀ Aᵀ u for u (N, C')."""
-    down = torch.einsum("rnc,nr->nc", weights, u.to(weights.dtype))
+def _product(at: Derivative, forth: Map, back: Map, u: Tensor) -> Tensor:
+    """A J Jᵀ Aᵀ u for u (N, C'), with ``forth`` A v and ``back`` Aᵀ u."""
+    down, size_down = scaled(back(u))
     v = at.pull(down[None])[0]
     # J v at a v of length 1: twice the exponent of a small J is more than float32 has.
     size = torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=u.dtype)
     scale = torch.where(size > 0, size, 1.0)
     up = at.push((v.flatten(1) / scale[:, None]).to(v.dtype))
-    return scale[:, None] * torch.einsum("rnc,nc->nr", weights, up.to(weights.dtype)).to(u.dtype)
+    return (size_down * scale)[:, None] * forth(up.to(u.dtype))
 
 
 def _roots(top: Top) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -10,26 +10,22 @@ from einops import rearrange
 from torch import Tensor
 
 from gradfilter import _tree
-from gradfilter.diagnostics._cotangents import Normalization, all_rows, cotangents
+from gradfilter.diagnostics._cotangents import Normalization, all_rows, cotangents, scaled
 from gradfilter.diagnostics._derivative import Derivative
 
 Maker = Callable[[Tensor], Tensor]
 """From classes (c, N) to cotangents of the logits (c, N, C)."""
 
 
-def pulled(at: Derivative, make: Maker, rows: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
-    """The rows of the Jacobian (c, N, *shape) chunk by chunk, and where each chunk starts."""
-    for start in range(0, len(rows), size):
-        yield start, at.pull(make(rows[start : start + size]))
-
-
 def sq_norms(at: Derivative, make: Maker, rows: Tensor, size: int) -> Tensor:
     """Squared Frobenius norms, totals in float64. (N,)."""
     wide = _tree.wide(at.x)
     total = torch.zeros(len(at.x), dtype=wide, device=at.x.device)
-    for _, chunk in pulled(at, make, rows, size):
-        dims = tuple(range(2, chunk.ndim))
-        total += torch.linalg.vector_norm(chunk, dim=dims, dtype=wide).square().sum(0)
+    for some in torch.split(rows, size):
+        u, sizes = scaled(make(some))
+        chunk = at.pull(u)
+        norms = torch.linalg.vector_norm(chunk, dim=tuple(range(2, chunk.ndim)), dtype=wide)
+        total += (sizes * norms).square().sum(0)
     return total
 
 
@@ -38,7 +34,8 @@ def held(at: Derivative, make: Maker, rows: Tensor, size: int) -> Tensor:
     x = at.x
     # Filled in place: stacking the rows would hold them twice.
     jacobian = torch.empty((len(x), len(rows), *x.shape[1:]), dtype=x.dtype, device=x.device)
-    for start, chunk in pulled(at, make, rows, size):
+    for start in range(0, len(rows), size):
+        chunk = at.pull(make(rows[start : start + size]))
         jacobian[:, start : start + len(chunk)] = rearrange(chunk, "c n ... -> n c ...")
     return jacobian
 
@@ -49,11 +46,13 @@ def held_jacobian(at: Derivative, normalization: Normalization, rows: Tensor, si
     if normalization != "jacobian":
         return held(at, make, rows, size)
     jacobian = held(at, make, all_rows(at.logits), size)
-    norms = torch.linalg.vector_norm(jacobian.flatten(1), dim=1, dtype=_tree.wide(at.x))
-    norms = torch.where(norms == 0, 1.0, norms).reshape(-1, *[1] * at.x.ndim)
+    wide = _tree.wide(at.x)
+    norms = torch.stack([torch.linalg.vector_norm(each, dtype=wide) for each in jacobian])
     if len(rows) < jacobian.shape[1]:
         jacobian = jacobian[torch.arange(len(jacobian), device=rows.device), rows[0]][:, None]
-    return (jacobian / norms).to(at.x.dtype)
+    for each, norm in zip(jacobian, norms, strict=True):  # in place, one sample wide at a time
+        each.copy_(each.to(wide) / torch.where(norm == 0, 1.0, norm))
+    return jacobian
 
 
 def jacobian_norms(at: Derivative, normalization: Normalization, rows: Tensor, size: int) -> Tensor:

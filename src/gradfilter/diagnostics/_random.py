@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
-Seeds = int | Sequence[int] | Tensor
+Seeds = SupportsIndex | Sequence[SupportsIndex] | Tensor
 
 
 def normals(seeds: Seeds, like: Tensor) -> Tensor:
@@ -22,10 +24,12 @@ def signs(seeds: Seeds, like: Tensor) -> Iterator[Tensor]:
 
 def _draws(seeds: Seeds, like: Tensor, *, signs: bool) -> Iterator[Tensor]:
     count, size = like.shape
-    if isinstance(seeds, int):
-        each = [seeds]  # the same numbers for every sample
+    if hasattr(seeds, "tolist"):  # of torch, or of NumPy
+        seeds = seeds.tolist()
+    if isinstance(seeds, SupportsIndex):
+        each = [operator.index(seeds)]  # the same numbers for every sample
     else:
-        each = [int(seed) for seed in (seeds.tolist() if isinstance(seeds, Tensor) else seeds)]
+        each = [int(seed) for seed in seeds]
         if len(each) != count:
             raise ValueError(
                 f"Expected `seed` as one number, or {count} of them, one per sample, found "

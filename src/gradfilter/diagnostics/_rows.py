@@ -79,7 +79,8 @@ class NoiseScale(NamedTuple):
 def noise_scale(rows: GradStack | Tree, batch_size: int) -> NoiseScale:
     r"""How noisy the rows are, and the batch size that this asks for.
 
-    With the mean row ḡ of the M rows that are finite,
+    With the mean row ḡ of the M rows that are finite (its norm from their products, not from a
+    mean rounded to half precision),
 
         trΣ = (Σ ‖g_i‖² − M ‖ḡ‖²) / (M − 1),    ‖G‖² = ‖ḡ‖² − trΣ/M,    samples = B · trΣ / ‖G‖².
 
@@ -112,11 +113,20 @@ def noise_scale(rows: GradStack | Tree, batch_size: int) -> NoiseScale:
     """
     check_at_least("batch_size", batch_size, 1, "It is the number of samples per row.")
     stack = as_stack(rows)
-    squares = stack.sq_norms()
+    gram = stack.gram() if stack.gram_is_cheap() else None
+    squares = stack.sq_norms() if gram is None else gram.diagonal()
     usable = stack.live & squares.isfinite()
     count = usable.sum().to(squares.dtype)
-    mean = stack.combine(usable.to(squares.dtype) / count.clamp(min=1))
-    of_mean = _products.sq_norm(mean)
+    weights = usable.to(squares.dtype) / count.clamp(min=1)
+    if gram is None:
+        # The mean m comes in the dtype of the parameters: ‖ḡ‖² = 2 <ḡ, m> − ‖m‖² + ‖ḡ − m‖². The
+        # last is left out: it is what rounding adds to the variance of every row anyway.
+        mean = stack.combine(weights)
+        along = torch.where(usable, stack.dot(mean), 0.0).sum() / count.clamp(min=1)
+        of_mean = 2 * along - _products.sq_norm(mean)
+    else:
+        both = usable[:, None] & usable
+        of_mean = (torch.where(both, gram, 0.0) * weights[:, None] * weights).sum()
     enough = count > 1
     total = torch.where(usable, squares, 0.0).sum()
     # Rounding of equal rows would leave a little less than nothing.

@@ -12,7 +12,7 @@ from gradfilter import _products, _tree
 from gradfilter._types import Params, Tree
 from gradfilter.diagnostics._checks import check_at_least
 from gradfilter.diagnostics._loss_at import LossAt
-from gradfilter.grads._ambient import random_state, set_random_state
+from gradfilter.grads._ambient import random_state, random_state_restored, set_random_state
 
 DELTA = 1e-12  # keeps a zero gradient finite
 
@@ -28,7 +28,8 @@ def sharpness(
     r"""The rise of the loss over one SAM step, f(w + e) − f(w) with e = ρ g / (‖g‖ + 1e-12).
 
     g = ∇f(w), the norm over all parameters together. One gradient and one more forward pass, on
-    the same random numbers.
+    the same random numbers. In half precision w + e would be rounded, mostly to w, so the
+    parameters have to be float32 or wider; autocast may compute in half precision.
 
     Args:
         loss: What `gradfilter.model_loss` makes, or a plain ``loss(params, batch) -> scalar``.
@@ -41,7 +42,8 @@ def sharpness(
         (), float64.
 
     Raises:
-        ValueError: rho < 0; the loss does not depend on the parameters or is no scalar.
+        ValueError: rho < 0; a parameter is in half precision; the loss does not depend on the
+            parameters or is no scalar.
         TypeError: The loss returns no tensor.
 
     Example:
@@ -57,16 +59,26 @@ def sharpness(
     check_at_least("rho", rho, 0, "0.05 is usual.")
     at = LossAt.of(loss, batch, buffers)
     device = _tree.device_of(params)
+    _check_precision(params)
     before = random_state(device)
-    value, gradient, _ = at.gradient(params)
-    set_random_state(before, device)
-    with torch.no_grad():
-        step = rho / (_products.norm(gradient) + DELTA)
-        near = {
-            # 1/δ at most, which half precision cannot hold
-            name: (_tree.at_least_float32(p) + step * _tree.at_least_float32(gradient[name])).to(
-                p.dtype
+    with random_state_restored(device):
+        value, gradient, _ = at.gradient(params)
+        set_random_state(before, device)
+        with torch.no_grad():
+            step = rho / (_products.norm(gradient) + DELTA)
+            near = {
+                name: (p + step * gradient[name]).to(p.dtype)  # of shape () it is promoted
+                for name, p in params.items()
+            }
+            return (at.value(near).to(step.dtype) - value.detach().to(step.dtype)).detach()
+
+
+def _check_precision(params: Params) -> None:
+    """Refuse parameters on which the step would be lost."""
+    for name, p in params.items():
+        if torch.promote_types(p.dtype, torch.float32) != p.dtype:
+            raise ValueError(
+                f"Expected parameters in float32 or wider, found {name!r} in {p.dtype}, where a "
+                "step to a point nearby is mostly rounded away. Use float32 parameters, and "
+                "torch.autocast to compute in half precision."
             )
-            for name, p in params.items()
-        }
-        return (at.value(near).to(step.dtype) - value.detach().to(step.dtype)).detach()
