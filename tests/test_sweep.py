@@ -57,6 +57,7 @@ def test_values_are_what_train_reads():
         "steps=None,7",
         "agc_exclude=,head.* conv.*",
         "agc=None,0",
+        *("--", "--optimizer", "adam"),
     )
     found = {(c.betas, c.steps, c.agc_exclude, c.agc) for c in map(plan.config_of, plan.points)}
     assert len(found) == 16
@@ -67,7 +68,7 @@ def test_values_are_what_train_reads():
 def test_a_preset_may_hold_the_grid(tmp_path):
     file = tmp_path / "own.toml"
     file.write_text(
-        "[train]\nepochs = 3.0\n[sweep]\nheartbeat = 7\n"
+        "[train]\nepochs = 3.0\noptimizer = 'adam'\n[sweep]\nheartbeat = 7\n"
         "[sweep.grid]\nbetas = [[0.9, 0.99], [0.5, 0.9]]\nseed = [4, 5]\n"
     )
     config, plan = parse_sweep(["--config", str(file)])
@@ -308,7 +309,7 @@ def test_a_run_at_work_elsewhere_is_left_alone_and_waited_for(tmp_path):
 
     with joined(plan, None, 1) as queue:
         enqueue(queue, retry_failed=False)
-        assert work(queue, 1, let_go)
+        assert work(queue, let_go)
         states = [trial.state for trial in queue.trials()]
     assert [line.split(":")[0] for line in said] == [
         "trial 1",

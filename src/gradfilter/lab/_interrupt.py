@@ -9,27 +9,41 @@ from contextlib import contextmanager
 from types import FrameType
 
 
+class _Asked:
+    """What is called when Ctrl-C is pressed."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.event.is_set():
+            raise KeyboardInterrupt
+        self.event.set()
+
+
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
     """Give a function that says whether Ctrl-C was pressed; a second one interrupts at once.
+
+    Inside another one it is the same question: whoever asks outside learns of a Ctrl-C that came
+    too late for the loop inside.
 
     Example:
         >>> with interruptible() as stopped:
         ...     stopped()
         False
     """
-    asked = threading.Event()
     # Only the main thread may handle signals; elsewhere Ctrl-C stays whatever it was.
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield threading.Event().is_set
         return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, handle)
+    before = signal.getsignal(signal.SIGINT)
+    if isinstance(before, _Asked):
+        yield before.event.is_set
+        return
+    asked = _Asked()
+    signal.signal(signal.SIGINT, asked)
     try:
-        yield asked.is_set
+        yield asked.event.is_set
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)

@@ -7,21 +7,22 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import Trial
 
 from gradfilter.lab._options import arguments
-from gradfilter.lab._usage import UsageError
+from gradfilter.lab._usage import UsageError, check
+from gradfilter.lab.train._command import NESTEROV
 from gradfilter.lab.train._config import PLACE, WATCHING, TrainConfig
 
 Reader = Callable[[Sequence[str]], TrainConfig]
 """From options of train to its settings."""
+Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
+SPLITS = ("train_split", "val_split")
+"""Below 1 they are fractions, above it numbers of samples."""
 HINTS = typing.get_type_hints(TrainConfig)
 
 
@@ -36,7 +37,7 @@ class Axis:
     """
 
     name: str
-    distribution: BaseDistribution
+    distribution: Distribution
     values: tuple[Any, ...]
 
     def value(self, chosen: Any) -> Any:
@@ -44,7 +45,30 @@ class Axis:
         if isinstance(self.distribution, CategoricalDistribution):
             return self.values[self.distribution.choices.index(chosen)]
         # As many digits as the name of a run directory has: one value, one directory.
-        return float(f"{chosen:g}") if isinstance(chosen, float) else chosen
+        plain = float(f"{chosen:g}") if isinstance(chosen, float) else chosen
+        return type(self.values[0])(plain)
+
+    def suggest(self, trial: Trial) -> None:
+        """Let a trial's sampler choose."""
+        match self.distribution:
+            case CategoricalDistribution(choices=choices):
+                trial.suggest_categorical(self.name, choices)
+            case IntDistribution(low=low, high=high, log=log):
+                trial.suggest_int(self.name, low, high, log=log)
+            case FloatDistribution(low=lowest, high=highest, log=log):
+                trial.suggest_float(self.name, lowest, highest, log=log)
+
+
+def fields_of(name: str, value: Any) -> dict[str, Any]:
+    """The settings that one value of an axis says; sgd+nesterov says two.
+
+    Example:
+        >>> fields_of("optimizer", "sgd+nesterov"), fields_of("seed", 1)
+        ({'optimizer': 'sgd', 'nesterov': True}, {'seed': 1})
+    """
+    if (name, value) == ("optimizer", NESTEROV):
+        return {"optimizer": "sgd", "nesterov": True}
+    return {name: value}
 
 
 def axes_of(typed: Sequence[str], option: str, read: Reader) -> tuple[Axis, ...]:
@@ -76,7 +100,35 @@ def axes_of(typed: Sequence[str], option: str, read: Reader) -> tuple[Axis, ...]
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"{option}: {name} is given twice. Give all its values at once.")
+    if "nesterov" in names and any(NESTEROV in axis.values for axis in axes):
+        raise UsageError(
+            f"{option}: optimizer={NESTEROV} and nesterov are two answers to one question. "
+            "Leave nesterov away, or give optimizer=sgd."
+        )
     return tuple(axes)
+
+
+def gathered(options: Sequence[str]) -> list[str]:
+    """Options with all that was given to --grid in one place, and so for --sample.
+
+    Example:
+        >>> gathered(["--grid", "seed=0,1", "--jobs", "2", "--grid=agree=0.9,1"])
+        ['--jobs', '2', '--grid', 'seed=0,1', 'agree=0.9,1']
+    """
+    values: dict[str, list[str]] = {}
+    others: list[str] = []
+    into = others
+    for text in options:
+        option, equals, value = text.partition("=")
+        if option in ("--grid", "--sample"):
+            into = values.setdefault(option, [])
+            into += [value] if equals else []
+        elif text.startswith("--"):
+            into = others
+            others.append(text)
+        else:
+            into.append(text)
+    return others + [text for option, given in values.items() for text in (option, *given)]
 
 
 def as_typed(table: Any, key: str) -> list[str]:
@@ -119,8 +171,14 @@ def _choice(name: str, texts: Sequence[str], option: str, read: Reader) -> Axis:
     for value in values:
         if values.count(value) > 1:
             raise UsageError(f"{option}: {name} has the value {value} twice. Give it once.")
-    plain = [" ".join(map(str, v)) if isinstance(v, tuple) else v for v in values]
-    return Axis(name, CategoricalDistribution(plain), values)
+    return Axis(name, CategoricalDistribution([plain_value(v) for v in values]), values)
+
+
+def plain_value(value: Any) -> Any:
+    """A setting as optuna and JSON know it."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return str(value) if isinstance(value, Path) else value
 
 
 def _range(name: str, text: str, read: Reader) -> Axis:
@@ -135,9 +193,20 @@ def _range(name: str, text: str, read: Reader) -> Axis:
         raise UsageError(f"--sample: expected {name}=LOW:HIGH with LOW below HIGH, found {text!r}.")
     if log and low <= 0:
         raise UsageError(f"--sample: expected {name}=log:LOW:HIGH with LOW above 0, found {low}.")
-    whole = isinstance(low, int)
+    counts = name in SPLITS and high >= 1
+    if counts:
+        check(
+            low > 1 and float(low).is_integer() and float(high).is_integer(),
+            f"--sample {name}",
+            "fractions below 1, or whole numbers of samples above it, at both ends",
+            text,
+            f"{name}=0.1:0.5 and {name}=100:500 are such ranges.",
+        )
+    whole = counts or isinstance(low, int)
     distribution = (
-        IntDistribution(low, high, log=log) if whole else FloatDistribution(low, high, log=log)
+        IntDistribution(int(low), int(high), log=log)
+        if whole
+        else FloatDistribution(low, high, log=log)
     )
     return Axis(name, distribution, (low, high))
 
@@ -154,7 +223,8 @@ def _value(name: str, text: str, option: str, read: Reader) -> Any:
             raise UsageError(f"{option} {name}: expected true or false, found {text!r}.")
         plain = text.lower() == "true"
     try:
-        return getattr(read(arguments({name: plain})), name)
+        value = getattr(read(arguments({name: plain})), name)
+        return text if text == NESTEROV else value
     except UsageError as error:
         raise UsageError(f"{option} {name}={text}: {error}") from None
 

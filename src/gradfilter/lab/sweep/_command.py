@@ -13,11 +13,12 @@ from gradfilter.lab._options import arguments, read_settings, value_of
 from gradfilter.lab._parse import parse
 from gradfilter.lab._processes import started_processes
 from gradfilter.lab._usage import UsageError, usable_device
-from gradfilter.lab.sweep._axes import as_typed
+from gradfilter.lab.sweep._axes import as_typed, gathered
 from gradfilter.lab.sweep._config import SweepConfig
+from gradfilter.lab.sweep._corners import check_there, refuse_unused
 from gradfilter.lab.sweep._jobs import run_workers, split
 from gradfilter.lab.sweep._join import folder_of, joined
-from gradfilter.lab.sweep._plan import Plan, plan_of
+from gradfilter.lab.sweep._plan import MOST_CORNERS, Plan, plan_of
 from gradfilter.lab.sweep._queue import OPEN, Queue, enqueue
 from gradfilter.lab.sweep._results import STATES, groups_of, settings_of, write_results
 from gradfilter.lab.sweep._storage import explained
@@ -47,6 +48,7 @@ def sweep_command(options: Sequence[str]) -> int:
         raise UsageError("torchrun: a sweep starts its workers itself. Give --jobs 2.")
     usable_device(plan.base.device)
     check_trackers(plan.base)
+    check_there(plan.corners(), "--sample" if plan.points is None else "--grid")
     folder = folder_of(plan)
     with (
         explained(),
@@ -55,9 +57,11 @@ def sweep_command(options: Sequence[str]) -> int:
     ):
         enqueue(queue, retry_failed=config.retry_failed)
         print(f"study {plan.base.name!r}: {plan.trials} trainings in {folder}")
+        if queue.heartbeat != config.heartbeat:
+            print(f"--heartbeat {queue.heartbeat} counts, which the study was begun with")
         try:
             if config.jobs == 1:
-                over = work(queue, config.heartbeat, partial(print, flush=True))
+                over = work(queue, partial(print, flush=True))
             else:
                 over = run_workers(queue, options, config.jobs, folder / "workers")
         finally:
@@ -79,7 +83,7 @@ def parse_sweep(options: Sequence[str]) -> tuple[SweepConfig, Plan]:
         if key in given:
             typed += [f"--{key}", *as_typed(given.pop(key), key)]
     try:
-        config = parse(SweepConfig, PROGRAM, [*arguments(given), *typed, *own])
+        config = parse(SweepConfig, PROGRAM, [*arguments(given), *typed, *gathered(own)])
     except UsageError as error:
         raise UsageError(f"{error} Options of train come after a lone --.") from None
     recipe = {"preset": config.preset, "config": config.config}
@@ -97,7 +101,11 @@ def parse_sweep(options: Sequence[str]) -> tuple[SweepConfig, Plan]:
 
     base = read(())
     named = replace(base, name=config.name or base.name or NAME)
-    return config, plan_of(config, named, read)
+    plan = plan_of(config, named, read)
+    corners = plan.corners()
+    if plan.points is not None or len(corners) < MOST_CORNERS:  # else some are not among them
+        refuse_unused(corners, plan.axes, rest, "--sample" if plan.points is None else "--grid")
+    return config, plan
 
 
 def _summed_up(queue: Queue, folder: Path, over: bool) -> int:
@@ -106,7 +114,8 @@ def _summed_up(queue: Queue, folder: Path, over: bool) -> int:
     groups = groups_of(plan, trials)
     if groups:
         Console().print(table_of(plan, groups))
-    without = [trial for trial in trials if "reason" in trial.user_attrs]
+    closed = [trial for trial in trials if trial.state not in OPEN]
+    without = [trial for trial in closed if trial.user_attrs.get("reason") is not None]
     for trial in without[:MOST_REASONS]:
         settings = " ".join(f"{k}={v}" for k, v in settings_of(plan, trial).items())
         print(f"{STATES[trial.state]}: {settings}: {trial.user_attrs['reason']}")

@@ -28,8 +28,8 @@ class SweepConfig:
     by tree-structured Parzen estimators (TPE)."""
     trials: int | None = None
     """Trainings of --sample, 20 unless given; more may be asked for later."""
-    sampler_seed: int = 0
-    """Seed of the search."""
+    sampler_seed: int | None = None
+    """Seed of the search, 0 unless given."""
 
     metric: str | None = None
     """Which number of an evaluation counts: val_accuracy if there is a validation split, else, for
@@ -49,7 +49,7 @@ class SweepConfig:
     """Workers that this command starts, on a GPU each if there are several."""
     heartbeat: int = 30
     """Seconds between two signs of life of a worker; after twice as many without one its training
-    is taken up by another."""
+    is taken up by another. What the study was begun with counts for all who join it."""
     retry_failed: bool = False
     """Train again what failed."""
 

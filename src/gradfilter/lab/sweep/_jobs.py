@@ -9,17 +9,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import FrameType
 
 import torch
 from rich.console import Console
 
 from gradfilter.lab._interrupt import interruptible
+from gradfilter.lab.sweep._attended import AGAIN
 from gradfilter.lab.sweep._queue import OPEN, Queue
+from gradfilter.lab.sweep._storage import FAULTS
 from gradfilter.lab.train._progress import progress_bar
 
-COMMAND = (sys.executable, "-m", "gradfilter", "sweep")
+Worker = subprocess.Popen[bytes]
+COMMAND = (sys.executable, "-m", "gradfilter.lab.sweep._attended")
 POLL = 0.5
 LAST_WORDS = 30.0
 """Seconds that workers have after Ctrl-C to put their trainings back."""
@@ -38,40 +42,42 @@ def run_workers(queue: Queue, options: Sequence[str], jobs: int, folder: Path) -
         False after Ctrl-C, which every worker is told.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    done = _done(queue)
+    workers: list[Worker] = []
+    logs = []
     with ExitStack() as stack:
         stopped = stack.enter_context(interruptible())
-        # A scheduler's polite kill has to reach the workers, too.
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        stack.callback(signal.signal, signal.SIGTERM, before)
-        workers = []
+        _leave_politely(stack)
+        stack.callback(_end, workers)
         for index in range(jobs):
             log = folder / f"{socket.gethostname()}-{os.getpid()}-{index}.log"
             said = stack.enter_context(log.open("ab"))
-            process = subprocess.Popen(
+            worker = subprocess.Popen(
                 [*COMMAND, *worker_options(options, device_of(queue.plan.base.device, index))],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # whose end tells it that this process is gone
                 stdout=said,
                 stderr=subprocess.STDOUT,
                 env=_environment(jobs),
-                # The terminal's Ctrl-C is for this process, which tells them once.
+                # The terminal's Ctrl-C is for this process, which tells them.
                 start_new_session=True,
             )
-            stack.callback(_end, process)
-            workers.append((process, log))
+            workers.append(worker)
+            logs.append(log)
         console = Console(stderr=True)
-        done = _done(queue)
         with progress_bar(console, "trainings", queue.plan.trials, done) as tick:
-            while any(process.poll() is None for process, _ in workers):
+            while any(worker.poll() is None for worker in workers):
                 if stopped():
-                    _interrupt([process for process, _ in workers])
+                    while not _interrupted(workers, AGAIN):
+                        pass
                     return False
                 time.sleep(POLL)
-                for _ in range(_done(queue) - done):
-                    tick()
-                    done += 1
-        for process, log in workers:
-            if process.returncode not in (0, 1):
-                print(f"a worker ended with exit code {process.returncode}: {log}", file=sys.stderr)
+                with suppress(*FAULTS):  # a database may be away for a moment
+                    for _ in range(_done(queue) - done):
+                        tick()
+                        done += 1
+        for worker, log in zip(workers, logs, strict=True):
+            if worker.returncode not in (0, 1):
+                print(f"a worker ended with exit code {worker.returncode}: {log}", file=sys.stderr)
     return True
 
 
@@ -108,28 +114,52 @@ def device_of(name: str, index: int) -> str:
 
 def _environment(jobs: int) -> dict[str, str]:
     """Workers share the cores instead of starting a thread for each of them."""
-    cores = os.cpu_count() or 1
-    return {"OMP_NUM_THREADS": str(max(1, cores // jobs)), **os.environ}
+    return {"OMP_NUM_THREADS": str(max(1, _cores() // jobs)), **os.environ}
+
+
+def _cores() -> int:
+    """How many this process may use, which a scheduler or taskset limits."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _done(queue: Queue) -> int:
     return sum(trial.state not in OPEN for trial in queue.trials())
 
 
-def _interrupt(workers: Sequence[subprocess.Popen[bytes]]) -> None:
-    for process in workers:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-    for process in workers:
-        process.wait()
+def _leave_politely(stack: ExitStack) -> None:
+    """Let a scheduler's polite kill and a closed terminal reach the workers, too."""
+    for number in (signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ())):
+        before = signal.getsignal(number)
+        if before is not signal.SIG_IGN:  # which nohup asks for
+            signal.signal(number, _leave)
+            stack.callback(signal.signal, number, before or signal.SIG_DFL)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+def _interrupted(workers: Sequence[Worker], seconds: float) -> bool:
+    """Press Ctrl-C in all workers, and wait at most so long for their end."""
+    for worker in workers:
+        if worker.poll() is None:
+            # Windows knows no Ctrl-C for one process.
+            worker.send_signal(signal.SIGTERM if sys.platform == "win32" else signal.SIGINT)
+    end = time.monotonic() + seconds
+    for worker in workers:
+        with suppress(subprocess.TimeoutExpired):
+            worker.wait(max(0.0, end - time.monotonic()))
+    return all(worker.poll() is not None for worker in workers)
+
+
+def _end(workers: Sequence[Worker]) -> None:
     """Leave no worker behind, whatever ended this one."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(LAST_WORDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    if not _interrupted(workers, LAST_WORDS):
+        for worker in workers:
+            worker.kill()
+    for worker in workers:
+        worker.wait()
+        if worker.stdin is not None:
+            worker.stdin.close()

@@ -13,9 +13,13 @@ from gradfilter.lab._usage import UsageError
 from gradfilter.lab.sweep._plan import Plan
 from gradfilter.lab.sweep._queue import Queue
 from gradfilter.lab.sweep._storage import Storage, opened
+from gradfilter.lab.train._config import TrainConfig
+from gradfilter.lab.train._place import plain_settings
 
 KEY = "gradfilter"
 """Where a study says what it is made of."""
+HEARTBEAT = "gradfilter heartbeat"
+"""Where it says how often workers give signs of life."""
 
 
 def folder_of(plan: Plan) -> Path:
@@ -30,7 +34,7 @@ def joined(plan: Plan, storage: str | None, heartbeat: int) -> Iterator[Queue]:
     Args:
         plan: What it is made of; its name is that of the runs.
         storage: A file or a URL; None for a file in the study's folder.
-        heartbeat: Seconds between two signs of life.
+        heartbeat: Seconds between two signs of life, if it is not there yet.
 
     Raises:
         UsageError: The storage cannot be used, or has a study of that name that is made of
@@ -39,10 +43,10 @@ def joined(plan: Plan, storage: str | None, heartbeat: int) -> Iterator[Queue]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     opening = opened(storage or str(folder_of(plan) / "study.db"), heartbeat)
     with closing(opening):
-        yield Queue(_study(opening, plan), opening, plan)
+        yield Queue(_study(opening, plan, heartbeat), opening, plan)
 
 
-def _study(storage: Storage, plan: Plan) -> optuna.Study:
+def _study(storage: Storage, plan: Plan, heartbeat: int) -> optuna.Study:
     with storage.turn():
         study = optuna.create_study(
             storage=storage.rdb,
@@ -50,7 +54,8 @@ def _study(storage: Storage, plan: Plan) -> optuna.Study:
             direction=plan.direction,
             load_if_exists=True,
         )
-        found, own = study.user_attrs.get(KEY), plan.definition()
+        own = plan.definition()
+        found = _filled_in(study.user_attrs.get(KEY), own)
         if found is None and not study.get_trials(deepcopy=False):
             study.set_user_attr(KEY, own)
         elif found != own:
@@ -59,7 +64,21 @@ def _study(storage: Storage, plan: Plan) -> optuna.Study:
                 f"{_differences(found, own)}. Join it with the options that it was begun with, or "
                 "give this one another --name."
             )
+        # A worker with longer pauses than the others expect would look like a killed one.
+        agreed = study.user_attrs.get(HEARTBEAT)
+        if agreed is None:
+            study.set_user_attr(HEARTBEAT, agreed := heartbeat)
+        storage.rdb.heartbeat_interval = agreed
     return study
+
+
+def _filled_in(found: Any, own: dict[str, Any]) -> Any:
+    """What a study says of itself, with the settings that train did not have then."""
+    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+        return found
+    defaults = plain_settings(TrainConfig())
+    new = {name: defaults[name] for name in own["settings"] if name not in found["settings"]}
+    return {**found, "settings": {**new, **found["settings"]}}
 
 
 def _differences(found: Any, own: dict[str, Any]) -> str:

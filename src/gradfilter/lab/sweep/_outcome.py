@@ -10,15 +10,26 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
+import torch
 from optuna.trial import TrialState
 
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.sweep._plan import Plan
+from gradfilter.lab.train._begin import data_of
 from gradfilter.lab.train._config import TrainConfig
 from gradfilter.lab.train._place import BusyError, place_of
 from gradfilter.lab.train._record import METRICS
 from gradfilter.lab.train._resume import read_lines
 from gradfilter.lab.train._train import train
+
+MACHINE_FAULTS: tuple[type[Exception], ...] = (
+    OSError,
+    MemoryError,
+    torch.OutOfMemoryError,
+    *((torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()),
+)
+"""What a machine raises where another one might train."""
+LATER = "The training waits for another worker; the same command goes on."
 
 
 class Unfinished(Enum):
@@ -26,6 +37,7 @@ class Unfinished(Enum):
 
     INTERRUPTED = "interrupted by Ctrl-C"
     BUSY = "at work in another process"
+    TAKEN = "taken over by another worker meanwhile, whose result counts"
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,9 @@ def outcome_of(plan: Plan, config: TrainConfig) -> Outcome | Unfinished:
     Args:
         plan: Says what counts.
         config: Settings of the training.
+
+    Raises:
+        UsageError: Nothing can be trained here, which is no fault of the training.
     """
     place = place_of(config)
     run = str(place.relative_to(config.save_dir))
@@ -67,12 +82,14 @@ def outcome_of(plan: Plan, config: TrainConfig) -> Outcome | Unfinished:
     except BusyError:
         return Unfinished.BUSY
     except UsageError as error:
+        if isinstance(error.__context__, OSError) or not _has_data(config):
+            raise UsageError(f"{error} {LATER}") from None
         return Outcome(TrialState.FAIL, None, run, str(error))
+    except MACHINE_FAULTS as error:
+        raise UsageError(f"{_line(error).rstrip('.')}. {LATER}") from None
     except Exception as error:
         # Whatever it was, it is recorded, and the other trainings go on.
-        said = str(error).strip().splitlines()
-        reason = f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
-        return Outcome(TrialState.FAIL, None, run, reason)
+        return Outcome(TrialState.FAIL, None, run, _line(error))
     finally:
         if config.device != "cpu":
             gc.collect()  # what a training leaves in cycles is a model's worth of device memory
@@ -106,6 +123,21 @@ def measured(plan: Plan, lines: list[dict[str, Any]], run: str) -> Outcome:
     if reason is not None:
         return Outcome(TrialState.PRUNED, None, run, reason, lines[-1])
     return Outcome(TrialState.COMPLETE, float(counting[plan.metric]), run, None, counting)
+
+
+def _line(error: Exception) -> str:
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+
+
+def _has_data(config: TrainConfig) -> bool:
+    """Whether the data set is here, whatever is made of it."""
+    plain = replace(config, train_split=None, val_split=None, label_noise=0.0)
+    try:
+        data_of(plain, torch.device("cpu"))
+    except (UsageError, OSError):
+        return False
+    return True
 
 
 def _is_number(value: Any) -> bool:

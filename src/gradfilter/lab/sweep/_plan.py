@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from optuna.distributions import distribution_to_json
 
 from gradfilter.lab._usage import UsageError, check
-from gradfilter.lab.sweep._axes import Axis, Reader, axes_of
+from gradfilter.lab.sweep._axes import Axis, Reader, axes_of, fields_of
 from gradfilter.lab.sweep._config import SweepConfig
-from gradfilter.lab.train._check import check_values
+from gradfilter.lab.sweep._corners import check_all, check_places
 from gradfilter.lab.train._config import PLACE, WATCHING, TrainConfig
 from gradfilter.lab.train._evaluation import Evaluation
-from gradfilter.lab.train._place import place_of, plain_settings
+from gradfilter.lab.train._place import plain_settings
 
 Params = Mapping[str, Any]
 """What optuna chose, by setting."""
@@ -56,6 +56,10 @@ class Plan:
         """The settings of one training."""
         return _config_of(self.base, self.axes, params)
 
+    def corners(self) -> list[TrainConfig]:
+        """All trainings of a grid; those at the ends of all ranges of a search."""
+        return _corners(self.base, self.axes, self.points)
+
     def definition(self) -> dict[str, Any]:
         """What everybody who joins the study has to agree on, as JSON knows it."""
         own = {axis.name for axis in self.axes} | {*PLACE, *WATCHING}
@@ -86,7 +90,8 @@ def plan_of(config: SweepConfig, base: TrainConfig, read: Reader) -> Plan:
     """
     check(config.jobs >= 1, "--jobs", "at least 1", config.jobs, "Each is a process of its own.")
     check(config.heartbeat >= 1, "--heartbeat", "at least 1 second", config.heartbeat, "")
-    check(config.sampler_seed >= 0, "--sampler-seed", "at least 0", config.sampler_seed, "")
+    seed = 0 if config.sampler_seed is None else config.sampler_seed
+    check(seed >= 0, "--sampler-seed", "at least 0", seed, "")
     if bool(config.grid) == bool(config.sample):
         raise UsageError(
             "expected either --grid or --sample, found "
@@ -97,21 +102,18 @@ def plan_of(config: SweepConfig, base: TrainConfig, read: Reader) -> Plan:
         if config.trials is not None:
             raise UsageError("--trials: a --grid says itself how many there are. Leave it away.")
         points = tuple(_points(axes))
-        corners = [_config_of(base, axes, point) for point in points]
-        _check_all(corners, "--grid")
-        _check_places(corners)
+        corners = _corners(base, axes, points)
+        check_all(corners, "--grid")
+        check_places(corners)
+        if config.sampler_seed is not None:
+            raise UsageError("--sampler-seed: a --grid is not searched. Leave it away.")
         return Plan(base, axes, points, len(points), 0, *_objective(config, corners))
     axes = axes_of(config.sample, "--sample", read)
     trials = TRIALS if config.trials is None else config.trials
     check(trials >= 1, "--trials", "at least 1", trials, f"{TRIALS} is the default.")
-    corners = [
-        replace(base, **dict(zip((axis.name for axis in axes), values, strict=True)))
-        for values in itertools.islice(
-            itertools.product(*(axis.values for axis in axes)), MOST_CORNERS
-        )
-    ]
-    _check_all(corners, "--sample")
-    return Plan(base, axes, None, trials, config.sampler_seed, *_objective(config, corners))
+    corners = _corners(base, axes, None)
+    check_all(corners, "--sample")
+    return Plan(base, axes, None, trials, seed, *_objective(config, corners))
 
 
 def key_of(params: Params) -> str:
@@ -126,29 +128,22 @@ def _points(axes: tuple[Axis, ...]) -> Iterable[Params]:
 
 
 def _config_of(base: TrainConfig, axes: tuple[Axis, ...], params: Params) -> TrainConfig:
-    return replace(base, **{axis.name: axis.value(params[axis.name]) for axis in axes})
+    return _with(base, axes, [axis.value(params[axis.name]) for axis in axes])
 
 
-def _check_all(configs: Iterable[TrainConfig], option: str) -> None:
-    for config in configs:
-        try:
-            check_values(config)
-        except UsageError as error:
-            raise UsageError(
-                f"{option}: one of the trainings is refused: {str(error).strip()}"
-            ) from None
+def _corners(
+    base: TrainConfig, axes: tuple[Axis, ...], points: Sequence[Params] | None
+) -> list[TrainConfig]:
+    if points is not None:
+        return [_config_of(base, axes, point) for point in points]
+    ends = itertools.product(*(axis.values for axis in axes))
+    return [_with(base, axes, values) for values in itertools.islice(ends, MOST_CORNERS)]
 
 
-def _check_places(configs: Iterable[TrainConfig]) -> None:
-    places = set()
-    for config in configs:
-        place = place_of(config)
-        if place in places:
-            raise UsageError(
-                f"--grid: two trainings have the run directory {str(place)!r}. "
-                "Choose values that differ in their first six digits."
-            )
-        places.add(place)
+def _with(base: TrainConfig, axes: tuple[Axis, ...], values: Sequence[Any]) -> TrainConfig:
+    for axis, value in zip(axes, values, strict=True):
+        base = replace(base, **fields_of(axis.name, value))
+    return base
 
 
 def _objective(

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.samplers import TPESampler
 from optuna.storages import fail_stale_trials
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from gradfilter.lab.sweep._outcome import Outcome
 from gradfilter.lab.sweep._plan import Params, Plan, key_of
@@ -45,6 +46,13 @@ class Queue:
         everything = self.study.get_trials(deepcopy=False)
         replaced = _replaced(everything)
         return [t for t in everything if t.number not in replaced and not _given_up(t)]
+
+    @property
+    def heartbeat(self) -> int:
+        """Seconds between two signs of life, the same for all workers."""
+        seconds = self.storage.rdb.get_heartbeat_interval()
+        assert seconds is not None
+        return seconds
 
     def trial_id(self, number: int) -> int:
         """What the storage calls a trial."""
@@ -95,6 +103,7 @@ def put_back(queue: Queue, number: int, worker: str) -> None:
     with queue.storage.turn():
         if _is_mine(queue, number, worker):
             trial_id = queue.trial_id(number)
+            _forget_reason(queue, trial_id)
             queue.storage.rdb.set_trial_user_attr(trial_id, "worker", None)
             queue.storage.rdb.set_trial_state_values(trial_id, TrialState.WAITING)
 
@@ -134,6 +143,8 @@ def _mend(queue: Queue) -> None:
     """Take trials from workers that are gone, and put back what nobody works on."""
     study = queue.study
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        # Nobody else has a turn, so whoever told a reason was stopped before it was final.
+        _forget_reason(queue, queue.trial_id(trial.number))
         # Nobody else has a turn, so whoever took it and did not sign was killed in the act.
         if trial.user_attrs.get("worker") is None:
             study.tell(trial.number, state=TrialState.FAIL)
@@ -153,7 +164,9 @@ def _mend(queue: Queue) -> None:
 
 
 def _add(queue: Queue, params: Params, **facts: Any) -> None:
-    distributions = {axis.name: axis.distribution for axis in queue.plan.axes}
+    distributions: dict[str, BaseDistribution] = {
+        axis.name: axis.distribution for axis in queue.plan.axes
+    }
     queue.study.add_trial(
         create_trial(
             state=TrialState.WAITING,
@@ -166,17 +179,19 @@ def _add(queue: Queue, params: Params, **facts: Any) -> None:
 
 def _sampled(queue: Queue) -> int:
     """A new trial where the search expects most, running."""
-    study, seed = queue.study, queue.plan.seed
     # The next proposal follows from the history alone, however many workers there are and however
     # often they were started.
-    history = len(study.get_trials(deepcopy=False))
-    study.sampler = TPESampler(
-        seed=int(np.random.SeedSequence([seed, history]).generate_state(1)[0])
-    )
-    with warnings.catch_warnings():
-        # optuna warns that nobody sends heartbeats; the worker does.
-        warnings.filterwarnings("ignore", message="Heartbeat of storage")
-        return study.ask({axis.name: axis.distribution for axis in queue.plan.axes}).number
+    name, rdb = queue.study.study_name, queue.storage.rdb
+    history = len(queue.study.get_trials(deepcopy=False))
+    seed = int(np.random.SeedSequence([queue.plan.seed, history]).generate_state(1)[0])
+    # Several workers propose before the first of them has a result: what is at work counts as bad.
+    sampler = TPESampler(seed=seed, constant_liar=True)
+    study = optuna.load_study(study_name=name, storage=rdb, sampler=sampler)
+    # Study.ask would take what waits, also what this worker is to avoid.
+    trial = Trial(study, rdb.create_new_trial(rdb.get_study_id_from_name(name)))
+    for axis in queue.plan.axes:
+        axis.suggest(trial)
+    return trial.number
 
 
 def _is_mine(queue: Queue, number: int, worker: str) -> bool:
@@ -185,7 +200,13 @@ def _is_mine(queue: Queue, number: int, worker: str) -> bool:
 
 
 def _given_up(trial: FrozenTrial) -> bool:
-    return trial.state == TrialState.FAIL and "reason" not in trial.user_attrs
+    return trial.state == TrialState.FAIL and trial.user_attrs.get("reason") is None
+
+
+def _forget_reason(queue: Queue, trial_id: int) -> None:
+    """With a reason a stale trial would look like one that failed by itself."""
+    if queue.storage.rdb.get_trial(trial_id).user_attrs.get("reason") is not None:
+        queue.storage.rdb.set_trial_user_attr(trial_id, "reason", None)
 
 
 def _replaced(trials: Sequence[FrozenTrial]) -> set[int | None]:

@@ -68,7 +68,7 @@ def rows_of(plan: Plan, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
                 "trial": trial.number,
                 "state": STATES[trial.state],
                 "value": trial.value,
-                **settings_of(plan, trial),
+                **{k: _jsonable(v) for k, v in settings_of(plan, trial).items()},
                 **{name: evaluation.get(name) for name in ("step", "epoch", *METRICS)},
                 "run": trial.user_attrs.get("run"),
                 "reason": trial.user_attrs.get("reason"),
@@ -78,14 +78,21 @@ def rows_of(plan: Plan, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
 
 
 def groups_of(plan: Plan, trials: Sequence[FrozenTrial]) -> list[Group]:
-    """Trainings by their settings without the seed, best first; those without a value last."""
-    collected: dict[str, list[FrozenTrial]] = {}
+    """Trainings by their settings without the seed, best first; those without a value last.
+
+    A run counts once, however often a search proposed it.
+    """
+    collected: dict[str, dict[str, FrozenTrial]] = {}
     for trial in trials:
         if trial.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL):
             shared = {k: v for k, v in settings_of(plan, trial).items() if k != "seed"}
-            collected.setdefault(repr(shared), []).append(trial)
+            run = str(trial.user_attrs.get("run", trial.number))
+            runs = collected.setdefault(repr(shared), {})
+            if run not in runs or runs[run].value is None:
+                runs[run] = trial
     groups = []
-    for members in collected.values():
+    for runs in collected.values():
+        members = list(runs.values())
         complete = [t for t in members if t.value is not None]
         tested = [t.user_attrs["evaluation"].get("test_accuracy") for t in complete]
         shared = {k: v for k, v in settings_of(plan, members[0]).items() if k != "seed"}
@@ -116,6 +123,10 @@ def write_results(queue: Queue, folder: Path) -> None:
         facts = {"command": "sweep", "name": queue.study.study_name, **queue.plan.definition()}
         whole = json.dumps({**facts, "trials": rows}, indent=2)
         write_bytes(folder / "study.json", f"{whole}\n".encode())
+
+
+def _jsonable(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> list[str]:

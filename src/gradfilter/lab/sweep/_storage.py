@@ -120,7 +120,10 @@ def _rdb(url: sqlalchemy.URL, heartbeat: int) -> RDBStorage:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return RDBStorage(
             template,  # which optuna fills in
-            engine_kwargs={"connect_args": {"timeout": PATIENCE}} if sqlite else None,
+            # A server closes what was idle for as long as a training takes.
+            engine_kwargs={"connect_args": {"timeout": PATIENCE}}
+            if sqlite
+            else {"pool_pre_ping": True},
             heartbeat_interval=heartbeat,
         )
 

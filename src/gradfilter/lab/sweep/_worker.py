@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from optuna.trial import FrozenTrial
 
+from gradfilter.lab._interrupt import interruptible
 from gradfilter.lab.sweep._heartbeat import beating
 from gradfilter.lab.sweep._outcome import Outcome, Unfinished, outcome_of
 from gradfilter.lab.sweep._queue import Queue, claim, finish, left, put_back
@@ -18,56 +19,69 @@ POLL = 5.0
 """Longest time in seconds from one look at what others do to the next."""
 
 
-def work(queue: Queue, heartbeat: int, say: Callable[[str], None]) -> bool:
+def work(queue: Queue, say: Callable[[str], None]) -> bool:
     """Train until nothing is left, waiting for what others train: they may be killed.
 
     Args:
         queue: Of the study.
-        heartbeat: Seconds between two signs of life.
         say: Is told what comes of every training.
 
     Returns:
         False after Ctrl-C; the training at work then waits for somebody to go on with it.
+
+    Raises:
+        UsageError: This machine cannot train.
     """
     worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     busy: set[int] = set()
     silent = False
-    while True:
-        try:
-            trial = claim(queue, worker, busy)
-            if trial is None:
-                others = left(queue)
-                if not others:
-                    return True
-                if not silent:
-                    say(f"waiting for {others} trainings of other workers")
-                silent = True
-                time.sleep(min(POLL, heartbeat))
-                busy.clear()
-                continue
-        except KeyboardInterrupt:
-            return False  # what was taken just now is not signed, or goes stale
-        found = _trained(queue, trial, worker, heartbeat)
-        if found is Unfinished.INTERRUPTED:
-            return False
-        if found is Unfinished.BUSY:
-            busy.add(trial.number)
-        else:
-            silent = False
-            say(_told(queue, trial, found))
+    # Asked here, too: a training that was at its last evaluation has no step left to stop before.
+    with interruptible() as stopped:
+        while not stopped():
+            try:
+                trial = claim(queue, worker, busy)
+                if trial is None:
+                    others = left(queue)
+                    if not others:
+                        return True
+                    if not silent:
+                        say(f"waiting for {others} trainings of other workers")
+                    silent = True
+                    _wait(min(POLL, queue.heartbeat), stopped)
+                    busy.clear()
+                    continue
+            except KeyboardInterrupt:
+                return False  # what was taken just now is not signed, or goes stale
+            found = _trained(queue, trial, worker, stopped)
+            if found is Unfinished.BUSY:
+                busy.add(trial.number)
+            elif found is not Unfinished.INTERRUPTED:
+                silent = False
+                say(_told(queue, trial, found))
+            else:
+                return False
+    return False
 
 
-def _trained(queue: Queue, trial: FrozenTrial, worker: str, heartbeat: int) -> Outcome | Unfinished:
+def _wait(seconds: float, stopped: Callable[[], bool]) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not stopped():
+        time.sleep(min(0.2, seconds))
+
+
+def _trained(
+    queue: Queue, trial: FrozenTrial, worker: str, stopped: Callable[[], bool]
+) -> Outcome | Unfinished:
     """Train; without an outcome the trial waits again."""
-    config = queue.plan.config_of(trial.params)
     found: Outcome | Unfinished = Unfinished.INTERRUPTED
     try:
-        with beating(queue.storage.rdb, queue.trial_id(trial.number), heartbeat):
-            found = outcome_of(queue.plan, config)
-        if isinstance(found, Outcome):
-            finish(queue, trial.number, worker, found)
+        if not stopped():
+            with beating(queue.storage.rdb, queue.trial_id(trial.number), queue.heartbeat):
+                found = outcome_of(queue.plan, queue.plan.config_of(trial.params))
+        if isinstance(found, Outcome) and not finish(queue, trial.number, worker, found):
+            found = Unfinished.TAKEN
     except KeyboardInterrupt:
-        # Between two trainings, or a second Ctrl-C. The run goes on from its last point.
+        # A second Ctrl-C. The run goes on from its last point.
         found = Unfinished.INTERRUPTED
     finally:
         if isinstance(found, Unfinished):
@@ -75,10 +89,13 @@ def _trained(queue: Queue, trial: FrozenTrial, worker: str, heartbeat: int) -> O
     return found
 
 
-def _told(queue: Queue, trial: FrozenTrial, outcome: Outcome) -> str:
+def _told(queue: Queue, trial: FrozenTrial, found: Outcome | Unfinished) -> str:
     """What came of a training, in one line."""
     settings = ", ".join(
         f"{axis.name} {axis.value(trial.params[axis.name])}" for axis in queue.plan.axes
     )
-    result = outcome.reason or f"{queue.plan.metric} {outcome.value:.4g}"
+    if isinstance(found, Unfinished):
+        result = found.value
+    else:
+        result = found.reason or f"{queue.plan.metric} {found.value:.4g}"
     return f"trial {trial.number}: {settings}: {result}"

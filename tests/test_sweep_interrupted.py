@@ -1,0 +1,81 @@
+"""Ctrl-C in a sweep, whenever it comes."""
+
+import signal
+import time
+from contextlib import ExitStack
+
+import pytest
+from filelock import FileLock
+from optuna.trial import TrialState
+
+from gradfilter.lab._interrupt import interruptible
+from gradfilter.lab.sweep import _worker
+from gradfilter.lab.sweep._command import parse_sweep
+from gradfilter.lab.sweep._join import joined
+from gradfilter.lab.sweep._outcome import Outcome
+from gradfilter.lab.sweep._queue import claim, enqueue, left
+from gradfilter.lab.sweep._worker import work
+from gradfilter.lab.train._place import place_of
+
+SMALL = ["--", "--epochs", "0.1", "--model", "mlp_2"]
+GRID = ["--grid", "seed=0,1,2", *SMALL]
+
+
+@pytest.fixture
+def begun(tmp_path):
+    with ExitStack() as stack:
+
+        def begin(*options):
+            _, plan = parse_sweep([*options, "--save-dir", str(tmp_path)])
+            queue = stack.enter_context(joined(plan, None, 1))
+            enqueue(queue, retry_failed=False)
+            return queue
+
+        yield begin
+
+
+def states(queue):
+    return [trial.state for trial in queue.trials()]
+
+
+def test_ctrl_c_at_the_last_evaluation_starts_no_other_training(begun, monkeypatch):
+    queue, trained = begun(*GRID), []
+
+    def last_evaluation(plan, config):
+        with interruptible():  # which train asks before every step
+            trained.append(config.seed)
+            signal.raise_signal(signal.SIGINT)
+        return Outcome(TrialState.COMPLETE, 0.5, str(place_of(config)))
+
+    monkeypatch.setattr(_worker, "outcome_of", last_evaluation)
+    before = signal.getsignal(signal.SIGINT)
+    assert not work(queue, print)
+    assert trained == [0]
+    assert states(queue) == [TrialState.COMPLETE, TrialState.WAITING, TrialState.WAITING]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_between_two_trainings_puts_back_what_was_taken(begun, monkeypatch):
+    queue = begun(*GRID)
+
+    def interrupted(*args):
+        trial = claim(*args)
+        signal.raise_signal(signal.SIGINT)
+        return trial
+
+    monkeypatch.setattr(_worker, "claim", interrupted)
+    monkeypatch.setattr(_worker, "outcome_of", lambda *_: pytest.fail("it was trained"))
+    assert not work(queue, print)
+    assert states(queue) == [TrialState.WAITING] * 3 and left(queue) == 3
+
+
+def test_ctrl_c_ends_the_wait_for_others(begun, monkeypatch):
+    queue = begun("--grid", "seed=0", *SMALL)
+    lock = place_of(queue.plan.base)
+    lock.mkdir(parents=True)
+    monkeypatch.setattr(_worker, "POLL", 20.0)
+    queue.storage.rdb.heartbeat_interval = 60
+    start = time.monotonic()
+    with FileLock(lock / "run.lock"):
+        assert not work(queue, lambda line: signal.raise_signal(signal.SIGINT))
+    assert time.monotonic() - start < 15
