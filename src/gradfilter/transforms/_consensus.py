@@ -25,8 +25,10 @@ def consensus_filter(
 
     From threshold 2 on nothing is compared: every finite row is accepted with equal weight.
 
-    Made for per-sample rows. On scikit-learn's digits with 30 % wrong labels the soft rule without
-    a threshold keeps the accuracy of clean training and costs nothing on clean labels.
+    Made for per-sample rows. On scikit-learn's digits with 30 % wrong labels a small network ends
+    at 95.9 % with the soft rule and at 96.7 % if rows are clipped before, plain training at its
+    best rate at 94.4 %; on right labels both cost one to three points (`benchmarks/label_noise.py`).
+    `budget_clip` costs none.
 
     Args:
         threshold: Largest accepted cosine distance 1 − s. 1 (the default) accepts whatever points
