@@ -27,8 +27,8 @@ def consensus_filter(
 
     Made for per-sample rows. On scikit-learn's digits with 30 % wrong labels a small network ends
     at 95.9 % with the soft rule and at 96.7 % if rows are clipped before, plain training at its
-    best rate at 94.4 %; on right labels both cost one to three points (`benchmarks/label_noise.py`).
-    `budget_clip` costs none.
+    best rate at 94.4 %; on right labels both cost one to three points, `budget_clip` none
+    (`benchmarks/label_noise.py`).
 
     Args:
         threshold: Largest accepted cosine distance 1 − s. 1 (the default) accepts whatever points
