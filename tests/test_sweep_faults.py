@@ -2,21 +2,20 @@
 
 import os
 import sys
-from contextlib import ExitStack
 
 import pytest
 import sqlalchemy
 import torch
 from optuna.trial import TrialState, create_trial
 from tests._lab import command
+from tests._sweep import states, studies_in
 
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.sweep import _jobs, _outcome, _storage, _worker
 from gradfilter.lab.sweep._command import parse_sweep
 from gradfilter.lab.sweep._jobs import run_workers
-from gradfilter.lab.sweep._join import joined
 from gradfilter.lab.sweep._outcome import Outcome
-from gradfilter.lab.sweep._queue import claim, enqueue, finish, put_back
+from gradfilter.lab.sweep._queue import claim, finish, put_back
 from gradfilter.lab.sweep._results import groups_of
 from gradfilter.lab.sweep._worker import work
 from gradfilter.lab.train._place import place_of
@@ -32,19 +31,8 @@ DONE = Outcome(TrialState.COMPLETE, 0.5, "run")
 
 @pytest.fixture
 def begun(tmp_path):
-    with ExitStack() as stack:
-
-        def begin(*options):
-            _, plan = parse_sweep([*options, "--save-dir", str(tmp_path)])
-            queue = stack.enter_context(joined(plan, None, 1))
-            enqueue(queue, retry_failed=False)
-            return queue
-
+    with studies_in(tmp_path) as begin:
         yield begin
-
-
-def states(queue):
-    return [trial.state for trial in queue.trials()]
 
 
 def measured_as(value):

@@ -2,18 +2,16 @@
 
 import signal
 import time
-from contextlib import ExitStack
 
 import pytest
 from filelock import FileLock
 from optuna.trial import TrialState
+from tests._sweep import states, studies_in
 
 from gradfilter.lab._interrupt import interruptible
 from gradfilter.lab.sweep import _worker
-from gradfilter.lab.sweep._command import parse_sweep
-from gradfilter.lab.sweep._join import joined
 from gradfilter.lab.sweep._outcome import Outcome
-from gradfilter.lab.sweep._queue import claim, enqueue, left
+from gradfilter.lab.sweep._queue import claim, left
 from gradfilter.lab.sweep._worker import work
 from gradfilter.lab.train._place import place_of
 
@@ -23,19 +21,8 @@ GRID = ["--grid", "seed=0,1,2", *SMALL]
 
 @pytest.fixture
 def begun(tmp_path):
-    with ExitStack() as stack:
-
-        def begin(*options):
-            _, plan = parse_sweep([*options, "--save-dir", str(tmp_path)])
-            queue = stack.enter_context(joined(plan, None, 1))
-            enqueue(queue, retry_failed=False)
-            return queue
-
+    with studies_in(tmp_path) as begin:
         yield begin
-
-
-def states(queue):
-    return [trial.state for trial in queue.trials()]
 
 
 def test_ctrl_c_at_the_last_evaluation_starts_no_other_training(begun, monkeypatch):
