@@ -180,7 +180,7 @@ def train(runs: Runs, tried: Tried) -> tuple[list[Tensor], dict[str, Tensor]]:
         if tried.average:
             for leaf, new in zip(averaged, weights, strict=True):
                 leaf.lerp_(new, 1 - tried.average)
-        if (step + 1) % (steps // EVALUATIONS) == 0:
+        if (step + 1) % max(1, steps // EVALUATIONS) == 0:
             best = torch.maximum(best, accuracy(measured, runs.test_images, runs.test_labels))
     wrong = runs.labels != runs.clean
     answers = outputs(measured, runs.images)[-1].argmax(-1)

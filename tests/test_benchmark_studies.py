@@ -1,6 +1,7 @@
 """The studies of label noise and of double descent: that they measure what they say."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
-from benchmarks import _noise_runs, double_descent, label_noise
+from benchmarks import _noise_runs, _row_weights, double_descent, label_noise
+from benchmarks._many_digits import Tried, check_against_the_lab
 from benchmarks._noise_rules import candidates, rules
 from benchmarks._noise_runs import Done, Task, begun
 from benchmarks._random_features import measure
@@ -81,3 +83,37 @@ def test_the_rate_is_chosen_on_the_validation_split_and_reported_on_the_test_spl
     half = clip["noise"]["0.3"]["equal_time"]
     assert half["steps"] == 750 and half["final"]["mean"] == pytest.approx(0.5 + 0.14 + 0.002)
     assert "clip 1 per sample" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["plain", "clip 1 per sample", "budget 0.3, power 3", "consensus"])
+def test_what_the_search_trains_is_what_the_links_do(name):
+    weighs = {
+        "plain": _row_weights.mean,
+        "clip 1 per sample": _row_weights.clip(1.0),
+        "budget 0.3, power 3": _row_weights.budget(0.3, power=3.0, relative=True),
+        "consensus": _row_weights.consensus(limit=1.0),
+    }
+    rule = {**{r.name: r for r in candidates()}, "consensus": soft_and_clipped()}[name]
+    check_against_the_lab(Tried(name, weighs[name], 0.1), rule, steps=20)
+    with pytest.raises(AssertionError):
+        check_against_the_lab(Tried(name, _row_weights.clip(0.5), 0.1), rule, steps=20)
+
+
+def soft_and_clipped():
+    return next(rule for rule in candidates() if rule.name == "consensus, soft, clip 1")
+
+
+@pytest.mark.parametrize("best", [0.001, 0.02, 0.1, 1.0])
+def test_the_grid_of_rates_grows_until_the_best_is_inside(best, monkeypatch):
+    def all_of(self, tasks, jobs, label):
+        for task in tasks:
+            near = abs(math.log(task.learning_rate / best))
+            self.found[tuple(vars(task).values())] = {"curve": [{"val_accuracy": -near}]}
+
+    monkeypatch.setattr(Done, "all_of", all_of)
+    chosen = label_noise.study("clean")
+    ((rate, means),) = label_noise.sweep(Done(Path("none")), chosen, 1).values()
+    assert rate == best
+    tried = sorted(means)
+    assert tried[0] < best or best == chosen.ladder[0]
+    assert tried[-1] > best or best == chosen.ladder[-1]
