@@ -10,7 +10,7 @@ from torch import Tensor
 from gradfilter import _tree
 from gradfilter._types import Out, Params, State, Transform
 from gradfilter.grads._stack import GradStack
-from gradfilter.transforms._consensus import cosines_from_gram, cosines_from_products
+from gradfilter.transforms._consensus import cosines_with_others
 from gradfilter.transforms._link import check_number, is_off, link
 
 LEAST_SHARE = 1e-3
@@ -106,9 +106,7 @@ def _shares(
     """φ, 0 for rows that take no part, and the cosines if they were asked for."""
     if is_off(power):
         return usable.to(norms.dtype), {}
-    eps = max(torch.finfo(_tree.at_least_float32(p).dtype).eps for p in params.values())
-    cosines = cosines_from_gram if rows.gram_is_cheap() else cosines_from_products
-    cosine, compared = cosines(rows, eps)
+    cosine, compared = cosines_with_others(rows, params)
     shares = cosine.clamp(min=LEAST_SHARE).to(norms.dtype) ** power
     return torch.where(usable, shares, 0.0), {"cosine": torch.where(compared, cosine, torch.nan)}
 

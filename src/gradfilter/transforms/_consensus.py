@@ -64,11 +64,7 @@ def consensus_filter(
     def update(
         rows: GradStack, state: State, params: Params, /, **extra: Any
     ) -> tuple[Tree, State, Out]:
-        eps = max(
-            torch.finfo(torch.promote_types(p.dtype, torch.float32)).eps for p in params.values()
-        )
-        cosines = cosines_from_gram if rows.gram_is_cheap() else cosines_from_products
-        cosine, usable = cosines(rows, eps)
+        cosine, usable = cosines_with_others(rows, params)
         if soft:
             excess = torch.clamp(cosine - (1 - threshold), min=0)
             excess = torch.where(usable, excess, 0.0)
@@ -97,8 +93,20 @@ def consensus_filter(
     )
 
 
+def cosines_with_others(rows: GradStack, params: Params) -> tuple[Tensor, Tensor]:
+    """Cosine of every row with the sum of the other unit rows, and which rows are usable.
+
+    Args:
+        rows: Asked in the way that is cheapest for them.
+        params: Whose precision says when a sum has vanished.
+    """
+    eps = max(torch.finfo(torch.promote_types(p.dtype, torch.float32)).eps for p in params.values())
+    cosines = cosines_from_gram if rows.gram_is_cheap() else cosines_from_products
+    return cosines(rows, eps)
+
+
 def cosines_from_gram(rows: GradStack, eps: float) -> tuple[Tensor, Tensor]:
-    """Cosine of every row with the sum of the other unit rows, and which rows are usable."""
+    """The same from the Gram."""
     gram = rows.gram()
     sq_norms = gram.diagonal()
     usable = rows.live & sq_norms.isfinite()

@@ -18,8 +18,9 @@ from gradfilter.lab.train._place import place_of
 
 DATA = ("data", "noise_file", "image_size", "train_split", "val_split", "noise_type", "dtype")
 """Which data set it is and whether it can be had, whatever the seeds."""
-Values = tuple[Any, ...]
 MODEL = ("model", "model_additions", "model_arguments", "weight_init")
+"""Which model it is."""
+Values = tuple[Any, ...]
 
 
 def check_all(corners: Sequence[TrainConfig], option: str) -> None:
