@@ -27,7 +27,7 @@ def refused(*args):
     """The one line on stderr after a bad value."""
     code, out, err = command(*args)
     assert (code, out) == (2, ""), (code, out, err)
-    assert err.endswith("\n") and err.count("\n") == 1, err
+    assert err == err.rstrip() + "\n" and err.count("\n") == 1, err
     return err
 
 

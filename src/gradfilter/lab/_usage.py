@@ -19,7 +19,7 @@ def check(condition: bool, option: str, expected: str, found: object, fix: str) 
         gradfilter.lab._usage.UsageError: --steps: expected >= 1, found 0. 800 is the default.
     """
     if not condition:
-        raise UsageError(f"{option}: expected {expected}, found {found}. {fix}")
+        raise UsageError(f"{option}: expected {expected}, found {found}. {fix}".rstrip())
 
 
 def usable_device(name: str) -> torch.device:
