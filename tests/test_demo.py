@@ -248,6 +248,27 @@ def test_help_version_and_unknown_commands():
         assert f"--{option} " in out
 
 
+def test_help_and_what_it_says_of_itself_fit_a_screen():
+    for args in ([], ["--help"]):
+        lines = command(*args)[1].splitlines()
+        assert len(lines) <= 24 and max(map(len, lines)) <= 80
+
+
+def test_without_the_lab_it_still_says_what_it_is_and_what_is_missing():
+    code = (
+        "import sys; from importlib import metadata; found = metadata.version\n"
+        "def version(name):\n"
+        "    if name == 'tyro': raise metadata.PackageNotFoundError(name)\n"
+        "    return found(name)\n"
+        "metadata.version = version; sys.modules['tyro'] = None\n"
+        "import gradfilter.__main__ as m; m.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'not installed: pip install "gradfilter[lab]"' in done.stdout
+    assert f"torch {torch.__version__}" in done.stdout and gf.__version__ in done.stdout
+
+
 def test_module_is_the_same_command():
     done = subprocess.run(
         [sys.executable, "-m", "gradfilter", "--version"], capture_output=True, text=True

@@ -4,7 +4,16 @@ import sys
 
 
 def main() -> None:
-    """Run the command line of the lab, or say which extra is missing."""
+    """Run the command line of the lab, or say which extra is missing.
+
+    What it says of itself needs no extra.
+    """
+    from gradfilter._about import answer
+
+    text = answer(sys.argv[1:])
+    if text is not None:
+        print(text, end="")
+        return
     try:
         from gradfilter.lab._cli import main as lab_main
 

@@ -95,7 +95,7 @@ CACHED = 2**18
 
 
 def products(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
-    """``<a, a>``, ``<a, b>`` and ``<b, b>``, on a CPU in one pass over the memory. (3,)."""
+    """``⟨a, a⟩``, ``⟨a, b⟩`` and ``⟨b, b⟩``, on a CPU in one pass over the memory. (3,)."""
     pairs = zip(parts(a), parts({name: b[name] for name in a}), strict=True)
     sums = [x.summed(_products(x.leaves, y.leaves)) for x, y in pairs]
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)

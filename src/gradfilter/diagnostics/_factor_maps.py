@@ -18,11 +18,11 @@ def factor_maps(logits: Tensor, normalization: Normalization, rows: Tensor) -> t
     With p = softmax f:
 
         none, jacobian    A = I
-        softmax           A u = Aᵀ u = p ∘ (u − <p, u> 1)
-        logsoftmax        A v = v − <p, v> 1,    Aᵀ u = u − <1, u> p
+        softmax           A u = Aᵀ u = p ∘ (u − ⟨p, u⟩ 1)
+        logsoftmax        A v = v − ⟨p, v⟩ 1,    Aᵀ u = u − ⟨1, u⟩ p
 
     Of a confident sample these are differences of what is nearly equal. As A 1 = 0, the top class
-    can be given v_t = 0 first, and then nothing large is in <p, v>; and as <1, Aᵀ u> = 0, its
+    can be given v_t = 0 first, and then nothing large is in ⟨p, v⟩; and as ⟨1, Aᵀ u⟩ = 0, its
     entry of Aᵀ u is had from the others.
 
     Args:

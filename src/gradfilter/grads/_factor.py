@@ -65,7 +65,7 @@ class Factor(ABC):
 class OuterFactor(Factor):
     """row_m = Σ_t d_mt ⊗ a_mt: inputs a (M, n, d) and output gradients d (M, n, p) of a product.
 
-    Its Gram needs no rows: <d ⊗ a, d' ⊗ a'> = <d, d'> <a, a'>, so K is (D Dᵀ) ∘ (A Aᵀ), summed
+    Its Gram needs no rows: ⟨d ⊗ a, d' ⊗ a'⟩ = ⟨d, d'⟩ ⟨a, a'⟩, so K is (D Dᵀ) ∘ (A Aᵀ), summed
     over the positions t of either row.
     """
 
@@ -90,7 +90,7 @@ class OuterFactor(Factor):
         return (outputs.flatten(0, 1).T @ inputs.flatten(0, 1)).view(self.shape)
 
     def dot(self, leaf: Tensor) -> Tensor:
-        """Σ_t <d_mt, V a_mt>, a product like the forward one."""
+        """Σ_t ⟨d_mt, V a_mt⟩, a product like the forward one."""
         moved = self.inputs @ leaf.reshape(len(leaf), -1).T.to(self.inputs.dtype)
         return paired(moved, self.outputs)
 
@@ -122,7 +122,7 @@ def ghost_flops(count: int, n: int, p: int, d: int) -> int | None:
 
 
 def ghost_gram(inputs: Tensor, outputs: Tensor) -> Tensor:
-    """Σ_tt' <a_mt, a_m't'> <d_mt, d_m't'> for (M, n, d) and (M, n, p). (M, M) float64.
+    """Σ_tt' ⟨a_mt, a_m't'⟩ ⟨d_mt, d_m't'⟩ for (M, n, d) and (M, n, p). (M, M) float64.
 
     From 256 positions on the lower half only, in up to four steps; below that, further calls cost
     more than half of the work.

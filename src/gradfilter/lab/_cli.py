@@ -5,26 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-import gradfilter
+from gradfilter._about import answer
 from gradfilter.lab._processes import is_first_process
 from gradfilter.lab._usage import UsageError
-
-HELP = """\
-usage: gradfilter COMMAND [options]
-
-Choose which gradients a neural network follows.
-
-commands:
-  demo         three trainings on digits with wrong labels, side by side, in about a minute
-  train        one training: data, model, filters, schedules, checkpoints
-  stats        measure its checkpoints: Jacobians, sharpness, agreement
-  sweep        many trainings, by several workers or machines
-  report       tables and figures of finished runs
-
-options:
-  -h, --help   show this text; gradfilter COMMAND --help shows the options of a command
-  --version    show the version
-"""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -33,13 +16,14 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: Without the program's name; None for those of the process.
     """
-    command, *options = (sys.argv[1:] if args is None else args) or ["--help"]
+    args = sys.argv[1:] if args is None else args
+    text = answer(args)
+    if text is not None:
+        print(text, end="")
+        return
+    command, *options = args
     try:
-        if command in ("-h", "--help"):
-            print(HELP, end="")
-        elif command == "--version":
-            print(f"gradfilter {gradfilter.__version__}")
-        elif command in COMMANDS:
+        if command in COMMANDS:
             sys.exit(COMMANDS[command](options))
         else:
             known = ", ".join(COMMANDS)

@@ -23,7 +23,7 @@ def agree_filter(
     r"""Merge the microbatch gradients that agree; skip the step if fewer than two do.
 
     Start from the first finite row, c = g_1, n = 1. For every further row in order, with the
-    cosine distance d = 1 − <c, g_i> / (max(‖c‖, ε) max(‖g_i‖, ε)) and ε = 1e-8,
+    cosine distance d = 1 − ⟨c, g_i⟩ / (max(‖c‖, ε) max(‖g_i‖, ε)) and ε = 1e-8,
 
         if d <= threshold:  c ← (n c + g_i) / (n + 1),  n ← n + 1
 

@@ -135,7 +135,7 @@ def _inverse_norms(sq_norms: Tensor, usable: Tensor) -> Tensor:
 def _leave_one_out(
     sums: Tensor, total: Tensor, inverse: Tensor, usable: Tensor, eps: float
 ) -> Tensor:
-    """s_i from S_i = <u_i, Σ_j u_j> and T = Σ S_i, leaving u_i itself out of the sum."""
+    """s_i from S_i = ⟨u_i, Σ_j u_j⟩ and T = Σ S_i, leaving u_i itself out of the sum."""
     own = (inverse > 0).to(sums.dtype)
     others = total - 2 * sums + own  # ‖Σ_{j≠i} u_j‖²
     # Sums of n unit rows carry n·eps of rounding: below that, the others cancel.

@@ -29,7 +29,7 @@ def against_running(
 ) -> Judged:
     """The recurrence over the rows in order.
 
-    With c = Σ a_j g_j it carries v = K a, so that <c, g_i> = v_i and ‖c‖² = <v, a>. A cosine does
+    With c = Σ a_j g_j it carries v = K a, so that ⟨c, g_i⟩ = v_i and ‖c‖² = ⟨v, a⟩. A cosine does
     not know the length of c: the mean is carried as the sum, n c, whose norm is at least n ε.
     """
     known = not isinstance(threshold, Tensor) or readable(threshold)

@@ -172,7 +172,7 @@ def _surrogate_gap(clean: GradStack, again: GradStack, weights: Tensor) -> Tenso
 def gsam_decompose(alpha: float) -> Transform:
     r"""Lower the loss at the perturbed point and the surrogate gap together (GSAM).
 
-    With the clean gradient g, the perturbed one h, a = <g, h> and b = <h, h>, the part of g that
+    With the clean gradient g, the perturbed one h, a = ⟨g, h⟩ and b = ⟨h, h⟩, the part of g that
     lowers the gap without touching the perturbed loss is g_⊥ = g − (a/b) h, and
 
         d = h − α g_⊥ = (1 + α a/b) h − α g,        d = h where b = 0.
