@@ -3,11 +3,11 @@
 import torch
 
 import gradfilter as gf
-from gradfilter import _tree
-from gradfilter.grads._dense import Origin
-
-M = 5
-SHAPES = {"body.weight": (4, 3), "body.conv": (2, 3, 2, 2), "head.weight": (3, 2), "head.bias": ()}
+from gradfilter.testing._problem import SHAPES as SHAPES
+from gradfilter.testing._problem import M as M
+from gradfilter.testing._problem import make_params as make_params
+from gradfilter.testing._problem import make_rows as make_rows
+from gradfilter.testing._problem import make_stack as make_stack
 
 
 def is_head(name):
@@ -148,42 +148,6 @@ VARIANTS = [(name, i) for name, variants in CASES.items() for i in range(len(var
 def build(variant):
     name, i = variant
     return CASES[name][i]()
-
-
-def make_params(dtype=torch.float32, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return {
-        n: torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for n, s in SHAPES.items()
-    }
-
-
-def make_rows(params, seed=1, rows=M):
-    """Rows that mostly agree, of very different sizes."""
-    g = torch.Generator().manual_seed(seed)
-
-    def leaf(p):
-        common = torch.randn(p.shape, generator=g, dtype=torch.float64)
-        own = torch.randn((rows, *p.shape), generator=g, dtype=torch.float64)
-        size = torch.arange(1, rows + 1, dtype=torch.float64).reshape(-1, *[1] * p.ndim)
-        return (size * (common + own)).to(p.dtype)
-
-    return {name: leaf(p) for name, p in params.items()}
-
-
-def make_stack(params, rows):
-    """A stack whose gradients at other parameters are known: g_m(p') = g_m + (p' − p) / 2."""
-
-    def evaluate(elsewhere, per_row):
-        moved = {
-            name: g + 0.5 * (elsewhere[name] - params[name] + torch.zeros_like(g))
-            for name, g in rows.items()
-        }
-        return gf.DenseStack(moved, losses=losses + 1, origin=origin)
-
-    count = len(next(iter(rows.values())))
-    losses = torch.arange(count, dtype=torch.float32, device=_tree.device_of(params))
-    origin = Origin(count, params, evaluate)
-    return gf.DenseStack(rows, losses=losses, origin=origin)
 
 
 EXTRA = {"late": torch.tensor(True)}

@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 
 import gradfilter as gf
-from gradfilter import diagnostics, distributed, interop
+from gradfilter import diagnostics, distributed, interop, testing
 
 SOURCE = Path(gf.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 # Imports point to the left only.
-FLOORS = ["core", "grads", "diagnostics", "transforms", "distributed", "interop", "lab"]
+FLOORS = [
+    *("core", "grads", "diagnostics", "transforms", "testing", "distributed", "interop", "lab")
+]
 PUBLIC = {
     name: thing
-    for package in (gf, diagnostics, interop, distributed)
+    for package in (gf, diagnostics, interop, distributed, testing)
     for name, thing in vars(package).items()
     if callable(thing) and not name.startswith("_")
 }
