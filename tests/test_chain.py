@@ -153,6 +153,18 @@ def test_changed_leaves_are_named_by_the_rule_that_remembers_them():
 # --- what it composes to
 
 
+def test_a_link_that_would_collide_with_a_keyword_of_chains_is_refused_when_made():
+    def collides(rows, state, params, **extra):
+        return rows, state, {}
+
+    def fine(rows, state, params, /, **extra):
+        return rows, state, {}
+
+    with pytest.raises(TypeError, match=r"own: .*'rows'.*Put `, /` behind params"):
+        gf.link("own", "rows -> rows", collides)
+    gf.link("own", "rows -> rows", fine)
+
+
 def test_kinds_of_chains():
     assert gf.chain(gf.agree_filter(), sgd()).kind == "rows -> update"
     assert gf.chain(gf.agc_clip(), sgd()).kind == "tree -> update"

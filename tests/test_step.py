@@ -167,5 +167,15 @@ def test_state_dict_has_dotted_names_and_load_checks_them():
         ValueError, match=r"'sgd.count' of shape \(\) and torch.int64, found \(1,\)"
     ):
         gf.load_state_dict(state, {**flat, "sgd.count": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"'sgd\.count' to be a tensor, found int"):
+        gf.load_state_dict(state, {**flat, "sgd.count": 3})
+
+
+def test_a_checkpoint_of_another_kind_of_device_says_what_to_do_about_random_numbers():
+    state = {"w": torch.ones(2), "random": {"cpu": torch.ones(3), "cuda": torch.ones(1)}}
+    flat = gf.state_dict(state)
+    of_a_cpu = {name: value for name, value in flat.items() if name != "random.cuda"}
+    with pytest.raises(ValueError, match=r"missing \['random.cuda'\].*take those entries"):
+        gf.load_state_dict(state, of_a_cpu)
     with pytest.raises(ValueError, match=r"share the dotted name 'a.b'"):
         gf.state_dict({"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)})

@@ -56,7 +56,8 @@ class Modes:
 
     def __str__(self) -> str:
         """A table, one line per leaf."""
-        how = "kept between questions" if self.keeps else "a backward pass per question"
+        kept = f"{self.bytes / 1e6:.1f} MB kept between questions"
+        how = kept if self.keeps else "nothing kept: a backward pass per question"
         lines = [("leaf", "shape", "rules", "mode", "Mflop", "kB")]
         for layer in self.layers.values():
             shape = "x".join(map(str, layer.shape)) or "()"
@@ -73,8 +74,7 @@ class Modes:
         ]
         total = sum(layer.flops for layer in self.layers.values())
         table.append(
-            f"{len(self.layers)} leaves, {total / 1e6:.1f} Mflop beyond one backward pass, "
-            f"{self.bytes / 1e6:.1f} MB {how}"
+            f"{len(self.layers)} leaves, {total / 1e6:.1f} Mflop beyond one backward pass, {how}"
         )
         return "\n".join(table)
 

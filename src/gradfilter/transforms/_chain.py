@@ -38,7 +38,7 @@ def chain(*links: Transform) -> Transform:
             gives: rows reaching sgd, a tree reaching agree_filter, anything after an update rule.
         ValueError: A link needs a name nobody publishes, or two links were given one name.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> update = gf.chain(gf.agree_filter(0.97), gf.agc_clip(0.01), gf.sgd(0.1))
         >>> params = {"w": torch.ones(2)}
@@ -89,7 +89,7 @@ def named(name: str, link: Transform) -> Transform:
         name: Without ``/`` and ``.``, which join names in metrics and state dictionaries.
         link: Any link.
 
-    Example:
+    Examples:
         >>> import gradfilter as gf
         >>> gf.named("head", gf.agc_clip(0.01)).metric("clipped_fraction")
         'head/clipped_fraction'
@@ -143,8 +143,8 @@ def _why_not(here: set[str], links: tuple[Transform, ...], position: int) -> str
     where = f"chain: link {position + 1}, {part.name!r}"
     if "update" in here:
         return (
-            f"{where}, stands after the update rule {before.name!r}, and nothing but ema_params "
-            f"and freeze may. Move it before {before.name!r}."
+            f"{where}, stands after the update rule {before.name!r}, and only links from "
+            f"update to update may, such as ema_params. Move it before {before.name!r}."
         )
     if here == {"rows"}:
         return (

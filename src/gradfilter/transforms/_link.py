@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -38,15 +39,19 @@ def link(
     Args:
         name: How the link is called in metrics and errors.
         kinds: One signature such as ``"rows -> tree"``, or several.
-        update: ``update(grads, state, params, **extra) -> (grads, state, out)``, pure. It gets a
+        update: ``update(grads, state, params, /, **extra) -> (grads, state, out)``, pure. It gets a
             GradStack when the link takes rows, also if the caller gave a plain stacked dict.
         init: Makes the first state.
         needs: Global names that an earlier link has to publish.
         publishes: Every key of ``out``.
 
-    Example:
+    Raises:
+        ValueError: An unknown kind or need.
+        TypeError: update names one of its first three parameters as a keyword that chains pass.
+
+    Examples:
         >>> import torch, gradfilter as gf
-        >>> def flip(grads, state, params, **extra):
+        >>> def flip(grads, state, params, /, **extra):
         ...     return {name: -g for name, g in grads.items()}, state, {}
         >>> ascent = gf.chain(gf.link("flip", "tree -> tree", flip), gf.sgd(0.5))
         >>> params = {"w": torch.zeros(1)}
@@ -57,6 +62,7 @@ def link(
     for kind in kinds:
         if kind not in KINDS:
             raise ValueError(f"{name}: expected kinds among {sorted(KINDS)}, found {kind!r}.")
+    _check_names(name, update)
     unknown = sorted(set(needs) - GLOBAL_NAMES)
     if unknown:
         raise ValueError(
@@ -74,6 +80,20 @@ def link(
         return grads, _tree.in_dtypes_of(state, new_state), out
 
     return Transform(name, kinds, init, checked, frozenset(needs), frozenset(publishes))
+
+
+def _check_names(name: str, update: Callable[..., Any]) -> None:
+    """Refuse `def update(rows, state, params, **extra)`, to which chains also give ``rows=``."""
+    try:
+        parameters = list(inspect.signature(update).parameters.values())[:3]
+    except ValueError:  # a function without a readable signature, made in C
+        return
+    for parameter in parameters:
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.name in GLOBAL_NAMES:
+            raise TypeError(
+                f"{name}: expected update(grads, state, params, /, **extra), found a parameter "
+                f"{parameter.name!r}, which chains also pass as a keyword. Put `, /` behind params."
+            )
 
 
 def admit(name: str, kinds: tuple[str, ...], grads: Any, params: Params) -> GradStack | Tree:

@@ -29,7 +29,7 @@ def mean_rows() -> Transform:
 
     Needs: rows. Publishes: ``weights`` (M,).
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> rows = {"w": torch.tensor([[1.0], [3.0]])}
         >>> gf.mean_rows().update(rows, {}, {"w": torch.zeros(1)})[0]
@@ -49,11 +49,11 @@ def aggregate(weighting: Callable[[Tensor], Tensor]) -> Transform:
     """Combine the rows with weights that any function computes from their Gram.
 
     grads = wᵀ J with w = weighting(J Jᵀ). TorchJD's Gram-based weightings (UPGrad, MGDA, CAGrad,
-    Krum and others) fit as they are.
+    Krum and others) fit as they are; UPGrad needs the solver of ``torchjd[quadprog_projector]``.
 
     Args:
         weighting: (M, M) -> (M,), a pure function. Some libraries' weightings look at values on
-            the host; the step then waits for the device.
+            the host; the step then waits for the device, and does not compile whole.
 
     Needs: rows. Publishes: ``weights`` (M,).
 
@@ -62,7 +62,7 @@ def aggregate(weighting: Callable[[Tensor], Tensor]) -> Transform:
             method, parameters or buffers), which a pure step cannot keep.
         ValueError: It returns a shape other than (M,).
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> shortest = gf.aggregate(lambda gram: (1 / gram.diagonal()).softmax(0))
         >>> rows, params = {"w": torch.tensor([[1.0], [9.0]])}, {"w": torch.zeros(1)}
@@ -115,7 +115,7 @@ def sign_agreement(fraction: float) -> Transform:
     Raises:
         ValueError: fraction outside [0, 1].
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> rows = {"w": torch.tensor([[1.0, 2.0], [3.0, -1.0]])}
         >>> gf.sign_agreement(1.0).update(rows, {}, {"w": torch.zeros(2)})[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +18,7 @@ def state_dict(state: Any) -> dict[str, Tensor]:
     Args:
         state: The state of any link, chain or train step.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> sorted(gf.state_dict(gf.sgd(0.1, momentum=0.9).init({"fc.weight": torch.ones(1)})))
         ['count', 'momentum.fc.weight']
@@ -37,9 +37,9 @@ def load_state_dict(template: Any, flat: Mapping[str, Tensor]) -> Any:
         A new state.
 
     Raises:
-        ValueError: Names are missing or extra, or a shape or dtype differs.
+        ValueError: Names are missing or extra, a value is no tensor, or a shape or dtype differs.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> params = {"w": torch.ones(1)}
         >>> state = gf.adam(0.1).init(params)
@@ -49,13 +49,27 @@ def load_state_dict(template: Any, flat: Mapping[str, Tensor]) -> Any:
     missing, extra = sorted(set(named) - set(flat)), sorted(set(flat) - set(named))
     if missing or extra:
         raise ValueError(
-            f"Expected the entries of this state, missing {missing}, extra {extra}. Build the "
-            "template with the same chain and the same parameters."
+            f"Expected the entries of this state, missing {missing}, extra {extra}. "
+            + _remedy([*missing, *extra])
         )
     for name, leaf in named.items():
+        if not isinstance(flat[name], Tensor):
+            raise ValueError(
+                f"Expected {name!r} to be a tensor, found {type(flat[name]).__name__}. Pass what "
+                "`state_dict` gave."
+            )
         if leaf.shape != flat[name].shape or leaf.dtype != flat[name].dtype:
             raise ValueError(
                 f"Expected {name!r} of shape {tuple(leaf.shape)} and {leaf.dtype}, found "
                 f"{tuple(flat[name].shape)} and {flat[name].dtype}."
             )
     return rebuild(flat[name].detach().to(leaf.device, copy=True) for name, leaf in named.items())
+
+
+def _remedy(odd: Sequence[str]) -> str:
+    if all(name.startswith("random.") for name in odd):
+        return (
+            "They are random states, of which a GPU has one more than a CPU: take those entries "
+            "from `state_dict` of the template, and the random numbers are its own."
+        )
+    return "Build the template with the same chain and the same parameters."
