@@ -80,7 +80,7 @@ def select(keep: Tensor | bool, new: T, old: T) -> T:
     Returns:
         A tree of the same structure. Leaves that are one and the same object pass unchanged.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> gf.select(torch.tensor(False), {"w": torch.ones(2)}, {"w": torch.zeros(2)})
         {'w': tensor([0., 0.])}

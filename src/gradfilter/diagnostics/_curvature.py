@@ -76,9 +76,9 @@ def loss_curvature(
         x: (N, *shape), floating point.
         targets: Classes y (N,).
         method: ``"hvp"`` or ``"gauss_newton"``.
-        probes: >= 2, for hvp.
+        probes: At least 2, for hvp.
         iterations: Products at most for the top eigenvalue, >= 1, for hvp.
-        tolerance: >= 0, relative, for hvp.
+        tolerance: At least 0, relative, for hvp.
         chunk_size: Rows of J at once, for gauss_newton.
         seed: Of the random vectors, for hvp: one number, or N of them, one per sample. A sample's
             result depends on its own seed only, not on the rest of the batch.
@@ -91,7 +91,7 @@ def loss_curvature(
             method, or another number of seeds than samples.
         TypeError: As `input_jacobian`.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter.diagnostics as gd
         >>> w = torch.tensor([[2.0, 0.0], [-2.0, 0.0]])  # p = ½, H = diag(4, 0)
         >>> found = gd.loss_curvature(lambda x: x @ w.T, torch.zeros(1, 2), torch.tensor([0]))

@@ -68,7 +68,7 @@ def hessian_top(
         batch: What the loss takes.
         buffers: For a module's loss; None takes the module's own.
         iterations: Products at most, >= 1.
-        tolerance: >= 0; relative residual at which to stop.
+        tolerance: At least 0; relative residual at which to stop.
         seed: Of the first vector.
 
     Returns:
@@ -79,7 +79,7 @@ def hessian_top(
             is no scalar.
         TypeError: The loss returns no tensor.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter.diagnostics as gd
         >>> loss = lambda params, batch: (batch * params["w"] ** 2).sum()  # H = 2 diag(batch)
         >>> gd.hessian_top(loss, {"w": torch.ones(3)}, torch.tensor([1.0, 4.0, -9.0])).value.round()
@@ -116,7 +116,7 @@ def hessian_trace(
         params: ``dict[str, Tensor]``.
         batch: What the loss takes.
         buffers: For a module's loss.
-        probes: >= 2.
+        probes: At least 2.
         seed: Of the probes.
 
     Returns:
@@ -126,7 +126,7 @@ def hessian_trace(
         ValueError: probes < 2; the loss does not depend on the parameters or is no scalar.
         TypeError: The loss returns no tensor.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter.diagnostics as gd
         >>> loss = lambda params, batch: (batch * params["w"] ** 2).sum()  # H = 2 diag(batch)
         >>> gd.hessian_trace(loss, {"w": torch.ones(3)}, torch.tensor([1.0, 4.0, -9.0])).value

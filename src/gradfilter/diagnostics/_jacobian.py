@@ -52,7 +52,7 @@ def input_jacobian(
             classes of the model; logits are not (N, C); an option is unknown.
         TypeError: x is not floating point; targets are no class numbers.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter.diagnostics as gd
         >>> w = torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
         >>> gd.input_jacobian(lambda x: x @ w.T, torch.zeros(2, 2)).shape
@@ -89,7 +89,7 @@ def jacobian_norm(
     Returns:
         (N,), >= 0, float64 (float32 on devices without it).
 
-    Example:
+    Examples:
         >>> import torch, gradfilter.diagnostics as gd
         >>> w = torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
         >>> gd.jacobian_norm(lambda x: x @ w.T, torch.zeros(2, 2))

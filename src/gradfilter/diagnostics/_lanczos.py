@@ -36,7 +36,7 @@ def top_eigenvalue(
         product: (N, D) -> (N, D), each row times the matrix of its sample.
         start: (N, D), random; also the dtype in which the vectors are kept.
         iterations: Products at most, >= 1. D are enough.
-        tolerance: >= 0.
+        tolerance: At least 0.
     """
     wide, (count, size) = _tree.wide(start), start.shape
     basis = [_normalized(start)]

@@ -69,7 +69,7 @@ def operator_norm(
         chunk_size: Rows of J at once, where J is computed.
         method: ``"auto"``, ``"gram"`` or ``"power"``.
         iterations: Products at most, >= 1, for ``"power"``.
-        tolerance: >= 0; a sample is left alone once its residual is below that.
+        tolerance: At least 0; a sample is left alone once its residual is below that.
         seed: Of the first vector: one number, or N of them, one per sample. A sample's result
             depends on its own seed only, not on the rest of the batch.
 
@@ -82,7 +82,7 @@ def operator_norm(
             another number of seeds than samples.
         TypeError: As `input_jacobian`.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter.diagnostics as gd
         >>> w = torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
         >>> values, residuals = gd.operator_norm(lambda x: x @ w.T, torch.zeros(2, 2))

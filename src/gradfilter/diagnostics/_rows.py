@@ -34,7 +34,7 @@ def agreement(rows: GradStack | Tree) -> Tensor:
     Raises:
         TypeError, ValueError: A dict is no stack of rows.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter.diagnostics as gd
         >>> gd.agreement({"w": torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 5.0]])})  # 1, 0, 0
         tensor(0.3333, dtype=torch.float64)
@@ -100,7 +100,7 @@ def noise_scale(rows: GradStack | Tree, batch_size: int) -> NoiseScale:
         ValueError: batch_size < 1, or a dict is no stack of rows.
         TypeError: A dict is no stack of rows.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter.diagnostics as gd
         >>> rows = {"w": torch.tensor([[3.0, 1.0], [3.0, -1.0]])}  # ḡ = (3, 0), trΣ = 2
         >>> found = gd.noise_scale(rows, batch_size=4)

@@ -46,7 +46,7 @@ def sharpness(
             parameters or is no scalar.
         TypeError: The loss returns no tensor.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter.diagnostics as gd
         >>> loss = lambda params, batch: (params["w"] ** 2).sum()
         >>> gd.sharpness(loss, {"w": torch.tensor([3.0, 4.0])}, None, rho=1.0)  # 6² − 5²

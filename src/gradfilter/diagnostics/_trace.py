@@ -20,7 +20,7 @@ def trace(
     Args:
         product: (N, D) -> (N, D), each row times the matrix of its sample.
         like: (N, D), for shape, dtype and device.
-        probes: >= 2.
+        probes: At least 2.
         seeds: One, or one per sample.
 
     Returns:

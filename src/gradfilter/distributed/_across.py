@@ -47,7 +47,7 @@ def across_ranks(group: dist.ProcessGroup | None = None) -> Transform:
         ValueError: On every rank: at ``init`` parameters differ between ranks, or at a step rows.
         RuntimeError: At either: there is no process group, or another rank is gone.
 
-    Example:
+    Examples:
         >>> import torch, torch.distributed as dist, gradfilter as gf
         >>> from gradfilter.distributed import across_ranks
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

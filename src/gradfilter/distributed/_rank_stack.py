@@ -56,7 +56,7 @@ class RankStack(AgainStack):
         ValueError: Rows, leaves, shapes or dtypes differ between ranks; raised on all of them.
         RuntimeError: There is no process group; at any question, another rank is gone.
 
-    Example:
+    Examples:
         >>> import torch, torch.distributed as dist
         >>> from gradfilter.distributed import RankStack
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

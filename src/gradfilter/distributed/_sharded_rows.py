@@ -43,7 +43,7 @@ def sharded_rows(
         ValueError: N is not divisible by M; M differs between ranks, then on all of them; a
             trainable parameter is not sharded; no gradient arrived.
 
-    Example:
+    Examples:
         >>> import torch, torch.distributed as dist, gradfilter as gf
         >>> from torch.distributed.fsdp import fully_shard
         >>> from gradfilter.distributed import sharded_rows

@@ -31,7 +31,7 @@ class ShardedStack(DenseStack):
         ValueError: The leaves disagree on M, the leading axis is sharded, or a gradient is an
             unfinished sum (`Partial`).
 
-    Example:
+    Examples:
         >>> import torch, torch.distributed as dist
         >>> from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
         >>> from gradfilter.distributed import ShardedStack

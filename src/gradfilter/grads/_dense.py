@@ -33,7 +33,7 @@ class DenseStack(AgainStack):
         TypeError: ``rows`` is not a dict of tensors.
         ValueError: The leaves disagree on M, or there are none.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> rows = gf.DenseStack({"w": torch.tensor([[3.0, 4.0], [0.0, 1.0]])})
         >>> rows.gram()

@@ -90,7 +90,7 @@ def model_loss(
     Raises:
         TypeError: ``model`` is not a module or ``criterion`` is not callable.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> model = torch.nn.Linear(3, 2)
         >>> loss = gf.model_loss(model, torch.nn.functional.cross_entropy)
@@ -120,7 +120,7 @@ def extract(model: nn.Module) -> tuple[Params, Tree]:
     Returns:
         ``(params, buffers)``, each ``dict[str, Tensor]`` under the module's own dotted names.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> params, buffers = gf.extract(torch.nn.BatchNorm1d(2))
         >>> sorted(params), sorted(buffers)
@@ -141,7 +141,7 @@ def insert(model: nn.Module, params: Params, buffers: Tree | None = None) -> Non
     Raises:
         ValueError: A name is unknown or a shape differs; nothing has been written then.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> model = torch.nn.Linear(1, 1)
         >>> gf.insert(model, {"weight": torch.tensor([[2.0]])})

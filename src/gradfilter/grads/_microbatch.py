@@ -50,7 +50,7 @@ def microbatch_grads(
             on another device than the parameters; the loss is not a scalar.
         TypeError: A parameter is not floating point.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> loss = lambda params, batch: (params["w"] * batch).sum(1).mean()
         >>> rows = gf.microbatch_grads(loss, 2)({"w": torch.ones(2)}, torch.eye(2))
@@ -85,7 +85,7 @@ def per_sample_grads(
         chunk_size: As in `microbatch_grads`.
         memory_budget: As in `microbatch_grads`.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> loss = lambda params, batch: (params["w"] * batch).sum(1).mean()
         >>> len(gf.per_sample_grads(loss)({"w": torch.ones(3)}, torch.eye(3)))

@@ -35,7 +35,7 @@ def AGC(
     Args:
         optimizer: Any `torch.optim.Optimizer`.
         clipping: λ >= 0. None or 0 switches clipping off, and nothing is touched.
-        agc_eps: > 0, floors the norm of the weight.
+        agc_eps: Above 0, floors the norm of the weight.
         exclude: Predicate on names; true means not clipped. Names are those of
             ``named_parameters()``, if the optimizer was given that, else places: "0.3" is the
             fourth parameter of the first group.
@@ -45,7 +45,7 @@ def AGC(
         ValueError: clipping < 0 or agc_eps <= 0, here or in a group; the optimizer clips already;
             a sparse gradient, at a step.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gradfilter.interop import AGC
         >>> w = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.3, 0.4]]))  # norms 5 and 0.5

@@ -43,7 +43,7 @@ class SGD_AGC(_Clips, torch.optim.SGD):
     Args:
         *args: As `torch.optim.SGD`. Groups may have their own ``clipping`` and ``agc_eps``.
         clipping: λ >= 0; None or 0 switches clipping off, and the rest is the same bit for bit.
-        agc_eps: > 0, floors the norm of the weight.
+        agc_eps: Above 0, floors the norm of the weight.
         exclude: Predicate on names, given ``named_parameters()``; true means not clipped. See
             `AGC`.
         **kwargs: As `torch.optim.SGD`.
@@ -51,7 +51,7 @@ class SGD_AGC(_Clips, torch.optim.SGD):
     Raises:
         ValueError: As `torch.optim.SGD`; clipping < 0 or agc_eps <= 0.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gradfilter.interop import SGD_AGC
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
@@ -74,7 +74,7 @@ class Adam_AGC(_Clips, torch.optim.Adam):
     G ← the clipped gradient;  p ← p − lr · m̂ / (√v̂ + eps), m̂ and v̂ of G.
     Arguments, errors and references are those of `SGD_AGC`, with `torch.optim.Adam`'s for SGD's.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gradfilter.interop import Adam_AGC
         >>> optimizer = Adam_AGC(torch.nn.Linear(3, 2).parameters(), lr=1e-3, clipping=0.02)
@@ -91,7 +91,7 @@ class AdamW_AGC(_Clips, torch.optim.AdamW):
     G ← the clipped gradient;  p ← (1 − lr λ) p − lr · m̂ / (√v̂ + eps), m̂ and v̂ of G.
     Arguments, errors and references are those of `SGD_AGC`, with `torch.optim.AdamW`'s for SGD's.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gradfilter.interop import AdamW_AGC
         >>> optimizer = AdamW_AGC(torch.nn.Linear(3, 2).parameters(), lr=1e-3, clipping=0.02)
@@ -108,7 +108,7 @@ class RMSprop_AGC(_Clips, torch.optim.RMSprop):
     G ← the clipped gradient;  p ← p − lr · G / (√v + eps), v the running mean of G².
     Arguments, errors and references are those of `SGD_AGC`, with `torch.optim.RMSprop`'s for SGD's.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gradfilter.interop import RMSprop_AGC
         >>> optimizer = RMSprop_AGC(torch.nn.Linear(3, 2).parameters(), lr=1e-3, clipping=0.02)

@@ -32,7 +32,7 @@ class StepResult:
         loss: (), the mean over the rows, before the step.
         info: ``keep`` () bool, whether the optimizer was called, and the metrics of the links.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> from gradfilter.interop import Filtered
         >>> model = torch.nn.Linear(2, 1)
@@ -80,7 +80,7 @@ class Filtered:
         ValueError: No parameter of the optimizer is a trainable one of the model; a compiled module
             with plan ``"fused"`` or ``"vmap"``; a DistributedDataParallel.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> from gradfilter.interop import Filtered
         >>> model = torch.nn.Linear(2, 2)

@@ -65,7 +65,7 @@ def step_gaf(
         TypeError: An optimizer whose step needs a closure.
         ModuleNotFoundError: ``wandb`` is asked for and not installed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gradfilter.interop import step_gaf
         >>> model = torch.nn.Linear(4, 3)

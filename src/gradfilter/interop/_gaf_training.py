@@ -63,7 +63,7 @@ def train_gaf(
         TypeError: A DataLoader in place of a dataset.
         AttributeError: A field of ``args`` is missing.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gradfilter.interop import train_gaf
         >>> data = torch.utils.data.TensorDataset(torch.randn(32, 4), torch.arange(32) % 3)

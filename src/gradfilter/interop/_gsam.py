@@ -47,7 +47,7 @@ class GSAM(TwoPassOptimizer):
         ValueError: gsam_alpha < 0 or ρ < 0, and as for `SAM`.
         TypeError: A rho_scheduler whose ``step()`` returns None, and as for `SAM`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gradfilter.interop import GSAM
         >>> from gradfilter.interop import LinearScheduler

@@ -52,7 +52,7 @@ class FilteredModule(lightning.LightningModule):
         ValueError: Likewise: several processes, or precision "16-mixed". At a step: a batch that
             ``microbatches`` does not divide.
 
-    Example:
+    Examples:
         >>> import warnings, torch, lightning as L, gradfilter as gf
         >>> from gradfilter.interop import FilteredModule
         >>> warnings.filterwarnings("ignore", module="lightning")

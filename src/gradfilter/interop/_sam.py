@@ -48,7 +48,7 @@ class SAM(TwoPassOptimizer):
         TypeError: ``**kwargs`` for an optimizer that is made already, or one whose step needs a
             closure.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gradfilter.interop import SAM
         >>> model = torch.nn.Linear(1, 1, bias=False)

@@ -17,10 +17,14 @@ class LinearScheduler(CountingScheduler):
     both makes ρ proportional to the lr.
 
     Args:
-        T_max, max_value, min_value, init_value, warmup_steps, optimizer: T, the values at the end
-            of the warm-up, at the end and at its start, Wm, and whose lr to set.
+        T_max: The number of steps, T.
+        max_value: The value at the end of the warm-up.
+        min_value: The value at the end.
+        init_value: The value at the start of the warm-up.
+        warmup_steps: Wm.
+        optimizer: Whose lr to set.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gradfilter.interop import LinearScheduler
         >>> rho = LinearScheduler(T_max=4, max_value=1.0, warmup_steps=2)
@@ -41,7 +45,7 @@ class LinearScheduler(CountingScheduler):
 class CosineScheduler(CountingScheduler):
     """Min + (max − min) (1 + cos πx) / 2: `cosine`, with the arguments of `LinearScheduler`.
 
-    Example:
+    Examples:
         >>> from gradfilter.interop import CosineScheduler
         >>> lr = CosineScheduler(T_max=4, max_value=1.0)
         >>> [round(lr.step(), 4) for k in range(5)]
@@ -58,11 +62,11 @@ class PolyScheduler(CountingScheduler):
     """Min + (max − min) (k − Wm + 1)^poly_order: `poly`.
 
     Args:
-        poly_order: <= 0, and the first argument, as published.
+        poly_order: At most 0, and the first argument, as published.
         *args: Those of `LinearScheduler`; T_max has no effect.
         **kwargs: Likewise.
 
-    Example:
+    Examples:
         >>> from gradfilter.interop import PolyScheduler
         >>> lr = PolyScheduler(T_max=4, max_value=1.0)
         >>> [round(lr.step(), 4) for k in range(4)]
@@ -90,7 +94,7 @@ class StepScheduler(CountingScheduler):
         factor: In (0, 1]; 0.2 is that of the published CIFAR-10 example.
         **kwargs: Those of `LinearScheduler`.
 
-    Example:
+    Examples:
         >>> from gradfilter.interop import StepScheduler
         >>> lr = StepScheduler(T_max=5, max_value=1.0, factor=0.5)
         >>> [lr.step() for k in range(5)]

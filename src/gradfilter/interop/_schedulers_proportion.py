@@ -30,7 +30,7 @@ class ProportionScheduler:
     Raises:
         ValueError: max_lr < min_lr, or not 0 <= min_value <= max_value.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gradfilter.interop import ProportionScheduler
         >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)

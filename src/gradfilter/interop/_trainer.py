@@ -53,7 +53,7 @@ class FilteredTrainer(Trainer):
         ValueError: Several devices, ``fp16=True``, an optimizer that works inside the backward
             pass. At a step: a batch that ``microbatches`` does not divide.
 
-    Example:
+    Examples:
         >>> import tempfile, torch, gradfilter as gf
         >>> from transformers import BertConfig, BertForSequenceClassification
         >>> from transformers import PrinterCallback, TrainingArguments

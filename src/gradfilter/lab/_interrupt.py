@@ -28,7 +28,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     Inside another one it is the same question: whoever asks outside learns of a Ctrl-C that came
     too late for the loop inside.
 
-    Example:
+    Examples:
         >>> with interruptible() as stopped:
         ...     stopped()
         False

@@ -23,7 +23,7 @@ FROM_ENVIRONMENT = ("device", "name", "save_dir", "data_dir", "workers")
 def arguments(settings: Mapping[str, Any]) -> list[str]:
     """Settings as they would be typed.
 
-    Example:
+    Examples:
         >>> arguments({"learning_rate": 0.1, "betas": [0.9, 0.95], "nesterov": True, "agc": None})
         ['--learning-rate=0.1', '--betas', '0.9', '0.95', '--nesterov', '--agc=None']
     """
@@ -75,7 +75,7 @@ def from_files(options: Sequence[str], command: str, config: type[DataclassInsta
 def value_of(option: str, options: Sequence[str]) -> str | None:
     """The last value that an option is given.
 
-    Example:
+    Examples:
         >>> value_of("--preset", ["--preset", "a", "--seed", "1", "--preset=b"])
         'b'
     """

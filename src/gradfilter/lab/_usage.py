@@ -12,7 +12,7 @@ class UsageError(ValueError):
 def check(condition: bool, option: str, expected: str, found: object, fix: str) -> None:
     """Raise a `UsageError` unless ``condition`` holds.
 
-    Example:
+    Examples:
         >>> check(0 > 1, "--steps", ">= 1", 0, "800 is the default.")
         Traceback (most recent call last):
             ...

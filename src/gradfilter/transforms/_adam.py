@@ -30,7 +30,7 @@ def adam(
     p ← p − lr / (1 − β1^t) · m / (√v / √(1 − β2^t) + eps). AMSGrad takes the largest v so far.
 
     Args:
-        lr: >= 0, or a Schedule.
+        lr: At least 0, or a Schedule.
         betas: (β1, β2), each in [0, 1).
         eps: Outside the root, after bias correction.
         weight_decay: λ >= 0, L2.
@@ -42,7 +42,7 @@ def adam(
     Raises:
         ValueError: A number out of range.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> update, params = gf.adam(0.1), {"w": torch.ones(1)}
         >>> update(params, update.init(params), {"w": torch.ones(1)})[0]
@@ -66,7 +66,7 @@ def adamw(
     """Adam with decoupled decay, as `torch.optim.AdamW`: p ← (1 − lr λ) p, then Adam without L2.
 
     Args:
-        lr: >= 0, or a Schedule.
+        lr: At least 0, or a Schedule.
         betas: (β1, β2), each in [0, 1).
         eps: Outside the root, after bias correction.
         weight_decay: λ >= 0, decoupled.
@@ -78,7 +78,7 @@ def adamw(
     Raises:
         ValueError: A number out of range.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> update, params = gf.adamw(0.1, weight_decay=1.0), {"w": torch.ones(1)}
         >>> update(params, update.init(params), {"w": torch.ones(1)})[0]

@@ -49,7 +49,7 @@ def agree_filter(
     Raises:
         ValueError: threshold < 0, an unknown option, or a stack of one row.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> rows = {"w": torch.tensor([[1.0, 0.0], [1.0, 0.2], [-1.0, 0.1]])}
         >>> link, params = gf.agree_filter(0.97), {"w": torch.zeros(2)}

@@ -38,9 +38,9 @@ def budget_clip(budget: float = 0.3, *, power: float = 3.0) -> Transform:
     (`benchmarks/label_noise.py`). No other task was tried.
 
     Args:
-        budget: > 0, as a fraction of the mean row norm of the first step.
-        power: >= 0. How much more agreement counts than equality; at 0 nothing is compared, every
-            row has the same limit, and the rule costs no more than `clip_per_row`.
+        budget: Above 0, as a fraction of the mean row norm of the first step.
+        power: At least 0. How much more agreement counts than equality; at 0 nothing is compared,
+            every row has the same limit, and the rule costs no more than `clip_per_row`.
 
     Needs: rows; of several ranks those of all, so its place is behind `across_ranks`. A state of
     one number, the mean norm of the first step that was not skipped.
@@ -52,7 +52,7 @@ def budget_clip(budget: float = 0.3, *, power: float = 3.0) -> Transform:
     Raises:
         ValueError: budget <= 0 or power < 0.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> rows, params = {"w": torch.tensor([[3.0], [1.0]])}, {"w": torch.zeros(1)}
         >>> link = gf.budget_clip(0.5, power=0)  # mean norm 2: at most 0.5 is left of it

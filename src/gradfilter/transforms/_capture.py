@@ -31,7 +31,7 @@ class Captured:
         rewinds: The random states that the graph draws from.
         end: That one of them at which the next step goes on.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> def losses(captured: gf.Captured, batches):
         ...     return [captured(batch)[1]["loss"].clone() for batch in batches]
@@ -84,7 +84,7 @@ def capture(step: TrainStep, state: State, batch: Any, **extra: Any) -> Captured
             differs from the captured one.
         RuntimeError: The loss or a link waits for the host.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> cuda = torch.cuda.is_available()
         >>> model = torch.nn.Linear(2, 2).to("cuda" if cuda else "cpu")

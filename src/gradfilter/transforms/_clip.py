@@ -34,14 +34,14 @@ def clip_per_row(max_norm: float) -> Transform:
     as it is; finite_filter takes it out.
 
     Args:
-        max_norm: > 0, in units of the per-row gradient norm.
+        max_norm: Above 0, in units of the per-row gradient norm.
 
     Needs: rows. Publishes: ``norm`` (M,) before clipping, ``clipped_fraction`` ().
 
     Raises:
         ValueError: max_norm <= 0.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> rows, params = {"w": torch.tensor([[3.0, 4.0], [0.0, 0.5]])}, {"w": torch.zeros(2)}
         >>> gf.clip_per_row(1.0).update(rows, {}, params)[0].sq_norms()
@@ -72,14 +72,14 @@ def clip_by_global_norm(max_norm: float) -> Transform:
     g ← g · min(1, max_norm / ‖g‖). A gradient that is not finite stays as it is.
 
     Args:
-        max_norm: > 0.
+        max_norm: Above 0.
 
     Publishes: ``norm`` () before clipping, ``clipped_fraction`` (), which is 0 or 1.
 
     Raises:
         ValueError: max_norm <= 0.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> gf.clip_by_global_norm(1.0).update({"w": torch.tensor([3.0, 4.0])}, {},
         ...                                    {"w": torch.zeros(2)})[0]
@@ -130,7 +130,7 @@ def agc_clip(
     Args:
         clipping: λ >= 0; 0.01 for batches of 1024 to 4096, up to 0.16 for smaller ones. None or 0
             switches clipping off.
-        eps: > 0, floors the weight's norm only, so that weights that start at zero can move.
+        eps: Above 0, floors the weight's norm only, so that weights that start at zero can move.
         exclude: Predicate on names; true means not clipped. The paper leaves out the weight of the
             final linear layer.
         unit_dims: name -> the dim, or dims, that index the units, () for one unit, None for the
@@ -144,7 +144,7 @@ def agc_clip(
     Raises:
         ValueError: clipping < 0 or eps <= 0.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> params = {"w": torch.tensor([[3.0, 4.0], [0.3, 0.4]])}  # unit norms 5 and 0.5
         >>> grads = {"w": torch.tensor([[0.0, 1.0], [0.0, 1.0]])}

@@ -45,7 +45,7 @@ def consensus_filter(
     Raises:
         ValueError: threshold < 0 or min_accepted < 1.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> rows = {"w": torch.tensor([[1.0, 0.0], [0.8, 0.6], [-1.0, 0.0]])}
         >>> link, params = gf.consensus_filter(soft=False), {"w": torch.zeros(2)}

@@ -23,7 +23,7 @@ def ema_params(decay: float = 0.999) -> Transform:
     Raises:
         ValueError: decay outside [0, 1].
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> update = gf.chain(gf.sgd(1.0), gf.ema_params(0.5))
         >>> params = {"w": torch.zeros(1)}

@@ -21,7 +21,7 @@ def finite_filter() -> Transform:
     Publishes: ``keep`` () (some row is finite; on a tree: every entry), ``finite`` (M,) bool, or
     () on a tree. A row counts as finite if its squared norm is.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> update = gf.chain(gf.finite_filter(), gf.mean_rows(), gf.sgd(1.0))
         >>> params = {"w": torch.zeros(1)}

@@ -41,7 +41,7 @@ def plateau(
         warmup_steps: Wm.
         init_value: Value at step 0 of the warm-up; ``min_value`` by default.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> lr = gf.plateau(1.0, factor=0.5, patience=0)
         >>> k = torch.tensor(0)
@@ -100,7 +100,7 @@ def proportional(lr: Schedule, rho_min: float, rho_max: float) -> Schedule:
         rho_min: Smallest radius.
         rho_max: Largest radius.
 
-    Example:
+    Examples:
         >>> import gradfilter as gf
         >>> rho = gf.proportional(gf.linear(0.1, 10), 0.02, 0.04)
         >>> [round(rho(k).item(), 3) for k in (0, 5, 10)]

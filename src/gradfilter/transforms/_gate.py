@@ -30,7 +30,7 @@ def gate(link: Transform, when: str) -> Transform:
     Raises:
         ValueError: At the call, nobody published or gave ``when``.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> update = gf.chain(gf.gate(gf.agc_clip(0.01), "late"), gf.sgd(1.0))
         >>> params, grads = {"w": torch.ones(1)}, {"w": torch.ones(1)}

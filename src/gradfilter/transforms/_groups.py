@@ -49,7 +49,7 @@ def masked(link: Transform, names: Callable[[str], bool]) -> Transform:
         TypeError: The link is an update rule (leaves without an update have no meaning).
         ValueError: The predicate is true for no leaf.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> matrices_only = gf.masked(gf.agc_clip(0.01), lambda name: name.endswith("weight"))
         >>> params = {"weight": torch.ones(1, 1), "bias": torch.ones(1)}
@@ -119,7 +119,7 @@ def freeze(names: Callable[[str], bool] | None = None) -> Transform:
     Args:
         names: Predicate on names; None for all leaves.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> update = gf.chain(gf.sgd(1.0), gf.freeze(lambda name: name == "b"))
         >>> params = {"a": torch.zeros(1), "b": torch.zeros(1)}

@@ -30,7 +30,7 @@ def sgd(
     (Nesterov: p − lr (g + μ b)). The lr is applied at the end and is in no buffer.
 
     Args:
-        lr: >= 0, or a Schedule.
+        lr: At least 0, or a Schedule.
         momentum: μ >= 0.
         dampening: Usually 0.
         weight_decay: λ >= 0, L2.
@@ -42,7 +42,7 @@ def sgd(
     Raises:
         ValueError: A number out of range; nesterov without momentum or with dampening.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> update, params = gf.sgd(0.1), {"w": torch.ones(1)}
         >>> update(params, update.init(params), {"w": torch.ones(1)})[0]
@@ -112,7 +112,7 @@ def rmsprop(
     ḡ ← α ḡ + (1 − α) g;  p ← p − lr g/s, with momentum b ← μ b + g/s and p ← p − lr b.
 
     Args:
-        lr: >= 0, or a Schedule.
+        lr: At least 0, or a Schedule.
         alpha: In [0, 1]; v starts from 0 without bias correction.
         eps: Outside the root.
         weight_decay: λ >= 0, L2.
@@ -125,7 +125,7 @@ def rmsprop(
     Raises:
         ValueError: A number out of range.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> update, params = gf.rmsprop(0.1, alpha=0.0), {"w": torch.ones(1)}
         >>> update(params, update.init(params), {"w": torch.ones(1)})[0]

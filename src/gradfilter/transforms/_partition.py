@@ -28,7 +28,7 @@ def partition(branches: Mapping[str, Transform], label: Callable[[str], str]) ->
         TypeError: A branch does not end in an update, or takes something else than the others.
         ValueError: A label without a branch, or a branch without a leaf.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> update = gf.partition(
         ...     {"body": gf.sgd(1.0), "head": gf.freeze()},

@@ -36,7 +36,7 @@ class Schedule:
 
     Calling a schedule that remembers nothing gives its value:
 
-    Example:
+    Examples:
         >>> import gradfilter as gf
         >>> round(gf.cosine(0.1, 100)(50).item(), 3)
         0.05

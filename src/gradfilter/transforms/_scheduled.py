@@ -30,7 +30,7 @@ def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transfo
     Raises:
         TypeError: The factory has no such argument, or nothing is scheduled.
 
-    Example:
+    Examples:
         >>> import gradfilter as gf
         >>> lr = gf.cosine(0.1, 1000)
         >>> update = gf.chain(

@@ -16,7 +16,7 @@ def constant(value: float, *, warmup_steps: int = 0, init_value: float | None = 
         warmup_steps: Wm.
         init_value: Value at step 0 of the warm-up; 0 by default.
 
-    Example:
+    Examples:
         >>> import gradfilter as gf
         >>> [gf.constant(1.0, warmup_steps=2)(k).item() for k in range(4)]
         [0.0, 0.5, 1.0, 1.0]
@@ -42,7 +42,7 @@ def linear(
         warmup_steps: Wm.
         init_value: Value at step 0 of the warm-up; ``min_value`` by default.
 
-    Example:
+    Examples:
         >>> import gradfilter as gf
         >>> [gf.linear(1.0, 4)(k).item() for k in (0, 1, 4, 9)]
         [1.0, 0.75, 0.0, 0.0]
@@ -72,7 +72,7 @@ def cosine(
         warmup_steps: Wm.
         init_value: Value at step 0 of the warm-up; ``min_value`` by default.
 
-    Example:
+    Examples:
         >>> import gradfilter as gf
         >>> [round(gf.cosine(1.0, 4)(k).item(), 4) for k in (0, 1, 2, 4)]
         [1.0, 0.8536, 0.5, 0.0]
@@ -100,12 +100,12 @@ def poly(
 
     Args:
         max_value: Value at the end of the warm-up.
-        power: <= 0; −0.5 is the inverse square root.
+        power: At most 0; −0.5 is the inverse square root.
         min_value: The limit.
         warmup_steps: Wm.
         init_value: Value at step 0 of the warm-up; ``min_value`` by default.
 
-    Example:
+    Examples:
         >>> import gradfilter as gf
         >>> [gf.poly(1.0, -1.0)(k).item() for k in (0, 1, 3)]
         [1.0, 0.5, 0.25]
@@ -138,7 +138,7 @@ def step(
         warmup_steps: Wm.
         init_value: Value at step 0 of the warm-up; ``min_value`` by default.
 
-    Example:
+    Examples:
         >>> import gradfilter as gf
         >>> [gf.step(1.0, 2, 0.5)(k).item() for k in range(5)]
         [1.0, 1.0, 0.5, 0.5, 0.25]

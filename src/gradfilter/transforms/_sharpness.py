@@ -52,7 +52,7 @@ def sam_perturb(
     Raises:
         ValueError: rho < 0 or eta < 0; an unknown form; rows without `at` and no grad_fn.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> loss = lambda params, batch: (params["w"] ** 2 * batch).sum()
         >>> params = {"w": torch.tensor([3.0])}
@@ -185,7 +185,7 @@ def gsam_decompose(alpha: float) -> Transform:
     Raises:
         ValueError: alpha < 0; at the call, rows as clean_grads without weights.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> clean = {"w": torch.tensor([1.0, 1.0])}
         >>> h, params = {"w": torch.tensor([2.0, 0.0])}, {"w": torch.zeros(2)}

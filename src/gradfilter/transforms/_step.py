@@ -103,7 +103,7 @@ def train_step(
     Raises:
         TypeError: ``update`` does not take rows or does not end in an update.
 
-    Example:
+    Examples:
         >>> import torch, gradfilter as gf
         >>> model = torch.nn.Linear(2, 2)
         >>> loss = gf.model_loss(model, torch.nn.functional.cross_entropy)

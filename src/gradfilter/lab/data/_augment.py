@@ -48,8 +48,8 @@ def crop_and_flip(
 
     Args:
         images: (N, channels, height, width), any dtype.
-        seed: >= 0.
-        step: >= 0, the step of the training.
+        seed: At least 0.
+        step: At least 0, the step of the training.
         flipped_only: Crop only the images that are flipped, and leave the others as they are.
         part: (i, k) where these images are the i-th of k equal parts of a batch: they are then
             augmented as they would be in the whole.

@@ -25,12 +25,12 @@ def shuffled(n: int, *, batch_size: int, seed: int) -> Order:
     Args:
         n: Samples.
         batch_size: N in 1 .. n.
-        seed: >= 0.
+        seed: At least 0.
 
     Raises:
         UsageError: No batch can be filled.
 
-    Example:
+    Examples:
         >>> indices = shuffled(7, batch_size=3, seed=0)
         >>> indices(0, 2).flatten().unique().numel()  # one pass, of which one sample is left out
         6
@@ -62,12 +62,12 @@ def class_balanced(
         classes: C; labels are 0 .. C − 1.
         microbatches: M.
         per_class: m samples of every class in every microbatch.
-        seed: >= 0.
+        seed: At least 0.
 
     Raises:
         UsageError: A class has no sample.
 
-    Example:
+    Examples:
         >>> labels = torch.tensor([0, 1, 0, 0, 1])
         >>> indices = class_balanced(labels, classes=2, microbatches=2, per_class=1, seed=0)
         >>> labels[indices(0, 2)]

@@ -15,14 +15,14 @@ def steps_until(epochs: float, n: int, batch_size: int) -> int:
     every number of microbatches and every kind of sampling.
 
     Args:
-        epochs: >= 0; parts of an epoch are fine.
+        epochs: At least 0; parts of an epoch are fine.
         n: Samples of the training split.
         batch_size: Samples of one step.
 
     Raises:
         UsageError: ``epochs`` is negative or not finite.
 
-    Example:
+    Examples:
         >>> steps_until(2, 1257, 80)  # 2 514 samples: 31 whole batches and a part of one
         32
         >>> steps_until(1.1, 10, 1)  # 1.1 · 10 is a little more than 11 in floating point

@@ -64,7 +64,7 @@ def load_data(
     Raises:
         UsageError: A value is out of range, or the data set is not there.
 
-    Example:
+    Examples:
         >>> data = load_data("digits", label_noise=0.3, device=torch.device("cpu"))
         >>> data.train.images.fetch(torch.tensor([0, 1])).shape, int(data.train.wrong.sum())
         (torch.Size([2, 1, 8, 8]), 377)

@@ -23,7 +23,7 @@ def raw_batches(
     Args:
         images: n images.
         rows: (k,) int64 each.
-        workers: >= 0, processes; they end with the generator.
+        workers: At least 0, processes; they end with the generator.
 
     Raises:
         UsageError: ``workers`` < 0, or an image cannot be read.

@@ -46,13 +46,13 @@ def corrupted(clean: Labels, noise: float, kind: str, *, classes: int, seed: int
         noise: ρ in [0, 1). m is rounded as Python does it: a half to the even neighbour.
         kind: One of the types above.
         classes: C.
-        seed: >= 0.
+        seed: At least 0.
 
     Raises:
         UsageError: A value is out of range, m > 0 with a single class, or m is more than 80 % of
             every class adds up to.
 
-    Example:
+    Examples:
         >>> clean = np.array([0, 1, 2, 0, 1, 2])
         >>> noisy = corrupted(clean, 0.5, "pairflip", classes=3, seed=0)
         >>> sorted(((noisy - clean) % 3).tolist())

@@ -13,11 +13,11 @@ def random_for(seed: int, purpose: Purpose, *counters: int) -> np.random.Generat
     """A generator of its own for a purpose and, say, a step: the same whenever it is asked for.
 
     Args:
-        seed: >= 0.
+        seed: At least 0.
         purpose: What the numbers are for.
         counters: Each >= 0: a step, an epoch, a class.
 
-    Example:
+    Examples:
         >>> numbers = random_for(0, "augment", 7).random(3)  # step 7 needs no steps 0 to 6
         >>> (numbers == random_for(0, "augment", 7).random(3)).all()
         np.True_

@@ -26,12 +26,12 @@ def split(
         labels: True labels. (n,)
         train: None takes what validation leaves.
         val: None takes nothing.
-        seed: >= 0.
+        seed: At least 0.
 
     Raises:
         UsageError: A size is out of range, or both together are more than n.
 
-    Example:
+    Examples:
         >>> labels = np.repeat([0, 1], [6, 3])
         >>> train, val = split(labels, None, 3, seed=0)
         >>> np.bincount(labels[val]), np.bincount(labels[train])

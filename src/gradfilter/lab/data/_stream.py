@@ -40,7 +40,7 @@ def batches(
     Yields:
         x (N, channels, height, width), y (N,)
 
-    Example:
+    Examples:
         >>> from gradfilter.lab.data._load import load_data
         >>> data = load_data("digits", device=torch.device("cpu"))
         >>> [(x.shape, y) for x, y in batches(data.train, torch.tensor([[5, 0]]))]
@@ -63,7 +63,7 @@ def in_order(
 
     Args:
         samples: A split, which may be empty.
-        size: >= 1.
+        size: At least 1.
         workers: As in `batches`.
         start: The first sample.
         stop: The sample after the last; None for all.
@@ -71,7 +71,7 @@ def in_order(
     Yields:
         x (<= size, channels, height, width), and where they are: ``samples.clean[where]``.
 
-    Example:
+    Examples:
         >>> from gradfilter.lab.data._load import load_data
         >>> data = load_data("digits", device=torch.device("cpu"))
         >>> [(len(x), where) for x, where in in_order(data.test, 300)]

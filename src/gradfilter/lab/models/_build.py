@@ -51,7 +51,7 @@ def build_model(
         UsageError: An unknown model, initialisation, addition or keyword; a value out of range;
             images too small for the model's pools; more than 2 · 10⁹ parameters.
 
-    Example:
+    Examples:
         >>> build_model("mlp_16", classes=10, shape=(1, 8, 8))(torch.ones(2, 1, 8, 8)).shape
         torch.Size([2, 10])
     """
@@ -89,7 +89,7 @@ def model_arguments(
 
     The arguments of `build_model`, as JSON and ``torch.load(..., weights_only=True)`` know them.
 
-    Example:
+    Examples:
         >>> model_arguments("vit_8", classes=10, shape=(1, 8, 8), depth=2)  # doctest: +ELLIPSIS
         {'name': 'vit_8', 'classes': 10, 'shape': [1, 8, 8], ..., 'seed': 0, 'depth': 2}
     """
@@ -107,7 +107,7 @@ def model_arguments(
 def parameter_count(model: nn.Module) -> int:
     """How many numbers a model learns.
 
-    Example:
+    Examples:
         >>> parameter_count(nn.Linear(8, 10))
         90
     """

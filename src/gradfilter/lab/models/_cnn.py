@@ -21,7 +21,7 @@ def cnn(width: int, *, classes: int, shape: Shape, batchnorm: bool = False) -> n
     Raises:
         UsageError: The image is too small.
 
-    Example:
+    Examples:
         >>> from gradfilter.lab.models._build import parameter_count
         >>> parameter_count(cnn(1, classes=10, shape=(3, 32, 32)))
         510

@@ -65,7 +65,7 @@ def find_family(name: str) -> tuple[Family, list[int]]:
     Raises:
         UsageError: No family has such names.
 
-    Example:
+    Examples:
         >>> family, sizes = find_family("wrn_28_10")
         >>> family.build.__name__, sizes
         ('wide_resnet', [28, 10])

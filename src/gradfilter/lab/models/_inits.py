@@ -38,7 +38,7 @@ def initialise(model: nn.Module, init: str) -> None:
     Raises:
         UsageError: Another name; fixup or mfixup and the model has no residual blocks.
 
-    Example:
+    Examples:
         >>> from gradfilter.lab.models._resnet import resnet
         >>> model = resnet(18, 2, classes=10, shape=(1, 8, 8))
         >>> initialise(model, "fixup")

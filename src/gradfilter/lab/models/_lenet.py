@@ -18,7 +18,7 @@ def lenet(*, classes: int, shape: Shape) -> nn.Module:
     Raises:
         UsageError: The image is too small.
 
-    Example:
+    Examples:
         >>> from gradfilter.lab.models._build import parameter_count
         >>> parameter_count(lenet(classes=10, shape=(3, 32, 32)))
         62006

@@ -22,7 +22,7 @@ def mlp(
         dropout: After every hidden layer.
         depth: Hidden layers.
 
-    Example:
+    Examples:
         >>> from gradfilter.lab.models._build import parameter_count
         >>> parameter_count(mlp(64, classes=10, shape=(1, 8, 8)))
         8970

@@ -46,7 +46,7 @@ def resnet(
         shape: Of one image; of any size.
         batchnorm: After every 3 x 3 convolution, which has no bias then.
 
-    Example:
+    Examples:
         >>> from gradfilter.lab.models._build import parameter_count
         >>> parameter_count(resnet(18, 1, classes=10, shape=(3, 32, 32)))
         2902

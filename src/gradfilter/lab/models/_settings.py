@@ -17,7 +17,7 @@ def as_arguments(
     Raises:
         UsageError: The family does not have it; a value is out of range.
 
-    Example:
+    Examples:
         >>> from gradfilter.lab.models._families import FAMILIES
         >>> as_arguments("mlp_64", FAMILIES["mlp_H"], ["dropout-0.1"], {"depth": 3})
         {'dropout': 0.1, 'depth': 3}

@@ -32,7 +32,7 @@ def vgg(
     Raises:
         UsageError: The image is too small.
 
-    Example:
+    Examples:
         >>> from gradfilter.lab.models._build import parameter_count
         >>> parameter_count(vgg(8, classes=10, shape=(3, 32, 32), width=1))
         1094

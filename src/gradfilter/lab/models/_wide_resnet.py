@@ -49,7 +49,7 @@ def wide_resnet(
     Raises:
         UsageError: There is no WideResNet of this depth.
 
-    Example:
+    Examples:
         >>> from gradfilter.lab.models._build import parameter_count
         >>> parameter_count(wide_resnet(40, 2, classes=10, shape=(3, 32, 32)))
         2243546

@@ -109,7 +109,7 @@ def _label(group: Group, names: Sequence[str]) -> str:
 def _stems(sets: Sequence[str]) -> dict[str, str]:
     """What data sets are called in names of files.
 
-    Example:
+    Examples:
         >>> _stems(["folder:/a/cats", "digits", "folder:/b/dogs"])
         {'folder:/a/cats': 'folder', 'digits': 'digits', 'folder:/b/dogs': 'folder-2'}
     """

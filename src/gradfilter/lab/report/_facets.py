@@ -45,7 +45,7 @@ def facets(settings: Sequence[Settings], most: int = MOST) -> list[Facet]:
         settings: Of every curve; all have the same names.
         most: Curves that can be told apart in one figure.
 
-    Example:
+    Examples:
         >>> many = [{"model": f"mlp_{w}", "agc": a} for w in (8, 16) for a in (None, 0.1)]
         >>> [(facet.titled("Loss"), facet.members) for facet in facets(many, most=3)]
         [('Loss: mlp_8 (1 of 2)', (0, 1)), ('Loss: mlp_16 (2 of 2)', (2, 3))]

@@ -101,7 +101,7 @@ def apart_from(groups: Iterable[Group], *names: str) -> list[list[Group]]:
 def wording(name: str, value: Any) -> str:
     """A setting in a few words; nothing if it is off, or what it usually is.
 
-    Example:
+    Examples:
         >>> wording("model", "mlp_8"), wording("agree", 0.9), wording("agree", None)
         ('mlp_8', 'agree 0.9', '')
         >>> wording("nesterov", True), wording("label_noise", 0.0)
@@ -119,7 +119,7 @@ def wording(name: str, value: Any) -> str:
 def order(value: Any) -> tuple[Any, ...]:
     """A key that sorts what is unset first, numbers by size, also those inside of names.
 
-    Example:
+    Examples:
         >>> sorted(["mlp_16", "mlp_8", None, "cnn_32"], key=order)
         [None, 'cnn_32', 'mlp_8', 'mlp_16']
     """

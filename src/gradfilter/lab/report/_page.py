@@ -76,7 +76,7 @@ def csv(part: Plot | Table) -> bytes:
 def counted(number: int, what: str) -> str:
     """A number of things.
 
-    Example:
+    Examples:
         >>> counted(1, "run"), counted(2, "run")
         ('1 run', '2 runs')
     """
@@ -86,7 +86,7 @@ def counted(number: int, what: str) -> str:
 def embedded(content: bytes, kind: str) -> str:
     """As a URL that contains what it points to.
 
-    Example:
+    Examples:
         >>> embedded(b"a,b", "text/csv")
         'data:text/csv;base64,YSxi'
     """

@@ -34,7 +34,7 @@ class Spread(NamedTuple):
             factor: From the number to the unit.
             digits: Behind the point; None for four that count, however small the number is.
 
-        Example:
+        Examples:
             >>> spread([0.91, 0.93]).shown(100), spread([0.5]).shown(), spread([]).shown()
             ('92.0 ± 1.4', '0.5', '–')
         """

@@ -78,7 +78,7 @@ def families(groups: Sequence[Group]) -> Iterator[Family]:
 def family_and_width(model: str) -> tuple[str, int]:
     """What a model is called without its width, and the width; no name if it has none.
 
-    Example:
+    Examples:
         >>> family_and_width("resnet18_16"), family_and_width("vgg11")
         (('resnet18', 16), ('', 0))
     """

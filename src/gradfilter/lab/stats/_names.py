@@ -33,7 +33,7 @@ def stem(config: StatsConfig, checkpoint: int) -> str:
     Raises:
         UsageError: It would be too long.
 
-    Example:
+    Examples:
         >>> stem(StatsConfig(metric="jacobian", gen_strategy="svd-path", num_directions=4), 3)
         'jacobian-train-svd-path-num-directions-4-checkpoint-3'
     """
@@ -62,7 +62,7 @@ def stem(config: StatsConfig, checkpoint: int) -> str:
 def with_range(stem: str, start: int, stop: int, total: int) -> str:
     """``STEM``, or ``STEM-id-START-STOP`` where not all samples of the split are measured.
 
-    Example:
+    Examples:
         >>> with_range("accuracy-test-checkpoint-0", 100, 200, 540)
         'accuracy-test-checkpoint-0-id-100-200'
     """

@@ -63,7 +63,7 @@ def path_means(along: Along) -> Tensor:
     Returns:
         The running value at every anchor; the last one is that of whole paths. (N, n)
 
-    Example:
+    Examples:
         >>> path = Along(torch.tensor([[[0.0, 1.0, 3.0]]]), torch.tensor([[[1.0, 2.0]]]))
         >>> path_means(path)
         tensor([[0.5000, 1.5000]])

@@ -46,7 +46,7 @@ class Record:
 def without_nan(numbers: Nested) -> Nested:
     """Nested lists with None in place of what JSON does not know: NaN and infinities.
 
-    Example:
+    Examples:
         >>> without_nan([[1.0, float("nan")], [2.0, 3.0]])
         [[1.0, None], [2.0, 3.0]]
     """
@@ -58,7 +58,7 @@ def without_nan(numbers: Nested) -> Nested:
 def nulls(numbers: Nested) -> int:
     """How many of the numbers are None.
 
-    Example:
+    Examples:
         >>> nulls([[1.0, None], [None]])
         2
     """
@@ -96,7 +96,7 @@ def means(rows: Sequence[Nested], square: bool = False) -> Nested:
         rows: Nested lists of one shape.
         square: Take the root of the mean square instead.
 
-    Example:
+    Examples:
         >>> means([[1.0, None], [3.0, 4.0]])
         [2.0, 4.0]
     """

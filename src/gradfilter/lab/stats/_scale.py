@@ -15,7 +15,7 @@ def scaled(strength: int, side: int) -> int:
         strength: At 32 pixels, >= 1.
         side: The smaller one of the image's sides.
 
-    Example:
+    Examples:
         >>> [scaled(4, side) for side in (8, 32, 64)]
         [1, 4, 8]
     """

@@ -22,7 +22,7 @@ def missing(start: int, stop: int, done: Iterable[Record], batch_size: int) -> l
         done: What is there.
         batch_size: Of every batch but the last.
 
-    Example:
+    Examples:
         >>> missing(0, 10, [Record(4, 8, [], [], [], [])], 4)
         [(0, 4), (8, 10)]
     """
@@ -41,7 +41,7 @@ def missing(start: int, stop: int, done: Iterable[Record], batch_size: int) -> l
 def share(batches: Sequence[Batch], rank: int, size: int) -> Sequence[Batch]:
     """One process's slice: as many whole batches as anyone's, one more or less.
 
-    Example:
+    Examples:
         >>> [share([(0, 4), (4, 8), (8, 10)], rank, 2) for rank in range(2)]
         [[(0, 4)], [(4, 8), (8, 10)]]
     """

@@ -20,7 +20,7 @@ def shift_offsets(radius: int, directions: int) -> list[tuple[int, int]]:
         radius: In pixels.
         directions: K >= 1.
 
-    Example:
+    Examples:
         >>> shift_offsets(4, 8)
         [(0, 4), (3, 3), (4, 0), (3, -3), (0, -4), (-3, -3), (-4, 0), (-3, 3)]
     """
@@ -38,7 +38,7 @@ def _nearest(number: float) -> int:
 def moved(images: Tensor, down: int, right: int) -> Tensor:
     """Images moved by whole pixels; what comes in repeats the edge. (..., h, w).
 
-    Example:
+    Examples:
         >>> moved(torch.tensor([[[1, 2, 3]]]), 0, 1)
         tensor([[[1, 1, 2]]])
     """

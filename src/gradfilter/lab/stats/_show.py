@@ -35,7 +35,7 @@ def progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int]
 def listed(run: Path, saved: Sequence[Checkpoint]) -> str:
     """The checkpoints that there are, and how to choose one.
 
-    Example:
+    Examples:
         >>> print(listed(Path("runs/a"), [Checkpoint(0, 0, 0.0), Checkpoint(1, 800, 12.5)]))
         checkpoints of runs/a
           --checkpoint 0   step 0, epoch 0

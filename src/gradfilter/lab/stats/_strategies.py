@@ -38,7 +38,7 @@ def strategy(name: StrategyName, directions: int = 8) -> Anchors | None:
         name: One of ``StrategyName``; a path has n > 1 anchors in each direction.
         directions: K >= 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> strategy("svd-path", 8)(torch.rand(2, 3, 32, 32)).shape
         torch.Size([8, 6, 2, 3, 32, 32])

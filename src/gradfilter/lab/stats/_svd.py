@@ -22,7 +22,7 @@ def svd_window(strength: int, direction: int, values: int) -> tuple[int, int]:
         direction: i >= 0.
         values: l, the smaller side of the image.
 
-    Example:
+    Examples:
         >>> svd_window(5, 0, 32), svd_window(25, 7, 32), svd_window(25, 7, 8)
         ((27, 32), (0, 25), (0, 6))
     """

@@ -62,7 +62,7 @@ class Axis:
 def fields_of(name: str, value: Any) -> dict[str, Any]:
     """The settings that one value of an axis says; sgd+nesterov says two.
 
-    Example:
+    Examples:
         >>> fields_of("optimizer", "sgd+nesterov"), fields_of("seed", 1)
         ({'optimizer': 'sgd', 'nesterov': True}, {'seed': 1})
     """
@@ -111,7 +111,7 @@ def axes_of(typed: Sequence[str], option: str, read: Reader) -> tuple[Axis, ...]
 def gathered(options: Sequence[str]) -> list[str]:
     """Options with all that was given to --grid in one place, and so for --sample.
 
-    Example:
+    Examples:
         >>> gathered(["--grid", "seed=0,1", "--jobs", "2", "--grid=agree=0.9,1"])
         ['--jobs', '2', '--grid', 'seed=0,1', 'agree=0.9,1']
     """
@@ -134,7 +134,7 @@ def gathered(options: Sequence[str]) -> list[str]:
 def as_typed(table: Any, key: str) -> list[str]:
     """A table or list of a configuration file as it would be typed.
 
-    Example:
+    Examples:
         >>> as_typed({"seed": [0, 1], "betas": [[0.9, 0.99], [0.5, 0.9]]}, "grid")
         ['seed=0,1', 'betas=0.9 0.99,0.5 0.9']
     """

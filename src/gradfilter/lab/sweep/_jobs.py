@@ -84,7 +84,7 @@ def run_workers(queue: Queue, options: Sequence[str], jobs: int, folder: Path) -
 def worker_options(options: Sequence[str], device: str) -> list[str]:
     """The same command with one job, on its own device.
 
-    Example:
+    Examples:
         >>> worker_options(["--grid", "seed=0,1", "--", "--epochs", "5"], "cuda:1")[2:]
         ['--jobs', '1', '--no-retry-failed', '--', '--epochs', '5', '--device', 'cuda:1']
     """
@@ -95,7 +95,7 @@ def worker_options(options: Sequence[str], device: str) -> list[str]:
 def split(options: Sequence[str]) -> tuple[list[str], list[str]]:
     """Options of sweep, and those of train after a lone ``--``.
 
-    Example:
+    Examples:
         >>> split(["--jobs", "2", "--", "--epochs", "5"])
         (['--jobs', '2'], ['--epochs', '5'])
     """

@@ -53,7 +53,7 @@ def table_of(plan: Plan, groups: Sequence[Group]) -> Table:
 def spread(values: Sequence[float]) -> str:
     """``mean ± sd``; the sample deviation needs two values.
 
-    Example:
+    Examples:
         >>> spread([0.9, 0.92]), spread([0.9]), spread([])
         ('0.9100 ± 0.0141', '0.9000', '-')
     """

@@ -97,7 +97,7 @@ NESTEROV = "sgd+nesterov"
 def spelt_out(options: Sequence[str]) -> list[str]:
     """Options that may stand without a value with one, and an optimizer's other name.
 
-    Example:
+    Examples:
         >>> spelt_out(["--consensus", "--per-sample", "--optimizer", "sgd+nesterov"])
         ['--consensus', '1.0', '--per-sample', '--optimizer', 'sgd', '--nesterov']
     """
