@@ -1,0 +1,99 @@
+"""Measured numbers in pages and notebooks, compared with the files they came from.
+
+A number is cited as a link whose fragment walks through the JSON: ``/key`` into an object, ``/3``
+into a list, and ``/key=value&other=value`` to the one item of a list that has these values:
+
+    [1.68](../benchmarks/results/fused_vs_looped-cpu.json#/workloads/model=mlp/results/fused/...)
+
+    python -m benchmarks.cited docs             # what is wrong
+    python -m benchmarks.cited --write docs     # put the files' values into the pages
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+CITATION = re.compile(r"\[(?P<text>[^\]\[]+)\]\((?P<file>[^)#\s]+\.json)#(?P<walk>/[^)\s]+)\)")
+NUMBER = re.compile(r"-?(?:\d+(?:,\d{3})*)?(?:\.\d+|(?<=\d))")
+
+# What a text counts in, where the files have fractions, bytes and seconds.
+UNITS = {"%": 1e2, "points": 1e2, "MB": 1e-6, "GB": 1e-9, "ms": 1e3}
+
+
+@dataclass(frozen=True)
+class Citation:
+    """A number on a page, and the value it claims to be."""
+
+    page: Path
+    link: str
+    text: str
+    value: float
+
+    @property
+    def right(self) -> str:
+        """The text with the file's value, rounded to the digits that the text has."""
+        shown = NUMBER.search(self.text)
+        if shown is None:
+            raise ValueError(f"{self.page}: {self.text!r} has no number in it.")
+        digits = len(shown[0].partition(".")[2])
+        value = self.value * next((by for unit, by in UNITS.items() if unit in self.text), 1)
+        number = f"{value:,.{digits}f}" if "," in shown[0] else f"{value:.{digits}f}"
+        number = number.removeprefix("0") if shown[0].startswith(".") else number
+        return self.text[: shown.start()] + number + self.text[shown.end() :]
+
+
+def citations(page: Path) -> Iterator[Citation]:
+    """All of them on one page; a link that leads nowhere is a KeyError that says where it broke."""
+    for link in CITATION.finditer(page.read_text()):
+        contents = json.loads((page.parent / link["file"]).read_text())
+        try:
+            value = walked(contents, link["walk"])
+        except LookupError as error:
+            raise KeyError(f"{page}: {link[0]}: {error}") from None
+        yield Citation(page, link[0], link["text"], value)
+
+
+def walked(value: Any, walk: str) -> float:
+    """The number at the end of a walk."""
+    for step in map(unquote, walk.removeprefix("/").split("/")):  # %2F is part of a name
+        if isinstance(value, dict):
+            if step not in value:
+                raise LookupError(f"no {step!r}, only {', '.join(map(repr, value))}")
+            value = value[step]
+        elif "=" in step:
+            wanted = dict(pair.split("=", 1) for pair in step.split("&"))
+            found = [v for v in value if all(str(v.get(k)) == w for k, w in wanted.items())]
+            if len(found) != 1:
+                raise LookupError(f"{len(found)} items with {step!r}, where one was meant")
+            value = found[0]
+        else:
+            value = value[int(step)]
+    return float(value)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    command = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    command.add_argument("folder", type=Path)
+    command.add_argument("--write", action="store_true", help="put the files' values in")
+    choice = command.parse_args(arguments)
+    wrong = 0
+    for page in sorted([*choice.folder.rglob("*.md"), *choice.folder.rglob("*.ipynb")]):
+        text = page.read_text()
+        for cited in citations(page):
+            if cited.right != cited.text:
+                wrong += 1
+                print(f"{page}: {cited.text}, the file says {cited.right}: {cited.link}")
+                text = text.replace(cited.link, cited.link.replace(cited.text, cited.right, 1))
+        if choice.write:
+            page.write_text(text)
+    return 1 if wrong and not choice.write else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

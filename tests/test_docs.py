@@ -1,0 +1,81 @@
+"""The documentation builds as it is, knows every public name, and its picture is the code's."""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from docs import _architecture, _badges
+
+import gradfilter as gf
+from gradfilter import diagnostics, distributed, interop, testing
+
+ROOT = Path(__file__).parents[1]
+API = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+PUBLIC = {
+    f"{package.__name__}.{name}": thing
+    for package in (gf, diagnostics, distributed, interop, testing)
+    for name, thing in inspect.getmembers(package, callable)
+    if not name.startswith("_")
+} | {
+    f"gradfilter.interop.{name}": getattr(interop, name)
+    for name in ("FilteredModule", "FilteredTrainer")
+}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Built without a network, where every warning is an error."""
+    folder = tmp_path_factory.mktemp("site")
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+def test_the_site_builds_strictly_with_all_that_it_links_to(site):
+    assert (site / "index.html").exists()
+    for link in re.findall(r'href="([^"#]+\.json)', (site / "choosing.html").read_text()):
+        assert (site / link).exists(), link
+
+
+def test_the_site_needs_nothing_from_the_net(site):
+    pages = "\n".join(page.read_text() for page in site.rglob("*.html"))
+    sources = re.findall(r'<(?:script|img|link|iframe)[^>]*?(?:src|href)="(https?://[^"]+)"', pages)
+    assert not sources
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_has_its_place_in_the_reference(name, site):
+    assert API.count(f"::: {name}\n") == 1
+    assert any(f'id="{name}"' in page.read_text() for page in (site / "api").glob("*.html"))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_is_documented(name):
+    text = inspect.getdoc(PUBLIC[name])
+    first = text.splitlines()[0]
+    assert len(first.split()) >= 3 and first.endswith(".")
+
+
+def test_the_reference_has_no_name_that_is_not_public():
+    listed = set(re.findall(r"^::: (\S+)$", API, re.MULTILINE))
+    assert listed == set(PUBLIC)
+
+
+def test_the_picture_of_the_architecture_is_the_codes():
+    assert _architecture.TARGET.read_text() == _architecture.drawn(), "python docs/_architecture.py"
+
+
+@pytest.mark.parametrize("name", _badges.facts())
+def test_the_badges_say_what_is_so(name):
+    badge = (_badges.TARGET / f"badge-{name}.svg").read_text()
+    assert badge == _badges.drawn(name, _badges.facts()[name]), "python docs/_badges.py"
