@@ -2,7 +2,7 @@
 
 Plans on four kinds of model in float32 and bfloat16, a captured step, whether a step waits for the
 device, ways to a convolution's weight gradients, and memory. A case that fails is recorded with its
-reason, and the JSON, named after the device, is written after every case.
+reason, and the JSON is written after every case.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --cases resnet18 conv
@@ -11,7 +11,6 @@ reason, and the JSON, named after the device, is written after every case.
 
 import gc
 import os
-import re
 import sys
 import time
 import warnings
@@ -42,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message="There is a performance drop")  # vmap, see its time
     console = Console()
     head = facts(NAME, choice)
-    target = choice.out / f"{_slug(head['device_name'])}.json"
+    target = choice.out / f"{NAME}-{choice.device}.json"
     cases = earlier(target, head).get("cases", {})
     for name in choice.cases:
         start = time.perf_counter()
@@ -57,11 +56,6 @@ def main(arguments: list[str] | None = None) -> None:
         gc.collect()
         if options.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _slug(name: str) -> str:
-    """NVIDIA H200 -> nvidia-h200."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from gradfilter.grads._microbatch import Plan
 
 NAME = Path(__file__).stem
 MODELS = ("mlp", "lenet")
-SAMPLES, FEW = 128, 32  # the second with --quick
+SAMPLES, FEW = 128, 8  # the second with --quick
 TOLERANCE = 1e-4  # relative, of a whole answer
 
 Tree = dict[str, Tensor]

@@ -3,14 +3,18 @@
 A plain step of torch is a forward pass, a backward pass and ``torch.optim.SGD`` with momentum. SAM
 needs the gradient twice, so 2 is the floor, which SAM written by hand in torch is there to show.
 Our own plain step, with one row of all samples and with M rows, shows what of the rest is SAM's.
-torch's optimizers work in place, so ours do too (``donate=True``), and once they do not.
+torch's optimizers work in place, so ours do too (``donate=True``), and once they do not. The last
+race is between optimizers that are put around SGD, ours and those of pytorch_optimizer. Before it,
+everybody takes a step in float64 and must end at the same parameters.
 
     python benchmarks/sharpness.py
 """
 
+import copy
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 # The profiler, which counts the memory, otherwise reports its every start; read by torch's import.
@@ -19,30 +23,33 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor, nn
 
 if not __package__:  # run as a file: make the folder around it the package it is
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gradfilter as gf
 from benchmarks._command import caption, facts, parser, rounds_of
-from benchmarks._models import TASKS
-from benchmarks._race import race
-from benchmarks._report import table
+from benchmarks._models import TASKS, criterion
+from benchmarks._race import deferred, race
+from benchmarks._report import by_contender, table
 from benchmarks._results import Contest, save
 from benchmarks._setting import THRESHOLD, Setting
+from benchmarks._sharpness_peers import ALPHA, MOMENTUM, OPTIMIZERS, RHO
 from benchmarks._timing import Contender
 from benchmarks._torch_steps import plain_step, sam_step
 
 NAME = Path(__file__).stem
 MODELS = ("mlp", "resnet18")
 SAMPLES = 128
-RHO, ALPHA = 0.05, 0.4
 SHARP = {
     "plain": (),
     "SAM": (gf.sam_perturb(RHO),),
     "GSAM": (gf.sam_perturb(RHO), gf.gsam_decompose(ALPHA)),
 }
 BASE, HAND = "torch", "torch, SAM by hand"
+AROUND = "optimizers"
+TOLERANCE = 1e-6  # relative, of the way that all parameters went
 
 
 @dataclass(frozen=True)
@@ -71,17 +78,67 @@ def contenders(setting: Setting, way: Way) -> dict[str, Contender]:
     entrants = {BASE: plain_step(setting), HAND: sam_step(setting, RHO)}
     for name, links in SHARP.items():
         # An lr of 0, as torch's steps here have: what is written in place stays as it is.
-        update = gf.chain(way.reducer, *links, gf.sgd(0.0, momentum=0.9))
+        update = gf.chain(way.reducer, *links, gf.sgd(0.0, momentum=MOMENTUM))
         entrants[name] = setting.step(way.microbatches, "auto", update, donate=way.donate)
     return entrants
 
 
-def measure(name: str, way: Way, samples: int, rounds: int, device: torch.device) -> Contest:
+def optimizers(setting: Setting) -> dict[str, Contender]:
+    """Two steps of torch, our pure ones in place, and optimizers around SGD."""
+    pure = contenders(setting, WAYS[0])
+    entrants = {BASE: pure[BASE], HAND: pure[HAND]}
+    for name, libraries in OPTIMIZERS.items():
+        entrants[f"gradfilter: {name}"] = pure[name]
+        for title, build in libraries.items():
+            model = copy.deepcopy(setting.model)
+            entrants[title] = deferred(partial(build, model, setting.batch, 0.0))
+    return entrants
+
+
+def check(setting: Setting, lr: float = 0.1) -> None:
+    """Refuse to time steps that end elsewhere than ours, in float64.
+
+    Raises:
+        ValueError: Somebody ends elsewhere. Who cannot step at all is left to the race to report.
+    """
+    inputs, targets = setting.batch
+    batch = inputs.double(), targets
+    begin = copy.deepcopy(setting.model).double()
+    params, buffers = gf.extract(begin)
+    rows = gf.microbatch_grads(gf.model_loss(begin, criterion), 1)(params, batch, buffers=buffers)
+    for name, libraries in OPTIMIZERS.items():
+        update = gf.chain(gf.mean_rows(), *SHARP[name], gf.sgd(lr, momentum=MOMENTUM))
+        right = update(params, update.init(params), rows)[0]
+        for title, build in libraries.items():
+            model = copy.deepcopy(begin)
+            try:
+                build(model, batch, lr)()
+            except Exception:
+                continue
+            difference = _off(model, right, begin)
+            if not difference <= TOLERANCE:
+                raise ValueError(f"{title} is off by {difference:.1e} after a step.")
+
+
+@torch.no_grad()
+def _off(model: nn.Module, right: dict[str, Tensor], begin: nn.Module) -> float:
+    """How far from where it should be, over how far that is."""
+    start = dict(begin.named_parameters())
+    off = sum((p - right[name]).square().sum() for name, p in model.named_parameters())
+    way = sum((start[name] - p).square().sum() for name, p in right.items())
+    return (off / way).sqrt().item()
+
+
+def measure(name: str, way: Way | None, samples: int, rounds: int, device: torch.device) -> Contest:
+    """One race; without a way, of optimizers around SGD."""
     setting = Setting.of(TASKS[name], samples, device)
-    results, _ = race(contenders(setting, way), rounds, device, base=BASE)
+    if way is None:
+        check(setting)
+    entrants = contenders(setting, way) if way else optimizers(setting)
+    results, _ = race(entrants, rounds, device, base=BASE)
     return Contest(
         model=name,
-        title=f"{TASKS[name].title}, N = {samples}, {way.title}",
+        title=f"{TASKS[name].title}, N = {samples}, {way.title if way else AROUND}",
         parameters=setting.size,
         results=results,
     )
@@ -91,15 +148,18 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__, MODELS).parse_args(arguments)
     device = torch.device(options.device)
     samples = 16 if options.quick else SAMPLES
-    races = [(name, way) for name in options.models for way in WAYS]
+    races = [(name, way) for name in options.models for way in (*WAYS, None)]
     contests = [
         measure(name, way, samples, rounds_of(options), device)
         for name, way in track(races, "Measuring", console=Console(stderr=True))
     ]
     head = facts(NAME, options)
     save(options.out / f"{NAME}-{device.type}.json", head, contests)
-    names = (HAND, *SHARP)
-    table(contests, names, caption(head), base=BASE, title="Over a plain step of torch")
+    names, over = (HAND, *SHARP), "Over a plain step of torch"
+    around = [contest for contest in contests if contest.title.endswith(AROUND)]
+    ways = [contest for contest in contests if contest not in around]
+    table(ways, names, caption(head), base=BASE, title=over)
+    by_contender(around, caption(head), base=BASE, title=over)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ they are given as it was, and so make new parameters and a new state.
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 # The profiler, which counts the memory, otherwise reports its every start; read by torch's import.
@@ -31,11 +32,12 @@ from benchmarks._command import caption, facts, parser, rounds_of
 from benchmarks._race import deferred, race
 from benchmarks._report import by_contender
 from benchmarks._results import Contest, save
-from benchmarks._timing import Contender
+from benchmarks._update_peers import CLIPS, TIMM
 
 NAME = Path(__file__).stem
 Shapes = dict[str, torch.Size]
 Tree = dict[str, Tensor]
+Step = Callable[[], list[Tensor]]  # to the parameters after it
 
 LR, CLIPPING = 1e-4, 0.01
 RULES: dict[str, Callable[[], gf.Transform]] = {
@@ -50,8 +52,15 @@ WAYS = {
     "ours, gated, donated": {"gated": True, "donate": True},
 }
 COMPILED = {"ours, gated, compiled": {"gated": True, "compiled": True}}
-TIMM = "timm + torch"
 BASE = "torch"
+TORCH = {  # what of torch.optim's code steps
+    BASE: {"foreach": True},
+    "torch, fused": {"fused": True},
+    "torch, for loop": {"foreach": False},  # torch's choice on a CPU
+}
+# One parameter of each kind in the models that are measured: what a unit is depends on it.
+CHECKED = {"conv": torch.Size((4, 3, 2, 2)), "linear": torch.Size((5, 7)), "bias": torch.Size((5,))}
+TOLERANCE = 1e-4  # relative, of the way that all parameters went
 
 
 def random_tree(shapes: Shapes, size: float, seed: int, device: torch.device) -> Tree:
@@ -59,6 +68,13 @@ def random_tree(shapes: Shapes, size: float, seed: int, device: torch.device) ->
     return {
         name: size * torch.randn(shape, generator=g).to(device) for name, shape in shapes.items()
     }
+
+
+def start(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> tuple[Tree, Tree]:
+    """Parameters and gradients, the same ones for everybody."""
+    trees = (random_tree(shapes, size, seed, device) for seed, size in enumerate((0.05, 0.01)))
+    params, grads = ({name: t.to(dtype) for name, t in tree.items()} for tree in trees)
+    return params, grads
 
 
 def ours(
@@ -69,56 +85,103 @@ def ours(
     gated: bool = False,
     donate: bool = False,
     compiled: bool = False,
-) -> Contender:
+    dtype: torch.dtype = torch.float32,
+) -> Step:
     """Steps of ours, each from where the last one ended."""
     update = RULES[rule]()
-    params, grads = (random_tree(shapes, s, i, device) for i, s in enumerate((0.05, 0.01)))
+    params, grads = start(shapes, device, dtype)
     now = [params, update.init(params)]
     extra = {"keep": torch.ones((), dtype=torch.bool, device=device)} if gated else {}
     apply = torch.compile(update, fullgraph=True) if compiled else update
 
-    def step() -> None:
+    def step() -> list[Tensor]:
         now[:] = apply(*now, grads, donate=donate, **extra)[:2]
+        return list(now[0].values())
 
     return step
 
 
-def of_torch(rule: str, shapes: Shapes, device: torch.device, *, clip: bool = False) -> Contender:
-    """Steps of torch.optim on lists of tensors, behind timm's clipping or not."""
-    if clip:
-        from timm.utils.agc import adaptive_clip_grad
-
-    params, grads = (random_tree(shapes, s, i, device) for i, s in enumerate((0.05, 0.01)))
+def of_torch(
+    rule: str,
+    shapes: Shapes,
+    device: torch.device,
+    *,
+    clip: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    **implementation: bool,
+) -> Step:
+    """Steps of torch.optim on lists of tensors, behind somebody's clipping or none."""
+    params, grads = start(shapes, device, dtype)
     leaves = [nn.Parameter(p) for p in params.values()]
     for leaf, g in zip(leaves, grads.values(), strict=True):
         leaf.grad = g
     optimizer = (
-        torch.optim.AdamW(leaves, lr=LR, foreach=True)
+        torch.optim.AdamW(leaves, lr=LR, **implementation)
         if rule == "adamw"
-        else torch.optim.SGD(leaves, lr=LR, momentum=0.9, foreach=True)
+        else torch.optim.SGD(leaves, lr=LR, momentum=0.9, **implementation)
     )
+    clipped = CLIPS[clip](leaves, optimizer, CLIPPING) if clip else None
 
-    def step() -> None:
-        if clip:
-            adaptive_clip_grad(leaves, CLIPPING)
+    def step() -> list[Tensor]:
+        if clipped:
+            clipped()
         optimizer.step()
+        return leaves
 
     return step
+
+
+def builders(rule: str, *, compiled: bool) -> dict[str, Callable[..., Step]]:
+    """Everybody who can take a step of this rule, by name; torch's own alone do not clip."""
+    clips = "agc" in rule
+    found: dict[str, Callable[..., Step]] = {
+        name: partial(of_torch, rule, **how) for name, how in TORCH.items()
+    }
+    if clips:
+        found |= {name: partial(of_torch, rule, clip=name, foreach=True) for name in CLIPS}
+    ways = WAYS | COMPILED if clips and compiled else WAYS
+    return found | {name: partial(ours, rule, **options) for name, options in ways.items()}
+
+
+def check(rule: str, device: torch.device) -> None:
+    """Refuse to time steps that end at other parameters than ours do, in float64.
+
+    Raises:
+        ValueError: Somebody ends elsewhere. Who cannot step at all is left to the race to report.
+    """
+    entrants = builders(rule, compiled=False)
+    if "agc" in rule:
+        entrants = {name: build for name, build in entrants.items() if name not in TORCH}
+    begin = _flat(start(CHECKED, device, torch.float64)[0].values())
+    ends = {}
+    for name, build in entrants.items():
+        try:
+            step = build(CHECKED, device, dtype=torch.float64)
+            ends[name] = _flat([step() for _ in range(3)][-1])
+        except Exception:
+            continue
+    right = ends["ours"]
+    for name, end in ends.items():
+        difference = ((end - right).norm() / (right - begin).norm()).item()
+        if not difference <= TOLERANCE:
+            raise ValueError(f"{rule}: {name} is off by {difference:.1e} after three steps.")
+
+
+def _flat(params: Iterable[Tensor]) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in params])
 
 
 def measure(
     rule: str, model: nn.Module, rounds: int, device: torch.device, *, quick: bool
 ) -> Contest:
+    check(rule, device)
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    entrants = {BASE: of_torch(rule, shapes, device)}
-    clips = "agc" in rule
-    if clips:
-        entrants[TIMM] = deferred(lambda: of_torch(rule, shapes, device, clip=True))
-    ways = WAYS if quick or not clips else WAYS | COMPILED
-    for name, options in ways.items():
-        entrants[name] = deferred(lambda options=options: ours(rule, shapes, device, **options))
+    entrants = {
+        name: deferred(partial(build, shapes, device))
+        for name, build in builders(rule, compiled=not quick).items()
+    }
     results, timings = race(entrants, rounds, device, base=BASE)
-    timed = [name for name in ways if {TIMM, name} <= set(timings.seconds)]
+    timed = [name for name in entrants if "ours" in name and {TIMM, name} <= set(timings.seconds)]
     return Contest(
         model=rule,
         title=f"{rule}, {len(shapes)} tensors",

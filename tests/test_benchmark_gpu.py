@@ -51,10 +51,6 @@ def test_memory_case(tmp_path):
     assert workload["results"]["loop"]["peak_bytes"] > 0
 
 
-def test_file_is_named_after_the_device():
-    assert gpu._slug("NVIDIA H200") == "nvidia-h200"
-
-
 def test_tf32_is_switched_off_and_back():
     def state():
         return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32

@@ -5,11 +5,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
 from benchmarks import growth, memory, rules, sharpness
+from benchmarks._models import Task, images
 from benchmarks._plans import PLANS
+from benchmarks._setting import Setting
+
+CPU = torch.device("cpu")
+LINEAR = Task("Linear", lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), images(10), ())
 
 
 def run(module, tmp_path, *options):
@@ -44,12 +51,39 @@ def test_memory_is_over_plain_and_shown_beside_the_rows_themselves(tmp_path, cap
 
 
 def test_sharpness_is_over_a_step_of_torch(tmp_path):
-    contests = run(sharpness, tmp_path)
-    assert len(contests) == len(sharpness.WAYS)
+    *contests, around = run(sharpness, tmp_path)
+    assert around["title"].endswith(sharpness.AROUND)
+    assert [*around["results"]][2:] == [
+        f"{library}: {name}"
+        for name in ("SAM", "GSAM")
+        for library in ("gradfilter", "gradfilter.interop", "pytorch_optimizer")
+    ]
     for contest, way in zip(contests, sharpness.WAYS, strict=True):
         assert contest["title"].endswith(way.title)
         assert contest["results"][sharpness.BASE]["ratio"]["median"] == 1
         assert [*contest["results"]][2:] == ["plain", "SAM", "GSAM"]
+
+
+@pytest.mark.parametrize("name", sharpness.OPTIMIZERS)
+def test_an_optimizer_that_ends_elsewhere_is_refused(name, monkeypatch):
+    setting = Setting.of(LINEAR, 6, CPU)
+    sharpness.check(setting)
+    (_, right), *_ = sharpness.OPTIMIZERS[name].items()
+
+    def wrong(model, batch, lr):
+        return right(model, batch, 1.001 * lr)
+
+    monkeypatch.setitem(sharpness.OPTIMIZERS[name], "wrong", wrong)
+    with pytest.raises(ValueError, match=r"wrong is off by 1\.0e-03 after a step"):
+        sharpness.check(setting)
+
+
+def test_an_optimizer_that_is_missing_is_left_to_the_race(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    setting = Setting.of(LINEAR, 6, CPU)
+    sharpness.check(setting)
+    with pytest.raises(ModuleNotFoundError):
+        sharpness.optimizers(setting)["pytorch_optimizer: SAM"]()
 
 
 def test_rules_are_taken_out_one_at_a_time_and_put_back(tmp_path):

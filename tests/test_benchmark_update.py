@@ -22,8 +22,8 @@ def test_the_script_measures_every_way(tmp_path, capsys):
     assert [workload["model"] for workload in written["workloads"]] == list(update.RULES)
     for workload in written["workloads"]:
         assert workload["parameters"] == 11689512
-        clips = [update.TIMM] if "agc" in workload["model"] else []
-        assert list(workload["results"]) == [update.BASE, *clips, *update.WAYS]
+        clips = update.CLIPS if "agc" in workload["model"] else []
+        assert list(workload["results"]) == [*update.TORCH, *clips, *update.WAYS]
         for name, result in workload["results"].items():
             assert result["failure"] is None
             assert result["seconds"]["median"] > 0
@@ -31,6 +31,26 @@ def test_the_script_measures_every_way(tmp_path, capsys):
             if name.startswith("ours"):
                 assert (result["peak_bytes"] < 1.5 * parameters) == ("donated" in name)
     assert "62 tensors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rule", update.RULES)
+def test_whoever_ends_elsewhere_is_refused(rule, monkeypatch):
+    update.check(rule, CPU)
+    monkeypatch.setitem(update.WAYS, "ours, twice", {"twice": True})
+    right = update.ours
+
+    def wrong(*arguments, twice=False, **options):
+        step = right(*arguments, **options)
+        return (lambda: (step(), step())[1]) if twice else step
+
+    monkeypatch.setattr(update, "ours", wrong)
+    with pytest.raises(ValueError, match=r"ours, twice is off by .* after three steps"):
+        update.check(rule, CPU)
+
+
+def test_a_library_that_is_missing_is_left_to_the_race(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    update.check("agc_clip + sgd", CPU)
 
 
 @pytest.mark.parametrize("rule", update.RULES)
@@ -44,7 +64,7 @@ def test_everybody_ends_at_the_same_parameters(rule, monkeypatch):
 
     monkeypatch.setattr(update, "random_tree", remembered)
     steps = {
-        "torch": update.of_torch(rule, SHAPES, CPU, clip="agc" in rule),
+        "torch": update.of_torch(rule, SHAPES, CPU, clip=update.TIMM if "agc" in rule else None),
         "ours": update.ours(rule, SHAPES, CPU, donate=True, gated=True),
     }
     for step in steps.values():

@@ -1,0 +1,66 @@
+"""The section of the page about what only a GPU can tell."""
+
+from typing import Any
+
+from benchmarks._dots import Dots
+from benchmarks._sections import Section, over
+from benchmarks._tables import by_contender, by_contest, markdown, panels
+
+Json = dict[str, Any]
+
+
+def gpu(part: Json) -> Section:
+    cases = part["cases"]
+    plans = [_named(case) for case in cases.values() if "gram_difference" in case]
+    captured = [case for name, case in cases.items() if name.startswith("captured-")]
+    captured = [case for case in captured if "results" in case]
+    tables = [by_contest(plans, "plain", _ours)] if plans else []
+    tables += [by_contender(captured, "plain", _ours)] if captured else []
+    failed = {name: case["failure"] for name, case in cases.items() if "failure" in case}
+    tables += [f"- none for {name}: `{why}`\n" for name, why in failed.items()]
+    contests = [*plans, *captured]
+    return Section(
+        "Large models, captured steps, waits and convolutions",
+        ("gpu",),
+        "Timed: plans and whole steps on large models in float32 and bfloat16 autocast, and a step "
+        "of `train_step` launched kernel by kernel beside the same step as one CUDA graph "
+        "(`gradfilter.capture`), over one plain forward and backward pass.",
+        "\n".join(tables),
+        Dots(panels(contests, "plain", _ours), 2, over("plain")) if contests else None,
+        "\n".join(filter(None, [_waits(cases), _convolutions(cases.get("conv", {}))])),
+    )
+
+
+def _ours(name: str) -> bool:
+    return name.startswith(("fused", "captured"))
+
+
+def _named(case: Json) -> Json:
+    return {**case, "title": case["title"] + (", bfloat16" if case["bf16"] else "")}
+
+
+def _waits(cases: Json) -> str:
+    """Whether a step makes the host wait."""
+    found = {name: case for name, case in cases.items() if "waits" in case}
+    if not found:
+        return ""
+    rows = [
+        [name.removeprefix("waits-"), f"yes, in {case['where']}" if case["waits"] else "no"]
+        for name, case in found.items()
+    ]
+    return markdown(["model", "does a step wait for the device?"], rows)
+
+
+def _convolutions(case: Json) -> str:
+    """How often each route to a convolution's weight gradients is the fastest."""
+    found = {key: layers for key, layers in case.items() if isinstance(layers, list)}
+    if not found:
+        return ""
+    routes = list(
+        dict.fromkeys(route for ls in found.values() for x in ls for route in x["routes"])
+    )
+    rows = [
+        [key, *(str(sum(layer["fastest"] == route for layer in layers)) for route in routes)]
+        for key, layers in found.items()
+    ]
+    return markdown(["convolutions whose fastest route is", *routes], rows)

@@ -1,0 +1,62 @@
+"""What `python -m benchmarks` runs: scripts of this folder, each of which writes one file."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Part:
+    """A script and what it is called with.
+
+    Attributes:
+        script: Its module in this folder.
+        arguments: What it is always called with.
+        quick: What it is called with in a quick run; None leaves it out of those.
+        study: Takes hours rather than minutes, and only CPUs.
+        only_cuda: Has nothing to say on a CPU.
+    """
+
+    script: str
+    arguments: tuple[str, ...] = ()
+    quick: tuple[str, ...] | None = ("--quick",)
+    study: bool = False
+    only_cuda: bool = False
+
+    def runs_on(self, device: str) -> bool:
+        return device == "cuda" if self.only_cuda else device == "cpu" or not self.study
+
+
+# The name is that of the file: NAME-cpu.json. A quick run leaves out the models and the sizes that
+# take longest.
+PARTS = {
+    "fused_vs_looped": Part(
+        "fused_vs_looped", quick=("--quick", "--models", "mlp", "lenet", "gpt")
+    ),
+    "growth": Part("growth"),
+    "memory": Part("memory"),
+    "rules": Part("rules"),
+    "per_sample": Part("per_sample"),
+    "sharpness": Part("sharpness", quick=("--quick", "--models", "mlp")),
+    "update": Part("update"),
+    "distributed": Part("distributed", quick=("--quick", "--models", "mlp-0.1M", "--worlds", "2")),
+    "stats": Part("stats", quick=("--quick", "--classes", "10", "--rounds", "1")),
+    "gpu": Part("gpu", only_cuda=True),
+    "label_noise": Part("label_noise", ("--part", "rules"), quick=None, study=True),
+    "default_rule": Part("label_noise", ("--part", "default"), quick=None, study=True),
+    "clean_labels": Part("label_noise", ("--part", "clean"), quick=None, study=True),
+    "rule_search": Part("rule_search", quick=None, study=True),
+    "double_descent_features": Part("double_descent", ("--part", "features"), study=True),
+    "double_descent_widths": Part("double_descent", ("--part", "widths"), study=True),
+}
+
+
+def command(
+    part: Part, *, device: str, out: Path, quick: bool = False, rounds: int | None = None
+) -> list[str]:
+    """What runs a part in a process of its own."""
+    line = [sys.executable, "-m", f"benchmarks.{part.script}", "--out", str(out), *part.arguments]
+    line += (part.quick or ()) if quick else ()
+    if not part.study:
+        line += ["--device", device, *(["--rounds", str(rounds)] if rounds else [])]
+    return line

@@ -1,0 +1,163 @@
+"""The sections of the page about what is learnt: label noise and double descent."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks._dots import Dot, Dots, Line, Lines, Panel
+from benchmarks._sections import Section
+from benchmarks._tables import markdown
+
+Json = dict[str, Any]
+SAME, TIMED = "equal_samples", "equal_time"
+
+
+def percent(numbers: Json | None) -> str:
+    """94.4 ± 1.2."""
+    return f"{100 * numbers['mean']:.1f} ± {100 * numbers['sd']:.1f}" if numbers else ""
+
+
+def label_noise(parts: dict[str, Json]) -> Section:
+    part = parts["label_noise"]
+    (noise,) = part["noises"]
+    lines = [(rule, rule["noise"][str(noise)]) for rule in part["rules"]]
+    rows = [
+        [
+            rule["rule"],
+            f"{rule['learning_rate']:g}",
+            percent(found[SAME]["final"]),
+            percent(found[SAME]["memorised"]),
+            percent(found[TIMED]["final"]),
+            f"{rule['milliseconds_per_step']:.1f}",
+        ]
+        for rule, found in lines
+    ]
+    head = ["rule", "rate", "test %", "learnt by heart %", "test % at equal time", "ms per step"]
+    drawn = [
+        Panel(title, [_accuracy(rule, found[at]) for rule, found in lines])
+        for title, at in (("after the same samples", SAME), ("after the same time", TIMED))
+    ]
+    return Section(
+        "Which rules help against wrong labels?",
+        ("label_noise",),
+        f"Digits with {100 * noise:g} % wrong labels, a small MLP, {part['steps']} steps. Every "
+        "rule has its own best learning rate by a validation split; shown is the test accuracy of "
+        f"the last step, mean ± deviation of {len(part['seeds'])} other seeds. Blue: rules that "
+        "look at every sample.",
+        markdown(head, rows),
+        Dots(drawn, 2, "test accuracy in %", log=False, mark=None, digits=".1f"),
+    )
+
+
+def _accuracy(rule: Json, found: Json) -> Dot:
+    mean, sd = (100 * found["final"][key] for key in ("mean", "sd"))
+    return Dot(rule["rule"], (mean - sd, mean, mean + sd), "per_sample" in rule["settings"])
+
+
+def default_rule(parts: dict[str, Json]) -> Section:
+    part = parts["default_rule"]
+    noises, rules = part["noises"], list(part["rules"])
+    named = [(rule["rule"], rule) for rule in rules]
+    if "clean_labels" in parts:
+        named.insert(0, ("plain, for right labels", parts["clean_labels"]["rules"][0]))
+    rows = [
+        [name, f"{r['learning_rate']:g}"]
+        + [percent(r["noise"].get(str(n), {}).get(at, {}).get("final")) for n in noises
+           for at in (SAME, TIMED)]
+        for name, r in named
+    ]  # fmt: skip
+    head = ["rule", "rate", *(f"{100 * n:g} % wrong{t}" for n in noises for t in ("", ", timed"))]
+    drawn = [
+        Panel(f"{100 * n:g} % wrong labels", [_accuracy(rule, rule["noise"][str(n)][SAME])
+                                              for rule in rules])
+        for n in noises
+    ]  # fmt: skip
+    return Section(
+        "One rule for right and wrong labels",
+        ("default_rule", *(["clean_labels"] if "clean_labels" in parts else [])),
+        "The same network; one learning rate per rule for all three fractions of wrong labels, by "
+        f"a validation split. Test accuracy of the last step in %, mean ± deviation of "
+        f"{len(part['seeds'])} other seeds; *timed*: stopped when plain training is at its end. "
+        "*Averaged* is `ema_params(0.99)`, *budget 0.3, power 3* is `budget_clip()`.",
+        markdown(head, rows),
+        Dots(drawn, 3, "test accuracy in %", log=False, mark=None, digits=".1f"),
+    )
+
+
+def rule_search(parts: dict[str, Json]) -> Section:
+    part = parts["rule_search"]
+    reached = [rule for rule in part["rules"] if rule["reaches_all_three"]]
+    noises = part["noises"]
+    rows = [
+        [rule["rule"], f"{rule['learning_rate']:g}", f"{rule['average']:g}"]
+        + [f"{100 * rule['noise'][str(n)]['final']['mean']:.1f}" for n in noises]
+        for rule in reached
+    ]
+    head = ["rule", "rate", "average", *(f"test %, {100 * n:g} % wrong" for n in noises)]
+    wanted = part["wanted"]
+    return Section(
+        "What was tried for that rule",
+        ("rule_search",),
+        f"{len(part['rules'])} settings, each with {len(part['seeds'])} seeds. Wanted: at most "
+        f"{100 * wanted['cost_on_clean_labels']:.1f} points lost on right labels, "
+        + " and ".join(
+            f"at least {100 * wanted[str(n)]:g} % at {100 * n:g} % wrong ones" for n in noises if n
+        )
+        + f". {len(reached)} reach all three. They were chosen by these test accuracies, so this "
+        "is no result; the section before is.",
+        markdown(head, rows),
+    )
+
+
+def double_descent(parts: dict[str, Json]) -> Section:
+    features, widths = parts["double_descent_features"], parts["double_descent_widths"]
+    halves = (
+        (features, "features", "random features p", {"p = n": features["samples"]}),
+        (widths, "width", "width h", _fits(widths)),
+    )
+    drawn, marks = [], []
+    for part, size, title, mark in halves:
+        drawn += [
+            (f"Errors, {title}", _lines(part, size, ("test_error", "train_error"))),
+            (f"Lipschitz constant, {title}", _lines(part, size, ("lipschitz",))),
+        ]
+        marks += [mark, mark]
+    head = ["width", "parameters", "training error %", "test error %", "Lipschitz constant"]
+    rows = [
+        [f"{p['width']}", f"{p['parameters']}", *_errors(p), f"{p['lipschitz']:.2f}"]
+        for p in widths["means"]
+    ]
+    return Section(
+        "Double descent",
+        ("double_descent_features", "double_descent_widths"),
+        f"Digits with {100 * widths['noise']:g} % wrong training labels, means of five seeds. "
+        f"Ridgeless regression on p random features of n = {features['samples']} images must peak "
+        f"at p = n: the test error does at {features['peaks']['test_error']}, the empirical "
+        f"Lipschitz constant at {features['peaks']['lipschitz']}. For two hidden layers of h units "
+        f"the peaks are at {widths['peaks']['test_error']} and {widths['peaks']['lipschitz']}; the "
+        f"first width that learns all training labels is {widths['first_without_train_error']}.",
+        markdown(head, rows),
+        Lines(drawn, "size of the model, logarithmic", marks),
+    )
+
+
+def _errors(point: Json) -> list[str]:
+    return [f"{100 * point[name]:.1f}" for name in ("train_error", "test_error")]
+
+
+def _fits(part: Json) -> dict[str, float]:
+    first = part["first_without_train_error"]
+    return {"fits all labels": first} if first else {}
+
+
+def _lines(part: Json, size: str, names: Sequence[str]) -> list[Line]:
+    x = [point[size] for point in part["means"]]
+    return [Line(n.replace("_", " "), x, [p[n] for p in part["means"]]) for n in names]
+
+
+# By the parts that a section cannot do without.
+STUDIES: dict[tuple[str, ...], Callable[[dict[str, Json]], Section]] = {
+    ("label_noise",): label_noise,
+    ("default_rule",): default_rule,
+    ("rule_search",): rule_search,
+    ("double_descent_features", "double_descent_widths"): double_descent,
+}
