@@ -234,3 +234,20 @@ def test_long_units_of_bfloat16_follow_the_formula():
 def test_impossible_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         gf.agc_clip(**arguments)
+
+
+@pytest.mark.parametrize("unit_dims", [None, lambda name: ()], ids=["units", "whole leaves"])
+def test_agc_of_several_runs_at_once_is_that_of_each(unit_dims):
+    params = {"w": torch.randn(5, 4, 3), "scale": torch.randn(5, 6), "b": torch.randn(5)}
+    grads = {name: 10 * torch.randn_like(p) for name, p in params.items()}
+    clip = gf.agc_clip(0.1, unit_dims=unit_dims)
+
+    def clipped(grads, params):
+        return clip.update(grads, {}, params)[0]
+
+    together = torch.func.vmap(clipped)(grads, params)
+    for i in range(5):
+        alone = clipped({n: g[i] for n, g in grads.items()}, {n: p[i] for n, p in params.items()})
+        for name, leaf in alone.items():
+            torch.testing.assert_close(together[name][i], leaf)
+            assert not torch.equal(leaf, grads[name][i])

@@ -24,6 +24,14 @@ def readable(tensor: Tensor) -> bool:
 
 def followed() -> bool:
     """Whether a compiler, a tracer or a transform of ``torch.func`` follows the operations."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
-        return True
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or transformed()
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func``, such as vmap, follows the operations.
+
+    Unknown to a compiler, for which operations are what they are.
+    """
+    if torch.compiler.is_compiling():
+        return False
     return torch._C._functorch.maybe_current_level() is not None

@@ -69,9 +69,9 @@ class GradFunction:
             except Exception as fault:
                 raise fault from None
             reason = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
+            reason = reason.rstrip(".").removesuffix('. Use plan="loop"')
             warnings.warn(
-                f'Fell back to plan "loop": {reason.rstrip(".")}. Pass plan="loop" to choose it '
-                "outright.",
+                f'Fell back to plan "loop": {reason}. Pass plan="loop" to choose it outright.',
                 stacklevel=2,
             )
             return result

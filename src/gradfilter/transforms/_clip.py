@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradfilter import _products, _tree
+from gradfilter._readable import transformed
 from gradfilter._shards import is_sharded
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
@@ -182,8 +183,13 @@ def agc_clip(
             limits = torch.where(clipping == 0, torch.inf, limits)
         factors = _shrink(unit_norms(grads, within, summed), limits)
         leaves = [grads[name] for name in within]
+        by = per_leaf(factors.to(leaves[0].dtype), grads, within)
         # A factor of 1 changes no bit, and costs less than a choice per entry.
-        scaled = torch._foreach_mul(leaves, per_leaf(factors.to(leaves[0].dtype), grads, within))
+        scaled: Sequence[Tensor]
+        if transformed():  # vmap knows no call for all
+            scaled = [leaf * factor for leaf, factor in zip(leaves, by, strict=True)]
+        else:
+            scaled = torch._foreach_mul(leaves, by)
         return dict(zip(within, scaled, strict=True)), factors < 1
 
     def update(

@@ -9,6 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from gradfilter._readable import transformed
 from gradfilter._types import Tree
 
 UnitDims = Callable[[str], "int | tuple[int, ...] | None"]
@@ -52,7 +53,9 @@ def unit_norms(
         if len(dims) < tree[name].ndim
     ]
     whole = [tree[name] for name in list(within)[len(norms) :]]
-    if whole:  # networks have many of them, and small: one call for all
+    if whole and transformed():  # vmap knows no call for all
+        norms += [torch.linalg.vector_norm(leaf, dtype=dtype).reshape(1) for leaf in whole]
+    elif whole:  # networks have many of them, and small: one call for all
         norms.append(torch.stack(torch._foreach_norm(whole, 2, dtype)))
     own = torch.cat(norms)
     return own if summed is None else summed(own.square()).sqrt()

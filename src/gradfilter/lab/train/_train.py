@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -48,6 +49,9 @@ def train(config: TrainConfig) -> int:
     device = own_device(usable_device(config.device))
     place = place_of(config)
     refuse_what_is_there(config, place)
+    if config.resume and not (place / "config.json").exists() and is_first_process():
+        # A mistyped setting names another directory.
+        print(f"--resume: no run in {place} yet, one is begun", file=sys.stderr)
     if is_finished(place):
         if is_first_process():
             print(f"finished already: {place}")
