@@ -26,6 +26,7 @@ def executed(path: Path, folder: Path) -> NotebookNode:
         timeout=240,
         kernel_name="python3",
         record_timing=False,
+        coalesce_streams=True,  # otherwise where a text is cut depends on the moment
         resources={"metadata": {"path": folder}},
     )
     client.execute(env=environment)
