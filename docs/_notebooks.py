@@ -24,6 +24,7 @@ def page(path: Path) -> tuple[str, dict[str, bytes]]:
             cell.source = FORMULA.sub(_mathml, cell.source)
             # The page lies one folder deeper than the notebook, and beside the other pages.
             cell.source = cell.source.replace("](../", "](../../").replace("](../../docs/", "](../")
+            cell.source = re.sub(r"\]\((\d\w*)\.ipynb\)", r"](\1.md)", cell.source)
     exporter = MarkdownExporter()
     text, found = exporter.from_notebook_node(notebook)
     pictures = {f"{path.stem}_{name}": data for name, data in found["outputs"].items()}
