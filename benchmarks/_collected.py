@@ -71,7 +71,10 @@ def collect(out: Path, device: str, device_name: str) -> Path:
 def shortened(contents: Json) -> Json:
     """What is kept of a part's file."""
     machine = {key: contents[key] for key in MACHINE if key in contents}
-    return {"machine": machine} | _pruned({k: v for k, v in contents.items() if k not in machine})
+    kept = {key: value for key, value in contents.items() if key not in machine}
+    if "lines" in contents:  # one per run, which are left out
+        kept |= {"seeds": sorted({line["seed"] for line in contents["lines"]})}
+    return {"machine": machine} | _pruned(kept)
 
 
 def _pruned(node: Any) -> Any:

@@ -21,6 +21,8 @@ Times are ratios to a base that is named, taken round by round: in every round e
 once, one after the other in rotating order, so that a drift of the machine cancels. A number is
 the median with its [lower, upper] quartile; below 1 is faster than the base. In the charts a dot is
 the median and the line behind it spans the quartiles. What is gradfilter's is **bold** and blue.
+Above the tables it is said who is ahead of us at the same work. *Load* is how many programs wanted
+to run when a part began, those of the part before it among them.
 
 This page is written by `python -m benchmarks`, which measures everything again. Its numbers are in
 {files}.
@@ -112,6 +114,10 @@ def _machine(part: Json) -> str:
     days = sorted({measured["date"][:10] for measured in contests or [facts]})
     rounds = sorted({measured["rounds"] for measured in contests or [part] if "rounds" in measured})
     said = [facts["device_name"], _threads(facts["threads"]), f"torch {facts['torch']}"]
+    said += [f"CUDA {facts['cuda']}"] if "cuda" in facts else []
+    tf32 = [name for name in ("matmul", "convolution") if facts.get(f"tf32_{name}")]
+    said += [f"TF32 in {' and '.join(tf32)}"] if tf32 else []
+    said += [f"load {facts['load']:.1f}"] if "load" in facts else []
     said += [f"{_reach(rounds)} rounds"] if rounds else []
     said += [_reach(days)] + (["**a quick run, which says nothing**"] if part.get("quick") else [])
     return ", ".join(said)

@@ -6,7 +6,18 @@ from typing import Any
 
 from benchmarks import _tables
 from benchmarks._dots import Chart, Dot, Dots, Panel, Value, short
-from benchmarks._tables import bold, by_contender, by_contest, label, panels, reach, spread
+from benchmarks._tables import (
+    bold,
+    by_contender,
+    by_contest,
+    faster,
+    label,
+    names_of,
+    panels,
+    ratio,
+    reach,
+    spread,
+)
 
 Json = dict[str, Any]
 PLAIN = "one plain forward and backward pass"
@@ -43,9 +54,11 @@ def fused_vs_looped(part: Json) -> Section:
         f"it and the combination of all rows, over {PLAIN} of torch over the same M·B samples. "
         "`loop` is M ordinary backward passes, `vmap` is `torch.func.vmap(grad)`, `fused` is what "
         '`plan="auto"` takes. `fused step` and `step_GAF` are whole steps with SGD; the latter is '
-        "of the package gradient-agreement-filtering, which halves where ours takes the mean, and "
-        "needs classes and more than one sample per row.\n\n"
-        "Medians over all models: fused **{fused}**, loop {loop}, vmap {vmap}.".format(**said),
+        "of the package gradient-agreement-filtering, which halves where ours takes the mean, "
+        "needs classes and more than one sample per row, and in every step gathers its samples one "
+        "by one from a data set and counts the hits.\n\n"
+        "Medians over all models: fused **{fused}**, loop {loop}, vmap {vmap}. ".format(**said)
+        + faster(contests, [("fused", ("loop", "vmap")), ("fused step", ("step_GAF",))]),
         by_contest(contests, "plain", _fused),
         Dots(panels(contests, "plain", _fused, aligned=True), 2, over("plain")),
     )
@@ -74,13 +87,13 @@ def _rows(name: str) -> bool:
 
 def memory(part: Json) -> Section:
     contests = part["workloads"]
-    names = _tables.names_of(contests)
+    names = names_of(contests)
     rows, drawn = [], []
     for contest in contests:
         results = contest["results"]
         plain = results["plain"]["peak_bytes"]
         held = 4 * contest["microbatches"] * contest["parameters"]
-        cells = [_memory(results.get(name), plain, _fused(name)) for name in names]
+        cells = [_memory(name, results.get(name), plain) for name in names]
         rows.append([label(contest), f"{short(held / plain)} ({held / 1e6:.0f} MB)", *cells])
         drawn.append(Panel(label(contest), [
             Dot(name, _peak(results.get(name), plain), _fused(name))
@@ -90,8 +103,8 @@ def memory(part: Json) -> Section:
         "How much memory?",
         ("memory",),
         "Counted: the most new storage that is held at one time, from the first row to the "
-        f"combined gradient, over {PLAIN}; in brackets megabytes and the time over plain. M·P is "
-        "what M rows of all parameters take. `fused, 2 P` may keep two gradients "
+        f"combined gradient, over {PLAIN}; in brackets megabytes and the time over plain, of few "
+        "rounds. M·P is what M rows of all parameters take. `fused, 2 P` may keep two gradients "
         "(`memory_budget=`), `fused, nothing` none at all.",
         _tables.markdown(["", "M·P", *names], rows) + _tables.failures(contests),
         Dots(drawn, 2, "peak memory over plain, logarithmic"),
@@ -104,12 +117,12 @@ def _peak(cell: Json | None, plain: int) -> Value | None:
     return (cell["peak_bytes"] / plain,) * 3
 
 
-def _memory(cell: Json | None, plain: int, ours: bool) -> str:
+def _memory(name: str, cell: Json | None, plain: int) -> str:
     if not cell or "peak_bytes" not in cell:
         return "none"
-    value, over_plain = spread(cell), short(cell["peak_bytes"] / plain)
-    time = f", time {short(value[1])}" if value else ""
-    return f"{bold(over_plain, ours)} ({cell['peak_bytes'] / 1e6:.0f} MB{time})"
+    over_plain = short(cell["peak_bytes"] / plain)
+    time = f", time {ratio(cell, False)}" if spread(cell) and name != "plain" else ""
+    return f"{bold(over_plain, _fused(name))} ({cell['peak_bytes'] / 1e6:.0f} MB{time})"
 
 
 def rules(part: Json) -> Section:
@@ -128,6 +141,11 @@ def rules(part: Json) -> Section:
 
 def per_sample(part: Json) -> Section:
     contests = part["workloads"]
+    others = [name for name in names_of(contests) if ": " in name and not _ours(name)]
+    pairs = [
+        (f"gradfilter: {asked}", [name for name in others if name.endswith(f": {asked}")])
+        for asked in ("norms", "consensus", "rows")
+    ]
     return Section(
         "Per-sample gradients: ours and other libraries'",
         ("per_sample",),
@@ -135,7 +153,7 @@ def per_sample(part: Json) -> Section:
         "the squared norm of every row. *Consensus*: norms, cosines and the weighted sum of "
         "`consensus_filter`. *Rows*: the gradients themselves. opacus has hooks and ghost "
         "clipping, ExpandedWeights and `vmap(grad)` are torch's own, torchjd is autogram. Nothing "
-        "is timed before all answers agree with a float64 loop.",
+        f"is timed before all answers agree with a float64 loop.\n\n{faster(contests, pairs)}",
         by_contender(contests, "plain", _ours),
         Dots([_by_question(contest) for contest in contests], 2, over("plain")),
     )
@@ -165,10 +183,21 @@ def sharpness(part: Json) -> Section:
         "samples. SAM needs two gradients, so 2 is the floor. `plain`, `SAM` and `GSAM` are our "
         "links, with one row of all samples or with M rows; *in place* is `donate=True`. "
         "*Optimizers* are put around torch's SGD: `gradfilter.interop` and pytorch_optimizer, "
-        "which must end at the same parameters before they are timed.",
+        "which must end at the same parameters before they are timed.\n\n"
+        + faster(around, _AROUND),
         "\n".join([*tables, by_contest(ways, "torch", _links)]),
         Dots(panels(contests, "torch", _links), 2, over("a plain step of torch")),
     )
+
+
+_AROUND = [
+    (ours, theirs)
+    for kind, theirs in (
+        ("SAM", ("torch, SAM by hand", "pytorch_optimizer: SAM")),
+        ("GSAM", ("pytorch_optimizer: GSAM",)),
+    )
+    for ours in (f"gradfilter: {kind}", f"gradfilter.interop: {kind}")
+]
 
 
 def _links(name: str) -> bool:
@@ -187,6 +216,12 @@ def _way(title: str) -> tuple[bool, str]:
 
 def update(part: Json) -> Section:
     contests = part["workloads"]
+    clipping = [contest for contest in contests if "agc" in contest["title"]]
+    plain = [contest for contest in contests if contest not in clipping]
+    clippers = [name for name in names_of(clipping) if name.endswith(" + torch")]
+    peers = [name for name in clippers if not _ours(name)]
+    alone = faster(plain, [("ours, donated", ("torch", "torch, fused", "torch, for loop"))])
+    agc = faster(clipping, [("ours, donated", peers), ("gradfilter.interop.AGC + torch", peers)])
     return Section(
         "Update rules and clipping",
         ("update",),
@@ -194,7 +229,9 @@ def update(part: Json) -> Section:
         "already, over `torch.optim` with `foreach=True` without clipping. *Gated* means that the "
         "step may be skipped, *donated* that results are written into the old tensors, as torch's "
         "optimizers do. timm and pytorch_optimizer clip unit by unit (AGC) in front of torch's "
-        "SGD, and so does `gradfilter.interop.AGC`.",
+        "SGD, and so does `gradfilter.interop.AGC`; before anything is timed, all must end at the "
+        "same parameters.\n\n"
+        f"Rules without clipping. {alone}\n\nWith AGC. {agc}",
         by_contender(contests, "torch", _steps),
         Dots(panels(contests, "torch", _steps), 2, over("torch.optim with foreach")),
     )
@@ -206,7 +243,8 @@ def _steps(name: str) -> bool:
 
 def distributed(part: Json) -> Section:
     contests = sorted(part["workloads"], key=lambda contest: contest["ranks"])
-    names = [name for name in _tables.names_of(contests) if name != "DDP"]
+    names = [name for name in names_of(contests) if name != "DDP"]
+    mean = names[0]
     sent = ["bytes that a rank sends", "", *(_bytes(contests, name) for name in names)]
     table = by_contest(contests, "DDP", lambda name: True)
     lines = table.split("\n")
@@ -217,7 +255,8 @@ def distributed(part: Json) -> Section:
         ("distributed",),
         "Timed: a training step on W processes of this machine, over one of "
         "DistributedDataParallel with the same samples. M rows per rank become one stack, whose "
-        "mean is taken, or which is filtered by agreement or consensus.",
+        "mean is taken, or which is filtered by agreement or consensus.\n\n"
+        f"One row per rank and the mean is what DDP does. {faster(contests, [(mean, ('DDP',))])}",
         "\n".join([*lines[:rows], sent_line, *lines[rows:]]),
         Dots(panels(contests, "DDP", lambda name: True, aligned=True), 2, over("a step of DDP")),
     )
@@ -231,12 +270,15 @@ def _bytes(contests: Sequence[Json], name: str) -> str:
 
 def stats(part: Json) -> Section:
     contests, base = part["workloads"], "loop, as published"
+    others = [name for name in names_of(contests) if not _function(name)]
+    pairs = [(name, others) for name in names_of(contests) if _function(name)]
     return Section(
         "Norms of Jacobians",
         ("stats",),
         "Timed: the Frobenius norm or the largest singular value of the Jacobian of C logits in "
         "the input, of N images, over the published loop of a backward pass per class. The others "
-        "hold the Jacobian; the functions of `gradfilter.diagnostics` need not.",
+        "hold the Jacobian; the functions of `gradfilter.diagnostics` need not.\n\n"
+        + faster(contests, pairs),
         by_contender(contests, base, _function),
         Dots(panels(contests, base, _function), 2, over("the published loop")),
     )

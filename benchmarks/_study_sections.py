@@ -129,7 +129,8 @@ def double_descent(parts: dict[str, Json]) -> Section:
     return Section(
         "Double descent",
         ("double_descent_features", "double_descent_widths"),
-        f"Digits with {100 * widths['noise']:g} % wrong training labels, means of five seeds. "
+        f"Digits with {100 * widths['noise']:g} % wrong training labels, means of "
+        f"{len(widths['seeds'])} seeds, whose single values are in the files. "
         f"Ridgeless regression on p random features of n = {features['samples']} images must peak "
         f"at p = n: the test error does at {features['peaks']['test_error']}, the empirical "
         f"Lipschitz constant at {features['peaks']['lipschitz']}. For two hidden layers of h units "

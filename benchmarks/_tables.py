@@ -34,7 +34,7 @@ def ratio(cell: Json | None, ours: bool) -> str:
     value = spread(cell)
     if value is None:
         return "none" if "failure" in cell else "–"
-    low, middle, high = (short(v) for v in value)
+    low, middle, high = map(short, value)
     return f"{bold(middle, ours)} [{low}, {high}]"
 
 
@@ -44,12 +44,12 @@ def bold(text: str, ours: bool) -> str:
 
 
 def milliseconds(cell: Json | None) -> str:
-    """Of a base, which has no ratio worth writing."""
+    """Of a base, which has no ratio worth writing: 7.92 ms [7.81, 8.1]."""
     value = spread(cell, "seconds")
     if value is None:
         return "none"
-    middle = 1e3 * value[1]
-    return f"{middle:.3g} ms" if middle < 999.5 else f"{middle:.0f} ms"
+    low, middle, high = (f"{v:.3g}" if v < 999.5 else f"{v:.0f}" for v in (1e3 * s for s in value))
+    return f"{middle} ms [{low}, {high}]"
 
 
 def cell_of(contest: Json, name: str, base: str, ours: IsOurs) -> str:
@@ -108,6 +108,29 @@ def panels(
         panel(c, [name for name in names_of(contests if aligned else [c]) if name != base], ours)
         for c in contests
     ]
+
+
+def faster(contests: Sequence[Json], pairs: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """Who is ahead of ours at the same work, by the medians as they are written.
+
+    Args:
+        contests: What was measured.
+        pairs: A contender of ours, and others that do what it does.
+    """
+    lines = []
+    for contest in contests:
+        medians = {name: value[1] for name, cell in contest["results"].items()
+                   if (value := spread(cell))}  # fmt: skip
+        for ours, others in pairs:
+            own = medians.get(ours, 0.0)
+            ahead = [
+                f"`{name}` {short(medians[name])}"
+                for name in others
+                if medians.get(name, own) < own and short(medians[name]) != short(own)
+            ]
+            if ahead:
+                lines.append(f"- {label(contest)}: {', '.join(ahead)}; `{ours}` {short(own)}")
+    return "\n".join(["Ahead of ours:\n", *lines]) if lines else "Nobody is ahead of ours."
 
 
 def reach(contests: Sequence[Json], name: str) -> str:

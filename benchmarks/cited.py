@@ -49,12 +49,12 @@ class Citation:
 
 
 def citations(page: Path) -> Iterator[Citation]:
-    """All of them on one page; a link that leads nowhere is a KeyError that says where it broke."""
+    """All of them on one page; a link that leads to no number is a KeyError that says why."""
     for link in CITATION.finditer(page.read_text()):
-        contents = json.loads((page.parent / link["file"]).read_text())
         try:
+            contents = json.loads((page.parent / link["file"]).read_text())
             value = walked(contents, link["walk"])
-        except LookupError as error:
+        except (LookupError, OSError, TypeError, ValueError) as error:
             raise KeyError(f"{page}: {link[0]}: {error}") from None
         yield Citation(page, link[0], link["text"], value)
 
@@ -84,13 +84,13 @@ def main(arguments: list[str] | None = None) -> int:
     choice = command.parse_args(arguments)
     wrong = 0
     for page in sorted([*choice.folder.rglob("*.md"), *choice.folder.rglob("*.ipynb")]):
-        text = page.read_text()
+        text = before = page.read_text()
         for cited in citations(page):
             if cited.right != cited.text:
                 wrong += 1
                 print(f"{page}: {cited.text}, the file says {cited.right}: {cited.link}")
                 text = text.replace(cited.link, cited.link.replace(cited.text, cited.right, 1))
-        if choice.write:
+        if choice.write and text != before:
             page.write_text(text)
     return 1 if wrong and not choice.write else 0
 

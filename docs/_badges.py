@@ -17,7 +17,7 @@ CHARACTER, PAD, HEIGHT = 6.6, 7, 20
 def facts() -> dict[str, str]:
     """What the badges say."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    torch = next(d for d in project["dependencies"] if d.startswith("torch"))
+    torch = next(d for d in project["dependencies"] if re.match(r"torch\b", d))
     return {
         "version": gradfilter.__version__,
         "python": _from(project["requires-python"]),
@@ -28,8 +28,8 @@ def facts() -> dict[str, str]:
 
 
 def _from(bound: str) -> str:
-    """torch>=2.11 -> 2.11+."""
-    return re.sub(r".*>=", "", bound) + "+"
+    """torch>=2.11,<3 -> 2.11+."""
+    return re.search(r">=\s*([\d.]+)", bound)[1] + "+"
 
 
 def drawn(label: str, value: str) -> str:
@@ -48,5 +48,6 @@ def drawn(label: str, value: str) -> str:
 
 
 if __name__ == "__main__":
+    TARGET.mkdir(exist_ok=True)
     for name, value in facts().items():
         (TARGET / f"badge-{name}.svg").write_text(drawn(name, value))

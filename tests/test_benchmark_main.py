@@ -16,6 +16,7 @@ from benchmarks._command import RESULTS
 from benchmarks._dots import Dot, Dots, Panel, draw, short
 from benchmarks._page import page, write_page
 from benchmarks._parts import PARTS, Part, command
+from benchmarks._tables import faster
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -286,4 +287,26 @@ def test_what_a_gpu_adds(tmp_path):
 def test_a_chart_without_a_value_says_why(tmp_path):
     dots = [Dot("there", (1.0, 2.0, 3.0), ours=True), Dot("not there", None, note="no luck")]
     draw(Dots([Panel("one", dots)], 2, "axis"), tmp_path / "a" / "chart.svg")
-    assert "<!-- no luck -->" in (tmp_path / "a" / "chart.svg").read_text()
+    assert ">no luck</text>" in (tmp_path / "a" / "chart.svg").read_text()
+
+
+def contest(**medians):
+    quartiles = ("lower_quartile", "median", "upper_quartile")
+    return {
+        "title": "some model",
+        "results": {name: {"ratio": dict.fromkeys(quartiles, m)} for name, m in medians.items()},
+    }
+
+
+def test_who_is_ahead_of_ours_is_said():
+    contests = [contest(ours=2.0, theirs=1.5, close=1.999, slow=3.0), {**contest(), "results": {}}]
+    others = ("theirs", "close", "slow", "absent")
+    assert faster(contests, [("ours", others)]) == (
+        "Ahead of ours:\n\n- some model: `theirs` 1.50; `ours` 2.00"
+    )
+    assert faster(contests, [("ours", ["slow"])]) == "Nobody is ahead of ours."
+
+
+def test_studies_say_how_many_seeds_they_had():
+    contents = {"lines": [{"seed": 1}, {"seed": 0}, {"seed": 1}]}
+    assert _collected.shortened(contents)["seeds"] == [0, 1]

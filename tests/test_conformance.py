@@ -10,7 +10,7 @@ from _cases import CASES, EXTRA, SHAPES, VARIANTS, M, build, make_params, make_r
 from gradfilter import _tree
 from gradfilter.testing._check import LAWS
 from gradfilter.testing._problem import Problem
-from gradfilter.testing._waiting import NoHostSync
+from gradfilter.testing._waiting import no_host_sync
 
 PROBLEM = Problem(SHAPES, M, EXTRA)
 ON_A_GPU = "same_on_a_gpu"
@@ -53,9 +53,9 @@ def test_on_a_gpu_as_on_the_cpu_and_without_waiting(variant):
 
 
 def test_the_host_sync_detector_detects():
-    with NoHostSync(), pytest.raises(AssertionError, match="wait"):
+    with no_host_sync(), pytest.raises(AssertionError, match="wait"):
         torch.ones(()).item()
-    with NoHostSync(), pytest.raises(AssertionError, match="wait"):
+    with no_host_sync(), pytest.raises(AssertionError, match="wait"):
         bool(torch.ones(()) > 0)
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +64,28 @@ def calls(grads, state, params, **extra):
     return {name: g * calls.count for name, g in grads.items()}, state, {}
 
 
+def remembers(grads, state, params, **extra):
+    """Without a copy: where parameters are donated, these become the new ones."""
+    return {name: g + 0.1 * state[name] for name, g in grads.items()}, dict(params), {}
+
+
+def around(chain, function):
+    """A chain with another update, which a chain around it does not know."""
+    return replace(chain, update=lambda *args, **extra: function(chain.update, *args, **extra))
+
+
+def twice(update, *args, offer=None, **extra):
+    updates, state, out = update(*args, **extra)
+    return {name: 2 * u for name, u in updates.items()}, state, out
+
+
+def forgives(update, rows, state, params, **extra):
+    if isinstance(rows, dict):
+        rows = {name: rows.get(name, torch.zeros(5, *p.shape)) for name, p in params.items()}
+    return update(rows, state, params, **extra)
+
+
+PLAIN = gf.chain(gf.mean_rows(), gf.sgd(0.1))
 BROKEN = {
     "mutates_nothing": on_tree(writes_into_its_state, init=lambda params: {"sum": torch.zeros(())}),
     "is_reproducible": on_tree(noise),
@@ -80,6 +103,11 @@ BROKEN = {
     "never_waits": on_tree(waits),
     "state_round_trips": on_tree(grows, init=lambda params: {"seen": torch.zeros(1)}),
     "publishes_what_it_says": on_tree(unannounced),
+    "nesting_does_not_matter": around(PLAIN, twice),
+    "names_leaves_that_do_not_match": around(PLAIN, forgives),
+    "donates_storage": on_tree(
+        remembers, init=lambda params: {name: p.clone() for name, p in params.items()}
+    ),
     COMPILE: on_tree(calls),
 }
 
@@ -91,21 +119,69 @@ def test_a_broken_law_is_named(law):
         check_laws(BROKEN[law], skip=others)
 
 
+def test_every_law_that_needs_no_gpu_is_broken_by_something():
+    assert BROKEN.keys() | {"same_on_a_gpu"} == LAWS.keys()
+
+
+@pytest.mark.parametrize(
+    "law", ["nesting_does_not_matter", "names_leaves_that_do_not_match", "donates_storage"]
+)
+def test_a_law_that_no_other_stands_for(law):
+    with pytest.raises(AssertionError, match=rf"breaks 1 of 1[56] laws\.\n  {law}: "):
+        check_laws(BROKEN[law], skip=[COMPILE])
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda g: 1 if (g > 0).any() else 2,
+        lambda g: g[g > 0].mean(),
+        lambda g: g.reshape(-1).tolist()[0],
+        lambda g: float(g.numpy().max()),
+        lambda g: g.cpu().mean(),
+        lambda g: 1 if torch.allclose(g, 2 * g) else 2,
+        lambda g: torch.linalg.eigvalsh(g @ g.mT).mean(),
+        lambda g: torch.linalg.cholesky(g.mT @ g).mean(),
+        lambda g: len(g.unique_consecutive()),
+    ],
+)
+def test_what_makes_the_host_wait(wait):
+    def update(grads, state, params, **extra):
+        return {name: wait(g) * g for name, g in grads.items()}, state, {}
+
+    others = [name for name in LAWS if name != "never_waits"]
+    with pytest.raises(AssertionError, match="makes the host wait"):
+        check_laws(on_tree(update), shapes={"w": (4, 3)}, skip=others)
+
+
+def test_what_does_not_make_the_host_wait():
+    def update(grads, state, params, **extra):
+        order = {name: g[torch.arange(len(g)).flip(0)] for name, g in grads.items()}
+        for g in order.values():
+            g[g > 1] = 1.0  # written by torch.where
+        return order, state, {}
+
+    others = [name for name in LAWS if name != "never_waits"]
+    assert check_laws(on_tree(update), shapes={"w": (4, 3)}, skip=others) == ("never_waits",)
+
+
+def test_random_numbers_and_defaults_are_as_they_were():
+    torch.set_default_dtype(torch.float64)
+    try:
+        before = torch.get_rng_state()
+        check_laws(gf.adamw(gf.cosine(0.1, 10)))
+        assert torch.get_default_dtype() == torch.float64
+        assert torch.equal(torch.get_rng_state(), before)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_all_broken_laws_are_named_together():
     with pytest.raises(AssertionError) as found:
         check_laws(on_tree(noise), skip=[COMPILE])
     assert "  is_reproducible: " in str(found.value)
     assert "  donates_storage: " in str(found.value)
     assert found.value.__cause__ is not None
-
-
-def test_leaves_are_checked_by_links_not_made_by_link():
-    def update(grads, state, params, **extra):
-        return {name: 0.1 * grads[name].mean(0) for name in params}, state, {}
-
-    unchecked = gf.Transform("bare", ("rows -> update",), lambda params: {}, update)
-    with pytest.raises(AssertionError, match="names_leaves_that_do_not_match"):
-        check_laws(unchecked, skip=[COMPILE])
 
 
 def test_a_state_of_numbers_is_refused_in_words():
@@ -115,6 +191,22 @@ def test_a_state_of_numbers_is_refused_in_words():
     bare = gf.Transform("bare", ("tree -> update",), lambda params: {"count": 0}, update)
     with pytest.raises(AssertionError, match=r"found '.*count' of type int"):
         check_laws(bare, skip=[name for name in LAWS if name != "is_reproducible"])
+
+
+def test_one_cause_of_everything_is_told_once():
+    def update(grads, state, params, *, temperature, **extra):
+        return {name: g * temperature for name, g in grads.items()}, state, {}
+
+    with pytest.raises(AssertionError, match=r"laws\.\n  all:\n.*'temperature'$"):
+        check_laws(on_tree(update), skip=[COMPILE])
+
+
+def test_a_complex_state_is_compared():
+    def update(grads, state, params, **extra):
+        return grads, {"z": 1j * state["z"]}, {}
+
+    init = lambda params: {"z": torch.ones(2, dtype=torch.complex128)}
+    check_laws(on_tree(update, init=init), skip=[COMPILE])
 
 
 def test_a_link_is_completed_for_every_place_it_can_take():

@@ -18,19 +18,27 @@ def ensure(holds: Any, otherwise: str) -> None:
         raise AssertionError(otherwise)
 
 
+def ensure_tensors(tree: Any) -> None:
+    """Refuse leaves that are something else."""
+    for name, leaf in _tree.flatten_with_names(tree)[0].items():
+        ensure(
+            isinstance(leaf, Tensor),
+            f"expected tensors only, found {name!r} of type {type(leaf).__name__}. Keep numbers in "
+            "states and metrics as tensors of shape (), and write {} for no state",
+        )
+
+
+def copied(tree: Any) -> Any:
+    """The tree in storage of its own, so that what is written later does not reach it."""
+    ensure_tensors(tree)
+    return _tree.tree_map(torch.clone, tree)
+
+
 def bits(tree: Any) -> dict[str, Tensor]:
     """Copies of the leaves as integers, under their dotted names."""
-    named = _tree.flatten_with_names(tree)[0]
-    for name, leaf in named.items():
-        if not isinstance(leaf, Tensor):
-            raise AssertionError(
-                f"expected tensors only, found {name!r} of type {type(leaf).__name__}. Keep "
-                "numbers in states and metrics as tensors of shape ()"
-            )
-    return {
-        name: leaf.clone().contiguous().view(AS_INTEGER[leaf.element_size()])
-        for name, leaf in named.items()
-    }
+    named = _tree.flatten_with_names(copied(tree))[0]
+    real = {n: torch.view_as_real(t) if t.is_complex() else t for n, t in named.items()}
+    return {n: t.contiguous().view(AS_INTEGER[t.element_size()]) for n, t in real.items()}
 
 
 def assert_same_bits(found: Any, expected: Any, what: str) -> None:
@@ -52,4 +60,5 @@ def planted(tree: Any) -> Any:
         leaf.view(-1)[0] = -0.0
         return leaf
 
+    ensure_tensors(tree)
     return _tree.tree_map(plant, tree)

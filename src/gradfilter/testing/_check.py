@@ -62,7 +62,7 @@ def check_laws(
 
     A link is completed to a chain from rows to an update: ``mean_rows()`` before one that takes a
     tree, or after one that gives rows, and ``sgd`` where no update rule is. A link of two kinds is
-    tried in both places.
+    tried in both places. A chain that is complete is tried as it is.
 
     Args:
         transform: A link, or a chain where the link needs others before it.
@@ -125,7 +125,10 @@ def check_laws(
                 laws += [] if name in laws else [name]
     if broken:
         names = {name for laws in broken.values() for name in laws}
-        lines = "".join(f"\n  {_asked(laws)}\n    {found}" for found, laws in broken.items())
+        lines = "".join(
+            f"\n  {'all:' if 1 < len(asked) == len(laws) else _asked(laws)}\n    {found}"
+            for found, laws in broken.items()
+        )
         raise AssertionError(
             f"{transform.name or 'the chain'} breaks {len(names)} of {len(asked)} laws.{lines}"
         ) from first
@@ -140,7 +143,8 @@ def completed(transform: Transform) -> list[Transform]:
         takes, gives = kind.split(" -> ")
         before = {"rows": (), "tree": (mean_rows(),), "update": (mean_rows(), rule)}[takes]
         after = {"rows": (mean_rows(), rule), "tree": (rule,), "update": ()}[gives]
-        chains.append(chain(*before, transform, *after))
+        whole = transform.links and not (before or after)  # taken as it is
+        chains.append(transform if whole else chain(*before, transform, *after))
     return chains
 
 

@@ -40,11 +40,12 @@ def same_on_a_gpu(update: Transform, problem: Problem) -> None:
     extra = _cuda(dict(problem.extra))
     on_gpu, state_there, rows_there = _cuda((params, state, rows))
     stack = make_stack(on_gpu, rows_there)
+    before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         found = update(on_gpu, state_there, stack, **extra)[:2]
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode(before)
     _assert_close(_tree.tree_map(lambda t: t.cpu(), found), expected, atol=1e-5)
 
 

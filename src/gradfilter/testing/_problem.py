@@ -13,6 +13,7 @@ from gradfilter import _tree
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._again import Origin
 from gradfilter.grads._dense import DenseStack
+from gradfilter.testing._bits import ensure_tensors
 
 M = 5
 SHAPES: dict[str, Sequence[int]] = {
@@ -21,6 +22,8 @@ SHAPES: dict[str, Sequence[int]] = {
     "head.weight": (3, 2),
     "head.bias": (),
 }
+# Numbers are drawn as they always are, whatever torch's defaults are.
+EXACT: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 
 
 def make_params(
@@ -29,7 +32,7 @@ def make_params(
     """Normal numbers."""
     g = torch.Generator().manual_seed(seed)
     return {
-        name: torch.randn(tuple(shape), generator=g, dtype=torch.float64).to(dtype)
+        name: torch.randn(tuple(shape), generator=g, **EXACT).to(dtype)
         for name, shape in shapes.items()
     }
 
@@ -39,9 +42,9 @@ def make_rows(params: Params, seed: int = 1, rows: int = M) -> Tree:
     g = torch.Generator().manual_seed(seed)
 
     def leaf(p: Tensor) -> Tensor:
-        common = torch.randn(p.shape, generator=g, dtype=torch.float64)
-        own = torch.randn((rows, *p.shape), generator=g, dtype=torch.float64)
-        size = torch.arange(1, rows + 1, dtype=torch.float64).reshape(-1, *[1] * p.ndim)
+        common = torch.randn(p.shape, generator=g, **EXACT)
+        own = torch.randn((rows, *p.shape), generator=g, **EXACT)
+        size = torch.arange(1, rows + 1, **EXACT).reshape(-1, *[1] * p.ndim)
         return (size * (common + own)).to(p.dtype)
 
     return {name: leaf(p) for name, p in params.items()}
@@ -89,6 +92,7 @@ class Problem:
         self, update: Transform, params: Params, state: State, rows: Tree, **extra: Any
     ) -> tuple[Params, State, Out]:
         """One step on these rows."""
+        ensure_tensors(state)
         return update(params, state, make_stack(params, rows), **{**self.extra, **extra})
 
     def started(
