@@ -19,7 +19,8 @@ from benchmarks._parts import PARTS
 
 Json = dict[str, Any]
 MACHINE = (
-    "device", "device_name", "cores", "load", "threads", "torch", "python", "gradfilter", "date",
+    "device", "device_name", "cores", "load", "threads", "torch", "python", "gradfilter", "peers",
+    "date",
     "cuda", "cudnn", "capability", "memory_bytes", "tf32_matmul", "tf32_convolution",
 )  # fmt: skip
 RAW = {"benchmark", "values", "lines", "validation", "best", "min", "max"}

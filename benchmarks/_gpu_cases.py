@@ -1,8 +1,7 @@
 """What the GPU benchmark measures: each case prints a table and returns what goes into the JSON."""
 
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ from benchmarks._race import deferred, race
 from benchmarks._report import by_contender, table
 from benchmarks._results import Contest
 from benchmarks._setting import THRESHOLD, Setting
+from benchmarks._tf32 import tf32_off
 from benchmarks._timing import reason
 
 MODELS = ("resnet18", "resnet50", "vit", "gpt2", "gpt")
@@ -64,20 +64,6 @@ def _differences(name: str, options: Options, bf16: bool) -> dict[str, float]:
     with tf32_off():
         found["without TF32"] = difference()
     return found
-
-
-@contextmanager
-def tf32_off() -> Iterator[None]:
-    """Multiply float32 as float32."""
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [switch.allow_tf32 for switch in switches]
-    try:
-        for switch in switches:
-            switch.allow_tf32 = False
-        yield
-    finally:
-        for switch, was in zip(switches, before, strict=True):
-            switch.allow_tf32 = was
 
 
 def captured(name: str, options: Options) -> dict[str, Any]:

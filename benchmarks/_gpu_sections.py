@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks._dots import Dots
-from benchmarks._sections import Section, over
+from benchmarks._section import Section, over
 from benchmarks._tables import by_contender, by_contest, markdown, panels
 
 Json = dict[str, Any]

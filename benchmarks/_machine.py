@@ -2,13 +2,18 @@
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import gradfilter
+
+PEERS = ("gradient-agreement-filtering", "opacus", "pytorch-optimizer", "timm", "torchjd")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -22,6 +27,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "gradfilter": gradfilter.__version__,
+        "peers": dict(_versions()),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **(_cuda(device) if device.type == "cuda" else {}),
     }
@@ -37,6 +43,12 @@ def _cuda(device: torch.device) -> dict[str, Any]:
         "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
         "tf32_convolution": torch.backends.cudnn.allow_tf32,
     }
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for peer in PEERS:
+        with suppress(metadata.PackageNotFoundError):
+            yield peer, metadata.version(peer)
 
 
 def _name(device: torch.device) -> str:

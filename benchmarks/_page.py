@@ -8,7 +8,8 @@ from typing import Any
 from benchmarks import _tables
 from benchmarks._dots import Chart, Dot, Dots, Panel, draw
 from benchmarks._gpu_sections import gpu
-from benchmarks._sections import SECTIONS, Section, over
+from benchmarks._section import Section, over
+from benchmarks._sections import SECTIONS
 from benchmarks._study_sections import STUDIES
 
 Json = dict[str, Any]
@@ -84,6 +85,9 @@ def _device(contents: Json, away: str) -> tuple[str, dict[str, Chart]]:
     if (chart := summary(parts)) is not None:
         alt = "Time over one plain forward and backward pass, of every contender"
         blocks.append(f"{picture('summary', alt, chart)}\n*{alt}; details follow.*\n")
+    if facts.get("peers"):
+        versions = ", ".join(f"{name} {version}" for name, version in facts["peers"].items())
+        blocks.append(f"Other libraries: {versions}.\n")
     for section in sections(parts):
         files = [parts[name]["file"] for name in section.parts]
         if device != "cpu":  # the parts' own files need not be kept

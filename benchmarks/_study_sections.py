@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks._dots import Dot, Dots, Line, Lines, Panel
-from benchmarks._sections import Section
+from benchmarks._section import Section
 from benchmarks._tables import markdown
 
 Json = dict[str, Any]

@@ -35,6 +35,7 @@ from benchmarks._race import deferred, race
 from benchmarks._report import by_contender
 from benchmarks._results import Contest, save
 from benchmarks._setting import Setting
+from benchmarks._tf32 import tf32_off
 from benchmarks._timing import Contender
 from gradfilter.grads._loss import ModelLoss
 from gradfilter.grads._microbatch import Plan
@@ -132,7 +133,8 @@ def _difference(given: Answer, expected: Answer) -> float:
 def measure(name: str, task: Task, samples: int, rounds: int, device: torch.device) -> Contest:
     setting = Setting.of(task, samples, device)
     entrants = contenders(setting)
-    check(entrants, setting)
+    with tf32_off():  # a GPU's ten bits are not what is checked
+        check(entrants, setting)
     results, _ = race(entrants, rounds, device, base="plain")
     return Contest(
         model=name,

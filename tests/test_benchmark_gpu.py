@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not install
 
 from benchmarks import _gpu_cases, gpu
 from benchmarks._plans import PLANS
+from benchmarks._tf32 import tf32_off
 
 
 def run(tmp_path, *cases):
@@ -56,6 +57,6 @@ def test_tf32_is_switched_off_and_back():
         return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
     before = state()
-    with _gpu_cases.tf32_off():
+    with tf32_off():
         assert state() == (False, False)
     assert state() == before
