@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -186,11 +187,13 @@ def test_default_directory_names_the_settings_and_is_never_used_twice(tmp_path, 
         (["--device", "cuda:99"], "--device: expected a device of this machine, found 'cuda:99'"),
         (["--device", "meta"], "Available: cpu"),
         (["--device", "toaster"], "found 'toaster'"),
-        (["--steps", "abc"], "--steps: invalid literal for int() with base 10: 'abc'"),
-        (["--steps", "1.5", "--noise", "x"], "--noise: could not convert"),
+        (["--steps", "abc"], "--steps: expected a whole number, found 'abc'"),
+        (["--steps", "1.5", "--noise", "x"], "--noise: expected a number, found 'x'"),
         (["--steps"], "--steps"),
         (["--nonsense", "3"], "Unrecognized options: --nonsense, 3"),
-        (["--step", "3"], "Unrecognized options: --step, 3"),
+        (["--step", "3"], "Unrecognized options: --step, 3. Did you mean --steps? See"),
+        (["--steps=3", "--nose=0.1"], "--nose=0.1. Did you mean --noise? See"),
+        (["--sedes", "3", "--nose", "1"], "Did you mean --seeds? Did you mean --noise? See"),
         (["--" + 40 * "long", "[red]x[/red]"], "longlong"),
         (["surplus"], "surplus"),
     ],
@@ -205,7 +208,7 @@ def test_parse_errors_are_plain_on_a_terminal_too(monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     line = refused("demo", "--steps", "abc")
     assert line == (
-        "gradfilter demo: Error parsing --steps: invalid literal for int() with base 10: 'abc'. "
+        "gradfilter demo: --steps: expected a whole number, found 'abc'. "
         "See gradfilter demo --help.\n"
     )
 
@@ -233,6 +236,33 @@ def test_out_has_to_be_writable(tmp_path):
 
 
 # The command itself
+
+
+def test_a_misspelt_command_is_told_the_nearest():
+    line = refused("trian")
+    assert "unknown command 'trian'. Did you mean 'train'? The commands are: demo, train" in line
+    assert "Did you mean" not in refused("--nonsense")
+
+
+@pytest.mark.parametrize("name", ["demo", "train", "stats", "sweep", "report"])
+def test_paragraphs_of_help_are_no_wider_than_a_page(name, monkeypatch):
+    lines = {}
+    for columns in (60, 80, 200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        code, out, err = command(name, "--help")
+        assert (code, err) == (0, "")
+        lines[columns] = out.splitlines()
+        table = next(i for i, line in enumerate(lines[columns]) if line.startswith(" ---"))
+        first = lines[columns].index("") + 1  # below the usage
+        text = lines[columns][first : table - 1]
+        assert max(map(len, text)) <= min(79, columns)
+        paragraphs = "\n".join(text).strip().split("\n\n")
+        for paragraph in paragraphs:  # as full as words allow
+            for line, following in pairwise(paragraph.split("\n")):
+                assert len(f"{line} {following.split()[0]}") > min(79, columns)
+        assert len(paragraphs) > 1 and paragraphs[0].endswith(".")
+        assert any(line.startswith("  -h, --help") for line in lines[columns][table:])
+    assert lines[80] != lines[200] or name == "report"  # tables are as wide as the terminal
 
 
 def test_help_version_and_unknown_commands():

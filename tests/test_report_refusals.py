@@ -155,3 +155,17 @@ def test_a_run_as_it_is_really_left(tmp_path):
         "memorised-by-seconds.png",
         "cosine-by-samples.png",
     }
+
+
+def test_a_demo_is_named_as_one(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--steps", "1", "--out", str(tmp_path / "demo")])
+    assert stop.value.code == 0
+    line, warned = refused(capsys, tmp_path)
+    assert (
+        f"{str(tmp_path / 'demo')!r} is of gradfilter demo, which drew its own curves.png" in line
+    )
+    assert "runs of gradfilter train" in line and "not the record" not in line
+    make_run(tmp_path, evaluations=[sparse(1)])
+    runs, skipped = read_runs([tmp_path])
+    assert len(runs) == len(skipped) == len(warned) == 1

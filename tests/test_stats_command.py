@@ -104,6 +104,7 @@ def test_several_checkpoints_and_a_table(run):
         for name in names
     ]
     assert means[0] != means[1] and all(f"{mean:.6g}" in out for mean in means)
+    assert "not finite" in out  # a head that says what it counts
 
 
 def test_operator_norms_show_the_lipschitz_constant(run):

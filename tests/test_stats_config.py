@@ -128,6 +128,11 @@ def test_the_run_that_fits_is_found(tmp_path):
         found(model="mlp_8")
     assert all(str(tmp_path / name) in str(several.value) for name in "ab")
     assert str(tmp_path / "c") not in str(several.value)
+    for number in range(3, 6):
+        make(tmp_path / f"more{number}", data="digits", model="mlp_8", seed=number)
+    with pytest.raises(UsageError, match="5 runs fit --model mlp_8") as many:
+        found(model="mlp_8")
+    assert str(many.value).count(str(tmp_path)) == 3 and "more3, and 2 more. " in str(many.value)
     with pytest.raises(UsageError, match=r"no run .* fits --seed 7"):
         found(seed=7)
     with pytest.raises(UsageError, match="no run"):

@@ -128,3 +128,27 @@ def test_all_who_join_have_the_heartbeat_of_the_first(tmp_path):
         pass
     _, out, _ = command("sweep", *options, *shared, "--name", "told")
     assert "--heartbeat 7 counts" in out
+
+
+@pytest.mark.parametrize(
+    ("axis", "said"),
+    [
+        ("agree=0.9,x", "--agree: expected a number or None, found 'x'."),
+        ("batch_size=80,x", "--batch-size: expected a whole number or None, found 'x'."),
+        ("seed=0,1.5", "--seed: expected a whole number, found '1.5'."),
+        ("momentum=y", "--momentum: expected a number or None, found 'y'."),
+        ("betas=0.9 z", "--betas: expected numbers, found '0.9', 'z'."),
+        ("save_checkpoint=1 z", "--save-checkpoint: expected numbers, found '1', 'z'."),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_told_what_was_expected(axis, said):
+    with pytest.raises(UsageError) as refusal:
+        plan_of("--grid", axis)
+    assert said in str(refusal.value) and "type" not in str(refusal.value)
+
+
+def test_fresh_trainings_of_a_sweep_are_not_told_that_they_are_none_to_go_on_with(tmp_path):
+    shared = ["--epochs", "0.1", "--model", "mlp_2", "--save-dir", str(tmp_path)]
+    assert command("sweep", "--grid", "seed=0", "--", *shared)[::2] == (0, "")
+    _, _, err = command("train", *shared, "--resume")
+    assert "yet, one is begun" in err

@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
+import tomllib
 import types
 
 import pytest
@@ -15,6 +17,7 @@ from tests._lab import command, config, metrics, numbers, only_run, refused
 import gradfilter as gf
 from gradfilter.lab._options import arguments, presets
 from gradfilter.lab.train import _trackers
+from gradfilter.lab.train._advice import why_all_skipped, why_not_finite
 from gradfilter.lab.train._archive import checkpoints, read_tensors
 from gradfilter.lab.train._begin import begin
 from gradfilter.lab.train._command import parse_train
@@ -23,6 +26,7 @@ from gradfilter.lab.train._evaluation import accuracies
 from gradfilter.lab.train._loop import Watch, train_to_the_end
 from gradfilter.lab.train._place import find_runs, place_of
 from gradfilter.lab.train._restore import restored
+from gradfilter.lab.train._resume import go_on, write_point
 from gradfilter.lab.train._run import advance, evaluation
 from gradfilter.lab.train._update import schedule_of, update_of
 
@@ -276,8 +280,20 @@ def test_every_published_recipe_is_a_preset_that_prints_itself():
         code, printed, err = command("train", "--preset", name, "--print-config")
         assert (code, err) == (0, "") and printed.startswith("[train]\n")
         update_of(parse_train(["--preset", name]).settings, 1000, 100)
+    for name, tables in {"train": "train", "sweep": "sweep", "stats": "stats"}.items():
+        listed = " ".join(command(name, "--help")[1].split())
+        help_of = listed[listed.index("--preset {None}|STR") : listed.index("--config {None}|PATH")]
+        having = {k for k in known if tables in tomllib.loads(presets()[k].read_text())}
+        assert {*re.findall(r"[\w]+(?:-[\w]+)+", help_of.replace("- ", "-"))} == having
     gaf = parse_train(["--preset", "gaf-cifar100", "--agree", "0.9"]).settings
     assert (gaf.data, gaf.agree, gaf.nesterov, gaf.lr_patience) == ("cifar100", 0.9, True, 100)
+
+
+def test_the_help_names_the_data_sets_that_the_error_does():
+    text = " ".join(command("train", "--help")[1].split())
+    text = text[text.index("--data STR") : text.index("--data-dir")]
+    named = refused("train", "--data", "nothing").split("one of ")[1].split(", found")[0]
+    assert all(re.search(rf"(^|[ ,]){name}[ ,]", text) for name in named.split(", "))
 
 
 def test_the_environment_counts_less_than_the_command_line(monkeypatch, tmp_path):
@@ -478,3 +494,97 @@ def test_a_name_may_begin_with_a_hyphen(tmp_path):
     assert command(*SMALL, "--name=-x", "--save-dir", tmp_path)[0] == 0
     run = only_run(tmp_path)
     assert restored(run, checkpoints(run / "checkpoints.zip")[0], device=CPU).config.name == "-x"
+
+
+# What it says of itself
+
+
+def said(tmp_path, *options):
+    """Lines of stdout and stderr of a training."""
+    long = () if "--steps" in options else ("--epochs", 2)
+    small = ["--model", "mlp_8", *long, *options, "--save-dir", tmp_path]
+    code, out, err = command("train", *small)
+    assert code == 0
+    return out.splitlines(), err.splitlines()
+
+
+def test_the_last_evaluation_is_marked_where_it_is_said_again(tmp_path):
+    out, err = said(tmp_path)
+    assert len(err) == 4 and err[0].startswith("writing to ")
+    assert [line.split(":")[0] for line in err[1:]] == [
+        *("epoch 0, step 0", "epoch 1.018, step 16", "epoch 2.037, step 32"),
+    ]
+    assert out == [f"last: {err[-1]}", f"wrote {only_run(tmp_path)}"]
+    assert "loss" not in err[1] and "skipped" not in "".join(err)
+
+
+ALL_SKIPPED = {
+    "--microbatches 8 --agree 0.03": "--agree is a cosine distance, 1 - cos; did you mean 0.97?",
+    "--per-sample --consensus 0.01 --consensus-hard": (
+        "--consensus is a cosine distance, 1 - cos; did you mean 0.99?"
+    ),
+    "--batch-size 2 --microbatches 2 --agree 0.5": (
+        "no rows agreed at --agree 0.5; a larger cosine distance, up to 2, takes more"
+    ),
+}
+
+
+@pytest.mark.parametrize("options", ALL_SKIPPED)
+def test_a_run_whose_every_step_was_skipped_says_so(options, tmp_path):
+    out, err = said(tmp_path, *options.split(), "--steps", 2)
+    assert metrics(only_run(tmp_path))[-1]["skipped"] == 2
+    assert out[0].endswith(", skipped steps 100.0 %")
+    assert err[-1] == f"every step was skipped: {ALL_SKIPPED[options]}"
+    assert "every step" not in "".join(err[:-1])
+
+
+def test_a_run_with_an_applied_step_gives_no_advice(tmp_path):
+    out, err = said(tmp_path, "--microbatches", 2, "--agree", 0.55, "--learning-rate", 1e-9)
+    last = metrics(only_run(tmp_path))[-1]
+    assert 0 < last["skipped"] < last["step"] == 32
+    assert out[0].endswith(f"skipped steps {100 * last['skipped'] / 32:.1f} %")
+    assert "every step" not in "".join(err)
+
+
+def test_a_run_that_diverges_says_when_and_once(tmp_path):
+    out, err = said(tmp_path, "--learning-rate", "1e30")
+    advice = [line for line in err if "not finite" in line]
+    (line,) = advice
+    since = int(re.fullmatch(r"the loss is not finite since step (\d+); .*", line)[1])
+    assert line.endswith("; is --learning-rate too large?")
+    again = run_of("--model", "mlp_8", "--learning-rate", "1e30", "--epochs", 2)
+    advance(again, since)  # as many batches had a loss; the next one has none
+    assert again.totals["losses"] == since
+    advance(again, since + 1)
+    assert again.totals["losses"] == since
+    assert "step 16: loss nan, train" in err[2] and "loss nan, " in out[0]
+    assert metrics(only_run(tmp_path))[-1]["loss"] is None
+
+
+def test_a_resumed_run_knows_since_when_there_was_no_loss(tmp_path):
+    run = run_of("--model", "mlp_8", "--learning-rate", "1e30", "--epochs", 2)
+    advance(run, 16)
+    found = evaluation(run)
+    write_point(tmp_path, run)
+    again = run_of("--model", "mlp_8", "--learning-rate", "1e30", "--epochs", 2)
+    go_on(tmp_path, again)
+    assert why_not_finite(run, found)
+    assert why_not_finite(again, found) == why_not_finite(run, found)
+    flat = torch.load(tmp_path / "resume.pt", weights_only=True)
+    del flat["finite_until"]  # a point of an earlier version
+    torch.save(flat, tmp_path / "resume.pt")
+    go_on(tmp_path, again)
+    assert "since step 17" in why_not_finite(again, found)
+
+
+def test_a_batch_without_a_loss_that_was_skipped_is_no_divergence():
+    run = run_of("--model", "mlp_8", "--microbatches", 2, "--agree", 1.9, "--epochs", 1)
+    step = run.step
+    run.step = lambda state, batch, **extra: step(state, (batch[0] * torch.nan, batch[1]), **extra)
+    advance(run, 2)
+    assert run.skipped.item() == 2
+    assert why_not_finite(run, evaluation(run)) is None
+    assert why_all_skipped(run) == "every step was skipped: the loss was never finite"
+    run.step = step
+    advance(run, 3)
+    assert why_all_skipped(run) is None

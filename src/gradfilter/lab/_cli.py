@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from gradfilter._about import answer
 from gradfilter.lab._processes import is_first_process
-from gradfilter.lab._usage import UsageError
+from gradfilter.lab._usage import UsageError, did_you_mean
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -27,7 +27,8 @@ def main(args: Sequence[str] | None = None) -> None:
             sys.exit(COMMANDS[command](options))
         else:
             known = ", ".join(COMMANDS)
-            raise UsageError(f"unknown command {command!r}. The commands are: {known}.")
+            hint = did_you_mean(command, COMMANDS, "'{}'")
+            raise UsageError(f"unknown command {command!r}.{hint} The commands are: {known}.")
     except UsageError as error:
         name = f"gradfilter {command}" if command in COMMANDS else "gradfilter"
         if is_first_process():  # of several one says it

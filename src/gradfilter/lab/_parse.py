@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from io import StringIO
 from typing import TypeVar
 
 import tyro
 
+from gradfilter.lab._said import hints, plainly, wrapped
 from gradfilter.lab._usage import UsageError
 
 Config = TypeVar("Config")
@@ -29,10 +30,19 @@ def parse(config: type[Config], program: str, options: Sequence[str]) -> Config:
             return tyro.cli(config, prog=program, args=options)
     except SystemExit as stop:
         if not stop.code:
-            print(shown.getvalue(), end="")
+            print(wrapped(shown.getvalue()), end="")
             raise
-        said = one_line(refused.getvalue()).rstrip(".")
-        raise UsageError(f"{said}. See {program} --help.") from None
+        said = plainly(one_line(refused.getvalue()).rstrip("."))
+        near = hints(said, _help(config, program)) if "Unrecognized" in said else ""
+        raise UsageError(f"{said}.{near} See {program} --help.") from None
+
+
+def _help(config: type[Config], program: str) -> str:
+    """The help as tyro has it."""
+    shown = StringIO()
+    with redirect_stdout(shown), suppress(SystemExit):
+        tyro.cli(config, prog=program, args=["--help"])
+    return shown.getvalue()
 
 
 def one_line(box: str) -> str:

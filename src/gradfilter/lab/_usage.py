@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 import torch
 
 
@@ -20,6 +23,25 @@ def check(condition: bool, option: str, expected: str, found: object, fix: str) 
     """
     if not condition:
         raise UsageError(f"{option}: expected {expected}, found {found}. {fix}".rstrip())
+
+
+def did_you_mean(typed: str, known: Iterable[str], written: str = "{}") -> str:
+    """A sentence with the nearest of some names, after a space; nothing where none is near.
+
+    Args:
+        typed: What is no name.
+        known: The names.
+        written: How one is written in a sentence.
+
+    Examples:
+        >>> did_you_mean("label-nose", ["label-noise", "seed"], "--{}")
+        ' Did you mean --label-noise?'
+        >>> did_you_mean("colour", ["label-noise", "seed"])
+        ''
+    """
+    # Sorted, so that of two that are equally near it is always the same.
+    near = difflib.get_close_matches(typed, sorted(known), n=1)
+    return f" Did you mean {written.format(near[0])}?" if near else ""
 
 
 def usable_device(name: str) -> torch.device:

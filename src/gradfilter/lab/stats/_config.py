@@ -42,7 +42,8 @@ class StatsConfig:
     """Where torchvision keeps its data sets (DATA_DIR), if it is no longer where the run had it."""
 
     preset: str | None = None
-    """What a published recipe measures; options given beside it count more."""
+    """What a published recipe measures: double-descent-cifar10, double-descent-digits. Options
+    given beside it count more."""
     config: Path | None = None
     """A TOML file with a table [stats]; counts more than a preset, less than options."""
 

@@ -11,7 +11,7 @@ from gradfilter.lab.train._archive import Checkpoint
 from gradfilter.lab.train._place import find_runs, read_config
 
 WANTED = ("data", "model", "label_noise", "seed", "name")
-SHOWN = 8
+SHOWN = 3
 
 
 def find_run(config: StatsConfig) -> Path:

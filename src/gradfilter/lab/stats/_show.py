@@ -52,7 +52,7 @@ def summary(paths: Sequence[Path]) -> str:
     first = found[0]["metadata"]
     table = Table(title=f"{first['settings']['metric']}, {first['settings']['dataset_split']}")
     means = _columns(first)
-    for column in ("checkpoint", "step", "epoch", "samples", *means, "no number"):
+    for column in ("checkpoint", "step", "epoch", "samples", *means, "not finite"):
         table.add_column(column, justify="right")
     for content in found:
         about = content["metadata"]

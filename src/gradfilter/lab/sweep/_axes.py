@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import Trial
 
 from gradfilter.lab._options import arguments
-from gradfilter.lab._usage import UsageError, check
+from gradfilter.lab._usage import UsageError, check, did_you_mean
 from gradfilter.lab.train._command import NESTEROV
 from gradfilter.lab.train._config import PLACE, WATCHING, TrainConfig
 
@@ -154,8 +153,7 @@ def _text(value: Any) -> str:
 
 def _check_name(name: str, option: str) -> None:
     if name not in HINTS:
-        near = difflib.get_close_matches(name, HINTS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(name, HINTS)
         raise UsageError(
             f"{option}: train has no setting {name!r}.{hint} See gradfilter train --help."
         )

@@ -54,6 +54,7 @@ class SweepConfig:
     """Train again what failed."""
 
     preset: str | None = None
-    """A published recipe by name: its tables [sweep] and [train]."""
+    """The tables [sweep] and [train] of a published recipe: gaf-cifar100, gaf-cifar100n,
+    agc-cifar10, gsam-cifar10, double-descent-cifar10 or double-descent-digits."""
     config: Path | None = None
     """A TOML file with such tables; counts more than a preset, less than options."""

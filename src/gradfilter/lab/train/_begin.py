@@ -81,6 +81,7 @@ def begin(config: TrainConfig, device: torch.device, crew: Crew = ALONE) -> Run:
         state=step.init(model, seed=config.seed),
         totals=_totals.nothing(device),
         skipped=torch.zeros((), device=device, dtype=torch.int64),
+        finite_until=torch.full((), -1, device=device, dtype=torch.int64),
     )
 
 

@@ -37,7 +37,9 @@ class TrainCommand:
     settings: tyro.conf.OmitArgPrefixes[TrainConfig]
     """"""
     preset: str | None = None
-    """A published recipe by name; options given beside it count more."""
+    """A published recipe by name: gaf-cifar100, gaf-cifar100n, agc-cifar10, gsam-cifar10,
+    double-descent-cifar10, double-descent-digits; or a training of the demo: demo-sgd, demo-agree,
+    demo-consensus. Options given beside it count more."""
     config: Path | None = None
     """A TOML file with a table [train]; counts more than a preset, less than options."""
     print_config: bool = False

@@ -20,8 +20,8 @@ class TrainConfig:
     """
 
     data: str = "digits"
-    """digits, cifar10, cifar100, cifar100n-fine, synthetic-uniform, synthetic-normal,
-    synthetic-hypersphere, or folder:PATH (ImageFolder)."""
+    """digits, cifar10, cifar100, cifar100n-fine:FILE (or with --noise-file), synthetic,
+    synthetic-uniform, synthetic-normal, synthetic-hypersphere, or folder:PATH (ImageFolder)."""
     data_dir: Path = Path("data")
     """Where torchvision keeps its data sets (DATA_DIR)."""
     download: bool = False

@@ -154,6 +154,11 @@ def read_config(place: Path) -> dict[str, Any]:
         raise UsageError(f"no run in {str(place)!r}: it has no config.json.") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{str(path)!r} cannot be read: {error}.") from None
+    if isinstance(found, dict) and found.get("command") == "demo":
+        raise UsageError(
+            f"{str(place)!r} is of gradfilter demo, which drew its own curves.png; this command is "
+            "for runs of gradfilter train."
+        )
     if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
         raise UsageError(f"{str(path)!r} is not the record of a run.")
     return found

@@ -59,11 +59,9 @@ def progress_bar(
 
 def shown(evaluation: Evaluation) -> str:
     """An evaluation as a line for people."""
-    parts = [
-        f"epoch {evaluation.epoch:.4g}, step {evaluation.step}:",
-        f"loss {evaluation.loss:.4f}," if not math.isnan(evaluation.loss) else "",
-        f"train {100 * evaluation.train_accuracy:.1f} %",
-    ]
+    parts = [f"train {100 * evaluation.train_accuracy:.1f} %"]
+    if evaluation.step:  # before the first one there were no batches
+        parts.insert(0, f"loss {_loss(evaluation)}")
     for label, value in (
         ("memorised", evaluation.memorised),
         ("val", evaluation.val_accuracy),
@@ -72,5 +70,13 @@ def shown(evaluation: Evaluation) -> str:
     ):
         if not math.isnan(value):
             parts.append(f"{label} {100 * value:.1f} %")
-    head, rest = [p for p in parts[:2] if p], parts[2:]
-    return " ".join(head) + " " + ", ".join(rest)
+    if evaluation.skipped:
+        parts.append(f"skipped steps {100 * evaluation.skipped / evaluation.step:.1f} %")
+    return f"epoch {evaluation.epoch:.4g}, step {evaluation.step}: {', '.join(parts)}"
+
+
+def _loss(evaluation: Evaluation) -> str:
+    """The mean of the batches, or nan as soon as that of the training set is no number."""
+    if not math.isfinite(evaluation.train_loss):
+        return "nan"
+    return f"{evaluation.loss:.4f}" if evaluation.loss < 1e6 else f"{evaluation.loss:.4g}"

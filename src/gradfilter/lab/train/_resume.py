@@ -29,6 +29,7 @@ def write_point(place: Path, run: Run) -> None:
         **_prefixed("state.", gf.state_dict(run.state)),
         **_prefixed("totals.", run.totals),
         "skipped": run.skipped,
+        "finite_until": run.finite_until,
         **{name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()},
     }
     write_bytes(place / NAME, tensor_bytes(flat))
@@ -47,12 +48,14 @@ def go_on(place: Path, run: Run) -> None:
         totals = {name: flat[f"totals.{name}"].to(zero) for name, zero in run.totals.items()}
         numbers = {name: flat[name].item() for name in (*NUMBERS, "reports", "report")}
         skipped = flat["skipped"].to(run.device)
+        finite_until = flat.get("finite_until", flat["done"].long()).to(run.device)
     except (ValueError, KeyError) as error:
         raise UsageError(
             f"--resume: {str(path)!r} does not fit this run: {error} "
             "Start anew under another --name."
         ) from None
     run.state, run.totals, run.skipped = state, totals, skipped
+    run.finite_until = finite_until
     run.done = int(numbers["done"])
     run.seconds, run.epoch_seconds = numbers["seconds"], numbers["epoch_seconds"]
     run.report = numbers["report"] if numbers["reports"] else None

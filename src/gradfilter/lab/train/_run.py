@@ -48,6 +48,8 @@ class Run:
         done: Steps done.
         totals: Of the epoch at work.
         skipped: Steps skipped since the start, on the device.
+        finite_until: Steps after which the loss of a batch was last finite, on the device; −1 if it
+            never was.
         report: What the next step tells a plateau schedule.
         peak_memory: The most that was held during steps, in bytes.
         seconds: Spent in steps since the start.
@@ -67,6 +69,7 @@ class Run:
     state: State
     totals: _totals.Totals
     skipped: Tensor
+    finite_until: Tensor
     done: int = 0
     report: float | None = None
     peak_memory: float = 0.0
@@ -144,6 +147,8 @@ def advance(
                 run.report = None
             run.totals = _totals.plus(run.totals, info)
             run.skipped = run.skipped + ~info["keep"]
+            finite = info["loss"].isfinite()
+            run.finite_until = torch.where(finite, run.done, run.finite_until)
             run.done += 1
             tick()
     if run.device.type != "cpu":

@@ -13,6 +13,7 @@ from gradfilter.lab._crew import connected, own_device
 from gradfilter.lab._interrupt import interruptible
 from gradfilter.lab._processes import is_first_process
 from gradfilter.lab._usage import usable_device
+from gradfilter.lab.train._advice import why_all_skipped, why_not_finite
 from gradfilter.lab.train._begin import begin
 from gradfilter.lab.train._check import check_values
 from gradfilter.lab.train._config import TrainConfig
@@ -49,8 +50,9 @@ def train(config: TrainConfig) -> int:
     device = own_device(usable_device(config.device))
     place = place_of(config)
     refuse_what_is_there(config, place)
-    if config.resume and not (place / "config.json").exists() and is_first_process():
-        # A mistyped setting names another directory.
+    begun = (place / "config.json").exists()
+    if config.resume and not begun and config.log_level in ("debug", "info") and is_first_process():
+        # A mistyped setting names another directory; a sweep, which says less, has typed none.
         print(f"--resume: no run in {place} yet, one is begun", file=sys.stderr)
     if is_finished(place):
         if is_first_process():
@@ -87,6 +89,7 @@ def recorded(run: Run, place: Path, goes_on: bool, stopped: Callable[[], bool]) 
     """
     config, facts = run.config, facts_of(run)
     last: list[Evaluation] = []
+    warned = False
     with ExitStack() as stack:
         console = stack.enter_context(speaking(config.log_level))
         record = Record(place, facts)
@@ -105,10 +108,14 @@ def recorded(run: Run, place: Path, goes_on: bool, stopped: Callable[[], bool]) 
             with progress_bar(console, config.model, run.total_steps, run.done) as tick:
 
                 def evaluated(evaluation: Evaluation) -> None:
+                    nonlocal warned
                     record.write_evaluation(evaluation)
                     track(evaluation.step, asdict(evaluation))
                     log.info(shown(evaluation))
                     last[:] = [evaluation]
+                    if not warned and (why := why_not_finite(run, evaluation)):
+                        log.warning(why)
+                        warned = True
 
                 watch = Watch(evaluated, record.write_checkpoint, record.save_point, tick)
                 over = train_to_the_end(run, watch, stopped)
@@ -121,5 +128,8 @@ def recorded(run: Run, place: Path, goes_on: bool, stopped: Callable[[], bool]) 
     if not over:
         print(f"interrupted after step {run.done} of {run.total_steps}; --resume goes on: {place}")
     elif last:
-        print(f"{shown(last[0])}\nwrote {place}")
+        # The log, which may be on the same screen, ends with the same numbers.
+        print(f"last: {shown(last[0])}\nwrote {place}")
+    if why := why_all_skipped(run):
+        print(why, file=sys.stderr)
     return over
