@@ -32,31 +32,19 @@ def call(update, grads=ROWS, params=PARAMS, **extra):
             r".*Insert a reducer before it: mean_rows\(\)",
         ),
         (
-            lambda: [gf.mean_rows(), gf.agree_filter()],
-            TypeError,
-            r"link 2, 'agree_filter', takes rows, but a tree reaches it: 'mean_rows' gives one",
-        ),
-        (
-            lambda: [sgd(), gf.agc_clip()],
-            TypeError,
-            r"link 2, 'agc_clip', stands after the update rule 'sgd'.*Move it before 'sgd'",
-        ),
-        (
-            lambda: [sgd(), gf.adam()],
-            TypeError,
-            r"link 2, 'adam', stands after the update rule 'sgd'",
-        ),
-        (
             lambda: [gf.agc_clip(), gf.ema_params(0.9)],
             TypeError,
             r"link 2, 'ema_params', takes an update, found a tree. Put it after sgd",
         ),
-        (
-            lambda: [gf.mean_rows(), gf.sam_perturb(0.1, per_microbatch=True), sgd()],
-            TypeError,
-            r"link 2, 'sam_perturb', takes rows, but a tree reaches it",
-        ),
         (lambda: [gf.agree_filter, sgd()], TypeError, r"found function. Call the factory"),
+        (lambda: [[gf.mean_rows(), sgd()]], TypeError, r"found list. Unpack it: chain\(\*links\)"),
+        (
+            lambda: [gf.mean_rows(), torch.optim.SGD([torch.ones(1)])],
+            TypeError,
+            r"found SGD. Use sgd\(lr\) and so on, or interop.Filtered to keep a torch optimizer",
+        ),
+        (lambda: [gf.mean_rows(), torch.optim.Adam], TypeError, r"found Adam. Use sgd\(lr\)"),
+        (lambda: [gf.mean_rows(), None], TypeError, r"found NoneType. Factories such as"),
         (lambda: [], ValueError, r"at least one link"),
         (
             lambda: [gf.agc_clip(), gf.agc_clip(), gf.named("agc_clip_2", gf.agc_clip()), sgd()],
@@ -68,6 +56,136 @@ def call(update, grads=ROWS, params=PARAMS, **extra):
 def test_refused_when_built(links, error, message):
     with pytest.raises(error, match=message):
         gf.chain(*links())
+
+
+def rows_rule():
+    """An update rule that takes rows alone."""
+    return gf.named("heads", gf.chain(gf.mean_rows(), sgd()))
+
+
+def per_row_sam():
+    return gf.sam_perturb(0.1, per_microbatch=True)
+
+
+MISPLACED = {
+    "a second reducer": (
+        lambda: [gf.agree_filter(0.97), gf.mean_rows(), sgd()],
+        r"'agree_filter' has already reduced .*Remove 'mean_rows': a chain has one reducer",
+        lambda filtered, mean, rule: [filtered, rule],
+    ),
+    "a second reducer, with a link between": (
+        lambda: [gf.agree_filter(), gf.agc_clip(), gf.consensus_filter(), sgd()],
+        r"'agree_filter' has already reduced .*Remove 'consensus_filter'",
+        lambda filtered, clip, second, rule: [filtered, clip, rule],
+    ),
+    "a filter behind the mean": (
+        lambda: [gf.mean_rows(), gf.agc_clip(), gf.agree_filter(), sgd()],
+        r"Put 'agree_filter' in the place of 'mean_rows': a chain has one reducer",
+        lambda mean, clip, filtered, rule: [filtered, clip, rule],
+    ),
+    "the same link twice": (
+        lambda: [gf.mean_rows()] * 2 + [sgd()],
+        r"Remove 'mean_rows'",
+        lambda mean, again, rule: [mean, rule],
+    ),
+    "a reducer behind a clip": (
+        lambda: [gf.agc_clip(0.01), gf.mean_rows(), sgd()],
+        r"'agc_clip' works on one gradient. Move 'mean_rows' before 'agc_clip'",
+        lambda clip, mean, rule: [mean, clip, rule],
+    ),
+    "a reducer behind two clips": (
+        lambda: [gf.finite_filter(), gf.clip_by_global_norm(1.0), gf.agc_clip(), gf.mean_rows()],
+        r"'clip_by_global_norm' works on one .*Move 'mean_rows' before 'clip_by_global_norm'",
+        lambda finite, whole, units, mean: [finite, mean, whole, units],
+    ),
+    "rows behind the reducer": (
+        lambda: [gf.mean_rows(), gf.agc_clip(), gf.clip_per_row(1.0), sgd()],
+        r"'mean_rows' has already reduced the rows. Move 'clip_per_row' before 'mean_rows'",
+        lambda mean, clip, each, rule: [each, mean, clip, rule],
+    ),
+    "m-sharpness behind the reducer": (
+        lambda: [gf.mean_rows(), per_row_sam(), sgd()],
+        r"link 2, 'sam_perturb', takes rows, .*Move 'sam_perturb' before 'mean_rows'",
+        lambda mean, sam, rule: [sam, mean, rule],
+    ),
+    "rows behind a clip, the reducer last": (
+        lambda: [gf.agc_clip(), gf.clip_per_row(1.0), gf.mean_rows(), sgd()],
+        r"Put 'clip_per_row', and 'mean_rows' behind it, before 'agc_clip'",
+        lambda clip, each, mean, rule: [each, mean, clip, rule],
+    ),
+    "rows behind a clip, no reducer": (
+        lambda: [gf.agc_clip(), gf.clip_per_row(1.0), sgd()],
+        r"Put 'clip_per_row', and a reducer \(mean_rows\(\), .*\) behind it, before 'agc_clip'",
+        lambda clip, each, rule: [each, gf.mean_rows(), clip, rule],
+    ),
+    "a clip before the reducer": (
+        lambda: [gf.clip_per_row(1.0), gf.agc_clip(), gf.mean_rows(), sgd()],
+        r"rows reach it from 'clip_per_row'. Put 'mean_rows' before it",
+        lambda each, clip, mean, rule: [each, mean, clip, rule],
+    ),
+    "a second rule": (
+        lambda: [gf.mean_rows(), sgd(), gf.adam(0.1)],
+        r"link 3, 'adam', is a second update rule after 'sgd'. Keep one of the two",
+        lambda mean, first, second: [mean, second],
+    ),
+    "a second rule behind an average": (
+        lambda: [sgd(), gf.ema_params(), gf.adam(0.1)],
+        r"link 3, 'adam', is a second update rule after 'sgd'",
+        lambda first, average, second: [first, average],
+    ),
+    "a clip behind the rule": (
+        lambda: [sgd(), gf.agc_clip()],
+        r"link 2, 'agc_clip', stands after the update rule 'sgd'.*Move it before 'sgd'",
+        lambda rule, clip: [clip, rule],
+    ),
+    "a clip behind the average": (
+        lambda: [gf.mean_rows(), sgd(), gf.ema_params(), gf.agc_clip()],
+        r"stands after the update rule 'sgd'.*Move it before 'sgd'",
+        lambda mean, rule, average, clip: [mean, clip, rule, average],
+    ),
+    "a filter behind the rule": (
+        lambda: [gf.mean_rows(), sgd(), gf.agree_filter()],
+        r"Put 'agree_filter' in the place of 'mean_rows'",
+        lambda mean, rule, filtered: [filtered, rule],
+    ),
+    "rows behind the rule": (
+        lambda: [sgd(), gf.clip_per_row(1.0)],
+        r"Put 'clip_per_row', and a reducer .* behind it, before 'sgd'",
+        lambda rule, each: [each, gf.mean_rows(), rule],
+    ),
+    "an average before the rule": (
+        lambda: [gf.ema_params(), sgd()],
+        r"link 1, 'ema_params', takes an update, found none before it. Put it after sgd",
+        lambda average, rule: [rule, average],
+    ),
+    "an average before rows": (
+        lambda: [gf.clip_per_row(1.0), gf.ema_params(), gf.mean_rows(), sgd()],
+        r"link 2, 'ema_params', takes an update, found rows. Put it after sgd",
+        lambda each, average, mean, rule: [each, mean, rule, average],
+    ),
+    "a rule of rows behind a reducer": (
+        lambda: [gf.mean_rows(), rows_rule()],
+        r"Remove 'mean_rows': 'heads' has reducers of its own",
+        lambda mean, rule: [rule],
+    ),
+    "a rule of rows behind a clip": (
+        lambda: [gf.agc_clip(), rows_rule()],
+        r"'agc_clip' works on one gradient. Put what stands before it inside 'heads'",
+        lambda clip, rule: [gf.named("heads", gf.chain(gf.mean_rows(), clip, sgd()))],
+    ),
+    "a clip behind a rule of rows": (
+        lambda: [rows_rule(), gf.agc_clip()],
+        r"Put it inside 'heads', or leave it out",
+        lambda rule, clip: [rule],
+    ),
+}
+
+
+@pytest.mark.parametrize("links, message, followed", MISPLACED.values(), ids=MISPLACED)
+def test_what_a_refusal_advises_works(links, message, followed):
+    with pytest.raises(TypeError, match=message):
+        gf.chain(*links())
+    gf.chain(*followed(*links()))
 
 
 def test_masked_update_rules_are_refused():
@@ -148,6 +266,40 @@ def test_changed_leaves_are_named_by_the_rule_that_remembers_them():
     rows = {n: g for n, g in ROWS.items() if n != "head.bias"}
     with pytest.raises(ValueError, match=r"state 'momentum'.*extra \['head.bias'\]"):
         update(fewer, state, rows)
+
+
+@pytest.mark.parametrize(
+    "state, error, message",
+    [
+        (None, TypeError, "found NoneType. Begin with"),
+        ((PARAMS, {}, {}), TypeError, "found tuple. Begin with .* params, state, info = update"),
+        ({}, ValueError, r"missing \['agree_filter', 'sgd'\], extra \[\]"),
+        ({"mean_rows": {}, "sgd": {}}, ValueError, r"\['agree_filter'\], extra \['mean_rows'\]"),
+        ({str(i): {} for i in range(9)}, ValueError, r"'5'\] and 3 more. Begin with"),
+    ],
+)
+def test_a_state_that_is_none_or_anothers(state, error, message):
+    update = gf.chain(gf.agree_filter(1.2), sgd())
+    with pytest.raises(error, match=f"^chain agree_filter -> sgd: expected the state.*{message}"):
+        update(PARAMS, state, ROWS)
+
+
+@pytest.mark.parametrize(
+    "wrong, found",
+    [
+        (lambda model: model, "Linear"),
+        (lambda model: model.parameters(), "generator"),
+        (lambda model: gf.extract(model), "tuple"),
+        (lambda model: None, "NoneType"),
+    ],
+)
+def test_init_of_something_else_than_parameters(wrong, found):
+    update = gf.chain(gf.mean_rows(), sgd())
+    advice = r"params, buffers = extract\(model\)"
+    with pytest.raises(
+        TypeError, match=f"^chain mean_rows -> sgd: expected .* found {found}.*{advice}"
+    ):
+        update.init(wrong(torch.nn.Linear(2, 2)))
 
 
 # --- what it composes to

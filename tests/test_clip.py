@@ -137,6 +137,17 @@ def test_exclude_goes_by_name():
     assert out["clipped_fraction"] == 0
 
 
+def test_one_link_with_exclude_fits_every_branch():
+    """In most branches of a partition there is nothing to exclude, which is no mistake."""
+    params = {name: uneven((3, 4), i) for i, name in enumerate(("body.weight", "head.weight"))}
+    grads = {name: 10 * uneven(p.shape, 20) for name, p in params.items()}
+    chain = gf.chain(gf.agc_clip(exclude=lambda name: name == "head.weight"), gf.sgd(1.0))
+    update = gf.partition({"body": chain, "head": chain}, lambda name: name.split(".")[0])
+    _, _, info = update(params, update.init(params), grads)
+    assert info["partition/body/agc_clip/clipped_fraction"] == 1
+    assert info["partition/head/agc_clip/clipped_fraction"] == 0
+
+
 @pytest.mark.parametrize("shape", [(3, 4, 5), (4, 3, 2, 3), (2, 3, 1, 2, 2)])
 def test_units_of_a_transposed_convolution_lie_along_dim_one(shape):
     w, g = uneven(shape, 3, dim=1), uneven(shape, 4, dim=1)

@@ -107,3 +107,10 @@ def test_numbers_and_words(call, match):
 def test_things_of_another_kind(call):
     with pytest.raises(TypeError, match="Expected"):
         call()
+
+
+@pytest.mark.parametrize("measure", [gd.hessian_top, gd.hessian_trace])
+def test_a_loss_that_uses_other_parameters_than_its_own_is_refused(measure):
+    elsewhere = lambda params, batch: nn.functional.cross_entropy(MODEL(batch[0]), batch[1])
+    with pytest.raises(ValueError, match=r"depends on the parameters.*functional_call"):
+        measure(elsewhere, PARAMS, (X, Y))

@@ -381,3 +381,135 @@ def test_dropout_on_a_gpu_is_reproduced_by_at(plan):
     params, _ = gf.extract(model)
     rows = gf.microbatch_grads(gf.model_loss(model, F.cross_entropy), 3, plan=plan)(params, batch)
     assert torch.equal(rows.at(params).losses, rows.losses)
+
+
+def notes(model, criterion, batch, m=3, plan="auto"):
+    """What stands below the error of a loss that raises."""
+    params, _ = gf.extract(model)
+    with pytest.raises((RuntimeError, ValueError, TypeError)) as caught:
+        gf.microbatch_grads(gf.model_loss(model, criterion), m, plan=plan)(params, batch)
+    return caught.type, getattr(caught.value, "__notes__", [])
+
+
+LABELS = torch.arange(6) % 2
+FLAT = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+CONV = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten())
+NORM = nn.Sequential(nn.LayerNorm(2), nn.Flatten(), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("plan", ["loop", "vmap", "fused", "auto"])
+@pytest.mark.parametrize("network", [FLAT, CONV, NORM])
+@pytest.mark.parametrize(
+    "home, other, fix",
+    [
+        (torch.float32, torch.float64, "x.float(), or model.double() before extract"),
+        (torch.float64, torch.float32, "x.double(), or model.float() before extract"),
+        (torch.float32, torch.int64, "x.float()"),
+        (torch.float32, torch.uint8, "x.float()"),
+    ],
+)
+def test_dtypes_that_differ_are_noted(plan, network, home, other, fix):
+    model, x = copy.deepcopy(network).to(home), torch.ones(6, 1, 2, 2).to(other)
+    kind, found = notes(model, F.cross_entropy, (x, LABELS), plan=plan)
+    assert kind is RuntimeError
+    assert found == [f"The batch holds {other}, the parameters {home}: {fix}."]
+
+
+WIDE = torch.ones(6, 4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "model, batch",
+    [
+        (nn.Linear(3, 2), (WIDE, LABELS)),
+        (nn.Linear(4, 2), (WIDE, LABELS.float())),
+        (nn.Embedding(4, 2), (WIDE[:, 0].float(), LABELS)),
+        (nn.Embedding(4, 2), (LABELS, LABELS.short())),
+    ],
+)
+def test_errors_about_something_else_have_no_note(model, batch):
+    model = copy.deepcopy(model).double()
+    assert notes(model, F.cross_entropy, batch, plan="loop") == (RuntimeError, [])
+
+
+def test_a_loss_that_raises_for_its_own_reasons_has_no_note():
+    def criterion(output, y):
+        raise RuntimeError("no luck")
+
+    batch = torch.ones(6, 3, dtype=torch.float32), torch.ones(6, 2, dtype=torch.float64)
+    assert notes(nn.Linear(3, 2).float(), criterion, batch) == (RuntimeError, [])
+
+
+def test_dtypes_that_torch_takes_together_are_taken():
+    params, _ = gf.extract(nn.Linear(3, 2, dtype=torch.float32))
+    loss = gf.model_loss(nn.Linear(3, 2, dtype=torch.float32), F.mse_loss)
+    batch = torch.ones(6, 3, dtype=torch.float32), torch.ones(6, 2, dtype=torch.float64)
+    assert gf.microbatch_grads(loss, 3)(params, batch).losses.dtype == torch.float64
+
+
+def test_a_fallback_says_what_it_said_without_a_note():
+    def criterion(output, y):
+        if torch._C._functorch.maybe_current_level():
+            raise RuntimeError("expected one dtype")
+        return F.mse_loss(output, y)
+
+    model = nn.Linear(3, 2, dtype=torch.float32)
+    batch = torch.ones(6, 3, dtype=torch.float32), torch.ones(6, 2, dtype=torch.float64)
+    params, _ = gf.extract(model)
+    with pytest.warns(UserWarning) as caught:
+        gf.microbatch_grads(gf.model_loss(model, criterion), 3)(params, batch)
+    assert [str(w.message) for w in caught] == [
+        'Fell back to plan "loop": expected one dtype. Pass plan="loop" to choose it outright.'
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:var_mean")  # torch's, before it raises
+@pytest.mark.parametrize("plan", ["loop", "vmap", "fused", "auto"])
+def test_batch_norm_of_one_sample_is_noted(plan):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    kind, found = notes(model, F.cross_entropy, (torch.ones(6, 3), LABELS), 6, plan)
+    assert kind is ValueError
+    assert found == [
+        "Rows of one sample: BatchNorm has nothing to average. Use microbatches, GroupNorm or "
+        "model.eval()."
+    ]
+
+
+def test_keyword_arguments_of_a_dict_batch_are_noted():
+    note = (
+        "A dict batch is given to the model as keyword arguments; for "
+        '{"x", "y"} pass (batch["x"], batch["y"]).'
+    )
+    batch = {"x": torch.ones(6, 3), "y": LABELS}
+    assert notes(nn.Linear(3, 2), F.cross_entropy, batch) == (TypeError, [note])
+
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = nn.Linear(3, 2)
+
+        def forward(self, x, y):
+            return self.part(x, scale=2)
+
+    assert notes(Inside(), F.cross_entropy, batch) == (TypeError, [])
+
+
+def test_the_class_of_a_criterion_is_refused():
+    message = r"found the class CrossEntropyLoss\. Call it: CrossEntropyLoss\(\)\."
+    model = nn.Linear(3, 2)
+    with pytest.raises(TypeError, match="^Expected a criterion, " + message):
+        gf.model_loss(model, nn.CrossEntropyLoss)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="^Filtered: expected a criterion, " + message):
+        gf.interop.Filtered(model, nn.CrossEntropyLoss, gf.mean_rows(), optimizer, 2)
+
+
+def test_insert_refuses_what_is_no_module_or_no_dict():
+    model = nn.Linear(3, 2)
+    params, buffers = gf.extract(model)
+    with pytest.raises(
+        TypeError, match=r"insert\(model, params, buffers\).*insert\(dict, Linear\)"
+    ):
+        gf.insert(params, model)
+    with pytest.raises(TypeError, match=r"found insert\(Linear, tuple\)"):
+        gf.insert(model, (params, buffers))

@@ -1,9 +1,12 @@
 """Bad input: one clear error that says what, why and how to fix it, before anything is computed."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 import gradfilter as gf
 
@@ -65,6 +68,51 @@ def test_loss_that_is_no_tensor(plan):
 def test_detached_loss(plan):
     with pytest.raises(ValueError, match="Is it detached"):
         grads(criterion=lambda out, y: out.detach().sum(), plan=plan)
+
+
+def ignores(params, batch):
+    """A loss of the module's own parameters."""
+    return F.cross_entropy(MODEL(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("plan", ["auto", "loop", "vmap", "fused"])
+@pytest.mark.parametrize("m", [1, 2, None])
+def test_a_loss_of_other_parameters(m, plan):
+    make = gf.per_sample_grads if m is None else partial(gf.microbatch_grads, microbatches=m)
+    with pytest.raises(ValueError, match=r"depends on the parameters.*functional_call\(model, p"):
+        make(ignores, plan=plan)(gf.extract(MODEL)[0], BATCH)
+
+
+def test_the_advice_of_that_error_works():
+    def uses(params, batch):
+        return F.cross_entropy(functional_call(MODEL, params, (batch[0],)), batch[1])
+
+    params, _ = gf.extract(MODEL)
+    found = gf.microbatch_grads(uses, 2)(params, BATCH).gram()
+    torch.testing.assert_close(found, grads().gram())
+    assert found.diagonal().gt(0).all()
+
+
+@pytest.mark.parametrize("plan", ["auto", "loop", "vmap", "fused"])
+@pytest.mark.parametrize("m", [1, 2])
+def test_one_used_parameter_is_enough(m, plan):
+    """Also where it is the loss itself, or the graph first leads elsewhere."""
+    losses = {
+        "w": lambda p, b: p["w"] * 1,
+        "itself": lambda p, b: p["w"],
+        "elsewhere": lambda p, b: p["w"] * MODEL(b).mean() + MODEL(b).mean(),
+    }
+    params = {"unused": torch.ones(2), "w": torch.tensor(2.0)}
+    for loss in losses.values():
+        rows = gf.microbatch_grads(loss, m, plan=plan)(params, BATCH[0]).stacked()
+        assert rows["unused"].eq(0).all() and rows["w"].ne(0).all()
+
+
+@pytest.mark.parametrize("constant", [torch.zeros(()), MODEL.bias.sum()])
+def test_a_row_may_be_constant(constant):
+    loss = lambda p, b: (p["w"] * b).sum() if b.sum() > 0 else constant
+    rows = gf.microbatch_grads(loss, 2, plan="loop")({"w": torch.ones(())}, torch.tensor([1.0, -1]))
+    assert rows.stacked()["w"].tolist() == [1, 0]
 
 
 def test_integer_parameter():

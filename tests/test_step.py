@@ -136,6 +136,48 @@ def test_only_complete_chains_from_rows():
             gf.train_step(loss, update)
 
 
+NO_STATES = {
+    "the model": (lambda state, model, step: model, TypeError, "found Dropped"),
+    "the batch": (lambda state, model, step: vectors(), TypeError, "found tuple"),
+    "not unpacked": (lambda state, model, step: step(state, vectors()), TypeError, "found tuple"),
+    "none": (lambda state, model, step: None, TypeError, "found NoneType"),
+    "the chain's": (
+        lambda state, model, step: state["transforms"],
+        ValueError,
+        r"missing \['params', 'buffers', 'transforms', 'random'\], extra \['agree_filter', ",
+    ),
+    "with more in it": (
+        lambda state, model, step: {**state, "epoch": torch.tensor(3)},
+        ValueError,
+        r"missing \[\], extra \['epoch'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong, error, found", NO_STATES.values(), ids=NO_STATES)
+def test_a_state_that_is_none(wrong, error, found):
+    model = Dropped()
+    step = new_step(model)
+    state = step.init(model)
+    begin = r"Begin with state = step.init\(model\), and go on with state, info = step\("
+    with pytest.raises(error, match=f"^train_step: expected the state .*{found}.*{begin}"):
+        step(wrong(state, model, step), vectors())
+
+
+def test_init_of_something_else_than_a_model():
+    model = Dropped()
+    step = new_step(model)
+    for wrong, found in ((model.parameters(), "generator"), (gf.extract(model), "tuple")):
+        with pytest.raises(TypeError, match=f"^train_step: expected a module.*found {found}"):
+            step.init(wrong)
+
+
+def test_a_file_that_was_not_read():
+    template = gf.sgd(0.1).init({"w": torch.ones(1)})
+    with pytest.raises(TypeError, match=r"found str. Read it first: torch.load\(path, weights"):
+        gf.load_state_dict(template, "run.pt")
+
+
 def test_select_keeps_every_bit():
     old = {"a": torch.tensor([-0.0, torch.nan, 1.0]), "n": torch.tensor(3)}
     new = {"a": torch.tensor([0.0, 2.0, torch.nan]), "n": torch.tensor(4)}

@@ -3,6 +3,9 @@
 update = chain(agree_filter(0.97), agc_clip(0.01), sgd(lr))
 """
 
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
+
 from gradfilter._tree import select as select
 from gradfilter._types import Transform as Transform
 from gradfilter.grads._dense import DenseStack as DenseStack
@@ -51,5 +54,28 @@ from gradfilter.transforms._state import load_state_dict as load_state_dict
 from gradfilter.transforms._state import state_dict as state_dict
 from gradfilter.transforms._step import TrainStep as TrainStep
 from gradfilter.transforms._step import train_step as train_step
+
+_ON_DEMAND = ("diagnostics", "distributed", "interop", "testing")
+
+if TYPE_CHECKING:
+    import gradfilter.diagnostics as _diagnostics
+    import gradfilter.distributed as _distributed
+    import gradfilter.interop as _interop
+    import gradfilter.testing as _testing
+
+    diagnostics, distributed = _diagnostics, _distributed
+    interop, testing = _interop, _testing
+else:  # type checkers would take any name at all for one that this function knows
+
+    def __getattr__(name: str) -> object:
+        """A subpackage, imported when it is first asked for."""
+        if name in _ON_DEMAND:
+            return _import_module(f"gradfilter.{name}")
+        raise AttributeError(f"module 'gradfilter' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        """What there is, imported already or not."""
+        return sorted({*globals(), *_ON_DEMAND})
+
 
 __version__ = "0.1.0"

@@ -82,6 +82,12 @@ class Transform:
     publishes: frozenset[str] = frozenset()
     links: tuple[Transform, ...] = ()
 
+    def __repr__(self) -> str:
+        """A chain by its links, a link by its kinds."""
+        if self.links:
+            return f"chain({', '.join(link.name for link in self.links)})"
+        return f"<{self.name}: {self.kind}>"
+
     @property
     def kind(self) -> str:
         """The signature as text, for example ``rows -> tree``."""

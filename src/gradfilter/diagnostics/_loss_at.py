@@ -13,7 +13,7 @@ from torch import Tensor
 from gradfilter import _tree
 from gradfilter._types import Params, Tree
 from gradfilter.grads._any_loss import AnyLoss
-from gradfilter.grads._check_loss import check_differentiable
+from gradfilter.grads._check_loss import check_reaches
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ class LossAt:
             leaves = {name: self.loss.leaf(name, p) for name, p in params.items()}
             _tree.device_of(leaves)  # refuses none at all
             value = self.value(leaves)
-            check_differentiable(value)
+            check_reaches(value, leaves.values())
             differentiate = partial(
                 torch.autograd.grad,
                 value,

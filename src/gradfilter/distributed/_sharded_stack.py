@@ -14,7 +14,7 @@ from gradfilter.grads._checks import check_same_leaves
 from gradfilter.grads._dense import DenseStack
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ShardedStack(DenseStack):
     """Rows whose leaves are DTensors: gradients of a model under FSDP2 or tensor parallelism.
 

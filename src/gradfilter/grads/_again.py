@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -20,7 +20,7 @@ class Origin:
     """How to compute a stack of ``rows`` rows again, and the parameters it was computed at."""
 
     rows: int
-    params: Params
+    params: Params = field(repr=False)
     evaluate: Callable[[Params, bool], GradStack]
 
 

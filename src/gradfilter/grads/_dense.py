@@ -16,7 +16,7 @@ from gradfilter.grads._checks import check_per_row, check_same_leaves, first_row
 from gradfilter.grads._stack import GradStack
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DenseStack(AgainStack):
     """A stack that holds its rows.
 

@@ -16,7 +16,7 @@ from gradfilter import _tree
 from gradfilter._types import Params, Tree
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._buffer_watch import BufferWatch
-from gradfilter.grads._check_loss import check_differentiable
+from gradfilter.grads._check_loss import check_reaches
 from gradfilter.grads._lift import Level, autocast_dtype
 from gradfilter.grads._loop import PureLoss
 from gradfilter.grads._rules._host import Host
@@ -133,7 +133,7 @@ def forward(
         watch.check(after, set(running.updated))
         losses = level.lower(value)
         aux = None if aux is None else _tree.tree_map(level.lower, aux)
-    check_differentiable(losses)
+    check_reaches(losses, leaves.values())
     for name, counter in after.items():
         if name.endswith("num_batches_tracked"):  # counted once, for all rows
             before = batch.buffers[name]

@@ -20,7 +20,7 @@ LARGEST_GRAM = 2048
 """Rows from which a Gram is too large to be made where something else will do."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FusedStack(AgainStack):
     """The rows of a `Pass`, cut to some leaves and to the first ones, and scaled.
 

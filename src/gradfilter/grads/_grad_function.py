@@ -46,7 +46,7 @@ class GradFunction:
             params: ``dict[str, Tensor]``, floating point, all that is to be differentiated.
             batch: Any tree of tensors with leading axis N.
             buffers: What the module's buffers are before the first row; the stack's ``buffers``
-                are what they are after the last. None takes the module's own.
+                are what they are after the last. None takes the module's own, at every call.
         """
         check_params(params)
         loss = AnyLoss.of(self.loss, self.has_aux)

@@ -13,7 +13,7 @@ from gradfilter import _tree
 from gradfilter._types import Params, Tree
 from gradfilter.grads._any_loss import AnyLoss
 from gradfilter.grads._batch import Batch
-from gradfilter.grads._check_loss import check_differentiable
+from gradfilter.grads._check_loss import unreached
 
 # loss(params, batch, buffers) -> (scalar, new buffers, aux), none of its arguments changed.
 PureLoss = Callable[[Params, Any, Tree], tuple[Tensor, Tree, Any]]
@@ -40,7 +40,7 @@ def loop_rows(
     shapes = {name: p.shape[1:] if per_row else p.shape for name, p in params.items()}
     # Written row by row: stacking M finished gradients would hold all of them twice.
     rows = {name: p.new_empty((count, *shapes[name])) for name, p in params.items()}
-    losses, aux = [], []
+    losses, aux, reached = [], [], False
     for m in range(count):
         leaves = {name: loss.leaf(name, p[m] if per_row else p) for name, p in params.items()}
         before = buffers
@@ -48,19 +48,22 @@ def loop_rows(
             value, buffers, extra = loss.pure(
                 leaves, batch.rebuild(t[m] for t in batch.tensors), before
             )
-        check_differentiable(value)
         differentiate = partial(
-            torch.autograd.grad,
-            value,
-            list(leaves.values()),
-            allow_unused=True,
-            materialize_grads=True,
+            torch.autograd.grad, value, list(leaves.values()), allow_unused=True
         )
-        grads = loss.inside(leaves, before, differentiate)
+        # A row may be constant, as where there is nothing to learn from; all of them may not.
+        unused = (None,) * len(leaves)
+        grads = loss.inside(leaves, before, differentiate) if value.requires_grad else unused
         for name, grad in zip(leaves, grads, strict=True):
-            rows[name][m] = grad.to_dense() if grad.is_sparse else grad
+            reached = reached or grad is not None
+            if grad is None:
+                rows[name][m].zero_()
+            else:
+                rows[name][m] = grad.to_dense() if grad.is_sparse else grad
         losses.append(value.detach())
         aux.append(extra if extra is None else _tree.tree_map(torch.Tensor.detach, extra))
         buffers = {name: b.detach() for name, b in buffers.items()}
+    if not reached:
+        raise unreached()
     stacked = None if aux[0] is None else _tree.tree_map(lambda *t: torch.stack(t), *aux)
     return rows, torch.stack(losses), buffers, stacked

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gradfilter._types import Params, Tree
+from gradfilter.grads._notes import add_notes
 from gradfilter.grads._places import Places
 
 
@@ -34,6 +35,13 @@ class ModelLoss:
 
     def run(self, params: Params, batch: Any, buffers: Tree, places: Places) -> tuple[Any, ...]:
         """Like a call, but let the model write into the given buffers."""
+        try:
+            return self._run(params, batch, buffers, places)
+        except Exception as error:
+            add_notes(error, params, batch)
+            raise
+
+    def _run(self, params: Params, batch: Any, buffers: Tree, places: Places) -> tuple[Any, ...]:
         state, empty = places.fill({**params, **buffers}), places.still_empty()
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -88,7 +96,7 @@ def model_loss(
     None, else ``criterion(output, batch)``.
 
     Raises:
-        TypeError: ``model`` is not a module or ``criterion`` is not callable.
+        TypeError: ``model`` is not a module, or ``criterion`` is not callable or still a class.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -108,7 +116,15 @@ def model_loss(
         raise TypeError(
             f"Expected `criterion` to be callable or None, found {type(criterion).__name__}."
         )
+    refuse_class(criterion)
     return ModelLoss(model, criterion, has_aux)
+
+
+def refuse_class(criterion: Any, who: str = "") -> None:
+    """Refuse the class of a criterion: it is callable too, and takes outputs for its options."""
+    if isinstance(criterion, type):
+        name, expected = criterion.__name__, f"{who}: expected" if who else "Expected"
+        raise TypeError(f"{expected} a criterion, found the class {name}. Call it: {name}().")
 
 
 def extract(model: nn.Module) -> tuple[Params, Tree]:
@@ -139,6 +155,7 @@ def insert(model: nn.Module, params: Params, buffers: Tree | None = None) -> Non
         buffers: ``dict[str, Tensor]`` or None.
 
     Raises:
+        TypeError: ``model`` is not a module, or ``params`` no dict.
         ValueError: A name is unknown or a shape differs; nothing has been written then.
 
     Examples:
@@ -148,6 +165,11 @@ def insert(model: nn.Module, params: Params, buffers: Tree | None = None) -> Non
         >>> model.weight.item()
         2.0
     """
+    if not isinstance(model, nn.Module) or not isinstance(params, Mapping):
+        raise TypeError(
+            "Expected insert(model, params, buffers), a module and dicts of tensors, found "
+            f"insert({type(model).__name__}, {type(params).__name__})."
+        )
     pairs = [
         *_targets("parameter", dict(model.named_parameters(remove_duplicate=False)), params),
         *_targets("buffer", dict(model.named_buffers(remove_duplicate=False)), buffers or {}),

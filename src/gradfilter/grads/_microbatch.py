@@ -25,6 +25,10 @@ def microbatch_grads(
 
     Row m is ∇f over samples m·B .. (m + 1)·B − 1 of the batch, N = M·B.
 
+    To carry running statistics (BatchNorm) from batch to batch, pass on what the stack gives:
+    ``grads_of(params, batch, buffers=rows.buffers)``; without ``buffers=``, every call starts from
+    the module's own.
+
     Args:
         loss: ``loss(params, batch) -> scalar``, pure, or what `model_loss` returns. Each row's
             loss should be the mean over its samples.
@@ -76,7 +80,8 @@ def per_sample_grads(
 ) -> GradFunction:
     """One gradient per sample: `microbatch_grads` with M = N, B = 1.
 
-    The loss sees batches of one sample, leading axis kept.
+    The loss sees batches of one sample, leading axis kept. As there, without ``buffers=``, every
+    call starts from the module's own.
 
     Args:
         loss: As in `microbatch_grads`.

@@ -11,7 +11,7 @@ from gradfilter import _tree
 from gradfilter._types import Params
 from gradfilter.grads._any_loss import AnyLoss
 from gradfilter.grads._batch import Batch
-from gradfilter.grads._check_loss import check_differentiable
+from gradfilter.grads._check_loss import check_reaches
 from gradfilter.grads._fused import Forward
 from gradfilter.grads._tape import Tape
 
@@ -36,7 +36,7 @@ def forward_single(
     with torch.enable_grad():
         row = batch.rebuild(t.squeeze(0) for t in batch.tensors)
         value, after, aux = loss.pure(leaves, row, batch.buffers)
-        check_differentiable(value)
+        check_reaches(value, leaves.values())
         losses = value.unsqueeze(0)
 
     def inside(backward: Callable[[], None]) -> None:

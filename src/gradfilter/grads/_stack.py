@@ -40,6 +40,14 @@ class GradStack(ABC):
     def __len__(self) -> int:
         """The number of rows, M."""
 
+    def __repr__(self) -> str:
+        """How many rows and leaves: the numbers may still be on their way."""
+        rows, leaves = len(self), len(self.shapes)
+        return (
+            f"{type(self).__name__}({rows} row{'s' * (rows != 1)}, "
+            f"{leaves} {'leaf' if leaves == 1 else 'leaves'})"
+        )
+
     @property
     @abstractmethod
     def shapes(self) -> dict[str, torch.Size]:

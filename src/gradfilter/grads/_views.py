@@ -16,7 +16,7 @@ from gradfilter.grads._stack import GradStack
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class JoinedStack(GradStack):
     """J = [J_1, J_2, ...], made by `join`."""
 
@@ -104,7 +104,7 @@ def join(*parts: GradStack) -> GradStack:
     return JoinedStack(parts, first.losses, first.buffers, first.aux)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SelectedStack(GradStack):
     """Row for row one of two stacks, made by `choose`."""
 

@@ -14,7 +14,7 @@ from gradfilter._types import GLOBAL_NAMES, Out, Params, Transform
 from gradfilter.grads._again import AgainStack
 from gradfilter.grads._dense import DenseStack
 from gradfilter.grads._grad_function import GradFunction, Plan
-from gradfilter.grads._loss import extract, insert
+from gradfilter.grads._loss import extract, insert, refuse_class
 from gradfilter.grads._microbatch import microbatch_grads, per_sample_grads
 from gradfilter.interop._accumulated import batch_of, held, joined
 from gradfilter.interop._filtered_chain import filter_chain, overflowed, own_state, write_grads
@@ -114,6 +114,7 @@ class Filtered:
                 f"Filtered: expected a criterion to call, or None, found "
                 f"{type(criterion).__name__}. Give criterion(output, targets) -> scalar."
             )
+        refuse_class(criterion, "Filtered")
         self.model, self.criterion = model, criterion
         self.optimizer, self.scaler = optimizer, scaler
         self.transforms = filter_chain(transforms, guarded=scaler is not None)

@@ -31,7 +31,8 @@ def agree_filter(
 
     Args:
         threshold: Largest accepted cosine *distance*, in [0, 2]; 0.95 to 0.98 is typical, and 0.97
-            means a cosine of at least 0.03. From 2 on every finite row is accepted.
+            means a cosine of at least 0.03. A cosine *similarity* s is threshold 1 − s: 0.03 as
+            a similarity is 0.97 here. From 2 on every finite row is accepted.
         against: ``"running"`` compares with the mean c of what was accepted so far, as the paper
             does; ``"first"`` compares everything with the first row.
         average: ``"mean"`` weighs accepted rows equally. ``"halving"`` sets c ← (c + g_i)/2, as

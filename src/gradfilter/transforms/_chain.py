@@ -9,6 +9,8 @@ from typing import Any
 from gradfilter import _tree
 from gradfilter._types import GLOBAL_NAMES, Out, Params, State, Transform
 from gradfilter.grads._stack import GradStack
+from gradfilter.transforms._begun import check_state, check_tree
+from gradfilter.transforms._fit import no_link, ways_through
 from gradfilter.transforms._link import REDUCERS, admit
 
 PUBLISHER = {
@@ -17,6 +19,11 @@ PUBLISHER = {
     "rows": "a link that gives rows",
     "keep": "agree_filter(), consensus_filter() or finite_filter()",
 }
+
+BEGIN = (
+    "Begin with state = update.init(params), and go on with params, state, info = "
+    "update(params, state, grads)."
+)
 
 
 def chain(*links: Transform) -> Transform:
@@ -36,7 +43,9 @@ def chain(*links: Transform) -> Transform:
     Raises:
         TypeError: An argument is not a Transform, or a link cannot take what the one before it
             gives: rows reaching sgd, a tree reaching agree_filter, anything after an update rule.
-        ValueError: A link needs a name nobody publishes, or two links were given one name.
+            When called: the parameters are no dict, or the state is none.
+        ValueError: A link needs a name nobody publishes, or two links were given one name. When
+            called: the state is that of another chain.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -49,14 +58,16 @@ def chain(*links: Transform) -> Transform:
     """
     flat = _flattened(links)
     names = _names(flat)
-    kinds = _ways_through(flat)
+    kinds = ways_through(flat)
     _check_needs(flat)
     label = "chain " + " -> ".join(part.name for part in flat)
 
     def init(params: Params) -> State:
+        check_tree(label, params)
         return {name: part.init(params) for name, part in zip(names, flat, strict=True)}
 
     def update(grads: Any, state: State, params: Params, /, **extra: Any) -> tuple[Any, State, Out]:
+        check_state(label, "chain", state, names, BEGIN)
         grads = admit(label, kinds, grads, params)
         visible: dict[str, Any] = dict(extra)
         published: Out = {}
@@ -103,10 +114,7 @@ def _flattened(links: tuple[Transform, ...]) -> tuple[Transform, ...]:
     flat: list[Transform] = []
     for part in links:
         if not isinstance(part, Transform):
-            raise TypeError(
-                f"chain: expected links, found {type(part).__name__}. Call the factory: "
-                "agree_filter(0.97), not agree_filter."
-            )
+            raise no_link(part)
         flat.extend(part.links or (part,))
     if not flat:
         raise ValueError("chain: expected at least one link, found none.")
@@ -124,39 +132,6 @@ def _names(links: tuple[Transform, ...]) -> tuple[str, ...]:
         twice = next(name for name, count in Counter(names).items() if count > 1)
         raise ValueError(f"chain: two links are called {twice!r}. Choose another with named().")
     return tuple(names)
-
-
-def _ways_through(links: tuple[Transform, ...]) -> tuple[str, ...]:
-    """The kinds of the whole: every way from an input of the first link to the end."""
-    ways = {(kind.split(" -> ")[0],) * 2 for kind in links[0].kinds}
-    for position, part in enumerate(links):
-        steps = [tuple(kind.split(" -> ")) for kind in part.kinds]
-        onward = {(start, out) for start, here in ways for into, out in steps if into == here}
-        if not onward:
-            raise TypeError(_why_not({here for _, here in ways}, links, position))
-        ways = onward
-    return tuple(sorted(f"{start} -> {end}" for start, end in ways))
-
-
-def _why_not(here: set[str], links: tuple[Transform, ...], position: int) -> str:
-    part, before = links[position], links[position - 1]
-    where = f"chain: link {position + 1}, {part.name!r}"
-    if "update" in here:
-        return (
-            f"{where}, stands after the update rule {before.name!r}, and only links from "
-            f"update to update may, such as ema_params. Move it before {before.name!r}."
-        )
-    if here == {"rows"}:
-        return (
-            f"{where}, takes one gradient tree, but rows reach it from {before.name!r}. Insert "
-            f"a reducer before it: {REDUCERS}."
-        )
-    if part.kinds[0].startswith("update"):
-        return f"{where}, takes an update, found a tree. Put it after sgd, adam, adamw or rmsprop."
-    return (
-        f"{where}, takes rows, but a tree reaches it: {before.name!r} gives one gradient. Put it "
-        "before the link that reduces the rows."
-    )
 
 
 def _check_needs(links: tuple[Transform, ...]) -> None:

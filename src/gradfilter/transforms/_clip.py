@@ -133,7 +133,8 @@ def agc_clip(
             switches clipping off.
         eps: Above 0, floors the weight's norm only, so that weights that start at zero can move.
         exclude: Predicate on names; true means not clipped. The paper leaves out the weight of the
-            final linear layer.
+            final linear layer. True for no leaf is no error: in a branch of `partition`, or
+            inside `masked`, the link sees some leaves only.
         unit_dims: name -> the dim, or dims, that index the units, () for one unit, None for the
             rule above. ConvTranspose weights are (in, out, ...): their units lie along dim 1.
 

@@ -37,6 +37,7 @@ def load_state_dict(template: Any, flat: Mapping[str, Tensor]) -> Any:
         A new state.
 
     Raises:
+        TypeError: ``flat`` is no dict, for example the path of a file.
         ValueError: Names are missing or extra, a value is no tensor, or a shape or dtype differs.
 
     Examples:
@@ -45,6 +46,11 @@ def load_state_dict(template: Any, flat: Mapping[str, Tensor]) -> Any:
         >>> state = gf.adam(0.1).init(params)
         >>> again = gf.load_state_dict(gf.adam(0.1).init(params), gf.state_dict(state))
     """
+    if not isinstance(flat, Mapping):
+        raise TypeError(
+            f"Expected a flat dict from state_dict, found {type(flat).__name__}. Read it first: "
+            "torch.load(path, weights_only=True)."
+        )
     named, rebuild = _tree.flatten_with_names(template)
     missing, extra = sorted(set(named) - set(flat)), sorted(set(flat) - set(named))
     if missing or extra:

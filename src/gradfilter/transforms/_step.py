@@ -15,6 +15,9 @@ from gradfilter.grads._ambient import random_state, random_state_restored, set_r
 from gradfilter.grads._grad_function import GradFunction, Plan
 from gradfilter.grads._loss import extract
 from gradfilter.grads._microbatch import microbatch_grads, per_sample_grads
+from gradfilter.transforms._begun import check_state, check_tree
+
+PARTS = ("params", "buffers", "transforms", "random")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +38,7 @@ class TrainStep:
         if isinstance(model, nn.Module):
             params, buffers = extract(model)
         else:
+            check_tree("train_step", model, expected="a module, or its parameters")
             params, buffers = {name: p.detach().clone() for name, p in model.items()}, {}
         device = _tree.device_of(params)
         random = random_state(device)
@@ -61,7 +65,18 @@ class TrainStep:
         Returns:
             The new state, and ``info`` with ``loss`` () (the mean over the rows), ``keep`` and the
             metrics of the links. A skipped step still advances buffers and random state.
+
+        Raises:
+            TypeError: The state is no dict, for example the model, or a result not unpacked.
+            ValueError: It is the state of something else.
         """
+        check_state(
+            "train_step",
+            "step",
+            state,
+            PARTS,
+            "Begin with state = step.init(model), and go on with state, info = step(state, batch).",
+        )
         device = _tree.device_of(state["params"])
         with random_state_restored(device):
             set_random_state(state["random"], device)

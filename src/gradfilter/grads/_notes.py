@@ -1,0 +1,71 @@
+"""What torch's errors leave unsaid: notes for a loss that raised."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradfilter import _tree
+from gradfilter._types import Params
+
+METHODS = {
+    torch.float64: "double",
+    torch.float32: "float",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "half",
+}
+BATCH_NORM = "Expected more than 1 value per channel when training"
+UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
+
+
+def add_notes(error: Exception, params: Params, batch: Any) -> None:
+    """Say below an error what in the batch is its likely cause.
+
+    A note and no refusal: batches that mix dtypes may be meant, and many losses take them.
+    """
+    text = str(error)
+    tensors = _tensors(batch)
+    if isinstance(error, (RuntimeError, ValueError)) and re.search(r"\b(data|d)?types?\b", text):
+        _note_dtypes(error, params, batch)
+    if BATCH_NORM in text and tensors and all(t.shape[:1] == (1,) for t in tensors):
+        error.add_note(
+            "Rows of one sample: BatchNorm has nothing to average. Use microbatches, GroupNorm or "
+            "model.eval()."
+        )
+    found = UNEXPECTED.search(text)
+    if isinstance(error, TypeError) and isinstance(batch, Mapping) and found and found[1] in batch:
+        error.add_note(
+            "A dict batch is given to the model as keyword arguments; for "
+            '{"x", "y"} pass (batch["x"], batch["y"]).'
+        )
+
+
+def _note_dtypes(error: Exception, params: Params, batch: Any) -> None:
+    own = [p.dtype for p in params.values() if p.dtype in METHODS]
+    strangers = _strangers(str(error), own, batch)
+    if own and strangers:
+        fix = f"x.{METHODS[own[0]]}()"
+        if strangers[0] in METHODS:
+            fix += f", or model.{METHODS[strangers[0]]}() before extract"
+        error.add_note(f"The batch holds {strangers[0]}, the parameters {own[0]}: {fix}.")
+
+
+def _strangers(text: str, own: list[torch.dtype], batch: Any) -> list[torch.dtype]:
+    """The dtypes of the batch that an error about dtypes may be about."""
+    floating = [t.dtype for t in _tensors(batch) if t.is_floating_point() and t.dtype not in own]
+    # Whoever asks for integers (an embedding, class labels) wants no other float.
+    if floating and not re.search(r"\bLong\b|\bint(32|64)\b", text):
+        return floating
+    inputs = _tensors(batch if isinstance(batch, Mapping) else batch[:1])
+    named = re.search(r"float|double|half|datatype", text, re.IGNORECASE)
+    if named and "target" not in text and not any(t.is_floating_point() for t in inputs):
+        return [t.dtype for t in inputs]
+    return []
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    return [leaf for leaf in _tree.leaves(batch) if isinstance(leaf, Tensor)]

@@ -1,0 +1,77 @@
+"""What is seen when something is printed, and what is there when a name is asked for."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gradfilter as gf
+from _models import vectors
+
+
+class Forbidden(TorchDispatchMode):
+    """Whoever touches a tensor is found out."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        raise AssertionError(f"{function} was run")
+
+
+def shown(thing):
+    with Forbidden():
+        return repr(thing)
+
+
+def test_a_chain_shows_its_links_and_a_link_its_kinds():
+    assert shown(gf.agree_filter(0.97)) == "<agree_filter: rows -> tree>"
+    assert shown(gf.agc_clip(0.01)) == f"<agc_clip: {gf.agc_clip(0.01).kind}>"
+    update = gf.chain(gf.agree_filter(0.97), gf.agc_clip(0.01), gf.sgd(0.1))
+    assert shown(update) == str(update) == "chain(agree_filter, agc_clip, sgd)"
+    assert shown(gf.chain(gf.mean_rows())) == "chain(mean_rows)"
+    assert shown(gf.named("head", gf.chain(gf.mean_rows(), gf.sgd(0.1)))) == (
+        "<head: rows -> update>"
+    )
+
+
+@pytest.mark.parametrize("plan, name", [("fused", "FusedStack"), ("loop", "DenseStack")])
+def test_a_stack_shows_how_much_it_holds(plan, name):
+    model, batch = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)), vectors(8)
+    params, _ = gf.extract(model)
+    loss = gf.model_loss(model, F.cross_entropy)
+    rows = gf.microbatch_grads(loss, 8, plan=plan)(params, batch)
+    assert shown(rows) == f"{name}(8 rows, 4 leaves)"
+    assert shown(rows.first(1)) == f"{name}(1 row, 4 leaves)"
+    assert shown(rows.columns(["0.bias"])) == f"{name}(8 rows, 1 leaf)"
+    rows.gram()
+    rows.release()
+    assert shown(rows.scaled(torch.ones(8))) == f"{name}(8 rows, 4 leaves)"
+    assert "tensor" not in shown(rows.origin)
+
+
+PARTS = {"diagnostics", "distributed", "interop", "testing"}
+
+
+def test_parts_are_imported_when_they_are_first_asked_for():
+    code = f"""
+import sys
+import gradfilter as gf
+parts = {sorted(PARTS)}
+loaded = lambda: [name for name in parts if "gradfilter." + name in sys.modules]
+assert loaded() == [], loaded()
+assert set(parts) <= set(dir(gf)) and loaded() == []
+assert gf.interop.Filtered and "gradfilter.interop" in sys.modules
+assert "interop" in vars(gf)
+assert gf.testing.check_laws and gf.diagnostics.hessian_top and gf.distributed.across_ranks
+from gradfilter import *
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_other_names_are_not_there():
+    with pytest.raises(AttributeError, match="module 'gradfilter' has no attribute 'agree'"):
+        _ = gf.agree
+    assert not hasattr(gf, "nonsense")
+    assert "import_module" not in dir(gf)
