@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradfilter import _tree
@@ -84,15 +84,15 @@ def link(
 
 def _check_names(name: str, update: Callable[..., Any]) -> None:
     """Refuse `def update(rows, state, params, **extra)`, to which chains also give ``rows=``."""
-    try:
-        parameters = list(inspect.signature(update).parameters.values())[:3]
-    except ValueError:  # a function without a readable signature, made in C
+    code = getattr(update, "__code__", None)
+    # A scheduled link is made anew in every step; a compiler has seen this one made before.
+    if torch.compiler.is_compiling() or code is None:
         return
-    for parameter in parameters:
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.name in GLOBAL_NAMES:
+    for parameter in code.co_varnames[code.co_posonlyargcount : min(3, code.co_argcount)]:
+        if parameter in GLOBAL_NAMES:
             raise TypeError(
                 f"{name}: expected update(grads, state, params, /, **extra), found a parameter "
-                f"{parameter.name!r}, which chains also pass as a keyword. Put `, /` behind params."
+                f"{parameter!r}, which chains also pass as a keyword. Put `, /` behind params."
             )
 
 
