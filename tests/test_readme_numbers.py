@@ -34,14 +34,10 @@ def check(text, value, where):
 def test_fused_and_looped():
     found = table("| model, (M, B) |")
     assert len(found) == 10
+    sized = "{title}, ({microbatches}, {samples_per_microbatch})"
+    measured = {sized.format(**workload): workload for workload in workloads("fused_vs_looped")}
     for label, cells in found.items():
-        title, m, b = re.fullmatch(r"(.*), \((\d+), (\d+)\)", label).groups()
-        (workload,) = (
-            w
-            for w in workloads("fused_vs_looped")
-            if (w["title"], w["microbatches"], w["samples_per_microbatch"])
-            == (title, int(m), int(b))
-        )
+        workload = measured[label]
         for name, text in cells.items():
             if text != "–":
                 check(text, workload["results"][name]["ratio"]["median"], (label, name))
@@ -68,11 +64,10 @@ def test_sharpness():
     for label, cells in found.items():
         for column, text in cells.items():
             model, m = column.split(", M = ")
-            ending = ", in place" if m == "1" else ", filtered, in place"
+            ending = f"M = {m}" + (", in place" if m == "1" else ", filtered, in place")
+            titles = {w["title"]: w for w in workloads("sharpness")}
             (workload,) = (
-                w
-                for w in workloads("sharpness")
-                if w["title"].startswith(model) and w["title"].endswith(f"M = {m}{ending}")
+                w for t, w in titles.items() if t.startswith(model) and t.endswith(ending)
             )
             check(text, workload["results"][names[label]]["ratio"]["median"], (label, column))
 

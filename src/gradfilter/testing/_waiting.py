@@ -24,12 +24,15 @@ COPIES = (Tensor.cpu, Tensor.numpy, Tensor.tolist)
 @contextmanager
 def no_host_sync() -> Iterator[None]:
     """Refuses everything by which a program waits for the value of a tensor."""
-    with _NoWaiting(), _NoCopies():  # type: ignore[no-untyped-call]  # torch has no types here
+    with _NoWaiting(), _NoCopies():
         yield
 
 
-class _NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as above
+class _NoWaiting(TorchDispatchMode):
     """Operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().split("::")[1].split(".")[0].strip("_")
