@@ -31,9 +31,6 @@ def no_host_sync() -> Iterator[None]:
 class _NoWaiting(TorchDispatchMode):
     """Operations."""
 
-    def __init__(self) -> None:
-        super().__init__()
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().split("::")[1].split(".")[0].strip("_")
         if name in WAITING or (name in ("index", "index_put") and _by_a_mask(*args)):
