@@ -9,10 +9,10 @@ import pandas as pd
 
 from gradfilter.lab.report._groups import Group
 from gradfilter.lab.report._measures import Measure
-from gradfilter.lab.report._metrics import NUMBERS
 from gradfilter.lab.report._parts import Section, Table
 from gradfilter.lab.report._spread import spread
 from gradfilter.lab.report._table import Column, Row, table
+from gradfilter.lab.train._evaluations import NUMBERS
 
 NUMBERS_OF = {
     "mean": "mean",

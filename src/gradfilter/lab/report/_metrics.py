@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from gradfilter.lab._usage import UsageError
-from gradfilter.lab.train._evaluation import Evaluation
-
-NUMBERS = tuple(field.name for field in fields(Evaluation))
+from gradfilter.lab.train._evaluations import NUMBERS, read_evaluations
 
 
 def read_metrics(path: Path) -> tuple[pd.DataFrame, list[str]]:
@@ -22,26 +18,11 @@ def read_metrics(path: Path) -> tuple[pd.DataFrame, list[str]]:
     Raises:
         UsageError: There are none, or a line is none.
     """
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        text = ""
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{str(path)!r} cannot be read: {error}.") from None
-    # A kill may cut the line that is being written; what is before it is whole.
-    whole, _, half = text.rpartition("\n")
+    evaluations, half = read_evaluations(path)
     cut = [f"{str(path)!r}: its last line is cut off."] if half else []
-    lines = whole.splitlines()
-    rows = []
-    for place, line in enumerate(lines, 1):
-        try:
-            found = json.loads(line)
-            rows.append([number(found.get(name)) for name in NUMBERS])
-            int(found["step"])  # without it the line is nobody's
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-            raise UsageError(f"{str(path)!r}, line {place}: not an evaluation.") from None
-    if not rows:
+    if not evaluations:
         raise UsageError(f"{str(path)!r} has no evaluation yet.")
+    rows = [[number(found.get(name)) for name in NUMBERS] for found in evaluations]
     found = pd.DataFrame(rows, columns=list(NUMBERS), dtype=float)
     return found.drop_duplicates("step", keep="last", ignore_index=True), cut
 

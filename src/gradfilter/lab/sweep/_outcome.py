@@ -17,9 +17,9 @@ from gradfilter.lab._usage import UsageError
 from gradfilter.lab.sweep._plan import Plan
 from gradfilter.lab.train._begin import data_of
 from gradfilter.lab.train._config import TrainConfig
+from gradfilter.lab.train._evaluations import read_evaluations
 from gradfilter.lab.train._place import BusyError, place_of
 from gradfilter.lab.train._record import METRICS
-from gradfilter.lab.train._resume import read_lines
 from gradfilter.lab.train._train import train
 
 MACHINE_FAULTS: tuple[type[Exception], ...] = (
@@ -95,7 +95,7 @@ def outcome_of(plan: Plan, config: TrainConfig) -> Outcome | Unfinished:
             gc.collect()  # what a training leaves in cycles is a model's worth of device memory
     if interrupted:
         return Unfinished.INTERRUPTED
-    return measured(plan, read_lines(place / METRICS), run)
+    return measured(plan, read_evaluations(place / METRICS)[0], run)
 
 
 def measured(plan: Plan, lines: list[dict[str, Any]], run: str) -> Outcome:

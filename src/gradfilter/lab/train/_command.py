@@ -9,14 +9,8 @@ from pathlib import Path
 
 import tyro
 
-from gradfilter.lab._options import (
-    arguments,
-    as_toml,
-    environment_arguments,
-    from_files,
-)
+from gradfilter.lab._options import as_toml, environment_arguments, from_files
 from gradfilter.lab._parse import parse
-from gradfilter.lab._usage import UsageError
 from gradfilter.lab.train._config import TrainConfig
 from gradfilter.lab.train._ignored import refuse_ignored
 from gradfilter.lab.train._place import plain_settings
@@ -73,22 +67,6 @@ def parse_train(options: Sequence[str], program: str = PROGRAM) -> TrainCommand:
     files = from_files(options, "train", TrainConfig)
     given = [*files, *environment_arguments(TrainConfig), *options]
     return parse(TrainCommand, program, given)
-
-
-def config_of(settings: dict[str, object], what: str) -> TrainConfig:
-    """Settings as they were recorded.
-
-    Args:
-        settings: Of a ``config.json``.
-        what: Whose they are, for the error.
-
-    Raises:
-        UsageError: They are not settings of this version.
-    """
-    try:
-        return parse(TrainConfig, PROGRAM, arguments(settings))
-    except UsageError as error:
-        raise UsageError(f"{what} does not fit this version: {error}") from None
 
 
 ALONE = {"--consensus": "1.0", "--budget-clip": "0.3", "--adaptive": "asam", "--average": "mean"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,8 +12,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from gradfilter.lab._reading import ForeignError, read_json
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.train._config import PLACE, WATCHING, TrainConfig, setting
+from gradfilter.lab.train._stored import check_types
 
 LOCK = "run.lock"
 LONGEST = 120
@@ -148,19 +149,24 @@ def read_config(place: Path) -> dict[str, Any]:
         UsageError: There is none, or it cannot be read.
     """
     path = place / "config.json"
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UsageError(f"no run in {str(place)!r}: it has no config.json.") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{str(path)!r} cannot be read: {error}.") from None
-    if isinstance(found, dict) and found.get("command") == "demo":
+    if not path.exists():
+        raise UsageError(f"no run in {str(place)!r}: it has no config.json.")
+    found = read_json(path, "the record of a run", "Look for it in another directory.", _record)
+    if found.get("command") == "demo":
         raise UsageError(
             f"{str(place)!r} is of gradfilter demo, which drew its own curves.png; this command is "
             "for runs of gradfilter train."
         )
+    return found
+
+
+def _record(found: Any) -> dict[str, Any]:
+    if isinstance(found, dict) and found.get("command") == "demo":
+        return found
     if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
-        raise UsageError(f"{str(path)!r} is not the record of a run.")
+        raise ForeignError("it is not the record of a run")
+    if found.get("command") == "train":
+        check_types(found["settings"])
     return found
 
 

@@ -12,10 +12,10 @@ from gradfilter.lab._usage import UsageError
 from gradfilter.lab.data._samples import Data
 from gradfilter.lab.train._archive import NAME, Checkpoint, read_tensors
 from gradfilter.lab.train._begin import data_of, model_of
-from gradfilter.lab.train._command import config_of
 from gradfilter.lab.train._config import TrainConfig
 from gradfilter.lab.train._place import read_config
 from gradfilter.lab.train._same_data import check_same_data
+from gradfilter.lab.train._stored import config_of
 
 
 @dataclass(frozen=True)

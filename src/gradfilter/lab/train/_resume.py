@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ import gradfilter as gf
 from gradfilter.lab._rundir import write_bytes
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.train._archive import tensor_bytes, tensors_of
+from gradfilter.lab.train._evaluations import read_evaluations
 from gradfilter.lab.train._run import Run
 
 NAME = "resume.pt"
@@ -61,20 +61,9 @@ def go_on(place: Path, run: Run) -> None:
     run.report = numbers["report"] if numbers["reports"] else None
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; one that a kill or a full disk cut in two is left out."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
-
-
 def keep_lines_until(path: Path, step: int) -> None:
     """Drop the evaluations after a step: a run that is resumed there makes them again."""
-    kept = [line for line in read_lines(path) if line["step"] <= step]
+    kept = [line for line in read_evaluations(path)[0] if line["step"] <= step]
     write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
