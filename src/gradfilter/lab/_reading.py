@@ -74,20 +74,31 @@ def read_json(path: Path, what: str, fix: str, build: Callable[[Any], T]) -> T:
 
 
 def content_of(path: Path, largest: int = LARGEST) -> bytes:
-    """The bytes of a regular file; another kind could wait for ever, or have no end.
+    """What is in a regular file; another kind could wait for ever, or have no end.
 
     Args:
         path: The file.
         largest: More bytes are not read.
+    """
+    size = regular_size(path)
+    if size > largest:
+        raise ForeignError(f"it has {size} bytes, more than any such file")
+    return path.read_bytes()
+
+
+def regular_size(path: Path) -> int:
+    """The bytes of a regular file.
+
+    Raises:
+        ForeignError: It is a directory, a pipe or a device.
+        OSError: There is none, or it cannot be reached.
     """
     found = path.stat()
     if stat.S_ISDIR(found.st_mode):
         raise ForeignError("it is a directory")
     if not stat.S_ISREG(found.st_mode):
         raise ForeignError("it is not a regular file")
-    if found.st_size > largest:
-        raise ForeignError(f"it has {found.st_size} bytes, more than any such file")
-    return path.read_bytes()
+    return found.st_size
 
 
 def json_of(content: bytes) -> Any:

@@ -14,13 +14,16 @@ import time
 import warnings
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradfilter.lab._reading import ForeignError, content_of, reading, regular_size, why
 from gradfilter.lab._rundir import write_bytes
 from gradfilter.lab._usage import UsageError
 
@@ -28,7 +31,11 @@ NAME = "checkpoints.zip"
 LABELS = "labels.pt"
 PATIENCE = 10.0
 """Seconds that a reader waits for an archive that is being written."""
-_ENTRY = re.compile(r"(\d+)-step-(\d+)-epoch-([\d.]+)\.pt")
+_ENTRY = re.compile(r"(\d+)-step-(\d+)-epoch-([\d.]+)\.pt", re.ASCII)
+_COMPRESSED = (
+    "is compressed, which gradfilter never does: a small file could fill the memory. Pack it again "
+    "without compression, or train again."
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ def add(archive: Path, entry: str, content: bytes) -> None:
             new.writestr(entry, content)
         write_bytes(archive, first.getvalue())
         return
-    with zipfile.ZipFile(archive) as old:
+    with _opened(archive) as old:
         if entry in old.namelist():
             return
         start = old.start_dir
@@ -91,8 +98,8 @@ def recover(archive: Path) -> None:
     if not archive.exists():
         kept.unlink()
         return
-    content = kept.read_bytes()
-    start, directory = int.from_bytes(content[:8], "big"), content[8:]
+    with reading(kept, "what a killed run kept", "Remove it if the archive can be read without."):
+        start, directory = _directory(content_of(kept), regular_size(archive))
     with archive.open("r+b") as file:
         file.truncate(start)
         file.seek(start)
@@ -102,6 +109,23 @@ def recover(archive: Path) -> None:
     kept.unlink()
 
 
+def _directory(content: bytes, size: int) -> tuple[int, bytes]:
+    """Where the directory of an archive begins, and the directory.
+
+    Args:
+        content: As `add` keeps it.
+        size: Of the archive, which has grown since.
+    """
+    start, directory = int.from_bytes(content[:8], "big"), content[8:]
+    with zipfile.ZipFile(io.BytesIO(directory)) as alone:
+        # Of a directory alone, entries seem to begin before the file does.
+        offsets = [start + info.header_offset for info in alone.infolist()]
+        fits = alone.start_dir == 0 and min(offsets) == 0 and max(offsets) < start
+    if not fits or start > size:
+        raise ForeignError("it does not fit the archive")
+    return start, directory
+
+
 def keep_until(archive: Path, step: int) -> None:
     """Drop the checkpoints after a step: a run that is resumed there makes them again."""
     recover(archive)
@@ -109,10 +133,10 @@ def keep_until(archive: Path, step: int) -> None:
     if not late:
         return
     rest = io.BytesIO()
-    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(rest, "w") as new:
+    with _opened(archive) as old, zipfile.ZipFile(rest, "w") as new:
         for name in old.namelist():
             if name not in late:
-                new.writestr(name, old.read(name))
+                new.writestr(name, _content(archive, old, name))
     write_bytes(archive, rest.getvalue())
 
 
@@ -122,11 +146,10 @@ def checkpoints(archive: Path) -> list[Checkpoint]:
     Raises:
         UsageError: There is no archive, or it cannot be read.
     """
-    with _opened(archive) as opened:
+    with _opened(archive) as opened, reading(archive, "the archive", "Train again."):
         found = [_ENTRY.fullmatch(name) for name in opened.namelist()]
-    return sorted(
-        (Checkpoint(int(m[1]), int(m[2]), float(m[3])) for m in found if m), key=lambda c: c.id
-    )
+        saved = [Checkpoint(int(m[1]), int(m[2]), float(m[3])) for m in found if m]
+    return sorted(saved, key=lambda c: c.id)
 
 
 def read_tensors(archive: Path, entry: Checkpoint | str) -> dict[str, Tensor]:
@@ -137,16 +160,29 @@ def read_tensors(archive: Path, entry: Checkpoint | str) -> dict[str, Tensor]:
     """
     name = entry if isinstance(entry, str) else entry.entry
     with _opened(archive) as opened:
-        try:
-            content = opened.read(name)
-        except KeyError:
-            raise UsageError(f"{str(archive)!r} has no checkpoint {name!r}.") from None
-        except (zipfile.BadZipFile, OSError) as error:
-            raise UsageError(
-                f"checkpoint {name!r} in {str(archive)!r} is damaged: {error}. "
-                "Choose another, or train again."
-            ) from None
+        content = _content(archive, opened, name)
     return tensors_of(content, f"checkpoint {name!r} in {str(archive)!r}")
+
+
+def _content(archive: Path, opened: zipfile.ZipFile, name: str) -> bytes:
+    """What is in an entry of an archive.
+
+    Raises:
+        UsageError: There is no such entry, it is damaged, or it may be far larger than the archive.
+    """
+    what = f"checkpoint {name!r} in {str(archive)!r}"
+    try:
+        entry = opened.getinfo(name)
+        content = opened.read(name) if entry.compress_type == zipfile.ZIP_STORED else None
+    except KeyError:
+        raise UsageError(f"{str(archive)!r} has no checkpoint {name!r}.") from None
+    except Exception as error:  # what zipfile raises of damaged bytes has no common type
+        raise UsageError(
+            f"{what} is damaged: {why(error)}. Choose another, or train again."
+        ) from None
+    if content is None:
+        raise UsageError(f"{what} {_COMPRESSED}")
+    return content
 
 
 def tensors_of(content: bytes, what: str) -> dict[str, Tensor]:
@@ -156,9 +192,12 @@ def tensors_of(content: bytes, what: str) -> dict[str, Tensor]:
         UsageError: It is damaged or holds something else.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles that torch did not write
-            read = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(io.BytesIO(content)) as inside:
+            entries = inside.infolist()
+        inflates = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        # Of entries that lie over each other the sum is more than there is.
+        overlaps = sum(entry.file_size for entry in entries) > len(content)
+        read = None if inflates or overlaps else _loaded(content)
     except UnpicklingError:
         raise UsageError(
             f"{what} holds more than tensors, and was not opened: loading it could run any code. "
@@ -166,33 +205,54 @@ def tensors_of(content: bytes, what: str) -> dict[str, Tensor]:
         ) from None
     except Exception:  # what torch's reader raises of damaged bytes has no common type
         raise UsageError(f"{what} is damaged. Choose another, or train again.") from None
-    named = isinstance(read, dict) and all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in read.items()
-    )
-    if not named:
+    if inflates:
+        raise UsageError(f"{what} {_COMPRESSED}")
+    if overlaps:
+        raise UsageError(f"{what} is damaged. Choose another, or train again.")
+    if not isinstance(read, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) and _is_whole(value)
+        for name, value in read.items()
+    ):
         raise UsageError(f"{what} is not a dict of tensors. Use a file that this program wrote.")
     return dict(read)
+
+
+def _loaded(content: bytes) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pickles that torch did not write
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor has a number of its own in memory for each of its entries.
+
+    An expanded one may be as large as it likes, and a sparse or a meta tensor, too.
+    """
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
 def _opened(archive: Path) -> zipfile.ZipFile:
     if not archive.exists():
         raise UsageError(f"no checkpoints: {str(archive)!r} does not exist. Train first.")
+    with reading(archive, "the archive", "Train again."):
+        regular_size(archive)
     deadline = time.monotonic() + PATIENCE
     while True:
-        try:
+        with suppress(Exception):  # perhaps it is just being written
             if not _kept(archive).exists():
                 return zipfile.ZipFile(archive)
-        except zipfile.BadZipFile:
-            pass  # perhaps it is just being written
         if time.monotonic() > deadline or not _kept(archive).exists():
             break
         time.sleep(0.05)
     if _kept(archive).exists():
         raise UsageError(
             f"{str(archive)!r} was left half-written by a killed run. "
-            "Continue the run with --resume, which mends it."
+            "Continue the run with --resume, which recovers it."
         )
-    raise UsageError(f"{str(archive)!r} is not a zip archive, or is damaged. Train again.")
+    with reading(archive, "the archive", "Train again."):
+        return zipfile.ZipFile(archive)
 
 
 def _kept(archive: Path) -> Path:
