@@ -6,10 +6,11 @@ import itertools
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from gradfilter.lab._usage import UsageError
 
@@ -64,8 +65,11 @@ def _explained(path: Path) -> Iterator[None]:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file as a whole or not at all."""
     half = path.with_name(f".{path.name}.part")
+    half.unlink(missing_ok=True)  # of a killed process, or a link that somebody planted
     try:
-        half.write_bytes(content)
+        with open_own(half, "xb") as file:
+            file.write(content)
+            _settle(file)
         os.replace(half, path)
     finally:
         half.unlink(missing_ok=True)
@@ -77,10 +81,82 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Append one line of JSON, in one system call so that no signal can cut it in two."""
-    line = (json.dumps(_finite(value)) + "\n").encode()
-    with path.open("ab", buffering=0) as file:
-        file.write(line)
+    """Append one line of JSON as a whole, or leave the file as it was."""
+    append_line(path, json.dumps(_finite(value)))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line as a whole, or leave the file as it was.
+
+    A disk that is nearly full, a quota or a limit on the size of files takes a part of what is
+    written, and refuses the rest.
+
+    Raises:
+        OSError: The line was not written.
+    """
+    rest = f"{line}\n".encode()
+    # Without a buffer: it is one system call, and nothing is left to be written after a failure.
+    with open_own(path, "ab", buffering=0) as file:
+        before = os.fstat(file.fileno()).st_size
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+            _settle(file)
+        except BaseException:
+            os.ftruncate(file.fileno(), before)
+            raise
+
+
+@contextmanager
+def open_own(path: Path, mode: str, buffering: int = -1) -> Iterator[IO[bytes]]:
+    """Open a file of a run for writing: a file of its own, and nothing that a link leads to.
+
+    Directories that come from elsewhere may hold links in the places of a run's files; whoever
+    writes through one destroys what it points to.
+
+    Args:
+        path: The file.
+        mode: As `open` has it, for bytes.
+        buffering: As `open` has it.
+
+    Raises:
+        OSError: The file cannot be opened.
+        UsageError: There is a link, or something else that is not a file.
+    """
+    refuse_link(path)
+    with open(path, mode, buffering, opener=_no_link) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise _foreign(path, "not a file")
+        yield file
+
+
+def refuse_link(path: Path) -> None:
+    """Refuse a link in the place of a file that is about to be written.
+
+    Raises:
+        UsageError: There is one.
+    """
+    if path.is_symlink():
+        raise _foreign(path, "a symbolic link")
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Open without following a link that was planted a moment ago, or waiting at a pipe."""
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    return os.open(path, flags, 0o666)
+
+
+def _foreign(path: Path, what: str) -> UsageError:
+    return UsageError(
+        f"{str(path)!r} is {what}, and what it leads to is not written to. Remove it, or put a "
+        "file in its place."
+    )
+
+
+def _settle(file: IO[bytes]) -> None:
+    """Wait until the disk has what was written: some refuse it as late as then."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _finite(value: Mapping[str, Any]) -> dict[str, Any]:

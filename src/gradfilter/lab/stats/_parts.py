@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from gradfilter.lab._rundir import open_own
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.stats._place import explained
 from gradfilter.lab.stats._records import Record
@@ -75,7 +76,7 @@ def appending(path: Path, origin: Mapping[str, Any]) -> Iterator[Callable[[Recor
     with ExitStack() as stack:
         with explained(path):
             keep = len(_whole(path).encode()) if path.exists() else 0
-            file = stack.enter_context(path.open("ab", buffering=0))
+            file = stack.enter_context(open_own(path, "ab", buffering=0))
             file.truncate(keep)
 
         def line(value: Mapping[str, Any]) -> None:

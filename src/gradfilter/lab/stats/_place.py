@@ -9,6 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from gradfilter.lab._crew import Crew
+from gradfilter.lab._rundir import refuse_link
 from gradfilter.lab._usage import UsageError
 
 
@@ -29,6 +30,7 @@ def locked(path: Path, crew: Crew) -> Iterator[None]:
     if crew.is_first:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            refuse_link(lock_path)  # older file locks empty what it leads to
             lock.acquire()
         except Timeout:
             refusal = "another process is measuring the same. Wait for it, or give --outname"

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from gradfilter.lab._interrupt import interruptible
+from gradfilter.lab._rundir import open_own
 from gradfilter.lab.sweep._attended import AGAIN
 from gradfilter.lab.sweep._queue import OPEN, Queue
 from gradfilter.lab.sweep._storage import FAULTS
@@ -51,7 +52,7 @@ def run_workers(queue: Queue, options: Sequence[str], jobs: int, folder: Path) -
         stack.callback(_end, workers)
         for index in range(jobs):
             log = folder / f"{socket.gethostname()}-{os.getpid()}-{index}.log"
-            said = stack.enter_context(log.open("ab"))
+            said = stack.enter_context(open_own(log, "ab"))
             worker = subprocess.Popen(
                 [*COMMAND, *worker_options(options, device_of(queue.plan.base.device, index))],
                 stdin=subprocess.PIPE,  # whose end tells it that this process is gone

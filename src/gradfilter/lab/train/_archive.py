@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from gradfilter.lab._reading import ForeignError, content_of, reading, regular_size, why
-from gradfilter.lab._rundir import write_bytes
+from gradfilter.lab._rundir import open_own, write_bytes
 from gradfilter.lab._usage import UsageError
 
 NAME = "checkpoints.zip"
@@ -78,11 +78,11 @@ def add(archive: Path, entry: str, content: bytes) -> None:
         if entry in old.namelist():
             return
         start = old.start_dir
-    with archive.open("rb") as file:
-        file.seek(start)
-        write_bytes(_kept(archive), start.to_bytes(8, "big") + file.read())
+    with archive.open("rb") as found:
+        found.seek(start)
+        write_bytes(_kept(archive), start.to_bytes(8, "big") + found.read())
     try:
-        with zipfile.ZipFile(archive, "a") as grown:
+        with open_own(archive, "r+b") as file, zipfile.ZipFile(file, "a") as grown:
             grown.writestr(entry, content)
     except BaseException:
         recover(archive)
@@ -100,7 +100,7 @@ def recover(archive: Path) -> None:
         return
     with reading(kept, "what a killed run kept", "Remove it if the archive can be read without."):
         start, directory = _directory(content_of(kept), regular_size(archive))
-    with archive.open("r+b") as file:
+    with open_own(archive, "r+b") as file:
         file.truncate(start)
         file.seek(start)
         file.write(directory)

@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from gradfilter.lab._reading import ForeignError, read_json
+from gradfilter.lab._rundir import refuse_link
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.train._config import PLACE, WATCHING, TrainConfig, setting
 from gradfilter.lab.train._stored import check_types
@@ -61,6 +62,7 @@ def owned(place: Path) -> Iterator[None]:
     try:
         new = [folder for folder in (place, *place.parents) if not folder.exists()]
         place.mkdir(parents=True, exist_ok=True)
+        refuse_link(place / LOCK)  # older file locks empty what it leads to
         with FileLock(place / LOCK, timeout=0):
             try:
                 yield
