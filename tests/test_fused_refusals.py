@@ -33,11 +33,11 @@ class Doubled(torch.autograd.Function):
 
 def branching(net, x):
     h = net.a(x)
-    return h if h.sum() > 0 else -h
+    return h if h.sum().item() > 0 else -h
 
 
 def counted(net, x):
-    return net.a(x)[:, : 1 + int(x[0, 0] > 0)]
+    return net.a(x) * int(1e9 * x[0, 0])
 
 
 def picked(net, x):
@@ -52,8 +52,8 @@ linear = lambda run: lambda: Net(run, a=nn.Linear(6, 4))
 
 # Model, batch, criterion, and what the message has to name.
 REFUSED = {
-    "control-flow": (linear(branching), inputs(6), wavy, "__bool__"),
-    "python-number": (linear(counted), inputs(6), wavy, "item|__int__|__float__"),
+    "control-flow": (linear(branching), inputs(6), wavy, "item"),
+    "python-number": (linear(counted), inputs(6), wavy, "__int__"),
     "boolean-index": (linear(picked), inputs(6), wavy, "index|nonzero|dynamic"),
     "old-function": (
         linear(lambda net, x: Doubled.apply(net.a(x))),

@@ -41,6 +41,7 @@ class Forward:
         buffers: After all rows, in order.
         aux: What the loss returned beside its value, stacked.
         inside: Runs a backward pass in the surroundings it needs.
+        groups: The rows of each pass, where rows that answer the host differently have their own.
     """
 
     losses: Tensor
@@ -48,6 +49,7 @@ class Forward:
     buffers: Tree
     aux: Any
     inside: Callable[[Callable[[], None]], None] = lambda run: run()
+    groups: tuple[tuple[int, ...], ...] = ()
 
 
 LOSSES = {

@@ -65,6 +65,14 @@ class FusedStack(AgainStack):
     def explain(self) -> None:
         """Print the mode, the extra flops and the kept bytes of every leaf."""
         print(self.run.modes)
+        if self.groups:
+            rows = "; ".join(", ".join(map(str, group)) for group in self.groups)
+            print(f"{len(self.groups)} passes, for the loss asks rows what they differ in: {rows}")
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """The rows of each pass, where rows that answer the host differently have their own."""
+        return self.run.groups
 
     def gram_is_cheap(self) -> bool:
         """By the flops of both ways, as long as M x M numbers are few."""

@@ -18,6 +18,7 @@ from gradfilter.grads._chunked import chunked_rows
 from gradfilter.grads._dense import DenseStack
 from gradfilter.grads._fused import Forward, forward
 from gradfilter.grads._fused_stack import FusedStack
+from gradfilter.grads._groups import Grouping, forward_in_groups
 from gradfilter.grads._lift import untraced
 from gradfilter.grads._loop import Rows, loop_rows
 from gradfilter.grads._loss import ModelLoss
@@ -80,6 +81,7 @@ class GradFunction:
         self, plan: Plan, loss: AnyLoss, batch: Batch, ambient: Ambient, params: Params
     ) -> AgainStack:
         """The rows by one plan, as random state and settings are at present."""
+        grouping = Grouping()
 
         def evaluate(elsewhere: Params, per_row: bool) -> AgainStack:
             with ambient.again():
@@ -89,7 +91,7 @@ class GradFunction:
             at = {name: p.detach() for name, p in at.items()}
             origin = Origin(len(batch.tensors[0]), params if per_row else at, evaluate)
             if plan == "fused":
-                return untraced(self._fused)(loss, batch, ambient, at, per_row, origin)
+                return untraced(self._fused)(loss, batch, ambient, at, per_row, origin, grouping)
             grads, losses, after, aux = self._rows(plan, loss, batch, at, per_row)
             return DenseStack(grads, losses, after, aux, origin=origin)
 
@@ -115,22 +117,31 @@ class GradFunction:
         params: Params,
         per_row: bool,
         origin: Origin,
+        grouping: Grouping,
     ) -> AgainStack:
-        def run(batch: Batch, params: Params) -> Forward:
+        def at_once(batch: Batch, params: Params) -> Forward:
             if len(batch) == 1:
                 return forward_single(loss, params, batch, per_row, ambient.modes)
             return forward(loss.writing, params, batch, per_row, loss.cumulative)
 
+        def run(batch: Batch, params: Params, grouping: Grouping) -> Forward:
+            return forward_in_groups(at_once, batch, params, per_row, grouping, ambient)
+
         def again() -> Forward:
             with ambient.again():
-                return run(batch, params)
+                return run(batch, params, grouping)
 
         if per_row and self.chunk_size is not None:
-            rows = chunked_rows(run, batch, params, self.chunk_size)
+            rows = chunked_rows(
+                lambda batch, params: run(batch, params, Grouping()),
+                batch,
+                params,
+                self.chunk_size,
+            )
             if rows is not None:
                 grads, losses, after, aux = rows
                 return DenseStack(grads, losses, after, aux, origin=origin)
-        first = run(batch, params)
+        first = run(batch, params, grouping)
         budget = bytes_of(self.memory_budget, ambient.device)
         losses = first.losses.detach()
         return FusedStack(

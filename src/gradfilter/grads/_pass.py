@@ -45,6 +45,7 @@ class Pass:
         self._dtypes = {name: leaf.dtype for name, leaf in first.tape.leaves.items()}
         self.modes: Modes = choose_modes(first.tape.leaves, first.tape.uses, budget)
         self.overrides = dict(first.tape.overrides)
+        self.groups = first.groups
         self.count = len(first.losses)
         self._device = first.losses.device
         self._kept: dict[str, Factor] | None = None

@@ -1,0 +1,204 @@
+"""Rows in groups: one pass over each group of rows that answer the host alike.
+
+A loss may ask its tensors for a value of Python: ``if mask.all():`` of a model for padded text is
+true of the longest rows and false of the others. A pass over all rows has to go one way, so rows
+that answer differently are taken apart, and a pass over each group goes its own. What comes out is
+put together again factor by factor, in the order of the rows: whoever asks the stack sees one pass.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from gradfilter import _tree
+from gradfilter._types import Params
+from gradfilter.grads._ambient import Ambient, random_state, set_random_state
+from gradfilter.grads._batch import Batch
+from gradfilter.grads._dense_factor import DenseFactor
+from gradfilter.grads._factor import Factor
+from gradfilter.grads._fused import Forward
+from gradfilter.grads._merged_factor import Part, gathered, merged
+from gradfilter.grads._rules._values import Disagreement
+from gradfilter.grads._tape import Tape, Use, Visit
+
+MOST_GROUPS = 8
+"""With more groups than these the loop is hardly slower: every group begins its pass anew."""
+
+
+@dataclass
+class Grouping:
+    """Which rows answer alike, as the first pass over a batch has shown.
+
+    Attributes:
+        groups: The rows of each group, in order; None before the first pass.
+    """
+
+    groups: list[list[int]] | None = None
+
+
+def forward_in_groups(
+    run: Callable[[Batch, Params], Forward],
+    batch: Batch,
+    params: Params,
+    per_row: bool,
+    grouping: Grouping,
+    ambient: Ambient,
+) -> Forward:
+    """Run a forward pass over all rows, in as many groups as their answers to the host make.
+
+    Args:
+        run: The pass over some rows.
+        batch: All rows.
+        params: The parameters; with ``per_row`` each with a leading axis M.
+        per_row: Row m has its own parameters.
+        grouping: The groups to begin with; the first pass leaves its own there.
+        ambient: The random state is at its start.
+
+    Raises:
+        RuntimeError: Rows that have to be taken apart cannot be: there are too many groups, they
+            write into buffers, or random numbers would not be those of the first pass.
+    """
+    ahead = [list(range(len(batch)))] if grouping.groups is None else list(grouping.groups)
+    parts: list[tuple[list[int], Forward]] = []
+    start, refined = ambient.random, False
+    while ahead:
+        rows = ahead.pop(0)
+        whole = len(rows) == len(batch)
+        own = params if whole or not per_row else {name: p[rows] for name, p in params.items()}
+        some = batch if whole else replace(batch, tensors=[t[rows] for t in batch.tensors])
+        try:
+            parts.append((rows, run(some, own)))
+        except Disagreement as disagreement:
+            ahead = [*_apart(rows, disagreement.answers), *ahead]
+            groups = len(parts) + len(ahead)
+            if groups > MOST_GROUPS or 2 < groups == len(batch):
+                raise
+            set_random_state(start, ambient.device)
+            refined = True
+        else:
+            if ahead:
+                start = random_state(ambient.device)
+    if len(parts) == 1:
+        forward = parts[0][1]
+    else:
+        forward = _together(parts, batch)
+        if refined and grouping.groups is not None:
+            _check_draws(ambient)
+    if grouping.groups is None:
+        grouping.groups = [rows for rows, _ in parts]
+    return forward
+
+
+def _apart(rows: list[int], answers: list[str]) -> list[list[int]]:
+    """Rows by their answers, in the order in which the answers come up."""
+    groups: dict[str, list[int]] = {}
+    for row, answer in zip(rows, answers, strict=True):
+        groups.setdefault(answer, []).append(row)
+    return list(groups.values())
+
+
+def _check_draws(ambient: Ambient) -> None:
+    now = random_state(ambient.device)
+    if any(not torch.equal(now[kind], before) for kind, before in ambient.random.items()):
+        raise RuntimeError(
+            "Expected rows that answer the host alike as in the first pass over them, found some "
+            "that do not at these parameters, and random numbers, which are drawn for all rows "
+            'that answer alike together. Use plan="loop".'
+        )
+
+
+def _together(parts: list[tuple[list[int], Forward]], batch: Batch) -> Forward:
+    """The passes over groups of rows as one."""
+    for _, part in parts:
+        for name, buffer in part.buffers.items():
+            if not torch.equal(buffer, batch.buffers[name]):
+                raise RuntimeError(
+                    f"Passes over groups of rows cannot hand buffer {name!r}, which the forward "
+                    "pass writes, from row to row, and the loss asks for a value that differs "
+                    'from row to row. Use plan="loop".'
+                )
+    first = parts[0][1]
+    places = [torch.tensor(rows, device=first.losses.device) for rows, _ in parts]
+    passes = [part for _, part in parts]
+    with torch.no_grad():
+        losses = gathered([part.losses for part in passes], places)
+        aux = first.aux
+        if aux is not None:
+            aux = _tree.tree_map(lambda *t: gathered(list(t), places), *(p.aux for p in passes))
+    leaves = {
+        name: leaf.detach()[:1].expand(len(batch), *leaf.shape[1:])
+        for name, leaf in first.tape.leaves.items()
+    }
+    tape = GroupedTape(
+        leaves,
+        uses=_uses([part.tape for part in passes], len(batch)),
+        overrides=sum((part.tape.overrides for part in passes), Counter()),
+        parts=list(zip(places, passes, strict=True)),
+    )
+    groups = tuple(tuple(rows) for rows, _ in parts)
+    return Forward(losses, tape, first.buffers, aux, groups=groups)
+
+
+def _uses(tapes: list[Tape], count: int) -> list[Use]:
+    """The uses of leaves by rules as if all rows had been in one pass."""
+    ruled = [tape for tape in tapes if tape.alone is None]
+    if not ruled:
+        return []
+    paths = {tuple((use.leaf, use.rule) for use in tape.uses) for tape in ruled}
+    if len(paths) > 1:
+        return [replace(use, ghost_flops=None) for tape in ruled for use in tape.uses]
+    rows = [len(next(iter(tape.leaves.values()))) for tape in ruled]
+
+    def scaled(uses: tuple[Use, ...]) -> Use:
+        ghosts = [use.ghost_flops for use in uses]
+        most = max(range(len(rows)), key=rows.__getitem__)
+        ghost = None if None in ghosts else ghosts[most]
+        return replace(
+            uses[0],
+            flops=sum(use.flops for use in uses) * count // sum(rows),
+            kept=sum(use.kept for use in uses) * count // sum(rows),
+            ghost_flops=ghost and ghost * count**2 // rows[most] ** 2,
+        )
+
+    return [scaled(uses) for uses in zip(*(tape.uses for tape in ruled), strict=True)]
+
+
+@dataclass
+class GroupedTape(Tape):
+    """The tapes of passes over groups of rows as one.
+
+    A backward pass runs through group after group. What it leaves of a leaf is known when the last
+    one is through, so the factors of all leaves are held until then.
+
+    Attributes:
+        parts: The rows of each group, and the pass over them.
+    """
+
+    parts: list[tuple[Tensor, Forward]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Leave the leaves alone: those of the parts are heard of."""
+
+    def backward(self, losses: Tensor, cotangent: Tensor, visit: Visit, *, retain: bool) -> None:
+        """Run the backward passes of all groups, each in the surroundings it needs."""
+        found: dict[str, list[Part]] = {}
+        for rows, part in self.parts:
+            _backward(part, rows, cotangent[rows], found, retain)
+        with torch.no_grad():  # as it is while a backward pass runs
+            for name in list(found):
+                visit(name, merged(found.pop(name), len(losses)), None)
+
+
+def _backward(
+    part: Forward, rows: Tensor, cotangent: Tensor, found: dict[str, list[Part]], retain: bool
+) -> None:
+    def visit(name: str, factors: list[Factor], grad: Tensor | None) -> None:
+        own = [*factors] if grad is None else [*factors, DenseFactor(grad)]
+        found.setdefault(name, []).append(Part(rows, own))
+
+    part.inside(lambda: part.tape.backward(part.losses, cotangent, visit, retain=retain))
