@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -838,6 +839,105 @@ def test_arguments_that_cannot_be():
     with pytest.raises(ValueError, match="found M = 1"):
         filtered(model, m=1).step(*vectors())
     assert same(bits(model), before)
+
+
+def by_hand(model, criterion, optimizer, batches, m=1):
+    """An ordinary loop whose gradient is the mean over microbatches."""
+    for x, y in batches:
+        optimizer.zero_grad()
+        for part, targets in zip(x.chunk(m), y.chunk(m), strict=True):
+            (criterion(model(part), targets) / m).backward()
+        optimizer.step()
+
+
+def tripled(gradient):
+    return 3 * gradient
+
+
+def halved(parameter):
+    parameter.grad.mul_(0.5)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("plan", ["auto", "loop", "vmap"])
+def test_hooks_on_parameters_run_as_in_a_backward_pass(plan):
+    seen = {}
+
+    def hooked(net):
+        mask = (torch.arange(net.a.weight.numel()).view_as(net.a.weight) % 2).double()
+        net.a.weight.data.mul_(mask)
+        net.a.weight.register_hook(lambda g: g * mask)
+        net.b.bias.register_hook(tripled)
+        net.a.bias.register_post_accumulate_grad_hook(halved)
+        watched = [net.b.weight, net.b.bias]
+        log = seen.setdefault(net, [])
+        torch.autograd.graph.register_multi_grad_hook(watched, lambda grads: log.append(len(grads)))
+        return mask
+
+    model = Dropped(0.0)
+    other = copy.deepcopy(model)
+    mask = hooked(model)
+    hooked(other)
+    batches = [vectors() for _ in range(3)]
+    wrapper = filtered(model, plan=plan)
+    for batch in batches:
+        wrapper.step(*batch)
+    by_hand(other, F.cross_entropy, sgd(other), batches)
+    close(model, other)
+    assert not (model.a.weight * (1 - mask)).any()
+    assert seen[model] == seen[other] == [2, 2, 2]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("plan", ["auto", "loop"])
+def test_pruned_weights_stay_pruned(plan):
+    model = Dropped(0.0)
+    other = copy.deepcopy(model)
+    for net in (model, other):
+        prune.l1_unstructured(net.a, "weight", 0.5)
+    batches = [vectors() for _ in range(3)]
+    wrapper = filtered(model, plan=plan)
+    for batch in batches:
+        wrapper.step(*batch)
+    by_hand(other, F.cross_entropy, sgd(other), batches)
+    close(model, other)
+
+
+def with_hits(output, targets):
+    hits = (output.argmax(1) == targets).float().sum()
+    return F.cross_entropy(output, targets), {"hits": hits, "logits": output.detach()}
+
+
+@pytest.mark.parametrize("plan", ["auto", "loop"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_what_the_criterion_says_beside_its_loss(plan, scaled):
+    model = Dropped(0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None
+    wrapper = filtered(model, criterion=with_hits, plan=plan, scaler=scaler, has_aux=True)
+    x, y = vectors()
+    logits = model(x).detach()
+    expected = [with_hits(part, t) for part, t in zip(logits.chunk(4), y.chunk(4), strict=True)]
+    result = wrapper.step(x, y)
+    losses, aux = zip(*expected, strict=True)
+    torch.testing.assert_close(result.loss, torch.stack(losses).mean())
+    assert result.aux["hits"].tolist() == [float(a["hits"]) for a in aux]
+    torch.testing.assert_close(result.aux["logits"], torch.stack([a["logits"] for a in aux]))
+    wrapper.accumulate(x, y)
+    assert wrapper.step(*vectors()).aux["logits"].shape == (8, 3, 3)
+    wrapper.accumulate(x, y)
+    with pytest.raises(ValueError, match=r"shapes \(4, 3, 3\) and \(4, 2, 3\)\. Reduce"):
+        wrapper.step(x[:8], y[:8])
+    assert filtered(model).step(x, y).aux is None
+
+
+def test_aux_needs_somebody_who_gives_it():
+    model = nn.Linear(6, 3)
+    with pytest.raises(
+        TypeError, match=r"found None with has_aux=True\. Give criterion\(output, ba"
+    ):
+        filtered(model, criterion=None, has_aux=True)
+    with pytest.raises(TypeError, match="needs has_aux=True"):
+        filtered(model, criterion=with_hits, plan="loop").step(*vectors())
 
 
 def test_what_is_saved_needs_no_module():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradfilter import _tree
 from gradfilter._types import Params
 from gradfilter.grads._again import AgainStack, Origin
 from gradfilter.grads._dense import DenseStack
@@ -22,7 +23,7 @@ def held(rows: GradStack, factors: Tensor | None = None) -> DenseStack:
         factors: (M,) to scale it with.
     """
     origin = rows.origin if isinstance(rows, AgainStack) else None
-    dense = DenseStack(rows.stacked(), rows.losses, rows.buffers, None, factors, origin)
+    dense = DenseStack(rows.stacked(), rows.losses, rows.buffers, rows.aux, factors, origin)
     rows.release()
     return dense
 
@@ -86,9 +87,22 @@ def joined(parts: Sequence[DenseStack]) -> DenseStack:
         {name: torch.cat([part.rows[name] for part in parts]) for name in parts[0].rows},
         _cat_numbers([part.losses for part in parts]),
         parts[-1].buffers,
+        None if parts[0].aux is None else _tree.tree_map(_cat, *(part.aux for part in parts)),
         scale=_cat_numbers([part.scale for part in parts]),
         origin=Origin(sum(sizes), first.params, evaluate),
     )
+
+
+def _cat(first: Tensor, *rest: Tensor) -> Tensor:
+    """One leaf of the aux of all parts."""
+    for other in rest:
+        if other.shape[1:] != first.shape[1:]:
+            raise ValueError(
+                "Expected aux of the same shape from the rows of every accumulated batch, found "
+                f"the shapes {tuple(first.shape)} and {tuple(other.shape)}. Reduce it over the "
+                "samples, or accumulate batches of one size."
+            )
+    return torch.cat([first, *rest])
 
 
 def _cat_numbers(numbers: Sequence[Tensor | None]) -> Tensor | None:

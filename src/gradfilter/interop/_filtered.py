@@ -14,11 +14,24 @@ from gradfilter._types import GLOBAL_NAMES, Out, Params, Transform
 from gradfilter.grads._again import AgainStack
 from gradfilter.grads._dense import DenseStack
 from gradfilter.grads._grad_function import GradFunction, Plan
-from gradfilter.grads._loss import extract, insert, refuse_class
+from gradfilter.grads._loss import extract, insert
 from gradfilter.grads._microbatch import microbatch_grads, per_sample_grads
 from gradfilter.interop._accumulated import batch_of, held, joined
-from gradfilter.interop._filtered_chain import filter_chain, overflowed, own_state, write_grads
-from gradfilter.interop._filtered_loss import check_module, loss_of, original_of, plan_for
+from gradfilter.interop._filtered_chain import (
+    check_owned,
+    filter_chain,
+    overflowed,
+    own_state,
+    write_grads,
+)
+from gradfilter.interop._filtered_loss import (
+    check_criterion,
+    check_module,
+    loss_of,
+    original_of,
+    plan_for,
+    view_of,
+)
 from gradfilter.interop._filtered_scaler import scale_of, update_scale, with_own_losses
 from gradfilter.interop._sam_base import check_steps_alone
 from gradfilter.transforms._state import load_state_dict, state_dict
@@ -31,6 +44,8 @@ class StepResult:
     Attributes:
         loss: (), the mean over the rows, before the step.
         info: ``keep`` () bool, whether the optimizer was called, and the metrics of the links.
+        aux: With ``has_aux`` what the criterion returned beside each row's loss, every leaf with a
+            leading axis M (over all accumulated batches); else None.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -45,6 +60,7 @@ class StepResult:
 
     loss: Tensor
     info: Out
+    aux: Any = None
 
 
 class Filtered:
@@ -58,12 +74,15 @@ class Filtered:
     once per step. Buffers (BatchNorm) are written back after every step, also a skipped one.
 
     Learning-rate schedulers, parameter groups and ``torch.autocast`` around ``step`` work as ever.
-    An unused parameter has gradient zero, not None, so weight decay reaches it.
+    An unused parameter has gradient zero, not None, so weight decay reaches it. Hooks on parameters
+    (``p.register_hook``, ``p.register_post_accumulate_grad_hook``) run on the filtered gradient.
 
     Args:
         model: Any module. Frozen parameters stay as they are. One from ``torch.compile`` is run
             row by row, with a warning, and keeps its original names.
-        criterion: As in `model_loss`, a mean over samples; None for models with a ``.loss``.
+        criterion: As in `model_loss`, a mean over samples; None for models with a ``.loss``. The
+            parameters of one that is a module (or a method of one) are trained with the model's,
+            under names that begin with ``criterion.``; its buffers are kept as the model's are.
         transforms: A chain that takes rows and ends in a tree: no update rule.
         optimizer: Any optimizer over parameters of the model.
         microbatches: M rows per batch; None for one row per sample.
@@ -73,12 +92,15 @@ class Filtered:
             overflowed is rejected alone (`finite_filter` is put in front of a chain without one).
             ``step`` updates it: it backs off when a row overflowed though its loss is finite,
             since no scale helps where the loss is not. Call none of its methods yourself.
+        has_aux: The criterion returns ``(loss, aux)``, aux any tree of tensors (hits, logits): see
+            ``aux`` of `StepResult`.
 
     Raises:
         TypeError: ``transforms`` does not lead from rows to a tree; an optimizer whose step needs a
             closure (LBFGS, SAM); no module, criterion or optimizer at all.
-        ValueError: No parameter of the optimizer is a trainable one of the model; a compiled module
-            with plan ``"fused"`` or ``"vmap"``; a DistributedDataParallel.
+        ValueError: A trainable parameter of the optimizer is neither the model's nor the
+            criterion's, or one of the criterion is not in the optimizer; a compiled module with
+            plan ``"fused"`` or ``"vmap"``; a DistributedDataParallel.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -105,6 +127,7 @@ class Filtered:
         plan: Plan = "auto",
         memory_budget: int | float = 0.25,
         scaler: torch.amp.GradScaler | None = None,
+        has_aux: bool = False,
     ) -> None:
         """Check everything that can be checked without a batch."""
         check_module("Filtered", model)
@@ -114,21 +137,20 @@ class Filtered:
                 f"Filtered: expected a criterion to call, or None, found "
                 f"{type(criterion).__name__}. Give criterion(output, targets) -> scalar."
             )
-        refuse_class(criterion, "Filtered")
+        if has_aux and criterion is None:
+            raise TypeError(
+                "Filtered: expected a criterion that returns (loss, aux), found None with "
+                "has_aux=True. Give criterion(output, batch) -> (output.loss, aux)."
+            )
+        check_criterion("Filtered", original_of(model), criterion, optimizer)
         self.model, self.criterion = model, criterion
         self.optimizer, self.scaler = optimizer, scaler
         self.transforms = filter_chain(transforms, guarded=scaler is not None)
-        self._module = original_of(model)
-        self._microbatches, self._plan = microbatches, plan_for(model, plan)
+        self._module, self._has_aux = view_of(model, criterion), has_aux
+        self._microbatches, self._plan = microbatches, plan_for(model, criterion, plan)
         self._memory_budget = memory_budget
         self._grads_of(None)
-        own = {id(p) for p in self._module.parameters() if p.requires_grad}
-        if not own & {id(p) for group in optimizer.param_groups for p in group["params"]}:
-            raise ValueError(
-                "Filtered: expected an optimizer over trainable parameters of the model, found "
-                "none of them in its groups. Make it from model.parameters(), after any copy or "
-                "move of the model."
-            )
+        check_owned(self._module, optimizer, "Filtered")
         self._state = self.transforms.init(extract(self._module)[0])
         self._pending: list[DenseStack] = []
 
@@ -141,13 +163,14 @@ class Filtered:
             targets: What the criterion takes; None for such a dict.
             **extra: For the links: ``keep``, ``count``, ``value``.
         """
+        check_owned(self._module, self.optimizer, "Filtered")
         rows, factors = self._rows(inputs, targets)
         buffers = rows.buffers
         if self._pending:
             rows, self._pending = joined([*self._pending, held(rows, factors)]), []
         elif factors is not None:
             rows = rows.scaled(factors)
-        losses = rows.losses
+        losses, aux = rows.losses, rows.aux
         assert losses is not None  # rows of a batch always have their losses
         params = self._params()
         with torch.no_grad():
@@ -164,7 +187,7 @@ class Filtered:
         if self.scaler is not None and self.scaler.is_enabled():
             update_scale(self.scaler, overflowed(out, losses))
         metrics = {name: value for name, value in out.items() if name not in GLOBAL_NAMES}
-        return StepResult(losses.mean(), {"keep": keep, **metrics})
+        return StepResult(losses.mean(), {"keep": keep, **metrics}, aux)
 
     def accumulate(self, inputs: Any, targets: Any = None) -> Tensor:
         """Compute and hold the M rows of a batch; the next `step` filters them with its own.
@@ -215,7 +238,7 @@ class Filtered:
         return {name: p.detach() for name, p in named if p.requires_grad}
 
     def _grads_of(self, scale: Tensor | None) -> GradFunction:
-        loss = loss_of(self.model, self.criterion, scale)
+        loss = loss_of(self._module, self.criterion, self._has_aux, scale)
         if self._microbatches is None:
             return per_sample_grads(loss, plan=self._plan, memory_budget=self._memory_budget)
         return microbatch_grads(

@@ -85,12 +85,56 @@ def own_state(state: State, params: Params) -> State:
     return _tree.tree_map(own, state)
 
 
+def check_owned(module: nn.Module, optimizer: torch.optim.Optimizer, who: str) -> None:
+    """Refuse an optimizer of trainable parameters that get no gradient here, and would never move.
+
+    Args:
+        module: What is differentiated, the criterion's tensors included.
+        optimizer: Whose groups to look at.
+        who: Who asks.
+
+    Raises:
+        ValueError: None of its parameters is the module's, or some are not.
+    """
+    own = {id(p) for p in module.parameters()}
+    held = alien = 0
+    example = ""
+    for group in optimizer.param_groups:
+        for i, p in enumerate(group["params"]):
+            if p.requires_grad and id(p) not in own:
+                alien += 1
+                example = example or group.get("param_names", {i: f"shape {tuple(p.shape)}"})[i]
+            held += p.requires_grad
+    if held == alien:
+        raise ValueError(
+            f"{who}: expected an optimizer over trainable parameters of the model, found none of "
+            "them in its groups. Make it from model.parameters(), after any copy or move of the "
+            "model."
+        )
+    if alien:
+        raise ValueError(
+            f"{who}: expected an optimizer over parameters of the model and of a criterion that "
+            f"is a module, found {alien} of neither ({example}), which no gradient would reach. "
+            "Make the module that holds them the criterion or a submodule of the model, or give "
+            "them another optimizer."
+        )
+
+
 def write_grads(module: nn.Module, optimizer: torch.optim.Optimizer, grads: Tree) -> None:
-    """Make these the only gradients the optimizer will see."""
+    """Make these the only gradients the optimizer will see, by way of the parameters' own hooks."""
     for group in optimizer.param_groups:
         for p in group["params"]:
-            p.grad = None  # of a parameter frozen since, or not of this model
+            p.grad = None  # of a parameter frozen since
+    hooked: list[Tensor] = []
+    combined: list[Tensor] = []
     for name, p in module.named_parameters():
-        if name in grads:
+        if name in grads and (p._backward_hooks or p._post_accumulate_grad_hooks):
+            p.grad = None
+            hooked.append(p)
+            combined.append(grads[name])
+        elif name in grads:
             # A copy: optimizers may write into gradients, and want them laid out as parameters.
             p.grad = torch.empty_like(p, requires_grad=False).copy_(grads[name])
+    if hooked:
+        # A backward pass from the parameters themselves: torch runs their hooks, and copies.
+        torch.autograd.backward(hooked, combined)

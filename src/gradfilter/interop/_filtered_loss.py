@@ -5,53 +5,85 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gradfilter._shards import is_sharded
-from gradfilter._types import Params, Tree
 from gradfilter.grads._grad_function import Plan
-from gradfilter.grads._loss import ModelLoss
-from gradfilter.grads._places import Places
+from gradfilter.grads._loss import ModelLoss, refuse_class
 from gradfilter.interop._filtered_scaler import scaled_criterion
+from gradfilter.interop._module_view import ModuleView, module_of
 
 PREFIX = "_orig_mod."
 """What torch.compile puts in front of every name of the module it wraps."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class CompiledLoss(ModelLoss):
-    """The loss of a compiled module under the names of the module it was compiled from."""
+def view_of(model: nn.Module, criterion: Callable[..., Any] | None) -> nn.Module:
+    """What is differentiated: the module, under its original names, and its criterion's tensors.
 
-    compiled: nn.Module
-
-    def run(self, params: Params, batch: Any, buffers: Tree, places: Places) -> tuple[Any, ...]:
-        """Run the compiled module."""
-        inner = ModelLoss(self.compiled, self.criterion, self.has_aux)
-        prefixed = ({PREFIX + name: t for name, t in tree.items()} for tree in (params, buffers))
-        renamed, incoming = prefixed
-        loss, after, *aux = inner.run(renamed, batch, incoming, Places.of(self.compiled))
-        return loss, {name: after[PREFIX + name] for name in buffers}, *aux
+    Args:
+        model: The module as the user has it, compiled or not.
+        criterion: As in `model_loss`.
+    """
+    original, other = original_of(model), module_of(criterion, model)
+    if original is model and other is None:
+        return model
+    return ModuleView(original, model, None if other is None else original_of(other))
 
 
 def loss_of(
-    model: nn.Module, criterion: Callable[..., Any] | None, scale: Tensor | None
+    view: nn.Module,
+    criterion: Callable[..., Any] | None,
+    has_aux: bool = False,
+    scale: Tensor | None = None,
 ) -> ModelLoss:
-    """The pure loss of a module, compiled or not; with a scale, (scaled loss, loss).
+    """The pure loss; with a scale its aux is (loss,) or (loss, aux).
 
     Args:
-        model: The module as the user has it.
+        view: Of `view_of`.
         criterion: As in `model_loss`.
+        has_aux: The criterion returns (loss, aux).
         scale: () factor of the loss, or None.
     """
-    if scale is not None:
-        criterion = scaled_criterion(criterion, scale)
-    original = original_of(model)
-    if original is model:
-        return ModelLoss(model, criterion, scale is not None)
-    return CompiledLoss(original, criterion, scale is not None, compiled=model)
+    if scale is None:
+        return ModelLoss(view, criterion, has_aux)
+    return ModelLoss(view, scaled_criterion(criterion, has_aux, scale), True)
+
+
+def check_criterion(
+    name: str,
+    model: nn.Module,
+    criterion: Callable[..., Any] | None,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Refuse a criterion with trainable parameters that the optimizer does not have.
+
+    Args:
+        name: Who asks.
+        model: Whose own parameters may be trained by others.
+        criterion: As in `model_loss`.
+        optimizer: What is to train them.
+
+    Raises:
+        TypeError: The criterion is a class.
+        ValueError: There are such parameters.
+    """
+    refuse_class(criterion, name)
+    other = module_of(criterion, model)
+    if other is None:
+        return
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    known |= {id(p) for p in model.parameters()}
+    left = [n for n, p in other.named_parameters() if p.requires_grad and id(p) not in known]
+    if left:
+        raise ValueError(
+            f"{name}: expected the criterion's trainable parameters in the optimizer, found "
+            f"{left[0]!r} ({len(left)} in all) that nothing would train. Give the optimizer "
+            "[*model.parameters(), *criterion.parameters()], or call "
+            "criterion.requires_grad_(False)."
+        )
 
 
 def check_module(name: str, model: Any) -> None:
@@ -85,13 +117,13 @@ def original_of(model: nn.Module) -> nn.Module:
     return model.get_submodule(PREFIX[:-1]) if _is_compiled_module(model) else model
 
 
-def plan_for(model: nn.Module, plan: Plan) -> Plan:
+def plan_for(model: nn.Module, criterion: Callable[..., Any] | None, plan: Plan) -> Plan:
     """The plan a module allows: under vmap torch runs compiled code uncompiled, or not at all.
 
     Raises:
         ValueError: A compiled module and a plan that needs vmap.
     """
-    if plan == "loop" or not has_compiled(model):
+    if plan == "loop" or not has_compiled(model, criterion):
         return plan
     why = "torch runs no compiled module under vmap, so that its rows take M backward passes"
     if plan != "auto":
@@ -107,11 +139,14 @@ def plan_for(model: nn.Module, plan: Plan) -> Plan:
     return "loop"
 
 
-def has_compiled(model: nn.Module) -> bool:
-    """Whether a module, or a part of it, is compiled."""
+def has_compiled(model: nn.Module, criterion: Callable[..., Any] | None) -> bool:
+    """Whether a module, a part of it, or its criterion is compiled."""
+    other = module_of(criterion, model)
     return any(
         _is_compiled_module(m) or getattr(m, "_compiled_call_impl", None) is not None
-        for m in model.modules()
+        for part in (model, other)
+        if part is not None
+        for m in part.modules()
     )
 
 

@@ -40,18 +40,22 @@ def update_scale(scaler: torch.amp.GradScaler, overflow: Tensor) -> None:
     scaler.update()
 
 
-def scaled_criterion(criterion: Callable[..., Any] | None, scale: Tensor) -> Callable[..., Any]:
-    """The criterion for ``has_aux``: (scaled loss, loss).
+def scaled_criterion(
+    criterion: Callable[..., Any] | None, has_aux: bool, scale: Tensor
+) -> Callable[..., Any]:
+    """The criterion for ``has_aux``: (scaled loss, (loss,) or (loss, aux)).
 
     Args:
         criterion: As in `model_loss`.
+        has_aux: It returns (loss, aux).
         scale: () factor of the loss.
     """
 
-    def scaled(output: Any, targets: Any) -> tuple[Tensor, Tensor]:
-        loss = _own_loss(output) if criterion is None else criterion(output, targets)
+    def scaled(output: Any, targets: Any) -> tuple[Tensor, tuple[Any, ...]]:
+        result = _own_loss(output) if criterion is None else criterion(output, targets)
+        loss, *aux = result if has_aux else (result,)
         # A loss in half precision would overflow as soon as it is scaled.
-        return _tree.at_least_float32(loss) * scale, loss
+        return _tree.at_least_float32(loss) * scale, (loss, *aux)
 
     return scaled
 
@@ -59,7 +63,7 @@ def scaled_criterion(criterion: Callable[..., Any] | None, scale: Tensor) -> Cal
 def with_own_losses(rows: AgainStack) -> AgainStack:
     """Rows of a `scaled_criterion` whose ``losses`` are not scaled, here and at other parameters.
 
-    The rows themselves stay those of the scaled losses.
+    The rows themselves stay those of the scaled losses, and ``aux`` is the criterion's own.
     """
     origin = rows.origin
     assert origin is not None  # rows of a batch always have one
@@ -68,5 +72,8 @@ def with_own_losses(rows: AgainStack) -> AgainStack:
         return with_own_losses(cast(AgainStack, origin.evaluate(params, per_row)))
 
     again = replace(origin, evaluate=evaluate)
-    same: AgainStack = replace(cast(Any, rows), losses=rows.aux, aux=None, origin=again)
+    losses, *aux = rows.aux
+    same: AgainStack = replace(
+        cast(Any, rows), losses=losses, aux=aux[0] if aux else None, origin=again
+    )
     return same

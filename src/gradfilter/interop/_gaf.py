@@ -13,11 +13,17 @@ from torch.utils.data import DataLoader, Dataset
 from gradfilter._types import Params
 from gradfilter.grads._dense import DenseStack
 from gradfilter.grads._grad_function import Plan
-from gradfilter.grads._loss import ModelLoss, insert, model_loss
+from gradfilter.grads._loss import ModelLoss, insert
 from gradfilter.grads._microbatch import microbatch_grads
 from gradfilter.grads._stack import GradStack
-from gradfilter.interop._filtered_chain import write_grads
-from gradfilter.interop._filtered_loss import check_module, has_compiled
+from gradfilter.interop._filtered_chain import check_owned, write_grads
+from gradfilter.interop._filtered_loss import (
+    check_criterion,
+    check_module,
+    has_compiled,
+    original_of,
+    view_of,
+)
 from gradfilter.interop._sam_base import check_steps_alone
 from gradfilter.transforms._agreement import agree_filter
 
@@ -87,20 +93,23 @@ def step_gaf(
             f"step_gaf: expected at least two microbatches, found {len(list_of_microbatches)}: one "
             "has nothing to agree with. Cut the batch into more parts."
         )
+    check_criterion("step_gaf", original_of(model), criterion, optimizer)
+    view = view_of(model, criterion)
+    check_owned(view, optimizer, "step_gaf")
     log = logger_of(wandb)
     home = next(model.parameters()).device if device is None else torch.device(device)
     batches = [on_device(part, home) for part in list_of_microbatches]
     model.train()
-    params: Params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    loss = model_loss(model, _with_hits(criterion), has_aux=True)
-    plan: Plan = "loop" if has_compiled(model) else "auto"
+    params: Params = {name: p for name, p in view.named_parameters() if p.requires_grad}
+    loss = ModelLoss(view, _with_hits(criterion), has_aux=True)
+    plan: Plan = "loop" if has_compiled(model, criterion) else "auto"
     rows = _rows_of(loss, {name: p.detach() for name, p in params.items()}, batches, plan)
     with torch.no_grad():
         grads, _, out = filter_.update(rows, filter_.init(params), params)
-    insert(model, {}, rows.buffers)
+    insert(view, {}, rows.buffers)
     optimizer.zero_grad()
     if bool(out["keep"]):
-        write_grads(model, optimizer, grads)
+        write_grads(view, optimizer, grads)
         optimizer.step()
     sizes = torch.tensor([float(len(targets)) for _, targets in batches], device=home)
     assert rows.losses is not None  # rows of batches always have their losses

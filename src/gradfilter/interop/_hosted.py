@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradfilter._types import Transform
 from gradfilter.grads._grad_function import Plan
 from gradfilter.interop._filtered import Filtered, StepResult
+from gradfilter.interop._module_view import ModuleView
 from gradfilter.transforms._state import load_state_dict, state_dict
 
 HostLoss = Callable[[dict[str, Any]], Tensor]
@@ -48,7 +49,7 @@ class Hosted(Filtered):
         self.kept = False
         self._served = model, optimizer
         super().__init__(
-            _LossView(model, loss),
+            _with_loss(model, loss),
             None,
             transforms,
             optimizer,
@@ -114,20 +115,13 @@ class _Noted:
         return self._optimizer.param_groups
 
 
-class _LossView(nn.Module):
+def _with_loss(model: nn.Module, loss: HostLoss) -> nn.Module:
     """A model under its own names whose output is the loss that a host computes with it."""
 
-    def __init__(self, model: nn.Module, loss: HostLoss) -> None:
-        super().__init__()
-        # The same tables, not copies: whoever swaps a tensor here swaps it for the model, and
-        # links that choose by name see the names of the model.
-        self._parameters = model._parameters
-        self._buffers = model._buffers
-        self._modules = model._modules
-        self._loss = loss
+    def forward(**inputs: Any) -> dict[str, Tensor]:
+        return {"loss": loss(inputs)}
 
-    def forward(self, **inputs: Any) -> dict[str, Tensor]:
-        return {"loss": self._loss(inputs)}
+    return ModuleView(model, forward)
 
 
 def scalars(result: StepResult) -> dict[str, Tensor]:
