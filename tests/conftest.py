@@ -14,11 +14,6 @@ settings.register_profile("gradfilter", deadline=None, derandomize=True, max_exa
 settings.load_profile("gradfilter")
 
 
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def float64():
     before = torch.get_default_dtype()

@@ -32,9 +32,9 @@ def same_on_all_ranks(tree):
     """Bit for bit, NaN included."""
     for leaf in _tree.leaves(tree):
         own = torch.empty(leaf.numel(), dtype=leaf.dtype).copy_(leaf.flatten()).view(torch.uint8)
-        parts = own.new_empty(dist.get_world_size(), len(own))
-        dist.all_gather_into_tensor(parts, own[None])
-        assert (parts == own).all()
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, own)
+        assert all(torch.equal(part, own) for part in parts)
 
 
 def close(found, expected, **tolerance):

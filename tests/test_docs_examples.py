@@ -22,7 +22,7 @@ PAGES = [page for page in sorted(DOCS.rglob("*.md")) if examples(page)]
 def test_the_examples_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    scope = {}
+    scope = {"__name__": __name__}  # of this project: their warnings are errors
     for block in examples(page):
         exec(compile(block, str(page.relative_to(DOCS)), "exec"), scope)
 

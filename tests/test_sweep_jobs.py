@@ -71,6 +71,7 @@ def test_all_workers_have_their_last_words_at_the_same_time(started, monkeypatch
 
 @posix
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.usefixtures("usual_signals")
 def test_a_polite_kill_and_a_closed_terminal_are_an_exit(number):
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stop, ExitStack() as stack:

@@ -15,6 +15,12 @@ LONG = 2**15
 """Numbers per rank from which copying them costs more than starting several collectives."""
 
 
+# Since torch 2.13 the old name warns on every call and every rank; 2.11 and 2.12 know no other.
+_all_gather_single: Callable[..., dist.Work | None] = getattr(
+    dist, "all_gather_single", None
+) or getattr(dist, "all_gather_into_tensor")  # noqa: B009
+
+
 class LostRanksError(RuntimeError):
     """A collective failed: another rank died, raised an error or is silent."""
 
@@ -88,7 +94,7 @@ class Ranks:
         return self._started(
             "gathering",
             parts,
-            lambda: [dist.all_gather_into_tensor(parts, own, group=self.group, async_op=True)],
+            lambda: [_all_gather_single(parts, own, group=self.group, async_op=True)],
         )
 
     def _broadcasts(self, parts: Tensor, own: Tensor) -> list[dist.Work | None]:
@@ -122,7 +128,7 @@ class Ranks:
         group = _host_group(self.group)
         parts = numbers.new_empty(self.size, len(numbers))
         with self._talking("comparing notes"):
-            dist.all_gather_into_tensor(parts, numbers[None], group=group)
+            _all_gather_single(parts, numbers[None], group=group)
         return parts
 
     def _started(
