@@ -71,10 +71,10 @@ def make_stats(place, metric, values, *, step=STEPS, targets=None, columns=None,
             **settings,
         },
         "columns": columns or [metric],
-        "axes": ["sample", "column"],
+        "axes": ["batch", "column"] if columns else ["sample"],
         "checkpoint": {"id": 1, "step": step, "epoch": float(step)},
     }
-    stats = [list(v) if columns else [v] for v in values]
+    stats = [list(v) if columns else v for v in values]
     record = Record(0, count, list(range(count)), targets, [0] * count, stats)
     folder = place / "stats"
     folder.mkdir(exist_ok=True)

@@ -43,6 +43,6 @@ def test_what_is_measured_is_what_was_trained(model, init, tmp_path):
     assert command("stats", *options, "--device", "cpu")[0] == 0
     for number, line in enumerate(metrics(run)):
         (file,) = (run / "stats").glob(f"*checkpoint-{number}.json")
-        values = [value for (value,) in json.loads(file.read_text())["stats"]]
+        values = json.loads(file.read_text())["stats"]
         assert len(values) == 20
         assert sum(values) / 20 == pytest.approx(line["train_loss"], rel=1e-4)

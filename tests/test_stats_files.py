@@ -1,6 +1,7 @@
 """The files of a measurement: their names, what is in them, and how parts become a whole."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -26,7 +27,7 @@ def record(start, stop, residual=None):
         [10 * place for place in places],
         [place % 3 for place in places],
         [place % 2 for place in places],
-        [[place + 0.5] for place in places],
+        [place + 0.5 for place in places],
         residual=residual,
     )
 
@@ -95,12 +96,12 @@ def test_means_are_over_the_numbers_that_there_are():
 
 
 def test_document_has_columns_and_metadata():
-    bad = Record(2, 3, [20], [1], [0], [[None]], residual=1e-3)
+    bad = Record(2, 3, [20], [1], [0], [None], residual=1e-3)
     found = document([record(0, 2, residual=1e-5), bad], ORIGIN)
     assert list(found) == ["sample_ids", "targets", "ground_truths", "stats", "metadata"]
-    assert found["sample_ids"] == [0, 10, 20] and found["stats"] == [[0.5], [1.5], [None]]
+    assert found["sample_ids"] == [0, 10, 20] and found["stats"] == [0.5, 1.5, None]
     metadata = found["metadata"]
-    assert metadata["aggregate"] == {"mean": [1.0]}
+    assert metadata["aggregate"] == {"mean": 1.0}
     assert (metadata["nulls"], metadata["largest_residual"]) == (1, 1e-3)
     assert metadata["checkpoint"] == {"id": 3} and metadata["samples"] == [0, 3]
 
@@ -108,8 +109,8 @@ def test_document_has_columns_and_metadata():
 def test_operator_norms_have_a_lipschitz_constant():
     origin = {"settings": {"metric": "jacobian_operator_norm"}}
     aggregate = document([record(0, 4)], origin)["metadata"]["aggregate"]
-    assert aggregate["mean"] == [2.0]
-    assert aggregate["lipschitz"] == [pytest.approx((21 / 4) ** 0.5)]
+    assert aggregate["mean"] == 2.0
+    assert aggregate["lipschitz"] == pytest.approx((21 / 4) ** 0.5)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +136,32 @@ def test_document_round_trips(tmp_path):
     assert json.loads(path.read_text()) == whole == read(path)
     again = document(records_of(whole), origin_of(whole))
     assert again == whole
+
+
+OLD = {**ORIGIN, "axes": ["sample", "column"]}
+"""What versions wrote that had a list of one number per sample."""
+
+
+def test_an_older_file_is_read_as_it_would_be_written_now(tmp_path):
+    now = document([record(0, 3)], {**ORIGIN, "axes": ["sample"]})
+    aggregate = {"aggregate": {"mean": [now["metadata"]["aggregate"]["mean"]]}}
+    old = {
+        **now,
+        "stats": [[number] for number in now["stats"]],
+        "metadata": {**now["metadata"], "axes": OLD["axes"], **aggregate},
+    }
+    write(tmp_path / "a.json", old)
+    assert read(tmp_path / "a.json") == now
+
+
+def test_an_older_part_goes_on(tmp_path):
+    path = part_path(tmp_path, "a", 0)
+    with appending(path, OLD) as append:
+        append(replace(record(0, 4), stats=[[number] for number in record(0, 4).stats]))
+    facts = {**ORIGIN, "axes": ["sample"]}
+    with appending(path, facts) as append:
+        append(record(4, 8))
+    assert finished(path, facts) == [record(0, 4), record(4, 8)]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"metadata": {}}', "\x00"])
@@ -189,7 +216,7 @@ def test_parts_that_do_not_fit_are_refused(ranges, what):
 
 
 def test_a_sample_under_two_places_is_refused():
-    twice = Record(2, 3, [10], [0], [0], [[1.0]])
+    twice = Record(2, 3, [10], [0], [0], [1.0])
     with pytest.raises(UsageError, match="id is there twice"):
         joined([record(0, 2), twice], 0, 3)
 
@@ -229,7 +256,7 @@ def test_a_part_of_another_measurement_is_refused(tmp_path):
     with pytest.raises(UsageError, match="other checkpoint"):
         finished(path, {**ORIGIN, "checkpoint": {"id": 4}})
     path.write_text('{"settings": 1}\nnonsense\n')
-    with pytest.raises(UsageError, match="damaged"):
+    with pytest.raises(UsageError, match="is not JSON"):
         finished(path, ORIGIN)
 
 

@@ -266,7 +266,7 @@ def test_record_has_ids_labels_and_numbers_of_its_stretch():
     expected = measure_of(config, case)(
         train.images.fetch(torch.arange(3, 7)), train.labels[3:7], train.ids[3:7]
     )
-    assert record.stats == [[number] for number in expected.numbers.tolist()]
+    assert record.stats == expected.numbers.tolist()
     assert record.path_distances is record.residual is None
 
 
@@ -285,7 +285,7 @@ def test_restored_targets_are_the_true_labels():
 @pytest.mark.parametrize(
     ("settings", "shape", "distances"),
     [
-        ({}, (4, 1), None),
+        ({}, (4,), None),
         ({"cumulative": True}, (4, 6), None),
         ({"raw_path": True}, (4, 3, 7), (4, 3, 6)),
     ],
@@ -301,7 +301,7 @@ def test_paths_in_a_record(settings, shape, distances):
         assert torch.tensor(record.path_distances).shape == distances
         alone = StatsConfig(metric="jacobian")
         base = recorder(alone, case.data.train, measure_of(alone, case))(2, 6)
-        assert [sample[1][0] for sample in record.stats] == [row[0] for row in base.stats]
+        assert [sample[1][0] for sample in record.stats] == base.stats
 
 
 def test_residual_of_a_record_is_the_worst_one():
@@ -328,8 +328,8 @@ def test_a_path_has_the_mean_up_to_its_last_anchor():
         )
         stats.append(recorder(config, case.data.train, measure_of(config, case))(0, 3).stats)
     whole, running = stats
-    assert whole == [row[-1:] for row in running]
-    assert whole != [row[:1] for row in running]
+    assert whole == [row[-1] for row in running]
+    assert whole != [row[0] for row in running]
 
 
 def test_a_network_gone_bad_gives_nulls():
@@ -340,7 +340,7 @@ def test_a_network_gone_bad_gives_nulls():
     for metric in ("crossentropy", "jacobian", "jacobian_operator_norm", "loss_hessian_top"):
         config = StatsConfig(metric=metric)
         record = recorder(config, case.data.train, measure_of(config, case))(0, 3)
-        assert record.stats == [[None]] * 3, metric
+        assert record.stats == [None] * 3, metric
 
 
 # Origins

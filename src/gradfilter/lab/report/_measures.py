@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from gradfilter.lab._reading import ForeignError, reading
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.stats._output import Document, read
+from gradfilter.lab.stats._records import MOST
 
 FOLDER = "stats"
 PLAIN = {"gen_strategy": "none", "normalization": "none", "target_logit_only": False}
@@ -59,12 +61,10 @@ def read_measures(run: Path) -> tuple[tuple[Measure, ...], list[str]]:
     unreadable = []
     for path in sorted((run / FOLDER).glob("*.json")):
         try:
-            found = _measures(path, read(path))
-        except UsageError:
-            unreadable.append(f"{str(path)!r} is not a file of numbers.")
-            continue
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            unreadable.append(f"{str(path)!r}: not what gradfilter stats writes ({error!r}).")
+            with reading(path, "the file of numbers", "Remove it, or measure again."):
+                found = _measures(path, read(path))
+        except UsageError as error:
+            unreadable.append(str(error))
             continue
         for measure in found:
             key = (measure.variant, measure.column, measure.checkpoint)
@@ -76,8 +76,14 @@ def read_measures(run: Path) -> tuple[tuple[Measure, ...], list[str]]:
 def _measures(path: Path, document: Document) -> list[Measure]:
     facts = document["metadata"]
     settings: Mapping[str, Any] = facts["settings"]
-    if facts["axes"][-1] != "column":
+    if facts["axes"][-1] not in ("sample", "column"):
         return []  # running values along a path, which have no one mean
+    words = (settings["metric"], settings["dataset_split"], *facts["columns"])
+    if not all(isinstance(word, str) for word in words):
+        raise ForeignError("it does not say what was measured")
+    at = facts["checkpoint"]
+    if not all(type(at[name]) is int and 0 <= at[name] <= MOST for name in ("id", "step")):
+        raise ForeignError("it does not say at which checkpoint")
     values = np.array(document["stats"], dtype=float)  # null becomes NaN
     values = values.reshape(len(values), -1)  # (samples, columns)
     start, stop = facts["samples"]
@@ -91,8 +97,8 @@ def _measures(path: Path, document: Document) -> list[Measure]:
             settings["dataset_split"],
             path.stem.rsplit("-checkpoint-", 1)[0],
             all(settings.get(name, value) == value for name, value in PLAIN.items()),
-            int(facts["checkpoint"]["id"]),
-            int(facts["checkpoint"]["step"]),
+            at["id"],
+            at["step"],
             stop - start,
             _of_all(facts, column, numbers),
             float(lipschitz[0]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +16,8 @@ from gradfilter.lab.stats._catalogue import METRICS
 from gradfilter.lab.stats._config import StatsConfig
 from gradfilter.lab.stats._names import relevant
 from gradfilter.lab.train._restore import Restored
+
+OLD_AXES = ["sample", "column"]
 
 
 def origin(config: StatsConfig, restored: Restored) -> dict[str, Any]:
@@ -46,7 +49,12 @@ def axes(config: StatsConfig) -> list[str]:
         return ["batch", "column"]
     if config.raw_path:
         return ["sample", "direction", "anchor"]
-    return ["sample", "anchor" if config.cumulative else "column"]
+    return ["sample", "anchor"] if config.cumulative else ["sample"]
+
+
+def modern(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What an older version wrote as it is written now: it had a list of one number per sample."""
+    return {**facts, "axes": ["sample"]} if facts.get("axes") == OLD_AXES else dict(facts)
 
 
 def fingerprint(model: nn.Module) -> str:

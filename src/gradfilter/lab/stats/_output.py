@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradfilter.lab._reading import ForeignError, read_json
 from gradfilter.lab._rundir import write_bytes
-from gradfilter.lab._usage import UsageError
 from gradfilter.lab.stats._catalogue import METRICS
-from gradfilter.lab.stats._records import Record, joined, means, nulls
+from gradfilter.lab.stats._origin import OLD_AXES, modern
+from gradfilter.lab.stats._records import Record, flat, joined, means, nulls, shape_of
 
 Document = dict[str, Any]
 
@@ -59,21 +61,21 @@ def _noise_scale(settings: Mapping[str, Any], mean: Sequence[float | None]) -> f
 
 
 def records_of(found: Document) -> list[Record]:
-    """What `document` was made of, in one piece."""
+    """What `document` was made of, in one piece.
+
+    Raises:
+        ForeignError: It was made of something else.
+    """
     metadata = found["metadata"]
     start, stop = metadata["samples"]
-    return [
-        Record(
-            start,
-            stop,
-            found["sample_ids"],
-            found["targets"],
-            found["ground_truths"],
-            found["stats"],
-            found.get("path_distances"),
-            metadata["largest_residual"],
-        )
-    ]
+    plain = {
+        "start": start,
+        "stop": stop,
+        **{n: found[n] for n in ("sample_ids", "targets", "ground_truths", "stats")},
+        "path_distances": found.get("path_distances"),
+        "residual": metadata["largest_residual"],
+    }
+    return [Record.of(plain)]
 
 
 def origin_of(found: Document) -> dict[str, Any]:
@@ -93,16 +95,25 @@ def read(path: Path) -> Document:
     Raises:
         UsageError: It is something else.
     """
-    try:
-        found = json.loads(path.read_text())
-        origin_of(found)
-        records_of(found)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UsageError(
-            f"{str(path)!r} exists and is not a file of numbers. Remove it, or give --outname."
-        ) from None
-    assert isinstance(found, dict)
-    return found
+    fix = "Remove it if it is not a file of numbers, or give --outname."
+    return read_json(path, "the file of numbers", fix, _document)
+
+
+def _document(found: Any) -> Document:
+    if not isinstance(found, dict) or not isinstance(found.get("metadata"), dict):
+        raise ForeignError("it is not what gradfilter stats writes")
+    records_of(found)
+    metadata = found["metadata"]
+    if metadata.get("axes") != OLD_AXES:
+        return found
+    aggregate = {name: _only(value) for name, value in metadata["aggregate"].items()}
+    metadata = {**modern(metadata), "aggregate": aggregate}
+    return {**found, "stats": flat(found["stats"]), "metadata": metadata}
+
+
+def _only(numbers: Any) -> Any:
+    """The number that a list of one has."""
+    return numbers[0] if shape_of(numbers) == (1,) else numbers
 
 
 def join_ranges(folder: Path, stem: str, total: int) -> Path | None:
@@ -117,9 +128,9 @@ def join_ranges(folder: Path, stem: str, total: int) -> Path | None:
         The whole file if it was made now: all parts are there and were measured in one way.
     """
     reach: dict[int, tuple[int, Path]] = {}
-    for path in sorted(folder.glob(f"{stem}-id-*.json")):
+    for path in sorted(folder.glob(f"{glob.escape(stem)}-id-*.json")):
         start, _, stop = path.stem.removeprefix(f"{stem}-id-").partition("-")
-        if start.isdigit() and stop.isdigit():
+        if start.isdecimal() and stop.isdecimal():
             # Of several that begin at one place the longest leads on.
             reach[int(start)] = max((int(stop), path), reach.get(int(start), (0, path)))
     chosen, place = [], 0

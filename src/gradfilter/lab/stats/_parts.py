@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gradfilter.lab._reading import ForeignError, content_of, json_of, reading
 from gradfilter.lab._rundir import open_own
 from gradfilter.lab._usage import UsageError
+from gradfilter.lab.stats._origin import modern
 from gradfilter.lab.stats._place import explained
-from gradfilter.lab.stats._records import Record
+from gradfilter.lab.stats._records import Record, flat
 
 
 def part_path(folder: Path, stem: str, rank: int) -> Path:
@@ -23,8 +27,8 @@ def parts(folder: Path, stem: str) -> list[Path]:
     """The parts that there are, also those of more processes than there are now."""
     return sorted(
         path
-        for path in folder.glob(f"{stem}-id-*.jsonl")
-        if path.name.removeprefix(f"{stem}-id-").removesuffix(".jsonl").isdigit()
+        for path in folder.glob(f"{glob.escape(stem)}-id-*.jsonl")
+        if path.name.removeprefix(f"{stem}-id-").removesuffix(".jsonl").isdecimal()
     )
 
 
@@ -40,15 +44,17 @@ def finished(path: Path, origin: Mapping[str, Any]) -> list[Record]:
     Raises:
         UsageError: They depend on something else.
     """
-    lines = _whole(path).splitlines()
-    if not lines:
-        return []
-    try:
-        head, *rest = map(json.loads, lines)
-        records = [Record(**line) for line in rest]
-        before = dict(head)
-    except (ValueError, TypeError):
-        raise UsageError(f"{str(path)!r} is damaged. Remove it, and measure again.") from None
+    with reading(path, "the part of a measurement", "Remove it, and measure again."):
+        whole = _whole(path)
+        if not whole:
+            return []
+        head, *rest = map(json_of, whole.removesuffix(b"\n").split(b"\n"))
+        if not isinstance(head, dict):
+            raise ForeignError("its first line does not say what was measured")
+        before = modern(head)
+        records = [Record.of(line) for line in rest]
+    if before.get("axes") == ["sample"]:
+        records = [replace(record, stats=flat(record.stats)) for record in records]
     if before != origin:
         differing = sorted(
             name for name in {*before, *origin} if before.get(name) != origin.get(name)
@@ -60,10 +66,10 @@ def finished(path: Path, origin: Mapping[str, Any]) -> list[Record]:
     return records
 
 
-def _whole(path: Path) -> str:
+def _whole(path: Path) -> bytes:
     """The file up to its last end of line."""
-    content = path.read_bytes()
-    return content[: content.rfind(b"\n") + 1].decode()
+    content = content_of(path)
+    return content[: content.rfind(b"\n") + 1]
 
 
 @contextmanager
@@ -75,7 +81,7 @@ def appending(path: Path, origin: Mapping[str, Any]) -> Iterator[Callable[[Recor
     """
     with ExitStack() as stack:
         with explained(path):
-            keep = len(_whole(path).encode()) if path.exists() else 0
+            keep = len(_whole(path)) if path.exists() else 0
             file = stack.enter_context(open_own(path, "ab", buffering=0))
             file.truncate(keep)
 

@@ -58,15 +58,14 @@ def recorder(
 
         distances: Nested = None
         if anchors is None:
-            found = numbers(images)
-            stats = found[:, None] if found.ndim == 1 else found
+            stats = numbers(images)
         else:
             path = along(numbers, images, anchors)
             if config.raw_path:
                 stats, distances = path.values, without_nan(path.distances.tolist())
             else:
                 means = path_means(path)
-                stats = means if config.cumulative else means[:, -1:]
+                stats = means if config.cumulative else means[:, -1]
         worst = torch.stack(residuals).max().item() if residuals else None
         return Record(
             start,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gradfilter.lab.stats._output import read
-from gradfilter.lab.stats._records import Nested
+from gradfilter.lab._reading import ForeignError, printable, reading
+from gradfilter.lab.stats._output import Document, read
+from gradfilter.lab.stats._records import Nested, shape_of
 from gradfilter.lab.train._archive import Checkpoint
 
 
@@ -43,30 +46,54 @@ def listed(run: Path, saved: Sequence[Checkpoint]) -> str:
         or --last. Nothing was measured.
     """
     lines = [f"  --checkpoint {c.id:<3} step {c.step}, epoch {c.epoch:g}" for c in saved]
-    return "\n".join([f"checkpoints of {run}", *lines, "or --last. Nothing was measured."])
+    return "\n".join(
+        [f"checkpoints of {printable(run)}", *lines, "or --last. Nothing was measured."]
+    )
 
 
 def summary(paths: Sequence[Path]) -> str:
     """A table of the means, and where the numbers are."""
-    found = [read(path) for path in paths]
-    first = found[0]["metadata"]
-    table = Table(title=f"{first['settings']['metric']}, {first['settings']['dataset_split']}")
-    means = _columns(first)
-    for column in ("checkpoint", "step", "epoch", "samples", *means, "not finite"):
-        table.add_column(column, justify="right")
-    for content in found:
-        about = content["metadata"]
-        at = about["checkpoint"]
-        table.add_row(
-            *(str(at["id"]), str(at["step"]), f"{at['epoch']:g}"),
-            str(len(content["sample_ids"])),
-            *(_number(value) for value in _columns(about).values()),
-            str(about["nulls"]),
-        )
+    rows = []
+    for path in paths:
+        with reading(path, "the file of numbers", "Remove it, and measure again."):
+            rows.append(_row(read(path)))
+    first = rows[0]
+    table = Table(title=first.title)
+    for column in ("checkpoint", "step", "epoch", "samples", *first.means, "not finite"):
+        table.add_column(escape(column), justify="right")
+    for row in rows:
+        means = (_number(value) for value in row.means.values())
+        table.add_row(*row.at, str(row.samples), *means, str(row.nulls))
     console = Console(width=120)
     with console.capture() as capture:
         console.print(table)
-    return capture.get() + "\n".join(f"numbers in {path}" for path in paths)
+    return capture.get() + "\n".join(f"numbers in {printable(path)}" for path in paths)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What the table says about a file of numbers."""
+
+    title: str
+    at: tuple[str, str, str]
+    samples: int
+    means: dict[str, float | None]
+    nulls: int
+
+
+def _row(content: Document) -> _Row:
+    about = content["metadata"]
+    settings, at = about["settings"], about["checkpoint"]
+    means = _columns(about)
+    if any(shape_of(value) for value in means.values()):
+        raise ForeignError("its means are not numbers")
+    return _Row(
+        escape(printable(f"{settings['metric']}, {settings['dataset_split']}")),
+        (f"{at['id']:d}", f"{at['step']:d}", f"{at['epoch']:g}"),
+        len(content["sample_ids"]),
+        {printable(name): value for name, value in means.items()},
+        int(about["nulls"]),
+    )
 
 
 def _columns(about: dict[str, Any]) -> dict[str, Nested]:
@@ -79,9 +106,11 @@ def _columns(about: dict[str, Any]) -> dict[str, Nested]:
         return {name.replace("_", " "): by_name[name] for name in names}
     if "direction" in about["axes"]:  # values along paths: there is one at the image
         return {"mean at the images": mean[0][0]}
-    shown = {"mean": mean[-1]}
+    shown = {"mean": aggregate["mean"]}
     if "lipschitz" in aggregate:
-        shown["Lipschitz"] = aggregate["lipschitz"][-1]
+        shown["Lipschitz"] = aggregate["lipschitz"]
+    if "anchor" in about["axes"]:  # running means, of which the last is the whole path's
+        return {name: numbers[-1] for name, numbers in shown.items()}
     return shown
 
 
