@@ -662,6 +662,144 @@ def test_every_group_has_its_lr_and_one_norm():
     assert_close(values(model), values(other))
 
 
+class PublishedSAM(torch.optim.Optimizer):
+    """One step of the published class, with its groups, its one norm and what it keeps."""
+
+    def __init__(self, params, base_optimizer, rho, adaptive, **kwargs):
+        super().__init__(params, {"rho": rho, "adaptive": adaptive, **kwargs})
+        self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
+
+    def step(self, closure):
+        self.zero_grad()
+        closure()
+        pairs = [(group, p) for group in self.param_groups for p in group["params"]]
+        scaled = [(p.detach().abs() if g["adaptive"] else 1.0) * p.grad for g, p in pairs]
+        norm = torch.stack([s.norm() for s in scaled]).norm()
+        for group, p in pairs:
+            self.state[p]["old_p"] = p.detach().clone()
+            size = p.detach() ** 2 if group["adaptive"] else 1.0
+            p.data.add_(size * p.grad * group["rho"] / (norm + 1e-12))
+        self.zero_grad()
+        closure()
+        for _, p in pairs:
+            p.data.copy_(self.state[p]["old_p"])
+        self.base_optimizer.step()
+
+
+def own_groups(model):
+    return [
+        {"params": model[0].parameters(), "rho": 0.5, "adaptive": True},
+        {"params": model[2].weight},
+        {"params": model[2].bias, "rho": 0.0},
+    ]
+
+
+@pytest.mark.parametrize("by_class", [True, False])
+def test_every_group_has_its_radius_and_its_form(by_class):
+    model = network()
+    other = copy.deepcopy(model)
+    base = torch.optim.SGD if by_class else torch.optim.SGD(own_groups(model), LR, momentum=0.9)
+    options = {"lr": LR, "momentum": 0.9} if by_class else {}
+    optimizer = SAM(own_groups(model), base, 0.05, model=model, **options)
+    published = PublishedSAM(own_groups(other), torch.optim.SGD, 0.05, False, lr=LR, momentum=0.9)
+    for k in range(6):
+        x, y = batch(k)
+        optimizer.set_closure(F.cross_entropy, x, y)
+        optimizer.step()
+        published.step(lambda x=x, y=y: F.cross_entropy(other(x), y).backward())
+        for i, (ours, theirs) in enumerate(
+            zip(optimizer.param_groups, published.param_groups, strict=True)
+        ):
+            assert ours["rho"] == theirs["rho"] and ours["adaptive"] == theirs["adaptive"]
+            ours["rho"] = theirs["rho"] = 0.1 * k + 0.02 * i  # a schedule
+        assert_close(values(model), values(other))
+
+
+def test_the_radius_is_in_the_state_and_a_group_keeps_what_a_state_lacks():
+    model = network()
+    optimizer = sam(model)
+    optimizer.param_groups[0]["rho"] = 0.7
+    again = sam(network(), adaptive=True)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.param_groups[0]["rho"] == 0.7 and again.param_groups[0]["adaptive"] is False
+    again.load_state_dict(sgd(network()).state_dict())
+    assert again.param_groups[0]["rho"] == 0.7
+    again.base_optimizer.load_state_dict(sgd(network()).state_dict())
+    train(again, [batch()])  # by its own radius
+    again.param_groups[0]["rho"] = -1.0
+    with pytest.raises(ValueError, match="0 <= rho, found rho=-1"):
+        train(again, [batch()])
+
+
+def test_an_optimizer_with_a_rho_of_its_own_keeps_it():
+    model = network()
+    base = torch.optim.Adadelta(model.parameters(), lr=1.0)
+    optimizer = SAM(model.parameters(), base, 0.05, model=model)
+    group = optimizer.param_groups[0]
+    assert (group["rho"], group["sam_rho"]) == (0.9, 0.05)
+    group["sam_rho"] = 0.0
+    other = network()
+    train(optimizer, [batch()])
+    plain = torch.optim.Adadelta(other.parameters(), lr=1.0)
+    F.cross_entropy(other(batch()[0]), batch()[1]).backward()
+    plain.step()
+    assert_close(values(model), values(other))
+
+
+@pytest.mark.parametrize("entry", [{"rho": 0.1}, {"adaptive": True}])
+def test_gsam_has_one_radius_and_says_so(entry):
+    model = network()
+    base = torch.optim.SGD([{"params": model.parameters(), **entry}], lr=LR)
+    with pytest.raises(ValueError, match=rf"found '{next(iter(entry))}' in a parameter group"):
+        gsam(model, base)
+
+
+@both
+def test_gradients_that_a_step_cannot_repeat_are_refused(make):
+    model = network()
+    optimizer = make(model)
+    first, second = batch(0), batch(1)
+    optimizer.set_closure(F.cross_entropy, *second)
+    F.cross_entropy(model(first[0]), first[1]).backward()  # as Lightning accumulates
+    before = values(model)
+    with pytest.raises(RuntimeError, match=r"expected no gradients before step\(closure\).*Lightn"):
+        optimizer.step()
+    assert_same(values(model), before)
+    optimizer.zero_grad(set_to_none=False)  # zeros are nothing to lose
+    optimizer.step()
+    optimizer.step()  # and what the last step left is not an accumulated gradient
+    F.cross_entropy(model(first[0]), first[1]).backward()
+    with pytest.raises(RuntimeError, match="expected no gradients before"):
+        optimizer.step()
+    model.zero_grad()
+    optimizer.step()
+
+    def broken():
+        F.cross_entropy(model(first[0]), first[1]).backward()
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        optimizer.step(broken)
+    optimizer.step()  # the rest of a broken pass is not accumulated either
+
+
+def test_the_state_of_a_published_class_has_no_momentum():
+    model = network()
+    published = PublishedSAM(model.parameters(), torch.optim.Adam, 0.05, False, lr=LR)
+    x, y = batch()
+    published.step(lambda: F.cross_entropy(model(x), y).backward())
+    optimizer = sam(model, torch.optim.Adam(model.parameters(), lr=1.0))
+    with pytest.warns(UserWarning, match="which does not save it: momentum starts afresh"):
+        optimizer.load_state_dict(published.state_dict())
+    assert optimizer.param_groups[0]["rho"] == 0.05 and optimizer.param_groups[0]["lr"] == LR
+    optimizer.zero_grad()
+    train(optimizer, [batch()])  # Adam finds no state that is not its own
+    complete = published.state_dict() | {"base_optimizer": published.base_optimizer.state_dict()}
+    optimizer.load_state_dict(complete)  # as pytorch_optimizer saves it
+    assert set(optimizer.state[model[0].weight]) == {"step", "exp_avg", "exp_avg_sq"}
+    optimizer.load_state_dict(published.base_optimizer.state_dict())
+
+
 def test_the_class_of_a_base_optimizer_will_do():
     model = network()
     other = copy.deepcopy(model)
@@ -721,13 +859,17 @@ def one_rank(rank, folder):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
-    for make in (sam, gsam):
+    for name, make, lr, options in (
+        ("sam", sam, LR, {}),
+        ("gsam", gsam, LR, {}),
+        ("sum", gsam, LR / 2, {"grad_reduce": "sum"}),
+    ):
         model = network()
         ddp = nn.parallel.DistributedDataParallel(model)
-        base = torch.optim.SGD(model.parameters(), lr=LR)
-        optimizer = make(ddp, base, no_sync=ddp.no_sync)
+        base = torch.optim.SGD(model.parameters(), lr=lr)
+        optimizer = make(ddp, base, no_sync=ddp.no_sync, **options)
         train(optimizer, [batch(rank), batch(rank + 2)])
-        torch.save(values(model), f"{folder}/{make.__name__}{rank}.pt")
+        torch.save(values(model), f"{folder}/{name}{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -748,7 +890,7 @@ def test_gradients_that_are_views_of_buckets(tmp_path):
 
 def test_ranks_that_perturb_on_their_own_apply_the_mean(tmp_path):
     torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
-    for make, alpha in ((sam, 0.0), (gsam, ALPHA)):
+    for name, alpha in (("sam", 0.0), ("gsam", ALPHA), ("sum", ALPHA)):
         model = network()
         for k in (0, 2):
             alone = [copy.deepcopy(model) for _ in range(2)]
@@ -758,7 +900,7 @@ def test_ranks_that_perturb_on_their_own_apply_the_mean(tmp_path):
             moved = [values(local) for local in alone]
             gf.insert(model, {name: (moved[0][name] + moved[1][name]) / 2 for name in moved[0]})
         for rank in range(2):
-            found = torch.load(tmp_path / f"{make.__name__}{rank}.pt", weights_only=True)
+            found = torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True)
             assert_close(found, values(model))
 
 
@@ -804,6 +946,8 @@ class NoRadius:
             ValueError,
             "0 <= alpha",
         ),
+        (lambda m: gsam(m, grad_reduce="max"), ValueError, "or \"sum\", found 'max'"),
+        (lambda m: gsam(m, grad_reduce="sum"), ValueError, "are a mean already"),
     ],
 )
 def test_impossible_arguments_are_refused(wrong, error, message):

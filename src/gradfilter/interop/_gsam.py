@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
@@ -42,9 +42,11 @@ class GSAM(TwoPassOptimizer):
         adaptive: ASAM's perturbation with η = 0.
         scaler: The GradScaler.
         no_sync: Makes the context of both passes.
+        grad_reduce: ``"mean"`` or ``"sum"`` of the d of all ranks, under ``no_sync``.
 
     Raises:
-        ValueError: gsam_alpha < 0 or ρ < 0, and as for `SAM`.
+        ValueError: gsam_alpha < 0 or ρ < 0; ``rho`` or ``adaptive`` in a parameter group, for
+            there is one of each; ``grad_reduce="sum"`` without no_sync; and as for `SAM`.
         TypeError: A rho_scheduler whose ``step()`` returns None, and as for `SAM`.
 
     Examples:
@@ -79,10 +81,18 @@ class GSAM(TwoPassOptimizer):
         *,
         scaler: torch.amp.GradScaler | None = None,
         no_sync: Callable[[], AbstractContextManager[Any]] | None = None,
+        grad_reduce: Literal["mean", "sum"] = "mean",
     ) -> None:
+        if grad_reduce not in ("mean", "sum"):
+            raise ValueError(f'GSAM: expected grad_reduce "mean" or "sum", found {grad_reduce!r}.')
+        if grad_reduce == "sum" and no_sync is None:
+            raise ValueError(
+                'GSAM: expected no_sync=ddp_model.no_sync beside grad_reduce="sum", found none: '
+                "gradients that are synchronised are a mean already. Give it, or leave the mean."
+            )
         super().__init__(params, base_optimizer, model, scaler, no_sync)
         self.alpha, self.rho_scheduler, self.adaptive = gsam_alpha, rho_scheduler, adaptive
-        self._local = no_sync is not None
+        self._local, self._mean = no_sync is not None, grad_reduce == "mean"
         self.update_rho_t()
         self._transform()  # refuses impossible numbers here rather than at the first step
 
@@ -115,6 +125,13 @@ class GSAM(TwoPassOptimizer):
         super().load_state_dict(state)
 
     def _transform(self) -> Transform:
+        for group in self.param_groups:
+            if found := sorted({"rho", "adaptive"} & set(group) - set(self.defaults)):
+                raise ValueError(
+                    f"GSAM: expected one radius and one form for all groups, found {found[0]!r} in "
+                    "a parameter group. Use rho_scheduler= and adaptive=, or SAM, which has them "
+                    "per group."
+                )
         if isinstance(self.rho_scheduler, ProportionScheduler):
             self.update_rho_t()
         return chain(sharpness(self.rho_t, self.adaptive), gsam_decompose(self.alpha))
@@ -127,5 +144,6 @@ class GSAM(TwoPassOptimizer):
             return
         for p in params:
             if p.grad is not None:
-                p.grad /= distributed.get_world_size()
+                if self._mean:
+                    p.grad /= distributed.get_world_size()
                 distributed.all_reduce(p.grad)

@@ -36,7 +36,8 @@ def tensors_of(params: Iterable[Any]) -> list[Tensor]:
     found = []
     for item in params:
         if isinstance(item, dict):
-            found += tensors_of(item["params"])
+            own = item["params"]
+            found += [own] if isinstance(own, Tensor) else tensors_of(own)
         else:
             found.append(item[1] if isinstance(item, tuple) else item)
     return found

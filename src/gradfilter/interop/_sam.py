@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradfilter._types import Transform
+from gradfilter import _products, _tree
+from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.interop._sam_base import TwoPassOptimizer
-from gradfilter.transforms._sharpness import sam_perturb
+from gradfilter.transforms._link import link
+from gradfilter.transforms._sharpness import DELTA, sam_perturb
 
 
 class SAM(TwoPassOptimizer):
@@ -30,6 +33,10 @@ class SAM(TwoPassOptimizer):
     always; a gradient with Inf or NaN skips the step. `torch.autocast` may be inside the closure or
     around ``step``. DDP: all works unchanged; with ``no_sync=ddp_model.no_sync`` each rank perturbs
     along its own gradient (m-sharpness) and saves the first synchronisation.
+
+    ``rho`` and ``adaptive`` are entries of the parameter groups, as ``lr`` is: give them per group
+    (what a group has stays), change them between steps, save and load them. There is one norm over
+    all groups. For an optimizer with a rho of its own (Adadelta) the entry is ``sam_rho``.
 
     Args:
         params: Those of the base optimizer.
@@ -88,13 +95,64 @@ class SAM(TwoPassOptimizer):
                 f"{sorted(kwargs)}. Give them to {type(base_optimizer).__name__} itself."
             )
         sharpness(rho, adaptive)  # refuses an impossible radius here rather than at the first step
-        self.rho, self.adaptive = rho, adaptive
         super().__init__(params, base_optimizer, model, scaler, no_sync)
+        own = signature(type(base_optimizer)).parameters
+        self._entries = {
+            f"sam_{name}" if name in own else name: value
+            for name, value in (("rho", rho), ("adaptive", adaptive))
+        }
+        for group in (self.defaults, *self.param_groups):
+            for name, value in self._entries.items():
+                group.setdefault(name, value)
+        self._transform()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` or the base optimizer's gave; a group keeps what that lacks."""
+        before = [dict(group) for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, before, strict=True):
+            for name in self._entries.keys() & own.keys():
+                group.setdefault(name, own[name])
 
     def _transform(self) -> Transform:
-        return sharpness(self.rho, self.adaptive)
+        rho, adaptive = self._entries.items()
+        values = [(group.get(*rho), group.get(*adaptive)) for group in self.param_groups]
+        if len(set(values)) == 1:
+            return sharpness(*values[0])
+        sizes = [len(group["params"]) for group in self.param_groups]
+        leaves = [own for own, size in zip(values, sizes, strict=True) for _ in range(size)]
+        return _sharpness_by_leaf({str(i): own for i, own in enumerate(leaves)})
 
 
 def sharpness(rho: float, adaptive: bool) -> Transform:
     """The perturbation in the published meaning of ``adaptive``."""
     return sam_perturb(rho, adaptive="asam" if adaptive else None, eta=0.0)
+
+
+def _sharpness_by_leaf(forms: dict[str, tuple[float, bool]]) -> Transform:
+    """SAM whose radius and form differ by leaf: e_i = ρ_i T_i² g_i / (‖T g‖ + δ), T_i 1 or |w_i|.
+
+    Args:
+        forms: (ρ, adaptive) of every leaf.
+    """
+    for rho, adaptive in set(forms.values()):
+        sharpness(rho, adaptive)  # refuses impossible ones
+
+    def update(
+        grads: Tree, state: State, params: Params, /, *, grad_fn: Callable[[Params], Tree], **_: Any
+    ) -> tuple[Tree, State, Out]:
+        def scaled(name: str, g: Tensor) -> Tensor:
+            g = _tree.at_least_float32(g)
+            return params[name].abs() * g if forms[name][1] else g
+
+        along = {name: scaled(name, g) for name, g in grads.items()}
+        size = _products.norm(along) + DELTA
+        near = {}
+        for name, g in along.items():
+            w = _tree.at_least_float32(params[name])
+            step = (forms[name][0] / size).to(g.dtype)
+            near[name] = torch.addcmul(w, scaled(name, g), step).to(params[name].dtype)
+        with torch.enable_grad():
+            return grad_fn(near), state, {"clean_grads": grads}
+
+    return link("sam_perturb", "tree -> tree", update, publishes=("clean_grads",))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from inspect import Parameter, signature
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,9 @@ from gradfilter import _tree
 from gradfilter._types import Transform
 from gradfilter.interop._passes import all_finite, forward_backward, tensors_of
 from gradfilter.interop._perturbed_pass import SameSurroundings, transform_gradients
+
+PUBLISHED = {"old_p", "old_g", "e_w"}
+"""What the published classes keep per parameter from one of their passes to the other."""
 
 
 class TwoPassOptimizer(Optimizer):
@@ -45,6 +50,8 @@ class TwoPassOptimizer(Optimizer):
         self.base_optimizer, self.model, self.scaler = base_optimizer, model, scaler
         self.no_sync = nullcontext if no_sync is None else no_sync
         self._closure: Callable[[], Any] | None = None
+        # What a step left in p.grad, by parameter: the tensor and its version.
+        self._left: dict[int, tuple[ref[Tensor], int]] = {}
         self._share()
         alone = len({id(p) for p in self._params()} - {id(p) for p in listed})
         if alone:
@@ -83,13 +90,22 @@ class TwoPassOptimizer(Optimizer):
             Predictions and loss of the first pass, detached; predictions None if it gave a loss.
 
         Raises:
-            RuntimeError: No closure was given or set.
+            RuntimeError: No closure was given or set, or gradients were accumulated before.
         """
         closure = self._closure if closure is None else closure
         if closure is None:
             raise RuntimeError("Expected a closure, found none. Call set_closure or step(closure).")
         self._share()
         params = self._params()
+        self._refuse_accumulated(params)
+        try:
+            return self._step(closure, params)
+        finally:
+            self._left = {
+                id(p): (ref(p.grad), p.grad._version) for p in params if p.grad is not None
+            }
+
+    def _step(self, closure: Callable[[], Any], params: list[Tensor]) -> tuple[Any, Any]:
         same = SameSurroundings(params[0].device, self.model)
         with same.first(), self.no_sync():
             result = self._run(closure)
@@ -124,8 +140,24 @@ class TwoPassOptimizer(Optimizer):
         return self.base_optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` or the base optimizer's gave."""
-        self.base_optimizer.load_state_dict(state_dict)
+        """Load what `state_dict`, the base optimizer's or a published class's gave.
+
+        The published classes save what their two passes leave behind, and not the state of their
+        base optimizer: the former is dropped, and a warning says that the latter is missing.
+        """
+        state_dict = state_dict.get("base_optimizer", state_dict)  # pytorch_optimizer has it
+        states = state_dict["state"]
+        own = {key: {k: v for k, v in s.items() if k not in PUBLISHED} for key, s in states.items()}
+        if any(states.values()) and not any(own.values()):
+            warnings.warn(
+                f"{type(self).__name__}: expected the state of "
+                f"{type(self.base_optimizer).__name__}, found that of a published SAM or GSAM, "
+                "which does not save it: momentum starts afresh. Save base_optimizer.state_dict() "
+                "there, and load it into the base optimizer here.",
+                stacklevel=3,
+            )
+        kept = {key: state for key, state in own.items() if state}
+        self.base_optimizer.load_state_dict({**state_dict, "state": kept})
         self._share()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -141,6 +173,26 @@ class TwoPassOptimizer(Optimizer):
 
     def _settle(self, params: list[Tensor]) -> None:
         """What is left to do with the gradients before they are applied."""
+
+    def _refuse_accumulated(self, params: list[Tensor]) -> None:
+        """Refuse gradients of other passes, which the closure cannot repeat where it is run again.
+
+        What the last step left, and zeros, are dropped as ever.
+        """
+        found = []
+        for p in params:
+            old, version = self._left.get(id(p), (None, 0))
+            own = old is not None and old() is p.grad
+            if p.grad is not None and not (own and p.grad._version == version):
+                found.append(p.grad)
+        if any(bool(g.any()) for g in found):
+            raise RuntimeError(
+                f"{type(self).__name__}: expected no gradients before step(closure), whose closure "
+                "is run at two points, found some: those of batches outside of it would be lost. "
+                "Call zero_grad() first, leave out a backward() before step, and let the closure "
+                "run all batches of the step. In Lightning use accumulate_grad_batches=1, or "
+                "FilteredModule with sam_perturb in its chain."
+            )
 
     def _run(self, closure: Callable[[], Any]) -> Any:
         self.zero_grad()
