@@ -9,19 +9,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gradfilter import _tree
 from gradfilter._types import Params, Tree
 from gradfilter.distributed._meeting import met
 from gradfilter.distributed._ranks import Ranks
 from gradfilter.distributed._spread import SpreadRows, per_row
 from gradfilter.grads._again import AgainStack
-from gradfilter.grads._checks import check_per_row, check_same_leaves, scale_rows
+from gradfilter.grads._checks import check_per_row, check_same_leaves, check_shapes, scale_rows
 from gradfilter.grads._dense import as_stack
+from gradfilter.grads._immutable import copied
 from gradfilter.grads._stack import GRAM_UP_TO, GradStack
 
 FEW = 2
 """Local rows up to which exchanging them sends less than the two sums of a rule without Gram."""
 
 
+@copied("losses", "scale")
 class RankStack(AgainStack):
     r"""Rows that live on different ranks, as one stack: row r·M + m is row m of rank r.
 
@@ -133,7 +136,7 @@ class RankStack(AgainStack):
     def combine(self, weights: Tensor) -> Tree:
         """Wᵀ J for ``weights`` (M·W,), the same on every rank."""
         check_per_row("weight", weights, len(self))
-        weights = scale_rows(weights, self.scale)
+        weights = scale_rows(_tree.at_least_float32(weights), self.scale)
         cut_off = weights.new_zeros(len(self._spread) - len(self))
         return self._spread.combine(torch.cat([weights, cut_off]))
 
@@ -158,14 +161,14 @@ class RankStack(AgainStack):
 
     def at_rows(self, params: Tree) -> GradStack:
         """The same rows, row r·M + m at its own parameters. Leaves are (M·W, *shape)."""
+        unknown = sorted(set(params) - set(self.shapes))
+        if unknown:
+            raise ValueError(
+                f"Expected parameters among {sorted(self.shapes)}, found unknown {unknown}."
+            )
+        check_shapes(self.shapes, params, "at_rows", rows=len(self))
         own = {}
         for name, leaf in params.items():
-            expected = (len(self), *self.shapes[name])
-            if tuple(leaf.shape) != expected:
-                raise ValueError(
-                    f"Expected {name!r} of shape {expected}, one set of parameters per row of all "
-                    f"ranks, found {tuple(leaf.shape)}."
-                )
             # Rows that `first` cut off are computed somewhere, too, so that every rank has M.
             rest = leaf[:1].expand(len(self._spread) - len(self), *leaf.shape[1:])
             own[name] = self._spread.mine(torch.cat([leaf, rest]))

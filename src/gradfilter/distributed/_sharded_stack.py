@@ -62,7 +62,7 @@ class ShardedStack(DenseStack):
 
     def dot(self, tree: Mapping[str, Tensor]) -> Tensor:
         """J v for a tree v that is sharded like the rows. (M,)."""
-        check_same_leaves(self.rows, tree, "dot")
+        check_same_leaves(self.shapes, tree, "dot")
         shards = {name: leaf for part in parts(tree) for name, leaf in part.leaves.items()}
         return self._summed(lambda stack: stack.dot({name: shards[name] for name in stack.rows}))
 
@@ -76,12 +76,15 @@ class ShardedStack(DenseStack):
         return {name: resharded(leaves[name], self.rows[name], 1) for name in self.rows}
 
     def stacked(self) -> Tree:
-        """The rows, leaf by leaf."""
+        """The rows, leaf by leaf: the tensors held, or scaled copies of them."""
+        if self.scale is None:
+            return super().stacked()
         leaves = {n: g for _, stack in self._local() for n, g in stack.stacked().items()}
         return {name: resharded(leaves[name], self.rows[name]) for name in self.rows}
 
     def _local(self) -> list[tuple[Callable[[Tensor], Tensor], DenseStack]]:
         """This rank's shards as stacks, and how their numbers are summed over the ranks."""
+        self._check_unwritten()
         return [
             (part.summed, DenseStack(part.leaves, scale=self.scale)) for part in parts(self.rows)
         ]

@@ -10,8 +10,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from gradfilter import _tree
 from gradfilter._types import Params, Tree
-from gradfilter.grads._checks import check_per_row, scale_rows
+from gradfilter.grads._checks import check_per_row, check_shapes, scale_rows
 from gradfilter.grads._stack import GradStack
 
 
@@ -49,20 +50,33 @@ class AgainStack(GradStack):
     @abstractmethod
     def _first(self, count: int) -> Self: ...
 
+    def _empty(self) -> Tensor | None:
+        """Which rows are empty, as `GradStack.live` has it; None where none is. (M,) bool."""
+        return None
+
     @property
     def live(self) -> Tensor:
         """Which rows take part. (M,) bool."""
-        if self.scale is None:
-            return torch.ones(len(self), dtype=torch.bool, device=self.device)
-        return self.scale != 0
+        scale, empty = self.scale, self._empty()
+        if scale is not None:
+            return scale != 0 if empty is None else (scale != 0) & ~empty
+        if empty is not None:
+            return ~empty
+        return torch.ones(len(self), dtype=torch.bool, device=self.device)
 
     def scaled(self, factors: Tensor) -> Self:
         """diag(c) J, applied where the rows are used."""
         check_per_row("factor", factors, len(self))
+        # A copy, which stays as it is whatever happens to the factors.
+        factors = _tree.at_least_float32(factors).clone()
         return self._scaled(scale_rows(factors, self.scale))
 
     def columns(self, names: Collection[str]) -> Self:
         """The same rows on some of the leaves."""
+        if isinstance(names, str):
+            raise TypeError(
+                f"Expected names of leaves, found the string {names!r}. Use [{names!r}]."
+            )
         unknown = set(names) - set(self.shapes)
         if unknown or not names:
             raise ValueError(
@@ -80,18 +94,14 @@ class AgainStack(GradStack):
     def at(self, params: Params) -> GradStack:
         """The same rows at other parameters."""
         origin = self._origin("at", params)
+        check_shapes({name: p.shape for name, p in origin.params.items()}, params, "at")
         return self.like(origin.evaluate({**origin.params, **params}, False))
 
     def at_rows(self, params: Tree) -> GradStack:
         """The same rows, row m at its own parameters."""
         origin = self._origin("at_rows", params)
-        for name, leaf in params.items():
-            expected = (len(self), *origin.params[name].shape)
-            if tuple(leaf.shape) != expected:
-                raise ValueError(
-                    f"Expected {name!r} of shape {expected}, one set of parameters per row, found "
-                    f"{tuple(leaf.shape)}."
-                )
+        shapes = {name: p.shape for name, p in origin.params.items()}
+        check_shapes(shapes, params, "at_rows", rows=len(self))
         # A stack cut short by `first` is computed whole, so that its random numbers stay the same.
         whole = {name: p.expand(origin.rows, *p.shape) for name, p in origin.params.items()}
         given = {name: torch.cat([leaf, whole[name][len(self) :]]) for name, leaf in params.items()}

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradfilter import _tree
 from gradfilter._types import Tree
 from gradfilter.grads._again import AgainStack, Origin
 from gradfilter.grads._checks import check_per_row, check_same_leaves, first_rows, scale_rows
+from gradfilter.grads._immutable import copied
 from gradfilter.grads._lift import untraced
 from gradfilter.grads._modes import Layer
 from gradfilter.grads._pass import Pass
@@ -20,6 +22,7 @@ LARGEST_GRAM = 2048
 """Rows from which a Gram is too large to be made where something else will do."""
 
 
+@copied("losses", "scale")
 @dataclass(frozen=True, eq=False, repr=False)
 class FusedStack(AgainStack):
     """The rows of a `Pass`, cut to some leaves and to the first ones, and scaled.
@@ -50,7 +53,12 @@ class FusedStack(AgainStack):
     @property
     def device(self) -> torch.device:
         """Where the rows are."""
-        return self.losses.device
+        return self.run.device
+
+    def _empty(self) -> Tensor | None:
+        """Rows with a NaN loss and gradient zero. (M,) bool."""
+        empty = untraced(self.run.empty)()
+        return None if empty is None else empty[: self.count]
 
     @property
     def overrides(self) -> Mapping[str, int]:
@@ -84,25 +92,24 @@ class FusedStack(AgainStack):
 
     def gram(self) -> Tensor:
         """K = J Jᵀ. (M, M)."""
-        gram = untraced(self.run.gram)(self.names)[: self.count, : self.count]
-        if self.scale is None:
-            return gram
-        return scale_rows(scale_rows(gram, self.scale).T, self.scale).T
+        gram, scale = untraced(self.run.gram)(self.names)[: self.count, : self.count], self.scale
+        # The pass keeps its Gram: of few numbers everybody gets a copy.
+        return gram.clone() if scale is None else scale_rows(scale_rows(gram, scale).T, scale).T
 
     def sq_norms(self) -> Tensor:
         """Squared norms of the rows. (M,)."""
-        norms = untraced(self.run.sq_norms)(self.names)[: self.count]
-        return scale_rows(scale_rows(norms, self.scale), self.scale)
+        norms, scale = untraced(self.run.sq_norms)(self.names)[: self.count], self.scale
+        return norms.clone() if scale is None else scale_rows(scale_rows(norms, scale), scale)
 
     def dot(self, tree: Mapping[str, Tensor]) -> Tensor:
         """J v. (M,)."""
-        check_same_leaves(self.names, tree, "dot")
+        check_same_leaves(self.shapes, tree, "dot")
         return scale_rows(untraced(self.run.dot)(dict(tree))[: self.count], self.scale)
 
     def combine(self, weights: Tensor) -> Tree:
         """Wᵀ J, with rows of weight 0 masked."""
         check_per_row("weight", weights, self.count)
-        weights = scale_rows(weights, self.scale)
+        weights = scale_rows(_tree.at_least_float32(weights), self.scale)
         if self.count < self.run.count:
             weights = torch.cat([weights, weights.new_zeros(self.run.count - self.count)])
         return untraced(self.run.total)(self.names, weights)

@@ -19,6 +19,7 @@ from gradfilter.grads._dense_factor import (
 )
 from gradfilter.grads._factor import Factor
 from gradfilter.grads._fused import Forward
+from gradfilter.grads._immutable import versions, written
 from gradfilter.grads._modes import Modes, choose_modes
 from gradfilter.grads._tiled_factor import TiledFactor
 
@@ -47,8 +48,11 @@ class Pass:
         self.overrides = dict(first.tape.overrides)
         self.groups = first.groups
         self.count = len(first.losses)
-        self._device = first.losses.device
+        self._losses = first.losses.detach()
+        self.device = first.losses.device
+        self._ignored = first.tape.ignored
         self._kept: dict[str, Factor] | None = None
+        self._versions: dict[str, int] | None = None
         self._grams: dict[frozenset[str], Tensor] = {}
         self._norms: dict[frozenset[str], Tensor] = {}
 
@@ -56,6 +60,18 @@ class Pass:
         """Let go of the graph and of everything that another pass can bring back."""
         self._forward = None
         self._kept = None
+
+    def empty(self) -> Tensor | None:
+        """Which rows have a NaN loss and gradient zero; None where none has. (M,) bool."""
+        lost, every = self._losses.isnan(), frozenset(self.shapes)
+        if readable(lost):
+            if not any(lost.tolist()):
+                return None
+            return lost & (self.sq_norms(every) == 0)
+        if every in self._norms:
+            return lost & (self._norms[every] == 0)
+        # Norms would cost a backward pass more than most chains take.
+        return None if self._ignored is None else lost & self._ignored
 
     def gram(self, names: Collection[str]) -> Tensor:
         """The Gram over some leaves. (M, M)."""
@@ -89,14 +105,16 @@ class Pass:
             name: found[name]
             if name in found
             else torch.zeros(
-                (self.count, *self.shapes[name]), dtype=self._dtypes[name], device=self._device
+                (self.count, *self.shapes[name]), dtype=self._dtypes[name], device=self.device
             )
             for name in names
         }
 
     def total(self, names: Collection[str], weights: Tensor) -> Tree:
         """Σ_m w_m row_m on some leaves, nothing of a row of weight 0."""
-        if self._kept is None and set(names) == set(self.shapes):
+        # Weights in half precision would underflow, so of such losses the rows are weighed.
+        wide = self._losses.element_size() >= 4
+        if wide and self._kept is None and set(names) == set(self.shapes):
             found = self._weighted(weights)
         else:
             live = self._live(names, weights)
@@ -107,7 +125,7 @@ class Pass:
         return {
             name: found[name].to(self._dtypes[name]).view(self.shapes[name])
             if name in found
-            else torch.zeros(self.shapes[name], dtype=self._dtypes[name], device=self._device)
+            else torch.zeros(self.shapes[name], dtype=self._dtypes[name], device=self.device)
             for name in names
         }
 
@@ -146,9 +164,9 @@ class Pass:
     ) -> Tensor:
         """The sum of a question's answers over some leaves."""
         answers = list(self._ask(names, question, join=join).values())
-        dtype = _tree.wide(torch.empty(0, device=self._device))
+        dtype = _tree.wide(torch.empty(0, device=self.device))
         if not answers:
-            return torch.zeros(shape, dtype=dtype, device=self._device)
+            return torch.zeros(shape, dtype=dtype, device=self.device)
         return torch.stack(answers).sum(0)
 
     def _ask(self, names: Collection[str], question: Question, *, join: bool = False) -> Tree:
@@ -173,6 +191,8 @@ class Pass:
 
     def _factors(self) -> dict[str, Factor]:
         """What the backward pass left of each leaf, after running it if need be."""
+        if self._kept is not None and written(_held(self._kept), self._versions):
+            self._kept = None  # `rows` gives what is held, and somebody has written to it
         if self._kept is None:
             kept: dict[str, Factor] = {}
 
@@ -180,7 +200,7 @@ class Pass:
                 kept[name] = self._as_factor(name, factors, grad)
 
             self._backward(None, visit)
-            self._kept = kept
+            self._kept, self._versions = kept, versions(_held(kept))
         return self._kept
 
     def _as_factor(self, name: str, factors: list[Factor], grad: Tensor | None) -> Factor:
@@ -206,4 +226,9 @@ class Pass:
             run.inside(lambda: run.tape.backward(losses, cotangent, visit, retain=retain))
 
     def _no_autocast(self) -> torch.autocast:
-        return torch.autocast(self._device.type, enabled=False)
+        return torch.autocast(self.device.type, enabled=False)
+
+
+def _held(kept: dict[str, Factor]) -> dict[str, Tensor]:
+    """The rows among what is kept."""
+    return {name: factor.held for name, factor in kept.items() if isinstance(factor, DenseFactor)}

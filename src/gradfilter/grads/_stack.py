@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradfilter import _tree
 from gradfilter._types import Params, Tree
 
 GRAM_UP_TO = 32
@@ -23,13 +24,26 @@ class GradStack(ABC):
     answers these does not have to store J. Stacks are immutable; `scaled`, `columns`, `first`,
     `at` and `at_rows` give new ones.
 
+    An answer is whoever asked for it to write to: the next answer is the same. `stacked` alone may
+    give the tensors the stack holds, since a copy of M gradients takes as much memory again. If
+    they are written to, a stack that can compute them again does, and a `DenseStack` refuses all
+    further questions.
+
+    A row is **empty** where its loss is NaN though its gradient is exactly zero. So torch's losses
+    are where all labels are ignored (a mean over nothing is 0/0): there is nothing to learn from,
+    and nothing has gone wrong. It takes no part, like a row with the factor 0. A row that diverged
+    has NaN or Inf in its gradient. On a device that would have to be waited for, plan "fused"
+    takes for empty the rows with a NaN loss all of whose class labels (in
+    `torch.nn.functional.cross_entropy` or ``nll_loss``) are ignored.
+
     Grams, norms, dots and weights are float64 (float32 on devices without it), whatever the dtype
     of the gradients; trees come back in the dtype of the parameters.
 
     Attributes:
         losses: (M,), or None when the rows came without losses.
-        buffers: The buffers after all M microbatches, in order.
-        aux: What the loss returned beside its value, stacked along a leading axis M, or None.
+        buffers: The buffers after all M microbatches, in order. No answer depends on them.
+        aux: What the loss returned beside its value, stacked along a leading axis M, or None. No
+            answer depends on it.
     """
 
     losses: Tensor | None
@@ -56,7 +70,21 @@ class GradStack(ABC):
     @property
     @abstractmethod
     def live(self) -> Tensor:
-        """Which rows take part: false where `scaled` gave a row the factor 0. (M,) bool."""
+        """Which rows take part: not those to which `scaled` gave the factor 0, nor empty ones.
+
+        (M,) bool.
+        """
+
+    def mean_loss(self) -> Tensor | None:
+        """The mean of the losses of the rows that take part, or None without losses. ().
+
+        NaN where no row takes part.
+        """
+        losses = self.losses
+        if losses is None:
+            return None
+        live, wide = self.live, _tree.at_least_float32(losses)
+        return (torch.where(live, wide, 0.0).sum() / live.sum()).to(losses.dtype)
 
     @abstractmethod
     def gram(self) -> Tensor:

@@ -64,6 +64,8 @@ class Tape:
         visit: Hears of complete leaves during a backward pass.
         uses: What the rules noted.
         overrides: How often each rule ran.
+        ignored: Which rows had only ignored labels in every class loss; None where nobody took
+            note, as where the losses can be looked at. (M,) bool.
     """
 
     leaves: Tree
@@ -71,6 +73,7 @@ class Tape:
     visit: Visit | None = None
     uses: list[Use] = field(default_factory=list)
     overrides: Counter[str] = field(default_factory=Counter)
+    ignored: Tensor | None = None
     _factors: dict[str, list[Factor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

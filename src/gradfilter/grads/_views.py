@@ -11,11 +11,14 @@ from torch import Tensor
 
 from gradfilter import _tree
 from gradfilter._types import Params, Tree
+from gradfilter.grads._checks import check_same_leaves
+from gradfilter.grads._immutable import copied
 from gradfilter.grads._stack import GradStack
 
 T = TypeVar("T")
 
 
+@copied("losses")
 @dataclass(frozen=True, eq=False, repr=False)
 class JoinedStack(GradStack):
     """J = [J_1, J_2, ...], made by `join`."""
@@ -58,6 +61,7 @@ class JoinedStack(GradStack):
 
     def dot(self, tree: Mapping[str, Tensor]) -> Tensor:
         """The sum over the parts."""
+        check_same_leaves(self.shapes, tree, "dot")
         return torch.stack(
             [part.dot({name: tree[name] for name in part.shapes}) for part in self.parts]
         ).sum(0)
@@ -104,6 +108,7 @@ def join(*parts: GradStack) -> GradStack:
     return JoinedStack(parts, first.losses, first.buffers, first.aux)
 
 
+@copied("losses")
 @dataclass(frozen=True, eq=False, repr=False)
 class SelectedStack(GradStack):
     """Row for row one of two stacks, made by `choose`."""
@@ -193,4 +198,4 @@ def choose(when: Tensor, new: GradStack, old: GradStack) -> GradStack:
     """
     known = new.losses is not None and old.losses is not None
     losses = _tree.select(when, new.losses, old.losses) if known else None
-    return SelectedStack(when, new, old, losses, old.buffers, old.aux)
+    return SelectedStack(when.clone(), new, old, losses, old.buffers, old.aux)

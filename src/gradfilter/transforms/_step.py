@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradfilter import _tree
 from gradfilter._types import Out, Params, State, Transform
@@ -85,15 +85,15 @@ class TrainStep:
             params, transforms, info = self.update(
                 state["params"], state["transforms"], rows, donate=donate, **extra
             )
-        losses: Tensor | None = rows.losses
-        assert losses is not None  # rows of a batch always have their losses
+        loss = rows.mean_loss()
+        assert loss is not None  # rows of a batch always have their losses
         state = {
             "params": params,
             "buffers": rows.buffers,
             "transforms": transforms,
             "random": random,
         }
-        return state, {"loss": losses.mean(), **info}
+        return state, {"loss": loss, **info}
 
 
 def train_step(

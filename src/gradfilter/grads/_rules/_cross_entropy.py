@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradfilter._readable import readable
 from gradfilter.grads._rules._host import Host, Rule
+from gradfilter.grads._tape import Tape
 
 
 def class_loss(function: Callable[..., Tensor]) -> Rule:
@@ -36,6 +38,7 @@ def class_loss(function: Callable[..., Tensor]) -> Rule:
         def losses(rows: Tensor, targets: Tensor) -> Tensor:
             if input.ndim == 1:  # a row of one sample, without an axis for it
                 rows, targets = rows.unsqueeze(1), targets.unsqueeze(1)
+            _note_ignored(host.tape, targets, ignore_index)
             each = function(rows.flatten(0, 1), targets.flatten(0, 1), **options, reduction="none")
             found = _reduced(each.view(targets.shape), targets, weight, ignore_index, reduction)
             return found.view(len(found), *target.shape) if reduction == "none" else found
@@ -43,6 +46,13 @@ def class_loss(function: Callable[..., Tensor]) -> Rule:
         return host.run(function.__name__, losses, rows, targets)
 
     return rule
+
+
+def _note_ignored(tape: Tape, targets: Tensor, ignored: int) -> None:
+    """Note which rows have nothing but ignored labels, where losses cannot be looked at."""
+    if not readable(targets):
+        nothing = (targets == ignored).flatten(1).all(1)
+        tape.ignored = nothing if tape.ignored is None else tape.ignored & nothing
 
 
 def _reduced(
