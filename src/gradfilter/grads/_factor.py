@@ -157,7 +157,8 @@ def _ghost_block(a: Tensor, d: Tensor, width: int) -> Tensor:
 def weigh(tensor: Tensor, weights: Tensor | None, live: Tensor | None) -> Tensor:
     """Every row of (M, ...) times its weight, exactly 0 where it is not live."""
     if weights is not None:
-        tensor = tensor * _along_rows(weights.to(tensor.dtype), tensor)
+        wide = _tree.at_least_float32(tensor)
+        tensor = (wide * _along_rows(weights.to(wide.dtype), wide)).to(tensor.dtype)
     return mask(tensor, live)
 
 

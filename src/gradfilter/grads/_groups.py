@@ -138,10 +138,17 @@ def _together(parts: list[tuple[list[int], Forward]], batch: Batch) -> Forward:
         leaves,
         uses=_uses([part.tape for part in passes], len(batch)),
         overrides=sum((part.tape.overrides for part in passes), Counter()),
+        ignored=_ignored([part.tape for part in passes], places),
         parts=list(zip(places, passes, strict=True)),
     )
     groups = tuple(tuple(rows) for rows, _ in parts)
     return Forward(losses, tape, first.buffers, aux, groups=groups)
+
+
+def _ignored(tapes: list[Tape], places: list[Tensor]) -> Tensor | None:
+    """Which rows had only ignored labels, if all passes took note."""
+    noted = [tape.ignored for tape in tapes if tape.ignored is not None]
+    return gathered(noted, places) if len(noted) == len(tapes) else None
 
 
 def _uses(tapes: list[Tape], count: int) -> list[Use]:

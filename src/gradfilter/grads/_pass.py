@@ -20,6 +20,7 @@ from gradfilter.grads._dense_factor import (
 from gradfilter.grads._factor import Factor
 from gradfilter.grads._fused import Forward
 from gradfilter.grads._immutable import versions, written
+from gradfilter.grads._lift import autocast_dtype
 from gradfilter.grads._modes import Modes, choose_modes
 from gradfilter.grads._tiled_factor import TiledFactor
 
@@ -51,6 +52,9 @@ class Pass:
         self._losses = first.losses.detach()
         self.device = first.losses.device
         self._ignored = first.tape.ignored
+        self._half = autocast_dtype(self.device) is not None or any(
+            dtype.itemsize < 4 for dtype in self._dtypes.values()
+        )
         self._kept: dict[str, Factor] | None = None
         self._versions: dict[str, int] | None = None
         self._grams: dict[frozenset[str], Tensor] = {}
@@ -112,7 +116,24 @@ class Pass:
 
     def total(self, names: Collection[str], weights: Tensor) -> Tree:
         """Σ_m w_m row_m on some leaves, nothing of a row of weight 0."""
-        # Weights in half precision would underflow, so of such losses the rows are weighed.
+        if self._half:  # which holds the numbers of a mean: smaller weights would underflow
+            size = weights.abs().sum()
+            size = torch.where(size > 0, size, 1.0)
+            total = self._total(names, weights / size)
+            wide = {name: _tree.at_least_float32(leaf) for name, leaf in total.items()}
+            found = {name: leaf * size.to(leaf.dtype) for name, leaf in wide.items()}
+        else:
+            found = self._total(names, weights)
+        return {
+            name: found[name].to(self._dtypes[name]).view(self.shapes[name])
+            if name in found
+            else torch.zeros(self.shapes[name], dtype=self._dtypes[name], device=self.device)
+            for name in names
+        }
+
+    def _total(self, names: Collection[str], weights: Tensor) -> Tree:
+        """The same of the leaves that have a gradient, as it was computed."""
+        # Of losses in half precision, which would round the weights, the rows are weighed.
         wide = self._losses.element_size() >= 4
         if wide and self._kept is None and set(names) == set(self.shapes):
             found = self._weighted(weights)
@@ -122,12 +143,7 @@ class Pass:
             if JOINED in found:
                 small = small_dense(self._factors(), names)
                 found |= split_joined(found.pop(JOINED), small, self.shapes)
-        return {
-            name: found[name].to(self._dtypes[name]).view(self.shapes[name])
-            if name in found
-            else torch.zeros(self.shapes[name], dtype=self._dtypes[name], device=self.device)
-            for name in names
-        }
+        return found
 
     def _live(self, names: Collection[str], weights: Tensor) -> Tensor | None:
         """Which rows to mask: None where no row of weight 0 has a non-finite number in it."""

@@ -183,7 +183,8 @@ def agc_clip(
         if isinstance(clipping, Tensor):  # a schedule that ends at 0 ends the clipping
             limits = torch.where(clipping == 0, torch.inf, limits)
         factors = _shrink(unit_norms(grads, within, summed), limits)
-        leaves = [grads[name] for name in within]
+        # In half precision a small factor would round to 0 before it meets a large gradient.
+        leaves = [_tree.at_least_float32(grads[name]) for name in within]
         by = per_leaf(factors.to(leaves[0].dtype), grads, within)
         # A factor of 1 changes no bit, and costs less than a choice per entry.
         scaled: Sequence[Tensor]
