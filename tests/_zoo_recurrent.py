@@ -91,15 +91,13 @@ CASES = [
         inputs(T, D),
         rules="rnn",
     ),
-    Case(
-        "lstm-cell", in_late_build(lambda: cell(nn.LSTMCell)), inputs(T, D), may_refuse="lstm_cell"
-    ),
-    Case("gru-cell", in_late_build(lambda: cell(nn.GRUCell)), inputs(T, D), may_refuse="gru_cell"),
-    Case(
-        "rnn-cell",
-        in_late_build(lambda: cell(nn.RNNCell)),
-        inputs(T, D),
-        may_refuse="rnn_tanh_cell",
+    *(
+        Case(name, in_late_build(lambda kind=kind: cell(kind)), inputs(T, D), rules="cell linear")
+        for name, kind in {
+            "lstm-cell": nn.LSTMCell,
+            "gru-cell": nn.GRUCell,
+            "rnn-cell": nn.RNNCell,
+        }.items()
     ),
     Case(
         "packed-sequence",

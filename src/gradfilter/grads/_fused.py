@@ -19,9 +19,11 @@ from gradfilter.grads._buffer_watch import BufferWatch
 from gradfilter.grads._check_loss import check_reaches
 from gradfilter.grads._lift import Level, autocast_dtype
 from gradfilter.grads._loop import PureLoss
+from gradfilter.grads._masked_lookups import refuse_masked_lookups
 from gradfilter.grads._rules._host import Host
 from gradfilter.grads._rules._table import RULES
 from gradfilter.grads._rules._values import VALUES
+from gradfilter.grads._rules._vmap_faults import refuse_nested
 from gradfilter.grads._running_updates import RunningUpdates
 from gradfilter.grads._tape import Tape
 
@@ -79,9 +81,10 @@ class Overrides(TorchFunctionMode):
         """Try the rule, else run the function as it is."""
         kwargs = kwargs or {}
         rule = RULES.get(func) or VALUES.get(func)
-        if rule is not None and self._host.level.is_innermost():
-            result = rule(self._host, *args, **kwargs)
-            if result is not NotImplemented:
+        if rule is not None:
+            if not self._host.level.is_innermost():
+                refuse_nested(func)
+            elif (result := rule(self._host, *args, **kwargs)) is not NotImplemented:
                 return result
         self._host.running.watch.note(func, args, kwargs)
         if func in LOSSES and autocast_dtype(args[0].device) is not None:
@@ -136,6 +139,7 @@ def forward(
         losses = level.lower(value)
         aux = None if aux is None else _tree.tree_map(level.lower, aux)
     check_reaches(losses, leaves.values())
+    refuse_masked_lookups(losses)
     for name, counter in after.items():
         if name.endswith("num_batches_tracked"):  # counted once, for all rows
             before = batch.buffers[name]

@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from gradfilter import _tree
 from gradfilter._types import Tree
 from gradfilter.grads._buffer_watch import BufferWatch
+from gradfilter.grads._rules._sparse_lookups import LOOKUPS, refuse_sparse
+from gradfilter.grads._rules._vmap_faults import UNDER_ANY_VMAP
 
 
 @dataclass
@@ -45,6 +47,12 @@ class RecordRunningStats(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.batch_norm:
             return self._batch_norm(*args, **kwargs)
+        if func in LOOKUPS:
+            refuse_sparse(func, args, kwargs)
+        if func in UNDER_ANY_VMAP:
+            result = UNDER_ANY_VMAP[func](*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         self._watch.note(func, args, kwargs)
         return func(*args, **kwargs)
 

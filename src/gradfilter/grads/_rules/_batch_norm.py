@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gradfilter.grads._dense_factor import DenseFactor
@@ -35,11 +36,13 @@ def batch_norm(
             f"Expected more than 1 value per channel when training, got input size {input.shape}"
         )
     weights = host.weights(weight, bias)
-    if weights is None:  # every row its own weight
-        per_channel = (1, -1, *[1] * (input.ndim - 2))
-        y = batch_norm(host, input, running_mean, running_var, None, None, training, momentum, eps)
-        y = y if weight is None else y * weight.view(per_channel)
-        return y if bias is None else y + bias.view(per_channel)
+    if weights is None:
+        args = (running_mean, running_var, None, None, training, momentum, eps)
+        y = batch_norm(host, input, *args)
+        if y is NotImplemented:  # nothing of a row but its input: vmap's own rule will do
+            host.running.read(running_mean, running_var)
+            y = F.batch_norm(input, *args)
+        return own_affine(y, weight, bias)
     if not training:
         if not host.batched(weight, bias) or running_mean is None or running_var is None:
             return NotImplemented
@@ -47,6 +50,14 @@ def batch_norm(
         return host.run("batch_norm", _evaluate, host, x, running_mean, running_var, *weights, eps)
     update = host.running.start(running_mean, running_var, momentum, x)
     return host.run("batch_norm", _train, host, x, update, *weights, eps)
+
+
+def own_affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Gains and shifts that every row has of its own, in the dtype of what they are applied to."""
+    per_channel = (1, -1, *[1] * (y.ndim - 2))
+    found = y if weight is None else y * weight.view(per_channel)
+    found = found if bias is None else found + bias.view(per_channel)
+    return found.to(y.dtype)
 
 
 def _train(

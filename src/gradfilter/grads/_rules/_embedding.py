@@ -11,6 +11,7 @@ from torch import Tensor
 from gradfilter.grads._embedding_factor import EmbeddingFactor
 from gradfilter.grads._factor import ghost_flops
 from gradfilter.grads._rules._host import Host, rows_of
+from gradfilter.grads._rules._sparse_lookups import refuse_options
 from gradfilter.grads._tape import Tape, Weight
 
 
@@ -27,23 +28,41 @@ def embedding(
     """`torch.nn.functional.embedding`; vmap's own rule would mask padding in the first row only."""
     if not host.batched(weight):
         return NotImplemented
-    if sparse or max_norm is not None:
-        option = "sparse=True" if sparse else "max_norm"
-        raise RuntimeError(
-            f"embedding with {option} cannot run over all rows at once: "
-            + ("its gradients are no dense rows." if sparse else "it writes into its weight.")
-        )
+    refuse_options("embedding", sparse, max_norm)
     weights = host.weights(weight)
-    if weights is None:  # every row looks up in its own table
-        if padding_idx is None and not scale_grad_by_freq:
-            return NotImplemented
-        raise RuntimeError(
-            "embedding with padding_idx or scale_grad_by_freq cannot run over all rows at once, "
-            "each with a table of its own."
-        )
     padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
-    lowered = host.level.lower(input)
-    return host.run("embedding", _apply, host, lowered, *weights, padding, scale_grad_by_freq)
+    index = host.level.lower(input)
+    if weights is None:
+        tables = host.level.lower(weight)
+        return host.run("embedding", _own_tables, index, tables, padding, scale_grad_by_freq)
+    return host.run("embedding", _apply, host, index, *weights, padding, scale_grad_by_freq)
+
+
+def embedding_of(
+    host: Host,
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    """`torch.embedding` and `torch.ops.aten.embedding`, where −1 stands for no padding."""
+    padding = padding_idx if padding_idx >= 0 else None
+    return embedding(
+        host, indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse
+    )
+
+
+def _own_tables(index: Tensor, tables: Tensor, padding: int, by_frequency: bool) -> Tensor:
+    """Every row looks up in its own table (M, units, width), all of them in one lookup."""
+    count, units = tables.shape[:2]
+    first = torch.arange(count, device=index.device) * units
+    places = index + first.view(-1, *[1] * (index.ndim - 1))
+    # Counted per table: no two rows share a place.
+    found = F.embedding(places, tables.flatten(0, 1), scale_grad_by_freq=by_frequency)
+    if padding < 0:
+        return found
+    return torch.where((index == padding)[..., None], found.detach(), found)
 
 
 def _apply(host: Host, index: Tensor, weight: Weight, padding: int, by_frequency: bool) -> Tensor:

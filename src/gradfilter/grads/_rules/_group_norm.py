@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradfilter.grads._dense_factor import DenseFactor
 from gradfilter.grads._lift import autocast_dtype
-from gradfilter.grads._rules._batch_norm import batch_norm
+from gradfilter.grads._rules._batch_norm import batch_norm, own_affine
 from gradfilter.grads._rules._host import Host, owned, rows_of
 from gradfilter.grads._tape import Tape, Weight
 
@@ -48,9 +48,14 @@ def instance_norm(
     if not use_input_stats:
         statistics = (running_mean, running_var)
         return batch_norm(host, input, *statistics, weight, bias, False, momentum, eps)
-    weights = host.weights(weight, bias)
-    if weights is None or not host.batched(input) or host.batched(running_mean, running_var):
+    if not host.batched(input) or host.batched(running_mean, running_var):
         return NotImplemented
+    weights = host.weights(weight, bias)
+    if weights is None:
+        args = (running_mean, running_var, None, None, True, momentum, eps)
+        y = instance_norm(host, input, *args)
+        y = F.instance_norm(input, *args) if y is NotImplemented else y
+        return own_affine(y, weight, bias)
     if input.ndim < 3 or input[0, 0].numel() == 1 or autocast_dtype(input.device):
         return NotImplemented
     x = host.level.lower(input)

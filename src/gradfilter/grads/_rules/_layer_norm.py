@@ -45,7 +45,8 @@ def rms_norm(
     weights = host.weights(weight)
     if weights is None or not host.batched(weight) or _mixed(input, weight):
         return NotImplemented
-    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    if eps is None:  # that of the dtype in which the mean is taken
+        eps = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps
     x = host.level.lower(input)
     return host.run("rms_norm", _rms_norm, host, x, len(normalized_shape), *weights, eps)
 

@@ -1,0 +1,64 @@
+"""Cells of recurrent networks: two linear layers and what torch makes of their sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradfilter.grads._lift import autocast_dtype
+from gradfilter.grads._rules._host import Host, Rule
+from gradfilter.grads._rules._linear import linear
+
+Gates = Callable[[Tensor, Tensor, Any], Any]
+"""(from the input, from the hidden state, the states) -> the new states."""
+
+
+def cell(gates: Gates) -> Rule:
+    """The rule of `torch.lstm_cell` and its like."""
+
+    def rule(
+        host: Host,
+        input: Tensor,
+        hx: Tensor | Sequence[Tensor],
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None,
+    ) -> Any:
+        states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        if autocast_dtype(input.device) or not host.batched(input, *states, w_ih, w_hh):
+            return NotImplemented
+        host.tape.overrides["cell"] += 1
+        sides = []
+        for x, weight, bias in ((input, w_ih, b_ih), (states[0], w_hh, b_hh)):
+            found = linear(host, x, weight, bias)
+            sides.append(F.linear(x, weight, bias) if found is NotImplemented else found)
+        return gates(sides[0], sides[1], states[0] if len(states) == 1 else states)
+
+    return rule
+
+
+def lstm(x: Tensor, h: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """i, f, g, o: c' = σ(f) c + σ(i) tanh(g), h' = σ(o) tanh(c')."""
+    i, f, g, o = (x + h).chunk(4, -1)
+    c = f.sigmoid() * states[1] + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def gru(x: Tensor, h: Tensor, state: Tensor) -> Tensor:
+    """r, z, n: h' = n + σ(z) (h − n), n = tanh(n_x + σ(r) n_h)."""
+    (r_x, z_x, n_x), (r_h, z_h, n_h) = x.chunk(3, -1), h.chunk(3, -1)
+    new = (n_x + (r_x + r_h).sigmoid() * n_h).tanh()
+    return new + (z_x + z_h).sigmoid() * (state - new)
+
+
+CELLS: dict[str, Rule] = {
+    "lstm_cell": cell(lstm),
+    "gru_cell": cell(gru),
+    "rnn_tanh_cell": cell(lambda x, h, _: torch.tanh(x + h)),
+    "rnn_relu_cell": cell(lambda x, h, _: torch.relu(x + h)),
+}

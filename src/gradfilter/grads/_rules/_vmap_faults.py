@@ -1,0 +1,90 @@
+"""What vmap itself runs wrongly, without a word: said in other operations, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradfilter.grads._lift import shared
+from gradfilter.grads._rules._host import Host
+from gradfilter.grads._rules._spellings import spellings
+
+
+def roll(input: Tensor, *_: Any, **__: Any) -> Any:
+    """`torch.roll` of a number, which vmap would roll along the rows."""
+    return NotImplemented if input.ndim else input.clone()
+
+
+def select_scatter(host: Host, input: Tensor, src: Tensor, dim: int, index: int) -> Any:
+    """`torch.select_scatter`, whose gradient with respect to ``src`` would count twice."""
+    if not host.batched(input, src):
+        return NotImplemented
+    units = torch.arange(input.shape[dim], device=input.device)
+    here = units == index % input.shape[dim]
+    return torch.where(_along(here, dim, input), src.unsqueeze(dim), input)
+
+
+def index_fill(host: Host, input: Tensor, dim: int, index: Tensor, value: Any) -> Any:
+    """`torch.index_fill` of what all rows share by what they do not: gradients come out wrong."""
+    if host.batched(input) or not host.batched(value):
+        return NotImplemented
+    units = torch.zeros(input.shape[dim], dtype=torch.bool, device=input.device)
+    here = units.index_fill(0, index, True)
+    return torch.where(_along(here, dim, input), value.to(input.dtype), input)
+
+
+def _along(units: Tensor, dim: int, like: Tensor) -> Tensor:
+    return units.view(-1, *[1] * (like.ndim - dim % like.ndim - 1))
+
+
+def as_strided(
+    host: Host,
+    input: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int | None = None,
+) -> Any:
+    """`torch.as_strided`: strides of a parameter that all rows share say nothing of its own."""
+    rows = host.level.lower(input) if host.batched(input) else None
+    if rows is None or not shared(rows):
+        return NotImplemented
+    if rows.storage_offset() or not rows[0].is_contiguous():
+        raise RuntimeError(
+            "as_strided of a view of a parameter cannot run over all rows at once. Index or "
+            "reshape the parameter instead."
+        )
+    own = host.level.below(torch.Tensor.contiguous, rows)
+    return torch.as_strided(own, size, stride, storage_offset)
+
+
+def as_strided_(host: Host, input: Tensor, *_: Any, **__: Any) -> Any:
+    """`torch.Tensor.as_strided_`, for which vmap takes the rows as one tensor."""
+    if not host.batched(input):
+        return NotImplemented
+    raise RuntimeError("as_strided_ cannot run over all rows at once. Use as_strided.")
+
+
+UNDER_ANY_VMAP: dict[Callable[..., Any], Callable[..., Any]] = dict.fromkeys(
+    spellings("roll"), roll
+)
+"""Faults of the vmap plan, too; without a host."""
+
+FAULTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    **{roll_: lambda host, *args, **kwargs: roll(*args, **kwargs) for roll_ in UNDER_ANY_VMAP},
+    **dict.fromkeys(spellings("select_scatter"), select_scatter),
+    **dict.fromkeys(spellings("index_fill"), index_fill),
+    **dict.fromkeys(spellings("as_strided"), as_strided),
+    **dict.fromkeys(spellings("as_strided_"), as_strided_),
+}
+
+
+def refuse_nested(function: Callable[..., Any]) -> None:
+    """Refuse a fault inside a transform of the loss's own, where no rule applies."""
+    if function in FAULTS and function not in UNDER_ANY_VMAP:
+        raise RuntimeError(
+            f"{function.__name__} inside a transform of the loss's own cannot run over all rows at "
+            "once."
+        )

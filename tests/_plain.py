@@ -1,0 +1,57 @@
+"""Ground truth: ordinary backward passes over a plain loss or module, one per microbatch."""
+
+import copy
+
+import torch
+
+
+def plain_rows(loss, params, batch, m):
+    """Row k of ``loss(params, batch)`` over microbatch k, all leaves side by side. (M, P)."""
+    parts = [t.chunk(m) for t in batch]
+    rows = []
+    for k in range(m):
+        leaves = [p.detach().clone().requires_grad_() for p in params.values()]
+        value = loss(dict(zip(params, leaves, strict=True)), tuple(part[k] for part in parts))
+        grads = torch.autograd.grad(value, leaves, allow_unused=True)
+        rows.append(_flat(grads, leaves))
+    return torch.stack(rows)
+
+
+def plain_sam_rows(model, criterion, batch, m, rho):
+    """SAM with a perturbation for every microbatch: g(w + rho g / |g|), g the row's own. (M, P)."""
+    parts = [t.chunk(m) for t in batch]
+    rows, carried = [], copy.deepcopy(model)
+    for k in range(m):
+        x, y = (part[k] for part in parts)
+        own = copy.deepcopy(carried)  # running statistics as the rows before left them
+        params = list(own.parameters())
+        before = [b.clone() for b in own.buffers()]
+        first = torch.autograd.grad(criterion(own(x), y), params)
+        with torch.no_grad():
+            scale = rho / torch.cat([g.flatten() for g in first]).norm()
+            for p, g in zip(params, first, strict=True):
+                p.add_(scale * g)
+            for b, old in zip(own.buffers(), before, strict=True):
+                b.copy_(old)
+            carried(x)
+        rows.append(_flat(torch.autograd.grad(criterion(own(x), y), params), params))
+    return torch.stack(rows)
+
+
+def side_by_side(stacked, names):
+    """The leaves (M, ...) of a stack as one matrix (M, P)."""
+    return torch.cat([stacked[name].flatten(1) for name in names], 1)
+
+
+def off(got, want):
+    """The norm of the difference, relative."""
+    return float((got - want).norm() / want.norm())
+
+
+def _flat(grads, leaves):
+    return torch.cat(
+        [
+            (torch.zeros_like(p) if g is None else g).flatten()
+            for g, p in zip(grads, leaves, strict=True)
+        ]
+    )
