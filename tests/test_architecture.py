@@ -79,7 +79,7 @@ def test_only_tree_touches_pytree():
 def test_modules_are_private_and_short():
     for path in FILES:
         assert path.name.startswith("_"), path
-        assert len(path.read_text().splitlines()) <= 300, path
+        assert len(path.read_text().splitlines()) <= 400, path
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -54,7 +54,9 @@ def reading(path: Path, what: str, fix: str) -> Iterator[None]:
     except UsageError:
         raise
     except Exception as error:
-        raise UsageError(f"{what} {str(path)!r} cannot be read: {why(error)}. {fix}") from None
+        raise UsageError(
+            f"{what} {str(path)!r} cannot be read: {why(error)}. {fix}".rstrip()
+        ) from None
 
 
 def read_json(path: Path, what: str, fix: str, build: Callable[[Any], T]) -> T:

@@ -62,14 +62,23 @@ def _explained(path: Path) -> Iterator[None]:
         ) from None
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file as a whole or not at all."""
+def write_bytes(path: Path, content: bytes, *, before: Path | None = None) -> None:
+    """Write a file as a whole or not at all.
+
+    Args:
+        path: The file.
+        content: What is in it afterwards.
+        before: Where the file that was there is kept. Whoever is killed between two moments leaves
+            that one alone, and no file at `path`.
+    """
     half = path.with_name(f".{path.name}.part")
     half.unlink(missing_ok=True)  # of a killed process, or a link that somebody planted
     try:
         with open_own(half, "xb") as file:
             file.write(content)
             _settle(file)
+        if before is not None and path.exists():
+            os.replace(path, before)
         os.replace(half, path)
     finally:
         half.unlink(missing_ok=True)

@@ -42,12 +42,15 @@ def find_run(config: StatsConfig) -> Path:
     )
 
 
-def chosen(config: StatsConfig, saved: Sequence[Checkpoint]) -> list[Checkpoint]:
+def chosen(
+    config: StatsConfig, saved: Sequence[Checkpoint], lost: Sequence[str] = ()
+) -> list[Checkpoint]:
     """The checkpoints that are asked for; none if none is.
 
     Args:
         config: What is asked for.
         saved: What there is, in order.
+        lost: Entries that a damaged archive has in the place of some.
 
     Raises:
         UsageError: There is no such checkpoint.
@@ -55,6 +58,11 @@ def chosen(config: StatsConfig, saved: Sequence[Checkpoint]) -> list[Checkpoint]
     if config.last:
         if not saved:
             raise UsageError("--last: the run has no checkpoint yet. Train first.")
+        if lost:
+            raise UsageError(
+                f"--last: the archive of the run is damaged: {', '.join(lost)}. The newest "
+                f"checkpoint that is in its place is --checkpoint {saved[-1].id}."
+            )
         return [saved[-1]]
     by_step = config.checkpoint_by_step
     known = {c.step if by_step else c.id: c for c in saved}
@@ -70,7 +78,11 @@ def chosen(config: StatsConfig, saved: Sequence[Checkpoint]) -> list[Checkpoint]
             kind = "step" if by_step else "id"
             raise UsageError(
                 f"--checkpoint {number}: the run has no checkpoint of {kind} {place}. "
-                f"There are: {', '.join(map(str, known)) or 'none yet'}."
+                f"There are: {', '.join(map(str, known)) or 'none yet'}.{_damage(lost)}"
             )
         found.append(known[place])
     return found
+
+
+def _damage(lost: Sequence[str]) -> str:
+    return f" The archive is damaged: {', '.join(lost)}." if lost else ""

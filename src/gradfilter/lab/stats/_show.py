@@ -35,8 +35,13 @@ def progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int]
         yield lambda samples: progress.advance(bar, samples)
 
 
-def listed(run: Path, saved: Sequence[Checkpoint]) -> str:
+def listed(run: Path, saved: Sequence[Checkpoint], lost: Sequence[str] = ()) -> str:
     """The checkpoints that there are, and how to choose one.
+
+    Args:
+        run: The directory.
+        saved: What there is, in order.
+        lost: Entries that a damaged archive has in the place of some.
 
     Examples:
         >>> print(listed(Path("runs/a"), [Checkpoint(0, 0, 0.0), Checkpoint(1, 800, 12.5)]))
@@ -46,6 +51,7 @@ def listed(run: Path, saved: Sequence[Checkpoint]) -> str:
         or --last. Nothing was measured.
     """
     lines = [f"  --checkpoint {c.id:<3} step {c.step}, epoch {c.epoch:g}" for c in saved]
+    lines += [f"  damaged: {printable(name)}" for name in lost]
     return "\n".join(
         [f"checkpoints of {printable(run)}", *lines, "or --last. Nothing was measured."]
     )

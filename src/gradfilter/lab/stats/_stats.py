@@ -13,7 +13,7 @@ from gradfilter.lab.stats._config import StatsConfig
 from gradfilter.lab.stats._find import chosen, find_run
 from gradfilter.lab.stats._measurement import Measurement
 from gradfilter.lab.stats._show import listed, summary
-from gradfilter.lab.train._archive import NAME, checkpoints
+from gradfilter.lab.train._archive import NAME, checkpoints, misnamed
 from gradfilter.lab.train._restore import restored
 
 
@@ -31,10 +31,11 @@ def stats(config: StatsConfig) -> int:
     device = own_device(usable_device(config.device))
     run = find_run(config)
     saved = checkpoints(run / NAME)
-    wanted = chosen(config, saved)
+    lost = misnamed(run / NAME)
+    wanted = chosen(config, saved, lost)
     if not wanted:
         if is_first_process():
-            print(listed(run, saved))
+            print(listed(run, saved, lost))
         return 0
     finished = []
     with ExitStack() as stack:

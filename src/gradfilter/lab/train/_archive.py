@@ -29,9 +29,15 @@ from gradfilter.lab._usage import UsageError
 
 NAME = "checkpoints.zip"
 LABELS = "labels.pt"
+DIRECTORY = "the directory at its end"
+LENGTHS = range(26, 30)
+"""Where an entry's own header says how long its name and what follows are; they end the header."""
+CHUNK = 2**20
 PATIENCE = 10.0
 """Seconds that a reader waits for an archive that is being written."""
 _ENTRY = re.compile(r"(\d+)-step-(\d+)-epoch-([\d.]+)\.pt", re.ASCII)
+FOLDER = 0x10
+"""What marks an entry of a zip archive as a folder."""
 _COMPRESSED = (
     "is compressed, which gradfilter never does: a small file could fill the memory. Pack it again "
     "without compression, or train again."
@@ -141,15 +147,94 @@ def keep_until(archive: Path, step: int) -> None:
 
 
 def checkpoints(archive: Path) -> list[Checkpoint]:
-    """What has been saved, in order.
+    """What has been saved, in order, without what the directory of a damaged archive misnames.
 
     Raises:
         UsageError: There is no archive, or it cannot be read.
     """
     with _opened(archive) as opened, reading(archive, "the archive", "Train again."):
-        found = [_ENTRY.fullmatch(name) for name in opened.namelist()]
+        there = [info.filename for info in opened.infolist() if _is_there(opened, info)]
+        found = [_ENTRY.fullmatch(name) for name in there]
         saved = [Checkpoint(int(m[1]), int(m[2]), float(m[3])) for m in found if m]
     return sorted(saved, key=lambda c: c.id)
+
+
+def misnamed(archive: Path) -> list[str]:
+    """Entries that the archive's directory calls by another name than they have, or misplaces.
+
+    Raises:
+        UsageError: There is no archive, or it cannot be read.
+    """
+    with _opened(archive) as opened:
+        lost = [info.filename for info in opened.infolist() if not _is_there(opened, info)]
+        return lost if _is_covered(archive, opened) else [*lost, DIRECTORY]
+
+
+def damaged(archive: Path) -> list[str]:
+    """Entries whose names or contents are not those that were written; reads the whole archive.
+
+    Raises:
+        UsageError: There is no archive, or it cannot be read.
+    """
+    with _opened(archive) as opened:
+        lost = [info.filename for info in opened.infolist() if not _is_whole(opened, info)]
+        return lost if _is_covered(archive, opened) else [*lost, DIRECTORY]
+
+
+def newest_whole(archive: Path) -> Checkpoint | None:
+    """The last checkpoint that is as it was written.
+
+    Raises:
+        UsageError: There is no archive, or it cannot be read.
+    """
+    saved = checkpoints(archive)
+    with _opened(archive) as opened:
+        whole = (c for c in reversed(saved) if _is_whole(opened, opened.getinfo(c.entry)))
+        return next(whole, None)
+
+
+def offer(archive: Path) -> str:
+    """What there is instead of a damaged entry, as a sentence."""
+    newest = newest_whole(archive)
+    if newest is None:
+        return "No checkpoint there is whole: train again."
+    return f"The newest checkpoint that is whole is {newest.id}, after step {newest.step}."
+
+
+def _is_there(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:
+    """Whether the entry is where the directory says, and has that name."""
+    try:
+        opened.open(info).close()
+    except Exception:  # what zipfile raises of damaged bytes has no common type
+        return False
+    return True
+
+
+def _is_covered(archive: Path, opened: zipfile.ZipFile) -> bool:
+    """Whether the entries lie one behind the other: then the directory leaves none out."""
+    end = 0
+    with archive.open("rb") as file:
+        for info in sorted(opened.infolist(), key=lambda info: info.header_offset):
+            if info.header_offset != end:
+                return False
+            file.seek(end + LENGTHS.start)
+            lengths = file.read(len(LENGTHS))
+            name, extra = (int.from_bytes(part, "little") for part in (lengths[:2], lengths[2:]))
+            end += LENGTHS.stop + name + extra + info.compress_size
+    return end == opened.start_dir
+
+
+def _is_whole(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:
+    """Whether an entry is as it was written, by its checksum."""
+    if info.compress_type != zipfile.ZIP_STORED:  # and it might fill the memory
+        return False
+    try:
+        with opened.open(info) as entry:
+            while entry.read(CHUNK):
+                pass
+    except Exception:
+        return False
+    return True
 
 
 def read_tensors(archive: Path, entry: Checkpoint | str) -> dict[str, Tensor]:
@@ -177,16 +262,23 @@ def _content(archive: Path, opened: zipfile.ZipFile, name: str) -> bytes:
     except KeyError:
         raise UsageError(f"{str(archive)!r} has no checkpoint {name!r}.") from None
     except Exception as error:  # what zipfile raises of damaged bytes has no common type
-        raise UsageError(
-            f"{what} is damaged: {why(error)}. Choose another, or train again."
-        ) from None
+        raise UsageError(f"{what} is damaged: {why(error)}. {offer(archive)}") from None
     if content is None:
         raise UsageError(f"{what} {_COMPRESSED}")
     return content
 
 
-def tensors_of(content: bytes, what: str) -> dict[str, Tensor]:
-    """Read tensors by name, and nothing else.
+def tensors_of(
+    content: bytes, what: str, fix: str = "Choose another, or train again."
+) -> dict[str, Tensor]:
+    """Read tensors by name, and nothing else, if they are those that were written.
+
+    Every tensor has a checksum, which torch writes and does not compare.
+
+    Args:
+        content: As `tensor_bytes` makes it.
+        what: What it is to a user.
+        fix: What to do if it is damaged.
 
     Raises:
         UsageError: It is damaged or holds something else.
@@ -194,23 +286,26 @@ def tensors_of(content: bytes, what: str) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as inside:
             entries = inside.infolist()
+            flipped = inside.testzip() is not None
         inflates = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
         # Of entries that lie over each other the sum is more than there is.
         overlaps = sum(entry.file_size for entry in entries) > len(content)
-        read = None if inflates or overlaps else _loaded(content)
+        # torch compares no checksums, and takes what is marked so for a folder without content.
+        damaged = flipped or overlaps or any(entry.external_attr & FOLDER for entry in entries)
+        read = None if inflates or damaged else _loaded(content)
     except UnpicklingError:
         raise UsageError(
             f"{what} holds more than tensors, and was not opened: loading it could run any code. "
             "Use a file that this program wrote."
         ) from None
     except Exception:  # what torch's reader raises of damaged bytes has no common type
-        raise UsageError(f"{what} is damaged. Choose another, or train again.") from None
+        raise UsageError(f"{what} is damaged. {fix}".rstrip()) from None
     if inflates:
         raise UsageError(f"{what} {_COMPRESSED}")
-    if overlaps:
-        raise UsageError(f"{what} is damaged. Choose another, or train again.")
+    if damaged:
+        raise UsageError(f"{what} is damaged. {fix}".rstrip())
     if not isinstance(read, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) and _is_whole(value)
+        isinstance(name, str) and isinstance(value, Tensor) and _is_plain(value)
         for name, value in read.items()
     ):
         raise UsageError(f"{what} is not a dict of tensors. Use a file that this program wrote.")
@@ -223,7 +318,7 @@ def _loaded(content: bytes) -> Any:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def _is_whole(tensor: Tensor) -> bool:
+def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor has a number of its own in memory for each of its entries.
 
     An expanded one may be as large as it likes, and a sparse or a meta tensor, too.

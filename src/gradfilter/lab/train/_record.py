@@ -22,14 +22,17 @@ from gradfilter.lab.train._archive import (
     Checkpoint,
     add,
     checkpoints,
+    damaged,
     keep_until,
+    offer,
     recover,
     tensor_bytes,
 )
 from gradfilter.lab.train._evaluation import Evaluation
 from gradfilter.lab.train._place import plain_settings
+from gradfilter.lab.train._resume import BEFORE as POINT_BEFORE
 from gradfilter.lab.train._resume import NAME as POINT
-from gradfilter.lab.train._resume import go_on, keep_lines_until, write_point
+from gradfilter.lab.train._resume import keep_lines_until, write_point
 from gradfilter.lab.train._run import Run
 from gradfilter.lab.train._same_data import check_same_data
 
@@ -65,7 +68,7 @@ class Record:
 
     def clear(self) -> None:
         """Drop what a run wrote that was killed before there was a point to go on from."""
-        for name in (METRICS, NAME, POINT):
+        for name in (METRICS, NAME, POINT, POINT_BEFORE):
             (self.place / name).unlink(missing_ok=True)
         recover(self.place / NAME)
 
@@ -77,15 +80,23 @@ class Record:
         add(self.place / NAME, "config.json", json.dumps(dict(self.facts)).encode())
 
     def go_on(self, run: Run) -> None:
-        """Put a run where it was left, and drop what was written after that point."""
+        """Drop what was written after the point that the run was put to.
+
+        Raises:
+            UsageError: Something is missing or damaged, or the data set is not what it was.
+        """
         if not (self.place / NAME).exists():
             raise UsageError(
                 f"--resume: the checkpoints of the run are gone: {str(self.place / NAME)!r} does "
                 "not exist. Start anew under another --name."
             )
         recover(self.place / NAME)
+        if lost := damaged(self.place / NAME):
+            raise UsageError(
+                f"--resume: {str(self.place / NAME)!r} is damaged: {', '.join(lost)}. "
+                f"{offer(self.place / NAME)} Start anew under another --name."
+            )
         check_same_data(self.place, run.data)
-        go_on(self.place, run)
         if run.done == 0:  # what is known before the first step is written again
             self.clear()
             return

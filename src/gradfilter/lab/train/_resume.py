@@ -1,4 +1,7 @@
-"""The point from which a run goes on: everything that the next step depends on, in one file."""
+"""The point from which a run goes on: everything that the next step depends on, in one file.
+
+The point before it is kept, for the day on which the last one turns out to be damaged.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 import gradfilter as gf
+from gradfilter.lab._reading import content_of, reading
 from gradfilter.lab._rundir import write_bytes
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.train._archive import tensor_bytes, tensors_of
@@ -17,6 +21,9 @@ from gradfilter.lab.train._evaluations import read_evaluations
 from gradfilter.lab.train._run import Run
 
 NAME = "resume.pt"
+BEFORE = "resume.before.pt"
+LARGEST = 2**62
+"""Bytes of a point: as large as the models are."""
 NUMBERS = ("done", "seconds", "epoch_seconds", "peak_memory")
 
 
@@ -32,17 +39,29 @@ def write_point(place: Path, run: Run) -> None:
         "finite_until": run.finite_until,
         **{name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()},
     }
-    write_bytes(place / NAME, tensor_bytes(flat))
+    write_bytes(place / NAME, tensor_bytes(flat), before=place / BEFORE)
+
+
+def newest_point(place: Path) -> Path | None:
+    """The file of the last point; that of the one before where that is gone."""
+    return next((path for name in (NAME, BEFORE) if (path := place / name).exists()), None)
 
 
 def go_on(place: Path, run: Run) -> None:
-    """Put a run that has just begun where the point says.
+    """Put a run that has just begun where the newest point says.
 
     Raises:
-        UsageError: The point cannot be read, or is one of another run.
+        UsageError: There is no point, or it is damaged or one of another run.
     """
-    path = place / NAME
-    flat = tensors_of(path.read_bytes(), repr(str(path)))
+    path = newest_point(place)
+    if path is None:
+        raise UsageError(
+            f"--resume: {str(place)!r} has no {NAME}. Start anew under another --name."
+        )
+    try:
+        flat = _read(path)
+    except UsageError as error:
+        raise UsageError(f"--resume: {error} {_instead(path)}") from None
     try:
         state = gf.load_state_dict(run.state, _without("state.", flat))
         totals = {name: flat[f"totals.{name}"].to(zero) for name, zero in run.totals.items()}
@@ -59,6 +78,26 @@ def go_on(place: Path, run: Run) -> None:
     run.done = int(numbers["done"])
     run.seconds, run.epoch_seconds = numbers["seconds"], numbers["epoch_seconds"]
     run.report = numbers["report"] if numbers["reports"] else None
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    with reading(path, "the point", ""):
+        return tensors_of(content_of(path, LARGEST), repr(str(path)), "")
+
+
+def _instead(path: Path) -> str:
+    """What to go on from where the newest point is damaged, as a sentence."""
+    before = path.with_name(BEFORE)
+    try:
+        step = None if path == before else int(_read(before)["done"].item())
+    except (UsageError, KeyError, ValueError):
+        step = None
+    if step is None:
+        return "No other point is whole: start anew under another --name."
+    return (
+        f"The point before it, {BEFORE}, is whole: remove {NAME}, and the same command resumes "
+        f"after step {step}."
+    )
 
 
 def keep_lines_until(path: Path, step: int) -> None:

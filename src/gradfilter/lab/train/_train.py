@@ -28,8 +28,7 @@ from gradfilter.lab.train._place import (
 )
 from gradfilter.lab.train._progress import progress_bar, shown, speaking
 from gradfilter.lab.train._record import Record, facts_of
-from gradfilter.lab.train._resume import NAME as POINT
-from gradfilter.lab.train._resume import go_on
+from gradfilter.lab.train._resume import go_on, newest_point
 from gradfilter.lab.train._run import Run
 from gradfilter.lab.train._trackers import check_trackers, trackers
 
@@ -65,12 +64,12 @@ def train(config: TrainConfig) -> int:
         crew = stack.enter_context(connected(device))
         stopped = crew.together(stack.enter_context(interruptible()))
         run = begin(config, device, crew)
-        goes_on = config.resume and (place / POINT).exists()
+        goes_on = config.resume and newest_point(place) is not None
+        if goes_on:
+            go_on(place, run)
         crew.meet()  # nobody writes before everybody has looked
         if crew.is_first:
             return 0 if recorded(run, place, goes_on, stopped) else 130
-        if goes_on:
-            go_on(place, run)
         # The others compute; what there is to say is said once.
         return 0 if train_to_the_end(run, Watch(), stopped) else 130
 
@@ -79,9 +78,9 @@ def recorded(run: Run, place: Path, goes_on: bool, stopped: Callable[[], bool]) 
     """Train, and write and say what comes of it.
 
     Args:
-        run: That has just begun.
+        run: Before its next step.
         place: Its directory, owned by this process.
-        goes_on: Whether it was left at a point there.
+        goes_on: Whether it was left at a point there, and has been put to it.
         stopped: Asked before every step.
 
     Returns:
