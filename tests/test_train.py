@@ -327,7 +327,8 @@ def test_a_run_leaves_everything_behind(tmp_path):
     assert (code, err) == (0, "") and str(only_run(tmp_path)) in out
     run = only_run(tmp_path)
     assert {path.name for path in run.iterdir()} <= {
-        *("config.json", "metrics.jsonl", "checkpoints.zip", "resume.pt", "run.lock")
+        *("config.json", "metrics.jsonl", "checkpoints.zip", "run.lock"),
+        *("resume.pt", "resume.before.pt"),
     }
     found = config(run)
     assert found["settings"]["label_noise"] == 0.2 and found["status"] == "finished"
