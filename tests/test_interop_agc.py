@@ -650,3 +650,55 @@ def test_what_torch_refuses_is_refused_by_torch():
         SGD_AGC(network().values(), lr=-1)
     with pytest.raises(TypeError, match="unexpected keyword argument 'clip'"):
         SGD_AGC(network().values(), lr=1, clip=0.1)
+
+
+class Slow(torch.optim.Optimizer):
+    """A wrapper as several packages write them: it skips Optimizer.__init__."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.defaults, self.state = optimizer.defaults, optimizer.state
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+
+class HalfSlow(Slow):
+    """One that has the tables of hooks, which nothing runs."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        self._optimizer_step_pre_hooks = {}
+        self._optimizer_load_state_dict_pre_hooks = {}
+
+
+WRAPPERS = {
+    "by hand": lambda base: Slow(base),
+    "with tables": lambda base: HalfSlow(base),
+    "timm": lambda base: pytest.importorskip("timm.optim").Lookahead(base),
+    "lookahead": lambda base: pytest.importorskip("pytorch_optimizer").Lookahead(base),
+    "orthograd": lambda base: pytest.importorskip("pytorch_optimizer").OrthoGrad(base),
+    "schedule-free": lambda base: pytest.importorskip("pytorch_optimizer").ScheduleFreeWrapper(
+        base
+    ),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapper_without_hooks_is_refused_and_its_base_clips(wrap):
+    w = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+    make = lambda: torch.optim.SGD([w], lr=1.0)
+    wrapped = wrap(make())
+    kind = type(wrapped).__name__
+    with pytest.raises(TypeError, match=rf"found {kind}, a wrapper of SGD .* {kind}\(AGC\(SGD\("):
+        AGC(wrapped)
+    inside = wrap(AGC(make(), clipping=0.1))
+    if hasattr(inside, "train"):
+        inside.train()
+    w.grad = torch.tensor([[0.0, 100.0]])
+    inside.step()
+    assert w.grad.norm() <= 0.5 + 1e-6  # 0.1 of the weight's norm

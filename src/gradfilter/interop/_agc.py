@@ -41,7 +41,8 @@ def AGC(
             fourth parameter of the first group.
 
     Raises:
-        TypeError: Not an optimizer, or SAM or GSAM; ``exclude`` is not a function.
+        TypeError: Not an optimizer, SAM or GSAM, or a wrapper without hooks (Lookahead, OrthoGrad):
+            give it a base optimizer that clips; ``exclude`` is not a function.
         ValueError: clipping < 0 or agc_eps <= 0, here or in a group; the optimizer clips already;
             a sparse gradient, at a step.
 
@@ -70,6 +71,14 @@ def AGC(
             f"AGC: expected the optimizer that applies the gradients, found "
             f"{type(optimizer).__name__}. Put AGC around its base optimizer."
         )
+    inner = [part for part in vars(optimizer).values() if isinstance(part, Optimizer)]
+    if inner and not _runs_hooks(optimizer):
+        kind = type(optimizer).__name__
+        raise TypeError(
+            f"AGC: expected an optimizer whose step runs hooks, found {kind}, a wrapper of "
+            f"{type(inner[0]).__name__} that does not. Put AGC around its base optimizer: "
+            f"{kind}(AGC({type(inner[0]).__name__}(...)), ...)."
+        )
     if _MARK in vars(optimizer):
         raise ValueError(
             f"AGC: expected an optimizer that does not clip yet, found a {type(optimizer).__name__}"
@@ -88,6 +97,13 @@ def AGC(
 
 _MARK = "__reduce_ex__"
 """What `copy.deepcopy` and pickle ask an object for; an optimizer that clips has its own."""
+
+
+def _runs_hooks(optimizer: Optimizer) -> bool:
+    """Whether an optimizer was made by ``Optimizer.__init__``, which some wrappers leave out."""
+    tables = ("_optimizer_step_pre_hooks", "_optimizer_load_state_dict_pre_hooks")
+    patched = getattr(type(optimizer).step, "hooked", False)
+    return patched and all(hasattr(optimizer, table) for table in tables)
 
 
 def _clipping(optimizer: AnyOptimizer, exclude: Exclude | None) -> AnyOptimizer:
