@@ -850,6 +850,21 @@ def by_hand(model, criterion, optimizer, batches, m=1):
         optimizer.step()
 
 
+@pytest.mark.parametrize("step", ["filtered", "gaf"])
+def test_a_scheduler_does_not_warn_of_a_first_step_that_was_skipped(step):
+    model = nn.Linear(6, 3)
+    optimizer = sgd(model)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    x, y = vectors()
+    for _ in range(3):
+        if step == "gaf":
+            step_gaf(model, optimizer, F.cross_entropy, [(x, y), (-x, y)], cos_distance_thresh=0.0)
+        else:
+            assert not filtered(model, NOTHING, optimizer=optimizer).step(x, y).info["keep"]
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.1 / 8
+
+
 def tripled(gradient):
     return 3 * gradient
 

@@ -21,8 +21,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning"),
     # On machines with many processors Lightning asks for workers.
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    # A scheduler expects a step of its optimizer before its first, also if that is skipped.
-    pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step"),
 ]
 
 PICKY, NOTHING, ALL = 0.9, 0.0, 2.0  # PICKY skips some steps of these batches
@@ -396,8 +394,13 @@ def own_optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
 
 
 def logging(self, batch):
-    self.log("loss", loss := Net.microbatch_loss(self, batch))
-    return loss
+    self.log("metric", nn.Identity())
+    return Net.microbatch_loss(self, batch)
+
+
+def logging_all(self, batch):
+    self.log("logits", self(batch[0]))
+    return Net.microbatch_loss(self, batch)
 
 
 def lbfgs(self):
@@ -448,7 +451,8 @@ MISTAKES = {
         TypeError,
         r"Call super\(\)\.optimizer_step",
     ),
-    "logging": (changed(microbatch_loss=logging), RuntimeError, "found self.log in it"),
+    "metric": (changed(microbatch_loss=logging), TypeError, "log as 'metric' .* found Identity"),
+    "vector": (changed(microbatch_loss=logging_all), ValueError, r"found shape \(2, 2\). Reduce"),
     "lbfgs": (changed(configure_optimizers=lbfgs), TypeError, "found LBFGS, whose step needs"),
     "no loss": (
         changed(microbatch_loss=FilteredModule.microbatch_loss),
@@ -465,9 +469,94 @@ def test_mistakes_are_one_clear_message(mistake):
         trainer().fit(make(), loader(images()))
 
 
-def test_a_batch_that_the_microbatches_do_not_divide():
+def test_a_batch_that_the_microbatches_do_not_divide_is_known_before_the_first():
+    class Strict(Net):
+        def microbatch_loss(self, batch):
+            raise AssertionError("a batch was met")
+
+    with pytest.raises(ValueError, match=r"found a last one of 3 samples .* drop_last=True"):
+        trainer().fit(Strict(), loader(images(STEPS * SIZE + 3)))
+    with pytest.raises(ValueError, match=r"batch size .* microbatches=4, found 6. Use 4, or"):
+        trainer().fit(Strict(), loader(images(), 6))
+    data = images(2 * SIZE + 3)
+    trainer(limit_train_batches=2).fit(Net(), loader(data))
+    trainer(max_steps=2).fit(Net(), loader(data))
+    trainer().fit(Net(), torch.utils.data.DataLoader(data, batch_size=SIZE, drop_last=True))
+
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(images(3))
+
     with pytest.raises(ValueError, match=r"found N = 3 samples and M = 4. Use a batch of"):
-        trainer().fit(Net(), loader(images(3)))
+        trainer().fit(Net(), loader(Endless()))
+
+
+class Scored(Net):
+    """Says how well it does, as any LightningModule would."""
+
+    def microbatch_loss(self, batch):
+        x, y = batch
+        output = self(x)
+        hits = (output.argmax(1) == y).float()
+        self.log("accuracy", hits.mean(), prog_bar=True, on_step=True, on_epoch=True)
+        self.log_dict({"size": len(y), "keep": 7.0})
+        return F.cross_entropy(output, y)
+
+
+@pytest.mark.parametrize("plan", ["auto", "loop"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_the_loss_logs_is_the_mean_over_all_rows(plan, accumulate):
+    net, logger, data = Scored(ALL), Rows(), images(4 * SIZE)
+    net.plan = plan
+    plain = copy.deepcopy(net)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=net.lr, momentum=0.9)
+
+    def scored(output, y):
+        return F.cross_entropy(output, y), (output.argmax(1) == y).float()
+
+    wrapper = Filtered(plain, scored, net.transforms, optimizer, M, plan=plan, has_aux=True)
+    expected = []
+    for i, (x, y) in enumerate(loader(data), 1):
+        if i % accumulate:
+            wrapper.accumulate(x, y)
+        else:
+            expected.append(wrapper.step(x, y).aux.mean().item())
+    fit = trainer(logger=logger, log_every_n_steps=1, accumulate_grad_batches=accumulate)
+    fit.fit(net, loader(data))
+    rows = [row for row in logger.rows if "accuracy_step" in row]
+    assert [row["accuracy_step"] for row in rows] == pytest.approx(expected)
+    assert {row["size"] for row in rows} == {SIZE / M} and {row["keep"] for row in rows} == {1.0}
+    assert fit.callback_metrics["accuracy_epoch"] == pytest.approx(sum(expected) / len(expected))
+
+
+class SharpNet(Net):
+    """An ordinary LightningModule's step with interop.SAM."""
+
+    training_step = lambda self, batch, batch_idx: Net.microbatch_loss(self, batch)
+    optimizer_step = L.LightningModule.optimizer_step
+    optimizer_zero_grad = L.LightningModule.optimizer_zero_grad
+    backward = L.LightningModule.backward
+    on_before_optimizer_step = L.LightningModule.on_before_optimizer_step
+    on_fit_start = on_train_start = lambda self: None
+
+    def configure_optimizers(self):
+        base = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+        return interop.SAM(self.parameters(), base, 0.05, model=self)
+
+
+def test_sam_in_lightning_refuses_batches_that_its_closure_does_not_have():
+    data = images(4 * SIZE)
+    net = SharpNet()
+    plain = copy.deepcopy(net)
+    trainer().fit(net, loader(data))
+    base = torch.optim.SGD(plain.parameters(), lr=plain.lr, momentum=0.9)
+    optimizer = interop.SAM(plain.parameters(), base, 0.05, model=plain)
+    for x, y in loader(data):
+        optimizer.set_closure(F.cross_entropy, x, y)
+        optimizer.step()
+    close(net, plain, tolerance=1e-5)
+    with pytest.raises(RuntimeError, match="In Lightning use accumulate_grad_batches=1, or Filter"):
+        trainer(accumulate_grad_batches=2).fit(SharpNet(), loader(data))
 
 
 @pytest.mark.parametrize(

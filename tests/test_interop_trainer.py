@@ -14,9 +14,6 @@ from gradfilter.interop import Filtered
 hf = pytest.importorskip("transformers")
 FilteredTrainer = interop.FilteredTrainer
 
-# A scheduler on torch's own optimizer expects a step before its first, also if that is skipped.
-pytestmark = pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
-
 PICKY, NOTHING, ALL = 0.9, 0.0, 2.0  # PICKY skips some steps of these batches
 STEPS, SIZE, M, WORDS, LENGTH = 20, 8, 4, 13, 6
 
@@ -330,13 +327,75 @@ def test_names_are_those_of_the_model(trainer):
     assert not torch.equal(model.bert.pooler.dense.weight, before.bert.pooler.dense.weight)
 
 
+def test_a_last_batch_that_does_not_divide_is_known_before_the_first(trainer):
+    class Strict:
+        def compute_loss(self, *args, **kwargs):
+            raise AssertionError("a batch was met")
+
+    strict = type("StrictTrainer", (Strict, FilteredTrainer), {})
+    model, data = classifier(), labelled(3 * SIZE + 2)
+    epochs = {"max_steps": -1, "num_train_epochs": 1}
+    with pytest.raises(ValueError, match=r"last one of 2 samples .* Use dataloader_drop_last=True"):
+        trainer(model, data, args=epochs, cls=strict).train()
+    with pytest.raises(ValueError, match="a last one of 2 samples"):
+        trainer(model, data, args={"max_steps": 4}, cls=strict).train()
+    assert trainer(model, data, args={"max_steps": 3}).train().global_step == 3
+    dropped = epochs | {"dataloader_drop_last": True}
+    assert trainer(model, data, args=dropped).train().global_step == 3
+    assert trainer(model, data, m=2, args=epochs).train().global_step == 4
+    assert trainer(model, data, m=None, args=epochs).train().global_step == 4
+
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(labelled(3))
+
+    with pytest.raises(ValueError, match="found N = 3 samples and M = 4") as caught:
+        trainer(model, Endless(), args={"max_steps": 2}).train()
+    assert "dataloader_drop_last=True" in caught.value.__notes__[-1]
+
+
+@pytest.mark.parametrize("plan", ["auto", "loop"])
+def test_what_the_loss_logs_is_the_mean_over_rows_and_steps(trainer, plan):
+    class Scored:
+        def compute_loss(self, model, inputs, **kwargs):
+            outputs = model(**inputs)
+            hits = (outputs.logits.argmax(1) == inputs["labels"]).double()
+            self.log({"accuracy": hits.mean(), "loss": 7.0, "rows": 1})
+            return outputs.loss
+
+    scored = type("ScoredTrainer", (Scored, FilteredTrainer), {})
+    model, collator = classifier(), Recorded()
+    plain = copy.deepcopy(model)
+    trained = trainer(
+        model, labelled(), gf.agree_filter(2.0), cls=scored, plan=plan, data_collator=collator,
+        args={"max_steps": 4, "logging_steps": 2}, optimizers=sgd(model)[:2],
+    )  # fmt: skip
+    trained.train()
+
+    def criterion(outputs, batch):
+        return outputs.loss, (outputs.logits.argmax(1) == batch["labels"]).double()
+
+    optimizer, scheduler, _ = sgd(plain)
+    wrapper = Filtered(plain, criterion, gf.agree_filter(2.0), optimizer, M, has_aux=True)
+    plain.train()
+    results = []
+    for batch in collator.batches[:4]:  # the loader looks one ahead
+        results.append(wrapper.step(batch))
+        scheduler.step()
+    hits = [result.aux.mean().item() for result in results]
+    close(model, plain, tolerance=1e-5)
+    assert column(trained, "accuracy") == pytest.approx([sum(hits[:2]) / 2, sum(hits[2:]) / 2])
+    assert column(trained, "rows") == [1.0, 1.0]
+    assert 7.0 not in column(trained, "loss")
+
+
 def test_mistakes_are_one_clear_message(trainer, monkeypatch):
     model, data = classifier(), labelled()
     with pytest.raises(TypeError, match="keyword-only arguments: 'transforms' and 'microbatches'"):
         FilteredTrainer(model)
     with pytest.raises(TypeError, match=r"found 'rows -> update'. Remove 'sgd'"):
         trainer(model, data, gf.chain(gf.mean_rows(), gf.sgd(0.1)))
-    with pytest.raises(ValueError, match=r"found N = 8 samples and M = 3. Use a batch of"):
+    with pytest.raises(ValueError, match=r"expected per_device_train_batch_size .* found 8. Use 6"):
         trainer(model, data, m=3).train()
     with pytest.raises(ValueError, match=r"takes gradients, found .*LOMO"):
         trainer(model, data, args={"optim": "lomo"})

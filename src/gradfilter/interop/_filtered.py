@@ -20,6 +20,7 @@ from gradfilter.interop._accumulated import batch_of, held, joined
 from gradfilter.interop._filtered_chain import (
     check_owned,
     filter_chain,
+    note_skip,
     overflowed,
     own_state,
     write_grads,
@@ -184,6 +185,8 @@ class Filtered:
             self._state = own_state(state, params)
             write_grads(self._module, self.optimizer, grads)
             self.optimizer.step()
+        else:
+            note_skip(self.optimizer)
         if self.scaler is not None and self.scaler.is_enabled():
             update_scale(self.scaler, overflowed(out, losses))
         metrics = {name: value for name, value in out.items() if name not in GLOBAL_NAMES}

@@ -120,6 +120,14 @@ def check_owned(module: nn.Module, optimizer: torch.optim.Optimizer, who: str) -
         )
 
 
+def note_skip(optimizer: torch.optim.Optimizer) -> None:
+    """Let torch's schedulers know that a skipped step had its turn.
+
+    They would warn at their first step that the optimizer's comes before it, as it did here.
+    """
+    vars(optimizer)["_opt_called"] = True
+
+
 def write_grads(module: nn.Module, optimizer: torch.optim.Optimizer, grads: Tree) -> None:
     """Make these the only gradients the optimizer will see, by way of the parameters' own hooks."""
     for group in optimizer.param_groups:

@@ -16,7 +16,7 @@ from gradfilter.grads._grad_function import Plan
 from gradfilter.grads._loss import ModelLoss, insert
 from gradfilter.grads._microbatch import microbatch_grads
 from gradfilter.grads._stack import GradStack
-from gradfilter.interop._filtered_chain import check_owned, write_grads
+from gradfilter.interop._filtered_chain import check_owned, note_skip, write_grads
 from gradfilter.interop._filtered_loss import (
     check_criterion,
     check_module,
@@ -111,6 +111,8 @@ def step_gaf(
     if bool(out["keep"]):
         write_grads(view, optimizer, grads)
         optimizer.step()
+    else:
+        note_skip(optimizer)
     sizes = torch.tensor([float(len(targets)) for _, targets in batches], device=home)
     assert rows.losses is not None  # rows of batches always have their losses
     result = {

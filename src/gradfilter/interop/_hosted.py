@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from gradfilter._types import Transform
 from gradfilter.grads._grad_function import Plan
 from gradfilter.interop._filtered import Filtered, StepResult
+from gradfilter.interop._filtered_chain import note_skip
 from gradfilter.interop._module_view import ModuleView
 from gradfilter.transforms._state import load_state_dict, state_dict
 
-HostLoss = Callable[[dict[str, Any]], Tensor]
+HostLoss = Callable[[dict[str, Any]], tuple[Tensor, dict[str, Tensor]]]
+"""What a host calls a loss, and what it logged meanwhile, scalars by name."""
 
 
 class Hosted(Filtered):
@@ -23,7 +25,8 @@ class Hosted(Filtered):
 
     Args:
         model: The module whose parameters and buffers are swapped while ``loss`` runs.
-        loss: The host's mean loss of one microbatch, which it computes by calling ``model``.
+        loss: The host's mean loss of one microbatch, which it computes by calling ``model``, and
+            what was logged meanwhile.
         transforms: As in `Filtered`.
         optimizer: The host's. It is never called here.
         microbatches: As in `Filtered`.
@@ -50,12 +53,13 @@ class Hosted(Filtered):
         self._served = model, optimizer
         super().__init__(
             _with_loss(model, loss),
-            None,
+            _loss_of_output,
             transforms,
             optimizer,
             microbatches,
             plan=plan,
             memory_budget=memory_budget,
+            has_aux=True,
         )
         # A step reads the groups of its optimizer and calls it, no more.
         self.optimizer = cast(torch.optim.Optimizer, _Noted(optimizer, self._note))
@@ -71,7 +75,10 @@ class Hosted(Filtered):
     def step(self, inputs: Any, targets: Any = None, **extra: Any) -> StepResult:
         """As in `Filtered`, up to the optimizer's step."""
         self.kept = False
-        return super().step(inputs, targets, **extra)
+        result = super().step(inputs, targets, **extra)
+        if not self.kept:
+            note_skip(self._served[1])
+        return result
 
     def state_dict(self) -> dict[str, Any]:
         """The transforms' state, flat tensors; the host saves the rest.
@@ -118,14 +125,45 @@ class _Noted:
 def _with_loss(model: nn.Module, loss: HostLoss) -> nn.Module:
     """A model under its own names whose output is the loss that a host computes with it."""
 
-    def forward(**inputs: Any) -> dict[str, Tensor]:
-        return {"loss": loss(inputs)}
+    def forward(**inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss(inputs)
 
     return ModuleView(model, forward)
 
 
+def _loss_of_output(output: tuple[Tensor, dict[str, Tensor]], batch: Any) -> Any:
+    return output
+
+
+def logged_value(who: str, name: str, value: Any) -> Tensor:
+    """A value that is logged while the loss of one microbatch is computed, as a scalar. ().
+
+    Raises:
+        TypeError: It is no number, such as a metric with a state.
+        ValueError: It has more than one.
+    """
+    if not isinstance(value, Tensor | float | int):
+        raise TypeError(
+            f"{who}: expected a number or a tensor to log as {name!r} in the loss of a "
+            f"microbatch, found {type(value).__name__}, which would be updated once for all rows. "
+            "Log a function of the outputs, or log it outside of the loss."
+        )
+    number = torch.as_tensor(value).detach()
+    if number.numel() != 1:
+        raise ValueError(
+            f"{who}: expected one number per microbatch to log as {name!r}, found shape "
+            f"{tuple(number.shape)}. Reduce it."
+        )
+    return number.reshape(())
+
+
 def scalars(result: StepResult) -> dict[str, Tensor]:
-    """A step as numbers for a logger: ``keep``, and each metric's mean over rows, () float."""
+    """A step as numbers for a logger: ``keep``, and each metric's mean over rows, () float.
+
+    Also what was logged in the loss, unless it has the name of one of these.
+    """
     dtype = torch.promote_types(result.loss.dtype, torch.float32)
     # A row that is not finite has a cosine of NaN, which should not hide the others'.
-    return {name: value.detach().to(dtype).nanmean() for name, value in result.info.items()}
+    found = {name: value.detach().to(dtype).nanmean() for name, value in result.info.items()}
+    own = {name: value.to(dtype).mean() for name, value in (result.aux or {}).items()}
+    return own | found

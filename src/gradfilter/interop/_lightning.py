@@ -13,7 +13,8 @@ from torch import Tensor
 
 from gradfilter._types import Transform
 from gradfilter.grads._grad_function import Plan
-from gradfilter.interop._hosted import Hosted, scalars
+from gradfilter.interop._division import check_division
+from gradfilter.interop._hosted import Hosted, logged_value, scalars
 from gradfilter.interop._lightning_checks import check_fit
 
 CHECKPOINT_KEY = "gradfilter"
@@ -35,7 +36,8 @@ class FilteredModule(lightning.LightningModule):
     As under mixed precision, ``trainer.global_step`` and the schedulers count a skipped step, so
     that runs end where they were planned to. With ``accumulate_grad_batches`` k the rows of k
     batches are filtered together. Logged once per step: ``train_loss``, ``keep`` and the metrics
-    of the links, averaged over rows (``agree_filter/accepted`` is a fraction). The transforms'
+    of the links, averaged over rows (``agree_filter/accepted`` is a fraction), and what
+    ``microbatch_loss`` gives to ``self.log``, such as an accuracy, likewise. The transforms'
     state is in Lightning's checkpoint. For ``precision`` "32-true", "64-true", "bf16-true" and
     "bf16-mixed".
 
@@ -91,13 +93,15 @@ class FilteredModule(lightning.LightningModule):
     _saved: dict[str, Tensor] | None = None
     _resumes = False
     _completes_step = False
-    _in_loss = False
+    _in_loss: dict[str, Tensor] | None = None
+    _options: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] | None = None
 
     def microbatch_loss(self, batch: Any) -> Tensor:
         """The mean loss of the samples of one microbatch: write this one.
 
         It is evaluated for all microbatches at once where that is possible: call the module's
-        layers and return the loss; log in other hooks.
+        layers and return the loss. Numbers given to ``self.log`` here are logged once per step,
+        their mean over all microbatches; they have to be the same ones for every microbatch.
 
         Args:
             batch: What the data loader gives, with its leading axis cut down to B samples.
@@ -123,7 +127,10 @@ class FilteredModule(lightning.LightningModule):
             return hosted.accumulate({"batch": batch})
         result = hosted.step({"batch": batch})
         self.log("train_loss", result.loss, prog_bar=True)
-        self.log_dict(scalars(result))
+        options = self._options or {}
+        for name, value in scalars(result).items():
+            args, kwargs = options.get(name, ((), {}))
+            self.log(name, value, *args, **kwargs)
         return result.loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -175,23 +182,39 @@ class FilteredModule(lightning.LightningModule):
                 "super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure) in it."
             )
 
-    def log(self, *args: Any, **kwargs: Any) -> None:
-        """As in `LightningModule`, but not for one microbatch.
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """As in `LightningModule`; in ``microbatch_loss``, the value of one microbatch.
 
         Raises:
-            RuntimeError: Called in ``microbatch_loss``.
+            TypeError: In ``microbatch_loss``, a metric with a state.
+            ValueError: In ``microbatch_loss``, more than one number.
         """
-        if self._in_loss:
-            raise RuntimeError(
-                "Expected microbatch_loss to return the loss and change nothing, found self.log in "
-                "it, where values are of all microbatches at once. Log in on_train_batch_end."
-            )
-        super().log(*args, **kwargs)
+        if self._in_loss is None:
+            super().log(name, value, *args, **kwargs)
+            return
+        self._in_loss[name] = logged_value(type(self).__name__, name, value)
+        self._options = {**(self._options or {}), name: (args, kwargs)}
 
     def on_fit_start(self) -> None:
         """Find mistakes before the first batch."""
         super().on_fit_start()
         self._host()
+
+    def on_train_start(self) -> None:
+        """Find a batch that does not divide before the first one."""
+        super().on_train_start()
+        trainer = self.trainer
+        batches = trainer.num_training_batches
+        if trainer.max_steps >= 0:
+            batches = min(batches, trainer.max_steps * trainer.accumulate_grad_batches)
+        check_division(
+            type(self).__name__,
+            trainer.train_dataloader,
+            self.microbatches,
+            batches,
+            "the batch size of the training data",
+            "DataLoader(..., drop_last=True)",
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the transforms' state into the checkpoint."""
@@ -208,14 +231,16 @@ class FilteredModule(lightning.LightningModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the module is of the module alone, as Lightning leaves its trainer out."""
-        return {key: v for key, v in super().__getstate__().items() if key != "_hosted"}
+        own = ("_hosted", "_in_loss", "_options")
+        return {key: v for key, v in super().__getstate__().items() if key not in own}
 
-    def _loss(self, inputs: dict[str, Any]) -> Tensor:
-        self._in_loss = True
+    def _loss(self, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        logged: dict[str, Tensor] = {}
+        self._in_loss = logged
         try:
-            return self.microbatch_loss(inputs["batch"])
+            return self.microbatch_loss(inputs["batch"]), logged
         finally:
-            self._in_loss = False
+            self._in_loss = None
 
     def _host(self) -> Hosted:
         """The wrapper of this fit, which has its own optimizer."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from gradfilter._types import Transform
 from gradfilter.grads._grad_function import Plan
+from gradfilter.interop._division import check_division
 from gradfilter.interop._filtered_chain import filter_chain
-from gradfilter.interop._hosted import Hosted, scalars
+from gradfilter.interop._hosted import Hosted, logged_value, scalars
 from gradfilter.interop._trainer_checks import check_arguments
 
 STATE_FILE = "transforms.pt"
@@ -36,7 +39,8 @@ class FilteredTrainer(Trainer):
     computed. With ``gradient_accumulation_steps`` k the rows of k batches are filtered together.
 
     Logged with Trainer's own: ``keep`` and the metrics of the links, averaged over rows
-    (``agree_filter/accepted`` is a fraction) and over the steps since the last log. For one
+    (``agree_filter/accepted`` is a fraction) and over the steps since the last log; likewise the
+    numbers that ``compute_loss`` gives to ``self.log``, such as an accuracy. For one
     device, in full precision or with ``bf16=True``; ``torch_compile`` leaves training steps as
     they are.
 
@@ -51,7 +55,8 @@ class FilteredTrainer(Trainer):
     Raises:
         TypeError: ``transforms`` does not lead from rows to a tree.
         ValueError: Several devices, ``fp16=True``, an optimizer that works inside the backward
-            pass. At a step: a batch that ``microbatches`` does not divide.
+            pass. Before the first step, or at one where the number of samples is not known
+            before: a batch that ``microbatches`` does not divide.
 
     Examples:
         >>> import tempfile, torch, gradfilter as gf
@@ -94,9 +99,10 @@ class FilteredTrainer(Trainer):
         self.transforms, self.microbatches = transforms, microbatches
         self.plan, self.memory_budget = plan, memory_budget
         self._hosted: Hosted | None = None
+        self._train_loader: Any = None
         self._items: Tensor | int | None = None
-        self._sums: dict[str, Tensor] = {}
-        self._summed = 0
+        self._since: dict[str, list[Tensor]] = {}  # the last log
+        self._in_loss: dict[str, Tensor] | None = None  # what the loss being computed has logged
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -124,21 +130,46 @@ class FilteredTrainer(Trainer):
         batch = self._prepare_inputs(inputs)
         self._items = num_items_in_batch
         hosted = self._host()
-        with self.compute_loss_context_manager():
+        with self.compute_loss_context_manager(), _named_remedy():
             if not self.accelerator.sync_gradients:
                 return torch.zeros_like(hosted.accumulate(batch))
             result = hosted.step(batch)
         for name, value in scalars(result).items():
-            self._sums[name] = value + self._sums.get(name, 0)
-        self._summed += 1
+            self._since.setdefault(name, []).append(value)
         return result.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics of the filter to the logs of training."""
-        if "loss" in logs and self._summed:
-            logs.update({name: (s / self._summed).item() for name, s in self._sums.items()})
-            self._sums, self._summed = {}, 0
+        """Add the metrics of the filter to the logs of training, and what the loss logs."""
+        if self._in_loss is not None:
+            for name, value in logs.items():
+                self._in_loss[name] = logged_value("FilteredTrainer", name, value)
+            return
+        if "loss" in logs:
+            means = {name: torch.stack(v).mean().item() for name, v in self._since.items()}
+            logs.update(means | logs)  # Trainer's own names stay Trainer's
+            self._since = {}
         super().log(logs, start_time)
+
+    def check_batches(self) -> None:
+        """Refuse, before the first step, a batch that ``microbatches`` does not divide.
+
+        Raises:
+            ValueError: There is going to be one.
+        """
+        check_division(
+            "FilteredTrainer",
+            self._train_loader,
+            self.microbatches,
+            self.state.max_steps * self.args.gradient_accumulation_steps,
+            "per_device_train_batch_size",
+            "dataloader_drop_last=True",
+        )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Trainer's, also kept to be checked when the number of steps is known."""
+        loader: DataLoader[Any] = super().get_train_dataloader()
+        self._train_loader = loader
+        return loader
 
     def _host(self) -> Hosted:
         """The wrapper for the present model and optimizer."""
@@ -162,10 +193,16 @@ class FilteredTrainer(Trainer):
         tensors = (value for value in batch.values() if isinstance(value, Tensor))
         return max((len(tensor) for tensor in tensors if tensor.ndim), default=0)
 
-    def _microbatch_loss(self, inputs: dict[str, Any]) -> Tensor:
+    def _microbatch_loss(self, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         model = cast(nn.Module, self.model)
-        # A pair with the outputs only where those are asked for.
-        return cast(Tensor, self.compute_loss(model, inputs, num_items_in_batch=self._items))
+        logged: dict[str, Tensor] = {}
+        self._in_loss = logged
+        try:
+            # A pair with the outputs only where those are asked for.
+            loss = self.compute_loss(model, inputs, num_items_in_batch=self._items)
+        finally:
+            self._in_loss = None
+        return cast(Tensor, loss), logged
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -181,6 +218,17 @@ class FilteredTrainer(Trainer):
         self._host().resume(saved, str(file))
 
 
+@contextmanager
+def _named_remedy() -> Iterator[None]:
+    """Say of a batch that does not divide what a Trainer calls its loader's option."""
+    try:
+        yield
+    except ValueError as error:
+        if "divisible by the number of microbatches" in str(error):
+            error.add_note("Of a Trainer: TrainingArguments(dataloader_drop_last=True).")
+        raise
+
+
 class _Gate(TrainerCallback):
     """Closes accelerate's optimizer for the steps that a filter skips.
 
@@ -190,6 +238,9 @@ class _Gate(TrainerCallback):
 
     def __init__(self, trainer: FilteredTrainer) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer.check_batches()
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         if not self._trainer._host().kept:
