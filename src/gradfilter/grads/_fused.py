@@ -17,7 +17,7 @@ from gradfilter._types import Params, Tree
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._buffer_watch import BufferWatch
 from gradfilter.grads._check_loss import check_reaches
-from gradfilter.grads._lift import Level, autocast_dtype
+from gradfilter.grads._lift import Level, autocast_dtype, repeated
 from gradfilter.grads._loop import PureLoss
 from gradfilter.grads._masked_lookups import refuse_masked_lookups
 from gradfilter.grads._rules._host import Host
@@ -119,7 +119,7 @@ def forward(
     """Evaluate the loss of every row at once; arguments as in `vmap_rows`."""
     count = len(batch)
     leaves = {
-        name: (p if per_row else p.expand(count, *p.shape)).detach().requires_grad_()
+        name: (p if per_row else repeated(p, count)).detach().requires_grad_()
         for name, p in params.items()
     }
     tape = Tape(leaves)

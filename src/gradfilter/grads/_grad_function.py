@@ -120,11 +120,11 @@ class GradFunction:
         grouping: Grouping,
     ) -> AgainStack:
         def at_once(batch: Batch, params: Params) -> Forward:
-            if len(batch) == 1:
-                return forward_single(loss, params, batch, per_row, ambient.modes)
             return forward(loss.writing, params, batch, per_row, loss.cumulative)
 
         def run(batch: Batch, params: Params, grouping: Grouping) -> Forward:
+            if len(batch) == 1:
+                return forward_single(loss, params, batch, per_row, ambient.modes)
             return forward_in_groups(at_once, batch, params, per_row, grouping, ambient)
 
         def again() -> Forward:

@@ -153,26 +153,24 @@ def _ignored(tapes: list[Tape], places: list[Tensor]) -> Tensor | None:
 
 def _uses(tapes: list[Tape], count: int) -> list[Use]:
     """The uses of leaves by rules as if all rows had been in one pass."""
-    ruled = [tape for tape in tapes if tape.alone is None]
-    if not ruled:
-        return []
-    paths = {tuple((use.leaf, use.rule) for use in tape.uses) for tape in ruled}
+    paths = {tuple((use.leaf, use.rule) for use in tape.uses) for tape in tapes}
     if len(paths) > 1:
-        return [replace(use, ghost_flops=None) for tape in ruled for use in tape.uses]
-    rows = [len(next(iter(tape.leaves.values()))) for tape in ruled]
+        return [replace(use, ghost_flops=None) for tape in tapes for use in tape.uses]
+    rows = [len(next(iter(tape.leaves.values()))) for tape in tapes]
 
-    def scaled(uses: tuple[Use, ...]) -> Use:
+    most = max(range(len(rows)), key=rows.__getitem__)
+
+    def together(uses: tuple[Use, ...]) -> Use:
         ghosts = [use.ghost_flops for use in uses]
-        most = max(range(len(rows)), key=rows.__getitem__)
         ghost = None if None in ghosts else ghosts[most]
         return replace(
             uses[0],
-            flops=sum(use.flops for use in uses) * count // sum(rows),
-            kept=sum(use.kept for use in uses) * count // sum(rows),
+            flops=sum(use.flops for use in uses),
+            kept=sum(use.kept for use in uses),
             ghost_flops=ghost and ghost * count**2 // rows[most] ** 2,
         )
 
-    return [scaled(uses) for uses in zip(*(tape.uses for tape in ruled), strict=True)]
+    return [together(uses) for uses in zip(*(tape.uses for tape in tapes), strict=True)]
 
 
 @dataclass

@@ -81,6 +81,11 @@ def shared(rows: Tensor) -> bool:
     return rows.stride(0) == 0
 
 
+def repeated(value: Tensor, count: int) -> Tensor:
+    """The tensor that all of so many rows share, (M, ...) with a stride of 0, also for one row."""
+    return value.as_strided((count, *value.shape), (0, *value.stride()))
+
+
 def untraced(function: F) -> F:
     """The function, kept out of ``torch.compile``: traced, it may give wrong gradients silently."""
     if not torch.compiler.is_compiling():  # importing the compiler takes a second
