@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradfilter.grads._rules._host import Host, Rule
+from gradfilter.grads._rules._shortcuts import asks_for_a_shortcut
 
 
 class Disagreement(RuntimeError):
@@ -41,6 +42,8 @@ def value_of(convert: Callable[[Tensor], Any]) -> Rule:
         host.level.aside(lambda: answers.extend(convert(row) for row in rows.detach().unbind()))
         texts = [repr(answer) for answer in answers]
         if any(text != texts[0] for text in texts):
+            if convert is torch.Tensor.__bool__ and asks_for_a_shortcut():
+                return False
             raise Disagreement(convert.__name__, texts)
         return answers[0]
 
