@@ -27,6 +27,8 @@ def plain_rows(model, batch, m, criterion=wavy):
         criterion(model(*part[:-1]), part[-1]).backward()
         for name, p in params.items():
             rows[name].append(torch.zeros_like(p) if p.grad is None else p.grad.clone())
+        for buffer in model.buffers():
+            buffer.detach_()
     return {name: torch.stack(row) for name, row in rows.items()}
 
 

@@ -55,6 +55,11 @@ class AnyLoss:
         """The names of running means with momentum None."""
         return cumulative_means(self.loss.model) if isinstance(self.loss, ModelLoss) else set()
 
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules of the model, by name."""
+        return dict(self.loss.model.named_modules()) if isinstance(self.loss, ModelLoss) else {}
+
     def check_params(self, params: Params) -> None:
         """Refuse parameters that are not the module's."""
         if self.places is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from gradfilter._types import Tree
@@ -35,35 +36,45 @@ class BufferWatch:
         found = {self.name(x) for x in (*args, *listed)} - {None}
         written = self.name(kwargs.get("out"))
         if written is not None:
-            raise RuntimeError(unreplayable(written, f"as out= of {name}"))
+            raise Unreplayable(written, f"as out= of {name}")
         self._used |= {str(buffer) for buffer in found}
         if name.startswith("_foreach") and found:  # raises no version
-            raise RuntimeError(unreplayable(str(found.pop()), f"by {name}"))
+            raise Unreplayable(str(found.pop()), f"by {name}")
 
     def read(self, *buffers: str) -> None:
         """Note that running statistics were read."""
         self._used |= set(buffers)
 
-    def check(self, after: Tree, updated: set[str]) -> None:
+    def check(self, after: Tree, updated: set[str], handed: Collection[str] = ()) -> None:
         """Refuse what cannot be made up for.
 
         Args:
             after: The buffers after the forward pass.
             updated: The running statistics that were due an update.
+            handed: Buffers that were handed from row to row.
         """
         for name, buffer in self._buffers.items():
+            if name in handed:
+                continue
             counts = name.endswith("num_batches_tracked")
             if not counts and after[name] is not buffer:
-                raise RuntimeError(unreplayable(name, "by assignment"))
+                raise Unreplayable(name, "by assignment")
             if not counts and buffer._version != self._versions[name]:
-                raise RuntimeError(unreplayable(name, "in place"))
-        for name in sorted(self._used & updated):
-            raise RuntimeError(unreplayable(name, "and also reads"))
+                raise Unreplayable(name, "in place")
+        for name in sorted(self._used & updated.union(handed)):
+            raise Unreplayable(name, "and also reads")
 
 
-def unreplayable(buffer: str, how: str) -> str:
-    """Why a buffer stops rows from running at once."""
-    return (
-        f"A pass over all rows at once cannot hand buffer {buffer!r}, which the forward pass "
-        f'writes {how}, from row to row. Use plan="loop".'
-    )
+class Unreplayable(RuntimeError):
+    """A buffer stops rows from running at once.
+
+    Attributes:
+        buffer: Its name.
+    """
+
+    def __init__(self, buffer: str, how: str) -> None:
+        super().__init__(
+            f"A pass over all rows at once cannot hand buffer {buffer!r}, which the forward pass "
+            f'writes {how}, from row to row. Use plan="loop".'
+        )
+        self.buffer = buffer

@@ -16,6 +16,7 @@ from gradfilter import _tree
 from gradfilter._types import Params, Tree
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._buffer_watch import BufferWatch
+from gradfilter.grads._by_row import ByRow
 from gradfilter.grads._check_loss import check_reaches
 from gradfilter.grads._lift import Level, autocast_dtype, repeated
 from gradfilter.grads._loop import PureLoss
@@ -44,6 +45,7 @@ class Forward:
         aux: What the loss returned beside its value, stacked.
         inside: Runs a backward pass in the surroundings it needs.
         groups: The rows of each pass, where rows that answer the host differently have their own.
+        by_row: The classes of the modules that ran row by row.
     """
 
     losses: Tensor
@@ -52,6 +54,7 @@ class Forward:
     aux: Any
     inside: Callable[[Callable[[], None]], None] = lambda run: run()
     groups: tuple[tuple[int, ...], ...] = ()
+    by_row: tuple[str, ...] = ()
 
 
 LOSSES = {
@@ -115,8 +118,12 @@ def forward(
     batch: Batch,
     per_row: bool,
     cumulative: set[str],
+    by_row: ByRow,
 ) -> Forward:
-    """Evaluate the loss of every row at once; arguments as in `vmap_rows`."""
+    """Evaluate the loss of every row at once; arguments as in `vmap_rows`.
+
+    The modules of ``by_row`` run row by row.
+    """
     count = len(batch)
     leaves = {
         name: (p if per_row else repeated(p, count)).detach().requires_grad_()
@@ -133,17 +140,21 @@ def forward(
     ):
         inside = {name: level.raised(leaf) for name, leaf in leaves.items()}
         row = batch.rebuild(level.raised(t) for t in batch.tensors)
-        with Overrides(Host(level, tape, running)):
+        host = Host(level, tape, running)
+        with by_row.entered(host) as handed, Overrides(host):
             value, after, aux = loss(inside, row, own)
-        watch.check(after, set(running.updated))
+        watch.check(after, set(running.updated), handed.buffers)
         losses = level.lower(value)
         aux = None if aux is None else _tree.tree_map(level.lower, aux)
     check_reaches(losses, leaves.values())
     refuse_masked_lookups(losses)
     for name, counter in after.items():
-        if name.endswith("num_batches_tracked"):  # counted once, for all rows
+        if (
+            name.endswith("num_batches_tracked") and name not in handed.buffers
+        ):  # counted once, for all rows
             before = batch.buffers[name]
             after[name] = before + count * (counter - before)
-    after |= running.finish()
+    after |= {**running.finish(), **handed.buffers}
     aux = None if aux is None else _tree.tree_map(torch.Tensor.detach, aux)
-    return Forward(losses, tape, after, aux)
+    looped = tuple(sorted({type(module).__name__ for module in handed.modules}))
+    return Forward(losses, tape, after, aux, by_row=looped)

@@ -76,6 +76,8 @@ class FusedStack(AgainStack):
         if self.groups:
             rows = "; ".join(", ".join(map(str, group)) for group in self.groups)
             print(f"{len(self.groups)} passes, for the loss asks rows what they differ in: {rows}")
+        if self.run.by_row:
+            print(f"row by row inside the pass: {', '.join(self.run.by_row)}")
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:

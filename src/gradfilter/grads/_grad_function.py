@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gradfilter import _tree
@@ -14,6 +14,7 @@ from gradfilter.grads._ambient import Ambient, set_random_state
 from gradfilter.grads._any_loss import AnyLoss
 from gradfilter.grads._batch import Batch, check_device, check_params, split
 from gradfilter.grads._budget import bytes_of
+from gradfilter.grads._by_row import ByRow
 from gradfilter.grads._chunked import chunked_rows
 from gradfilter.grads._dense import DenseStack
 from gradfilter.grads._fused import Forward, forward
@@ -39,6 +40,7 @@ class GradFunction:
     plan: Plan
     chunk_size: int | None
     memory_budget: int | float
+    _by_row: ByRow = field(default_factory=ByRow, init=False, repr=False)
 
     def __call__(self, params: Params, batch: Any, *, buffers: Tree | None = None) -> AgainStack:
         """The gradients of one batch.
@@ -120,12 +122,15 @@ class GradFunction:
         grouping: Grouping,
     ) -> AgainStack:
         def at_once(batch: Batch, params: Params) -> Forward:
-            return forward(loss.writing, params, batch, per_row, loss.cumulative)
+            return forward(loss.writing, params, batch, per_row, loss.cumulative, self._by_row)
+
+        def learn(refusal: RuntimeError) -> bool:
+            return self._by_row.learn(refusal, loss.modules)
 
         def run(batch: Batch, params: Params, grouping: Grouping) -> Forward:
             if len(batch) == 1:
                 return forward_single(loss, params, batch, per_row, ambient.modes)
-            return forward_in_groups(at_once, batch, params, per_row, grouping, ambient)
+            return forward_in_groups(at_once, batch, params, per_row, grouping, ambient, learn)
 
         def again() -> Forward:
             with ambient.again():

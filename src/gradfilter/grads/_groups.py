@@ -48,6 +48,7 @@ def forward_in_groups(
     per_row: bool,
     grouping: Grouping,
     ambient: Ambient,
+    learn: Callable[[RuntimeError], bool],
 ) -> Forward:
     """Run a forward pass over all rows, in as many groups as their answers to the host make.
 
@@ -58,6 +59,7 @@ def forward_in_groups(
         per_row: Row m has its own parameters.
         grouping: The groups to begin with; the first pass leaves its own there.
         ambient: The random state is at its start.
+        learn: Sees what a pass was refused for; whether it is worth another attempt.
 
     Raises:
         RuntimeError: Rows that have to be taken apart cannot be: there are too many groups, they
@@ -74,12 +76,20 @@ def forward_in_groups(
         try:
             parts.append((rows, run(some, own)))
         except Disagreement as disagreement:
-            ahead = [*_apart(rows, disagreement.answers), *ahead]
-            groups = len(parts) + len(ahead)
+            own_groups = _apart(rows, disagreement.answers)
+            groups = len(parts) + len(own_groups) + len(ahead)
             if groups > MOST_GROUPS or 2 < groups == len(batch):
-                raise
+                if not learn(disagreement):
+                    raise
+                own_groups = [rows]
+            ahead = [*own_groups, *ahead]
             set_random_state(start, ambient.device)
             refined = True
+        except RuntimeError as refusal:
+            if not learn(refusal):
+                raise
+            ahead = [rows, *ahead]
+            set_random_state(start, ambient.device)
         else:
             if ahead:
                 start = random_state(ambient.device)
@@ -142,7 +152,7 @@ def _together(parts: list[tuple[list[int], Forward]], batch: Batch) -> Forward:
         parts=list(zip(places, passes, strict=True)),
     )
     groups = tuple(tuple(rows) for rows, _ in parts)
-    return Forward(losses, tape, first.buffers, aux, groups=groups)
+    return Forward(losses, tape, first.buffers, aux, groups=groups, by_row=first.by_row)
 
 
 def _ignored(tapes: list[Tape], places: list[Tensor]) -> Tensor | None:

@@ -47,7 +47,7 @@ class Pass:
         self._dtypes = {name: leaf.dtype for name, leaf in first.tape.leaves.items()}
         self.modes: Modes = choose_modes(first.tape.leaves, first.tape.uses, budget)
         self.overrides = dict(first.tape.overrides)
-        self.groups = first.groups
+        self.groups, self.by_row = first.groups, first.by_row
         self.count = len(first.losses)
         self._losses = first.losses.detach()
         self.device = first.losses.device

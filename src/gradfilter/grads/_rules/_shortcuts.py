@@ -11,9 +11,9 @@ SHORTCUTS = {
 }
 """Functions that leave a mask out where nothing is masked.
 
-They are read, not guessed: each asks whether all of a padding mask is true, and where it is, returns
-that the mask may be omitted. Where it is told no, the mask is made, and masks nothing of a row that
-is full. `tests/test_transformers_padded.py` asks the installed ones.
+They are read, not guessed: each asks whether all of a padding mask is true, and where it is,
+returns that the mask may be omitted. Where it is told no, the mask is made, and masks nothing of a
+row that is full. `tests/test_transformers_padded.py` asks the installed ones.
 """
 
 OURS = {"gradfilter", "torch"}
