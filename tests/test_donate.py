@@ -306,3 +306,60 @@ def test_leaves_that_do_not_match_are_named_by_a_rule_alone():
     del state["momentum"]["bias"]
     with pytest.raises(ValueError, match=r"sgd: state 'momentum'.*missing \['bias'\]"):
         update(params, state, tree(2))
+
+
+# Memory that would be written twice
+
+
+def flat_views():
+    flat = torch.zeros(10)
+    return {"a": flat[:6].view(2, 3), "b": flat[6:]}
+
+
+SHARED = {
+    "one tensor under two names": lambda w: {"a": w, "b": w},
+    "two views of it": lambda w: {"a": w, "b": w.view(3, 2)},
+    "overlapping slices": lambda w: {"a": w.view(-1)[:4], "b": w.view(-1)[3:]},
+    "a number inside": lambda w: {"a": w, "b": w[1, 2]},
+    "columns": lambda w: {"a": w[:, :2], "b": w[:, 1:]},
+    "a transpose": lambda w: {"a": w, "b": w.T},
+    "parameters": lambda w: {"a": nn.Parameter(w), "b": w},
+}
+
+
+@every_rule
+@pytest.mark.parametrize("kind", SHARED)
+def test_memory_that_would_be_updated_twice_is_refused(rule, kind):
+    params, update = SHARED[kind](torch.ones(2, 3)), RULES[rule]()
+    grads = {name: torch.ones_like(p) for name, p in params.items()}
+    state, before = update.init(params), params["a"].detach().clone()
+    with pytest.raises(ValueError, match=r"found 'params\.a' and 'params\.b' in the same"):
+        update(params, state, grads, donate=True)
+    assert torch.equal(params["a"], before)
+    update(params, state, grads)  # results of their own may come from one memory
+
+
+def test_a_state_in_the_memory_of_the_parameters_is_not_donated():
+    params = tree(1)
+    update = gf.chain(gf.sgd(0.1), gf.ema_params(0.9))
+    state = update.init(params)
+    state["ema_params"]["ema_average"]["weight"] = params["weight"]
+    with pytest.raises(ValueError, match=r"'params\.weight' and 'state\.ema_params"):
+        update(params, state, tree(2), donate=True)
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        lambda: {"a": torch.zeros(2, 6)[:, ::2], "b": torch.zeros(2, 6)[:, 1::2]},
+        lambda: dict(zip("ab", torch.zeros(2, 6).chunk(2, 1), strict=True)),
+        lambda: {"a": (w := torch.zeros(2, 6))[:, ::2], "b": w[:, 1::2]},
+        flat_views,
+        lambda: {"a": torch.zeros(0, 3), "b": torch.zeros(0, 3)},
+    ],
+)
+def test_views_that_interlock_are_donated(views):
+    params, update = views(), gf.sgd(1.0)
+    grads = {name: torch.ones_like(p) for name, p in params.items()}
+    new, _, _ = update(params, update.init(params), grads, donate=True)
+    assert all((p == -1).all() and new[name] is p for name, p in params.items())

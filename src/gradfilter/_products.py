@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from gradfilter import _tree
-from gradfilter._readable import readable
+from gradfilter._readable import differentiated, readable
 from gradfilter._shards import parts
 
 # Columns per partial product. Short float32 sums lose little, and their totals are added up in
@@ -54,7 +54,8 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
     """``Σ_m w_m rows_m`` for (M,) and (M, n), nothing of a row of weight 0. (n,)."""
     rows = _tree.at_least_float32(rows)
     live = weights != 0
-    if rows.device.type != "cpu" or not rows.numel():
+    # The sum of rows by index below has no derivative forward, and no second one.
+    if rows.device.type != "cpu" or not rows.numel() or differentiated():
         masked = torch.where(live[:, None], rows, 0.0)
         with _tree.no_autocast(rows):
             return weights.to(rows.dtype) @ masked

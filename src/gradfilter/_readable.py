@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import TransformType, get_interpreter_stack
 
 
 def readable(tensor: Tensor) -> bool:
@@ -25,6 +26,17 @@ def readable(tensor: Tensor) -> bool:
 def followed() -> bool:
     """Whether a compiler, a tracer or a transform of ``torch.func`` follows the operations."""
     return torch.compiler.is_compiling() or torch._C._is_tracing() or transformed()
+
+
+def differentiated() -> bool:
+    """Whether a transform of ``torch.func`` such as grad or jvp takes derivatives.
+
+    Unknown to a compiler.
+    """
+    if not transformed():
+        return False
+    derivatives = (TransformType.Grad, TransformType.Jvp)
+    return any(level.key() in derivatives for level in get_interpreter_stack() or ())
 
 
 def transformed() -> bool:

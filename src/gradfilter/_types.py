@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradfilter._overlap import refuse_shared_memory
+from gradfilter._readable import differentiated
 from gradfilter._tree import device_of, donate_into, flag, select, tree_map
 
 Tree = dict[str, Tensor]
@@ -107,12 +110,17 @@ class Transform:
             state: What ``init`` or the last call returned.
             grads: A GradStack or a stacked dict where the first link takes rows, else a tree.
             donate: Write the results into the tensors of ``params`` and ``state``, which keep
-                their storage. The only case in which an input is mutated.
+                their storage. The only case in which an input is mutated. No two of them may share
+                memory.
             **extra: ``keep`` (a bool tensor to AND with what the links publish), ``count``,
                 ``value``, ``grad_fn``, and whatever own links ask for.
 
         Returns:
             The new parameters, the new state and ``info``: ``keep`` and every metric, tensors all.
+            They are part of no autograd graph, unless ``torch.func.grad`` (or another derivative of
+            torch.func) runs around the call: it differentiates the step with respect to
+            parameters, state, gradients and hyperparameters given as tensors. Rows that a function
+            of `microbatch_grads` computes inside are refused: they would count as constants.
         """
         if not all(kind.endswith("-> update") for kind in self.kinds):
             raise TypeError(
@@ -120,8 +128,11 @@ class Transform:
                 "End it with sgd(lr), adam(lr), adamw(lr) or rmsprop(lr)."
             )
         offer = Offer((self.links or (self,))[-1].update, donate)
-        # Parameters may come with requires_grad; a step is not part of anybody's graph.
-        with torch.no_grad():
+        if donate:
+            refuse_shared_memory(params, state)
+        # Parameters may come with requires_grad; a step is not part of an ordinary graph. Whoever
+        # differentiates with torch.func asks for the derivative by name.
+        with nullcontext() if differentiated() else torch.no_grad():
             updates, new_state, out = self.update(grads, state, params, offer=offer, **extra)
             gated = "keep" in out or "keep" in extra
             keep = flag(out.get("keep", True), device_of(params))

@@ -74,8 +74,23 @@ def split(batch: Any, microbatches: int | None) -> tuple[list[Tensor], Rebuild]:
     return [rearrange(values[i], "(m b) ... -> m b ...", m=rows) for i in places], rebuild
 
 
+def check_constant(params: Params, tensors: list[Tensor]) -> None:
+    """Refuse what torch.func differentiates: rows are detached, and would count as constants."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in (*params.values(), *tensors):
+        if torch._C._functorch.is_gradtrackingtensor(tensor):
+            raise ValueError(
+                "Expected parameters and a batch that nobody differentiates, found some inside "
+                "torch.func.grad, vjp or jvp, for which these rows would be constants. Compute the "
+                "rows there with torch.func.vmap(torch.func.grad(loss), ...), and give the update "
+                "the stacked dict."
+            )
+
+
 def check_device(params: Params, tensors: list[Tensor]) -> None:
     """Refuse a batch that lies on another device than the parameters."""
+    check_constant(params, tensors)
     home = _tree.device_of(params)
     strangers = [t for t in tensors if t.device != home]
     # Integer tensors may stay behind on the CPU (sequence lengths must), but not the whole batch.
