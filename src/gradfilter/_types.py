@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradfilter._made import Made, Remade
 from gradfilter._overlap import refuse_shared_memory
 from gradfilter._readable import differentiated
 from gradfilter._tree import device_of, donate_into, flag, select, tree_map
@@ -52,7 +53,7 @@ class Applied:
 
 
 @dataclass(frozen=True, eq=False)
-class Transform:
+class Transform(Remade):
     """One link: two pure functions and what is known of them before they run.
 
     ``init(params) -> state`` and ``update(grads, state, params, **extra) -> (grads, state, out)``.
@@ -72,6 +73,7 @@ class Transform:
         needs: Global names some earlier link has to publish.
         publishes: Every name in ``out``: global names and metrics.
         links: The parts, when this is a chain.
+        made: The call of the factory that made it, by which it is pickled.
 
     Calling a transform that ends in an update applies it:
     ``transform(params, state, grads, **extra) -> (params, state, info)``.
@@ -84,6 +86,12 @@ class Transform:
     needs: frozenset[str] = frozenset()
     publishes: frozenset[str] = frozenset()
     links: tuple[Transform, ...] = ()
+    made: Made | None = None
+
+    @property
+    def core(self) -> Any:
+        """What it is called and what it does."""
+        return self.name, self.update, self.init
 
     def __repr__(self) -> str:
         """A chain by its links, a link by its kinds."""

@@ -6,15 +6,18 @@ from typing import Any
 
 import torch.distributed as dist
 
+from gradfilter._made import remembered
 from gradfilter._types import Out, Params, State, Transform
 from gradfilter.distributed._rank_stack import RankStack
 from gradfilter.distributed._ranks import Ranks
-from gradfilter.distributed._same_start import check_same_start
+from gradfilter.distributed._same_start import check_same_chain, check_same_start
 from gradfilter.grads._lift import untraced
 from gradfilter.grads._stack import GradStack
+from gradfilter.transforms._fingerprint import whole_chain
 from gradfilter.transforms._link import link
 
 
+@remembered
 def across_ranks(group: dist.ProcessGroup | None = None) -> Transform:
     """From here on the chain sees the rows of all ranks: `RankStack` as a link.
 
@@ -26,8 +29,8 @@ def across_ranks(group: dist.ProcessGroup | None = None) -> Transform:
                                                        # perturbs along its own gradient, unasked
         chain(clip_per_row(c), across_ranks(), consensus_filter(), sgd(lr))
 
-    All ranks start from the same parameters, which ``init`` compares, and then keep them, to the
-    bit. A step that
+    All ranks start from the same parameters, and run the same chain from this link on: ``init``
+    compares both, hyperparameters too. They then keep their parameters, to the bit. A step that
     one of them would skip, by a ``keep`` from its caller or a link before this one, all skip: put
     `finite_filter` behind this link to reject the rows of such a rank instead.
 
@@ -44,7 +47,8 @@ def across_ranks(group: dist.ProcessGroup | None = None) -> Transform:
     ranks, if a sam_perturb before it did.
 
     Raises:
-        ValueError: On every rank: at ``init`` parameters differ between ranks, or at a step rows.
+        ValueError: On every rank: at ``init`` parameters, links from here on or their
+            hyperparameters differ between ranks, or at a step rows.
         RuntimeError: At either: there is no process group, or another rank is gone.
 
     Examples:
@@ -71,7 +75,9 @@ def across_ranks(group: dist.ProcessGroup | None = None) -> Transform:
         return spread, state, out
 
     def init(params: Params) -> State:
-        check_same_start(params, Ranks.of(group))
+        ranks = Ranks.of(group)
+        check_same_start(params, ranks)
+        check_same_chain(whole_chain(), ranks)
         return {}
 
     return link("across_ranks", "rows -> rows", update, init=init)

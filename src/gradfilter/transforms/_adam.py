@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradfilter._made import remembered
 from gradfilter._types import Transform
 from gradfilter.transforms._kernel import Leaves
 from gradfilter.transforms._link import check_number, is_off
@@ -15,6 +16,7 @@ Leaf = dict[str, Tensor]
 Lists = dict[str, Leaves]
 
 
+@remembered
 def adam(
     lr: float | Schedule = 1e-3,
     *,
@@ -54,6 +56,7 @@ def adam(
     return _adam("adam", lr, betas, eps, amsgrad, maximize, l2=weight_decay, decoupled=0.0)
 
 
+@remembered
 def adamw(
     lr: float | Schedule = 1e-3,
     *,

@@ -7,12 +7,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gradfilter._made import remembered
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._link import check_number, link
 from gradfilter.transforms._running import EPS, Judged, against_running, masked_gram
 
 
+@remembered
 def agree_filter(
     threshold: float = 0.97,
     *,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradfilter import _tree
+from gradfilter._made import remembered
 from gradfilter._types import Out, Params, State, Transform
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._consensus import cosines_with_others
@@ -17,6 +18,7 @@ LEAST_SHARE = 1e-3
 """The cosine that a row with a smaller one is given: it takes what the others leave."""
 
 
+@remembered
 def budget_clip(budget: float = 0.3, *, power: float = 3.0) -> Transform:
     r"""Limit the mean norm of the rows, and let rows that agree have more of it.
 

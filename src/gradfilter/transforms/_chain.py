@@ -7,9 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from gradfilter import _tree
+from gradfilter._made import remembered
 from gradfilter._types import GLOBAL_NAMES, Out, Params, State, Transform
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._begun import check_state, check_tree
+from gradfilter.transforms._fingerprint import initialising
 from gradfilter.transforms._fit import no_link, ways_through
 from gradfilter.transforms._link import REDUCERS, admit
 
@@ -26,6 +28,7 @@ BEGIN = (
 )
 
 
+@remembered
 def chain(*links: Transform) -> Transform:
     """Compose links: each gets what the one before gives, and sees what all before published.
 
@@ -64,7 +67,8 @@ def chain(*links: Transform) -> Transform:
 
     def init(params: Params) -> State:
         check_tree(label, params)
-        return {name: part.init(params) for name, part in zip(names, flat, strict=True)}
+        with initialising(built):
+            return {name: part.init(params) for name, part in zip(names, flat, strict=True)}
 
     def update(grads: Any, state: State, params: Params, /, **extra: Any) -> tuple[Any, State, Out]:
         check_state(label, "chain", state, names, BEGIN)
@@ -90,9 +94,11 @@ def chain(*links: Transform) -> Transform:
         for name, part in zip(names, flat, strict=True)
         for key in part.publishes
     }
-    return Transform("", kinds, init, update, frozenset(), frozenset(publishes), flat)
+    built = Transform("", kinds, init, update, frozenset(), frozenset(publishes), flat)
+    return built
 
 
+@remembered
 def named(name: str, link: Transform) -> Transform:
     """Give a link (or a chain, which then stays one link) a name for metrics and state.
 

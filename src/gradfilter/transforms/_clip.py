@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradfilter import _products, _tree
+from gradfilter._made import remembered
 from gradfilter._readable import transformed
 from gradfilter._shards import is_sharded
 from gradfilter._types import Out, Params, State, Transform, Tree
@@ -28,6 +29,7 @@ def _shrink(norms: Tensor, limit: Tensor | float) -> Tensor:
     return torch.where(over, limit / torch.where(over, norms, 1.0), 1.0)
 
 
+@remembered
 def clip_per_row(max_norm: float) -> Transform:
     """Scale every row to a norm of at most ``max_norm``.
 
@@ -67,6 +69,7 @@ def clip_per_row(max_norm: float) -> Transform:
     return link("clip_per_row", "rows -> rows", update, publishes=("norm", "clipped_fraction"))
 
 
+@remembered
 def clip_by_global_norm(max_norm: float) -> Transform:
     """Scale the whole gradient to a norm of at most ``max_norm``.
 
@@ -112,6 +115,7 @@ def clip_by_global_norm(max_norm: float) -> Transform:
     )
 
 
+@remembered
 def agc_clip(
     clipping: float | Tensor | None = 0.01,
     *,

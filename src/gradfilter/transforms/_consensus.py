@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradfilter._made import remembered
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._link import check_number, link
 
 
+@remembered
 def consensus_filter(
     threshold: float = 1.0, *, soft: bool = True, min_accepted: int = 2
 ) -> Transform:

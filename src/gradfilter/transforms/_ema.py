@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from gradfilter import _tree
+from gradfilter._made import remembered
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.transforms._link import check_number, link
 
 KEY = "ema_average"
 
 
+@remembered
 def ema_params(decay: float = 0.999) -> Transform:
     """Keep an average of the parameters in the state; updates pass unchanged.
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
+from gradfilter._made import remembered
 from gradfilter._shards import whole
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._link import link
 
 
+@remembered
 def finite_filter() -> Transform:
     """Take rows that are not finite out; skip the step if none is left.
 

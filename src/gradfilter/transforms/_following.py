@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from gradfilter import _tree
+from gradfilter._made import remembered
 from gradfilter._types import State
 from gradfilter.transforms._schedule import Schedule
 from gradfilter.transforms._schedules import constant
 
 
+@remembered
 def plateau(
     max_value: float,
     *,
@@ -89,6 +91,7 @@ def plateau(
     return Schedule(at, max_value, min_value, init)
 
 
+@remembered
 def proportional(lr: Schedule, rho_min: float, rho_max: float) -> Schedule:
     """ρ in proportion to the learning rate of the same step, as GSAM has it.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gradfilter import _tree
+from gradfilter._made import remembered
 from gradfilter._types import Out, Params, State, Transform
 from gradfilter.grads._stack import GradStack
 from gradfilter.grads._views import choose
@@ -15,6 +16,7 @@ from gradfilter.transforms._link import admit
 from gradfilter.transforms._reduce import mean_weights
 
 
+@remembered
 def gate(link: Transform, when: str) -> Transform:
     """Run a link where a published or given bool is true, and step around it elsewhere.
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from gradfilter import _tree
+from gradfilter._made import remembered
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
 from gradfilter.grads._views import join
@@ -35,6 +36,7 @@ def restrict_extra(extra: Mapping[str, Any], names: list[str], params: Params) -
     return narrowed
 
 
+@remembered
 def masked(link: Transform, names: Callable[[str], bool]) -> Transform:
     """Let a link see only some leaves; the others pass through.
 
@@ -110,6 +112,7 @@ def _join(seen: Grads, others: Grads, reduced: Tree) -> Grads:
     return {**seen, **reduced}
 
 
+@remembered
 def freeze(names: Callable[[str], bool] | None = None) -> Transform:
     """An update that changes nothing, bit for bit.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradfilter import _tree
+from gradfilter._made import remembered
 from gradfilter._types import GLOBAL_NAMES, Out, Params, State, Transform, Tree
 from gradfilter.grads._dense import as_stack
 from gradfilter.grads._stack import GradStack
@@ -25,6 +26,7 @@ def no_state(params: Params) -> State:
     return {}
 
 
+@remembered
 def link(
     name: str,
     kinds: str | Iterable[str],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradfilter._made import remembered
 from gradfilter._types import Transform
 from gradfilter.transforms._kernel import WIDE, Leaves
 from gradfilter.transforms._link import check_number, is_off
@@ -15,6 +16,7 @@ Leaf = dict[str, Tensor]
 Lists = dict[str, Leaves]
 
 
+@remembered
 def sgd(
     lr: float | Schedule,
     *,
@@ -96,6 +98,7 @@ def sgd(
     )
 
 
+@remembered
 def rmsprop(
     lr: float | Schedule = 1e-2,
     *,

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from gradfilter import _tree
+from gradfilter._made import remembered
 from gradfilter._types import GLOBAL_NAMES, Out, Params, State, Transform, Tree
 from gradfilter.transforms._groups import restrict, restrict_extra
 from gradfilter.transforms._link import check_predicate, link
 
 
+@remembered
 def partition(branches: Mapping[str, Transform], label: Callable[[str], str]) -> Transform:
     """Complete chains on groups of leaves; each group is filtered, and skipped, on its own.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfilter import _tree
+from gradfilter._made import remembered
 from gradfilter._shards import whole
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
@@ -21,6 +22,7 @@ def mean_weights(rows: GradStack) -> Tensor:
     return live / live.sum().clamp(min=1)
 
 
+@remembered
 def mean_rows() -> Transform:
     """The mean of the rows, ordinary training.
 
@@ -45,6 +47,7 @@ def mean_rows() -> Transform:
     return link("mean_rows", "rows -> tree", update, publishes=("weights",))
 
 
+@remembered
 def aggregate(weighting: Callable[[Tensor], Tensor]) -> Transform:
     """Combine the rows with weights that any function computes from their Gram.
 
@@ -101,6 +104,7 @@ def aggregate(weighting: Callable[[Tensor], Tensor]) -> Transform:
     return link("aggregate", "rows -> tree", update, publishes=("weights",))
 
 
+@remembered
 def sign_agreement(fraction: float) -> Transform:
     """Keep a coordinate of the mean only where enough rows agree in its sign (the AND-mask).
 

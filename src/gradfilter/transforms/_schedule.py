@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gradfilter import _tree
+from gradfilter._made import Made, Remade
 from gradfilter._types import State
 
 Curve = Callable[[Tensor], Tensor]
@@ -25,7 +26,7 @@ def _nothing(count: Tensor) -> State:
 
 
 @dataclass(frozen=True, eq=False)
-class Schedule:
+class Schedule(Remade):
     """A value for every step; recognised by its type, never by being callable.
 
     Attributes:
@@ -33,6 +34,7 @@ class Schedule:
         init: ``init(count) -> state``; only `plateau` remembers anything.
         max_value: The largest value after the warm-up; `proportional` refers to both.
         min_value: The smallest one.
+        made: The call of the factory that made it, by which it is pickled.
 
     Calling a schedule that remembers nothing gives its value:
 
@@ -46,6 +48,12 @@ class Schedule:
     max_value: float
     min_value: float
     init: Callable[[Tensor], State] = _nothing
+    made: Made | None = None
+
+    @property
+    def core(self) -> Any:
+        """What gives the values."""
+        return self.at, self.init
 
     def __call__(self, count: int | Tensor) -> Tensor:
         """The value at step ``count``, for schedules without a state."""

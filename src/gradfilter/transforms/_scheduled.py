@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradfilter._made import remembered
 from gradfilter._types import Out, Params, State, Transform
 from gradfilter.transforms._rule import new_count, schedule_value
 from gradfilter.transforms._schedule import Schedule
 
 
+@remembered
 def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transform:
     """Drive hyperparameters of a link by schedules.
 
@@ -39,6 +41,7 @@ def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transfo
         ...     gf.sgd(lr),
         ... )
     """
+    factory = inspect.unwrap(factory)  # what it makes is gone after the step
     accepted = inspect.signature(factory).parameters
     unknown = sorted(set(schedules) - set(accepted))
     moving = {name: s for name, s in schedules.items() if isinstance(s, Schedule)}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradfilter._made import remembered
 from gradfilter.transforms._schedule import Schedule, after_warmup, progress
 
 
+@remembered
 def constant(value: float, *, warmup_steps: int = 0, init_value: float | None = None) -> Schedule:
     """One value, after an optional warm-up from ``init_value`` (0).
 
@@ -25,6 +27,7 @@ def constant(value: float, *, warmup_steps: int = 0, init_value: float | None = 
     return after_warmup(lambda k: torch.full_like(k, value), value, value, warmup_steps, start)
 
 
+@remembered
 def linear(
     max_value: float,
     total_steps: int,
@@ -55,6 +58,7 @@ def linear(
     return after_warmup(curve, max_value, min_value, warmup_steps, init_value)
 
 
+@remembered
 def cosine(
     max_value: float,
     total_steps: int,
@@ -88,6 +92,7 @@ def cosine(
     return after_warmup(curve, max_value, min_value, warmup_steps, init_value)
 
 
+@remembered
 def poly(
     max_value: float,
     power: float,
@@ -119,6 +124,7 @@ def poly(
     return after_warmup(curve, max_value, min_value, warmup_steps, init_value)
 
 
+@remembered
 def step(
     max_value: float,
     every: int,

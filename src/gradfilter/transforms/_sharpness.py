@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradfilter import _products, _tree
+from gradfilter._made import remembered
 from gradfilter._readable import readable
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._dense import as_stack
@@ -18,6 +19,7 @@ from gradfilter.transforms._link import check_leaves, check_number, link
 DELTA = 1e-12  # keeps a zero gradient finite
 
 
+@remembered
 def sam_perturb(
     rho: float,
     *,
@@ -169,6 +171,7 @@ def _surrogate_gap(clean: GradStack, again: GradStack, weights: Tensor) -> Tenso
     return torch.where(weights != 0, weights * rise, 0.0).sum()
 
 
+@remembered
 def gsam_decompose(alpha: float) -> Transform:
     r"""Lower the loss at the perturbed point and the surrogate gap together (GSAM).
 

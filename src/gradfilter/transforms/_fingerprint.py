@@ -1,0 +1,135 @@
+"""A chain in words, by which processes can tell whether they run the same one."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor
+
+from gradfilter._made import Made, Remade
+from gradfilter._types import Transform
+
+DEPTH = 16
+SHOWN = 16
+"""Numbers of a tensor that are written out."""
+
+_WHOLE: ContextVar[Transform | None] = ContextVar("whole_chain", default=None)
+
+
+@contextmanager
+def initialising(chain: Transform) -> Iterator[None]:
+    """Let the ``init`` of every link inside know the outermost chain it belongs to."""
+    if _WHOLE.get() is not None:
+        yield
+        return
+    token = _WHOLE.set(chain)
+    try:
+        yield
+    finally:
+        _WHOLE.reset(token)
+
+
+def whole_chain() -> Transform | None:
+    """The outermost chain whose ``init`` runs, or None."""
+    return _WHOLE.get()
+
+
+def described(thing: Any) -> str:
+    """A transform as the call that made it, with every hyperparameter that is not the default.
+
+    Numbers, texts and their containers are written out, functions by their code and what they
+    close over, objects of other types by type alone: two processes cannot compare those.
+    """
+    return _words(thing, 0)
+
+
+def _words(value: Any, depth: int) -> str:
+    if depth > DEPTH:
+        return "..."
+    deeper = depth + 1
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return repr(value)
+    if isinstance(value, Tensor):
+        few = value.device.type != "meta" and value.numel() <= SHOWN
+        return str(value.detach().tolist()) if few else f"tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Remade):
+        return _of_made(value, deeper)
+    if isinstance(value, types.FunctionType):
+        return _of_function(value, deeper)
+    if isinstance(value, types.MethodType):
+        return f"{_words(value.__self__, deeper)}.{value.__name__}"
+    if isinstance(value, Mapping):
+        pairs = (f"{_words(k, deeper)}: {_words(v, deeper)}" for k, v in value.items())
+        return "{" + ", ".join(sorted(pairs)) + "}"
+    if isinstance(value, (set, frozenset)):
+        return "{" + ", ".join(sorted(_words(item, deeper) for item in value)) + "}"
+    if isinstance(value, (list, tuple)):
+        return "(" + ", ".join(_words(item, deeper) for item in value) + ")"
+    name = getattr(value, "__qualname__", None)
+    return name if isinstance(name, str) else type(value).__name__
+
+
+def _of_made(value: Any, depth: int) -> str:
+    made: Made | None = value.made
+    if made is None or made.core != value.core:  # written by hand, or changed since
+        functions = " ".join(_words(part, depth) for part in value.core)
+        return f"{type(value).__name__}({functions})"
+    bound = inspect.signature(made.factory).bind(*made.args, **made.kwargs)
+    parameters = inspect.signature(made.factory).parameters
+    given = []
+    for name, argument in bound.arguments.items():
+        kind, default = parameters[name].kind, _words(parameters[name].default, depth)
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            given += [_words(item, depth) for item in argument]
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            given += [f"{key}={_words(argument[key], depth)}" for key in sorted(argument)]
+        elif (text := _words(argument, depth)) != default:
+            given.append(f"{name}={text}")
+    return f"{made.factory.__name__}({', '.join(given)})"
+
+
+def _of_function(function: types.FunctionType, depth: int) -> str:
+    """Name, code, defaults and what it closes over; a function of a module by its name alone."""
+    function = inspect.unwrap(function)
+    if function.__closure__ is None and _importable(function):
+        return function.__qualname__
+    named = function.__qualname__.replace("<locals>.", "").replace("<lambda>", "lambda")
+    code, cells = function.__code__, function.__closure__ or ()
+    held = []
+    for name, cell in sorted(zip(code.co_freevars, cells, strict=True), key=lambda pair: pair[0]):
+        try:
+            content = cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+        held.append(f"{name}={'itself' if content is function else _words(content, depth)}")
+    held += [_words(default, depth) for default in function.__defaults__ or ()]
+    return f"{named}[{', '.join(held)}]{_of_code(code)}"
+
+
+def _importable(function: types.FunctionType) -> bool:
+    return function.__module__ != "__main__" and "<" not in function.__qualname__
+
+
+def _of_code(code: types.CodeType) -> str:
+    """The code of a function that has no other name than where it was written."""
+    consts = [
+        _of_code(const) if isinstance(const, types.CodeType) else repr(const)
+        for const in code.co_consts
+        if not isinstance(const, frozenset)
+    ]
+    return f"<{code.co_code.hex()} {' '.join(consts)} {' '.join(code.co_names)}>"
+
+
+def shortened(text: str) -> str:
+    """A description without the code of functions, for people."""
+    found, depth = [], 0
+    for letter in text:
+        depth += (letter == "<") - (letter == ">")
+        if not depth and letter != ">":
+            found.append(letter)
+    return "".join(found)
