@@ -253,3 +253,102 @@ def test_ranks_that_start_apart_are_refused_before_the_first_step(four):
         )
     for said in four.errors(started, "leaves"):
         assert "on rank 0 and 'complex' of shape [2]" in said and "on rank 3" in said
+
+
+OTHER_CHAINS = {
+    "threshold": (
+        lambda odd: [gf.agree_filter(0.9 if odd else 0.97), gf.sgd(0.1)],
+        "found agree_filter() on rank 0 and agree_filter(threshold=0.9) on rank 2",
+    ),
+    "default written out": (lambda odd: [*([gf.agree_filter(0.5)]), gf.sgd(lr=0.1)], None),
+    "the same, given otherwise": (
+        lambda odd: [gf.agree_filter(threshold=0.5) if odd else gf.agree_filter(0.5), gf.sgd(0.1)],
+        None,
+    ),
+    "schedule": (
+        lambda odd: [gf.mean_rows(), gf.sgd(gf.cosine(0.1, 20 if odd else 10))],
+        "total_steps=10)) on rank 0 and sgd(lr=cosine(max_value=0.1, total_steps=20)) on rank 2",
+    ),
+    "another link": (
+        lambda odd: [gf.mean_rows(), *([gf.agc_clip(0.01)] if odd else []), gf.sgd(0.1)],
+        "found sgd(lr=0.1) on rank 0 and agc_clip() on rank 2",
+    ),
+    "one more at the end": (
+        lambda odd: [gf.mean_rows(), gf.sgd(0.1), *([gf.ema_params()] if odd else [])],
+        "found nothing on rank 0 and ema_params() on rank 2",
+    ),
+    "inside a partition": (
+        lambda odd: [
+            gf.partition(
+                {"all": gf.chain(gf.mean_rows(), gf.sgd(0.2 if odd else 0.1))}, lambda name: "all"
+            )
+        ],
+        "partition(branches={'all': chain(mean_rows(), sgd(lr=0.1))}, ",
+    ),
+    "scheduled": (
+        lambda odd: [
+            gf.scheduled(gf.agree_filter, threshold=gf.linear(1.0, 10), min_accepted=2 + odd),
+            gf.sgd(0.1),
+        ],
+        "scheduled(factory=agree_filter, min_accepted=2, ",
+    ),
+    "a closure": (
+        lambda odd: [gf.mean_rows(), times(2.0 + odd), gf.sgd(0.1)],
+        "update=times.update[factor=2.0]) on rank 0",
+    ),
+    "code": (
+        lambda odd: [
+            gf.mean_rows(),
+            gf.masked(gf.agc_clip(), (lambda n: "a" in n) if odd else (lambda n: "b" in n)),
+            gf.sgd(0.1),
+        ],
+        "on rank 0 with other functions than on rank 2",
+    ),
+}
+
+
+def times(factor):
+    def update(grads, state, params, /, **extra):
+        return {name: factor * g for name, g in grads.items()}, state, {}
+
+    return gf.link("times", "tree -> tree", update)
+
+
+def begin_with(kind):
+    params = {name: torch.zeros(shape) for name, shape in LEAVES.items()}
+    update = gf.chain(across_ranks(), *OTHER_CHAINS[kind][0](dist.get_rank() == 2))
+    update(params, update.init(params), rows())
+
+
+@pytest.mark.parametrize("kind", OTHER_CHAINS)
+def test_ranks_with_another_chain_are_named_when_they_begin(four, kind):
+    said = OTHER_CHAINS[kind][1]
+    if said is None:
+        four.run(begin_with, kind)
+        return
+    for error in four.errors(begin_with, kind):
+        assert "across_ranks: expected the same chain on every rank, found" in error
+        assert said in error
+    assert four.run(fine) == [8 * 8 * 8.0] * 4
+
+
+def clipped_by_rank():
+    """What stands before across_ranks works on the rows of one rank."""
+    params = {name: torch.zeros(shape) for name, shape in LEAVES.items()}
+    clip = gf.clip_per_row(1.0 + dist.get_rank())
+    update = gf.chain(clip, across_ranks(), gf.mean_rows(), gf.sgd(0.1))
+    return update(params, update.init(params), rows())[0]["a.bias"].tolist()
+
+
+def test_what_stands_before_may_differ(four):
+    said = four.run(clipped_by_rank)
+    assert said == [said[0]] * 4
+
+
+def begun_alone():
+    params = {name: torch.zeros(shape) for name, shape in LEAVES.items()}
+    return across_ranks().init(params)
+
+
+def test_a_link_that_begins_alone_has_no_chain_to_compare(four):
+    assert four.run(begun_alone) == [{}] * 4

@@ -18,6 +18,9 @@ DEPTH = 16
 SHOWN = 16
 """Numbers of a tensor that are written out."""
 
+START, END = "\x02", "\x03"
+"""Around the code of functions, which no text written by repr contains."""
+
 _WHOLE: ContextVar[Transform | None] = ContextVar("whole_chain", default=None)
 
 
@@ -122,14 +125,14 @@ def _of_code(code: types.CodeType) -> str:
         for const in code.co_consts
         if not isinstance(const, frozenset)
     ]
-    return f"<{code.co_code.hex()} {' '.join(consts)} {' '.join(code.co_names)}>"
+    return f"{START}{code.co_code.hex()} {' '.join(consts)} {' '.join(code.co_names)}{END}"
 
 
 def shortened(text: str) -> str:
     """A description without the code of functions, for people."""
     found, depth = [], 0
     for letter in text:
-        depth += (letter == "<") - (letter == ">")
-        if not depth and letter != ">":
+        depth += (letter == START) - (letter == END)
+        if not depth and letter != END:
             found.append(letter)
     return "".join(found)

@@ -1,0 +1,161 @@
+"""Chains, schedules and steps go to other processes, and do there what they do here."""
+
+import copy
+import io
+import multiprocessing
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gradfilter as gf
+from _cases import EXTRA, LR, make_params, make_rows, step
+from _naive import assert_same
+from gradfilter.distributed import across_ranks
+
+
+def head(name):
+    return name.startswith("head")
+
+
+def label(name):
+    return "head" if head(name) else "body"
+
+
+def flipped(grads, state, params, /, **extra):
+    return {name: -g for name, g in grads.items()}, state, {}
+
+
+def by_size(gram):
+    return gram.diagonal().softmax(0)
+
+
+def none(params):
+    return {}
+
+
+RULE = gf.sgd(LR, momentum=0.9)
+CHAINS = {
+    "everything": gf.chain(
+        gf.finite_filter(),
+        gf.clip_per_row(1.0),
+        gf.budget_clip(0.3, power=0),
+        gf.agree_filter(1.2, against="first", average="halving"),
+        gf.sam_perturb(0.05, adaptive="asam"),
+        gf.gsam_decompose(0.4),
+        gf.masked(gf.agc_clip(0.01, exclude=head), head),
+        gf.clip_by_global_norm(3.0),
+        gf.gate(gf.named("small", gf.agc_clip(0.1)), "late"),
+        gf.link("flip", "tree -> tree", flipped),
+        gf.adamw(LR, betas=(0.8, 0.9)),
+        gf.ema_params(0.99),
+        gf.freeze(head),
+    ),
+    "scheduled": gf.chain(
+        gf.scheduled(gf.consensus_filter, threshold=gf.linear(1.0, 10), soft=False),
+        gf.scheduled(gf.sgd, lr=gf.plateau(0.1), momentum=gf.poly(0.9, -0.5)),
+    ),
+    "partition": gf.partition(
+        {"head": gf.chain(gf.aggregate(by_size), RULE), "body": gf.chain(gf.mean_rows(), RULE)},
+        label,
+    ),
+    "nested": gf.chain(gf.chain(gf.chain(gf.sign_agreement(0.6)), gf.adam(1e-3)), gf.ema_params()),
+    "rms": gf.chain(gf.mean_rows(), gf.rmsprop(gf.step(0.1, 3), centered=True)),
+    "frozen": gf.chain(gf.mean_rows(), gf.freeze()),
+    "schedule in a schedule": gf.chain(
+        gf.mean_rows(),
+        gf.scheduled(gf.sam_perturb, rho=gf.proportional(LR, 0.02, 0.05)),
+        gf.sgd(gf.constant(0.1, warmup_steps=3)),
+    ),
+}
+
+
+def three_steps(update):
+    params = make_params()
+    state = update.init(params)
+    for seed in range(3):
+        given = {**EXTRA, "value": torch.tensor(float(seed))}
+        params, state, info = step(update, params, state, make_rows(params, seed), **given)
+    return params, state, info
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_that_was_pickled_does_the_same(name):
+    update = CHAINS[name]
+    again = pickle.loads(pickle.dumps(update))
+    assert repr(again) == repr(update)
+    assert again.kinds == update.kinds and again.publishes == update.publishes
+    assert_same(three_steps(again), three_steps(update))
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_copy_of_a_chain_is_the_chain(name):
+    assert copy.deepcopy(CHAINS[name]) is CHAINS[name]
+    assert copy.copy(CHAINS[name]) is CHAINS[name]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        *(gf.constant(0.1), gf.linear(0.1, 10), gf.cosine(0.1, 10, warmup_steps=2)),
+        *(gf.poly(0.1, -0.5), gf.step(0.1, 3, 0.5), gf.proportional(LR, 0.02, 0.05)),
+    ],
+)
+def test_a_schedule_that_was_pickled_has_the_same_values(schedule):
+    again = pickle.loads(pickle.dumps(schedule))
+    assert isinstance(again, gf.Schedule)
+    assert [again(k) for k in range(12)] == [schedule(k) for k in range(12)]
+
+
+def test_across_ranks_of_all_processes_is_pickled():
+    assert repr(pickle.loads(pickle.dumps(across_ranks()))) == repr(across_ranks())
+
+
+def make_step():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.2), nn.Linear(5, 3))
+    step = gf.train_step(
+        gf.model_loss(model, F.cross_entropy), CHAINS["nested"], microbatches=3, plan="loop"
+    )
+    return step, step.init(model, seed=1), (torch.randn(6, 4), torch.arange(6) % 3)
+
+
+def steps(args):
+    step, state, batch = args
+    for _ in range(2):
+        state, info = step(state, batch)
+    return {name: leaf.tolist() for name, leaf in gf.state_dict(state).items()}, info["loss"].item()
+
+
+def test_a_step_goes_to_a_process_that_was_spawned():
+    made = make_step()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.map(steps, [made]) == [steps(made)]
+
+
+def test_a_file_of_a_chain():
+    file = io.BytesIO()
+    torch.save(CHAINS["nested"], file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert_same(three_steps(again), three_steps(CHAINS["nested"]))
+
+
+def test_what_was_changed_since_is_not_pickled_as_what_it_was():
+    for changed in (
+        replace(gf.agc_clip(), name="mine"),
+        replace(gf.agc_clip(), update=flipped),
+        replace(gf.chain(gf.sgd(0.1)), init=none),
+    ):
+        with pytest.raises((pickle.PicklingError, AttributeError), match="local"):
+            pickle.dumps(changed)
+    bare = gf.Transform("bare", ("tree -> tree",), none, flipped)
+    assert pickle.loads(pickle.dumps(bare)).update is flipped
+
+
+def test_a_function_that_has_no_name_elsewhere_is_refused_by_pickle():
+    with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
+        pickle.dumps(gf.masked(gf.agc_clip(), lambda name: True))
