@@ -317,11 +317,14 @@ def test_missing_extra_is_named(package, command_name):
 
 
 @pytest.mark.parametrize(
-    ("steps", "during", "title"),
-    [(2000, 0, "of 2000 steps"), (12, 1, "1 of 2 seeds finished")],
+    ("steps", "during", "title", "number"),
+    [
+        (2000, 0, "of 2000 steps", signal.SIGINT),
+        (12, 1, "1 of 2 seeds finished", signal.SIGTERM),
+    ],
     ids=["first seed", "second seed"],
 )
-def test_ctrl_c_leaves_a_valid_directory(steps, during, title, tmp_path):
+def test_ctrl_c_leaves_a_valid_directory(steps, during, title, number, tmp_path):
     args = ["demo", "--steps", str(steps), "--seeds", "2", "--out", str(tmp_path / "run")]
     written = tmp_path / "run" / "metrics.jsonl"
 
@@ -341,11 +344,11 @@ def test_ctrl_c_leaves_a_valid_directory(steps, during, title, tmp_path):
             while not begun():
                 assert process.poll() is None, process.communicate()
                 time.sleep(0.01)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             out, err = process.communicate(timeout=120)
         finally:
             process.kill()
-    assert (process.returncode, err) == (130, "")
+    assert (process.returncode, err) == (128 + number, "")
     assert title in out and "consensus" in out and str(tmp_path / "run") in out.splitlines()[-1]
     assert config(tmp_path / "run")["status"] == "interrupted"
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -373,6 +376,25 @@ def test_first_ctrl_c_asks_and_the_second_interrupts():
     with interruptible():
         pass
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_polite_kill_asks_as_often_as_it_comes():
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with interruptible() as stopped, interruptible() as inside:
+            assert inside is stopped and not inside()
+            signal.raise_signal(signal.SIGTERM)  # of the scheduler
+            signal.raise_signal(signal.SIGTERM)  # of torchrun, which was told, too
+            assert inside() and stopped.exit_code == 143
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with interruptible() as stopped:
+            signal.raise_signal(signal.SIGTERM)
+            assert not stopped() and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # The trainings

@@ -93,7 +93,8 @@ def test_killed_with_sigkill_it_goes_on_where_it_was(run, tmp_path, counted):
     assert not part.exists()
 
 
-def test_ctrl_c_between_two_batches_is_clean(run, tmp_path, counted, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_between_two_batches_is_clean(number, run, tmp_path, counted, monkeypatch):
     whole, _ = numbers(shutil.copytree(run, tmp_path / "whole"), "--batch-size", 30)
     counted.clear()
     original = _measurement.measure_of
@@ -103,7 +104,7 @@ def test_ctrl_c_between_two_batches_is_clean(run, tmp_path, counted, monkeypatch
 
         def measured(*batch):
             if len(counted) == 1:
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(number)
             return measure(*batch)
 
         return measured
@@ -111,7 +112,7 @@ def test_ctrl_c_between_two_batches_is_clean(run, tmp_path, counted, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(_measurement, "measure_of", interrupting)
         code, out, err = command("stats", run, "--last", "--batch-size", 30)
-    assert (code, err) == (130, "") and "the same command goes on" in out
+    assert (code, err) == (128 + number, "") and "the same command goes on" in out
     assert counted == [30, 30]
     found, _ = numbers(run, "--batch-size", 30)
     assert counted == [30, 30, 30, 10]

@@ -6,11 +6,12 @@ import time
 import pytest
 from filelock import FileLock
 from optuna.trial import TrialState
+from tests._lab import command
 from tests._sweep import states, studies_in
 
 from gradfilter.lab._interrupt import interruptible
 from gradfilter.lab.sweep import _worker
-from gradfilter.lab.sweep._outcome import Outcome
+from gradfilter.lab.sweep._outcome import Outcome, Unfinished
 from gradfilter.lab.sweep._queue import claim, left
 from gradfilter.lab.sweep._worker import work
 from gradfilter.lab.train._place import place_of
@@ -40,6 +41,21 @@ def test_ctrl_c_at_the_last_evaluation_starts_no_other_training(begun, monkeypat
     assert trained == [0]
     assert states(queue) == [TrialState.COMPLETE, TrialState.WAITING, TrialState.WAITING]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_polite_kill_of_a_sweep_puts_back_what_it_trains(tmp_path, monkeypatch):
+    def asked(plan, config):
+        signal.raise_signal(signal.SIGTERM)
+        return Unfinished.INTERRUPTED
+
+    monkeypatch.setattr(_worker, "outcome_of", asked)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        code, out, err = command("sweep", *GRID, "--save-dir", tmp_path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 143, err
+    assert "interrupted; 3 trainings are left; the same command goes on" in out
 
 
 def test_ctrl_c_between_two_trainings_puts_back_what_was_taken(begun, monkeypatch):

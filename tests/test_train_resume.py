@@ -1,6 +1,8 @@
 """A run that was killed and resumed is the run that was never killed, bit for bit."""
 
 import random
+import signal
+import sys
 import zipfile
 
 import pytest
@@ -144,10 +146,27 @@ def test_interrupted_runs_go_on_where_they_were(step, tmp_path):
     assert_same(files(tmp_path / "broken"), files(tmp_path / "whole"))
 
 
-def test_ctrl_c_interrupts(tmp_path):
-    interrupts = DIES.replace("SIGKILL", "SIGINT")
-    stopped = process(interrupts, 20, *BASE, "--save-dir", tmp_path)
-    assert stopped.returncode == 130 and "interrupted after step 20 of" in stopped.stdout
+@pytest.mark.skipif(sys.platform == "win32", reason="it ends a process instead")
+@pytest.mark.parametrize(
+    ("name", "workers"), [("SIGINT", 0), ("SIGTERM", 0), ("SIGTERM", 2), ("SIGHUP", 0)]
+)
+def test_ctrl_c_and_polite_kills_finish_the_step_and_save_the_point(name, workers, tmp_path):
+    options = [*BASE, "--workers", workers]
+    # Whoever runs the tests may ignore them; a scheduler tells every process of the group.
+    heard = f"import os, signal\nsignal.signal(signal.{name}, signal.SIG_DFL)\nos.setpgrp()\n"
+    if name == "SIGINT":
+        heard = heard.replace("SIG_DFL", "default_int_handler")
+    asked = DIES.replace("os.kill(os.getpid(), signal.SIGKILL)", f"os.killpg(0, signal.{name})")
+    stopped = process(heard + asked, 20, *options, "--save-dir", tmp_path / "broken")
+    assert stopped.returncode == 128 + getattr(signal, name), stopped.stderr
+    assert "interrupted after step 20 of" in stopped.stdout and "--resume" in stopped.stdout
+    assert stopped.stderr.count("\n") == stopped.stderr.count("epoch ") + 1, stopped.stderr
+    run = only_run(tmp_path / "broken")
+    assert config(run)["status"] == "interrupted"
+    assert torch.load(run / "resume.pt", weights_only=True)["done"] == 20
+    assert command(*options, "--save-dir", tmp_path / "broken", "--resume")[0] == 0
+    assert command(*options, "--save-dir", tmp_path / "whole")[0] == 0
+    assert_same(files(tmp_path / "broken"), files(tmp_path / "whole"))
 
 
 # The archive

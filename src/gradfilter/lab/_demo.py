@@ -31,23 +31,23 @@ def demo(config: DemoConfig) -> int:
     """Run the comparison.
 
     Returns:
-        The exit code: 0, or 130 after Ctrl-C.
+        The exit code: 0, 130 after Ctrl-C, or 143 after SIGTERM.
 
     Raises:
         UsageError: A value is out of range. Nothing has been done then.
     """
     device = own_device(checked(config))
-    with connected(device) as crew, interruptible() as stopped:
-        train = partial(_train_all, config, device, crew, crew.together(stopped))
+    with connected(device) as crew, interruptible() as stop:
+        train = partial(_train_all, config, device, crew, crew.together(stop))
         if crew.is_first:
-            return _recorded(config, train)
+            return 0 if _recorded(config, train) else stop.exit_code
         # The others compute; what there is to say is said once.
         finished = _finished_seeds(config, train(None))
-        return 0 if len(finished) == config.seeds else 130
+        return 0 if len(finished) == config.seeds else stop.exit_code
 
 
-def _recorded(config: DemoConfig, train: Callable[[Path], list[Measured]]) -> int:
-    """Train, and write and print what came of it."""
+def _recorded(config: DemoConfig, train: Callable[[Path], list[Measured]]) -> bool:
+    """Train, and write and print what came of it; whether everything was done."""
     folder = directory(config)
     record, status = settings(config), "interrupted"
     write_json(folder / "config.json", {**record, "status": "running"})
@@ -57,7 +57,7 @@ def _recorded(config: DemoConfig, train: Callable[[Path], list[Measured]]) -> in
             status = "finished"
     finally:
         write_json(folder / "config.json", {**record, "status": status})
-    return 0 if status == "finished" else 130
+    return status == "finished"
 
 
 def _train_all(

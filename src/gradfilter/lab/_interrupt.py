@@ -1,49 +1,78 @@
-"""Ctrl-C as a question that a loop asks between two steps."""
+"""Ctrl-C and a polite kill as a question that a loop asks between two steps."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+POLITE = ("SIGTERM", "SIGHUP")
+"""What a scheduler, ``kill`` and a closed terminal send; Windows knows the first."""
 
-class _Asked:
-    """What is called when Ctrl-C is pressed."""
+
+class Stop:
+    """Whether this process was asked to stop; call it to ask.
+
+    Attributes:
+        number: The signal that asked first, or None.
+    """
 
     def __init__(self) -> None:
-        self.event = threading.Event()
+        self.number: int | None = None
 
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.event.is_set():
+    def __call__(self) -> bool:
+        return self.number is not None
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell says of a process that such a signal ended: 130 after Ctrl-C."""
+        return 128 + (signal.SIGINT if self.number is None else self.number)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Take note of a signal.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed before. A polite kill may come twice, from a
+                scheduler and from torchrun; whoever cannot wait has another one.
+        """
+        if self.number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.event.set()
+        if self.number is None:
+            self.number = number
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Give a function that says whether Ctrl-C was pressed; a second one interrupts at once.
+def interruptible() -> Iterator[Stop]:
+    """Give a question that is true once Ctrl-C was pressed, or a polite kill has come.
 
-    Inside another one it is the same question: whoever asks outside learns of a Ctrl-C that came
-    too late for the loop inside.
+    A second Ctrl-C interrupts at once. What is ignored, as nohup asks for, stays ignored. Inside
+    another one it is the same question: whoever asks outside learns of a signal that came too late
+    for the loop inside.
 
     Examples:
         >>> with interruptible() as stopped:
         ...     stopped()
         False
     """
-    # Only the main thread may handle signals; elsewhere Ctrl-C stays whatever it was.
+    # Only the main thread may handle signals; elsewhere they stay whatever they were.
     if threading.current_thread() is not threading.main_thread():
-        yield threading.Event().is_set
+        yield Stop()
         return
-    before = signal.getsignal(signal.SIGINT)
-    if isinstance(before, _Asked):
-        yield before.event.is_set
+    outside = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+    if isinstance(outside, Stop):
+        yield outside
         return
-    asked = _Asked()
-    signal.signal(signal.SIGINT, asked)
+    polite = [getattr(signal, name) for name in POLITE if hasattr(signal, name)]
+    heard = [number for number in polite if signal.getsignal(number) is not signal.SIG_IGN]
+    stop = Stop()
+    before = {
+        number: signal.signal(number, stop.handle) or signal.SIG_DFL
+        for number in (signal.SIGINT, *heard)
+    }
     try:
-        yield asked.event.is_set
+        yield stop
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,7 @@ def raw_batches(
         _Rows(images.source, [row.cpu().numpy() for row in rows]),
         batch_size=None,  # an item is a batch
         num_workers=min(workers, len(rows)),
+        worker_init_fn=_unasked,
         pin_memory=images.device.type == "cuda",
         generator=torch.Generator(),  # otherwise it would draw from everybody's random numbers
     )
@@ -44,6 +46,15 @@ def raw_batches(
         if isinstance(loaded, str):
             raise UsageError(loaded)
         yield on_device(loaded, images.device)
+
+
+def _unasked(worker: int) -> None:
+    """Leave Ctrl-C and a polite kill, which every process is sent, to the one that loads.
+
+    That one ends its loaders itself, and they end when it is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def stats(config: StatsConfig) -> int:
     """Measure checkpoints, or list them where none is asked for.
 
     Returns:
-        The exit code: 0, or 130 after Ctrl-C.
+        The exit code: 0, 130 after Ctrl-C, or 143 after SIGTERM.
 
     Raises:
         UsageError: A value is wrong, or numbers are there that were measured differently. Nothing
@@ -40,13 +40,13 @@ def stats(config: StatsConfig) -> int:
     finished = []
     with ExitStack() as stack:
         crew = stack.enter_context(connected(device))
-        stopped = stack.enter_context(interruptible())
+        stop = stack.enter_context(interruptible())
         data = None
         for checkpoint in wanted:
             model = restored(run, checkpoint, device=device, data_dir=config.data_dir, data=data)
             data = model.data
             measurement = Measurement.of(config, model)
-            if not measurement.carry_out(crew, stopped):
+            if not measurement.carry_out(crew, stop):
                 break
             finished.append(measurement.path)
         if crew.is_first:
@@ -54,4 +54,4 @@ def stats(config: StatsConfig) -> int:
                 print(summary(finished))
             if len(finished) < len(wanted):
                 print(f"interrupted; the same command goes on: {measurement.path}")
-    return 0 if len(finished) == len(wanted) else 130
+    return 0 if len(finished) == len(wanted) else stop.exit_code

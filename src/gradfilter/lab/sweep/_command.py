@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from gradfilter.lab._interrupt import interruptible
 from gradfilter.lab._options import arguments, read_settings, value_of
 from gradfilter.lab._parse import parse
 from gradfilter.lab._processes import started_processes
@@ -38,7 +39,7 @@ def sweep_command(options: Sequence[str]) -> int:
     """Run ``gradfilter sweep``.
 
     Returns:
-        The exit code: 0, 1 if a training failed or is left, 130 after Ctrl-C.
+        The exit code: 0, 1 if a training failed or is left, 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises:
         UsageError: An option is wrong; nothing has been started then.
@@ -59,14 +60,16 @@ def sweep_command(options: Sequence[str]) -> int:
         print(f"study {plan.base.name!r}: {plan.trials} trainings in {folder}")
         if queue.heartbeat != config.heartbeat:
             print(f"--heartbeat {queue.heartbeat} counts, which the study was begun with")
-        try:
-            if config.jobs == 1:
-                over = work(queue, partial(print, flush=True))
-            else:
-                over = run_workers(queue, options, config.jobs, folder / "workers")
-        finally:
-            write_results(queue, folder)
-        return _summed_up(queue, folder, over)
+        with interruptible() as stop:
+            try:
+                if config.jobs == 1:
+                    over = work(queue, partial(print, flush=True))
+                else:
+                    over = run_workers(queue, options, config.jobs, folder / "workers")
+            finally:
+                write_results(queue, folder)
+        code = _summed_up(queue, folder, over)
+        return code if over else stop.exit_code
 
 
 def parse_sweep(options: Sequence[str]) -> tuple[SweepConfig, Plan]:
@@ -109,7 +112,7 @@ def parse_sweep(options: Sequence[str]) -> tuple[SweepConfig, Plan]:
 
 
 def _summed_up(queue: Queue, folder: Path, over: bool) -> int:
-    """Say what has come of the study."""
+    """Say what has come of the study; the exit code if nobody stopped it."""
     plan, trials = queue.plan, queue.trials()
     groups = groups_of(plan, trials)
     if groups:
@@ -129,6 +132,4 @@ def _summed_up(queue: Queue, folder: Path, over: bool) -> int:
     if failed:
         print(f"{len(failed)} failed; --retry-failed trains them again")
     print(f"wrote {folder / 'study.csv'}")
-    if not over:
-        return 130
     return 1 if failed or left else 0

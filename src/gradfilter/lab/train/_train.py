@@ -39,7 +39,7 @@ def train(config: TrainConfig) -> int:
     """Train, or go on training.
 
     Returns:
-        The exit code: 0, or 130 after Ctrl-C.
+        The exit code: 0, 130 after Ctrl-C, or 143 after SIGTERM.
 
     Raises:
         UsageError: A value is wrong, or the run is there already. Nothing has been changed then.
@@ -62,16 +62,17 @@ def train(config: TrainConfig) -> int:
             stack.enter_context(explained(place))
             stack.enter_context(owned(place))
         crew = stack.enter_context(connected(device))
-        stopped = crew.together(stack.enter_context(interruptible()))
+        stop = stack.enter_context(interruptible())
+        stopped = crew.together(stop)
         run = begin(config, device, crew)
         goes_on = config.resume and newest_point(place) is not None
         if goes_on:
             go_on(place, run)
         crew.meet()  # nobody writes before everybody has looked
         if crew.is_first:
-            return 0 if recorded(run, place, goes_on, stopped) else 130
+            return 0 if recorded(run, place, goes_on, stopped) else stop.exit_code
         # The others compute; what there is to say is said once.
-        return 0 if train_to_the_end(run, Watch(), stopped) else 130
+        return 0 if train_to_the_end(run, Watch(), stopped) else stop.exit_code
 
 
 def recorded(run: Run, place: Path, goes_on: bool, stopped: Callable[[], bool]) -> bool:
