@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from gradfilter import _tree
 from gradfilter._types import Params, Tree
+from gradfilter.grads._autocast import under_autocast
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._buffer_watch import BufferWatch
 from gradfilter.grads._by_row import ByRow
 from gradfilter.grads._check_loss import check_reaches
-from gradfilter.grads._lift import Level, autocast_dtype, repeated
+from gradfilter.grads._lift import Level, repeated
 from gradfilter.grads._loop import PureLoss
 from gradfilter.grads._masked_lookups import refuse_masked_lookups
 from gradfilter.grads._rules._host import Host
@@ -57,19 +57,6 @@ class Forward:
     by_row: tuple[str, ...] = ()
 
 
-LOSSES = {
-    F.binary_cross_entropy_with_logits,
-    F.cross_entropy,
-    F.huber_loss,
-    F.kl_div,
-    F.l1_loss,
-    F.mse_loss,
-    F.nll_loss,
-    F.smooth_l1_loss,
-}
-"""What autocast computes in float32."""
-
-
 class Overrides(TorchFunctionMode):
     """Hands functions that have a rule to it."""
 
@@ -90,21 +77,14 @@ class Overrides(TorchFunctionMode):
             elif (result := rule(self._host, *args, **kwargs)) is not NotImplemented:
                 return result
         self._host.running.watch.note(func, args, kwargs)
-        if func in LOSSES and autocast_dtype(args[0].device) is not None:
-            # vmap takes a loss apart before autocast sees it.
-            args = tuple(_tree.at_least_float32(a) if _is_float(a) else a for a in args)
         try:
-            return func(*args, **kwargs)
+            return under_autocast(func)(*args, **kwargs)
         except RuntimeError as error:
             if _is_checkpoint(*args):
                 raise RuntimeError(CHECKPOINTS) from error
             name = getattr(func, "__name__", str(func))
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RuntimeError(f"{name} cannot run over all rows at once: {reason}") from error
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _is_checkpoint(function: Any = None, *_: Any) -> bool:

@@ -99,3 +99,20 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
+
+
+def autocast_any() -> bool:
+    """Whether autocast is enabled for some device."""
+    enabled: bool = torch._C._is_any_autocast_enabled()
+    return enabled
+
+
+def autocast_names(device: str) -> set[str]:
+    """The operations that autocast on a device knows, which differ from version to version."""
+    key = f"Autocast{'CPU' if device == 'cpu' else device.upper()}"
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return {
+        name.removeprefix("aten::").split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("aten::") and has_kernel(name, key)
+    }

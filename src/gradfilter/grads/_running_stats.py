@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from gradfilter import _tree
 from gradfilter._types import Tree
+from gradfilter.grads._autocast import under_autocast
 from gradfilter.grads._buffer_watch import BufferWatch
 from gradfilter.grads._rules._sparse_lookups import LOOKUPS, refuse_sparse
 from gradfilter.grads._rules._vmap_faults import UNDER_ANY_VMAP
@@ -54,7 +55,7 @@ class RecordRunningStats(TorchFunctionMode):
             if result is not NotImplemented:
                 return result
         self._watch.note(func, args, kwargs)
-        return func(*args, **kwargs)
+        return under_autocast(func)(*args, **kwargs)
 
     def _batch_norm(
         self,
@@ -77,7 +78,10 @@ class RecordRunningStats(TorchFunctionMode):
                 running_mean = running_var = None
             else:
                 self._watch.read(mean_name, var_name)
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        y: Tensor = under_autocast(F.batch_norm)(
+            input, running_mean, running_var, weight, bias, training, momentum, eps
+        )
+        return y
 
     def check(self, after: Tree) -> None:
         """Refuse what cannot be replayed, given the buffers after the forward pass."""

@@ -44,7 +44,10 @@ def batch_norm(
             y = F.batch_norm(input, *args)
         return own_affine(y, weight, bias)
     if not training:
-        if not host.batched(weight, bias) or running_mean is None or running_var is None:
+        if running_mean is None or running_var is None:
+            return NotImplemented
+        # vmap mixes no dtypes.
+        if not host.batched(weight, bias) and input.dtype == running_mean.dtype:
             return NotImplemented
         host.running.read(running_mean, running_var)
         return host.run("batch_norm", _evaluate, host, x, running_mean, running_var, *weights, eps)
@@ -84,9 +87,9 @@ class _BatchNorm(torch.autograd.Function):
         tape: Tape,
     ) -> Tensor:
         w, b = (None if p is None else p.value for p in (weight, bias))
-        if x.ndim == 5 and _is_plain(x[0]):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            means, inverses = x.new_empty(2, len(x), x.shape[2], dtype=dtype)
+        wide = x.dtype in (torch.float32, torch.float64)  # else statistics in torch's own choice
+        if x.ndim == 5 and wide and _is_plain(x[0]):
+            means, inverses = x.new_empty(2, len(x), x.shape[2])
             y = torch.empty_like(x)
             for m in range(len(x)):
                 out, (mean, var, rate) = (y[m], means[m], inverses[m]), update(m)

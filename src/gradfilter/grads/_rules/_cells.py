@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gradfilter.grads._lift import autocast_dtype
 from gradfilter.grads._rules._host import Host, Rule
-from gradfilter.grads._rules._linear import linear
+from gradfilter.grads._rules._linear import linear_or_vmap
 
 Gates = Callable[[Tensor, Tensor, Any], Any]
 """(from the input, from the hidden state, the states) -> the new states."""
@@ -30,14 +29,15 @@ def cell(gates: Gates) -> Rule:
         b_hh: Tensor | None = None,
     ) -> Any:
         states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
-        if autocast_dtype(input.device) or not host.batched(input, *states, w_ih, w_hh):
+        if not host.batched(input, *states, w_ih, w_hh):
             return NotImplemented
+        dtype = autocast_dtype(input.device)
+        if dtype is not None and input.device.type != "cpu":  # there it knows the cell itself
+            states = tuple(s.to(dtype) for s in states)
         host.tape.overrides["cell"] += 1
-        sides = []
-        for x, weight, bias in ((input, w_ih, b_ih), (states[0], w_hh, b_hh)):
-            found = linear(host, x, weight, bias)
-            sides.append(F.linear(x, weight, bias) if found is NotImplemented else found)
-        return gates(sides[0], sides[1], states[0] if len(states) == 1 else states)
+        from_input = linear_or_vmap(host, input, w_ih, b_ih)
+        from_hidden = linear_or_vmap(host, states[0], w_hh, b_hh)
+        return gates(from_input, from_hidden, states[0] if len(states) == 1 else states)
 
     return rule
 

@@ -32,7 +32,11 @@ def conv(dims: int) -> Rule:
         groups: int = 1,
     ) -> Any:
         weights = host.weights(weight, bias)
-        if weights is None or not host.wanted(input, weight, bias) or input.ndim != dims + 2:
+        if (
+            weights is None
+            or not host.wanted(input, weight, bias)
+            or input.ndim not in (dims + 1, dims + 2)
+        ):
             return NotImplemented
         stride, dilation = _sizes(stride, dims), _sizes(dilation, dims)
         if isinstance(padding, str):
@@ -65,7 +69,11 @@ def conv_transpose(dims: int) -> Rule:
         dilation: Sizes = 1,
     ) -> Any:
         weights = host.weights(weight, bias)
-        if weights is None or not host.wanted(input, weight, bias) or input.ndim != dims + 2:
+        if (
+            weights is None
+            or not host.wanted(input, weight, bias)
+            or input.ndim not in (dims + 1, dims + 2)
+        ):
             return NotImplemented
         sizes = (_sizes(v, dims) for v in (stride, padding, dilation, output_padding))
         stride, padding, dilation, output_padding = sizes
@@ -87,6 +95,8 @@ def _same(kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
 def _apply(
     host: Host, x: Tensor, weight: Weight, bias: Weight | None, geometry: Geometry
 ) -> Tensor:
+    if x.ndim == geometry.dims + 2:  # a row of one sample, without an axis for it
+        return _apply(host, x.unsqueeze(1), weight, bias, geometry).squeeze(1)
     x, weight, bias, no_autocast = in_autocast(x, weight, bias)
     with no_autocast:
         y: Tensor = _Conv.apply(

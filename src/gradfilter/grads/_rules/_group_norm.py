@@ -25,10 +25,13 @@ def group_norm(
 ) -> Any:
     """`torch.nn.functional.group_norm`."""
     weights = host.weights(weight, bias)
-    if weights is None or not host.batched(weight, bias) or input.ndim < 2:
+    if weights is None or not host.batched(input, weight, bias) or input.ndim < 2:
         return NotImplemented
-    if weight is not None and input.dtype != weight.dtype and autocast_dtype(input.device):
+    mixed = weight is not None and input.dtype != weight.dtype and autocast_dtype(input.device)
+    if not host.batched(weight, bias) and not mixed:
         return NotImplemented
+    if autocast_dtype(input.device) and input.device.type != "cpu":
+        return NotImplemented  # there it computes in float32
     x = host.level.lower(input)
     return host.run("group_norm", _apply, host, "group_norm", x, num_groups, *weights, eps)
 
@@ -56,7 +59,9 @@ def instance_norm(
         y = instance_norm(host, input, *args)
         y = F.instance_norm(input, *args) if y is NotImplemented else y
         return own_affine(y, weight, bias)
-    if input.ndim < 3 or input[0, 0].numel() == 1 or autocast_dtype(input.device):
+    if input.ndim < 3 or input[0, 0].numel() == 1:
+        return NotImplemented
+    if autocast_dtype(input.device) and input.device.type != "cpu":
         return NotImplemented
     x = host.level.lower(input)
     if running_mean is not None:

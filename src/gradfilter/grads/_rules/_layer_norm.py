@@ -28,8 +28,12 @@ def layer_norm(
 ) -> Any:
     """`torch.nn.functional.layer_norm`."""
     weights = host.weights(weight, bias)
-    if weights is None or not host.batched(weight, bias) or _mixed(input, weight):
+    if weights is None or not host.batched(input, weight, bias):
         return NotImplemented
+    if not host.batched(weight, bias) and not _mixed(input, weight):
+        return NotImplemented
+    if autocast_dtype(input.device) and input.device.type != "cpu":
+        return NotImplemented  # there it computes in float32
     x = host.level.lower(input)
     return host.run("layer_norm", _layer_norm, host, x, list(normalized_shape), *weights, eps)
 
@@ -52,7 +56,7 @@ def rms_norm(
 
 
 def _mixed(input: Tensor, weight: Tensor | None) -> bool:
-    """Whether autocast has a say in the dtype of the result."""
+    """Whether autocast has left input and weight in two dtypes."""
     different = weight is not None and input.dtype != weight.dtype
     return different and autocast_dtype(input.device) is not None
 

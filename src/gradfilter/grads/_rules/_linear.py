@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradfilter.grads._autocast import under_autocast
 from gradfilter.grads._dense_factor import DenseFactor
 from gradfilter.grads._factor import OuterFactor, ghost_flops
 from gradfilter.grads._rules._host import Host, in_autocast, owned, rows_of
@@ -20,6 +21,15 @@ def linear(host: Host, x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     if weights is None or not host.wanted(x, weight, bias) or weight.ndim != 2:
         return NotImplemented
     return host.run("linear", _apply, host, host.level.lower(x), *weights)
+
+
+def linear_or_vmap(host: Host, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The rule where it applies, else what vmap makes of it."""
+    found = linear(host, x, weight, bias)
+    if found is NotImplemented:
+        found = under_autocast(F.linear)(x, weight, bias)
+    result: Tensor = found
+    return result
 
 
 def _apply(host: Host, x: Tensor, weight: Weight, bias: Weight | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradfilter.grads._lift import autocast_dtype
 from gradfilter.grads._rules._attention import scaled_dot_product_attention
 from gradfilter.grads._rules._host import Host
-from gradfilter.grads._rules._linear import linear
+from gradfilter.grads._rules._linear import linear_or_vmap
 
 
 def multi_head_attention(
@@ -42,18 +44,24 @@ def multi_head_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> Any:
-    """`torch.nn.functional.multi_head_attention_forward` on (T, B, embed)."""
-    if query.ndim != 3 or static_k is not None or static_v is not None:
+    """`torch.nn.functional.multi_head_attention_forward` on (T, B, embed), or (T, embed)."""
+    if static_k is not None or static_v is not None:
+        if autocast_dtype(query.device):
+            raise RuntimeError(
+                "multi_head_attention_forward with static_k or static_v cannot run over all rows "
+                "at once under autocast."
+            )
         return NotImplemented
     if not host.batched(query, key, value) or (is_causal and attn_mask is None):
         return NotImplemented
     host.tape.overrides["multi_head_attention"] += 1
 
-    def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        found = linear(host, x, weight, bias)
-        result: Tensor = F.linear(x, weight, bias) if found is NotImplemented else found
-        return result
-
+    project = functools.partial(linear_or_vmap, host)
+    alone = query.ndim == 2
+    if alone:
+        three = {id(t): t.unsqueeze(1) for t in (query, key, value)}  # what is one, stays one
+        query, key, value = (three[id(t)] for t in (query, key, value))
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
     weights: tuple[Any, ...] = (q_proj_weight, k_proj_weight, v_proj_weight)
     if not use_separate_proj_weight and query is key and key is value:
         assert in_proj_weight is not None
@@ -87,7 +95,10 @@ def multi_head_attention(
     else:
         mixed = scaled_dot_product_attention(host, q, k, v, mask, dropout)
     mixed = mixed.permute(2, 0, 1, 3).reshape(length, samples, width)
-    return project(mixed, out_proj_weight, out_proj_bias), attention
+    output = project(mixed, out_proj_weight, out_proj_bias)
+    if alone:
+        return output.squeeze(1), None if attention is None else attention.squeeze(0)
+    return output, attention
 
 
 def _merged(
