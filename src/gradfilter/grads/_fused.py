@@ -20,7 +20,7 @@ from gradfilter.grads._by_row import ByRow
 from gradfilter.grads._check_loss import check_reaches
 from gradfilter.grads._lift import Level, repeated
 from gradfilter.grads._loop import PureLoss
-from gradfilter.grads._masked_lookups import refuse_masked_lookups
+from gradfilter.grads._masked_lookups import MASKED_BY_HAND, refuse_masked_lookups
 from gradfilter.grads._rules._host import Host
 from gradfilter.grads._rules._table import RULES
 from gradfilter.grads._rules._values import VALUES
@@ -72,10 +72,14 @@ class Overrides(TorchFunctionMode):
         kwargs = kwargs or {}
         rule = RULES.get(func) or VALUES.get(func)
         if rule is not None:
-            if not self._host.level.is_innermost():
+            if self._host.level.is_innermost():
+                result = rule(self._host, *args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+            elif self._host.level.is_left():
+                func = MASKED_BY_HAND.get(func, func)
+            else:
                 refuse_nested(func)
-            elif (result := rule(self._host, *args, **kwargs)) is not NotImplemented:
-                return result
         self._host.running.watch.note(func, args, kwargs)
         try:
             return under_autocast(func)(*args, **kwargs)

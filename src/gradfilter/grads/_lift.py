@@ -44,6 +44,10 @@ class Level:
         top = _functorch.peek_interpreter_stack()
         return top is not None and top.level() == self.number
 
+    def is_left(self) -> bool:
+        """Whether what runs now runs outside of this level, on the tensors of the rows."""
+        return _functorch.peek_interpreter_stack() is None
+
     def batched(self, value: Any) -> bool:
         """Whether a value is a tensor that has rows at this level."""
         return (

@@ -7,7 +7,14 @@ from within a compiled graph, or inside another transform, shows only in the gra
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from gradfilter.grads._rules._spellings import spellings
 
 NONE = 2**63
 """Up to here an index: torch keeps −1, no padding, as a number without a sign."""
@@ -31,3 +38,28 @@ def refuse_masked_lookups(losses: Tensor) -> None:
             if before not in seen:
                 seen.add(before)
                 ahead.append(before)
+
+
+def _embedding(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """`F.embedding`, with its padding masked by hand."""
+    found = F.embedding(input, weight, None, *args, **kwargs)
+    if padding_idx is None:
+        return found
+    return torch.where((input == padding_idx % len(weight))[..., None], found.detach(), found)
+
+
+def _embedding_of(
+    weight: Tensor, indices: Tensor, padding_idx: int = -1, *args: Any, **kwargs: Any
+) -> Tensor:
+    """`torch.embedding`, with its padding masked by hand."""
+    found = torch.embedding(weight, indices, -1, *args, **kwargs)
+    return torch.where((indices == padding_idx)[..., None], found.detach(), found)
+
+
+MASKED_BY_HAND: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.embedding: _embedding,
+    **dict.fromkeys(spellings("embedding"), _embedding_of),
+}
+"""For what runs row by row, outside of vmap: right without any rule, and not to be refused."""
