@@ -13,7 +13,6 @@ from torch import Tensor
 from gradfilter import _tree
 from gradfilter._types import Params, Tree
 from gradfilter.grads._any_loss import AnyLoss
-from gradfilter.grads._check_loss import check_reaches
 
 T = TypeVar("T")
 
@@ -55,7 +54,7 @@ class LossAt:
             leaves = {name: self.loss.leaf(name, p) for name, p in params.items()}
             _tree.device_of(leaves)  # refuses none at all
             value = self.value(leaves)
-            check_reaches(value, leaves.values())
+            self.loss.check_reaches(value, leaves.values())
             differentiate = partial(
                 torch.autograd.grad,
                 value,

@@ -18,11 +18,18 @@ from gradfilter.grads._stack import GradStack
 
 @dataclass(frozen=True)
 class Origin:
-    """How to compute a stack of ``rows`` rows again, and the parameters it was computed at."""
+    """How to compute a stack again.
+
+    Attributes:
+        rows: How many there are.
+        params: The parameters it was computed at.
+        evaluate: ``(params, per_row, kept) -> stack``, ``kept`` the names of the parameters that
+            are still those of the stack, which nobody may have written since.
+    """
 
     rows: int
     params: Params = field(repr=False)
-    evaluate: Callable[[Params, bool], GradStack]
+    evaluate: Callable[[Params, bool, Collection[str]], GradStack]
 
 
 class AgainStack(GradStack):
@@ -95,7 +102,8 @@ class AgainStack(GradStack):
         """The same rows at other parameters."""
         origin = self._origin("at", params)
         check_shapes({name: p.shape for name, p in origin.params.items()}, params, "at")
-        return self.like(origin.evaluate({**origin.params, **params}, False))
+        kept = origin.params.keys() - params.keys()
+        return self.like(origin.evaluate({**origin.params, **params}, False, kept))
 
     def at_rows(self, params: Tree) -> GradStack:
         """The same rows, row m at its own parameters."""
@@ -105,7 +113,8 @@ class AgainStack(GradStack):
         # A stack cut short by `first` is computed whole, so that its random numbers stay the same.
         whole = {name: p.expand(origin.rows, *p.shape) for name, p in origin.params.items()}
         given = {name: torch.cat([leaf, whole[name][len(self) :]]) for name, leaf in params.items()}
-        return self.like(origin.evaluate({**whole, **given}, True))
+        kept = origin.params.keys() - params.keys()
+        return self.like(origin.evaluate({**whole, **given}, True, kept))
 
     def _origin(self, question: str, params: Mapping[str, Tensor]) -> Origin:
         if self.origin is None:

@@ -1,8 +1,12 @@
-"""What a forward pass depends on beside its arguments: random numbers, autocast, training modes."""
+"""What a forward pass depends on in addition to its arguments.
+
+Random numbers, autocast, training modes, attributes of modules, and tensors that nobody may write
+between two passes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -10,6 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from gradfilter.grads._attributes import Attributes
+from gradfilter.grads._host_random import HostRandom
+from gradfilter.grads._versions import Versions
 
 
 class Rewinds:
@@ -113,29 +121,57 @@ def random_state_restored(device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Ambient:
-    """A moment's random state, autocast settings and training modes, to be gone back to."""
+    """All that a moment's forward pass depends on in addition to its arguments.
+
+    Attributes:
+        device: Where the computation runs.
+        random: The state of torch's generators.
+        host: The state of Python's, NumPy's and the modules' own generators.
+        autocast: Device type, dtype, and whether it is on.
+        training: Every module, and whether it is in training mode.
+        attributes: The attributes of the modules.
+        versions: Tensors that a pass reads, and how often each had been written.
+    """
 
     device: torch.device
     random: dict[str, Any]
+    host: HostRandom
     autocast: tuple[tuple[str, torch.dtype, bool], ...]
     training: tuple[tuple[nn.Module, bool], ...]
+    attributes: Attributes
+    versions: Versions
 
     @classmethod
-    def now(cls, device: torch.device, model: nn.Module | None) -> Ambient:
-        """Take the present settings down."""
+    def now(
+        cls,
+        device: torch.device,
+        modules: dict[str, nn.Module],
+        tensors: Iterable[tuple[str, Tensor]] = (),
+    ) -> Ambient:
+        """Note the present state.
+
+        Args:
+            device: Where the computation runs.
+            modules: What it calls, by name.
+            tensors: What else it reads, each with what to call it in an error.
+        """
         kinds = sorted({"cpu", device.type})
         rewinds = _REWINDS.get()
         if rewinds is not None:
             rewinds.moment()
+        attributes = Attributes(modules)
         return cls(
             device,
             random_state(device),
+            HostRandom(modules),
             tuple(
                 (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
                 for kind in kinds
                 if torch.amp.is_autocast_available(kind)
             ),
-            () if model is None else tuple((m, m.training) for m in model.modules()),
+            tuple((m, m.training) for m in modules.values()),
+            attributes,
+            Versions([*tensors, *((f"attribute {n}", t) for n, t in attributes.tensors())]),
         )
 
     @contextmanager
@@ -150,13 +186,26 @@ class Ambient:
             for module in changed:
                 module.training = not module.training
 
+    def rewind(self) -> None:
+        """Set random numbers and attributes back to that moment, for another attempt at a pass."""
+        set_random_state(self.random, self.device)
+        self.host.restore()
+        self.attributes.restore()
+
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Compute as if it were that moment; nothing outside notices."""
+        """Compute as if it were that moment; nothing outside notices.
+
+        Raises:
+            RuntimeError: A tensor that the pass reads has been written since.
+        """
+        self.versions.check()
         with ExitStack() as stack:
             stack.enter_context(random_state_restored(self.device))
+            stack.callback(self.host.present().restore)
+            stack.callback(self.attributes.present().restore)
             for kind, dtype, enabled in self.autocast:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
             stack.enter_context(self.modes())
-            set_random_state(self.random, self.device)
+            self.rewind()
             yield

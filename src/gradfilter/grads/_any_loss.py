@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from gradfilter._types import Params, Tree
-from gradfilter.grads._check_loss import check_value
+from gradfilter.grads._attributes import STANDARD, replace_tensors, tensors_in
+from gradfilter.grads._check_graph import Ends, bypassed, ends_of
+from gradfilter.grads._check_loss import check_differentiable, check_value, unreached
 from gradfilter.grads._loss import ModelLoss, check_names
-from gradfilter.grads._places import Places
+from gradfilter.grads._places import Hook, Places
 from gradfilter.grads._running_stats import cumulative_means
 
 T = TypeVar("T")
-
-
-class _Surroundings(nn.Module):
-    """A module around a model, whose forward pass is whatever it is given."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, compute: Callable[[], T]) -> T:
-        """Run it."""
-        return compute()
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,14 +29,16 @@ class AnyLoss:
         places: Those of the module, found once; None for a plain loss.
     """
 
-    loss: Callable[..., Any]
+    loss: Any
     has_aux: bool
     places: Places | None
 
     @classmethod
-    def of(cls, loss: Callable[..., Any], has_aux: bool) -> AnyLoss:
+    def of(cls, loss: Any, has_aux: bool) -> AnyLoss:
         """The loss, its module as it is now."""
         places = Places.of(loss.model) if isinstance(loss, ModelLoss) else None
+        if places is not None and loss.row_hooks:
+            refuse_late_hooks(places.trainable)
         return cls(loss, has_aux, places)
 
     @property
@@ -57,8 +48,87 @@ class AnyLoss:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """The modules of the model, by name."""
-        return dict(self.loss.model.named_modules()) if isinstance(self.loss, ModelLoss) else {}
+        """Every module that takes part, by name: those of the model, and of the criterion."""
+        if self.places is None:
+            return {}
+        found = dict(self.places.modules)
+        criterion = getattr(self.loss, "criterion", None)
+        if isinstance(criterion, nn.Module):
+            known = {id(module) for module in found.values()}
+            named = criterion.named_modules(prefix="criterion")
+            found |= {name: module for name, module in named if id(module) not in known}
+        return found
+
+    @property
+    def hooks(self) -> dict[str, list[Hook]]:
+        """The gradient hooks of the module's parameters that run on every row, by name."""
+        if self.places is None or not self.loss.row_hooks:
+            return {}
+        return self.places.hooks
+
+    def hook(self, leaves: Tree) -> None:
+        """Register the hooks of the module's parameters on the leaves that stand for them."""
+        for name, hooks in self.hooks.items():
+            register: Any = leaves[name].register_hook
+            for hook in hooks:
+                register(hook)
+
+    def ends(self, value: Tensor, leaves: Iterable[Tensor]) -> Ends:
+        """Where the graph of a loss ends; a parameter of the module's own is refused."""
+        ends = ends_of(value, leaves, {} if self.places is None else self.places.trainable)
+        if ends.bypassed is not None:
+            raise self.bypassed(*ends.bypassed)
+        return ends
+
+    def bypassed(self, name: str, parameter: Tensor) -> ValueError:
+        """What is said of a parameter of the module's own that the loss uses."""
+        return bypassed(name, parameter, self.modules, getattr(self.loss, "criterion", None))
+
+    def criterion_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """The buffers of a criterion that is a module, by name: they are no part of the state."""
+        for prefix, module in self.modules.items():
+            if prefix == "criterion" or prefix.startswith("criterion."):
+                for key, buffer in module._buffers.items():
+                    if buffer is not None:
+                        yield f"{prefix}.{key}", buffer
+
+    def attribute_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors in attributes of the modules, and the criterion's buffers, by name."""
+        for prefix, module in self.modules.items():
+            for key, value in vars(module).items():
+                if key not in STANDARD:
+                    for tensor in tensors_in(value):
+                        yield f"{prefix}.{key}" if prefix else key, tensor
+        yield from self.criterion_buffers()
+
+    def settle(
+        self, leaves: Tree, convert: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    ) -> None:
+        """Leave nothing of a pass in the attributes of the modules.
+
+        Modules that remember their weights (LSTM does) get back their own.
+
+        Args:
+            leaves: What was in the places of the parameters.
+            convert: Gives another tensor in place of one that is of no use after the pass.
+        """
+        if self.places is None:
+            return
+        own = {id(leaf): self.places.trainable[name] for name, leaf in leaves.items()}
+
+        def settled(tensor: Tensor) -> Tensor:
+            return own[id(tensor)] if id(tensor) in own else convert(tensor)
+
+        for module in self.modules.values():
+            replace_tensors(module, settled)
+
+    def check_reaches(self, value: Tensor, leaves: Iterable[Tensor]) -> Ends:
+        """Refuse a loss whose graph leads to none of the leaves; one of them is enough."""
+        check_differentiable(value)
+        ends = self.ends(value, leaves)
+        if not ends.reached and not ends.reentrant:
+            raise unreached()
+        return ends
 
     def check_params(self, params: Params) -> None:
         """Refuse parameters that are not the module's."""
@@ -82,21 +152,22 @@ class AnyLoss:
     def leaf(self, name: str, value: Tensor) -> Tensor:
         """A parameter to differentiate with respect to, with memory of its own if need be."""
         written = self.places is not None and name in self.places.renormalised
-        return (value.clone() if written else value).detach().requires_grad_()
+        return as_parameter((value.clone() if written else value).detach().requires_grad_())
+
+    def untouchable(self, leaves: Tree) -> Iterator[tuple[str, Tensor]]:
+        """The leaves that share memory with what was given, each with what to call it."""
+        own = () if self.places is None else self.places.renormalised
+        return ((f"parameter {n!r}", leaf) for n, leaf in leaves.items() if n not in own)
 
     def inside(self, params: Params, buffers: Tree, compute: Callable[[], T]) -> T:
         """Run something with the module's tensors replaced, as they are in a forward pass.
 
         A backward pass is to run so: activation checkpointing then calls the module again.
         """
-        if self.places is None or not isinstance(self.loss, ModelLoss):
+        if self.places is None:
             return compute()
-        tensors = self.places.fill({**params, **{name: b.clone() for name, b in buffers.items()}})
-        state = {f"model.{place}": tensor for place, tensor in tensors.items()}
-        found: T = functional_call(
-            _Surroundings(self.loss.model), state, (compute,), tie_weights=False
-        )
-        return found
+        with self.places.filled({**params, **{name: b.clone() for name, b in buffers.items()}}):
+            return compute()
 
     def pure(self, params: Params, batch: Any, buffers: Tree) -> tuple[Tensor, Tree, Any]:
         """The loss, with nothing it is given changed."""
@@ -116,3 +187,24 @@ class AnyLoss:
             value = self.loss(params, batch)
         check_value(value, aux)
         return value, buffers, aux
+
+
+def as_parameter(tensor: Tensor) -> Tensor:
+    """The tensor, which from now on answers to ``isinstance(tensor, nn.Parameter)``.
+
+    It stands where a module has a parameter, and modules may ask (`nn.Module.get_parameter` does).
+    """
+    tensor._is_param = True
+    return tensor
+
+
+def refuse_late_hooks(trainable: Tree) -> None:
+    """Refuse hooks that wait for ``p.grad``, which is not written here."""
+    for name, p in trainable.items():
+        if p._post_accumulate_grad_hooks:
+            raise ValueError(
+                f"Expected no post-accumulate hook on a parameter, found one on {name!r}: it waits "
+                "for a backward pass that writes p.grad, and none does here. Use p.register_hook "
+                "for what changes the gradient, gradfilter.interop.Filtered, which writes p.grad, "
+                "or take the optimizer's step outside of hooks."
+            )

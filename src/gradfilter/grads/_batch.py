@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,13 @@ def split(batch: Any, microbatches: int | None) -> tuple[list[Tensor], Rebuild]:
             raise TypeError(
                 f"Expected tensors in the batch, found {type(value).__name__}, which would go "
                 "whole to every microbatch. Convert it with torch.from_numpy."
+            )
+        if _holds_tensors(value, 3):
+            raise TypeError(
+                f"Expected a batch of tensors in tuples, lists and dicts, found one inside of "
+                f"{type(value).__name__}, which would go whole to every microbatch. Take its "
+                "tensors out, or register the class with torch.utils._pytree (for a dataclass "
+                "torch.export.register_dataclass does)."
             )
     places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
     size = _leading_axis([values[i] for i in places])
@@ -153,3 +161,22 @@ def _leading_axis(tensors: list[Tensor]) -> int:
     if sizes[0] == 0:
         raise ValueError("Expected at least one sample, found an empty batch.")
     return sizes[0]
+
+
+def _holds_tensors(value: Any, depth: int) -> bool:
+    """Whether an object that is no branch of a tree has tensors or arrays in it."""
+    if isinstance(value, Tensor) or hasattr(value, "__array__"):
+        return depth < 3  # a leaf of the tree itself is one row's own
+    if depth == 0 or value is None or isinstance(value, (int, float, complex, str, bytes, type)):
+        return False
+    if isinstance(value, Mapping):
+        held: Iterable[Any] = value.values()
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
+        held = value
+    elif callable(value):
+        return False
+    else:
+        slots = (s for kind in type(value).__mro__ for s in getattr(kind, "__slots__", ()))
+        own = (getattr(value, name, None) for name in slots if isinstance(name, str))
+        held = [*getattr(value, "__dict__", {}).values(), *own]
+    return any(_holds_tensors(item, depth - 1) for item in held)

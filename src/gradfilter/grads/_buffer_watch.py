@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from gradfilter._types import Tree
+
+COUNTER = "num_batches_tracked"
+
+DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+HANDED_OUT = {"numpy", "__array__", "untyped_storage", "data_ptr", "__dlpack__", "set_"}
+"""Methods that hand a buffer's memory out, to be written without a trace."""
+
+ADDITIONS = {
+    torch.add,
+    torch.Tensor.add,
+    torch.Tensor.add_,
+    torch.Tensor.__add__,
+    torch.Tensor.__iadd__,
+}
 
 
 class BufferWatch:
@@ -13,15 +31,27 @@ class BufferWatch:
 
     All rows run at once, so a buffer cannot be handed from row to row. BatchNorm's running
     statistics and counters are made up for afterwards; every other write is refused, and so is
-    every other use of statistics that were written.
+    every other use of statistics and counters that were written.
+
+    Args:
+        buffers: Those of this pass.
+        cumulative: Running means with momentum None, whose counters torch's own BatchNorm reads.
+        attributes: Other tensors, of which it is noted whether they are used.
     """
 
-    def __init__(self, buffers: Tree) -> None:
-        """Watch the given tensors."""
+    def __init__(
+        self,
+        buffers: Tree,
+        cumulative: Collection[str] = (),
+        attributes: Iterable[tuple[str, Tensor]] = (),
+    ) -> None:
         self._buffers = buffers
+        self._read_by_torch = {name.removesuffix("running_mean") + COUNTER for name in cumulative}
         self._names = {id(b): name for name, b in buffers.items()}
         self._versions = {name: b._version for name, b in buffers.items()}
         self._used: set[str] = set()
+        self._attributes = {id(tensor): name for name, tensor in attributes}
+        self.used_attributes: set[str] = set()
 
     def name(self, value: Any) -> str | None:
         """The name of the buffer that a value is."""
@@ -31,15 +61,32 @@ class BufferWatch:
         """Note which buffers a function is given, and refuse writes that leave no trace."""
         name = getattr(func, "__name__", "")
         if name == "__get__":  # asking a tensor for its shape is no use of its values
+            if func == DATA and (exposed := self.name(args[0])) is not None:
+                raise Unreplayable(exposed, "or may write through .data")
             return
         listed = [x for arg in args if isinstance(arg, (list, tuple)) for x in arg]
-        found = {self.name(x) for x in (*args, *listed)} - {None}
+        given = (*args, *listed, *kwargs.values())
+        found = {self.name(x) for x in given} - {None}
+        if self._attributes:
+            self.used_attributes |= {
+                self._attributes[id(x)] for x in given if id(x) in self._attributes
+            }
         written = self.name(kwargs.get("out"))
         if written is not None:
             raise Unreplayable(written, f"as out= of {name}")
-        self._used |= {str(buffer) for buffer in found}
+        if name in HANDED_OUT and found:
+            raise Unreplayable(str(found.pop()), f"or may write through .{name}()")
+        self._used |= {str(b) for b in found if not self._counts(str(b), func, args, kwargs)}
         if name.startswith("_foreach") and found:  # raises no version
             raise Unreplayable(str(found.pop()), f"by {name}")
+
+    def _counts(self, name: str, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether a function only adds a number to a counter, or is BatchNorm's reading of it."""
+        if not name.endswith(COUNTER):
+            return False
+        if func in ADDITIONS and not kwargs and len(args) == 2:
+            return isinstance(args[1], int)
+        return name in self._read_by_torch and func is torch.Tensor.__float__
 
     def read(self, *buffers: str) -> None:
         """Note that running statistics were read."""
@@ -56,11 +103,13 @@ class BufferWatch:
         for name, buffer in self._buffers.items():
             if name in handed:
                 continue
-            counts = name.endswith("num_batches_tracked")
-            if not counts and after[name] is not buffer:
-                raise Unreplayable(name, "by assignment")
-            if not counts and buffer._version != self._versions[name]:
-                raise Unreplayable(name, "in place")
+            replaced = after[name] is not buffer
+            written = replaced or buffer._version != self._versions[name]
+            if name.endswith(COUNTER):
+                if written and name in self._used:
+                    raise Unreplayable(name, "and also reads")
+            elif written:
+                raise Unreplayable(name, "by assignment" if replaced else "in place")
         for name in sorted(self._used & updated.union(handed)):
             raise Unreplayable(name, "and also reads")
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
 from gradfilter import _tree
+
+
+class RefusedByAll(ValueError):
+    """A loss that no plan can differentiate: none is tried after the one that found out."""
 
 
 def check_value(value: Any, aux: Any) -> None:
@@ -35,31 +37,6 @@ def check_differentiable(value: Tensor) -> None:
     """Refuse a loss without a gradient."""
     if not value.requires_grad:
         raise unreached()
-
-
-def check_reaches(value: Tensor, leaves: Iterable[Tensor]) -> None:
-    """Refuse a loss whose graph leads to none of the leaves; one of them is enough.
-
-    A loss that uses the parameters of a module instead of those it is given has a gradient, only
-    not one of anybody here. The search stops at the first leaf, which is seldom far.
-    """
-    check_differentiable(value)
-    wanted = {id(leaf) for leaf in leaves}
-    if value.grad_fn is None:  # the loss is a leaf itself
-        if id(value) in wanted:
-            return
-        raise unreached()
-    seen, ahead = {value.grad_fn}, deque([value.grad_fn])
-    while ahead:  # breadth first: the last layer's parameters are a few nodes away
-        node = ahead.popleft()
-        edges = node.next_functions
-        if not edges and id(getattr(node, "variable", None)) in wanted:
-            return
-        for before, _ in edges:
-            if before is not None and before not in seen:
-                seen.add(before)
-                ahead.append(before)
-    raise unreached()
 
 
 def unreached() -> ValueError:

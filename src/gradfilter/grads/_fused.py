@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,20 +14,24 @@ from torch.overrides import TorchFunctionMode
 
 from gradfilter import _tree
 from gradfilter._types import Params, Tree
+from gradfilter.grads._any_loss import AnyLoss, as_parameter
 from gradfilter.grads._autocast import under_autocast
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._buffer_watch import BufferWatch
 from gradfilter.grads._by_row import ByRow
-from gradfilter.grads._check_loss import check_reaches
+from gradfilter.grads._check_loss import RefusedByAll
 from gradfilter.grads._lift import Level, repeated
-from gradfilter.grads._loop import PureLoss
-from gradfilter.grads._masked_lookups import MASKED_BY_HAND, refuse_masked_lookups
+from gradfilter.grads._loop import written_parameter
+from gradfilter.grads._masked_lookups import MASKED_BY_HAND
+from gradfilter.grads._rules._graph import GRAPH
 from gradfilter.grads._rules._host import Host
 from gradfilter.grads._rules._table import RULES
 from gradfilter.grads._rules._values import VALUES
 from gradfilter.grads._rules._vmap_faults import refuse_nested
 from gradfilter.grads._running_updates import RunningUpdates
 from gradfilter.grads._tape import Tape
+from gradfilter.grads._versions import Versions
+from gradfilter.grads._writes import memory, written
 
 CHECKPOINTS = (
     "activation checkpointing (or whatever else hooks on saved tensors) inside the loss cannot "
@@ -46,6 +51,7 @@ class Forward:
         inside: Runs a backward pass in the surroundings it needs.
         groups: The rows of each pass, where rows that answer the host differently have their own.
         by_row: The classes of the modules that ran row by row.
+        used: The tensors in attributes of modules that were computed with, by name.
     """
 
     losses: Tensor
@@ -55,32 +61,44 @@ class Forward:
     inside: Callable[[Callable[[], None]], None] = lambda run: run()
     groups: tuple[tuple[int, ...], ...] = ()
     by_row: tuple[str, ...] = ()
+    used: set[str] = field(default_factory=set)
+
+
+BATCH = ""
+"""The batch among what may not be written into."""
+
+STATISTICS = {F.batch_norm, F.instance_norm}
+"""Functions whose rules note by themselves what they do with buffers."""
 
 
 class Overrides(TorchFunctionMode):
     """Hands functions that have a rule to it."""
 
-    def __init__(self, host: Host) -> None:
-        """For one host."""
+    def __init__(self, host: Host, guarded: dict[int, str]) -> None:
+        """For one host; what may not be written into, by where it lies in memory."""
         super().__init__()
-        self._host = host
+        self.host, self._guarded = host, guarded
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Try the rule, else run the function as it is."""
         kwargs = kwargs or {}
-        rule = RULES.get(func) or VALUES.get(func)
+        for tensor in written(func, args, kwargs):
+            self._refuse_writing(tensor)
+        rule = RULES.get(func) or VALUES.get(func) or GRAPH.get(func)
         if rule is not None:
-            if self._host.level.is_innermost():
-                result = rule(self._host, *args, **kwargs)
+            if self.host.level.is_innermost():
+                result = rule(self.host, *args, **kwargs)
                 if result is not NotImplemented:
+                    if func not in STATISTICS:
+                        self.host.running.watch.note(func, args, kwargs)
                     return result
-            elif self._host.level.is_left():
+            elif self.host.level.is_left():
                 func = MASKED_BY_HAND.get(func, func)
             else:
                 refuse_nested(func)
-        self._host.running.watch.note(func, args, kwargs)
+        self.host.running.watch.note(func, args, kwargs)
         try:
             return under_autocast(func)(*args, **kwargs)
         except RuntimeError as error:
@@ -90,55 +108,133 @@ class Overrides(TorchFunctionMode):
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RuntimeError(f"{name} cannot run over all rows at once: {reason}") from error
 
+    def _refuse_writing(self, tensor: Tensor) -> None:
+        name = self._guarded.get(memory(tensor))
+        if name == BATCH:
+            raise BatchWritten
+        if name in self.host.tape.leaves:
+            raise RefusedByAll(written_parameter(f"parameter {name!r}"))
+        if name is not None:
+            raise RuntimeError(
+                f"the loss writes into attribute {name!r} of a module, which cannot be handed from "
+                "row to row. Make it a buffer (register_buffer)"
+            )
+
 
 def _is_checkpoint(function: Any = None, *_: Any) -> bool:
     # In torch 2.11 checkpointing shows vmap a Function of its own before it hooks on anything.
     return isinstance(function, type) and function.__module__ == "torch.utils.checkpoint"
 
 
+class BatchWritten(RuntimeError):
+    """The loss is about to write into the batch: it has to be given a copy."""
+
+
 def forward(
-    loss: PureLoss,
+    loss: AnyLoss,
     params: Params,
     batch: Batch,
     per_row: bool,
-    cumulative: set[str],
     by_row: ByRow,
 ) -> Forward:
-    """Evaluate the loss of every row at once; arguments as in `vmap_rows`.
+    """Evaluate the loss of every row at once.
 
-    The modules of ``by_row`` run row by row.
+    Args:
+        loss: The loss.
+        params: The parameters; with ``per_row`` each with a leading axis M.
+        batch: The rows.
+        per_row: Row m has its own parameters.
+        by_row: The modules that run row by row.
+
+    Raises:
+        BatchWritten: Before the loss writes into the batch.
+        RuntimeError: Something cannot run over all rows at once.
     """
+    _refuse_backward_hooks(loss)
     count = len(batch)
     leaves = {
         name: (p if per_row else repeated(p, count)).detach().requires_grad_()
         for name, p in params.items()
     }
-    tape = Tape(leaves)
+    tape = Tape(leaves, linear=not loss.hooks)
     own = {name: b.clone() for name, b in batch.buffers.items()}
-    watch = BufferWatch(own)
-    running = RunningUpdates(watch, own, cumulative)
+    watch = BufferWatch(own, loss.cumulative, loss.attribute_tensors())
+    running = RunningUpdates(watch, own, loss.cumulative)
+    given = Versions([("batch", t) for t in batch.tensors])
     with (
         torch.enable_grad(),
         disable_saved_tensors_hooks(CHECKPOINTS),
         Level.entered(count) as level,
     ):
-        inside = {name: level.raised(leaf) for name, leaf in leaves.items()}
-        row = batch.rebuild(level.raised(t) for t in batch.tensors)
         host = Host(level, tape, running)
-        with by_row.entered(host) as handed, Overrides(host):
-            value, after, aux = loss(inside, row, own)
+        overrides = Overrides(host, _guarded(batch, leaves, loss))
+        host.again = partial(_again, overrides)
+        inside = {name: as_parameter(level.raised(leaf)) for name, leaf in leaves.items()}
+        row = batch.rebuild(level.raised(t) for t in batch.tensors)
+        with by_row.entered(host) as handed, overrides:
+            try:
+                value, after, aux = loss.writing(inside, row, own)
+            finally:
+                loss.settle(inside, partial(_last_row, level))
         watch.check(after, set(running.updated), handed.buffers)
         losses = level.lower(value)
         aux = None if aux is None else _tree.tree_map(level.lower, aux)
-    check_reaches(losses, leaves.values())
-    refuse_masked_lookups(losses)
+    if given.written() is not None:
+        raise RuntimeError(
+            "The loss writes into the batch where nobody can see it coming. Let it work on a copy "
+            "(x = x.clone()), or use inplace=False"
+        )
+    if loss.check_reaches(losses, leaves.values()).padded_lookup:
+        # vmap's own rule joins the tables of all rows into one, and masks the first table alone.
+        # The override does it right for every function that Python calls.
+        raise RuntimeError(
+            "embedding with padding_idx cannot run over all rows at once in a scripted or "
+            "traced function, or inside a transform of the loss's own: vmap would mask the "
+            "padding of the first row alone."
+        )
     for name, counter in after.items():
-        if (
-            name.endswith("num_batches_tracked") and name not in handed.buffers
-        ):  # counted once, for all rows
+        # Counted once, for all rows.
+        if name.endswith("num_batches_tracked") and name not in handed.buffers:
             before = batch.buffers[name]
             after[name] = before + count * (counter - before)
     after |= {**running.finish(), **handed.buffers}
     aux = None if aux is None else _tree.tree_map(torch.Tensor.detach, aux)
+    # What a module does to a gradient row by row need not be linear in it.
+    tape.linear = tape.linear and not handed.modules
     looped = tuple(sorted({type(module).__name__ for module in handed.modules}))
-    return Forward(losses, tape, after, aux, by_row=looped)
+    return Forward(losses, tape, after, aux, by_row=looped, used=watch.used_attributes)
+
+
+def _refuse_backward_hooks(loss: AnyLoss) -> None:
+    """Refuse hooks that torch runs by autograd functions which know nothing of rows."""
+    for name, module in loss.modules.items():
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise RuntimeError(
+                f"the backward hook on module {name!r} cannot run over all rows at once. Remove "
+                "it, or hook on a tensor in forward (h.register_hook)"
+            )
+
+
+def _again(overrides: Overrides, run: Callable[[], Any]) -> Any:
+    """Run something under the level and the rules of a forward pass that is over."""
+    with Level.entered(overrides.host.level.rows) as level:
+        if level.number != overrides.host.level.number:
+            raise RuntimeError(
+                "a hook cannot run over all rows at once inside another transform of torch.func"
+            )
+        with overrides:
+            return run()
+
+
+def _last_row(level: Level, tensor: Tensor) -> Tensor:
+    """What a module remembers after M passes in order: the tensor of the last."""
+    return level.lower(tensor).detach()[-1] if level.batched(tensor) else tensor
+
+
+def _guarded(batch: Batch, leaves: Params, loss: AnyLoss) -> dict[int, str]:
+    """What the loss may not write into, by where it lies in memory."""
+    found = {memory(t): name for name, t in loss.attribute_tensors()}
+    found |= {memory(leaf): name for name, leaf in leaves.items()}
+    found |= {memory(t): BATCH for t in batch.tensors}
+    found.pop(0, None)  # of tensors without elements
+    return found

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from gradfilter import _tree
 from gradfilter._types import Params, Tree
 from gradfilter.grads._again import AgainStack, Origin
-from gradfilter.grads._ambient import Ambient, set_random_state
+from gradfilter.grads._ambient import Ambient, random_state
 from gradfilter.grads._any_loss import AnyLoss
 from gradfilter.grads._batch import Batch, check_device, check_params, split
 from gradfilter.grads._budget import bytes_of
 from gradfilter.grads._by_row import ByRow
+from gradfilter.grads._check_loss import RefusedByAll
 from gradfilter.grads._chunked import chunked_rows
 from gradfilter.grads._dense import DenseStack
-from gradfilter.grads._fused import Forward, forward
+from gradfilter.grads._fused import BatchWritten, Forward, forward
 from gradfilter.grads._fused_stack import FusedStack
 from gradfilter.grads._groups import Grouping, forward_in_groups
 from gradfilter.grads._lift import untraced
 from gradfilter.grads._loop import Rows, loop_rows
-from gradfilter.grads._loss import ModelLoss
+from gradfilter.grads._notes import stacklevel
 from gradfilter.grads._pass import Pass
+from gradfilter.grads._remembered import check_remembered
 from gradfilter.grads._single import forward_single
+from gradfilter.grads._versions import Versions
 from gradfilter.grads._vmap import vmap_rows
 
 Plan = Literal["auto", "loop", "vmap", "fused"]
@@ -40,7 +47,7 @@ class GradFunction:
     plan: Plan
     chunk_size: int | None
     memory_budget: int | float
-    _by_row: ByRow = field(default_factory=ByRow, init=False, repr=False)
+    by_row: ByRow = field(default_factory=ByRow, init=False, repr=False)
 
     def __call__(self, params: Params, batch: Any, *, buffers: Tree | None = None) -> AgainStack:
         """The gradients of one batch.
@@ -57,100 +64,135 @@ class GradFunction:
         tensors, rebuild = split(batch, self.microbatches)
         check_device(params, tensors)
         rows = Batch(tensors, rebuild, loss.incoming(buffers))
-        model = self.loss.model if isinstance(self.loss, ModelLoss) else None
         # Reading random states breaks any graph, and torch 2.11's compiler warns of the autocast.
-        ambient = untraced(Ambient.now)(_tree.device_of(params), model)
-        if self.plan != "auto":
-            return self._stack(self.plan, loss, rows, ambient, params)
+        ambient = untraced(Ambient.now)(_tree.device_of(params), loss.modules, _read(loss, rows))
+        run = Evaluation(self, loss, rows, ambient, params)
+        return untraced(run.first)()
+
+
+@dataclass(eq=False)
+class Evaluation:
+    """One batch, its loss and the moment it was met: what all passes over it have in common.
+
+    Attributes:
+        settings: Of the function that was called.
+        loss: The loss.
+        batch: The rows.
+        ambient: The moment of the call.
+        params: As they were given.
+    """
+
+    settings: GradFunction
+    loss: AnyLoss
+    batch: Batch
+    ambient: Ambient
+    params: Params
+    _grouping: Grouping = field(default_factory=Grouping)
+    _random_after: dict[str, Any] | None = None
+    _copies: bool = False
+
+    def __post_init__(self) -> None:
+        """Note how often the parameters have been written."""
+        self._given = Versions((f"parameter {name!r}", p) for name, p in self.params.items())
+
+    def first(self) -> AgainStack:
+        """The stack of the call."""
+        plan = self.settings.plan
+        if plan == "auto":
+            return self._fused_or_loop(self.params, False)
+        return self._stack(plan, self.params, False)
+
+    def _elsewhere(self, plan: Plan, params: Params, per_row: bool, kept: Collection[str]) -> Any:
+        """The stack at other parameters, ``kept`` of them as they were given."""
+        self._check_kept(kept)
+        with self.ambient.again():
+            if plan == "fused" and self.settings.plan == "auto":
+                return self._fused_or_loop(params, per_row)
+            return self._stack(plan, params, per_row)
+
+    def _check_kept(self, names: Collection[str]) -> None:
+        if names:
+            self._given.check({f"parameter {name!r}" for name in names})
+
+    def _fused_or_loop(self, params: Params, per_row: bool) -> AgainStack:
         try:
-            return self._stack("fused", loss, rows, ambient, params)
+            return self._stack("fused", params, per_row)
+        except RefusedByAll:
+            self.ambient.rewind()  # what was left in the modules is of no use to anybody
+            raise
         except Exception as refusal:
+            self._check_undrawn(refusal)
             # The loop says whether the loss or only vmap was at fault, on the same random numbers.
-            set_random_state(ambient.random, ambient.device)
+            self.ambient.rewind()
             try:
-                result = self._stack("loop", loss, rows, ambient, params)
+                result = self._stack("loop", params, per_row)
             except Exception as fault:
                 raise fault from None
-            reason = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
-            reason = reason.rstrip(".").removesuffix('. Use plan="loop"')
-            warnings.warn(
-                f'Fell back to plan "loop": {reason}. Pass plan="loop" to choose it outright.',
-                stacklevel=2,
-            )
+            _warn(refusal)
             return result
 
-    def _stack(
-        self, plan: Plan, loss: AnyLoss, batch: Batch, ambient: Ambient, params: Params
-    ) -> AgainStack:
+    def _stack(self, plan: Plan, params: Params, per_row: bool) -> AgainStack:
         """The rows by one plan, as random state and settings are at present."""
-        grouping = Grouping()
+        at = {name: p.detach() for name, p in params.items()}
+        origin = Origin(len(self.batch), params if per_row else at, partial(self._elsewhere, plan))
+        if plan == "fused":
+            return self._fused(at, per_row, origin)
+        grads, losses, after, aux = self._rows(plan, at, per_row)
+        return DenseStack(grads, losses, after, aux, origin=origin)
 
-        def evaluate(elsewhere: Params, per_row: bool) -> AgainStack:
-            with ambient.again():
-                return stack(elsewhere, per_row)
-
-        def stack(at: Params, per_row: bool) -> AgainStack:
-            at = {name: p.detach() for name, p in at.items()}
-            origin = Origin(len(batch.tensors[0]), params if per_row else at, evaluate)
-            if plan == "fused":
-                return untraced(self._fused)(loss, batch, ambient, at, per_row, origin, grouping)
-            grads, losses, after, aux = self._rows(plan, loss, batch, at, per_row)
-            return DenseStack(grads, losses, after, aux, origin=origin)
-
-        return stack(params, False)
-
-    def _rows(self, plan: Plan, loss: AnyLoss, batch: Batch, params: Params, per_row: bool) -> Rows:
+    def _rows(self, plan: Plan, params: Params, per_row: bool) -> Rows:
         if plan == "loop":
-            return loop_rows(loss, params, batch, per_row)
-        return vmap_rows(
-            loss.writing,
-            params,
-            batch,
-            per_row,
-            cumulative=loss.cumulative,
-            chunk_size=self.chunk_size,
-        )
+            return loop_rows(self.loss, params, self.batch, per_row)
+        size = self.settings.chunk_size
+        rows = vmap_rows(self.loss, params, self.batch, per_row, chunk_size=size)
+        if not per_row:
+            check_remembered(self.loss, params, self.batch, self.ambient, set())
+        return rows
 
-    def _fused(
-        self,
-        loss: AnyLoss,
-        batch: Batch,
-        ambient: Ambient,
-        params: Params,
-        per_row: bool,
-        origin: Origin,
-        grouping: Grouping,
-    ) -> AgainStack:
-        def at_once(batch: Batch, params: Params) -> Forward:
-            return forward(loss.writing, params, batch, per_row, loss.cumulative, self._by_row)
-
-        def learn(refusal: RuntimeError) -> bool:
-            return self._by_row.learn(refusal, loss.modules)
+    def _fused(self, params: Params, per_row: bool, origin: Origin) -> AgainStack:
+        by_row = self.settings.by_row
 
         def run(batch: Batch, params: Params, grouping: Grouping) -> Forward:
             if len(batch) == 1:
-                return forward_single(loss, params, batch, per_row, ambient.modes)
-            return forward_in_groups(at_once, batch, params, per_row, grouping, ambient, learn)
-
-        def again() -> Forward:
-            with ambient.again():
-                return run(batch, params, grouping)
-
-        if per_row and self.chunk_size is not None:
-            rows = chunked_rows(
-                lambda batch, params: run(batch, params, Grouping()),
+                return forward_single(self.loss, params, batch, per_row, self.ambient.modes)
+            return forward_in_groups(
+                partial(self._at_once, per_row=per_row),
                 batch,
                 params,
-                self.chunk_size,
+                per_row,
+                grouping,
+                self.ambient,
+                lambda refusal: by_row.learn(refusal, self.loss.modules),
+            )
+
+        if per_row and self.settings.chunk_size is not None:
+            rows = chunked_rows(
+                lambda batch, params: run(batch, params, Grouping()),
+                self.batch,
+                params,
+                self.settings.chunk_size,
             )
             if rows is not None:
                 grads, losses, after, aux = rows
                 return DenseStack(grads, losses, after, aux, origin=origin)
-        first = run(batch, params, grouping)
-        budget = bytes_of(self.memory_budget, ambient.device)
+        first = run(self.batch, params, self._grouping)
         losses = first.losses.detach()
+        if not per_row:
+            if len(self.batch) > 1:
+                check_remembered(self.loss, params, self.batch, self.ambient, first.used)
+            if self._random_after is None:
+                self._random_after = random_state(self.ambient.device)
+
+        def again() -> Forward:
+            self._check_kept([] if per_row else list(params))
+            with self.ambient.again():
+                found = run(self.batch, params, self._grouping)
+            _check_repeated(losses, found.losses.detach())
+            return found
+
+        budget = bytes_of(self.settings.memory_budget, self.ambient.device)
         return FusedStack(
-            Pass(again, first, budget),
+            Pass(again, first, budget, partial(self._instead, params, per_row), self.loss.hooks),
             tuple(params),
             len(losses),
             losses,
@@ -158,3 +200,71 @@ class GradFunction:
             first.aux,
             origin,
         )
+
+    def _at_once(self, batch: Batch, params: Params, per_row: bool) -> Forward:
+        by_row = self.settings.by_row
+        if not self._copies:
+            try:
+                return forward(self.loss, params, batch, per_row, by_row)
+            except BatchWritten:
+                self._copies = True
+                self.ambient.rewind()
+        copies = replace(batch, tensors=[t.clone() for t in batch.tensors])
+        return forward(self.loss, params, copies, per_row, by_row)
+
+    def _instead(self, params: Params, per_row: bool, refusal: Exception) -> Tree:
+        """The rows by the loop, where the backward pass over all rows was refused."""
+        if self.settings.plan != "auto" or len(self.batch) == 1:
+            raise refusal
+        self._check_undrawn(refusal)
+        self._check_kept([] if per_row else list(params))
+        with self.ambient.again():
+            try:
+                rows = loop_rows(self.loss, params, self.batch, per_row)[0]
+            except Exception as fault:
+                raise fault from None
+        _warn(refusal)
+        return rows
+
+    def _check_undrawn(self, refusal: Exception) -> None:
+        """Refuse the loop where it would draw other random numbers than the pass before it."""
+        before, after = self.ambient.random, self._random_after
+        if after is not None and any(not torch.equal(after[kind], before[kind]) for kind in before):
+            raise RuntimeError(
+                f"{_reason(refusal)}. The rows drew their random numbers all at once, and the loop "
+                'cannot draw them again. Pass plan="loop" from the start.'
+            ) from refusal
+
+
+def _read(loss: AnyLoss, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    """What a pass reads in addition to the parameters."""
+    yield from (("batch", t) for t in batch.tensors)
+    yield from ((f"buffer {name!r}", b) for name, b in batch.buffers.items())
+    yield from loss.criterion_buffers()
+
+
+def _check_repeated(losses: Tensor, again: Tensor) -> None:
+    """Refuse another pass that is not the same: something was written that nobody can watch."""
+    if losses.device.type != "cpu":  # asking would wait for the device
+        return
+    tolerance = 64 * torch.finfo(losses.dtype).eps
+    if not torch.allclose(again, losses, rtol=tolerance, atol=0, equal_nan=True):
+        raise RuntimeError(
+            "Expected another pass over the batch to give the losses of the first, found others. "
+            "Parameters were written in place since (fused optimizers leave no trace), or the loss "
+            "depends on something outside of its arguments. Ask before writing, or compute the "
+            "stack from clones."
+        )
+
+
+def _reason(refusal: Exception) -> str:
+    reason = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
+    return reason.rstrip(".").removesuffix('. Use plan="loop"')
+
+
+def _warn(refusal: Exception) -> None:
+    """Say that the loop was taken and why, at the caller's line."""
+    warnings.warn(
+        f'Fell back to plan "loop": {_reason(refusal)}. Pass plan="loop" to choose it outright.',
+        stacklevel=stacklevel(),
+    )

@@ -67,12 +67,15 @@ def forward_in_groups(
     """
     ahead = [list(range(len(batch)))] if grouping.groups is None else list(grouping.groups)
     parts: list[tuple[list[int], Forward]] = []
-    start, refined = ambient.random, False
+    start, refined, begun = ambient.random, False, False
     while ahead:
         rows = ahead.pop(0)
         whole = len(rows) == len(batch)
         own = params if whole or not per_row else {name: p[rows] for name, p in params.items()}
         some = batch if whole else replace(batch, tensors=[t[rows] for t in batch.tensors])
+        if begun:  # each attempt, and each group, finds the modules as all rows would
+            ambient.attributes.restore()
+        begun = True
         try:
             parts.append((rows, run(some, own)))
         except Disagreement as disagreement:
@@ -84,12 +87,14 @@ def forward_in_groups(
                 own_groups = [rows]
             ahead = [*own_groups, *ahead]
             set_random_state(start, ambient.device)
+            ambient.host.restore()
             refined = True
         except RuntimeError as refusal:
             if not learn(refusal):
                 raise
             ahead = [rows, *ahead]
             set_random_state(start, ambient.device)
+            ambient.host.restore()
         else:
             if ahead:
                 start = random_state(ambient.device)
@@ -149,10 +154,12 @@ def _together(parts: list[tuple[list[int], Forward]], batch: Batch) -> Forward:
         uses=_uses([part.tape for part in passes], len(batch)),
         overrides=sum((part.tape.overrides for part in passes), Counter()),
         ignored=_ignored([part.tape for part in passes], places),
+        linear=all(part.tape.linear for part in passes),
         parts=list(zip(places, passes, strict=True)),
     )
     groups = tuple(tuple(rows) for rows, _ in parts)
-    return Forward(losses, tape, first.buffers, aux, groups=groups, by_row=first.by_row)
+    used = set().union(*(part.used for part in passes))
+    return Forward(losses, tape, first.buffers, aux, groups=groups, by_row=first.by_row, used=used)
 
 
 def _ignored(tapes: list[Tape], places: list[Tensor]) -> Tensor | None:

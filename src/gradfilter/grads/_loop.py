@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,9 @@ from gradfilter import _tree
 from gradfilter._types import Params, Tree
 from gradfilter.grads._any_loss import AnyLoss
 from gradfilter.grads._batch import Batch
-from gradfilter.grads._check_loss import unreached
-
-# loss(params, batch, buffers) -> (scalar, new buffers, aux), none of its arguments changed.
-PureLoss = Callable[[Params, Any, Tree], tuple[Tensor, Tree, Any]]
+from gradfilter.grads._check_graph import Ends
+from gradfilter.grads._check_loss import RefusedByAll, unreached
+from gradfilter.grads._versions import Versions
 
 # What a plan returns: rows (M, *shape) by name, losses (M,), buffers after all rows, aux (M, ...).
 Rows = tuple[Tree, Tensor, Tree, Any]
@@ -43,17 +42,15 @@ def loop_rows(
     losses, aux, reached = [], [], False
     for m in range(count):
         leaves = {name: loss.leaf(name, p[m] if per_row else p) for name, p in params.items()}
+        given = Versions(loss.untouchable(leaves))
+        loss.hook(leaves)
         before = buffers
         with torch.enable_grad():
-            value, buffers, extra = loss.pure(
-                leaves, batch.rebuild(t[m] for t in batch.tensors), before
-            )
-        differentiate = partial(
-            torch.autograd.grad, value, list(leaves.values()), allow_unused=True
-        )
-        # A row may be constant, as where there is nothing to learn from; all of them may not.
-        unused = (None,) * len(leaves)
-        grads = loss.inside(leaves, before, differentiate) if value.requires_grad else unused
+            # A copy: a first layer that works in place would write into the batch.
+            row = batch.rebuild(t[m].clone() for t in batch.tensors)
+            value, buffers, extra = loss.pure(leaves, row, before)
+        refuse_written(given)
+        grads = _gradients(loss, value, leaves, before)
         for name, grad in zip(leaves, grads, strict=True):
             reached = reached or grad is not None
             if grad is None:
@@ -63,7 +60,60 @@ def loop_rows(
         losses.append(value.detach())
         aux.append(extra if extra is None else _tree.tree_map(torch.Tensor.detach, extra))
         buffers = {name: b.detach() for name, b in buffers.items()}
+        loss.settle(leaves)
     if not reached:
         raise unreached()
     stacked = None if aux[0] is None else _tree.tree_map(lambda *t: torch.stack(t), *aux)
     return rows, torch.stack(losses), buffers, stacked
+
+
+def _gradients(
+    loss: AnyLoss, value: Tensor, leaves: Params, buffers: Tree
+) -> Sequence[Tensor | None]:
+    """The gradient of one row with respect to every leaf, None where the loss does not use it."""
+    # A row may be constant, as where there is nothing to learn from; all of them may not.
+    if not value.requires_grad:
+        return (None,) * len(leaves)
+    ends = loss.ends(value, leaves.values())
+    if ends.reentrant:
+        return _reentrant(loss, value, leaves, buffers, ends)
+    differentiate = partial(torch.autograd.grad, value, list(leaves.values()), allow_unused=True)
+    found: tuple[Tensor | None, ...] = loss.inside(leaves, buffers, differentiate)
+    return found
+
+
+def _reentrant(
+    loss: AnyLoss, value: Tensor, leaves: Params, buffers: Tree, ends: Ends
+) -> list[Tensor | None]:
+    """The same through a reentrant checkpoint, which only runs where gradients are accumulated."""
+    own = {} if loss.places is None else loss.places.trainable
+    bystanders = [*own.values(), *ends.others]
+    kept = [p.grad for p in bystanders]
+    for p in bystanders:
+        p.grad = None
+    try:
+        loss.inside(leaves, buffers, value.backward)
+        for name, p in own.items():
+            if p.grad is not None:
+                raise loss.bypassed(name, p)
+    finally:
+        for p, grad in zip(bystanders, kept, strict=True):
+            p.grad = grad
+    return [leaf.grad for leaf in leaves.values()]
+
+
+def refuse_written(given: Versions) -> None:
+    """Refuse a forward pass that wrote into the parameters it was given."""
+    name = given.written()
+    if name is not None:
+        raise RefusedByAll(written_parameter(name))
+
+
+def written_parameter(name: str) -> str:
+    """Why a parameter may not be written while the loss is computed."""
+    return (
+        f"Expected a loss that leaves its parameters as they are, found the {name} written in "
+        "place in the forward pass. A gradient is taken at the parameters that are given: write "
+        "w = self.weight.clamp(...) there, use torch.nn.utils.parametrize, or constrain the "
+        "parameters after the update."
+    )

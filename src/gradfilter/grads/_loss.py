@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from gradfilter._types import Params, Tree
 from gradfilter.grads._notes import add_notes
@@ -20,12 +19,14 @@ class ModelLoss:
     """The pure loss of a module: ``(params, batch, buffers) -> (loss, new buffers)``.
 
     Made by `model_loss`. With ``has_aux`` the criterion returns ``(loss, aux)`` and the call
-    returns ``(loss, new buffers, aux)``.
+    returns ``(loss, new buffers, aux)``. With ``row_hooks`` the gradient hooks of the module's
+    parameters run on every row; a training loop that runs them on the combined gradient says no.
     """
 
     model: nn.Module
     criterion: Callable[..., Any] | None
     has_aux: bool = False
+    row_hooks: bool = True
 
     def __call__(self, params: Params, batch: Any, buffers: Tree) -> tuple[Any, ...]:
         """Evaluate on copies of the buffers; neither they nor the module are changed."""
@@ -42,38 +43,37 @@ class ModelLoss:
             raise
 
     def _run(self, params: Params, batch: Any, buffers: Tree, places: Places) -> tuple[Any, ...]:
-        state, empty = places.fill({**params, **buffers}), places.still_empty()
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            # Tied places are all filled: torch's own tying loses the module's tensors when one
-            # submodule is registered under two names.
-            output = functional_call(self.model, state, args, kwargs, tie_weights=False)
+        empty = places.still_empty()
+        # The criterion, too, sees the given tensors in the module: it may penalise parameters, or
+        # call the model again.
+        with places.filled({**params, **buffers}) as after:
+            result = self._evaluate(batch)
             places.refuse_new_buffers(empty)
-            return output
-
-        if isinstance(batch, Mapping):
-            output = forward(**batch)
-            result = _own_loss(output) if self.criterion is None else self.criterion(output, batch)
-        else:
-            inputs, targets = _pair(batch)
-            if self.criterion is None:
-                raise TypeError(
-                    "Expected a criterion for (inputs, targets) batches, found None. Pass "
-                    "model_loss(model, criterion), or give batches as dicts to a model that "
-                    "returns its own .loss."
-                )
-            if isinstance(inputs, Mapping):
-                output = forward(**inputs)
-            elif isinstance(inputs, (tuple, list)):
-                output = forward(*inputs)
-            else:
-                output = forward(inputs)
-            result = self.criterion(output, targets)
-        new_buffers = {name: state[name] for name in buffers}
+        new_buffers = {name: after[name] for name in buffers}
         if self.has_aux:
             loss, aux = result
             return loss, new_buffers, aux
         return result, new_buffers
+
+    def _evaluate(self, batch: Any) -> Any:
+        """The loss as the user wrote it, of the module as it is."""
+        if isinstance(batch, Mapping):
+            output = self.model(**batch)
+            return _own_loss(output) if self.criterion is None else self.criterion(output, batch)
+        inputs, targets = _pair(batch)
+        if self.criterion is None:
+            raise TypeError(
+                "Expected a criterion for (inputs, targets) batches, found None. Pass "
+                "model_loss(model, criterion), or give batches as dicts to a model that "
+                "returns its own .loss."
+            )
+        if isinstance(inputs, Mapping):
+            output = self.model(**inputs)
+        elif isinstance(inputs, (tuple, list)):
+            output = self.model(*inputs)
+        else:
+            output = self.model(inputs)
+        return self.criterion(output, targets)
 
 
 def model_loss(

@@ -1,8 +1,8 @@
-"""Embeddings with padding that no rule could see: scripted, traced, under a vmap of the loss's own.
+"""Embeddings with padding in modules that run row by row: masked by hand, not by torch.
 
-vmap's own rule joins the tables of all rows into one and masks ``padding_idx`` in the first table
-alone. The rule of plan "fused" does it right for every function that Python calls; what is called
-from within a compiled graph, or inside another transform, shows only in the graph of the losses.
+An embedding that torch itself masks is refused in the graph of a pass over all rows, where vmap's
+own rule would have masked the padding of the first row alone. Outside of vmap it is right, and
+nothing in the graph tells the two apart.
 """
 
 from __future__ import annotations
@@ -15,29 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradfilter.grads._rules._spellings import spellings
-
-NONE = 2**63
-"""Up to here an index: torch keeps −1, no padding, as a number without a sign."""
-
-
-def refuse_masked_lookups(losses: Tensor) -> None:
-    """Refuse losses whose graph holds an embedding with padding that vmap itself has run."""
-    ahead = [losses.grad_fn]
-    seen = set(ahead)
-    while ahead:
-        node = ahead.pop()
-        if node is None:
-            continue
-        if node.name() == "EmbeddingBackward0" and 0 <= node._saved_padding_idx < NONE:  # type: ignore[attr-defined]
-            raise RuntimeError(
-                "embedding with padding_idx cannot run over all rows at once in a scripted or "
-                "traced function, or inside a transform of the loss's own: vmap would mask the "
-                "padding of the first row alone."
-            )
-        for before, _ in node.next_functions:
-            if before not in seen:
-                seen.add(before)
-                ahead.append(before)
 
 
 def _embedding(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,3 +70,11 @@ def _strangers(text: str, own: list[torch.dtype], batch: Any) -> list[torch.dtyp
 
 def _tensors(batch: Any) -> list[Tensor]:
     return [leaf for leaf in _tree.leaves(batch) if isinstance(leaf, Tensor)]
+
+
+def stacklevel() -> int:
+    """The ``stacklevel`` of a warning that is to point at the first line outside of gradfilter."""
+    level, frame = 0, sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("gradfilter."):
+        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
+    return level + 1

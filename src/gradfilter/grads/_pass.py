@@ -22,6 +22,7 @@ from gradfilter.grads._fused import Forward
 from gradfilter.grads._immutable import versions, written
 from gradfilter.grads._lift import autocast_dtype
 from gradfilter.grads._modes import Modes, choose_modes
+from gradfilter.grads._places import Hook, hooked
 from gradfilter.grads._tiled_factor import TiledFactor
 
 Question = Callable[[Factor, str], Tensor]
@@ -38,10 +39,22 @@ class Pass:
         again: Runs the forward pass once more, on the same random numbers.
         first: The forward pass that was run already.
         budget: Bytes that may be held between questions.
+        instead: Gives the rows in another way where the backward pass is refused, or raises.
+        hooks: What the user registered on parameters, to be run on every row.
     """
 
-    def __init__(self, again: Callable[[], Forward], first: Forward, budget: int) -> None:
-        self._again = again
+    def __init__(
+        self,
+        again: Callable[[], Forward],
+        first: Forward,
+        budget: int,
+        instead: Callable[[Exception], Tree] | None = None,
+        hooks: dict[str, list[Hook]] | None = None,
+    ) -> None:
+        self._again, self._instead = again, instead
+        # Those of a single row are on its leaves.
+        self._hooks = (hooks or {}) if first.tape.alone is None else {}
+        self._linear = first.tape.linear
         self._forward: Forward | None = first
         self.shapes = {name: leaf.shape[1:] for name, leaf in first.tape.leaves.items()}
         self._dtypes = {name: leaf.dtype for name, leaf in first.tape.leaves.items()}
@@ -135,9 +148,10 @@ class Pass:
         """The same of the leaves that have a gradient, as it was computed."""
         # Of losses in half precision, which would round the weights, the rows are weighed.
         wide = self._losses.element_size() >= 4
-        if wide and self._kept is None and set(names) == set(self.shapes):
+        found = None
+        if wide and self._linear and self._kept is None and set(names) == set(self.shapes):
             found = self._weighted(weights)
-        else:
+        if found is None:
             live = self._live(names, weights)
             found = self._ask(names, lambda factor, _: factor.total(weights, live), join=True)
             if JOINED in found:
@@ -153,8 +167,8 @@ class Pass:
         # Masking copies all that was kept.
         return None if readable(harmless) and all(harmless.tolist()) else live
 
-    def _weighted(self, weights: Tensor) -> Tree:
-        """One backward pass with the losses weighted."""
+    def _weighted(self, weights: Tensor) -> Tree | None:
+        """One backward pass with the losses weighted, or None where that was refused."""
         found: Tree = {}
         # Where a row is dead, its finite norm says nothing: 0 times an infinite derivative is NaN.
         live = self._live((), weights)
@@ -167,8 +181,8 @@ class Pass:
 
         # A combination that comes first, or behind a Gram, is the last question of most filters:
         # the pass frees activations as it goes, as any other does. Norms announce a few more.
-        self._backward(weights, visit, last=bool(self._grams) or not self._norms)
-        return found
+        done = self._backward(weights, visit, last=bool(self._grams) or not self._norms)
+        return found if done else None
 
     def _sum(
         self,
@@ -187,15 +201,15 @@ class Pass:
 
     def _ask(self, names: Collection[str], question: Question, *, join: bool = False) -> Tree:
         """The answers of all leaves that have a gradient."""
-        if not self.modes.keeps:
+        if not self.modes.keeps and self._kept is None:
             found: Tree = {}
 
             def visit(name: str, factors: list[Factor], grad: Tensor | None) -> None:
                 if name in names:
                     found[name] = question(self._as_factor(name, factors, grad), name)
 
-            self._backward(None, visit)
-            return found
+            if self._backward(None, visit):
+                return found
         factors = self._factors()
         chosen = {name: factors[name] for name in factors if name in names}
         if join:
@@ -215,13 +229,18 @@ class Pass:
             def visit(name: str, factors: list[Factor], grad: Tensor | None) -> None:
                 kept[name] = self._as_factor(name, factors, grad)
 
-            self._backward(None, visit)
-            self._kept, self._versions = kept, versions(_held(kept))
+            if self._backward(None, visit):
+                self._kept = kept
+            assert self._kept is not None  # a refused pass leaves the rows of another
+            self._versions = versions(_held(self._kept))
         return self._kept
 
     def _as_factor(self, name: str, factors: list[Factor], grad: Tensor | None) -> Factor:
         """The one factor of a complete leaf, in the leaf's mode."""
         parts = [*factors] if grad is None else [*factors, DenseFactor(grad)]
+        if name in self._hooks:
+            rows = parts[0].rows() if len(parts) == 1 else TiledFactor(parts).rows()
+            return DenseFactor(hooked(rows.to(self._dtypes[name]), self._hooks[name]))
         mode = self.modes.layers[name].mode
         if len(parts) == 1 and (mode == "ghost" or isinstance(parts[0], DenseFactor)):
             return parts[0]
@@ -230,16 +249,26 @@ class Pass:
 
     def _backward(
         self, weights: Tensor | None, visit: Callable[..., None], *, last: bool = False
-    ) -> None:
+    ) -> bool:
+        """Run one backward pass; False where it was refused, and the rows are kept instead."""
         run = self._forward or self._again()
         # With nothing kept the next question needs the graph again.
         retain = not self.modes.keeps and not last
         self._forward = run if retain else None
         losses = run.losses
         cotangent = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
-        # Autocast has done its work in the forward pass; what is asked, is asked exactly.
-        with self._no_autocast():
-            run.inside(lambda: run.tape.backward(losses, cotangent, visit, retain=retain))
+        try:
+            # Autocast has done its work in the forward pass; what is asked, is asked exactly.
+            with self._no_autocast():
+                run.inside(lambda: run.tape.backward(losses, cotangent, visit, retain=retain))
+        except Exception as refusal:
+            if self._instead is None:
+                raise
+            self._forward = None
+            rows = self._instead(refusal)
+            self._kept = {name: DenseFactor(leaf) for name, leaf in rows.items()}
+            return False
+        return True
 
     def _no_autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, enabled=False)

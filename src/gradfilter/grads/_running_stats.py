@@ -35,10 +35,10 @@ class Recorded:
 class RecordRunningStats(TorchFunctionMode):
     """Lets batch_norm leave its running statistics alone, and writes down what they were due."""
 
-    def __init__(self, buffers: Tree) -> None:
+    def __init__(self, buffers: Tree, cumulative: set[str]) -> None:
         """Watch the given tensors."""
         super().__init__()
-        self._watch = BufferWatch(buffers)
+        self._watch = BufferWatch(buffers, cumulative)
         self.recorded = Recorded()
 
     def __torch_function__(
@@ -93,7 +93,10 @@ def cumulative_means(model: nn.Module) -> set[str]:
     return {
         f"{prefix}.running_mean" if prefix else "running_mean"
         for prefix, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.momentum is None
+        # A forward pass of a subclass's own has its own use for the counter.
+        and type(module).forward is nn.modules.batchnorm._BatchNorm.forward
     }
 
 

@@ -11,9 +11,10 @@ from gradfilter import _tree
 from gradfilter._types import Params
 from gradfilter.grads._any_loss import AnyLoss
 from gradfilter.grads._batch import Batch
-from gradfilter.grads._check_loss import check_reaches
 from gradfilter.grads._fused import Forward
+from gradfilter.grads._loop import refuse_written
 from gradfilter.grads._tape import Tape
+from gradfilter.grads._versions import Versions
 
 
 def forward_single(
@@ -33,17 +34,29 @@ def forward_single(
         modes: Puts the modules into the modes of this pass.
     """
     leaves = {name: loss.leaf(name, p.squeeze(0) if per_row else p) for name, p in params.items()}
+    given = Versions(loss.untouchable(leaves))
+    loss.hook(leaves)
     with torch.enable_grad():
-        row = batch.rebuild(t.squeeze(0) for t in batch.tensors)
+        # A copy: a first layer that works in place would write into the batch.
+        row = batch.rebuild(t.squeeze(0).clone() for t in batch.tensors)
         value, after, aux = loss.pure(leaves, row, batch.buffers)
-        check_reaches(value, leaves.values())
         losses = value.unsqueeze(0)
+    refuse_written(given)
+    ends = loss.check_reaches(value, leaves.values())
+    loss.settle(leaves)
+    if ends.reentrant:
+        raise RuntimeError(
+            "torch.utils.checkpoint(use_reentrant=True) runs in the loop only; use_reentrant=False "
+            "runs in every plan"
+        )
 
     def inside(backward: Callable[[], None]) -> None:
         with modes():
             loss.inside(leaves, batch.buffers, backward)
 
+    # What a hook makes of the gradient need not be linear in it.
     tape = Tape({name: leaf.detach().unsqueeze(0) for name, leaf in leaves.items()}, leaves)
+    tape.linear = not loss.hooks
     after = {name: b.detach() for name, b in after.items()}
     aux = None if aux is None else _tree.tree_map(lambda t: t.detach().unsqueeze(0), aux)
     return Forward(losses, tape, after, aux, inside)

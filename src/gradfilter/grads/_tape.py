@@ -66,6 +66,7 @@ class Tape:
         overrides: How often each rule ran.
         ignored: Which rows had only ignored labels in every class loss; None where nobody took
             note, as where the losses can be looked at. (M,) bool.
+        linear: Whether the backward pass is linear in the cotangent: no hook changes it.
     """
 
     leaves: Tree
@@ -74,6 +75,7 @@ class Tape:
     uses: list[Use] = field(default_factory=list)
     overrides: Counter[str] = field(default_factory=Counter)
     ignored: Tensor | None = None
+    linear: bool = True
     _factors: dict[str, list[Factor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -5,32 +5,33 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch._C import _functorch
 from torch.func import grad_and_value, vmap
 
 from gradfilter._types import Params, Tree
+from gradfilter.grads._any_loss import AnyLoss, as_parameter
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._check_loss import check_differentiable
-from gradfilter.grads._loop import PureLoss, Rows
+from gradfilter.grads._loop import Rows
+from gradfilter.grads._places import hooked
 from gradfilter.grads._running_stats import Recorded, RecordRunningStats, replay
 
 
 def vmap_rows(
-    loss: PureLoss,
+    loss: AnyLoss,
     params: Params,
     batch: Batch,
     per_row: bool,
     *,
-    cumulative: set[str],
     chunk_size: int | None,
 ) -> Rows:
-    """Rows as in plan "loop", computed together; ``loss`` may write into its buffers.
+    """Rows as in plan "loop", computed together.
 
     Args:
-        loss: The pure loss, except that it writes into the buffers it is given.
+        loss: The loss.
         params: The parameters; with ``per_row`` each with a leading axis M.
         batch: The rows.
         per_row: Row m has its own parameters.
-        cumulative: Running means with momentum None.
         chunk_size: Rows computed at a time; None for all of them.
     """
     recorded = Recorded()
@@ -38,19 +39,41 @@ def vmap_rows(
     def row(params: Params, tensors: list[Tensor], buffers: Tree) -> tuple[Tensor, Any]:
         nonlocal recorded
         own = {name: b.clone() for name, b in buffers.items()}
-        with RecordRunningStats(own) as mode:
-            value, after, aux = loss(params, batch.rebuild(tensors), own)
+        for p in params.values():
+            as_parameter(p)
+        with RecordRunningStats(own, loss.cumulative) as mode:
+            inside.update(params)
+            value, after, aux = loss.writing(params, batch.rebuild(tensors), own)
         check_differentiable(value)
         recorded = mode.recorded
         mode.check(after)
         counters = {name: b for name, b in after.items() if name.endswith("num_batches_tracked")}
         return value, (counters, recorded.moments, () if aux is None else (aux,))
 
-    rows, (losses, (counters, moments, aux)) = vmap(
-        grad_and_value(row, has_aux=True),
-        in_dims=(0 if per_row else None, 0, None),
-        randomness="different",
-        chunk_size=chunk_size,
-    )(params, batch.tensors, batch.buffers)
-    after = replay(batch.buffers, counters, recorded, moments, cumulative)
+    inside: Tree = {}
+    try:
+        rows, (losses, (counters, moments, aux)) = vmap(
+            grad_and_value(row, has_aux=True),
+            in_dims=(0 if per_row else None, 0, None),
+            randomness="different",
+            chunk_size=chunk_size,
+        )(params, [t.clone() for t in batch.tensors], batch.buffers)
+    finally:
+        loss.settle(inside, _last_row)
+    if losses.requires_grad:  # of something else than the parameters that were given
+        loss.ends(losses, ())
+    after = replay(batch.buffers, counters, recorded, moments, loss.cumulative)
+    for name, hooks in loss.hooks.items():
+        if name in rows:
+            rows[name] = hooked(rows[name], hooks)
+    losses = losses.detach()
     return rows, losses, after, aux[0] if aux else None
+
+
+def _last_row(tensor: Tensor) -> Tensor:
+    """What a module remembers after M passes in order: the tensor of the last."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        place = _functorch.maybe_get_bdim(tensor) if _functorch.is_batchedtensor(tensor) else None
+        tensor = _functorch.get_unwrapped(tensor)
+        tensor = tensor if place is None else tensor.select(place, -1)
+    return tensor.detach()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ def joined(parts: Sequence[DenseStack]) -> DenseStack:
     sizes = [len(part) for part in parts]
     origins = [part.origin for part in parts]
 
-    def evaluate(params: Params, per_row: bool) -> GradStack:
+    def evaluate(params: Params, per_row: bool, kept: Collection[str]) -> GradStack:
         pieces = (
             [
                 dict(zip(params, cut, strict=True))
@@ -78,7 +78,7 @@ def joined(parts: Sequence[DenseStack]) -> DenseStack:
         stacks = []
         for origin, piece in zip(origins, pieces, strict=True):
             assert origin is not None  # rows of a batch always have one
-            stacks.append(held(origin.evaluate(piece, per_row)))
+            stacks.append(held(origin.evaluate(piece, per_row, kept)))
         return joined(stacks)
 
     first = origins[0]

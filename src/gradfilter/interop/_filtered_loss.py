@@ -48,8 +48,8 @@ def loss_of(
         scale: () factor of the loss, or None.
     """
     if scale is None:
-        return ModelLoss(view, criterion, has_aux)
-    return ModelLoss(view, scaled_criterion(criterion, has_aux, scale), True)
+        return ModelLoss(view, criterion, has_aux, row_hooks=False)
+    return ModelLoss(view, scaled_criterion(criterion, has_aux, scale), True, row_hooks=False)
 
 
 def check_criterion(

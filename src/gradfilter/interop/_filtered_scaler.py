@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any, cast
 
@@ -68,8 +68,8 @@ def with_own_losses(rows: AgainStack) -> AgainStack:
     origin = rows.origin
     assert origin is not None  # rows of a batch always have one
 
-    def evaluate(params: Params, per_row: bool) -> GradStack:
-        return with_own_losses(cast(AgainStack, origin.evaluate(params, per_row)))
+    def evaluate(params: Params, per_row: bool, kept: Collection[str]) -> GradStack:
+        return with_own_losses(cast(AgainStack, origin.evaluate(params, per_row, kept)))
 
     again = replace(origin, evaluate=evaluate)
     losses, *aux = rows.aux

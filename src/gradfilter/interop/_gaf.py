@@ -101,7 +101,7 @@ def step_gaf(
     batches = [on_device(part, home) for part in list_of_microbatches]
     model.train()
     params: Params = {name: p for name, p in view.named_parameters() if p.requires_grad}
-    loss = ModelLoss(view, _with_hits(criterion), has_aux=True)
+    loss = ModelLoss(view, _with_hits(criterion), has_aux=True, row_hooks=False)
     plan: Plan = "loop" if has_compiled(model, criterion) else "auto"
     rows = _rows_of(loss, {name: p.detach() for name, p in params.items()}, batches, plan)
     with torch.no_grad():

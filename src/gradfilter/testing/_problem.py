@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +53,7 @@ def make_rows(params: Params, seed: int = 1, rows: int = M) -> Tree:
 def make_stack(params: Params, rows: Tree) -> DenseStack:
     """A stack whose gradients at other parameters are known: g_m(p') = g_m + (p' − p) / 2."""
 
-    def evaluate(elsewhere: Params, per_row: bool) -> DenseStack:
+    def evaluate(elsewhere: Params, per_row: bool, kept: Collection[str]) -> DenseStack:
         moved = {
             name: g + 0.5 * (elsewhere[name] - params[name] + torch.zeros_like(g))
             for name, g in rows.items()

@@ -25,6 +25,8 @@ class Host:
     level: Level
     tape: Tape
     running: RunningUpdates
+    again: Callable[[Callable[[], Any]], Any] = lambda run: run()
+    """Runs something under the level and the rules once more, for hooks of the backward pass."""
 
     def __post_init__(self) -> None:
         """Know the leaves by identity."""

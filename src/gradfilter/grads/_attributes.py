@@ -1,0 +1,190 @@
+"""What modules hold in plain Python attributes: counters, remembered activations, generators.
+
+Autograd and the parameter swap know nothing of these. A pass that is run again has to meet them as
+the first one did, and a pass over all rows must not leave its own tensors in them.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+STANDARD = frozenset(nn.Module().__dict__)
+"""What every module has of its own: parameters, buffers, submodules, hooks, the mode."""
+
+CONTAINERS: tuple[type, ...] = (list, dict, set, deque, OrderedDict, defaultdict)
+
+Attribute = tuple[str, Any, Any]
+"""Its dotted name, what was there before, what is there now; `MISSING` for nothing."""
+
+MISSING: Any = object()
+
+
+class Attributes:
+    """The attributes of modules at one moment.
+
+    Args:
+        modules: By name; each once.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self._modules = modules
+        self._held = [
+            (name, module, {k: _copied(v) for k, v in vars(module).items() if k not in STANDARD})
+            for name, module in modules.items()
+        ]
+
+    def changes(self) -> Iterator[Attribute]:
+        """What differs from that moment, the content of lists, dicts and sets included."""
+        for name, module, before in self._held:
+            now = vars(module)
+            for key, (value, content) in before.items():
+                present = now.get(key, MISSING)
+                if present is not value or not _same(content, present):
+                    yield f"{name}.{key}" if name else key, content, present
+            if len(now) > len(before):
+                for key in now.keys() - before.keys() - STANDARD:
+                    yield f"{name}.{key}" if name else key, MISSING, now[key]
+
+    def present(self) -> Attributes:
+        """The attributes of the same modules now."""
+        return Attributes(self._modules)
+
+    def restore(self) -> None:
+        """Put back what was there at that moment."""
+        for _, module, before in self._held:
+            now = vars(module)
+            for key in now.keys() - before.keys() - STANDARD:
+                del now[key]
+            for key, (value, content) in before.items():
+                if now.get(key, MISSING) is not value:
+                    now[key] = value
+                if content is not value:
+                    _refill(value, content)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors among them, with their names."""
+        for name, _, before in self._held:
+            for key, (_, content) in before.items():
+                for tensor in tensors_in(content):
+                    yield f"{name}.{key}" if name else key, tensor
+
+
+def replace_tensors(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
+    """Put ``convert(tensor)`` in place of every tensor in a module's attributes."""
+    attributes = vars(module)
+    for key, value in list(attributes.items()):
+        if key not in STANDARD:
+            found = _converted(value, convert)
+            if found is not value:
+                attributes[key] = found
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value, and in lists, tuples, dicts and sets of it."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple, set, deque)):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def _copied(value: Any) -> tuple[Any, Any]:
+    """A value and its content: a copy of a container, or the value itself."""
+    return value, _content(value)
+
+
+def _content(value: Any) -> Any:
+    if type(value) not in CONTAINERS:
+        return value
+    found = copy.copy(value)
+    if isinstance(found, dict):
+        for key, item in found.items():
+            if type(item) in CONTAINERS:
+                found[key] = _content(item)
+    elif isinstance(found, (list, deque)):
+        for i, item in enumerate(found):
+            if type(item) in CONTAINERS:
+                found[i] = _content(item)
+    return found
+
+
+def _same(content: Any, now: Any) -> bool:
+    """Whether a container holds the very same things; anything else was compared before."""
+    if type(content) not in CONTAINERS:
+        return True
+    if type(content) is not type(now) or len(content) != len(now):
+        return False
+    if isinstance(content, set):
+        return bool(content == now)
+    if isinstance(content, dict):
+        return content.keys() == now.keys() and all(
+            _same_item(item, now[key]) for key, item in content.items()
+        )
+    return all(map(_same_item, content, now))
+
+
+def _same_item(item: Any, now: Any) -> bool:
+    return _same(item, now) if type(item) in CONTAINERS else item is now
+
+
+def _refill(value: Any, content: Any) -> None:
+    """Give a container the content it had."""
+    if _same(content, value):
+        return
+    value.clear()
+    if isinstance(value, (dict, set)):
+        value.update(content)
+    else:
+        value.extend(content)
+
+
+def _converted(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return convert(value)
+    if type(value) in CONTAINERS and any(True for _ in tensors_in(value)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        if isinstance(value, set):
+            found = {_converted(item, convert) for item in value}
+            if found != value:
+                value.clear()
+                value.update(found)
+            return value
+        for key, item in list(items):
+            new = _converted(item, convert)
+            if new is not item:
+                value[key] = new
+        return value
+    if isinstance(value, tuple) and any(True for _ in tensors_in(value)):
+        converted = [_converted(item, convert) for item in value]
+        if all(map(operator.is_, converted, value)):
+            return value
+        plain = type(value) is tuple or not hasattr(value, "_make")
+        return tuple(converted) if plain else type(value)._make(converted)  # type: ignore[attr-defined]
+    return value
+
+
+def generators_in(modules: dict[str, nn.Module]) -> Iterator[tuple[str, Any]]:
+    """The random generators that modules hold: torch's, NumPy's and Python's."""
+    for name, module in modules.items():
+        for key, value in vars(module).items():
+            if key not in STANDARD and _is_generator(value):
+                yield f"{name}.{key}" if name else key, value
+
+
+def _is_generator(value: Any) -> bool:
+    return (
+        isinstance(value, torch.Generator)
+        or hasattr(value, "bit_generator")
+        or (hasattr(value, "getstate") and hasattr(value, "setstate"))
+        or type(value).__name__ == "RandomState"
+    )

@@ -1,0 +1,61 @@
+"""Which functions write into a tensor they are given, seen before they run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C import _functorch
+
+_ARITHMETIC = ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "matmul")
+_BITS = ("and", "or", "xor", "lshift", "rshift")
+_OPERATORS = {f"__i{name}__" for name in (*_ARITHMETIC, *_BITS)}
+_HARMLESS = {"requires_grad_", "rename_", "share_memory_"}
+
+
+def _in_place_argument(function: Any) -> tuple[Any, int] | None:
+    code = getattr(function, "__code__", None)
+    if code is None or "inplace" not in code.co_varnames[: code.co_argcount]:
+        return None
+    return function, list(inspect.signature(function).parameters).index("inplace")
+
+
+_OPTIONAL: dict[Callable[..., Any], int] = dict(
+    filter(None, map(_in_place_argument, vars(F).values()))
+)
+"""Functions that write where ``inplace`` says so, and which argument that is."""
+
+
+def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors that a call would write into."""
+    out = kwargs.get("out")
+    if out is not None:
+        yield from _tensors(out)
+    place = _OPTIONAL.get(func)
+    if place is not None:
+        chosen = args[place] if len(args) > place else kwargs.get("inplace", False)
+        if chosen:
+            yield from _tensors(args[0] if args else kwargs.get("input"))
+        return
+    name = getattr(func, "__name__", "")
+    if not args or name in _HARMLESS:
+        return
+    plain = name.endswith("_") and not name.endswith("__")
+    if plain or name in _OPERATORS or name == "__setitem__":
+        yield from _tensors(args[0])
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        return (value,)
+    return [t for t in value if isinstance(t, Tensor)] if isinstance(value, (list, tuple)) else ()
+
+
+def memory(tensor: Tensor) -> int:
+    """Where a tensor's numbers lie; the same for its views, and through any functorch level."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor.untyped_storage().data_ptr()
