@@ -103,7 +103,7 @@ def test_a_damaged_cifar_is_not_read(small):
     name, path, kind, _ = small
     with (path / kind.base_folder / kind.test_list[0][0]).open("ab") as file:
         file.write(b".")
-    refused("found none or a damaged one. Add --download", name, data_dir=path)
+    refused("found none or a damaged one. gradfilter train --download", name, data_dir=path)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
@@ -117,7 +117,7 @@ def test_a_missing_cifar_is_one_line_and_fetched_only_when_asked_for(name, tmp_p
 
     monkeypatch.setattr(kind, "download", no_network)
     refused(
-        rf"--data-dir: .* {kind.base_folder}.*--download, or unpack http", name, data_dir=tmp_path
+        rf"--data-dir: .* {kind.base_folder}.*--download.* unpack http", name, data_dir=tmp_path
     )
     assert not asked and not os.listdir(tmp_path)
     refused("found: no route. Fetch http", name, data_dir=tmp_path, download=True)

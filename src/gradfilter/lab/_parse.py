@@ -10,7 +10,7 @@ from typing import TypeVar
 import tyro
 
 from gradfilter.lab._said import hints, plainly, wrapped
-from gradfilter.lab._usage import UsageError
+from gradfilter.lab._usage import UsageError, refuse_odd
 
 Config = TypeVar("Config")
 
@@ -27,7 +27,7 @@ def parse(config: type[Config], program: str, options: Sequence[str]) -> Config:
         # Both are caught because tyro draws a plain box, and no coloured one, when stdout is not
         # a terminal.
         with redirect_stdout(shown), redirect_stderr(refused):
-            return tyro.cli(config, prog=program, args=options)
+            parsed = tyro.cli(config, prog=program, args=options)
     except SystemExit as stop:
         if not stop.code:
             print(wrapped(shown.getvalue()), end="")
@@ -35,6 +35,8 @@ def parse(config: type[Config], program: str, options: Sequence[str]) -> Config:
         said = plainly(one_line(refused.getvalue()).rstrip("."))
         near = hints(said, _help(config, program)) if "Unrecognized" in said else ""
         raise UsageError(f"{said}.{near} See {program} --help.") from None
+    refuse_odd(parsed)
+    return parsed
 
 
 def _help(config: type[Config], program: str) -> str:

@@ -53,7 +53,7 @@ def _part(kind: Any, name: str, data_dir: Path, *, train: bool, download: bool) 
             ) from error
         raise UsageError(
             f"--data-dir: expected {name} in {where}, found none or a damaged one. "
-            f"Add --download, or unpack {kind.url} there."
+            f"gradfilter train --download fetches it; or unpack {kind.url} there."
         ) from error
     pixels = torch.from_numpy(np.ascontiguousarray(found.data.transpose(0, 3, 1, 2)))
     return Part(pixels, np.array(found.targets, dtype=np.int64), np.arange(len(pixels)))

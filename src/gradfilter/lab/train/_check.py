@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
-from gradfilter.lab._usage import UsageError, check
+from gradfilter.lab._usage import UsageError, check, refuse_odd
 from gradfilter.lab.train._config import TrainConfig
 
 POSITIVE = (
@@ -23,8 +24,11 @@ NOT_NEGATIVE_IF_GIVEN = ("agc", "gsam", "early_exit_loss", "train_split", "val_s
 FRACTIONS = ("label_noise", "label_smoothing", "alpha")
 
 
-LARGEST = 2**62
-"""What torch's and numpy's integers can hold, with room to count on."""
+IN_EPOCHS = ("epochs", "eval_every", "lr_step", "lr_warmup_epochs")
+LONGEST = 1e9
+"""Epochs, so that their steps can be counted."""
+MOST = 2**24
+"""Rows, and samples of a class in one."""
 
 
 def check_values(config: TrainConfig) -> None:
@@ -56,10 +60,7 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in FRACTIONS:
         value = getattr(config, name)
         check(0 <= value < 1, option(name), "a fraction in [0, 1)", value, "")
-    for name in ("seed", "label_seed", "data_split_seed", "steps", "batch_size", "resume_every"):
-        value = getattr(config, name)
-        fits = value is None or value <= LARGEST
-        check(fits, option(name), f"at most {LARGEST}", value, "Take a smaller one.")
+    refuse_odd(config)
     accuracy = config.early_exit_accuracy
     check(
         accuracy is None or accuracy <= 1,
@@ -79,6 +80,10 @@ def _check_ranges(config: TrainConfig) -> None:
         )
     outside = Path(config.name).is_absolute() or ".." in Path(config.name).parts
     check(not outside, "--name", "a folder inside --save-dir", config.name, "")
+    names = [len(os.fsencode(part)) for part in Path(config.name).parts]
+    fits = config.name.isprintable() and max(names, default=0) <= 255
+    fix = "It names a folder."
+    check(fits, "--name", "at most 255 bytes of text that can be shown", repr(config.name), fix)
     for beta in config.betas:
         check(0 <= beta < 1, "--betas", "two numbers in [0, 1)", config.betas, "")
     check(config.microbatches >= 1, "--microbatches", "at least 1", config.microbatches, "")
@@ -105,7 +110,15 @@ def _check_ranges(config: TrainConfig) -> None:
         "Leave it away to have none.",
     )
     for epoch in config.save_checkpoint:
-        check(epoch > 0, "--save-checkpoint", "epochs above 0", epoch, "The first is always saved.")
+        fits = 0 < epoch <= LONGEST
+        fix = "The first and the last are always saved."
+        check(fits, "--save-checkpoint", f"epochs above 0, at most {LONGEST:g}", epoch, fix)
+    for name in IN_EPOCHS:
+        value = getattr(config, name)
+        check(value <= LONGEST, option(name), f"at most {LONGEST:g}", value, "Take a smaller one.")
+    count = config.samples_per_class or 1
+    check(count <= MOST, "--samples-per-class", f"at most {MOST}", count, "Take fewer.")
+    check(config.microbatches <= MOST, "--microbatches", f"at most {MOST}", config.microbatches, "")
 
 
 def _check_distances(config: TrainConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,10 @@ from gradfilter.lab.train._stored import check_types
 LOCK = "run.lock"
 LONGEST = 120
 """Characters of a folder's name, where file systems allow 255 bytes."""
+MOST = 200
+"""Characters of a folder that is named by one setting."""
+MOST_BYTES = 250
+"""Of either, however many a character has."""
 
 
 def place_of(config: TrainConfig) -> Path:
@@ -32,12 +37,19 @@ def place_of(config: TrainConfig) -> Path:
         name.replace("_", "-") if value is True else f"{name.replace('_', '-')}-{_plain(value)}"
         for name, value in setting(config).items()
     ]
-    long = "-".join(parts) or "default"
-    if len(long) > LONGEST:
-        long = f"{long[:LONGEST]}-{hashlib.sha256(long.encode()).hexdigest()[:8]}"
+    long = _short("-".join(parts) or "default", LONGEST)
     noise = f"noise-{config.label_noise:.4f}-" if config.label_noise else ""
-    model, data = _plain(config.model), _plain(config.data)
+    model, data = (_short(_plain(name), MOST) for name in (config.model, config.data))
     return config.save_dir / config.name / model / data / long / f"{noise}seed-{config.seed}"
+
+
+def _short(name: str, longest: int) -> str:
+    """A name that differs from others also where it is cut."""
+    coded = os.fsencode(name)
+    if len(name) <= longest and len(coded) <= MOST_BYTES:
+        return name
+    start = coded[:LONGEST].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(coded).hexdigest()[:8]}"
 
 
 def _plain(value: Any) -> str:

@@ -58,8 +58,8 @@ def restored(
         UsageError: Something is missing or damaged, or the data set is not what it was.
     """
     config = config_of(read_config(run)["settings"], f"the run in {str(run)!r}")
-    if data_dir is not None:
-        config = replace(config, data_dir=data_dir)
+    # Who measures has not asked for a download, whatever the run was begun with.
+    config = replace(config, download=False, data_dir=data_dir or config.data_dir)
     if data is None:
         data = data_of(config, device)
         check_same_data(run, data)

@@ -12,6 +12,7 @@ from pathlib import Path
 from gradfilter.lab._crew import connected, own_device
 from gradfilter.lab._interrupt import interruptible
 from gradfilter.lab._processes import is_first_process
+from gradfilter.lab._reading import printable
 from gradfilter.lab._usage import usable_device
 from gradfilter.lab.train._advice import why_all_skipped, why_not_finite
 from gradfilter.lab.train._begin import begin
@@ -52,10 +53,10 @@ def train(config: TrainConfig) -> int:
     begun = (place / "config.json").exists()
     if config.resume and not begun and config.log_level in ("debug", "info") and is_first_process():
         # A mistyped setting names another directory; a sweep, which says less, has typed none.
-        print(f"--resume: no run in {place} yet, one is begun", file=sys.stderr)
+        print(f"--resume: no run in {printable(place)} yet, one is begun", file=sys.stderr)
     if is_finished(place):
         if is_first_process():
-            print(f"finished already: {place}")
+            print(f"finished already: {printable(place)}")
         return 0
     with ExitStack() as stack:
         if is_first_process():
@@ -95,10 +96,10 @@ def recorded(run: Run, place: Path, goes_on: bool, stopped: Callable[[], bool]) 
         record = Record(place, facts)
         if goes_on:
             record.go_on(run)
-            log.info("going on after step %d: %s", run.done, place)
+            log.info("going on after step %d: %s", run.done, printable(place))
         else:
             record.clear()
-            log.info("writing to %s", place)
+            log.info("writing to %s", printable(place))
         record.say("running")
         record.start(run)
         first = run.done + 1 if run.done else 0
@@ -126,10 +127,11 @@ def recorded(run: Run, place: Path, goes_on: bool, stopped: Callable[[], bool]) 
         finally:
             record.say(status)
     if not over:
-        print(f"interrupted after step {run.done} of {run.total_steps}; --resume goes on: {place}")
+        where = f"--resume goes on: {printable(place)}"
+        print(f"interrupted after step {run.done} of {run.total_steps}; {where}")
     elif last:
         # The log, which may be on the same screen, ends with the same numbers.
-        print(f"last: {shown(last[0])}\nwrote {place}")
+        print(f"last: {shown(last[0])}\nwrote {printable(place)}")
     if why := why_all_skipped(run):
         print(why, file=sys.stderr)
     return over
