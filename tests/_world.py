@@ -84,9 +84,6 @@ class World:
         assert not any(fine for fine, _ in found), found
         return [said for _, said in found]
 
-    def signal(self, rank, number):
-        os.kill(self.processes[rank].pid, number)
-
     def close(self):
         for process in self.processes:
             if process.is_alive():

@@ -2,15 +2,22 @@ import os
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from _world import World
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # every core has a worker of its own
 
-# Examples take milliseconds or a compilation; a shared machine makes deadlines a lottery.
-settings.register_profile("gradfilter", deadline=None, derandomize=True, max_examples=40)
+# Examples take milliseconds or a compilation; a shared machine makes deadlines a lottery, and also
+# the seconds that an example may take to be drawn.
+settings.register_profile(
+    "gradfilter",
+    deadline=None,
+    derandomize=True,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("gradfilter")
 
 

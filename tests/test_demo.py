@@ -2,11 +2,9 @@
 
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields, replace
 from itertools import pairwise
 
@@ -316,6 +314,25 @@ def test_missing_extra_is_named(package, command_name):
     assert done.stderr.count("\n") == 1
 
 
+# argv: the signal, the seed during which it comes, once a step of it is written; options.
+INTERRUPTED = """
+import os, sys
+from gradfilter.lab import _demo
+from gradfilter.lab._cli import main
+
+append, number, during = _demo.append_json_line, int(sys.argv[1]), int(sys.argv[2])
+
+def interrupted(path, line):
+    append(path, line)
+    if line["seed"] == during and line["step"] > 0:
+        os.kill(os.getpid(), number)
+        _demo.append_json_line = append
+
+_demo.append_json_line = interrupted
+main(sys.argv[3:])
+"""
+
+
 @pytest.mark.parametrize(
     ("steps", "during", "title", "number"),
     [
@@ -326,28 +343,13 @@ def test_missing_extra_is_named(package, command_name):
 )
 def test_ctrl_c_leaves_a_valid_directory(steps, during, title, number, tmp_path):
     args = ["demo", "--steps", str(steps), "--seeds", "2", "--out", str(tmp_path / "run")]
-    written = tmp_path / "run" / "metrics.jsonl"
-
-    def begun():
-        # As text: a reader may see the line that is being written in part.
-        text = written.read_text() if written.exists() else ""
-        return re.search(f'"seed": {during}, "step": [1-9]', text)
-
-    with subprocess.Popen(
-        [sys.executable, "-m", "gradfilter", *args],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+    process = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(int(number)), str(during), *args],
+        capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as process:
-        try:
-            while not begun():
-                assert process.poll() is None, process.communicate()
-                time.sleep(0.01)
-            process.send_signal(number)
-            out, err = process.communicate(timeout=120)
-        finally:
-            process.kill()
+    )
+    out, err = process.stdout, process.stderr
     assert (process.returncode, err) == (128 + number, "")
     assert title in out and "consensus" in out and str(tmp_path / "run") in out.splitlines()[-1]
     assert config(tmp_path / "run")["status"] == "interrupted"

@@ -52,7 +52,8 @@ def test_many_rows_need_no_gram():
 
 @pytest.mark.parametrize("count", [6, 40])  # by the Gram, and by products
 def test_rows_that_cannot_be_compared_are_left_out(count):
-    rows = stack_of(count)
+    # In double precision: the noise is a difference, which rounding in float32 is a large part of.
+    rows = {name: leaf.double() for name, leaf in stack_of(count).items()}
     good = {name: leaf[3:] for name, leaf in rows.items()}
     rows["a"][0] = torch.nan
     rows["b"][1, 2] = torch.inf

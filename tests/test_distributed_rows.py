@@ -209,7 +209,7 @@ def test_groups_asked_in_turn(two):
 
 def test_sharded_tensors_are_imported_when_needed():
     code = "import gradfilter.distributed, sys; sys.exit('torch.distributed.tensor' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def compiled():

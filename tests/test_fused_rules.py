@@ -39,6 +39,7 @@ FUNCTIONS = {
     "nll_loss": {"nll_loss"},
     "rnn": {"lstm", "gru", "rnn_tanh", "rnn_relu"},
     "cell": {"lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"},
+    "format": {"contiguous", "to", "clone"},  # without a name of their own
     # What vmap itself runs wrongly: test_fused_spellings.py.
     "fault": {"roll", "select_scatter", "index_fill", "as_strided", "as_strided_"},
 }

@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 import gradfilter as gf
+from gradfilter.interop import Filtered, step_gaf
 
 MODEL = nn.Linear(3, 2)
 BATCH = (torch.randn(6, 3), torch.arange(6) % 2)
@@ -203,3 +204,36 @@ def test_buffers_that_are_not_the_models():
     grads_of = gf.microbatch_grads(gf.model_loss(model, F.cross_entropy), 2)
     with pytest.raises(ValueError, match=r"missing \['1.running_var'\], extra \['stray'\]"):
         grads_of(params, BATCH, buffers={**buffers, "stray": torch.ones(1)})
+
+
+def lazy():
+    return nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(affine=False), nn.Linear(4, 3))
+
+
+def test_a_lazy_module_has_to_run_once_first():
+    model, x, y = lazy(), torch.randn(8, 5), torch.arange(8) % 3
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    criterion = nn.functional.cross_entropy
+    update = gf.chain(gf.mean_rows(), gf.sgd(0.1))
+    step = gf.train_step(gf.model_loss(model, criterion), update, microbatches=2)
+    for meet in (
+        lambda: gf.extract(model),
+        lambda: step.init(model),
+        lambda: Filtered(model, criterion, gf.mean_rows(), sgd, 2),
+        lambda: step_gaf(model, sgd, criterion, [(x, y), (x, y)]),
+    ):
+        with pytest.raises(ValueError, match=r"the lazy '0\.weight' .* Run one forward pass first"):
+            meet()
+    model(x)
+    step(step.init(model), (x, y))
+
+
+@pytest.mark.parametrize("plan", ["auto", "fused", "loop", "vmap"])
+def test_parameters_of_another_model_with_the_same_names_are_named(plan):
+    model, other = nn.Linear(5, 3), nn.Linear(6, 3)
+    loss = gf.model_loss(model, nn.functional.cross_entropy)
+    batch = torch.randn(8, 5), torch.arange(8) % 3
+    with pytest.raises(
+        ValueError, match=r"Expected 'weight' of shape \(3, 5\), found \(3, 6\): par"
+    ):
+        gf.microbatch_grads(loss, 2, plan=plan)(gf.extract(other)[0], batch)

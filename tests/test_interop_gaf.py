@@ -138,8 +138,9 @@ def test_results_are_logged_and_printed_where_asked(monkeypatch, capsys):
     result = step_gaf(model, sgd(model), CRITERION, parts(2, 5), wandb=True, verbose=True)
     assert logged == [result] and str(result) in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ModuleNotFoundError, match="Install wandb"):
-        step_gaf(model, sgd(model), CRITERION, parts(2, 5), wandb=True)
+    for spelling in ("wandb", "use_wandb"):
+        with pytest.raises(ModuleNotFoundError, match="Install wandb"):
+            step_gaf(model, sgd(model), CRITERION, parts(2, 5), **{spelling: True})
 
 
 def test_training_learns_and_reports_every_epoch():
@@ -272,7 +273,7 @@ def test_epochs_are_logged_and_printed_where_asked(monkeypatch, capsys):
     train_gaf(*run)
     assert not capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(log=logged.append))
-    epochs = train_gaf(*run, wandb=True, verbose=True)
+    epochs = train_gaf(*run, use_wandb=True, verbose=True)
     assert [entry for entry in logged if "epoch" in entry] == epochs
     assert len(logged) == 2 + 2 * 2 and str(epochs[1]) in capsys.readouterr().out
 
@@ -371,7 +372,7 @@ def test_what_cannot_step_is_refused_before_anything_happens():
 def test_the_published_signatures_with_quiet_defaults():
     for ours, theirs in ((step_gaf, published), (train_gaf, published_training)):
         found, known = (inspect.signature(f).parameters for f in (ours, theirs))
-        assert set(found) - {"average"} == set(known)
+        assert set(found) - {"average", "use_wandb"} == set(known)
         positional = [name for name, p in found.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
         assert positional == list(known)[: len(positional)]
         quiet = {n: p.default for n, p in found.items() if p.default is not inspect.Parameter.empty}
@@ -380,6 +381,7 @@ def test_the_published_signatures_with_quiet_defaults():
             "average": "halving",
             "verbose": False,
             "wandb": False,
+            "use_wandb": False,  # the repository's spelling, where the package has wandb
             "device": None,
         }
 

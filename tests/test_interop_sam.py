@@ -781,6 +781,9 @@ def test_gradients_that_a_step_cannot_repeat_are_refused(make):
     with pytest.raises(KeyError):
         optimizer.step(broken)
     optimizer.step()  # the rest of a broken pass is not accumulated either
+    another = make(model)  # nor is what was there before it
+    another.set_closure(F.cross_entropy, *second)
+    another.step()
 
 
 def test_the_state_of_a_published_class_has_no_momentum():

@@ -23,9 +23,13 @@ from gradfilter.lab.train._place import place_of
 SMALL = ["--", "--epochs", "0.1", "--model", "mlp_2"]
 GRID = ["--grid", "seed=0,1,2", *SMALL]
 SEARCH = [*("--sample", "learning_rate=0.01:0.1", "--trials", "3", "--metric", "test_accuracy")]
-WORKER = (
-    "import os, stat, sys, time; time.sleep(1); sys.exit(3 - 3 * stat.S_ISFIFO(os.fstat(0)[0]))"
-)
+# Until a file is there. argv: its path.
+WORKER = """
+import os, stat, sys, time
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.01)
+sys.exit(3 - 3 * stat.S_ISFIFO(os.fstat(0)[0]))
+"""
 DONE = Outcome(TrialState.COMPLETE, 0.5, "run")
 
 
@@ -202,11 +206,14 @@ def test_the_parent_bears_a_database_that_is_away_for_a_moment(
         asked.append(queue)
         if len(asked) == 2:
             raise sqlalchemy.exc.OperationalError("SELECT", {}, Exception("away"))
+        if len(asked) == 3:
+            (tmp_path / "enough").touch()
         return 0
 
     monkeypatch.setattr(_jobs, "_done", done)
     monkeypatch.setattr(_jobs, "POLL", 0.05)
-    monkeypatch.setattr(_jobs, "COMMAND", (sys.executable, "-S", "-c", WORKER))
+    worker = (sys.executable, "-S", "-c", WORKER, str(tmp_path / "enough"))
+    monkeypatch.setattr(_jobs, "COMMAND", worker)
     assert run_workers(queue, [], 1, tmp_path / "workers")
     assert len(asked) > 2
     assert "ended with exit code" not in capsys.readouterr().err  # it is told when this one ends

@@ -1,7 +1,6 @@
 """Ctrl-C in a sweep, whenever it comes."""
 
 import signal
-import time
 
 import pytest
 from filelock import FileLock
@@ -76,9 +75,8 @@ def test_ctrl_c_ends_the_wait_for_others(begun, monkeypatch):
     queue = begun("--grid", "seed=0", *SMALL)
     lock = place_of(queue.plan.base)
     lock.mkdir(parents=True)
-    monkeypatch.setattr(_worker, "POLL", 20.0)
-    queue.storage.rdb.heartbeat_interval = 60
-    start = time.monotonic()
+    # Longer than a test may take.
+    monkeypatch.setattr(_worker, "POLL", 3600.0)
+    queue.storage.rdb.heartbeat_interval = 3600
     with FileLock(lock / "run.lock"):
         assert not work(queue, lambda line: signal.raise_signal(signal.SIGINT))
-    assert time.monotonic() - start < 15

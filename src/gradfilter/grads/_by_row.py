@@ -32,13 +32,17 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.d
 class ByRow:
     """The modules of one loss that run row by row, as refused passes have shown."""
 
-    def __init__(self) -> None:
-        """With none."""
-        self._modules: WeakSet[nn.Module] = WeakSet()
+    def __init__(self, others: ByRow | None = None) -> None:
+        """With none, or those of others."""
+        self._modules: WeakSet[nn.Module] = WeakSet(others._modules if others else ())
 
     def __reduce__(self) -> Any:
         """What was learned stays here."""
         return (ByRow, ())
+
+    def update(self, others: ByRow) -> None:
+        """Take what others have learned."""
+        self._modules |= others._modules
 
     def learn(self, refusal: BaseException, modules: Mapping[str, nn.Module]) -> bool:
         """Find the smallest module around what was refused; false where there is none to be had.

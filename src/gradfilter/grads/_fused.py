@@ -24,8 +24,10 @@ from gradfilter.grads._check_loss import RefusedByAll
 from gradfilter.grads._lift import Level, repeated
 from gradfilter.grads._loop import written_parameter
 from gradfilter.grads._masked_lookups import MASKED_BY_HAND
+from gradfilter.grads._one_image import STRAIGHTENED
 from gradfilter.grads._rules._graph import GRAPH
 from gradfilter.grads._rules._host import Host
+from gradfilter.grads._rules._spellings import spellings
 from gradfilter.grads._rules._table import RULES
 from gradfilter.grads._rules._values import VALUES
 from gradfilter.grads._rules._vmap_faults import refuse_nested
@@ -68,7 +70,7 @@ class Forward:
 BATCH = ""
 """The batch among what may not be written into."""
 
-STATISTICS = {F.batch_norm, F.instance_norm}
+STATISTICS = {F.batch_norm, F.instance_norm, *spellings("batch_norm"), *spellings("instance_norm")}
 """Functions whose rules note by themselves what they do with buffers."""
 
 
@@ -96,7 +98,7 @@ class Overrides(TorchFunctionMode):
                         self.host.running.watch.note(func, args, kwargs)
                     return result
             elif self.host.level.is_left():
-                func = MASKED_BY_HAND.get(func, func)
+                func = MASKED_BY_HAND.get(func) or STRAIGHTENED.get(func, func)
             else:
                 refuse_nested(func)
         self.host.running.watch.note(func, args, kwargs)

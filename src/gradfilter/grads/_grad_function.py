@@ -87,12 +87,13 @@ class Evaluation:
     batch: Batch
     ambient: Ambient
     params: Params
-    _grouping: Grouping = field(default_factory=Grouping)
+    _grouping: Grouping = field(init=False)
     _random_after: dict[str, Any] | None = None
     _copies: bool = False
 
     def __post_init__(self) -> None:
         """Note how often the parameters have been written."""
+        self._grouping = Grouping(ByRow(self.settings.by_row))
         self._given = Versions((f"parameter {name!r}", p) for name, p in self.params.items())
 
     def first(self) -> AgainStack:
@@ -150,24 +151,24 @@ class Evaluation:
         return rows
 
     def _fused(self, params: Params, per_row: bool, origin: Origin) -> AgainStack:
-        by_row = self.settings.by_row
-
         def run(batch: Batch, params: Params, grouping: Grouping) -> Forward:
             if len(batch) == 1:
                 return forward_single(self.loss, params, batch, per_row, self.ambient.modes)
-            return forward_in_groups(
-                partial(self._at_once, per_row=per_row),
+            found = forward_in_groups(
+                partial(self._at_once, per_row=per_row, by_row=grouping.by_row),
                 batch,
                 params,
                 per_row,
                 grouping,
                 self.ambient,
-                lambda refusal: by_row.learn(refusal, self.loss.modules),
+                lambda: self.loss.modules,
             )
+            self.settings.by_row.update(grouping.by_row)
+            return found
 
         if per_row and self.settings.chunk_size is not None:
             rows = chunked_rows(
-                lambda batch, params: run(batch, params, Grouping()),
+                lambda batch, params: run(batch, params, Grouping(self._grouping.by_row)),
                 self.batch,
                 params,
                 self.settings.chunk_size,
@@ -201,8 +202,7 @@ class Evaluation:
             origin,
         )
 
-    def _at_once(self, batch: Batch, params: Params, per_row: bool) -> Forward:
-        by_row = self.settings.by_row
+    def _at_once(self, batch: Batch, params: Params, per_row: bool, by_row: ByRow) -> Forward:
         if not self._copies:
             try:
                 return forward(self.loss, params, batch, per_row, by_row)

@@ -9,16 +9,17 @@ put together again factor by factor, in the order of the rows: whoever asks the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradfilter import _tree
 from gradfilter._types import Params
 from gradfilter.grads._ambient import Ambient, random_state, set_random_state
 from gradfilter.grads._batch import Batch
+from gradfilter.grads._by_row import ByRow
 from gradfilter.grads._dense_factor import DenseFactor
 from gradfilter.grads._factor import Factor
 from gradfilter.grads._fused import Forward
@@ -32,12 +33,14 @@ MOST_GROUPS = 8
 
 @dataclass
 class Grouping:
-    """Which rows answer alike, as the first pass over a batch has shown.
+    """How the rows of a batch run: what its first pass has shown, and further ones begin with.
 
     Attributes:
+        by_row: The modules that run row by row.
         groups: The rows of each group, in order; None before the first pass.
     """
 
+    by_row: ByRow
     groups: list[list[int]] | None = None
 
 
@@ -48,7 +51,7 @@ def forward_in_groups(
     per_row: bool,
     grouping: Grouping,
     ambient: Ambient,
-    learn: Callable[[RuntimeError], bool],
+    modules: Callable[[], Mapping[str, nn.Module]],
 ) -> Forward:
     """Run a forward pass over all rows, in as many groups as their answers to the host make.
 
@@ -57,62 +60,56 @@ def forward_in_groups(
         batch: All rows.
         params: The parameters; with ``per_row`` each with a leading axis M.
         per_row: Row m has its own parameters.
-        grouping: The groups to begin with; the first pass leaves its own there.
+        grouping: How to begin; the first pass leaves there how it ended.
         ambient: The random state is at its start.
-        learn: Sees what a pass was refused for; whether it is worth another attempt.
+        modules: Lists those of the model, by name.
 
     Raises:
         RuntimeError: Rows that have to be taken apart cannot be: there are too many groups, they
             write into buffers, or random numbers would not be those of the first pass.
     """
-    ahead = [list(range(len(batch)))] if grouping.groups is None else list(grouping.groups)
+    begin = [list(range(len(batch)))] if grouping.groups is None else grouping.groups
+    ahead, start = [*begin], ambient.random
     parts: list[tuple[list[int], Forward]] = []
-    start, refined, begun = ambient.random, False, False
+    attempts = 0
     while ahead:
-        rows = ahead.pop(0)
+        rows = ahead[0]
         whole = len(rows) == len(batch)
         own = params if whole or not per_row else {name: p[rows] for name, p in params.items()}
         some = batch if whole else replace(batch, tensors=[t[rows] for t in batch.tensors])
-        if begun:  # each attempt, and each group, finds the modules as all rows would
+        if attempts:  # each attempt, and each group, finds the modules as all rows would
             ambient.attributes.restore()
-        begun = True
+        attempts += 1
         try:
             parts.append((rows, run(some, own)))
-        except Disagreement as disagreement:
-            own_groups = _apart(rows, disagreement.answers)
-            groups = len(parts) + len(own_groups) + len(ahead)
-            if groups > MOST_GROUPS or 2 < groups == len(batch):
-                if not learn(disagreement):
-                    raise
-                own_groups = [rows]
-            ahead = [*own_groups, *ahead]
-            set_random_state(start, ambient.device)
-            ambient.host.restore()
-            refined = True
-        except RuntimeError as refusal:
-            if not learn(refusal):
-                raise
-            ahead = [rows, *ahead]
-            set_random_state(start, ambient.device)
-            ambient.host.restore()
-        else:
+            ahead.pop(0)
             if ahead:
                 start = random_state(ambient.device)
-    if len(parts) == 1:
-        forward = parts[0][1]
-    else:
-        forward = _together(parts, batch)
-        if refined and grouping.groups is not None:
-            _check_draws(ambient)
+            continue
+        except RuntimeError as refusal:
+            answers = refusal.answers if isinstance(refusal, Disagreement) else []
+            groups = _apart(rows, answers)
+            count = len(parts) + len(groups) + len(ahead) - 1
+            if groups and (count == 2 or count < len(batch)) and count <= MOST_GROUPS:
+                ahead[:1] = groups
+            elif grouping.by_row.learn(refusal, modules()):
+                # Groups may have been those of questions that are now asked row by row.
+                ahead, parts, start = [*begin], [], ambient.random
+            else:
+                raise
+        set_random_state(start, ambient.device)
+        ambient.host.restore()
+    if attempts > len(parts) and grouping.groups is not None:
+        _check_draws(ambient)
     if grouping.groups is None:
         grouping.groups = [rows for rows, _ in parts]
-    return forward
+    return parts[0][1] if len(parts) == 1 else _together(parts, batch)
 
 
 def _apart(rows: list[int], answers: list[str]) -> list[list[int]]:
     """Rows by their answers, in the order in which the answers come up."""
     groups: dict[str, list[int]] = {}
-    for row, answer in zip(rows, answers, strict=True):
+    for row, answer in zip(rows, answers, strict=bool(answers)):
         groups.setdefault(answer, []).append(row)
     return list(groups.values())
 
@@ -158,6 +155,7 @@ def _together(parts: list[tuple[list[int], Forward]], batch: Batch) -> Forward:
         parts=list(zip(places, passes, strict=True)),
     )
     groups = tuple(tuple(rows) for rows, _ in parts)
+    used = set().union(*(part.used for part in passes))
     used = set().union(*(part.used for part in passes))
     return Forward(losses, tape, first.buffers, aux, groups=groups, by_row=first.by_row, used=used)
 

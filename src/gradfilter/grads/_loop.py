@@ -15,18 +15,14 @@ from gradfilter.grads._any_loss import AnyLoss
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._check_graph import Ends
 from gradfilter.grads._check_loss import RefusedByAll, unreached
+from gradfilter.grads._one_image import one_image
 from gradfilter.grads._versions import Versions
 
 # What a plan returns: rows (M, *shape) by name, losses (M,), buffers after all rows, aux (M, ...).
 Rows = tuple[Tree, Tensor, Tree, Any]
 
 
-def loop_rows(
-    loss: AnyLoss,
-    params: Params,
-    batch: Batch,
-    per_row: bool,
-) -> Rows:
+def loop_rows(loss: AnyLoss, params: Params, batch: Batch, per_row: bool) -> Rows:
     """Row m from an ordinary backward pass over microbatch m, buffers handed from row to row.
 
     Args:
@@ -35,6 +31,11 @@ def loop_rows(
         batch: The rows.
         per_row: Row m has its own parameters.
     """
+    with one_image(batch):
+        return _rows(loss, params, batch, per_row)
+
+
+def _rows(loss: AnyLoss, params: Params, batch: Batch, per_row: bool) -> Rows:
     count, buffers = len(batch), batch.buffers
     shapes = {name: p.shape[1:] if per_row else p.shape for name, p in params.items()}
     # Written row by row: stacking M finished gradients would hold all of them twice.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gradfilter._types import Params, Tree
 from gradfilter.grads._notes import add_notes
@@ -136,12 +137,16 @@ def extract(model: nn.Module) -> tuple[Params, Tree]:
     Returns:
         ``(params, buffers)``, each ``dict[str, Tensor]`` under the module's own dotted names.
 
+    Raises:
+        ValueError: A lazy module that has not run yet.
+
     Examples:
         >>> import torch, gradfilter as gf
         >>> params, buffers = gf.extract(torch.nn.BatchNorm1d(2))
         >>> sorted(params), sorted(buffers)
         (['bias', 'weight'], ['num_batches_tracked', 'running_mean', 'running_var'])
     """
+    refuse_lazy(model)
     params = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     return params, {name: b.detach().clone() for name, b in model.named_buffers()}
 
@@ -205,6 +210,28 @@ def check_names(what: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor
             "`extract(model)` gives (and from then on the stacks' `buffers`); freeze parameters "
             "with requires_grad_(False)."
         )
+    if what == "parameters":  # a forward pass may replace a buffer by one of another shape
+        for name, tensor in own.items():
+            if given[name].shape != tensor.shape:
+                raise ValueError(
+                    f"Expected {name!r} of shape {tuple(tensor.shape)}, found "
+                    f"{tuple(given[name].shape)}: parameters of another model with the same names. "
+                    "Pass what `extract(model)` gives for the model in model_loss(model, ...)."
+                )
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Refuse a module whose tensors have no shape before its first forward pass.
+
+    Raises:
+        ValueError: It has such a tensor.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(
+                f"Expected tensors with a shape, found the lazy {name!r} of "
+                f"{type(model).__name__}. Run one forward pass first: model(x)."
+            )
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ from gradfilter.grads._any_loss import AnyLoss
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._fused import Forward
 from gradfilter.grads._loop import refuse_written
+from gradfilter.grads._one_image import one_image
 from gradfilter.grads._tape import Tape
 from gradfilter.grads._versions import Versions
 
@@ -36,7 +37,7 @@ def forward_single(
     leaves = {name: loss.leaf(name, p.squeeze(0) if per_row else p) for name, p in params.items()}
     given = Versions(loss.untouchable(leaves))
     loss.hook(leaves)
-    with torch.enable_grad():
+    with torch.enable_grad(), one_image(batch):
         # A copy: a first layer that works in place would write into the batch.
         row = batch.rebuild(t.squeeze(0).clone() for t in batch.tensors)
         value, after, aux = loss.pure(leaves, row, batch.buffers)
@@ -51,7 +52,7 @@ def forward_single(
         )
 
     def inside(backward: Callable[[], None]) -> None:
-        with modes():
+        with modes(), one_image(batch):
             loss.inside(leaves, batch.buffers, backward)
 
     # What a hook makes of the gradient need not be linear in it.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradfilter._shards import is_sharded
 from gradfilter.grads._grad_function import Plan
-from gradfilter.grads._loss import ModelLoss, refuse_class
+from gradfilter.grads._loss import ModelLoss, refuse_class, refuse_lazy
 from gradfilter.interop._filtered_scaler import scaled_criterion
 from gradfilter.interop._module_view import ModuleView, module_of
 
@@ -98,6 +98,7 @@ def check_module(name: str, model: Any) -> None:
             f"{name}: expected a torch.nn.Module, found {type(model).__name__}. Pass a pure "
             "function to gradfilter.microbatch_grads."
         )
+    refuse_lazy(model)
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError(
             f"{name}: expected a module of one rank, found DistributedDataParallel, which averages "

@@ -41,6 +41,7 @@ def step_gaf(
     average: Literal["mean", "halving"] = "halving",
     verbose: bool = False,
     wandb: bool = False,
+    use_wandb: bool = False,
     device: torch.device | str | None = None,
 ) -> dict[str, float]:
     """Filter the gradients of some microbatches, and step if at least two of them agree.
@@ -59,6 +60,7 @@ def step_gaf(
             the paper's rule. Of two microbatches they are one.
         verbose: Print the result.
         wandb: Log the result to the current run of Weights & Biases.
+        use_wandb: The same, as later versions spell it.
         device: Where to take the microbatches; None for the model's own.
 
     Returns:
@@ -96,7 +98,7 @@ def step_gaf(
     check_criterion("step_gaf", original_of(model), criterion, optimizer)
     view = view_of(model, criterion)
     check_owned(view, optimizer, "step_gaf")
-    log = logger_of(wandb)
+    log = logger_of(wandb or use_wandb)
     home = next(model.parameters()).device if device is None else torch.device(device)
     batches = [on_device(part, home) for part in list_of_microbatches]
     model.train()

@@ -32,6 +32,7 @@ def train_gaf(
     average: Literal["mean", "halving"] = "halving",
     verbose: bool = False,
     wandb: bool = False,
+    use_wandb: bool = False,
     device: torch.device | str | None = None,
 ) -> list[dict[str, float]]:
     """Train for some epochs with `step_gaf`, and validate after each.
@@ -51,6 +52,7 @@ def train_gaf(
         average: As in `step_gaf`.
         verbose: Print the result of every epoch.
         wandb: Log steps and epochs to the current run of Weights & Biases.
+        use_wandb: The same, as later versions spell it.
         device: None for the model's own.
 
     Returns:
@@ -89,7 +91,7 @@ def train_gaf(
             f"train_gaf: expected at least batch_size * num_batches_to_force_agreement = "
             f"{size * count} training samples, found {samples}. Use smaller or fewer microbatches."
         )
-    log = logger_of(wandb)
+    log = logger_of(wandb or use_wandb)
     home = next(model.parameters()).device if device is None else torch.device(device)
     model.to(home)
     results = []
@@ -102,7 +104,7 @@ def train_gaf(
                 parts,
                 cos_distance_thresh=cos_distance_thresh,
                 average=average,
-                wandb=wandb,
+                wandb=wandb or use_wandb,
                 device=home,
             )
             for parts in _microbatches(train, samples, size, count)

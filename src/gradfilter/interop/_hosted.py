@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -135,26 +136,57 @@ def _loss_of_output(output: tuple[Tensor, dict[str, Tensor]], batch: Any) -> Any
     return output
 
 
-def logged_value(who: str, name: str, value: Any) -> Tensor:
-    """A value that is logged while the loss of one microbatch is computed, as a scalar. ().
+class LossLog:
+    """What a loss logs while it is computed.
 
-    Raises:
-        TypeError: It is no number, such as a metric with a state.
-        ValueError: It has more than one.
+    An object of its own: what a pass writes into the attributes of a module is set back after it.
+
+    Args:
+        who: Whose loss it is.
     """
-    if not isinstance(value, Tensor | float | int):
-        raise TypeError(
-            f"{who}: expected a number or a tensor to log as {name!r} in the loss of a "
-            f"microbatch, found {type(value).__name__}, which would be updated once for all rows. "
-            "Log a function of the outputs, or log it outside of the loss."
-        )
-    number = torch.as_tensor(value).detach()
-    if number.numel() != 1:
-        raise ValueError(
-            f"{who}: expected one number per microbatch to log as {name!r}, found shape "
-            f"{tuple(number.shape)}. Reduce it."
-        )
-    return number.reshape(())
+
+    def __init__(self, who: str) -> None:
+        self._who = who
+        self._values: dict[str, Tensor] | None = None
+        self.options: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a loss is being computed."""
+        return self._values is not None
+
+    @contextmanager
+    def opened(self) -> Iterator[dict[str, Tensor]]:
+        """Around the computation of a loss; what it logs is in the dict."""
+        values: dict[str, Tensor] = {}
+        self._values = values
+        try:
+            yield values
+        finally:
+            self._values = None
+
+    def add(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Keep a number, and how its mean over the rows is to be logged.
+
+        Raises:
+            TypeError: It is no number, such as a metric with a state.
+            ValueError: It has more than one.
+        """
+        assert self._values is not None  # asked before
+        if not isinstance(value, Tensor | float | int):
+            raise TypeError(
+                f"{self._who}: expected a number or a tensor to log as {name!r} in the loss of a "
+                f"microbatch, found {type(value).__name__}, which would be updated once for all "
+                "rows. Log a function of the outputs, or log it outside of the loss."
+            )
+        number = torch.as_tensor(value).detach()
+        if number.numel() != 1:
+            raise ValueError(
+                f"{self._who}: expected one number per microbatch to log as {name!r}, found shape "
+                f"{tuple(number.shape)}. Reduce it."
+            )
+        self._values[name] = number.reshape(())
+        self.options[name] = (args, kwargs)
 
 
 def scalars(result: StepResult) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from gradfilter._types import Transform
 from gradfilter.grads._grad_function import Plan
 from gradfilter.interop._division import check_division
-from gradfilter.interop._hosted import Hosted, logged_value, scalars
+from gradfilter.interop._hosted import Hosted, LossLog, scalars
 from gradfilter.interop._lightning_checks import check_fit
 
 CHECKPOINT_KEY = "gradfilter"
@@ -93,8 +93,7 @@ class FilteredModule(lightning.LightningModule):
     _saved: dict[str, Tensor] | None = None
     _resumes = False
     _completes_step = False
-    _in_loss: dict[str, Tensor] | None = None
-    _options: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+    _loss_log: LossLog | None = None
 
     def microbatch_loss(self, batch: Any) -> Tensor:
         """The mean loss of the samples of one microbatch: write this one.
@@ -127,9 +126,9 @@ class FilteredModule(lightning.LightningModule):
             return hosted.accumulate({"batch": batch})
         result = hosted.step({"batch": batch})
         self.log("train_loss", result.loss, prog_bar=True)
-        options = self._options or {}
+        assert self._loss_log is not None  # as there is a wrapper
         for name, value in scalars(result).items():
-            args, kwargs = options.get(name, ((), {}))
+            args, kwargs = self._loss_log.options.get(name, ((), {}))
             self.log(name, value, *args, **kwargs)
         return result.loss
 
@@ -189,11 +188,10 @@ class FilteredModule(lightning.LightningModule):
             TypeError: In ``microbatch_loss``, a metric with a state.
             ValueError: In ``microbatch_loss``, more than one number.
         """
-        if self._in_loss is None:
+        if self._loss_log is None or not self._loss_log.is_open:
             super().log(name, value, *args, **kwargs)
-            return
-        self._in_loss[name] = logged_value(type(self).__name__, name, value)
-        self._options = {**(self._options or {}), name: (args, kwargs)}
+        else:
+            self._loss_log.add(name, value, *args, **kwargs)
 
     def on_fit_start(self) -> None:
         """Find mistakes before the first batch."""
@@ -231,22 +229,20 @@ class FilteredModule(lightning.LightningModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the module is of the module alone, as Lightning leaves its trainer out."""
-        own = ("_hosted", "_in_loss", "_options")
+        own = ("_hosted", "_loss_log")
         return {key: v for key, v in super().__getstate__().items() if key not in own}
 
     def _loss(self, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        logged: dict[str, Tensor] = {}
-        self._in_loss = logged
-        try:
+        assert self._loss_log is not None  # as there is a wrapper
+        with self._loss_log.opened() as logged:
             return self.microbatch_loss(inputs["batch"]), logged
-        finally:
-            self._in_loss = None
 
     def _host(self) -> Hosted:
         """The wrapper of this fit, which has its own optimizer."""
         optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
         if self._hosted is None or not self._hosted.serves(self, optimizer):
             check_fit(self)
+            self._loss_log = LossLog(type(self).__name__)
             self._hosted = Hosted(
                 self,
                 self._loss,

@@ -50,9 +50,8 @@ class TwoPassOptimizer(Optimizer):
         self.base_optimizer, self.model, self.scaler = base_optimizer, model, scaler
         self.no_sync = nullcontext if no_sync is None else no_sync
         self._closure: Callable[[], Any] | None = None
-        # What a step left in p.grad, by parameter: the tensor and its version.
-        self._left: dict[int, tuple[ref[Tensor], int]] = {}
         self._share()
+        self._left = _present(self._params())
         alone = len({id(p) for p in self._params()} - {id(p) for p in listed})
         if alone:
             raise ValueError(
@@ -101,9 +100,7 @@ class TwoPassOptimizer(Optimizer):
         try:
             return self._step(closure, params)
         finally:
-            self._left = {
-                id(p): (ref(p.grad), p.grad._version) for p in params if p.grad is not None
-            }
+            self._left = _present(params)
 
     def _step(self, closure: Callable[[], Any], params: list[Tensor]) -> tuple[Any, Any]:
         same = SameSurroundings(params[0].device, self.model)
@@ -177,7 +174,7 @@ class TwoPassOptimizer(Optimizer):
     def _refuse_accumulated(self, params: list[Tensor]) -> None:
         """Refuse gradients of other passes, which the closure cannot repeat where it is run again.
 
-        What the last step left, and zeros, are dropped as ever.
+        What the last step left or this object found, and zeros, are dropped as ever.
         """
         found = []
         for p in params:
@@ -205,6 +202,11 @@ class TwoPassOptimizer(Optimizer):
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
+
+
+def _present(params: list[Tensor]) -> dict[int, tuple[ref[Tensor], int]]:
+    """The gradients there are, by parameter: each tensor and its version, kept alive by nobody."""
+    return {id(p): (ref(p.grad), p.grad._version) for p in params if p.grad is not None}
 
 
 def check_steps_alone(name: str, optimizer: Any, fix: str) -> None:

@@ -16,7 +16,7 @@ from gradfilter._types import Transform
 from gradfilter.grads._grad_function import Plan
 from gradfilter.interop._division import check_division
 from gradfilter.interop._filtered_chain import filter_chain
-from gradfilter.interop._hosted import Hosted, logged_value, scalars
+from gradfilter.interop._hosted import Hosted, LossLog, scalars
 from gradfilter.interop._trainer_checks import check_arguments
 
 STATE_FILE = "transforms.pt"
@@ -102,7 +102,7 @@ class FilteredTrainer(Trainer):
         self._train_loader: Any = None
         self._items: Tensor | int | None = None
         self._since: dict[str, list[Tensor]] = {}  # the last log
-        self._in_loss: dict[str, Tensor] | None = None  # what the loss being computed has logged
+        self._loss_log = LossLog("FilteredTrainer")
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -140,9 +140,9 @@ class FilteredTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the filter to the logs of training, and what the loss logs."""
-        if self._in_loss is not None:
+        if self._loss_log.is_open:
             for name, value in logs.items():
-                self._in_loss[name] = logged_value("FilteredTrainer", name, value)
+                self._loss_log.add(name, value)
             return
         if "loss" in logs:
             means = {name: torch.stack(v).mean().item() for name, v in self._since.items()}
@@ -195,13 +195,9 @@ class FilteredTrainer(Trainer):
 
     def _microbatch_loss(self, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         model = cast(nn.Module, self.model)
-        logged: dict[str, Tensor] = {}
-        self._in_loss = logged
-        try:
+        with self._loss_log.opened() as logged:
             # A pair with the outputs only where those are asked for.
             loss = self.compute_loss(model, inputs, num_items_in_batch=self._items)
-        finally:
-            self._in_loss = None
         return cast(Tensor, loss), logged
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

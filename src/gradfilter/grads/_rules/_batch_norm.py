@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradfilter.grads._dense_factor import DenseFactor
 from gradfilter.grads._lift import shared
+from gradfilter.grads._one_image import straight
 from gradfilter.grads._rules._host import Host, owned, rows_of
 from gradfilter.grads._tape import Tape, Weight
 
@@ -111,7 +112,16 @@ class _BatchNorm(torch.autograd.Function):
         w = None if ctx.weight is None else ctx.weight.value
         per_row = [
             torch.ops.aten.native_batch_norm_backward(
-                grad[m], x[m], w, None, None, means[m], inverses[m], True, ctx.eps, wanted
+                straight(grad[m]),
+                straight(x[m]),
+                w,
+                None,
+                None,
+                means[m],
+                inverses[m],
+                True,
+                ctx.eps,
+                wanted,
             )
             for m in range(len(x))
         ]

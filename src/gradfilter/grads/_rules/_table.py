@@ -18,6 +18,7 @@ from gradfilter.grads._rules._group_norm import group_norm, instance_norm
 from gradfilter.grads._rules._host import Rule
 from gradfilter.grads._rules._layer_norm import layer_norm, rms_norm
 from gradfilter.grads._rules._linear import linear
+from gradfilter.grads._rules._memory_format import FORMATS
 from gradfilter.grads._rules._multi_head_attention import multi_head_attention
 from gradfilter.grads._rules._recurrent import recurrent
 from gradfilter.grads._rules._spellings import below, spellings
@@ -51,6 +52,7 @@ RULES: dict[Callable[..., Any], Rule] = {
     F.multi_head_attention_forward: multi_head_attention,
     **{f: recurrent(f) for name in RECURRENT for f in spellings(name)},
     **{f: rule for name, rule in CELLS.items() for f in spellings(name)},
+    **FORMATS,
     **FAULTS,
 }
 """Everything else runs under vmap as it is: exact, and slower."""

@@ -31,16 +31,18 @@ class Disagreement(RuntimeError):
         self.answers = answers
 
 
-def value_of(convert: Callable[[Tensor], Any]) -> Rule:
+def value_of(convert: Callable[..., Any]) -> Rule:
     """The rule of `torch.Tensor.__bool__`, `item` and their like."""
 
-    def rule(host: Host, tensor: Tensor) -> Any:
-        if not host.level.batched(tensor):
+    def rule(host: Host, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not host.level.batched(tensor) or host.batched(*args):
             return NotImplemented
         rows = host.level.lower(tensor)
         answers: list[Any] = []
-        host.level.aside(lambda: answers.extend(convert(row) for row in rows.detach().unbind()))
-        texts = [repr(answer) for answer in answers]
+        host.level.aside(
+            lambda: answers.extend(convert(row, *args, **kwargs) for row in rows.detach().unbind())
+        )
+        texts = [_text(answer) for answer in answers]
         if any(text != texts[0] for text in texts):
             if convert is torch.Tensor.__bool__ and asks_for_a_shortcut():
                 return False
@@ -50,14 +52,47 @@ def value_of(convert: Callable[[Tensor], Any]) -> Rule:
     return rule
 
 
+def _text(answer: Any) -> str:
+    if isinstance(answer, Tensor):
+        return f"{tuple(answer.shape)} {answer.tolist()}"
+    if isinstance(answer, tuple):
+        return " ".join(map(_text, answer))
+    return repr(answer)
+
+
+def places_of(convert: Callable[..., Any]) -> Rule:
+    """The rule of functions that return places: tensors whose shape is an answer of the host."""
+    rule = value_of(convert)
+
+    def places(host: Host, *args: Any, **kwargs: Any) -> Any:
+        # Of three arguments torch.where chooses between two tensors.
+        if len(args) != 1 or not isinstance(args[0], Tensor) or kwargs.keys() - {"as_tuple"}:
+            return NotImplemented
+        return rule(host, *args, **kwargs)
+
+    return places
+
+
 VALUES: dict[Callable[..., Any], Rule] = {
-    convert: value_of(convert)
-    for convert in (
-        torch.Tensor.__bool__,
-        torch.Tensor.__int__,
-        torch.Tensor.__float__,
-        torch.Tensor.__index__,
-        torch.Tensor.item,
-        torch.Tensor.tolist,
-    )
+    **{
+        convert: value_of(convert)
+        for convert in (
+            torch.Tensor.__bool__,
+            torch.Tensor.__int__,
+            torch.Tensor.__float__,
+            torch.Tensor.__index__,
+            torch.Tensor.item,
+            torch.Tensor.tolist,
+        )
+    },
+    **{
+        convert: places_of(convert)
+        for convert in (
+            torch.Tensor.nonzero,
+            torch.nonzero,
+            torch.Tensor.argwhere,
+            torch.argwhere,
+            torch.where,
+        )
+    },
 }

@@ -1,0 +1,118 @@
+"""Criteria with parameters and buffers of their own, in front of an optimizer that has them."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gradfilter as gf
+from _models import vectors
+from gradfilter.interop import Filtered, step_gaf
+
+
+def sgd(*modules):
+    return torch.optim.SGD([p for m in modules for p in m.parameters()], lr=0.1, momentum=0.9)
+
+
+def filtered(model, criterion, optimizer):
+    return Filtered(model, criterion, gf.agree_filter(2.0), optimizer, 4)
+
+
+def by_hand(model, criterion, optimizer, batches, m=1):
+    """An ordinary loop whose gradient is the mean over microbatches."""
+    for x, y in batches:
+        optimizer.zero_grad()
+        for part, targets in zip(x.chunk(m), y.chunk(m), strict=True):
+            (criterion(model(part), targets) / m).backward()
+        optimizer.step()
+
+
+class Arc(nn.Module):
+    """A criterion with class centres of its own, and running statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.centres = nn.Parameter(torch.randn(3, 3))
+        self.norm = nn.BatchNorm1d(3, affine=False)
+
+    def forward(self, output, targets):
+        cosines = F.normalize(self.norm(output)) @ F.normalize(self.centres).T
+        return F.cross_entropy(cosines, targets)
+
+    def loss(self, output, targets):
+        return self(output, targets)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("plan", ["auto", "loop", "vmap"])
+@pytest.mark.parametrize("way", [lambda arc: arc, lambda arc: arc.loss, partial])
+@pytest.mark.parametrize("chain", [gf.mean_rows(), gf.chain(gf.mean_rows(), gf.sam_perturb(0.0))])
+def test_a_criterion_is_trained_with_the_model(plan, way, chain):
+    model, arc = nn.Linear(6, 3, bias=False), Arc()
+    model.criterion = nn.Identity()  # the name is taken
+    other, own = copy.deepcopy((model, arc))
+    batches = [vectors() for _ in range(3)]
+    optimizer = torch.optim.Adam([*model.parameters(), *arc.parameters()], lr=0.1)
+    wrapper = Filtered(model, way(arc), chain, optimizer, 4, plan=plan)
+    for batch in batches:
+        wrapper.step(*batch)
+    by_hand(other, own, torch.optim.Adam([*other.parameters(), *own.parameters()], 0.1), batches, 4)
+    for found, expected in ((model, other), (arc, own)):
+        torch.testing.assert_close(
+            dict(found.state_dict()), dict(expected.state_dict()), rtol=1e-10, atol=1e-10
+        )
+    assert sorted(dict(wrapper._module.named_parameters())) == ["criterion_.centres", "weight"]
+
+
+def test_a_criterion_of_the_model_itself_adds_nothing():
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.arc = nn.Linear(6, 3), Arc()
+
+        def forward(self, x):
+            return self.linear(x)
+
+        def loss(self, output, targets):
+            return self.arc(output, targets)
+
+    for criterion in (lambda whole: whole.loss, lambda whole: whole.arc):
+        model = Whole()
+        wrapper = filtered(model, criterion(model), sgd(model))
+        before = model.arc.centres.detach().clone()
+        wrapper.step(*vectors())
+        assert wrapper._module is model and not torch.equal(model.arc.centres, before)
+
+
+@pytest.mark.parametrize(
+    "wrap", [filtered, lambda m, **k: step_gaf(m, k["optimizer"], k["criterion"], [vectors()] * 2)]
+)
+def test_parameters_that_nothing_would_train_are_refused(wrap):
+    model, arc = nn.Linear(6, 3), Arc()
+    with pytest.raises(ValueError, match=r"found 'centres' \(1 in all\) that nothing would train"):
+        wrap(model, criterion=arc, optimizer=sgd(model))
+    both = sgd(model, arc)
+    with pytest.raises(
+        ValueError, match=r"found 1 of neither \(shape \(3, 3\)\), which no gradient"
+    ):
+        wrap(model, criterion=lambda output, targets: arc(output, targets), optimizer=both)
+    named = [*model.named_parameters(), ("arc.centres", arc.centres)]
+    with pytest.raises(ValueError, match=r"found 1 of neither \(arc\.centres\)"):
+        wrap(model, criterion=F.cross_entropy, optimizer=torch.optim.SGD(named, lr=0.1))
+    arc.requires_grad_(False)
+    wrap(model, criterion=arc, optimizer=sgd(model))
+    wrap(model, criterion=F.cross_entropy, optimizer=both)
+
+
+def test_a_group_that_nothing_would_train_is_refused_when_it_comes():
+    model, arc = nn.Linear(6, 3), Arc()
+    wrapper = filtered(model, F.cross_entropy, sgd(model))
+    wrapper.step(*vectors())
+    wrapper.optimizer.add_param_group({"params": arc.parameters()})
+    before = model.weight.detach().clone()
+    with pytest.raises(ValueError, match="found 1 of neither"):
+        wrapper.step(*vectors())
+    assert torch.equal(model.weight, before)
