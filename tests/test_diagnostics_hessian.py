@@ -65,6 +65,7 @@ def test_the_mean_of_many_estimates_is_the_trace(float64):
     assert 0.6 < values.std() / claimed < 1.6
 
 
+@pytest.mark.usefixtures("float64")
 def test_a_plain_loss_an_unused_parameter_and_a_linear_one():
     params = {"w": torch.tensor([3.0, -1.0]), "unused": torch.ones(2), "linear": torch.ones(1)}
     loss = lambda p, batch: (batch * p["w"] ** 2).sum() + p["linear"].sum()
@@ -76,6 +77,7 @@ def test_a_plain_loss_an_unused_parameter_and_a_linear_one():
     assert flat.value == 0 and flat.residual == 0
 
 
+@pytest.mark.usefixtures("float64")
 def test_the_top_is_the_largest_not_the_longest():
     loss = lambda p, batch: -10 * p["w"][0] ** 2 + p["w"][1] ** 2
     top = gd.hessian_top(loss, {"w": torch.ones(2)}, None)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import gradfilter as gf
 import gradfilter.diagnostics as gd
+from _rounding import rounding
 
 
 def stack_of(count, seed=0, shift=0.3):
@@ -71,10 +72,11 @@ def test_rows_that_cannot_be_compared_are_left_out(count):
 @pytest.mark.parametrize("count", [2, 60])
 def test_extremes(count):
     same = {"w": torch.randn(1, 8).expand(count, -1) * torch.linspace(1, 2, count)[:, None]}
-    assert gd.agreement(same) == pytest.approx(1, abs=1e-6) and gd.agreement(same) <= 1
+    error = rounding(8 + count)  # of a unit vector, and of the sum of all
+    assert gd.agreement(same) == pytest.approx(1, abs=2 * error) and gd.agreement(same) <= 1
     pair = torch.randn(1, 8)
     opposed = {"w": torch.cat([pair, -pair] * (count // 2))}
-    assert gd.agreement(opposed) == pytest.approx(-1 / (count - 1), abs=1e-6)
+    assert gd.agreement(opposed) == pytest.approx(-1 / (count - 1), abs=2 * error)
     alone = {"w": torch.randn(1, 8)}
     assert gd.agreement(alone).isnan() and gd.noise_scale(alone, 1).samples.isnan()
     assert gd.agreement({"w": torch.zeros(count, 8)}).isnan()
@@ -132,6 +134,10 @@ def test_the_noise_of_rows_in_half_precision_is_not_that_of_a_rounded_mean(count
     values = matrix(rows)
     trace, of_mean = values.var(0).sum(), values.mean(0).square().sum()
     found = gd.noise_scale(kind(rows), 4)
-    torch.testing.assert_close(found.trace, trace, rtol=0.05, atol=0)
-    torch.testing.assert_close(found.sq_norm_of_mean, of_mean, rtol=1e-4, atol=0)
-    torch.testing.assert_close(found.samples, 4 * trace / of_mean, rtol=0.05, atol=0)
+    # A difference of sums in float32 over rows and columns, of which a rounded mean is off by 1.
+    error = 3 * rounding(200 + count) * values.square().sum(1).mean()
+    assert error < 0.5 * trace
+    torch.testing.assert_close(found.trace, trace, rtol=0, atol=error.item())
+    torch.testing.assert_close(found.sq_norm_of_mean, of_mean, rtol=0, atol=error.item())
+    samples = 4 * trace / of_mean
+    torch.testing.assert_close(found.samples, samples, rtol=2 * (error / trace).item(), atol=0)
