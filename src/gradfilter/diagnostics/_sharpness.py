@@ -12,7 +12,7 @@ from gradfilter import _products, _tree
 from gradfilter._types import Params, Tree
 from gradfilter.diagnostics._checks import check_at_least
 from gradfilter.diagnostics._loss_at import LossAt
-from gradfilter.grads._ambient import random_state, random_state_restored, set_random_state
+from gradfilter.grads._ambient import Ambient
 
 DELTA = 1e-12  # keeps a zero gradient finite
 
@@ -60,17 +60,17 @@ def sharpness(
     at = LossAt.of(loss, batch, buffers)
     device = _tree.device_of(params)
     _check_precision(params)
-    before = random_state(device)
-    with random_state_restored(device):
+    # Both passes draw the same numbers and find the same modules, and nothing outside notices.
+    moment = Ambient.now(device, at.loss.modules)
+    with moment.again():
         value, gradient, _ = at.gradient(params)
-        set_random_state(before, device)
-        with torch.no_grad():
-            step = rho / (_products.norm(gradient) + DELTA)
-            near = {
-                name: (p + step * gradient[name]).to(p.dtype)  # of shape () it is promoted
-                for name, p in params.items()
-            }
-            return (at.value(near).to(step.dtype) - value.detach().to(step.dtype)).detach()
+    with moment.again(), torch.no_grad():
+        step = rho / (_products.norm(gradient) + DELTA)
+        near = {
+            name: (p + step * gradient[name]).to(p.dtype)  # of shape () it is promoted
+            for name, p in params.items()
+        }
+        return (at.value(near).to(step.dtype) - value.detach().to(step.dtype)).detach()
 
 
 def _check_precision(params: Params) -> None:

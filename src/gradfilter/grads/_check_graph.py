@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from gradfilter.grads._attributes import STANDARD
 from gradfilter.grads._check_loss import RefusedByAll
@@ -32,6 +33,8 @@ class Ends:
         others: All other tensors that it ends in.
         reentrant: Whether it holds a reentrant checkpoint, which hides where its part ends.
         padded_lookup: Whether it holds an embedding with ``padding_idx`` as torch itself runs it.
+        custom: Whether it holds an ``autograd.Function`` of the user's, whose backward pass may do
+            anything with a gradient.
     """
 
     reached: bool
@@ -39,6 +42,7 @@ class Ends:
     others: list[Tensor]
     reentrant: bool
     padded_lookup: bool = False
+    custom: bool = False
 
 
 def ends_of(value: Tensor, leaves: Iterable[Tensor], own: Mapping[str, Tensor]) -> Ends:
@@ -55,7 +59,7 @@ def ends_of(value: Tensor, leaves: Iterable[Tensor], own: Mapping[str, Tensor]) 
         return Ends(id(value) in wanted, None, [], False)
     seen = {value.grad_fn}
     ahead: list[Any] = [value.grad_fn]
-    reached = reentrant = padded = False
+    reached = reentrant = padded = custom = False
     stranger: tuple[str, Any] | None = None
     others: list[Tensor] = []
     while ahead:
@@ -72,12 +76,19 @@ def ends_of(value: Tensor, leaves: Iterable[Tensor], own: Mapping[str, Tensor]) 
         else:
             name = node.name()
             reentrant = reentrant or name == REENTRANT
+            custom = custom or _is_custom(node)
             padded = padded or (name == LOOKUP and 0 <= node._saved_padding_idx < NO_PADDING)
         for before, _ in edges:
             if before is not None and before not in seen:
                 seen.add(before)
                 ahead.append(before)
-    return Ends(reached, stranger, others, reentrant, padded)
+    return Ends(reached, stranger, others, reentrant, padded, custom)
+
+
+def _is_custom(node: Any) -> bool:
+    if not isinstance(node, BackwardCFunction):
+        return False
+    return not type(node)._forward_cls.__module__.startswith("gradfilter.")  # type: ignore[attr-defined]
 
 
 def bypassed(

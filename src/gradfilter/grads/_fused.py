@@ -20,7 +20,6 @@ from gradfilter.grads._autocast import under_autocast
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._buffer_watch import BufferWatch
 from gradfilter.grads._by_row import ByRow
-from gradfilter.grads._check_loss import RefusedByAll
 from gradfilter.grads._lift import Level, repeated
 from gradfilter.grads._loop import written_parameter
 from gradfilter.grads._masked_lookups import MASKED_BY_HAND
@@ -116,7 +115,7 @@ class Overrides(TorchFunctionMode):
         if name == BATCH:
             raise BatchWritten
         if name in self.host.tape.leaves:
-            raise RefusedByAll(written_parameter(f"parameter {name!r}"))
+            raise written_parameter(f"parameter {name!r}")
         if name is not None:
             raise RuntimeError(
                 f"the loss writes into attribute {name!r} of a module, which cannot be handed from "
@@ -187,7 +186,8 @@ def forward(
             "The loss writes into the batch where nobody can see it coming. Let it work on a copy "
             "(x = x.clone()), or use inplace=False"
         )
-    if loss.check_reaches(losses, leaves.values()).padded_lookup:
+    ends = loss.check_reaches(losses, leaves.values())
+    if ends.padded_lookup:
         # vmap's own rule joins the tables of all rows into one, and masks the first table alone.
         # The override does it right for every function that Python calls.
         raise RuntimeError(
@@ -203,7 +203,7 @@ def forward(
     after |= {**running.finish(), **handed.buffers}
     aux = None if aux is None else _tree.tree_map(torch.Tensor.detach, aux)
     # What a module does to a gradient row by row need not be linear in it.
-    tape.linear = tape.linear and not handed.modules
+    tape.linear = tape.linear and not (handed.modules or ends.custom)
     looped = tuple(sorted({type(module).__name__ for module in handed.modules}))
     return Forward(losses, tape, after, aux, by_row=looped, used=watch.used_attributes)
 

@@ -25,11 +25,12 @@ class HostRandom:
 
     Args:
         modules: Whose attributes are searched for generators, by name.
+        everywhere: Python's and NumPy's generators, which anybody may draw from, too.
     """
 
-    def __init__(self, modules: dict[str, nn.Module]) -> None:
+    def __init__(self, modules: dict[str, nn.Module], *, everywhere: bool = True) -> None:
         self._generators = [
-            *_global(),
+            *(_global() if everywhere else ()),
             *(_accessors(name, generator) for name, generator in generators_in(modules)),
         ]
         self._states = [get() for _, get, _ in self._generators]
@@ -53,7 +54,7 @@ class HostRandom:
         """
         for (name, get, _), state in zip(self._generators, self._states, strict=True):
             if not isinstance(state, torch.Tensor) and not _equal(get(), state):
-                return name
+                return str(name)
         return None
 
 

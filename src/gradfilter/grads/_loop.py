@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,9 @@ from gradfilter.grads._batch import Batch
 from gradfilter.grads._check_graph import Ends
 from gradfilter.grads._check_loss import RefusedByAll, unreached
 from gradfilter.grads._one_image import one_image
+from gradfilter.grads._places import Hook
 from gradfilter.grads._versions import Versions
+from gradfilter.grads._writes import WriteWatch
 
 # What a plan returns: rows (M, *shape) by name, losses (M,), buffers after all rows, aux (M, ...).
 Rows = tuple[Tree, Tensor, Tree, Any]
@@ -43,14 +46,12 @@ def _rows(loss: AnyLoss, params: Params, batch: Batch, per_row: bool) -> Rows:
     losses, aux, reached = [], [], False
     for m in range(count):
         leaves = {name: loss.leaf(name, p[m] if per_row else p) for name, p in params.items()}
-        given = Versions(loss.untouchable(leaves))
         loss.hook(leaves)
         before = buffers
-        with torch.enable_grad():
+        with torch.enable_grad(), untouched(loss, leaves):
             # A copy: a first layer that works in place would write into the batch.
             row = batch.rebuild(t[m].clone() for t in batch.tensors)
             value, buffers, extra = loss.pure(leaves, row, before)
-        refuse_written(given)
         grads = _gradients(loss, value, leaves, before)
         for name, grad in zip(leaves, grads, strict=True):
             reached = reached or grad is not None
@@ -103,16 +104,45 @@ def _reentrant(
     return [leaf.grad for leaf in leaves.values()]
 
 
-def refuse_written(given: Versions) -> None:
-    """Refuse a forward pass that wrote into the parameters it was given."""
-    name = given.written()
+@contextmanager
+def untouched(loss: AnyLoss, leaves: Params, hooked: list[str] | None = None) -> Iterator[None]:
+    """Refuse a forward pass that writes into the parameters it is given, or hooks on them.
+
+    Args:
+        loss: The loss.
+        leaves: What it is given.
+        hooked: Is filled with the names of methods by which it hooks on other tensors.
+    """
+    guarded = list(loss.untouchable(leaves))
+    versions = Versions(guarded)
+    with WriteWatch(guarded, written_parameter) as watch:
+        yield
+    if hooked is not None:
+        hooked.extend(watch.hooked)
+    name = versions.written()  # where no function of Python shows it
     if name is not None:
-        raise RefusedByAll(written_parameter(name))
+        raise written_parameter(name)
+    refuse_hooked(leaves, loss.hooks)
 
 
-def written_parameter(name: str) -> str:
+def refuse_hooked(leaves: Params, hooks: Mapping[str, list[Hook]] | None = None) -> None:
+    """Refuse leaves with more hooks than those that were there before the forward pass."""
+    for name, leaf in leaves.items():
+        if len(leaf._backward_hooks or ()) > len((hooks or {}).get(name, ())):
+            raise hooked_parameter(name)
+
+
+def hooked_parameter(name: str) -> RefusedByAll:
+    """Why the loss may not register a hook on a parameter."""
+    return RefusedByAll(
+        f"Expected a loss that registers no hook on a parameter, found one on {name!r} registered "
+        "in the forward pass: one more at every pass. Register it once, before training."
+    )
+
+
+def written_parameter(name: str) -> RefusedByAll:
     """Why a parameter may not be written while the loss is computed."""
-    return (
+    return RefusedByAll(
         f"Expected a loss that leaves its parameters as they are, found the {name} written in "
         "place in the forward pass. A gradient is taken at the parameters that are given: write "
         "w = self.weight.clamp(...) there, use torch.nn.utils.parametrize, or constrain the "

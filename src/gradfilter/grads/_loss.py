@@ -48,7 +48,11 @@ class ModelLoss:
         # The criterion, too, sees the given tensors in the module: it may penalise parameters, or
         # call the model again.
         with places.filled({**params, **buffers}) as after:
-            result = self._evaluate(batch)
+            try:
+                result = self._evaluate(batch)
+            except BaseException:
+                places.empty_again(empty)
+                raise
             places.refuse_new_buffers(empty)
         new_buffers = {name: after[name] for name in buffers}
         if self.has_aux:
@@ -154,6 +158,9 @@ def extract(model: nn.Module) -> tuple[Params, Tree]:
 def insert(model: nn.Module, params: Params, buffers: Tree | None = None) -> None:
     """Write parameters and buffers back into a module, in place.
 
+    A buffer of another shape than the module's own, as a forward pass may leave one, takes its
+    place.
+
     Args:
         model: The module they were extracted from, or one of the same structure.
         params: ``dict[str, Tensor]``; names that are left out stay as they are.
@@ -161,7 +168,7 @@ def insert(model: nn.Module, params: Params, buffers: Tree | None = None) -> Non
 
     Raises:
         TypeError: ``model`` is not a module, or ``params`` no dict.
-        ValueError: A name is unknown or a shape differs; nothing has been written then.
+        ValueError: A name is unknown or a parameter's shape differs; nothing has been written then.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -175,28 +182,41 @@ def insert(model: nn.Module, params: Params, buffers: Tree | None = None) -> Non
             "Expected insert(model, params, buffers), a module and dicts of tensors, found "
             f"insert({type(model).__name__}, {type(params).__name__})."
         )
+    own_buffers = dict(model.named_buffers(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     pairs = [
-        *_targets("parameter", dict(model.named_parameters(remove_duplicate=False)), params),
-        *_targets("buffer", dict(model.named_buffers(remove_duplicate=False)), buffers or {}),
+        *_targets("parameter", parameters, params),
+        *_targets("buffer", own_buffers, buffers or {}),
     ]
+    for name, value in params.items():
+        if parameters[name].shape != value.shape:
+            raise ValueError(
+                f"Expected parameter {name!r} of shape {tuple(parameters[name].shape)}, found "
+                f"{tuple(value.shape)}."
+            )
+    # A forward pass may have put a buffer of another shape in the place of one (a table of
+    # positions for images of another size): such a buffer cannot be written into.
+    replaced = {
+        id(target): value.detach().clone() for target, value in pairs if target.shape != value.shape
+    }
     with torch.no_grad():
         for target, value in pairs:
-            target.copy_(value)
+            if id(target) not in replaced:
+                target.copy_(value)
+    for module in model.modules() if replaced else ():
+        for key, buffer in module._buffers.items():
+            if id(buffer) in replaced:
+                module._buffers[key] = replaced[id(buffer)]
 
 
 def _targets(
     what: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
-    for name, value in given.items():
+    for name in given:
         if name not in own:
             raise ValueError(
                 f"Expected a {what} of the model, found unknown name {name!r}. Insert into the "
                 "model that `extract` was called on."
-            )
-        if own[name].shape != value.shape:
-            raise ValueError(
-                f"Expected {what} {name!r} of shape {tuple(own[name].shape)}, found "
-                f"{tuple(value.shape)}."
             )
     return [(own[name], value) for name, value in given.items()]
 

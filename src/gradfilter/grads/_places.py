@@ -156,11 +156,16 @@ class Places:
         """The buffers that are None at present: the user may have filled some since."""
         return [(module, key) for module, key in self.empty if module._buffers.get(key) is None]
 
-    def refuse_new_buffers(self, empty: list[tuple[nn.Module, str]]) -> None:
-        """Take back and refuse what a forward pass put where there was no buffer before it."""
+    def empty_again(self, empty: list[tuple[nn.Module, str]]) -> list[tuple[nn.Module, str]]:
+        """Take back what a forward pass put where there was no buffer before it."""
         filled = [(module, key) for module, key in empty if module._buffers.get(key) is not None]
         for module, key in filled:
             module._buffers[key] = None
+        return filled
+
+    def refuse_new_buffers(self, empty: list[tuple[nn.Module, str]]) -> None:
+        """Take back and refuse what a forward pass put where there was no buffer before it."""
+        filled = self.empty_again(empty)
         if filled:
             module, key = filled[0]
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -12,10 +12,9 @@ from gradfilter._types import Params
 from gradfilter.grads._any_loss import AnyLoss
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._fused import Forward
-from gradfilter.grads._loop import refuse_written
+from gradfilter.grads._loop import untouched
 from gradfilter.grads._one_image import one_image
 from gradfilter.grads._tape import Tape
-from gradfilter.grads._versions import Versions
 
 
 def forward_single(
@@ -35,14 +34,13 @@ def forward_single(
         modes: Puts the modules into the modes of this pass.
     """
     leaves = {name: loss.leaf(name, p.squeeze(0) if per_row else p) for name, p in params.items()}
-    given = Versions(loss.untouchable(leaves))
     loss.hook(leaves)
-    with torch.enable_grad(), one_image(batch):
+    hooked: list[str] = []
+    with torch.enable_grad(), one_image(batch), untouched(loss, leaves, hooked):
         # A copy: a first layer that works in place would write into the batch.
         row = batch.rebuild(t.squeeze(0).clone() for t in batch.tensors)
         value, after, aux = loss.pure(leaves, row, batch.buffers)
         losses = value.unsqueeze(0)
-    refuse_written(given)
     ends = loss.check_reaches(value, leaves.values())
     loss.settle(leaves)
     if ends.reentrant:
@@ -57,7 +55,12 @@ def forward_single(
 
     # What a hook makes of the gradient need not be linear in it.
     tape = Tape({name: leaf.detach().unsqueeze(0) for name, leaf in leaves.items()}, leaves)
-    tape.linear = not loss.hooks
+    tape.linear = not (hooked or loss.hooks or ends.custom or any(_backward_hooks(loss)))
     after = {name: b.detach() for name, b in after.items()}
     aux = None if aux is None else _tree.tree_map(lambda t: t.detach().unsqueeze(0), aux)
     return Forward(losses, tape, after, aux, inside)
+
+
+def _backward_hooks(loss: AnyLoss) -> Iterator[bool]:
+    """Whether each module has hooks that see its gradients."""
+    return (bool(m._backward_hooks or m._backward_pre_hooks) for m in loss.modules.values())

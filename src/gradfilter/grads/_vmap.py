@@ -12,9 +12,11 @@ from gradfilter._types import Params, Tree
 from gradfilter.grads._any_loss import AnyLoss, as_parameter
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._check_loss import check_differentiable
-from gradfilter.grads._loop import Rows
+from gradfilter.grads._loop import Rows, refuse_hooked, written_parameter
 from gradfilter.grads._places import hooked
 from gradfilter.grads._running_stats import Recorded, RecordRunningStats, replay
+from gradfilter.grads._versions import Versions
+from gradfilter.grads._writes import WriteWatch
 
 
 def vmap_rows(
@@ -45,21 +47,27 @@ def vmap_rows(
             inside.update(params)
             value, after, aux = loss.writing(params, batch.rebuild(tensors), own)
         check_differentiable(value)
+        refuse_hooked(params)
         recorded = mode.recorded
         mode.check(after)
         counters = {name: b for name, b in after.items() if name.endswith("num_batches_tracked")}
         return value, (counters, recorded.moments, () if aux is None else (aux,))
 
     inside: Tree = {}
+    guarded = [(f"parameter {name!r}", p) for name, p in params.items()]
+    versions = Versions(guarded)
     try:
-        rows, (losses, (counters, moments, aux)) = vmap(
-            grad_and_value(row, has_aux=True),
-            in_dims=(0 if per_row else None, 0, None),
-            randomness="different",
-            chunk_size=chunk_size,
-        )(params, [t.clone() for t in batch.tensors], batch.buffers)
+        with WriteWatch(guarded, written_parameter):
+            rows, (losses, (counters, moments, aux)) = vmap(
+                grad_and_value(row, has_aux=True),
+                in_dims=(0 if per_row else None, 0, None),
+                randomness="different",
+                chunk_size=chunk_size,
+            )(params, [t.clone() for t in batch.tensors], batch.buffers)
     finally:
         loss.settle(inside, _last_row)
+    if (name := versions.written()) is not None:
+        raise written_parameter(name)
     if losses.requires_grad:  # of something else than the parameters that were given
         loss.ends(losses, ())
     after = replay(batch.buffers, counters, recorded, moments, loss.cumulative)
@@ -72,6 +80,8 @@ def vmap_rows(
 
 def _last_row(tensor: Tensor) -> Tensor:
     """What a module remembers after M passes in order: the tensor of the last."""
+    if not _functorch.is_functorch_wrapped_tensor(tensor):
+        return tensor
     while _functorch.is_functorch_wrapped_tensor(tensor):
         place = _functorch.maybe_get_bdim(tensor) if _functorch.is_batchedtensor(tensor) else None
         tensor = _functorch.get_unwrapped(tensor)

@@ -6,13 +6,16 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch
+from torch.overrides import TorchFunctionMode
 
 _ARITHMETIC = ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "matmul")
 _BITS = ("and", "or", "xor", "lshift", "rshift")
 _OPERATORS = {f"__i{name}__" for name in (*_ARITHMETIC, *_BITS)}
+_SET_DATA: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _HARMLESS = {"requires_grad_", "rename_", "share_memory_"}
 
 
@@ -43,9 +46,47 @@ def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterato
     name = getattr(func, "__name__", "")
     if not args or name in _HARMLESS:
         return
+    if name == "__set__":
+        if func == _SET_DATA:
+            yield from _tensors(args[0])
+        return
     plain = name.endswith("_") and not name.endswith("__")
     if plain or name in _OPERATORS or name == "__setitem__":
         yield from _tensors(args[0])
+
+
+class WriteWatch(TorchFunctionMode):
+    """Refuses a function that is about to write into guarded tensors.
+
+    Args:
+        guarded: Each with what to call it.
+        refuse: Makes the error from that.
+
+    Attributes:
+        hooked: The methods by which something hooked on a tensor.
+    """
+
+    def __init__(
+        self, guarded: Iterable[tuple[str, Tensor]], refuse: Callable[[str], Exception]
+    ) -> None:
+        super().__init__()
+        self._guarded = {memory(tensor): name for name, tensor in guarded}
+        self._guarded.pop(0, None)  # of tensors without elements
+        self._refuse = refuse
+        self.hooked: set[str] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Look at what the function would write into, and run it."""
+        kwargs = kwargs or {}
+        if func is torch.Tensor.register_hook:
+            self.hooked.add("register_hook")
+        for tensor in written(func, args, kwargs):
+            name = self._guarded.get(memory(tensor))
+            if name is not None:
+                raise self._refuse(name)
+        return func(*args, **kwargs)
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:

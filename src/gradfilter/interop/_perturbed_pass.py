@@ -11,6 +11,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from gradfilter._types import Transform
 from gradfilter.grads._ambient import random_state, random_state_restored, set_random_state
+from gradfilter.grads._host_random import HostRandom
 
 Buffers = dict[tuple[nn.Module, str], tuple[Tensor | None, Tensor | None]]  # object, its values
 
@@ -29,7 +30,10 @@ class SameSurroundings:
     def __init__(self, device: torch.device, model: nn.Module | None) -> None:
         self._device, self._model = device, model
         self._random = random_state(device)
+        # The modules' own generators are those that the first pass finds.
+        self._host = HostRandom({} if model is None else dict(model.named_modules()))
         self._buffers: Buffers = {}
+        self._found: dict[nn.Module, HostRandom] = {}
 
     @contextmanager
     def first(self) -> Iterator[None]:
@@ -51,18 +55,26 @@ class SameSurroundings:
         after: Buffers = {}
         for module in modules:
             after |= _buffers(module)
+        hosts = [self._host, *self._found.values()]
+        present = [host.present() for host in hosts]
         with random_state_restored(self._device):
             set_random_state(self._random, self._device)
             try:
+                for host in hosts:
+                    host.restore()
                 _restore(self._buffers)
                 yield
             finally:
+                for host in present:
+                    host.restore()
                 _restore(after)
 
     def _note(self, module: nn.Module) -> None:
         # A module that runs twice has other buffers by then: the first note counts.
         for part in module.modules():
             self._buffers = _buffers(part) | self._buffers
+            if self._model is None and part not in self._found:
+                self._found[part] = HostRandom({"": part}, everywhere=False)
 
 
 def _buffers(module: nn.Module) -> Buffers:

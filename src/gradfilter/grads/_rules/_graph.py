@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch
 
+from gradfilter.grads._loop import hooked_parameter
 from gradfilter.grads._rules._host import Host, Rule
 
 
@@ -59,6 +60,9 @@ def _register_hook(host: Host, tensor: Tensor, hook: Callable[[Tensor], Any]) ->
     if not host.level.batched(tensor):
         return NotImplemented
     rows = _functorch.get_unwrapped(tensor)
+    for name, leaf in host.tape.leaves.items():
+        if leaf is rows:
+            raise hooked_parameter(name)
     place = _functorch.maybe_get_bdim(tensor)
     # What is not linear in the gradient must see that of every row as it is.
     host.tape.linear = False
