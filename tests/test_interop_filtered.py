@@ -947,6 +947,40 @@ def test_what_the_criterion_says_beside_its_loss(plan, scaled):
     assert filtered(model).step(x, y).aux is None
 
 
+def test_arguments_in_another_order_are_seen():
+    model = nn.Linear(6, 3)
+    chain, optimizer = gf.mean_rows(), sgd(model)
+    for wrong, found in [
+        ((optimizer, chain, F.cross_entropy), "found SGD, Transform, function after"),
+        ((F.cross_entropy, optimizer, chain), "found function, SGD, Transform after"),
+        ((chain, F.cross_entropy, optimizer), "found Transform, function, SGD after"),
+    ]:
+        with pytest.raises(TypeError, match=rf"in this order, {found} the model"):
+            Filtered(model, *wrong, 4)
+    with pytest.raises(TypeError, match=r"GradScaler or None, found bool\. Make"):
+        filtered(model, scaler=True)
+    with pytest.raises(TypeError, match=r"found one tuple of two. Unpack it: step\(\*batch\)"):
+        filtered(model).step(vectors())
+    with pytest.raises(ValueError, match=r"Give what state_dict\(\) of a Filtered returned"):
+        filtered(model).load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_what_is_no_pair_is_no_loss_with_aux(scaled):
+    model = nn.Linear(6, 3)
+    scaler = torch.amp.GradScaler("cpu") if scaled else None
+    for criterion, found in [
+        (F.cross_entropy, "Tensor"),
+        (lambda output, y: (F.cross_entropy(output, y), output, y), "tuple of 3"),
+    ]:
+        wrapper = filtered(model, criterion=criterion, has_aux=True, scaler=scaler)
+        with pytest.raises(TypeError, match=rf"a pair \(loss, aux\) .*, found {found}\. Return"):
+            wrapper.step(*vectors())
+    loss = lambda params, batch: (params["w"] * batch).sum()
+    with pytest.raises(TypeError, match=r"a pair \(loss, aux\)"):
+        gf.microbatch_grads(loss, 2, has_aux=True)({"w": torch.ones(3)}, torch.ones(4, 3))
+
+
 def test_aux_needs_somebody_who_gives_it():
     model = nn.Linear(6, 3)
     with pytest.raises(

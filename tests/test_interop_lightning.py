@@ -451,6 +451,11 @@ MISTAKES = {
         TypeError,
         r"Call super\(\)\.optimizer_step",
     ),
+    "pair": (
+        changed(microbatch_loss=lambda self, batch: {"loss": Net.microbatch_loss(self, batch)}),
+        TypeError,
+        r"a scalar tensor, found dict\. Return the loss, and give other numbers to self\.log",
+    ),
     "metric": (changed(microbatch_loss=logging), TypeError, "log as 'metric' .* found Identity"),
     "vector": (changed(microbatch_loss=logging_all), ValueError, r"found shape \(2, 2\). Reduce"),
     "lbfgs": (changed(configure_optimizers=lbfgs), TypeError, "found LBFGS, whose step needs"),

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from gradfilter._types import Params, Tree
 from gradfilter.grads._attributes import STANDARD, replace_tensors, tensors_in
 from gradfilter.grads._check_graph import Ends, bypassed, ends_of
-from gradfilter.grads._check_loss import check_differentiable, check_value, unreached
+from gradfilter.grads._check_loss import (
+    check_differentiable,
+    check_value,
+    split_aux,
+    unreached,
+)
 from gradfilter.grads._loss import ModelLoss, check_names
 from gradfilter.grads._places import Hook, Places
 from gradfilter.grads._running_stats import cumulative_means
@@ -182,7 +187,7 @@ class AnyLoss:
             value, buffers, *rest = self.loss.run(params, batch, buffers, self.places)
             aux = rest[0] if rest else None
         elif self.has_aux:
-            value, aux = self.loss(params, batch)
+            value, aux = split_aux(self.loss(params, batch))
         else:
             value = self.loss(params, batch)
         check_value(value, aux)

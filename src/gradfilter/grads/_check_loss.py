@@ -13,6 +13,21 @@ class RefusedByAll(ValueError):
     """A loss that no plan can differentiate: none is tried after the one that found out."""
 
 
+def split_aux(result: Any) -> tuple[Any, Any]:
+    """What a loss returned that promised ``(loss, aux)``.
+
+    Raises:
+        TypeError: It is no pair.
+    """
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        size = f" of {len(result)}" if isinstance(result, (tuple, list)) else ""
+        raise TypeError(
+            f"Expected a pair (loss, aux) with has_aux=True, found {type(result).__name__}{size}. "
+            "Return the loss first, and everything else as one tree of tensors."
+        )
+    return result[0], result[1]
+
+
 def check_value(value: Any, aux: Any) -> None:
     """Refuse a loss that is no scalar tensor, and an aux that is no tree of tensors."""
     if not isinstance(value, Tensor):
@@ -29,7 +44,7 @@ def check_value(value: Any, aux: Any) -> None:
     if strangers:
         raise TypeError(
             f"Expected aux as a tree of tensors, found {type(strangers[0]).__name__}. Return "
-            "tensors, which are stacked over the rows."
+            "tensors, without .item(), which are stacked over the rows."
         )
 
 

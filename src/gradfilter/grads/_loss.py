@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gradfilter._types import Params, Tree
+from gradfilter.grads._check_loss import split_aux
 from gradfilter.grads._notes import add_notes
 from gradfilter.grads._places import Places
 
@@ -56,7 +57,7 @@ class ModelLoss:
             places.refuse_new_buffers(empty)
         new_buffers = {name: after[name] for name in buffers}
         if self.has_aux:
-            loss, aux = result
+            loss, aux = split_aux(result)
             return loss, new_buffers, aux
         return result, new_buffers
 

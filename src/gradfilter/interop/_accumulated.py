@@ -35,6 +35,11 @@ def batch_of(inputs: Any, targets: Any, criterion: Callable[..., Any] | None) ->
         TypeError: Targets without a criterion, or none beside inputs that are no dict.
     """
     if targets is None and not isinstance(inputs, Mapping):
+        if isinstance(inputs, (tuple, list)) and len(inputs) == 2:
+            raise TypeError(
+                f"Expected step(inputs, targets), found one {type(inputs).__name__} of two. "
+                "Unpack it: step(*batch)."
+            )
         raise TypeError(
             f"Expected step(inputs, targets), or one dict, found {type(inputs).__name__} alone. "
             "Give targets, or a dict of the model's keyword arguments."

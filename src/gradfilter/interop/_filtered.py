@@ -28,6 +28,7 @@ from gradfilter.interop._filtered_chain import (
 from gradfilter.interop._filtered_loss import (
     check_criterion,
     check_module,
+    check_order,
     loss_of,
     original_of,
     plan_for,
@@ -132,6 +133,7 @@ class Filtered:
     ) -> None:
         """Check everything that can be checked without a batch."""
         check_module("Filtered", model)
+        check_order(criterion, transforms, optimizer)
         check_steps_alone("Filtered", optimizer, "For SAM, put sam_perturb into the chain.")
         if criterion is not None and not callable(criterion):
             raise TypeError(
@@ -144,6 +146,11 @@ class Filtered:
                 "has_aux=True. Give criterion(output, batch) -> (output.loss, aux)."
             )
         check_criterion("Filtered", original_of(model), criterion, optimizer)
+        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+            raise TypeError(
+                f"Filtered: expected a torch.amp.GradScaler or None, found {type(scaler).__name__}."
+                " Make it first: torch.amp.GradScaler(device)."
+            )
         self.model, self.criterion = model, criterion
         self.optimizer, self.scaler = optimizer, scaler
         self.transforms = filter_chain(transforms, guarded=scaler is not None)
@@ -227,8 +234,8 @@ class Filtered:
         expected = {"transforms", "optimizer"} | ({"scaler"} if self.scaler is not None else set())
         if set(states) != expected:
             raise ValueError(
-                f"Expected the states {sorted(expected)}, found {sorted(states)}. Build Filtered "
-                "with a scaler, or without, as when they were saved."
+                f"Expected the states {sorted(expected)}, found {sorted(states)}. Give what "
+                "state_dict() of a Filtered returned, made with a scaler, or without, as this one."
             )
         state = load_state_dict(self._state, states["transforms"])
         self.optimizer.load_state_dict(states["optimizer"])

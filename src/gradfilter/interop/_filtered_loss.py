@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfilter._shards import is_sharded
+from gradfilter._types import Transform
 from gradfilter.grads._grad_function import Plan
 from gradfilter.grads._loss import ModelLoss, refuse_class, refuse_lazy
 from gradfilter.interop._filtered_scaler import scaled_criterion
@@ -50,6 +51,26 @@ def loss_of(
     if scale is None:
         return ModelLoss(view, criterion, has_aux, row_hooks=False)
     return ModelLoss(view, scaled_criterion(criterion, has_aux, scale), True, row_hooks=False)
+
+
+def check_order(criterion: Any, transforms: Any, optimizer: Any) -> None:
+    """Refuse arguments of which one stands where another belongs.
+
+    Raises:
+        TypeError: An optimizer or a chain is somewhere else.
+    """
+    found = criterion, transforms, optimizer
+    wrong = (
+        isinstance(criterion, (Transform, torch.optim.Optimizer))
+        or isinstance(transforms, torch.optim.Optimizer)
+        or isinstance(optimizer, Transform)
+    )
+    if wrong:
+        raise TypeError(
+            "Filtered: expected (model, criterion, transforms, optimizer, microbatches) in this "
+            f"order, found {', '.join(type(part).__name__ for part in found)} after the model. "
+            "Change their places, or name them."
+        )
 
 
 def check_criterion(

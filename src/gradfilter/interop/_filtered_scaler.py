@@ -12,6 +12,7 @@ from torch import Tensor
 from gradfilter import _tree
 from gradfilter._types import Params
 from gradfilter.grads._again import AgainStack
+from gradfilter.grads._check_loss import split_aux
 from gradfilter.grads._loss import _own_loss
 from gradfilter.grads._stack import GradStack
 
@@ -53,7 +54,7 @@ def scaled_criterion(
 
     def scaled(output: Any, targets: Any) -> tuple[Tensor, tuple[Any, ...]]:
         result = _own_loss(output) if criterion is None else criterion(output, targets)
-        loss, *aux = result if has_aux else (result,)
+        loss, *aux = split_aux(result) if has_aux else (result,)
         # A loss in half precision would overflow as soon as it is scaled.
         return _tree.at_least_float32(loss) * scale, (loss, *aux)
 

@@ -127,7 +127,13 @@ def _with_loss(model: nn.Module, loss: HostLoss) -> nn.Module:
     """A model under its own names whose output is the loss that a host computes with it."""
 
     def forward(**inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        return loss(inputs)
+        value, logged = loss(inputs)
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"Expected the loss of a microbatch alone, a scalar tensor, found "
+                f"{type(value).__name__}. Return the loss, and give other numbers to self.log."
+            )
+        return value, logged
 
     return ModuleView(model, forward)
 
