@@ -138,6 +138,8 @@ def forward(
     batch: Batch,
     per_row: bool,
     by_row: ByRow,
+    *,
+    own_batch: bool = False,
 ) -> Forward:
     """Evaluate the loss of every row at once.
 
@@ -147,6 +149,7 @@ def forward(
         batch: The rows.
         per_row: Row m has its own parameters.
         by_row: The modules that run row by row.
+        own_batch: The batch is a copy, which the loss may write into.
 
     Raises:
         BatchWritten: Before the loss writes into the batch.
@@ -162,14 +165,14 @@ def forward(
     own = {name: b.clone() for name, b in batch.buffers.items()}
     watch = BufferWatch(own, loss.cumulative, loss.attribute_tensors())
     running = RunningUpdates(watch, own, loss.cumulative)
-    given = Versions([("batch", t) for t in batch.tensors])
+    given = Versions([] if own_batch else [("batch", t) for t in batch.tensors])
     with (
         torch.enable_grad(),
         disable_saved_tensors_hooks(CHECKPOINTS),
         Level.entered(count) as level,
     ):
         host = Host(level, tape, running)
-        overrides = Overrides(host, _guarded(batch, leaves, loss))
+        overrides = Overrides(host, _guarded([] if own_batch else batch.tensors, leaves, loss))
         host.again = partial(_again, overrides)
         inside = {name: as_parameter(level.raised(leaf)) for name, leaf in leaves.items()}
         row = batch.rebuild(level.raised(t) for t in batch.tensors)
@@ -234,10 +237,10 @@ def _last_row(level: Level, tensor: Tensor) -> Tensor:
     return level.lower(tensor).detach()[-1] if level.batched(tensor) else tensor
 
 
-def _guarded(batch: Batch, leaves: Params, loss: AnyLoss) -> dict[int, str]:
+def _guarded(batch: list[Tensor], leaves: Params, loss: AnyLoss) -> dict[int, str]:
     """What the loss may not write into, by where it lies in memory."""
     found = {memory(t): name for name, t in loss.attribute_tensors()}
     found |= {memory(leaf): name for name, leaf in leaves.items()}
-    found |= {memory(t): BATCH for t in batch.tensors}
+    found |= {memory(t): BATCH for t in batch}
     found.pop(0, None)  # of tensors without elements
     return found

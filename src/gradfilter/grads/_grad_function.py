@@ -144,10 +144,10 @@ class Evaluation:
     def _rows(self, plan: Plan, params: Params, per_row: bool) -> Rows:
         if plan == "loop":
             return loop_rows(self.loss, params, self.batch, per_row)
-        size = self.settings.chunk_size
-        rows = vmap_rows(self.loss, params, self.batch, per_row, chunk_size=size)
+        size, used = self.settings.chunk_size, set[str]()
+        rows = vmap_rows(self.loss, params, self.batch, per_row, chunk_size=size, used=used)
         if not per_row:
-            check_remembered(self.loss, params, self.batch, self.ambient, set())
+            check_remembered(self.loss, params, self.batch, self.ambient, used)
         return rows
 
     def _fused(self, params: Params, per_row: bool, origin: Origin) -> AgainStack:
@@ -210,7 +210,7 @@ class Evaluation:
                 self._copies = True
                 self.ambient.rewind()
         copies = replace(batch, tensors=[t.clone() for t in batch.tensors])
-        return forward(self.loss, params, copies, per_row, by_row)
+        return forward(self.loss, params, copies, per_row, by_row, own_batch=True)
 
     def _instead(self, params: Params, per_row: bool, refusal: Exception) -> Tree:
         """The rows by the loop, where the backward pass over all rows was refused."""

@@ -63,6 +63,8 @@ def check_remembered(
 
 
 def _counts(before: Any, now: Any) -> bool:
+    if isinstance(before, dict) and isinstance(now, dict):
+        return any(_counts(before.get(k), v) for k, v in now.items() if before.get(k) is not v)
     if type(before) in CONTAINERS:
         return not isinstance(now, type(before)) or len(before) != len(now)
     number = isinstance(before, (int, float, complex)) and not isinstance(before, bool)

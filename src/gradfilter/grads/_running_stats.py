@@ -7,6 +7,7 @@ without it; the batch statistics s_m are kept, and the recurrence is run afterwa
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,10 +36,15 @@ class Recorded:
 class RecordRunningStats(TorchFunctionMode):
     """Lets batch_norm leave its running statistics alone, and writes down what they were due."""
 
-    def __init__(self, buffers: Tree, cumulative: set[str]) -> None:
+    def __init__(
+        self,
+        buffers: Tree,
+        cumulative: set[str],
+        attributes: Iterable[tuple[str, Tensor]] = (),
+    ) -> None:
         """Watch the given tensors."""
         super().__init__()
-        self._watch = BufferWatch(buffers, cumulative)
+        self._watch = BufferWatch(buffers, cumulative, attributes)
         self.recorded = Recorded()
 
     def __torch_function__(
@@ -82,6 +88,11 @@ class RecordRunningStats(TorchFunctionMode):
             input, running_mean, running_var, weight, bias, training, momentum, eps
         )
         return y
+
+    @property
+    def used_attributes(self) -> set[str]:
+        """The names of the attributes that were computed with."""
+        return self._watch.used_attributes
 
     def check(self, after: Tree) -> None:
         """Refuse what cannot be replayed, given the buffers after the forward pass."""

@@ -26,6 +26,7 @@ def vmap_rows(
     per_row: bool,
     *,
     chunk_size: int | None,
+    used: set[str],
 ) -> Rows:
     """Rows as in plan "loop", computed together.
 
@@ -35,6 +36,7 @@ def vmap_rows(
         batch: The rows.
         per_row: Row m has its own parameters.
         chunk_size: Rows computed at a time; None for all of them.
+        used: Is filled with the names of the tensors in attributes that the loss computes with.
     """
     recorded = Recorded()
 
@@ -43,12 +45,13 @@ def vmap_rows(
         own = {name: b.clone() for name, b in buffers.items()}
         for p in params.values():
             as_parameter(p)
-        with RecordRunningStats(own, loss.cumulative) as mode:
+        with RecordRunningStats(own, loss.cumulative, loss.attribute_tensors()) as mode:
             inside.update(params)
             value, after, aux = loss.writing(params, batch.rebuild(tensors), own)
         check_differentiable(value)
         refuse_hooked(params)
         recorded = mode.recorded
+        used.update(mode.used_attributes)
         mode.check(after)
         counters = {name: b for name, b in after.items() if name.endswith("num_batches_tracked")}
         return value, (counters, recorded.moments, () if aux is None else (aux,))
