@@ -80,6 +80,8 @@ class WriteWatch(TorchFunctionMode):
     ) -> Any:
         """Look at what the function would write into, and run it."""
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # a traced tensor has no memory yet
+            return func(*args, **kwargs)
         if func is torch.Tensor.register_hook:
             self.hooked.add("register_hook")
         for tensor in written(func, args, kwargs):
