@@ -35,6 +35,7 @@ from gradfilter.interop._filtered_loss import (
     view_of,
 )
 from gradfilter.interop._filtered_scaler import scale_of, update_scale, with_own_losses
+from gradfilter.interop._renormalised import renormalised
 from gradfilter.interop._sam_base import check_steps_alone
 from gradfilter.transforms._state import load_state_dict, state_dict
 
@@ -260,7 +261,8 @@ class Filtered:
         params = self._params()
         batch = batch_of(inputs, targets, self.criterion)
         scale = scale_of(self.scaler, _tree.device_of(params))
-        rows = self._grads_of(scale)(params, batch)
+        with renormalised(self._module):
+            rows = self._grads_of(scale)(params, batch)
         if self._plan == "auto" and isinstance(rows, DenseStack):
             self._plan = "loop"  # what refused the fused plan will refuse it at every step
         if scale is None:
