@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import warnings
 
 import pytest
 import torch
@@ -419,3 +420,41 @@ def test_without_transformers_the_rest_is_there(monkeypatch):
     assert interop.Filtered is Filtered
     with pytest.raises(ImportError, match=r"FilteredTrainer is built on.*gradfilter\[interop\]"):
         _ = interop.FilteredTrainer
+
+
+def texts(n):
+    """Texts of several lengths, as a tokenizer leaves them."""
+    words = torch.randint(WORDS, (n, LENGTH))
+    lengths = 2 + torch.arange(n) % (LENGTH - 1)
+    return [
+        {"input_ids": w[:k].tolist(), "labels": int(w[0] > WORDS // 2)}
+        for w, k in zip(words, lengths.tolist(), strict=True)
+    ]
+
+
+def to_the_longest(rows):
+    """Pads as a collator does, and says where there is text."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    pad = lambda values: values + [0] * (longest - len(values))
+    return {
+        "input_ids": torch.tensor([pad(row["input_ids"]) for row in rows]),
+        "attention_mask": torch.tensor([pad([1] * len(row["input_ids"])) for row in rows]),
+        "labels": torch.tensor([row["labels"] for row in rows]),
+    }
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("plan", ["auto", "fused"])
+def test_padded_texts_one_by_one_are_the_training_of_a_trainer(trainer, plan):
+    """Every step is fused, though each batch has texts with and without padding."""
+    steps, model, data = 8, classifier(), texts(8 * SIZE)
+    plain = copy.deepcopy(model)
+    args = {"max_steps": steps, "learning_rate": 1e-2}
+    options = {"data_collator": to_the_longest, "args": args}
+    trained = trainer(model, data, gf.mean_rows(), m=None, plan=plan, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Fell back")
+        trained.train()
+    trainer(plain, data, cls=hf.Trainer, **options).train()
+    assert trained.state.global_step == steps
+    close(model, plain, tolerance=1e-8)

@@ -27,7 +27,10 @@ EVERY_DAY = {
 }
 # Rotary frequencies and the like are float32 whatever the dtype, and one kernel's sums for all rows
 # differ in it from the kernel's for one.
-IN_FLOAT32 = {"deepseek_v2": 1e-6, "deepseek_v3": 1e-6, "mamba2": 1e-6, "switch_transformers": 1e-5}
+IN_FLOAT32 = {
+    **{"deepseek_v2": 1e-6, "deepseek_v3": 1e-6, "mamba": 1e-6, "mamba2": 1e-6},
+    "switch_transformers": 1e-5,
+}
 # Which modules of these run row by row.
 PARTS = {
     "bloom": "BloomGelu",
