@@ -37,6 +37,7 @@ PARTS = {
     "memory": Part("memory"),
     "rules": Part("rules"),
     "per_sample": Part("per_sample"),
+    "padded": Part("padded", quick=("--quick", "--models", "bert-32")),
     "sharpness": Part("sharpness", quick=("--quick", "--models", "mlp")),
     "update": Part("update"),
     "distributed": Part("distributed", quick=("--quick", "--models", "mlp-0.1M", "--worlds", "2")),

@@ -134,6 +134,25 @@ def per_sample(part: Json) -> Section:
     )
 
 
+def padded(part: Json) -> Section:
+    rows, training = part["workloads"][::2], part["workloads"][1::2]
+    counts = part["fused"].values()
+    batches, steps = (
+        f"{sum(c[f'fused_{what}'] for c in counts)} of {sum(c[what] for c in counts)}"
+        for what in ("batches", "steps")
+    )
+    over_trainer = by_contender(training, "Trainer", lambda name: name == "FilteredTrainer")
+    return Section(
+        "Padded text, one row per text",
+        ("padded",),
+        "A collator pads to the longest text, and BERT asks each text whether it has padding. "
+        f"Fused: {batches} batches, {steps} steps of `FilteredTrainer`. Timed: rows, agreement "
+        f"filter and combination of one batch, over {PLAIN}.",
+        by_contender(rows, "plain", lambda name: name == "fused"),
+        more=f"Eight steps of training, over those of transformers' Trainer:\n\n{over_trainer}",
+    )
+
+
 def _by_question(contest: Json) -> Panel:
     """Questions one after the other, libraries under each."""
     names = [name for name in contest["results"] if name != "plain"]

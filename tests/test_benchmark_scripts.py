@@ -10,7 +10,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
-from benchmarks import growth, memory, rules, sharpness
+from benchmarks import _row_sections as row_sections
+from benchmarks import growth, memory, padded, rules, sharpness
 from benchmarks._models import Task, images
 from benchmarks._plans import PLANS
 from benchmarks._setting import Setting
@@ -107,3 +108,19 @@ def test_a_command_says_what_it_is_for(module, capsys):
     with pytest.raises(SystemExit):
         module.main(["--help"])
     assert module.__doc__.splitlines()[0] in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_padded_text_is_counted_and_timed(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    options = ["--quick", "--rounds", "1", "--models", "bert-32", "--out", str(tmp_path)]
+    padded.main(options)
+    written = json.loads((tmp_path / "padded-cpu.json").read_text())
+    assert written["fused"]["bert-32"] == {
+        "batches": 20, "fused_batches": 20, "steps": 8, "fused_steps": 8
+    }  # fmt: skip
+    rows, training = written["workloads"]
+    assert list(rows["results"]) == ["plain", "loop", "fused", "fused, no padding"]
+    assert list(training["results"]) == ["Trainer", "FilteredTrainer"]
+    assert "20 of 20 batches fused, 8 of 8 steps" in capsys.readouterr().out
+    section = row_sections.padded(written)
+    assert "20 of 20 batches, 8 of 8 steps" in section.text and "FilteredTrainer" in section.more
