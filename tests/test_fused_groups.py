@@ -226,8 +226,9 @@ def test_rows_elsewhere_are_grouped_as_they_answer_there():
 
 
 def dropping(net, x):
+    first = bool(x[0, 0] > 0)
     h = F.dropout(net.a(x), 0.4)
-    return net.b(h) if x[0, 0] > 0 else h
+    return net.b(h) if first else h
 
 
 def test_random_numbers_are_those_of_one_pass():
@@ -246,8 +247,9 @@ def test_random_numbers_are_those_of_one_pass():
 
 def test_other_answers_elsewhere_and_random_numbers_are_refused():
     def run(net, x):
+        first = bool(net.a(x)[0, 0] > 0)
         h = F.dropout(net.a(x), 0.4)
-        return h.tanh() if net.a(x)[0, 0] > 0 else h.cos()
+        return h.tanh() if first else h.cos()
 
     model, (x, y) = Net(run, a=nn.Linear(6, 4)), signed(6)(6)
     params, _ = gf.extract(model)
@@ -256,6 +258,32 @@ def test_other_answers_elsewhere_and_random_numbers_are_refused():
     rows = gf.microbatch_grads(loss, 6, plan="fused")(same, (x, y))
     with pytest.raises(RuntimeError, match=r"answer the host .* random numbers"):
         rows.at(params)
+
+
+def test_answers_that_may_depend_on_random_numbers_make_no_groups():
+    """A group would draw other numbers, and go on only where those agree with the answers."""
+
+    def run(net, x):
+        h = F.dropout(net.a(x), 0.4)
+        return h.tanh() if x[0, 0] > 0 else h.cos()
+
+    model, batch = Net(run, a=nn.Linear(6, 4)), signed(6)(6)
+    with pytest.raises(RuntimeError, match=r"__bool__ .*differs from row to row"):
+        rows_of(model, batch, "fused", 6)
+    model.run = lambda net, x: net.a(x) if (net.a(x) > 9).any() else F.dropout(net.a(x), 0.4)
+    assert not rows_of(model, batch, "fused", 6).groups
+
+
+def test_a_layer_is_left_out_as_often_as_in_passes_in_order():
+    """Rows that agree by chance, mostly on the likelier answer, would leave it out too seldom."""
+
+    def run(net, x):
+        return net.a(x).tanh() if torch.rand(()) < 0.2 else net.a(x)
+
+    model, batch = Net(run, a=nn.Linear(6, 4)), signed(6)(4)
+    for _ in range(20):
+        with pytest.raises(RuntimeError, match="draws a random number and asks for a value"):
+            rows_of(model, batch, "fused", 4)
 
 
 def test_buffers_that_rows_hand_on_are_not_taken_apart():

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,8 +88,10 @@ def forward_in_groups(
                 start = random_state(ambient.device)
             continue
         except RuntimeError as refusal:
-            answers = refusal.answers if isinstance(refusal, Disagreement) else []
-            groups = _apart(rows, answers)
+            # With other random numbers rows may answer otherwise, and those of a group draw others.
+            groups: list[list[int]] = []
+            if isinstance(refusal, Disagreement) and not _drew(start, ambient):
+                groups = _apart(rows, refusal.answers)
             count = len(parts) + len(groups) + len(ahead) - 1
             if groups and (count == 2 or count < len(batch)) and count <= MOST_GROUPS:
                 ahead[:1] = groups
@@ -109,14 +112,19 @@ def forward_in_groups(
 def _apart(rows: list[int], answers: list[str]) -> list[list[int]]:
     """Rows by their answers, in the order in which the answers come up."""
     groups: dict[str, list[int]] = {}
-    for row, answer in zip(rows, answers, strict=bool(answers)):
+    for row, answer in zip(rows, answers, strict=True):
         groups.setdefault(answer, []).append(row)
     return list(groups.values())
 
 
-def _check_draws(ambient: Ambient) -> None:
+def _drew(start: dict[str, Any], ambient: Ambient) -> bool:
+    """Whether random numbers have been drawn since a start."""
     now = random_state(ambient.device)
-    if any(not torch.equal(now[kind], before) for kind, before in ambient.random.items()):
+    return any(not torch.equal(now[kind], before) for kind, before in start.items())
+
+
+def _check_draws(ambient: Ambient) -> None:
+    if _drew(ambient.random, ambient):
         raise RuntimeError(
             "Expected rows that answer the host alike as in the first pass over them, found some "
             "that do not at these parameters, and random numbers, which are drawn for all rows "

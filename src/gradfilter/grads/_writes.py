@@ -47,7 +47,7 @@ def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterato
     if not args or name in _HARMLESS:
         return
     if name == "__set__":
-        if func == _SET_DATA:
+        if func == _SET_DATA and not _is_same(*args):  # nn.Module.to may change nothing
             yield from _tensors(args[0])
         return
     plain = name.endswith("_") and not name.endswith("__")
@@ -95,6 +95,14 @@ def _tensors(value: Any) -> Iterable[Tensor]:
     if isinstance(value, Tensor):
         return (value,)
     return [t for t in value if isinstance(t, Tensor)] if isinstance(value, (list, tuple)) else ()
+
+
+def _is_same(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors outside of functorch are one and the same numbers."""
+    if any(map(_functorch.is_functorch_wrapped_tensor, (tensor, other))):
+        return tensor is other
+    there = tensor.data_ptr() == other.data_ptr() and tensor.dtype == other.dtype
+    return there and (tensor.shape, tensor.stride()) == (other.shape, other.stride())
 
 
 def memory(tensor: Tensor) -> int:

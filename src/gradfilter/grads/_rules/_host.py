@@ -27,6 +27,8 @@ class Host:
     running: RunningUpdates
     again: Callable[[Callable[[], Any]], Any] = lambda run: run()
     """Runs something under the level and the rules once more, for hooks of the backward pass."""
+    drew: bool = False
+    """Whether a single random number was drawn for each row, on which answers may depend."""
 
     def __post_init__(self) -> None:
         """Know the leaves by identity."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradfilter.grads._rules._draws import DRAWS
 from gradfilter.grads._rules._host import Host, Rule
 from gradfilter.grads._rules._shortcuts import asks_for_a_shortcut
 
@@ -37,6 +38,11 @@ def value_of(convert: Callable[..., Any]) -> Rule:
     def rule(host: Host, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not host.level.batched(tensor) or host.batched(*args):
             return NotImplemented
+        if host.drew:
+            raise RuntimeError(
+                f"{convert.__name__} cannot run over all rows at once: the loss draws a random "
+                "number and asks for a value, which may be another one in every row"
+            )
         rows = host.level.lower(tensor)
         answers: list[Any] = []
         host.level.aside(
@@ -95,4 +101,5 @@ VALUES: dict[Callable[..., Any], Rule] = {
             torch.where,
         )
     },
+    **DRAWS,
 }
