@@ -19,12 +19,12 @@ rows = lambda k: gf.DenseStack(unflat(random_matrix(k, 5)))
 tree = lambda k: normal_tree(k)
 
 # Link -> what is scheduled, what is fixed, and what kind of gradients it takes. The schedules
-# pass 2 (from which on a filter accepts everything) and end at the edge of what is allowed.
+# start at 2 (from which on a filter accepts everything) and end at the edge of what is allowed.
 STATELESS = {
-    "agree_filter": (gf.agree_filter, {"threshold": gf.linear(2.5, 6)}, {}, rows),
+    "agree_filter": (gf.agree_filter, {"threshold": gf.linear(2.0, 6)}, {}, rows),
     "agree_filter halving": (
         gf.agree_filter,
-        {"threshold": gf.cosine(2.5, 6, min_value=0.7)},
+        {"threshold": gf.cosine(2.0, 6, min_value=0.7)},
         {"average": "halving", "against": "first"},
         rows,
     ),
@@ -36,7 +36,7 @@ STATELESS = {
     ),
     "consensus_filter hard": (
         gf.consensus_filter,
-        {"threshold": gf.linear(2.5, 6)},
+        {"threshold": gf.linear(2.0, 6)},
         {"soft": False},
         rows,
     ),

@@ -56,6 +56,8 @@ def split(batch: Any, microbatches: int | None) -> tuple[list[Tensor], Rebuild]:
                 f"Expected tensors in the batch, found {type(value).__name__}, which would go "
                 "whole to every microbatch. Convert it with torch.from_numpy."
             )
+        if isinstance(value, Tensor) and (value.is_nested or value.layout != torch.strided):
+            raise TypeError(_not_dense(value))
         if _holds_tensors(value, 3):
             raise TypeError(
                 f"Expected a batch of tensors in tuples, lists and dicts, found one inside of "
@@ -80,6 +82,20 @@ def split(batch: Any, microbatches: int | None) -> tuple[list[Tensor], Rebuild]:
         return unflatten(filled)
 
     return [rearrange(values[i], "(m b) ... -> m b ...", m=rows) for i in places], rebuild
+
+
+def _not_dense(value: Tensor) -> str:
+    """What is said of a sparse or nested tensor in a batch."""
+    if value.is_nested:
+        return (
+            "Expected dense tensors in the batch, found a nested one, whose samples have different "
+            "lengths. Pad it: torch.nested.to_padded_tensor(x, 0.0), with a mask or lengths."
+        )
+    return (
+        f"Expected dense tensors in the batch, found one with layout {value.layout}, which cannot "
+        "be cut into microbatches. Use x.to_dense(), or give indices and values as tensors with "
+        "one entry per sample."
+    )
 
 
 def check_constant(params: Params, tensors: list[Tensor]) -> None:
@@ -113,6 +129,14 @@ def check_device(params: Params, tensors: list[Tensor]) -> None:
         )
 
 
+def more_than_a_batch(expected: str, fix: str, more: tuple[Any, ...]) -> TypeError:
+    """What is said of inputs and targets given as two arguments."""
+    found = ", ".join(type(value).__name__ for value in more)
+    return TypeError(
+        f"Expected {expected}, found {len(more)} more: {found}. A batch is one argument: {fix}."
+    )
+
+
 def check_params(params: Params) -> None:
     """Refuse parameters that are not a flat dict of real floating-point tensors, each whole."""
     if not isinstance(params, dict) or not params:
@@ -127,6 +151,12 @@ def check_params(params: Params) -> None:
             raise TypeError(
                 f"Expected real floating-point parameters, found {name!r} of {kind}, which has "
                 "no gradient. Keep it as a buffer, or freeze it with requires_grad_(False)."
+            )
+        if p.device.type == "meta" or p.layout != torch.strided:
+            where = "on the meta device" if p.device.type == "meta" else f"with layout {p.layout}"
+            raise TypeError(
+                f"Expected dense parameters that have values, found {name!r} {where}. Use "
+                "model.to_empty(device=...) and initialise it, or p.to_dense(), before `extract`."
             )
         if is_sharded(p):
             raise TypeError(

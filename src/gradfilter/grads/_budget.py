@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -10,10 +11,12 @@ import torch
 def check_budget(budget: int | float) -> None:
     """Refuse what is neither a number of bytes nor a fraction of the device's memory."""
     fraction = isinstance(budget, float)
-    if isinstance(budget, bool) or budget < 0 or (fraction and budget > 1):
+    number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+    if not number or not 0 <= budget <= (1 if fraction else math.inf):  # nan is in no range
         raise ValueError(
             "Expected memory_budget as bytes (int >= 0) or as a fraction of the device's memory "
-            f"(float from 0 to 1), found {budget!r}. The default is 0.25."
+            f"(float from 0 to 1), found {budget!r}. Write 10**9 for a gigabyte; the "
+            "default is 0.25."
         )
 
 

@@ -16,7 +16,7 @@ from gradfilter._types import Params, Tree
 from gradfilter.grads._again import AgainStack, Origin
 from gradfilter.grads._ambient import Ambient, random_state
 from gradfilter.grads._any_loss import AnyLoss
-from gradfilter.grads._batch import Batch, check_device, check_params, split
+from gradfilter.grads._batch import Batch, check_device, check_params, more_than_a_batch, split
 from gradfilter.grads._budget import bytes_of
 from gradfilter.grads._by_row import ByRow
 from gradfilter.grads._check_loss import RefusedByAll
@@ -27,7 +27,7 @@ from gradfilter.grads._fused_stack import FusedStack
 from gradfilter.grads._groups import Grouping, forward_in_groups
 from gradfilter.grads._lift import untraced
 from gradfilter.grads._loop import Rows, loop_rows
-from gradfilter.grads._notes import stacklevel
+from gradfilter.grads._notes import note_anomaly, stacklevel
 from gradfilter.grads._pass import Pass
 from gradfilter.grads._remembered import check_remembered
 from gradfilter.grads._single import forward_single
@@ -49,15 +49,20 @@ class GradFunction:
     memory_budget: int | float
     by_row: ByRow = field(default_factory=ByRow, init=False, repr=False)
 
-    def __call__(self, params: Params, batch: Any, *, buffers: Tree | None = None) -> AgainStack:
+    def __call__(
+        self, params: Params, batch: Any, *more: Any, buffers: Tree | None = None
+    ) -> AgainStack:
         """The gradients of one batch.
 
         Args:
             params: ``dict[str, Tensor]``, floating point, all that is to be differentiated.
             batch: Any tree of tensors with leading axis N.
+            *more: Refused.
             buffers: What the module's buffers are before the first row; the stack's ``buffers``
                 are what they are after the last. None takes the module's own, at every call.
         """
+        if more:
+            raise more_than_a_batch("grads_of(params, batch)", "grads_of(params, (x, y))", more)
         check_params(params)
         loss = AnyLoss.of(self.loss, self.has_aux)
         loss.check_params(params)
@@ -142,10 +147,14 @@ class Evaluation:
         return DenseStack(grads, losses, after, aux, origin=origin)
 
     def _rows(self, plan: Plan, params: Params, per_row: bool) -> Rows:
-        if plan == "loop":
-            return loop_rows(self.loss, params, self.batch, per_row)
-        size, used = self.settings.chunk_size, set[str]()
-        rows = vmap_rows(self.loss, params, self.batch, per_row, chunk_size=size, used=used)
+        try:
+            if plan == "loop":
+                return loop_rows(self.loss, params, self.batch, per_row)
+            size, used = self.settings.chunk_size, set[str]()
+            rows = vmap_rows(self.loss, params, self.batch, per_row, chunk_size=size, used=used)
+        except RuntimeError as error:
+            note_anomaly(error)
+            raise
         if not per_row:
             check_remembered(self.loss, params, self.batch, self.ambient, used)
         return rows

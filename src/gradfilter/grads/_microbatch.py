@@ -62,7 +62,7 @@ def microbatch_grads(
         {'w': tensor([[1., 0.],
                 [0., 1.]])}
     """
-    if not isinstance(microbatches, int) or microbatches < 1:
+    if not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 1:
         raise ValueError(
             f"Expected a whole number of microbatches >= 1, found {microbatches!r}. M = 8 is a "
             "usual choice."
@@ -114,8 +114,12 @@ def _grad_function(
         )
     if plan not in get_args(Plan):
         raise ValueError(f'Expected plan "auto", "fused", "loop" or "vmap", found {plan!r}.')
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"Expected chunk_size >= 1 or None, found {chunk_size}.")
+    whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool)
+    if chunk_size is not None and not (whole and chunk_size >= 1):
+        raise ValueError(
+            f"Expected chunk_size as a whole number of rows >= 1 or None, found {chunk_size!r}. "
+            "None computes all rows at once."
+        )
     if has_aux and isinstance(loss, ModelLoss):
         raise ValueError(
             "Expected has_aux on model_loss(model, criterion, has_aux=True), found it here."

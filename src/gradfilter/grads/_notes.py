@@ -34,14 +34,24 @@ def add_notes(error: Exception, params: Params, batch: Any) -> None:
         _note_dtypes(error, params, batch)
     if BATCH_NORM in text and tensors and all(t.shape[:1] == (1,) for t in tensors):
         error.add_note(
-            "Rows of one sample: BatchNorm has nothing to average. Use microbatches, GroupNorm or "
-            "model.eval()."
+            "Rows of one sample: BatchNorm has nothing to average. Use fewer microbatches (M < N), "
+            "GroupNorm or model.eval()."
         )
     found = UNEXPECTED.search(text)
     if isinstance(error, TypeError) and isinstance(batch, Mapping) and found and found[1] in batch:
         error.add_note(
             "A dict batch is given to the model as keyword arguments; for "
             '{"x", "y"} pass (batch["x"], batch["y"]).'
+        )
+
+
+def note_anomaly(error: Exception) -> None:
+    """Say what to do about anomaly mode, which refuses rows that a filter would take out."""
+    if torch.is_anomaly_enabled() and "returned nan values" in str(error):
+        error.add_note(
+            "Anomaly mode raises at a NaN in any row, before finite_filter or another filter can "
+            "take the row out. Turn it off, or only its check: "
+            "torch.autograd.set_detect_anomaly(True, check_nan=False)."
         )
 
 

@@ -22,6 +22,7 @@ from gradfilter.grads._fused import Forward
 from gradfilter.grads._immutable import versions, written
 from gradfilter.grads._lift import autocast_dtype
 from gradfilter.grads._modes import Modes, choose_modes
+from gradfilter.grads._notes import note_anomaly
 from gradfilter.grads._places import Hook, hooked
 from gradfilter.grads._tiled_factor import TiledFactor
 
@@ -263,10 +264,12 @@ class Pass:
                 run.inside(lambda: run.tape.backward(losses, cotangent, visit, retain=retain))
         except Exception as refusal:
             if self._instead is None:
+                note_anomaly(refusal)
                 raise
             self._forward = None
             rows = self._instead(refusal)
             self._kept = {name: DenseFactor(leaf) for name, leaf in rows.items()}
+            self._versions = versions(_held(self._kept))
             return False
         return True
 

@@ -108,9 +108,9 @@ def _adam(
 ) -> Transform:
     beta1, beta2 = betas
     for beta in betas:
-        check_number(
-            name, "beta", beta, low=0, high=1, open_high=True, fix="(0.9, 0.999) is usual."
-        )
+        argument = "betas" if isinstance(beta, Schedule) else "beta"
+        fix = "(0.9, 0.999) is usual."
+        check_number(name, argument, beta, low=0, high=1, open_high=True, fix=fix)
     check_number(name, "eps", eps, low=0, fix="1e-8 is usual.")
     buffers = ("m", "v", "max_v") if amsgrad else ("m", "v")
 

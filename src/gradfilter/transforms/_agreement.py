@@ -50,7 +50,7 @@ def agree_filter(
     distance 1.
 
     Raises:
-        ValueError: threshold < 0, an unknown option, or a stack of one row.
+        ValueError: threshold outside [0, 2], an unknown option, or a stack of one row.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -69,7 +69,8 @@ def agree_filter(
         "threshold",
         threshold,
         low=0,
-        fix="It is a cosine distance, 1 - cos; 0.97 is a good start.",
+        high=2,
+        fix="It is a cosine distance, 1 - cos, and no percentage; 0.97 is a good start.",
     )
     check_number("agree_filter", "min_accepted", min_accepted, low=1, fix="Use 2.")
     if against not in ("running", "first") or average not in ("mean", "halving"):

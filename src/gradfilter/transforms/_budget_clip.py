@@ -66,7 +66,9 @@ def budget_clip(budget: float = 0.3, *, power: float = 3.0) -> Transform:
     check_number("budget_clip", "power", power, low=0, fix="3 is a good start, 0 compares nothing.")
 
     def init(params: Params) -> State:
-        return {"first": torch.zeros((), device=_tree.device_of(params))}
+        # Of the parameters' precision, whatever torch's default is.
+        first = _tree.at_least_float32(next(iter(params.values())))
+        return {"first": torch.zeros((), dtype=first.dtype, device=_tree.device_of(params))}
 
     def update(
         rows: GradStack, state: State, params: Params, /, **extra: Any

@@ -203,7 +203,7 @@ def agc_clip(
     ) -> tuple[Tree, State, Out]:
         chosen = {n: g for n, g in grads.items() if exclude is None or not exclude(n)}
         if clipping is None or is_off(clipping) or not chosen:
-            nothing = torch.zeros((), device=_tree.device_of(grads))
+            nothing = torch.zeros((), dtype=torch.float32, device=_tree.device_of(grads))
             return grads, state, {"clipped_fraction": nothing}
         clipped, shrunk = dict(grads), []
         if any(map(is_sharded, chosen.values())):

@@ -45,7 +45,7 @@ def consensus_filter(
     NaN for a row that is not finite.
 
     Raises:
-        ValueError: threshold < 0 or min_accepted < 1.
+        ValueError: threshold outside [0, 2] or min_accepted < 1.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -59,7 +59,8 @@ def consensus_filter(
         "threshold",
         threshold,
         low=0,
-        fix="It is a cosine distance, 1 - cos; 1 needs no tuning.",
+        high=2,
+        fix="It is a cosine distance, 1 - cos, and no percentage; 1 needs no tuning.",
     )
     check_number("consensus_filter", "min_accepted", min_accepted, low=1, fix="Use 2.")
 

@@ -15,8 +15,8 @@ RULES = frozenset({"rows -> update", "tree -> update"})
 BEHIND = "Put it after sgd, adam, adamw or rmsprop."
 
 
-def no_link(found: Any) -> TypeError:
-    """What is said of an argument of `chain` that is no link."""
+def no_link(found: Any, who: str = "chain") -> TypeError:
+    """What is said of an argument of `chain`, or of somebody else, that is no link."""
     kind = found if isinstance(found, type) else type(found)
     if isinstance(found, (list, tuple)):
         fix = "Unpack it: chain(*links)."
@@ -26,7 +26,7 @@ def no_link(found: Any) -> TypeError:
         fix = "Call the factory: agree_filter(0.97), not agree_filter."
     else:
         fix = "Factories such as agree_filter(0.97) make them, or link() for one of your own."
-    return TypeError(f"chain: expected links, found {kind.__name__}. {fix}")
+    return TypeError(f"{who}: expected links, found {kind.__name__}. {fix}")
 
 
 def ways_through(links: Links) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from gradfilter._made import remembered
 from gradfilter._types import GLOBAL_NAMES, Out, Params, State, Transform, Tree
 from gradfilter.grads._dense import as_stack
 from gradfilter.grads._stack import GradStack
+from gradfilter.transforms._schedule import Schedule
 
 KINDS = frozenset(
     {f"{a} -> {b}" for a, b in (("rows", "rows"), ("rows", "tree"), ("tree", "tree"))}
@@ -79,7 +80,12 @@ def link(
         check_leaves(f"{name}: result", grads, params)
         if not isinstance(grads, GradStack):
             grads = _tree.in_dtypes_of(params, grads)
-        return grads, _tree.in_dtypes_of(state, new_state), out
+        try:
+            new_state = _tree.in_dtypes_of(state, new_state)
+        except (AttributeError, TypeError, ValueError):
+            check_states(name, state, new_state)
+            raise
+        return grads, new_state, out
 
     return Transform(name, kinds, init, checked, frozenset(needs), frozenset(publishes))
 
@@ -140,6 +146,23 @@ def check_leaves(name: str, grads: GradStack | Tree, params: Params) -> None:
             )
 
 
+def check_states(name: str, before: State, after: State) -> None:
+    """Refuse states that hold something else than tensors, or other ones than before."""
+    for leaf in (*_tree.leaves(before), *_tree.leaves(after)):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"{name}: expected a state of tensors, found {type(leaf).__name__}. Keep numbers "
+                "as tensors of shape (), for example torch.zeros((), dtype=torch.int64), return "
+                "new ones, and write {} for no state."
+            )
+    old, new = (list(_tree.flatten_with_names(state)[0]) for state in (before, after))
+    if old != new:
+        raise ValueError(
+            f"{name}: expected the state that update returns to have the entries {old} of the one "
+            f"it got, found {new}. Return every entry in every step."
+        )
+
+
 def check_number(
     link_name: str,
     argument: str,
@@ -157,6 +180,11 @@ def check_number(
     """
     if isinstance(value, Tensor):
         return
+    if isinstance(value, Schedule):
+        raise TypeError(
+            f"{link_name}: expected {argument} as a number, found a Schedule. Write "
+            f"scheduled({link_name}, {argument}=...): it takes a schedule for every argument."
+        )
     bad_type = isinstance(value, bool) or not isinstance(value, (int, float))
     outside = bad_type or not low <= value <= high
     if outside or (open_low and value == low) or (open_high and value == high):

@@ -25,7 +25,7 @@ def _nothing(count: Tensor) -> State:
     return {}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Schedule(Remade):
     """A value for every step; recognised by its type, never by being callable.
 
@@ -54,6 +54,14 @@ class Schedule(Remade):
     def core(self) -> Any:
         """What gives the values."""
         return self.at, self.init
+
+    def __repr__(self) -> str:
+        """The call that made it."""
+        if self.made is None:
+            return f"Schedule(max_value={self.max_value}, min_value={self.min_value})"
+        given = [repr(value) for value in self.made.args]
+        given += [f"{name}={value!r}" for name, value in self.made.kwargs.items()]
+        return f"{self.made.factory.__name__}({', '.join(given)})"
 
     def __call__(self, count: int | Tensor) -> Tensor:
         """The value at step ``count``, for schedules without a state."""

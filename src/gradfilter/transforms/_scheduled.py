@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradfilter import _tree
 from gradfilter._made import remembered
 from gradfilter._types import Out, Params, State, Transform
 from gradfilter.transforms._rule import new_count, schedule_value
@@ -25,12 +26,15 @@ def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transfo
 
     Args:
         factory: A link factory, for example `agc_clip`.
-        **schedules: Its arguments by name: a `Schedule`, or a value, which is passed as it is.
+        **schedules: Its arguments by name: a `Schedule`, a tuple, list or dict with some in it
+            (``betas=(linear(0.9, 1000), 0.999)``), or a value, which is passed as it is.
 
-    Publishes: what the link publishes, and every scheduled value under its argument's name.
+    Publishes: what the link publishes, and every scheduled value under its argument's name, with
+    its place where it is one of several: ``betas.0``.
 
     Raises:
-        TypeError: The factory has no such argument, or nothing is scheduled.
+        TypeError: The factory has no such argument, or nothing is scheduled; a link is given
+            instead of its factory; a schedule for what is no number.
 
     Examples:
         >>> import gradfilter as gf
@@ -41,19 +45,37 @@ def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transfo
         ...     gf.sgd(lr),
         ... )
     """
+    given: Any = factory
+    if isinstance(given, Transform) or not callable(given):
+        found = repr(given) if isinstance(given, Transform) else type(given).__name__
+        name = getattr(given, "name", "") or "agree_filter"
+        raise TypeError(
+            f"scheduled: expected a factory, found {found}. Give the function itself and its "
+            f"arguments by name: scheduled({name}, threshold=...), not scheduled({name}(...), ...)."
+        )
     factory = inspect.unwrap(factory)  # what it makes is gone after the step
     accepted = inspect.signature(factory).parameters
     unknown = sorted(set(schedules) - set(accepted))
-    moving = {name: s for name, s in schedules.items() if isinstance(s, Schedule)}
+    fixed, parts, moving = _apart(schedules)
     if unknown or not moving:
         raise TypeError(
             f"scheduled: expected at least one Schedule among the arguments {sorted(accepted)}, "
             f"found {'unknown ' + str(unknown) if unknown else sorted(schedules)}."
         )
-    fixed = {name: value for name, value in schedules.items() if name not in moving}
+    for name in parts:
+        if isinstance(accepted[name].default, (bool, str)):
+            raise TypeError(
+                f"scheduled: expected {name} as one of its fixed values, found a Schedule, which "
+                f"gives numbers. Write {name}={accepted[name].default!r}."
+            )
+
+    def made(values: Mapping[str, Any]) -> Transform:
+        """The link with these values in the places of the schedules."""
+        return factory(**fixed, **{name: part(values) for name, part in parts.items()})
+
     # At the largest values the factory shows its kind, and refuses ranges that cannot be right.
-    template = factory(**fixed, **{name: s.max_value for name, s in moving.items()})
-    structure = factory(**fixed, **{name: _stand_in(s) for name, s in moving.items()})
+    template = made({name: s.max_value for name, s in moving.items()})
+    structure = made({name: _stand_in(s) for name, s in moving.items()})
 
     def init(params: Params) -> State:
         count = new_count(params)
@@ -69,7 +91,7 @@ def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transfo
             values[name], schedule_states[name] = schedule_value(
                 s, state["count"], state["schedules"][name], extra
             )
-        link = factory(**fixed, **values)
+        link = made(values)
         grads, link_state, out = link.update(grads, state["link"], params, **extra)
         state = {
             "count": state["count"] + 1,
@@ -81,6 +103,36 @@ def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transfo
     publishes = template.publishes | frozenset(moving)
     name = template.name or "scheduled"
     return replace(template, name=name, init=init, update=update, publishes=publishes, links=())
+
+
+def _apart(
+    given: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Callable[[Mapping[str, Any]], Any]], dict[str, Schedule]]:
+    """Arguments without a schedule, how to make the others from values, and all schedules by name.
+
+    A schedule inside a tuple, list or dict is called by its place: ``betas.0``.
+    """
+    fixed: dict[str, Any] = {}
+    parts: dict[str, Callable[[Mapping[str, Any]], Any]] = {}
+    moving: dict[str, Schedule] = {}
+    for argument, value in given.items():
+        named, rebuild = _tree.flatten_with_names({argument: value})
+        own = {name: leaf for name, leaf in named.items() if isinstance(leaf, Schedule)}
+        if not own:
+            fixed[argument] = value
+            continue
+        moving |= own
+
+        def part(
+            values: Mapping[str, Any],
+            named: Mapping[str, Any] = named,
+            rebuild: Callable[..., Any] = rebuild,
+            argument: str = argument,
+        ) -> Any:
+            return rebuild([values.get(name, leaf) for name, leaf in named.items()])[argument]
+
+        parts[argument] = part
+    return fixed, parts, moving
 
 
 def _stand_in(schedule: Schedule) -> Tensor:

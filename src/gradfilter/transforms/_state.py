@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradfilter import _tree
@@ -63,6 +64,12 @@ def load_state_dict(template: Any, flat: Mapping[str, Tensor]) -> Any:
             raise ValueError(
                 f"Expected {name!r} to be a tensor, found {type(flat[name]).__name__}. Pass what "
                 "`state_dict` gave."
+            )
+        if flat[name].layout != torch.strided or flat[name].device.type == "meta":
+            what = "on the meta device" if flat[name].device.type == "meta" else flat[name].layout
+            raise ValueError(
+                f"Expected {name!r} to be a dense tensor with values, found {what}. Use "
+                ".to_dense(), or load the file without mapping it to meta."
             )
         if leaf.shape != flat[name].shape or leaf.dtype != flat[name].dtype:
             raise ValueError(

@@ -12,10 +12,12 @@ from torch import nn
 from gradfilter import _tree
 from gradfilter._types import Out, Params, State, Transform
 from gradfilter.grads._ambient import random_state, random_state_restored, set_random_state
+from gradfilter.grads._batch import more_than_a_batch
 from gradfilter.grads._grad_function import GradFunction, Plan
 from gradfilter.grads._loss import extract
 from gradfilter.grads._microbatch import microbatch_grads, per_sample_grads
 from gradfilter.transforms._begun import check_state, check_tree
+from gradfilter.transforms._fit import no_link
 
 PARTS = ("params", "buffers", "transforms", "random")
 
@@ -52,24 +54,29 @@ class TrainStep:
         }
 
     def __call__(
-        self, state: State, batch: Any, *, donate: bool = False, **extra: Any
+        self, state: State, batch: Any, *more: Any, donate: bool = False, **extra: Any
     ) -> tuple[State, Out]:
         """One step; the same state and batch always give the same result.
 
         Args:
             state: From `init` or the step before. Not changed.
             batch: As for `microbatch_grads`.
+            *more: Refused.
             donate: Write parameters and transform states into their old tensors.
             **extra: For the links: ``keep``, ``count``, ``value``.
 
         Returns:
             The new state, and ``info`` with ``loss`` () (the mean over the rows), ``keep`` and the
-            metrics of the links. A skipped step still advances buffers and random state.
+            metrics of the links. With a loss that has aux, ``info["aux"]`` is its aux, a tree whose
+            leaves have a leading axis M: the one entry that may be no tensor. A skipped step still
+            advances buffers and random state.
 
         Raises:
             TypeError: The state is no dict, for example the model, or a result not unpacked.
             ValueError: It is the state of something else.
         """
+        if more:
+            raise more_than_a_batch("step(state, batch)", "step(state, (x, y))", more)
         check_state(
             "train_step",
             "step",
@@ -93,13 +100,15 @@ class TrainStep:
             "transforms": transforms,
             "random": random,
         }
-        return state, {"loss": loss, **info}
+        aux = {} if rows.aux is None else {"aux": rows.aux}
+        return state, {"loss": loss, **aux, **info}
 
 
 def train_step(
     loss: Callable[..., Any],
     update: Transform,
-    *,
+    *more: Any,
+    has_aux: bool = False,
     microbatches: int | None = None,
     plan: Plan = "auto",
     chunk_size: int | None = None,
@@ -110,6 +119,9 @@ def train_step(
     Args:
         loss: What `model_loss` returns, or a pure ``loss(params, batch) -> scalar``.
         update: A chain that takes rows and ends in an update.
+        *more: Refused.
+        has_aux: ``loss`` returns ``(scalar, aux)``, as in `microbatch_grads`; with `model_loss` say
+            so there. The aux of a step is ``info["aux"]``.
         microbatches: M rows per batch; None for one row per sample.
         plan: As in `microbatch_grads`.
         chunk_size: As in `microbatch_grads`.
@@ -128,12 +140,15 @@ def train_step(
         >>> sorted(info)
         ['keep', 'loss', 'sgd/lr']
     """
+    if more or not isinstance(update, Transform):
+        raise _no_chain(update, more)
     if "rows -> update" not in update.kinds:
         raise TypeError(
             f"train_step: expected a chain from rows to an update, found {update.kind!r}. Start "
             "with mean_rows() or a filter, and end with an update rule such as sgd(lr)."
         )
     options: dict[str, Any] = {
+        "has_aux": has_aux,
         "plan": plan,
         "chunk_size": chunk_size,
         "memory_budget": memory_budget,
@@ -144,3 +159,21 @@ def train_step(
         else microbatch_grads(loss, microbatches, **options)
     )
     return TrainStep(grads_of, update)
+
+
+def _no_chain(update: Any, more: tuple[Any, ...]) -> TypeError:
+    """What is said of something else than one chain."""
+    links = [part for part in (update, *more) if isinstance(part, Transform)]
+    if more and len(links) == 1 + len(more):
+        names = ", ".join(f"{part.name or 'chain'}(...)" for part in links)
+        return TypeError(
+            f"train_step: expected train_step(loss, update), found {len(links)} transforms. Make "
+            f"them one: train_step(loss, chain({names}), microbatches=8)."
+        )
+    stranger = next(part for part in (update, *more) if not isinstance(part, Transform))
+    if isinstance(stranger, int) and more:
+        return TypeError(
+            f"train_step: expected train_step(loss, update, microbatches=...), found {stranger} as "
+            f"an argument by place. Write microbatches={stranger}."
+        )
+    return no_link(stranger, "train_step")
