@@ -1,5 +1,7 @@
 """Schedules at work: in update rules, and through `scheduled` in any link."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -215,3 +217,97 @@ def test_unknown_arguments_are_refused_by_name():
         gf.scheduled(gf.agc_clip, limit=gf.constant(0.1))
     with pytest.raises(ValueError, match="found threshold=-1"):
         gf.scheduled(gf.agree_filter, threshold=gf.linear(-1, 10, min_value=-2))
+
+
+# Every hyperparameter that is a number, of every factory
+
+DOWN = gf.linear(0.9, 6, min_value=0.2)
+EVERY = {
+    "agree_filter": {"threshold": DOWN, "min_accepted": gf.linear(3.0, 6, min_value=1.0)},
+    "consensus_filter": {"threshold": DOWN, "min_accepted": gf.linear(3.0, 6, min_value=1.0)},
+    "sign_agreement": {"fraction": DOWN},
+    "clip_per_row": {"max_norm": DOWN},
+    "budget_clip": {"budget": DOWN, "power": DOWN},
+    "clip_by_global_norm": {"max_norm": DOWN},
+    "agc_clip": {"clipping": DOWN, "eps": DOWN},
+    "sam_perturb": {"rho": DOWN, "eta": DOWN},
+    "gsam_decompose": {"alpha": DOWN},
+    "sgd": {"lr": DOWN, "momentum": DOWN, "dampening": DOWN, "weight_decay": DOWN},
+    "adam": {"lr": DOWN, "betas": (DOWN, gf.linear(0.99, 6)), "eps": DOWN, "weight_decay": DOWN},
+    "adamw": {"lr": DOWN, "betas": (0.8, DOWN), "eps": DOWN, "weight_decay": DOWN},
+    "rmsprop": {**{"lr": DOWN, "alpha": DOWN, "eps": DOWN, "weight_decay": DOWN, "momentum": DOWN}},
+    "ema_params": {"decay": DOWN},
+}
+FIXED = {"sam_perturb": {"adaptive": "asam", "rho": 0.1}, "rmsprop": {"lr": 0.1}, "sgd": {"lr": 0.1}}
+NOT_NUMBERS = {
+    *("against", "average", "soft", "exclude", "unit_dims", "adaptive", "per_microbatch"),
+    *("nesterov", "maximize", "amsgrad", "centered"),
+}
+TAKES_ROWS = {name for name in EVERY if "rows" in getattr(gf, name).__annotations__} | {
+    *("agree_filter", "consensus_filter", "sign_agreement", "clip_per_row", "budget_clip"),
+    "sam_perturb",
+}
+
+
+def placed(name, link):
+    """A chain from rows to an update with the link where it belongs."""
+    if name in ("agree_filter", "consensus_filter", "sign_agreement"):
+        return gf.chain(link, gf.sgd(0.1))
+    if name in TAKES_ROWS:
+        return gf.chain(link, gf.mean_rows(), gf.sgd(0.1))
+    if name == "gsam_decompose":
+        return gf.chain(gf.mean_rows(), gf.sam_perturb(0.1), link, gf.sgd(0.1))
+    if name == "ema_params":
+        return gf.chain(gf.mean_rows(), gf.sgd(0.1), link)
+    rule = name in ("sgd", "adam", "adamw", "rmsprop")
+    return gf.chain(gf.mean_rows(), link, *([] if rule else [gf.sgd(0.1)]))
+
+
+def value_at(thing, k):
+    if isinstance(thing, gf.Schedule):
+        return thing(k).item()
+    return tuple(value_at(part, k) for part in thing) if isinstance(thing, tuple) else thing
+
+
+def test_every_number_of_every_factory_is_in_the_table():
+    for name, given in EVERY.items():
+        parameters = set(inspect.signature(getattr(gf, name)).parameters)
+        assert parameters - NOT_NUMBERS == set(given)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [(name, argument) for name in EVERY for argument in EVERY[name]]
+)
+def test_any_hyperparameter_follows_its_schedule(name, argument):
+    factory, moving = getattr(gf, name), EVERY[name][argument]
+    fixed = {key: v for key, v in FIXED.get(name, {}).items() if key != argument}
+    update = placed(name, gf.scheduled(factory, **{argument: moving}, **fixed))
+    params, batch = make_params(), make_batch()
+    expected, hand_state, state = params, None, update.init(params)
+    k = 0  # steps that were applied
+    for _ in range(STEPS):
+        by_hand = placed(name, factory(**{argument: value_at(moving, k)}, **fixed))
+        hand_state = by_hand.init(expected) if hand_state is None else hand_state
+        expected, hand_state, _ = by_hand(expected, hand_state, make_rows(expected, batch))
+        params, state, info = update(params, state, make_rows(params, batch))
+        assert_close(params, expected, rtol=1e-8)
+        parts = [(argument, moving)]
+        if isinstance(moving, tuple):
+            parts = [(f"{argument}.{i}", part) for i, part in enumerate(moving)]
+        for key, part in parts:
+            if isinstance(part, gf.Schedule):
+                assert info[f"{name}/{key}"] == part(k)
+        k += int(info["keep"])
+    assert k > 0
+    assert gf.load_state_dict(update.init(params), gf.state_dict(state)).keys() == state.keys()
+
+
+def test_a_schedule_that_remembers_inside_a_tuple():
+    beta = gf.plateau(0.9, factor=0.5, patience=0)
+    update = gf.scheduled(gf.adam, lr=0.1, betas=(beta, 0.999))
+    params = normal_tree(0)
+    state = update.init(params)
+    for k in range(3):
+        params, state, info = update(params, state, normal_tree(k), value=torch.tensor(1.0))
+    assert info["adam/betas.0"] == pytest.approx(0.225)
+    assert "schedules.betas.0.best" in gf.state_dict(state)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import gradfilter as gf
 from _models import ConvBN, Dropped, images, vectors
@@ -221,3 +222,41 @@ def test_a_checkpoint_of_another_kind_of_device_says_what_to_do_about_random_num
         gf.load_state_dict(state, of_a_cpu)
     with pytest.raises(ValueError, match=r"share the dotted name 'a.b'"):
         gf.state_dict({"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)})
+
+
+@pytest.mark.parametrize("plan", ["auto", "fused", "loop", "vmap"])
+def test_aux_of_the_criterion_is_in_the_info(plan):
+    model = nn.Linear(3, 2).double()
+    x, y = torch.randn(8, 3).double(), torch.arange(8) % 2
+
+    def criterion(output, y):
+        right = output.argmax(1) == y
+        return F.cross_entropy(output, y), {"accuracy": right.double().mean(), "right": right}
+
+    loss = gf.model_loss(model, criterion, has_aux=True)
+    step = gf.train_step(loss, gf.chain(gf.mean_rows(), gf.sgd(0.1)), microbatches=4, plan=plan)
+    state = step.init(model)
+    new, info = step(state, (x, y))
+    right = (model(x).argmax(1) == y).view(4, 2)
+    assert info["aux"]["right"].tolist() == right.tolist()
+    assert info["aux"]["accuracy"].tolist() == right.double().mean(1).tolist()
+    without = gf.train_step(
+        gf.model_loss(model, F.cross_entropy), step.update, microbatches=4, plan=plan
+    )
+    other, plain = without(state, (x, y))
+    assert "aux" not in plain
+    torch.testing.assert_close(new["params"], other["params"])
+
+
+@pytest.mark.parametrize("plan", ["auto", "fused", "loop", "vmap"])
+def test_aux_of_a_plain_loss_is_in_the_info(plan):
+    def loss(params, batch):
+        values = batch @ params["w"]
+        return values.mean(), values.max()
+
+    update = gf.chain(gf.agree_filter(2.0), gf.sgd(0.1))
+    step = gf.train_step(loss, update, has_aux=True, microbatches=2, plan=plan)
+    _, info = step(step.init({"w": torch.ones(2)}), torch.arange(8.0).view(4, 2))
+    assert info["aux"].tolist() == [5.0, 13.0]
+    with pytest.raises(ValueError, match=r"has_aux on model_loss\(model, criterion, has_aux=True"):
+        gf.train_step(gf.model_loss(nn.Linear(2, 2), F.mse_loss), update, has_aux=True)
