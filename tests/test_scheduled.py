@@ -238,7 +238,11 @@ EVERY = {
     "rmsprop": {**{"lr": DOWN, "alpha": DOWN, "eps": DOWN, "weight_decay": DOWN, "momentum": DOWN}},
     "ema_params": {"decay": DOWN},
 }
-FIXED = {"sam_perturb": {"adaptive": "asam", "rho": 0.1}, "rmsprop": {"lr": 0.1}, "sgd": {"lr": 0.1}}
+FIXED = {
+    "sam_perturb": {"adaptive": "asam", "rho": 0.1},
+    "rmsprop": {"lr": 0.1},
+    "sgd": {"lr": 0.1},
+}
 NOT_NUMBERS = {
     *("against", "average", "soft", "exclude", "unit_dims", "adaptive", "per_microbatch"),
     *("nesterov", "maximize", "amsgrad", "centered"),

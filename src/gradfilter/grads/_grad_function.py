@@ -231,6 +231,7 @@ class Evaluation:
             try:
                 rows = loop_rows(self.loss, params, self.batch, per_row)[0]
             except Exception as fault:
+                note_anomaly(fault)
                 raise fault from None
         _warn(refusal)
         return rows

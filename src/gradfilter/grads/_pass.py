@@ -263,8 +263,8 @@ class Pass:
             with self._no_autocast():
                 run.inside(lambda: run.tape.backward(losses, cotangent, visit, retain=retain))
         except Exception as refusal:
+            note_anomaly(refusal)
             if self._instead is None:
-                note_anomaly(refusal)
                 raise
             self._forward = None
             rows = self._instead(refusal)
