@@ -57,8 +57,8 @@ def random_case(seed):
     g = torch.Generator().manual_seed(seed)
     kinds = BAD if seed % 11 == 10 else ("plain",) * 6 + ("zero", "tiny", *BAD)
     matrix = random_matrix(seed, 2 + seed % 7, kinds)
-    fixed = (0.0, 0.5, 0.9, 0.97, 1.0, 1.05, 1.5, 2.0, 2.5, INF)
-    drawn = 2.5 * torch.rand((), dtype=torch.float64, generator=g).item()
+    fixed = (0.0, 0.5, 0.9, 0.97, 1.0, 1.05, 1.5, 2.0, INF)
+    drawn = 2.0 * torch.rand((), dtype=torch.float64, generator=g).item()
     threshold = drawn if seed % 2 else fixed[seed // 2 % len(fixed)]
     return matrix, threshold, 1 + int(torch.randint(4, (), generator=g))
 
@@ -87,7 +87,7 @@ def test_a_thousand_random_stacks_follow_the_sequential_rule(against, average):
     assert any(a.any() and not a.all() for a, bad in zip(found, first_is_bad, strict=True) if bad)
 
 
-@given(seed=st.integers(0, 2**20), threshold=st.floats(0, 2.5), rule=st.sampled_from(RULES))
+@given(seed=st.integers(0, 2**20), threshold=st.floats(0, 2), rule=st.sampled_from(RULES))
 def test_weights_are_those_of_an_average_of_the_accepted_rows(seed, threshold, rule):
     link = gf.agree_filter(threshold, against=rule[0], average=rule[1])
     matrix = random_matrix(seed, 6, ("plain", "plain", "zero", "nan"))
@@ -135,7 +135,7 @@ def test_a_zero_row_has_distance_one_exactly(against, average, at):
         assert out["cosine"].tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("threshold", [2.0, 2.5, INF])
+@pytest.mark.parametrize("threshold", [2.0, INF])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @every_rule
 def test_from_two_on_every_finite_row_is_accepted(threshold, dtype, against, average):
@@ -330,7 +330,7 @@ def test_one_row_has_nothing_to_agree_with():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"threshold": -0.1}, r"0 <= threshold, found threshold=-0.1.*cosine distance"),
+        ({"threshold": -0.1}, r"0 <= threshold <= 2, found threshold=-0.1.*cosine distance"),
         ({"threshold": float("nan")}, "found threshold=nan"),
         ({"min_accepted": 0}, "1 <= min_accepted"),
         ({"against": "last"}, "found against='last'"),

@@ -75,7 +75,7 @@ def assert_by_definition(matrix, threshold, soft, min_accepted=2):
 
 
 @every_rule
-@pytest.mark.parametrize("threshold", [0.0, 0.6, 0.9, 1.0, 1.4, 2.0, 2.5, INF])
+@pytest.mark.parametrize("threshold", [0.0, 0.6, 0.9, 1.0, 1.4, 2.0, INF])
 def test_random_stacks_follow_the_definition(soft, threshold):
     for seed in range(60):
         assert_by_definition(random_matrix(seed, 1 + seed % 9, MIXED), threshold, soft)
@@ -146,7 +146,7 @@ def test_a_zero_row_passes_the_hard_rule_from_one_on(rows):
         assert run(link, unflat(matrix))[1]["accepted"][1].item() is passes
 
 
-@pytest.mark.parametrize("threshold", [2.0, 2.5, INF])
+@pytest.mark.parametrize("threshold", [2.0, INF])
 @pytest.mark.parametrize("rows", [2, GRAM_UP_TO + 2])
 @pytest.mark.parametrize("soft", [True, False])
 def test_from_two_on_every_finite_row_is_accepted(threshold, rows, soft):
@@ -224,7 +224,7 @@ def test_fewer_than_min_accepted_rows_are_a_skip():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"threshold": -0.1}, r"0 <= threshold, found threshold=-0.1.*cosine distance"),
+        ({"threshold": -0.1}, r"0 <= threshold <= 2, found threshold=-0.1.*cosine distance"),
         ({"threshold": float("nan")}, "found threshold=nan"),
         ({"min_accepted": 0}, "1 <= min_accepted"),
     ],

@@ -29,7 +29,7 @@ class Origin:
 
     rows: int
     params: Params = field(repr=False)
-    evaluate: Callable[[Params, bool, Collection[str]], GradStack]
+    evaluate: Callable[[Params, bool, Collection[str]], GradStack] = field(repr=False)
 
 
 class AgainStack(GradStack):

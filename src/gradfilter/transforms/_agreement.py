@@ -10,7 +10,7 @@ from torch import Tensor
 from gradfilter._made import remembered
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
-from gradfilter.transforms._link import check_number, link
+from gradfilter.transforms._link import check_distance, check_number, link
 from gradfilter.transforms._running import EPS, Judged, against_running, masked_gram
 
 
@@ -50,7 +50,7 @@ def agree_filter(
     distance 1.
 
     Raises:
-        ValueError: threshold outside [0, 2], an unknown option, or a stack of one row.
+        ValueError: a finite threshold outside [0, 2], an unknown option, or a stack of one row.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -64,14 +64,7 @@ def agree_filter(
         Chaubard, Eddy, Kochenderfer, "Beyond Gradient Averaging in Parallel Optimization: Improved
         Robustness through Gradient Agreement Filtering", 2024, https://arxiv.org/abs/2412.18052
     """
-    check_number(
-        "agree_filter",
-        "threshold",
-        threshold,
-        low=0,
-        high=2,
-        fix="It is a cosine distance, 1 - cos, and no percentage; 0.97 is a good start.",
-    )
+    check_distance("agree_filter", threshold, "0.97 is a good start.")
     check_number("agree_filter", "min_accepted", min_accepted, low=1, fix="Use 2.")
     if against not in ("running", "first") or average not in ("mean", "halving"):
         raise ValueError(

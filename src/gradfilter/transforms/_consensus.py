@@ -10,7 +10,7 @@ from torch import Tensor
 from gradfilter._made import remembered
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
-from gradfilter.transforms._link import check_number, link
+from gradfilter.transforms._link import check_distance, check_number, link
 
 
 @remembered
@@ -45,7 +45,7 @@ def consensus_filter(
     NaN for a row that is not finite.
 
     Raises:
-        ValueError: threshold outside [0, 2] or min_accepted < 1.
+        ValueError: a finite threshold outside [0, 2] or min_accepted < 1.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -54,14 +54,7 @@ def consensus_filter(
         >>> link.update(rows, link.init(params), params)[2]["accepted"]
         tensor([False,  True, False])
     """
-    check_number(
-        "consensus_filter",
-        "threshold",
-        threshold,
-        low=0,
-        high=2,
-        fix="It is a cosine distance, 1 - cos, and no percentage; 1 needs no tuning.",
-    )
+    check_distance("consensus_filter", threshold, "1 needs no tuning.")
     check_number("consensus_filter", "min_accepted", min_accepted, low=1, fix="Use 2.")
 
     def update(

@@ -196,6 +196,13 @@ def check_number(
         )
 
 
+def check_distance(link_name: str, value: Any, fix: str) -> None:
+    """Refuse a threshold that is no cosine distance; infinity is a way to say that all pass."""
+    if not (isinstance(value, float) and value == float("inf")):
+        fix = f"It is a cosine distance, 1 - cos, and no percentage; {fix}"
+        check_number(link_name, "threshold", value, low=0, high=2, fix=fix)
+
+
 def check_predicate(link_name: str, argument: str, value: Any) -> None:
     """Refuse a list of names where a function of a name is meant."""
     if not callable(value):
