@@ -204,6 +204,33 @@ def backward(loss):
 
 
 @both
+def test_buffers_of_a_criterion_are_updated_by_the_first_pass_only(make):
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, output, y):
+            return F.cross_entropy(self.norm(output), y)
+
+    model, criterion = network(), Normed()
+    base = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=LR)
+    params = [*model.parameters(), *criterion.parameters()]
+    optimizer = (
+        SAM(params, base, RHO, model=model)
+        if make is sam
+        else GSAM(params, base, model, ALPHA, constant_rho())
+    )
+    x, y = batch()
+    once = copy.deepcopy(criterion.norm)
+    once(model(x))
+    optimizer.set_closure(criterion, x, y)
+    optimizer.step()
+    assert criterion.norm.num_batches_tracked == 1
+    assert_close(criterion.norm.running_mean, once.running_mean)
+
+
+@both
 def test_dropout_masks_of_the_second_pass_are_those_of_the_first(make):
     masks = []
 

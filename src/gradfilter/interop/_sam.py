@@ -43,8 +43,9 @@ class SAM(TwoPassOptimizer):
         base_optimizer: Any `torch.optim.Optimizer`; or its class, made with ``**kwargs``.
         rho: ρ >= 0; 0.05 is usual for SAM, 0.5 to 2 for ASAM.
         adaptive: ASAM.
-        model: What `set_closure` calls. Its buffers are kept; without it, those of the modules
-            that the closure calls (for a compiled one torch warns of the hook that finds them).
+        model: What `set_closure` calls. Its buffers are kept, and those of a ``loss_fn`` that is a
+            module; without it, those of the modules that the closure calls (for a compiled one
+            torch warns of the hook that finds them).
         scaler: The GradScaler; a closure of your own scales the loss itself.
         no_sync: Makes the context of the first pass.
         **kwargs: For the base optimizer's class.

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from gradfilter import _tree
 from gradfilter._types import Transform
+from gradfilter.interop._module_view import ModuleView, module_of
 from gradfilter.interop._passes import all_finite, forward_backward, tensors_of
 from gradfilter.interop._perturbed_pass import SameSurroundings, transform_gradients
 
@@ -50,6 +51,7 @@ class TwoPassOptimizer(Optimizer):
         self.base_optimizer, self.model, self.scaler = base_optimizer, model, scaler
         self.no_sync = nullcontext if no_sync is None else no_sync
         self._closure: Callable[[], Any] | None = None
+        self._called = model  # by that closure
         self._share()
         self._left = _present(self._params())
         alone = len({id(p) for p in self._params()} - {id(p) for p in listed})
@@ -73,6 +75,11 @@ class TwoPassOptimizer(Optimizer):
                 "SAM(params, base_optimizer, model=model), or step(closure)."
             )
 
+        criterion = module_of(loss_fn, self.model)
+        if criterion is not None:  # its buffers change once, too
+            self._called = ModuleView(self.model, self.model, criterion)
+        else:
+            self._called = self.model
         self._closure = forward_backward(
             self.model, partial(loss_fn, **kwargs), inputs, targets, self.scaler
         )
@@ -91,6 +98,7 @@ class TwoPassOptimizer(Optimizer):
         Raises:
             RuntimeError: No closure was given or set, or gradients were accumulated before.
         """
+        called = self._called if closure is None else self.model
         closure = self._closure if closure is None else closure
         if closure is None:
             raise RuntimeError("Expected a closure, found none. Call set_closure or step(closure).")
@@ -98,12 +106,13 @@ class TwoPassOptimizer(Optimizer):
         params = self._params()
         self._refuse_accumulated(params)
         try:
-            return self._step(closure, params)
+            return self._step(closure, params, SameSurroundings(params[0].device, called))
         finally:
             self._left = _present(params)
 
-    def _step(self, closure: Callable[[], Any], params: list[Tensor]) -> tuple[Any, Any]:
-        same = SameSurroundings(params[0].device, self.model)
+    def _step(
+        self, closure: Callable[[], Any], params: list[Tensor], same: SameSurroundings
+    ) -> tuple[Any, Any]:
         with same.first(), self.no_sync():
             result = self._run(closure)
         result = _tree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, result)
