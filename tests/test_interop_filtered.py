@@ -927,7 +927,7 @@ def with_hits(output, targets):
 
 @pytest.mark.parametrize("plan", ["auto", "loop"])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_what_the_criterion_says_beside_its_loss(plan, scaled):
+def test_what_the_criterion_says_in_addition_to_its_loss(plan, scaled):
     model = Dropped(0.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None
     wrapper = filtered(model, criterion=with_hits, plan=plan, scaler=scaler, has_aux=True)

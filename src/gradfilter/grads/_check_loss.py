@@ -17,7 +17,7 @@ def split_aux(result: Any) -> tuple[Any, Any]:
     """What a loss returned that promised ``(loss, aux)``.
 
     Raises:
-        TypeError: It is no pair.
+        TypeError: It is not a pair.
     """
     if not isinstance(result, (tuple, list)) or len(result) != 2:
         size = f" of {len(result)}" if isinstance(result, (tuple, list)) else ""

@@ -22,7 +22,7 @@ def check_division(
         drop: How to leave the last batch out.
 
     Raises:
-        ValueError: The size of a batch, or what is left for the last one, is no multiple of M.
+        ValueError: The size of a batch, or what is left for the last one, is not a multiple of M.
     """
     sampler = getattr(loader, "batch_sampler", None)
     if microbatches is None or not isinstance(loader, DataLoader):

@@ -47,8 +47,8 @@ class StepResult:
     Attributes:
         loss: (), the mean over the rows, before the step.
         info: ``keep`` () bool, whether the optimizer was called, and the metrics of the links.
-        aux: With ``has_aux`` what the criterion returned beside each row's loss, every leaf with a
-            leading axis M (over all accumulated batches); else None.
+        aux: With ``has_aux`` what the criterion returned in addition to each row's loss, every leaf
+            with a leading axis M (over all accumulated batches); else None.
 
     Examples:
         >>> import torch, gradfilter as gf

@@ -87,7 +87,7 @@ class GSAM(TwoPassOptimizer):
             raise ValueError(f'GSAM: expected grad_reduce "mean" or "sum", found {grad_reduce!r}.')
         if grad_reduce == "sum" and no_sync is None:
             raise ValueError(
-                'GSAM: expected no_sync=ddp_model.no_sync beside grad_reduce="sum", found none: '
+                'GSAM: expected no_sync=ddp_model.no_sync with grad_reduce="sum", found none: '
                 "gradients that are synchronised are a mean already. Give it, or leave the mean."
             )
         super().__init__(params, base_optimizer, model, scaler, no_sync)

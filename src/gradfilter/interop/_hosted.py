@@ -175,7 +175,7 @@ class LossLog:
         """Keep a number, and how its mean over the rows is to be logged.
 
         Raises:
-            TypeError: It is no number, such as a metric with a state.
+            TypeError: It is not a number, such as a metric with a state.
             ValueError: It has more than one.
         """
         assert self._values is not None  # asked before

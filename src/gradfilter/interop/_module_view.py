@@ -20,7 +20,7 @@ class ModuleView(nn.Module):
     Args:
         model: Whose tensors are seen.
         forward: What a call runs.
-        criterion: A module whose tensors are seen, too.
+        criterion: A module whose tensors are also seen.
     """
 
     def __init__(

@@ -76,7 +76,7 @@ class TwoPassOptimizer(Optimizer):
             )
 
         criterion = module_of(loss_fn, self.model)
-        if criterion is not None:  # its buffers change once, too
+        if criterion is not None:  # its buffers also change once
             self._called = ModuleView(self.model, self.model, criterion)
         else:
             self._called = self.model
