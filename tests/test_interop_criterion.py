@@ -1,6 +1,7 @@
 """Criteria with parameters and buffers of their own, in front of an optimizer that has them."""
 
 import copy
+import pickle
 from functools import partial
 
 import pytest
@@ -18,7 +19,7 @@ def sgd(*modules):
 
 
 def filtered(model, criterion, optimizer):
-    return Filtered(model, criterion, gf.agree_filter(2.0), optimizer, 4)
+    return Filtered(model, criterion, gf.mean_rows(), optimizer, 4)
 
 
 def by_hand(model, criterion, optimizer, batches, m=1):
@@ -116,3 +117,38 @@ def test_a_group_that_nothing_would_train_is_refused_when_it_comes():
     with pytest.raises(ValueError, match="found 1 of neither"):
         wrapper.step(*vectors())
     assert torch.equal(model.weight, before)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.filterwarnings('ignore:Filtered took plan "loop"')
+@pytest.mark.parametrize("compiled", ["model", "criterion", "both"])
+def test_a_compiled_criterion_is_trained_under_its_original_names(compiled):
+    torch._dynamo.reset()
+    model, arc = nn.Linear(6, 3, bias=False), Arc()
+    other, own = copy.deepcopy((model, arc))
+    optimizer = sgd(model, arc)
+    wrapped = [torch.compile(part, backend="eager") for part in (model, arc)]
+    used = (
+        wrapped[0] if compiled != "criterion" else model,
+        wrapped[1] if compiled != "model" else arc,
+    )
+    wrapper = filtered(*used, optimizer)
+    x, y = vectors()
+    wrapper.step(x, y)
+    by_hand(other, own, sgd(other, own), [(x, y)], 4)
+    torch.testing.assert_close(model.weight, other.weight)
+    torch.testing.assert_close(arc.centres, own.centres)
+    assert sorted(dict(wrapper._module.named_parameters())) == ["criterion.centres", "weight"]
+
+
+def test_a_copy_trains_its_own_criterion():
+    model, arc = nn.Linear(6, 3), Arc()
+    wrapper = filtered(model, arc, sgd(model, arc))
+    copies = copy.deepcopy(wrapper), pickle.loads(pickle.dumps(wrapper))
+    before, batch = arc.centres.detach().clone(), vectors()
+    for other in copies:
+        other.step(*batch)
+        assert torch.equal(arc.centres, before) and not torch.equal(other.criterion.centres, before)
+    wrapper.step(*batch)
+    for other in copies:
+        torch.testing.assert_close(other.criterion.centres, arc.centres)
