@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from gradfilter._about import answer
 from gradfilter.lab._processes import is_first_process
+from gradfilter.lab._reading import printable
 from gradfilter.lab._usage import UsageError, did_you_mean
 
 
@@ -32,7 +33,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except UsageError as error:
         name = f"gradfilter {command}" if command in COMMANDS else "gradfilter"
         if is_first_process():  # of several one says it
-            print(f"{name}: {error}", file=sys.stderr)
+            print(printable(f"{name}: {error}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("gradfilter: interrupted", file=sys.stderr)

@@ -17,6 +17,7 @@ from gradfilter.lab._demo_methods import LABELS, METHODS, settings, train_config
 from gradfilter.lab._interrupt import interruptible
 from gradfilter.lab._measured import Measured, as_line
 from gradfilter.lab._plot import curves
+from gradfilter.lab._reading import printable
 from gradfilter.lab._rundir import append_json_line, write_bytes, write_json
 from gradfilter.lab._table import comparison
 from gradfilter.lab.train._archive import tensor_bytes
@@ -51,7 +52,7 @@ def _recorded(config: DemoConfig, train: Callable[[Path], list[Measured]]) -> bo
     folder = directory(config)
     record, status = settings(config), "interrupted"
     write_json(folder / "config.json", {**record, "status": "running"})
-    print(f"writing to {folder}", flush=True)
+    print(f"writing to {printable(folder)}", flush=True)
     try:
         if _report(config, folder, train(folder)):
             status = "finished"
@@ -150,8 +151,8 @@ def _report(config: DemoConfig, folder: Path, measured: Sequence[Measured]) -> b
     Console(width=None if sys.stdout.isatty() else 120).print(comparison(shown, LABELS))
     checkpoints = len(list(folder.glob("*.pt")))
     print(
-        f"wrote {folder}/: metrics.jsonl, config.json, curves.png and {checkpoints} checkpoints, "
-        "RUN-seed-SEED.pt"
+        f"wrote {printable(folder)}/: metrics.jsonl, config.json, curves.png and {checkpoints} "
+        "checkpoints, RUN-seed-SEED.pt"
     )
     return len(finished) == config.seeds
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradfilter.lab._reading import content_of, reading
 from gradfilter.lab._usage import UsageError
 
 if TYPE_CHECKING:
@@ -133,15 +135,14 @@ def _toml(value: Any) -> str:
         return repr(value)
     if isinstance(value, list | tuple):
         return f"[{', '.join(_toml(part) for part in value)}]"
-    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    # JSON escapes what TOML does, except for the character 127.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _table(file: Path | Traversable, command: str, missing: object = None) -> dict[str, Any]:
-    try:
-        table = tomllib.loads(file.read_text(encoding="utf-8")).get(command, missing)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--config: {str(file)!r} cannot be read: {error}") from None
+    with reading(Path(str(file)), "--config:", "Give it a TOML file in UTF-8."):
+        content = content_of(file) if isinstance(file, Path) else file.read_bytes()
+        table = tomllib.loads(content.decode()).get(command, missing)
     if not isinstance(table, dict):
         raise UsageError(f"--config: expected a table [{command}] in {str(file)!r}.")
     settings = {name.replace("-", "_"): value for name, value in table.items()}

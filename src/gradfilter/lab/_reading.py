@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import stat
+import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -140,7 +141,7 @@ def why(error: Exception) -> str:
     """
     said = (str(error).strip().splitlines() or [""])[0].rstrip(".")[:200]
     match error:
-        case ForeignError():
+        case ForeignError() | tomllib.TOMLDecodeError():
             return said
         case UnicodeDecodeError():
             return f"it is not UTF-8 text (byte {error.start})"

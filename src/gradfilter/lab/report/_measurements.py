@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from gradfilter.lab._reading import printable
 from gradfilter.lab.report._groups import Group
 from gradfilter.lab.report._measures import Measure
 from gradfilter.lab.report._parts import Section, Table
@@ -90,7 +91,7 @@ def overview(groups: Sequence[Group]) -> Section:
     for group in groups:
         for run in group.runs:
             facts = {
-                "run": str(run.path),
+                "run": printable(run.path),
                 "setting": group.label(),
                 "seed": run.settings["seed"],
                 "status": run.status,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gradfilter.lab._reading import ForeignError, reading
+from gradfilter.lab._reading import ForeignError, printable, reading
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.stats._output import Document, read
 from gradfilter.lab.stats._records import MOST
@@ -92,10 +92,10 @@ def _measures(path: Path, document: Document) -> list[Measure]:
     lipschitz = np.ravel(facts["aggregate"].get("lipschitz", math.nan)).astype(float)
     return [
         Measure(
-            settings["metric"],
-            column,
-            settings["dataset_split"],
-            path.stem.rsplit("-checkpoint-", 1)[0],
+            printable(settings["metric"]),
+            printable(column),
+            printable(settings["dataset_split"]),
+            printable(path.stem.rsplit("-checkpoint-", 1)[0]),
             all(settings.get(name, value) == value for name, value in PLAIN.items()),
             at["id"],
             at["step"],

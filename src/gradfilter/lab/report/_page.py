@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
+from gradfilter.lab._reading import printable
 from gradfilter.lab.report._config import ReportConfig
 from gradfilter.lab.report._groups import STATED, Group, wording
 from gradfilter.lab.report._parts import Plot, Section, Table
@@ -43,12 +44,13 @@ def page(
     )
     environment.filters["embedded"] = embedded
     environment.tests["plot"] = lambda part: isinstance(part, Plot)
-    template = (resources.files(__package__ or "") / TEMPLATE).read_text()
+    template = (resources.files(__package__ or "") / TEMPLATE).read_text(encoding="utf-8")
     runs = [run for group in groups for run in group.runs]
     unfinished = sum(not run.finished for run in runs)
+    typed = ["gradfilter", "report", *map(str, config.dirs), "--out", str(out)]
     return environment.from_string(template).render(
-        command=shlex.join(["gradfilter", "report", *map(str, config.dirs), "--out", str(out)]),
-        title=f"Report of {', '.join(map(str, config.dirs))}",
+        command=printable(shlex.join(typed)),
+        title=f"Report of {', '.join(map(printable, config.dirs))}",
         runs=counted(len(runs), "run"),
         state=f"; {unfinished} unfinished, on lines of their own" if unfinished else "",
         settings=counted(len(groups), "setting"),

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from gradfilter.lab._reading import printable, read_json
 from gradfilter.lab._rundir import write_bytes
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.report._accuracy import accuracy
@@ -27,6 +30,7 @@ from gradfilter.lab.train._progress import progress_bar, speaking
 PAGE = "index.html"
 MANIFEST = "report.json"
 """Which files are a report's, so that the next one can replace them."""
+KINDS = (".html", ".png", ".csv")
 SECTIONS = (accuracy, curves, noise, widths, batches, sharpness, agreement, measurements, overview)
 
 log = logging.getLogger("gradfilter.report")
@@ -62,7 +66,8 @@ def report(config: ReportConfig) -> int:
         content = page(config, out, groups, sections, [*skipped, *doubles])
         files = {PAGE: content.encode(), **_files(sections)}
         _write(out, files)
-    print(f"{counted(len(runs), 'run')} in {counted(len(groups), 'setting')}: {out / PAGE}")
+    what = f"{counted(len(runs), 'run')} in {counted(len(groups), 'setting')}"
+    print(f"{what}: {printable(out / PAGE)}")
     return 0
 
 
@@ -105,13 +110,17 @@ def _write(out: Path, files: Mapping[str, bytes]) -> None:
         ) from None
 
 
+def _names(found: Any) -> list[str]:
+    """The files that a report says are its own, as far as one writes such files."""
+    names = [Path(name).name for name in found["files"] if found["command"] == "report"]
+    return [name for name in names if Path(name).suffix in KINDS]
+
+
 def _earlier(out: Path) -> list[str]:
     """The files of the report that is there."""
-    try:
-        found = json.loads((out / MANIFEST).read_text())
-        names = [Path(name).name for name in found["files"] if found["command"] == "report"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        names = []
+    names: list[str] = []
+    with suppress(UsageError):  # no list of files is that of an earlier report
+        names = read_json(out / MANIFEST, "the list of a report's files", "", _names)
     # A report that was killed in its first moment leaves half a file, which is nobody's.
     others = [p for p in out.iterdir() if not (p.name.startswith(".") and p.suffix == ".part")]
     if not names and others:

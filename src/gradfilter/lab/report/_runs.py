@@ -12,12 +12,15 @@ from typing import Any
 
 import pandas as pd
 
+from gradfilter.lab._reading import printable, reading
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.report._measures import Measure, read_measures
 from gradfilter.lab.report._metrics import number, read_metrics
+from gradfilter.lab.train._check import LARGEST
 from gradfilter.lab.train._config import TrainConfig
 from gradfilter.lab.train._place import read_config
 from gradfilter.lab.train._record import METRICS
+from gradfilter.lab.train._stored import check_types
 
 DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
 
@@ -149,31 +152,32 @@ def _without_record(dirs: Sequence[Path]) -> list[str]:
 def _run(
     place: Path, record: Mapping[str, Any], metrics: pd.DataFrame, measures: tuple[Measure, ...]
 ) -> Run:
-    settings = DEFAULTS | record["settings"]
-    if "batch_size" in record:
-        settings["batch_size"] = record["batch_size"]
-    # Which of several devices it was is chance, as with a seed.
-    settings["device"] = str(settings["device"]).split(":")[0]
-    if settings["steps"] is not None:
-        settings["epochs"] = None
-    try:
-        if not isinstance(settings["microbatches"], int):
-            raise TypeError
+    known = {name: value for name, value in record["settings"].items() if name in DEFAULTS}
+    settings = DEFAULTS | known
+    with reading(place / "config.json", "the record of a run", "It is left out."):
+        if "batch_size" in record:
+            settings["batch_size"] = record["batch_size"]
+            check_types({"batch_size": settings["batch_size"]})
+        # Which of several devices it was is chance, as with a seed.
+        settings["device"] = settings["device"].split(":")[0]
+        if settings["steps"] is not None:
+            settings["epochs"] = None
+        versions = dict(record.get("versions") or {})
         return Run(
             place,
-            str(record.get("status")),
-            {name: _hashable(value) for name, value in settings.items()},
+            printable(record.get("status")),
+            {name: _shown(value) for name, value in settings.items()},
             number(record.get("parameters")),
-            dict(record.get("versions") or {}),
+            {printable(name): printable(version) for name, version in versions.items()},
             metrics,
             measures,
         )
-    except (TypeError, ValueError):
-        raise UsageError(f"{str(place / 'config.json')!r} is not the record of a run.") from None
 
 
-def _hashable(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(map(_hashable, value))
-    hash(value)  # a TypeError where a setting cannot be one
-    return str(value) if isinstance(value, Path) else value
+def _shown(value: Any) -> Any:
+    """A setting as it may be a key, and be printed."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_shown, value))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value if abs(value) <= LARGEST else float(value)
+    return printable(value) if isinstance(value, str | Path) else value

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gradfilter.lab._crew import Crew
+from gradfilter.lab._reading import printable
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.data._samples import Samples
 from gradfilter.lab.stats._config import StatsConfig
@@ -142,7 +143,7 @@ class Measurement:
         self._clear()
         whole = join_ranges(self.path.parent, self.whole, len(self.samples))
         if whole is not None:
-            print(f"the parts cover the split: wrote {whole}")
+            print(f"the parts cover the split: wrote {printable(whole)}")
 
     def _clear(self) -> None:
         with explained(self.path):

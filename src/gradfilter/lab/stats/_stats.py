@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from gradfilter.lab._crew import connected, own_device
 from gradfilter.lab._interrupt import interruptible
 from gradfilter.lab._processes import is_first_process
+from gradfilter.lab._reading import printable
 from gradfilter.lab._usage import usable_device
 from gradfilter.lab.stats._check import check_values
 from gradfilter.lab.stats._config import StatsConfig
@@ -53,5 +54,5 @@ def stats(config: StatsConfig) -> int:
             if finished:
                 print(summary(finished))
             if len(finished) < len(wanted):
-                print(f"interrupted; the same command goes on: {measurement.path}")
+                print(f"interrupted; the same command goes on: {printable(measurement.path)}")
     return 0 if len(finished) == len(wanted) else stop.exit_code

@@ -13,6 +13,7 @@ from gradfilter.lab._interrupt import interruptible
 from gradfilter.lab._options import arguments, read_settings, value_of
 from gradfilter.lab._parse import parse
 from gradfilter.lab._processes import started_processes
+from gradfilter.lab._reading import printable
 from gradfilter.lab._usage import UsageError, usable_device
 from gradfilter.lab.sweep._axes import as_typed, gathered
 from gradfilter.lab.sweep._config import SweepConfig
@@ -57,7 +58,7 @@ def sweep_command(options: Sequence[str]) -> int:
         joined(plan, config.storage, config.heartbeat) as queue,
     ):
         enqueue(queue, retry_failed=config.retry_failed)
-        print(f"study {plan.base.name!r}: {plan.trials} trainings in {folder}")
+        print(f"study {plan.base.name!r}: {plan.trials} trainings in {printable(folder)}")
         if queue.heartbeat != config.heartbeat:
             print(f"--heartbeat {queue.heartbeat} counts, which the study was begun with")
         with interruptible() as stop:
@@ -121,7 +122,7 @@ def _summed_up(queue: Queue, folder: Path, over: bool) -> int:
     without = [trial for trial in closed if trial.user_attrs.get("reason") is not None]
     for trial in without[:MOST_REASONS]:
         settings = " ".join(f"{k}={v}" for k, v in settings_of(plan, trial).items())
-        print(f"{STATES[trial.state]}: {settings}: {trial.user_attrs['reason']}")
+        print(printable(f"{STATES[trial.state]}: {settings}: {trial.user_attrs['reason']}"))
     if len(without) > MOST_REASONS:
         print(f"{len(without) - MOST_REASONS} more without a value: see study.csv")
     left = sum(trial.state in OPEN for trial in trials) + max(0, plan.trials - len(trials))
@@ -131,5 +132,5 @@ def _summed_up(queue: Queue, folder: Path, over: bool) -> int:
     failed = [trial for trial in without if STATES[trial.state] == "failed"]
     if failed:
         print(f"{len(failed)} failed; --retry-failed trains them again")
-    print(f"wrote {folder / 'study.csv'}")
+    print(f"wrote {printable(folder / 'study.csv')}")
     return 1 if failed or left else 0

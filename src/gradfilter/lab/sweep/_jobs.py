@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from gradfilter.lab._interrupt import interruptible
+from gradfilter.lab._reading import printable
 from gradfilter.lab._rundir import open_own
 from gradfilter.lab.sweep._attended import AGAIN
 from gradfilter.lab.sweep._queue import OPEN, Queue
@@ -78,7 +79,8 @@ def run_workers(queue: Queue, options: Sequence[str], jobs: int, folder: Path) -
                         done += 1
         for worker, log in zip(workers, logs, strict=True):
             if worker.returncode not in (0, 1):
-                print(f"a worker ended with exit code {worker.returncode}: {log}", file=sys.stderr)
+                ended = f"a worker ended with exit code {worker.returncode}: {log}"
+                print(printable(ended), file=sys.stderr)
     return True
 
 

@@ -6,8 +6,10 @@ import statistics
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
+from gradfilter.lab._reading import printable
 from gradfilter.lab.sweep._plan import Plan
 from gradfilter.lab.sweep._results import Group
 
@@ -64,4 +66,5 @@ def spread(values: Sequence[float]) -> str:
 
 
 def _text(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return escape(printable(text))

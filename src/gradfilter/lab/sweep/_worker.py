@@ -11,6 +11,7 @@ from collections.abc import Callable
 from optuna.trial import FrozenTrial
 
 from gradfilter.lab._interrupt import interruptible
+from gradfilter.lab._reading import printable
 from gradfilter.lab.sweep._heartbeat import beating
 from gradfilter.lab.sweep._outcome import Outcome, Unfinished, outcome_of
 from gradfilter.lab.sweep._queue import Queue, claim, finish, left, put_back
@@ -98,4 +99,4 @@ def _told(queue: Queue, trial: FrozenTrial, found: Outcome | Unfinished) -> str:
         result = found.value
     else:
         result = found.reason or f"{queue.plan.metric} {found.value:.4g}"
-    return f"trial {trial.number}: {settings}: {result}"
+    return printable(f"trial {trial.number}: {settings}: {result}")

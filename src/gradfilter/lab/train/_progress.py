@@ -11,9 +11,17 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gradfilter.lab._reading import printable
 from gradfilter.lab.train._evaluation import Evaluation
 
 log = logging.getLogger("gradfilter")
+
+
+class _Printable(logging.Formatter):
+    """Lines of a log, whose names cannot move the cursor."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 @contextmanager
@@ -25,6 +33,7 @@ def speaking(level: str) -> Iterator[Console]:
         if console.is_terminal
         else logging.StreamHandler(console.file)
     )
+    handler.setFormatter(_Printable())
     before = log.level
     log.setLevel(level.upper())
     log.addHandler(handler)

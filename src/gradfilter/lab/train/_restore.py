@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from gradfilter.lab._reading import ForeignError, reading
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.data._samples import Data
 from gradfilter.lab.train._archive import NAME, Checkpoint, read_tensors
@@ -63,13 +64,16 @@ def restored(
     if data is None:
         data = data_of(config, device)
         check_same_data(run, data)
-    model = model_of(config, data).to(dtype=getattr(torch, config.dtype))
     flat = read_tensors(run / NAME, checkpoint)
-    named = {name.split(".", 1)[1]: tensor for name, tensor in flat.items()}
-    try:
-        missing = {*model.load_state_dict(named, strict=False).missing_keys}
-    except RuntimeError as error:
-        missing = {str(error).splitlines()[-1].strip()}
+    model = model_of(config, data).to(dtype=getattr(torch, config.dtype))
+    with reading(run / NAME, f"checkpoint {checkpoint.entry!r} in", "Choose another."):
+        if any(tensor.is_complex() for tensor in flat.values()):
+            raise ForeignError("it has complex numbers")
+        named = {name.partition(".")[2]: tensor for name, tensor in flat.items()}
+        try:
+            missing = {*model.load_state_dict(named, strict=False).missing_keys}
+        except RuntimeError as error:
+            missing = {str(error).splitlines()[-1].strip()}
     if missing:
         raise UsageError(
             f"checkpoint {checkpoint.entry!r} in {str(run)!r} does not fit {config.model}: "

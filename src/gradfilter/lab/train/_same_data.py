@@ -20,7 +20,8 @@ def check_same_data(run: Path, data: Data) -> None:
     recorded = read_tensors(run / NAME, LABELS)
     for name in ("labels", "clean", "ids"):
         found = getattr(data.train, name).cpu()
-        if not torch.equal(found, recorded.get(name, found[:0])):
+        before = recorded.get(name, found[:0])
+        if before.dtype != found.dtype or not torch.equal(found, before):
             raise UsageError(
                 f"the {name} of {data.name!r} are not those that the run in {str(run)!r} was "
                 "trained on. Look for the same data set, with --data-dir."
