@@ -22,6 +22,7 @@ from gradfilter.lab.sweep._jobs import run_workers, split
 from gradfilter.lab.sweep._join import folder_of, joined
 from gradfilter.lab.sweep._plan import MOST_CORNERS, Plan, plan_of
 from gradfilter.lab.sweep._queue import OPEN, Queue, enqueue
+from gradfilter.lab.sweep._read_back import reading_study
 from gradfilter.lab.sweep._results import STATES, groups_of, settings_of, write_results
 from gradfilter.lab.sweep._storage import explained
 from gradfilter.lab.sweep._table import table_of
@@ -57,7 +58,8 @@ def sweep_command(options: Sequence[str]) -> int:
         explained_place(folder),
         joined(plan, config.storage, config.heartbeat) as queue,
     ):
-        enqueue(queue, retry_failed=config.retry_failed)
+        with reading_study(queue.storage.shown):
+            enqueue(queue, retry_failed=config.retry_failed)
         print(f"study {plan.base.name!r}: {plan.trials} trainings in {printable(folder)}")
         if queue.heartbeat != config.heartbeat:
             print(f"--heartbeat {queue.heartbeat} counts, which the study was begun with")

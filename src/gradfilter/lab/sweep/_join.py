@@ -9,9 +9,11 @@ from typing import Any
 
 import optuna
 
+from gradfilter.lab._reading import ForeignError
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.sweep._plan import Plan
 from gradfilter.lab.sweep._queue import Queue
+from gradfilter.lab.sweep._read_back import check_trials, reading_study
 from gradfilter.lab.sweep._storage import Storage, opened
 from gradfilter.lab.train._config import TrainConfig
 from gradfilter.lab.train._place import plain_settings
@@ -40,10 +42,13 @@ def joined(plan: Plan, storage: str | None, heartbeat: int) -> Iterator[Queue]:
         UsageError: The storage cannot be used, or has a study of that name that is made of
             something else.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Its warnings repeat whatever is in the storage, on as many lines.
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     opening = opened(storage or str(folder_of(plan) / "study.db"), heartbeat)
     with closing(opening):
-        yield Queue(_study(opening, plan, heartbeat), opening, plan)
+        with reading_study(opening.shown):
+            study = _study(opening, plan, heartbeat)
+        yield Queue(study, opening, plan)
 
 
 def _study(storage: Storage, plan: Plan, heartbeat: int) -> optuna.Study:
@@ -64,10 +69,13 @@ def _study(storage: Storage, plan: Plan, heartbeat: int) -> optuna.Study:
                 f"{_differences(found, own)}. Join it with the options that it was begun with, or "
                 "give this one another --name."
             )
+        check_trials(study, plan)
         # A worker with longer pauses than the others expect would look like a killed one.
         agreed = study.user_attrs.get(HEARTBEAT)
         if agreed is None:
             study.set_user_attr(HEARTBEAT, agreed := heartbeat)
+        if type(agreed) is not int or agreed < 1:
+            raise ForeignError(f"its heartbeat is {agreed!r:.80}")
         storage.rdb.heartbeat_interval = agreed
     return study
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 import warnings
 from collections.abc import Iterator
@@ -18,9 +19,11 @@ from gradfilter.lab._usage import UsageError
 
 FAULTS = (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError)
 """What a storage raises when it is out of reach."""
+UNREACHED = (sqlite3.OperationalError, sqlite3.InterfaceError)
 PATIENCE = 60
 """Seconds that a writer waits for others who write into the same file."""
 ATTEMPTS = 3
+AGAIN = "Move it away, and the same command makes it anew of the runs that are there."
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,16 @@ def opened(where: str, heartbeat: int) -> Storage:
         file = Path(str(url.database))
         file.parent.mkdir(parents=True, exist_ok=True)
         with _lock(file):  # two who make the same tables would be in each other's way
-            return Storage(_rdb(url, heartbeat), file, shown)
+            storage = Storage(_rdb(url, heartbeat), file, shown)
+            _check_pages(storage)
+            return storage
     except ImportError as error:
         raise UsageError(f"--storage: {shown!r} needs a driver: {_line(error)}") from None
-    except (*FAULTS, OSError, RuntimeError) as error:
-        raise UsageError(f"--storage: {shown!r} cannot be used: {_line(error)}") from None
+    except UsageError:
+        raise
+    except Exception as error:  # what is raised of damaged tables has no common type
+        fix = f" {AGAIN}" if _is_damage(error) else ""
+        raise UsageError(f"--storage: {shown!r} cannot be used: {_line(error)}{fix}") from None
 
 
 @contextmanager
@@ -128,6 +136,16 @@ def _rdb(url: sqlalchemy.URL, heartbeat: int) -> RDBStorage:
         )
 
 
+def _check_pages(storage: Storage) -> None:
+    """Refuse a file whose tables and indices contradict each other: rows may be lost in it."""
+    with storage.rdb.engine.connect() as connection:
+        found = connection.execute(sqlalchemy.text("PRAGMA integrity_check")).scalar()
+    if found != "ok":
+        storage.close()
+        what = str(found).splitlines()[-1]
+        raise UsageError(f"--storage: {storage.shown!r} is damaged: {what}. {AGAIN}")
+
+
 def _url(file: Path) -> str:
     url = sqlalchemy.URL.create("sqlite", database=str(file))
     return url.render_as_string(hide_password=False)
@@ -135,6 +153,14 @@ def _url(file: Path) -> str:
 
 def _lock(file: Path) -> FileLock:
     return FileLock(file.with_name(f"{file.name}.lock"), poll_interval=0.01)
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether it is the file that is wrong, and not the way to it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    own = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, UNREACHED)
+    return own or isinstance(error, UnicodeError)
 
 
 def _line(error: BaseException) -> str:
