@@ -13,7 +13,7 @@ from gradfilter.lab.stats._output import origin_of, read, records_of
 from gradfilter.lab.stats._parts import appending, part_path
 from gradfilter.lab.train import _archive
 
-SETS, CASES = 12, 25
+SETS, CASES = 8, 15
 PART = ["--last", "--metric", "confidence", "--num-samples", 10, "--batch-size", 5]
 DOT = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a49444154789c63600000"
@@ -94,7 +94,7 @@ def test_a_damaged_file_is_one_line(whole, quick, tmp_path, number):
         for args in (  # the last one repairs and writes again
             ["stats", run, *PART],
             ["stats", run, "--last", "--num-samples", 10],
-            ["report", folder],
+            *([["report", folder]] if path.suffix in (".json", ".jsonl") else ()),
             ["train", *options, "--resume"],
         ):
             try:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import gradfilter as gf
-from gradfilter.lab._reading import content_of, reading
+from gradfilter.lab._reading import content_of, reading, why
 from gradfilter.lab._rundir import write_bytes
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.train._archive import tensor_bytes, tensors_of
@@ -64,20 +64,36 @@ def go_on(place: Path, run: Run) -> None:
         raise UsageError(f"--resume: {error} {_instead(path)}") from None
     try:
         state = gf.load_state_dict(run.state, _without("state.", flat))
-        totals = {name: flat[f"totals.{name}"].to(zero) for name, zero in run.totals.items()}
+        totals = {n: _like(zero, flat[f"totals.{n}"]) for n, zero in run.totals.items()}
         numbers = {name: flat[name].item() for name in (*NUMBERS, "reports", "report")}
-        skipped = flat["skipped"].to(run.device)
-        finite_until = flat.get("finite_until", flat["done"].long()).to(run.device)
-    except (ValueError, KeyError) as error:
+        done = _step(numbers["done"], run.total_steps)
+        skipped = _like(run.skipped, flat["skipped"])
+        finite_until = _like(run.finite_until, flat.get("finite_until", torch.tensor(done)))
+    except Exception as error:  # what is wrong with a foreign point has no common type
+        said = str(error) if isinstance(error, ValueError) else f"{why(error)}."
         raise UsageError(
-            f"--resume: {str(path)!r} does not fit this run: {error} "
+            f"--resume: {str(path)!r} does not fit this run: {said} "
             "Start anew under another --name."
         ) from None
     run.state, run.totals, run.skipped = state, totals, skipped
     run.finite_until = finite_until
-    run.done = int(numbers["done"])
+    run.done = done
     run.seconds, run.epoch_seconds = numbers["seconds"], numbers["epoch_seconds"]
     run.report = numbers["report"] if numbers["reports"] else None
+
+
+def _like(expected: Tensor, found: Tensor) -> Tensor:
+    """A tensor in the place of another, of its kind, dtype and device."""
+    kind = (found.shape, found.is_floating_point(), found.is_complex())
+    if kind != (expected.shape, expected.is_floating_point(), False):
+        raise ValueError(f"it has {found.dtype} {tuple(found.shape)} where a number was.")
+    return found.to(expected)
+
+
+def _step(done: float, last: int) -> int:
+    if not (done.is_integer() and 0 <= done <= last):
+        raise ValueError(f"it stands after step {done} of {last}.")
+    return int(done)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -90,7 +106,7 @@ def _instead(path: Path) -> str:
     before = path.with_name(BEFORE)
     try:
         step = None if path == before else int(_read(before)["done"].item())
-    except (UsageError, KeyError, ValueError):
+    except Exception:  # that one is damaged or foreign, too
         step = None
     if step is None:
         return "No other point is whole: start anew under another --name."
