@@ -13,10 +13,9 @@ from typing import Any
 import pandas as pd
 
 from gradfilter.lab._reading import printable, reading
-from gradfilter.lab._usage import UsageError
+from gradfilter.lab._usage import LARGEST, UsageError
 from gradfilter.lab.report._measures import Measure, read_measures
 from gradfilter.lab.report._metrics import number, read_metrics
-from gradfilter.lab.train._check import LARGEST
 from gradfilter.lab.train._config import TrainConfig
 from gradfilter.lab.train._place import read_config
 from gradfilter.lab.train._record import METRICS
