@@ -9,7 +9,7 @@ import gradfilter as gf
 from _zoo import ZOO
 from _zoo_case import PLAN, Case, inputs
 from _zoo_check import Oracle, probe_for
-from gradfilter.grads import _factor, _tiled_factor
+from gradfilter.grads import _factor
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -41,7 +41,7 @@ SIZES = [(2, 3), (5, 2)]
 @pytest.mark.parametrize("name", NAMES)
 def test_every_mode_gives_the_loops_answers(name, ghosts, budget, monkeypatch):
     monkeypatch.setattr(_factor, "LARGE_SUM", ghosts)
-    monkeypatch.setattr(_tiled_factor, "TILE", 64)  # so that a leaf takes many tiles
+    monkeypatch.setattr(_factor, "TILE", 64)  # so that a leaf takes many tiles
     case = ZOO[name]
     model = case.model()
     for m, b in SIZES:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradfilter import _products
+from gradfilter import _products, _tree
 from gradfilter.grads._factor import (
-    Factor,
+    LARGEST,
+    Divisible,
     OuterFactor,
+    by_rows,
+    ghost_between,
+    ghost_flops,
+    ghost_gram,
     mask,
     paired,
+    tiled_gram,
     weigh,
 )
 
@@ -73,7 +79,7 @@ class Geometry:
 
 
 @dataclass(eq=False)
-class ConvFactor(Factor):
+class ConvFactor(Divisible):
     """row_m is the weight gradient of inputs (M, B, in, ...) and output gradients (M, B, out, ...).
 
     With its windows laid out as a matrix a convolution is a product, so small maps have a ghost
@@ -136,15 +142,42 @@ class ConvFactor(Factor):
         moved = self.geometry.forward(self.inputs.flatten(0, 1), leaf, None)
         return paired(moved.view(self.outputs.shape), self.outputs)
 
+    def part(self, low: int, high: int) -> Self:
+        """The same for some of the M rows."""
+        return replace(self, inputs=self.inputs[low:high], outputs=self.outputs[low:high])
+
     def gram(self) -> Tensor:
-        """The ghost Gram of its windows."""
-        return self._unfolded().gram()
+        """The ghost Gram of its windows, or from the rows where that takes less."""
+        n, p, d = self._sizes()
+        if not self._has_ghost or ghost_flops(self.count, n, p, d) is None:
+            return tiled_gram(self)
+        step = max(1, LARGEST // (4 * n * d))
+        if step >= self.count:
+            own = self._unfolded()
+            return ghost_gram(own.inputs, own.outputs)
+        # Windows are many times the inputs: those of some rows with those of some others.
+        gram = torch.empty(self.count, self.count, dtype=_tree.wide(self.outputs))
+        gram = gram.to(self.outputs.device)
+        for low in range(0, self.count, step):
+            own = self.part(low, low + step)._unfolded()
+            for left in range(0, low + 1, step):
+                other = own if left == low else self.part(left, left + step)._unfolded()
+                block = ghost_between(own, other)
+                gram[low : low + step, left : left + step] = block
+                gram[left : left + step, low : low + step] = block.T
+        return gram
 
     def sq_norms(self) -> Tensor:
         """From the windows where maps are small, else from the rows."""
         n, p, d = self._sizes()
         if self._has_ghost and 2 * n * n <= p * d:
-            return self._unfolded().sq_norms()
+            return by_rows(self, 4 * n * (2 * n + d), ConvFactor._sq_norms_of_windows)
+        return by_rows(self, 4 * p * d, ConvFactor._sq_norms_of_rows)
+
+    def _sq_norms_of_windows(self) -> Tensor:
+        return self._unfolded().sq_norms()
+
+    def _sq_norms_of_rows(self) -> Tensor:
         return _products.row_sq_norms(self.rows().flatten(1))
 
     @property

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from gradfilter import _tree
-from gradfilter.grads._factor import Factor, paired, weigh
+from gradfilter import _products, _tree
+from gradfilter.grads._factor import Divisible, by_rows, paired, tiled_gram, weigh
 
 
 @dataclass(eq=False)
-class EmbeddingFactor(Factor):
+class EmbeddingFactor(Divisible):
     """row_m = Σ_t e(index_mt) ⊗ grad_mt: indices (M, n) and output gradients (M, n, width)."""
 
     index: Tensor
@@ -43,10 +44,16 @@ class EmbeddingFactor(Factor):
         """The leaf looked up, paired with the output gradients."""
         return paired(leaf[self.index].to(self.grads.dtype), self.grads)
 
+    def part(self, low: int, high: int) -> Self:
+        """The same for some of the M rows."""
+        return replace(self, index=self.index[low:high], grads=self.grads[low:high])
+
     def gram(self) -> Tensor:
-        """Products of the output gradients wherever two positions share a unit."""
-        index, grads = self.index.flatten(), _tree.at_least_float32(self.grads).flatten(0, 1)
+        """Products wherever two positions share a unit, or from the rows where that takes less."""
         n = self.index.shape[1]
+        if n * n > self.shape[0]:
+            return tiled_gram(self)
+        index, grads = self.index.flatten(), _tree.at_least_float32(self.grads).flatten(0, 1)
         gram = torch.empty(self.count, self.count, dtype=_tree.wide(grads), device=grads.device)
         with _tree.no_autocast(grads):
             for m in range(self.count):  # the products of one row at a time
@@ -59,10 +66,28 @@ class EmbeddingFactor(Factor):
         return gram
 
     def sq_norms(self) -> Tensor:
-        """As `gram`, for each row with itself."""
+        """As `gram`, for each row with itself; of many positions from their sums per unit."""
+        n, width = self.grads.shape[1:]
+        if n <= width:
+            return by_rows(self, 12 * n * n, EmbeddingFactor._sq_norms_of_pairs)
+        return by_rows(self, 12 * n * width, EmbeddingFactor._sq_norms_of_sums)
+
+    def _sq_norms_of_pairs(self) -> Tensor:
         grads = _tree.at_least_float32(self.grads)
         with _tree.no_autocast(grads):
             products = torch.bmm(grads, grads.mT)
         same = self.index[:, :, None] == self.index[:, None, :]
         norms = torch.where(same, products, 0.0).sum((1, 2), dtype=_tree.wide(grads))
         return norms.clamp(min=0)
+
+    def _sq_norms_of_sums(self) -> Tensor:
+        """Positions sorted by unit, those of one unit summed: never more than there are grads."""
+        index, order = self.index.sort(1)
+        begins = torch.ones_like(index, dtype=torch.bool)
+        torch.ne(index[:, 1:], index[:, :-1], out=begins[:, 1:])
+        place = begins.flatten().cumsum(0) - 1  # of the unit a position belongs to
+        grads = _tree.at_least_float32(self.grads)
+        grads = grads.gather(1, order[..., None].expand_as(grads)).flatten(0, 1)
+        sums = torch.zeros_like(grads).index_add_(0, place, grads)
+        norms = _products.row_sq_norms(sums)[place].view(index.shape)
+        return torch.where(begins, norms, 0.0).sum(1)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gradfilter import _products
-from gradfilter.grads._factor import Factor
-
-TILE = 2**24
-"""Bytes of rows that are held at a time."""
+from gradfilter.grads._factor import Factor, tiled_gram, tiled_sq_norms
 
 
 @dataclass(eq=False)
@@ -39,16 +34,6 @@ class TiledFactor(Factor):
             rows = rows + part.rows(low, high)
         return rows
 
-    def _tiles(self) -> Iterator[Tensor]:
-        """The rows (M, ...), some units at a time."""
-        if not self.shape:
-            yield self.rows().reshape(self.count, 1)
-            return
-        per_unit = self.count * self.shape[1:].numel() * 4
-        step = max(self.unit, TILE // max(per_unit, 1) // self.unit * self.unit)
-        for low in range(0, self.shape[0], step):
-            yield self.rows(low, min(low + step, self.shape[0])).reshape(self.count, -1)
-
     def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
         """Of all parts."""
         total = self.parts[0].total(weights, live)
@@ -62,10 +47,10 @@ class TiledFactor(Factor):
 
     def gram(self) -> Tensor:
         """Tile by tile."""
-        return torch.stack([_products.inner(tile, tile) for tile in self._tiles()]).sum(0)
+        return tiled_gram(self)
 
     def sq_norms(self) -> Tensor:
         """Tile by tile, or of the only part."""
         if len(self.parts) == 1:
             return self.parts[0].sq_norms()
-        return torch.stack([_products.row_sq_norms(tile) for tile in self._tiles()]).sum(0)
+        return tiled_sq_norms(self)
