@@ -3,6 +3,7 @@
 import copy
 import pickle
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -152,3 +153,36 @@ def test_a_copy_trains_its_own_criterion():
     wrapper.step(*batch)
     for other in copies:
         torch.testing.assert_close(other.criterion.centres, arc.centres)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    ("wrap", "plan"),
+    [("gaf", "auto"), *product(["filtered", "scaled"], ["auto", "fused", "loop", "vmap"])],
+)
+def test_a_criterion_may_penalise_the_model_and_call_it_again(wrap, plan):
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    other = copy.deepcopy(model)
+
+    def objective(net):
+        def criterion(output, targets):
+            penalty = sum(p.square().sum() for p in net.parameters() if p.requires_grad)
+            again = net(torch.ones(1, 6)).square().mean()
+            return F.cross_entropy(output, targets) + 0.5 * penalty + again
+
+        return criterion
+
+    optimizer, batches = sgd(model), [vectors() for _ in range(30)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if wrap == "scaled" else None
+    options = {"plan": plan, "scaler": scaler}
+    wrapper = Filtered(model, objective(model), gf.mean_rows(), optimizer, 2, **options)
+    for x, y in batches:
+        if wrap == "gaf":
+            parts = list(zip(x.chunk(2), y.chunk(2), strict=True))
+            step_gaf(model, optimizer, objective(model), parts, cos_distance_thresh=2.0)
+        else:
+            wrapper.step(x, y)
+    by_hand(other, objective(other), sgd(other), batches)
+    for found, expected in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert sum(p.square().sum() for p in model.parameters()) < 0.5  # without the penalty, 3
