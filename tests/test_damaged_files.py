@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import zipfile
 
 import matplotlib.figure
 import pytest
@@ -39,7 +40,8 @@ def whole(tmp_path_factory):
     text = (run / "config.json").read_text()
     (run / "config.json").write_text(text.replace('"finished"', '"interrupted"'))
     archive = (run / "checkpoints.zip").read_bytes()
-    start = archive.index(b"PK\x01\x02")
+    with zipfile.ZipFile(run / "checkpoints.zip") as opened:
+        start = opened.start_dir
     kept = start.to_bytes(8, "big") + archive[start:]
     (run / ".checkpoints.zip.directory").write_bytes(kept)
     return root

@@ -85,6 +85,10 @@ def opened(where: str, heartbeat: int) -> Storage:
             storage = Storage(_rdb(url, heartbeat), file, shown)
             _check_pages(storage)
             return storage
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"--storage: expected a path in UTF-8, found {shown!r}. Name another file."
+        ) from None
     except ImportError as error:
         raise UsageError(f"--storage: {shown!r} needs a driver: {_line(error)}") from None
     except UsageError:
@@ -160,7 +164,7 @@ def _is_damage(error: BaseException) -> bool:
     while error.__cause__ is not None:
         error = error.__cause__
     own = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, UNREACHED)
-    return own or isinstance(error, UnicodeError)
+    return own or isinstance(error, UnicodeDecodeError)
 
 
 def _line(error: BaseException) -> str:
