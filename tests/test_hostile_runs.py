@@ -120,6 +120,18 @@ def test_what_a_killed_run_kept_is_put_back_only_where_it_fits(tmp_path, start):
     assert archive.read_bytes() == before and not kept.exists()
 
 
+def test_a_point_that_is_far_larger_than_the_run_is_not_read(tmp_path):
+    run = train(tmp_path)
+    text = (run / "config.json").read_text()
+    (run / "config.json").write_text(text.replace('"finished"', '"interrupted"'))
+    with (run / "resume.pt").open("r+b") as file:
+        file.truncate(2**40)  # which takes no room on the disk
+    options = [*TRAINING, "--save-dir", tmp_path, "--save-checkpoint", 1]
+    line = refused("train", *options, "--resume")
+    assert "resume.pt' cannot be read: it has 1099511627776 bytes, more than any such file" in line
+    assert "resume.before.pt, is whole" in line
+
+
 def test_json_is_at_most_so_deep():
     assert json_of(b"[" * DEEPEST + b"]" * DEEPEST)
     for content in (b"[" * (DEEPEST + 1) + b"]" * (DEEPEST + 1), b"[" * 10**5, b'{"a":' * 10**5):

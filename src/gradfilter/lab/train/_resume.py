@@ -22,8 +22,8 @@ from gradfilter.lab.train._run import Run
 
 NAME = "resume.pt"
 BEFORE = "resume.before.pt"
-LARGEST = 2**62
-"""Bytes of a point: as large as the models are."""
+ROOM = 2**20
+"""Bytes of a point beside its tensors, at most."""
 NUMBERS = ("done", "seconds", "epoch_seconds", "peak_memory")
 
 
@@ -58,10 +58,11 @@ def go_on(place: Path, run: Run) -> None:
         raise UsageError(
             f"--resume: {str(place)!r} has no {NAME}. Start anew under another --name."
         )
+    most = ROOM + 2 * sum(tensor.nbytes for tensor in gf.state_dict(run.state).values())
     try:
-        flat = _read(path)
+        flat = _read(path, most)
     except UsageError as error:
-        raise UsageError(f"--resume: {error} {_instead(path)}") from None
+        raise UsageError(f"--resume: {error} {_instead(path, most)}") from None
     try:
         state = gf.load_state_dict(run.state, _without("state.", flat))
         totals = {n: _like(zero, flat[f"totals.{n}"]) for n, zero in run.totals.items()}
@@ -96,16 +97,17 @@ def _step(done: float, last: int) -> int:
     return int(done)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path, most: int) -> dict[str, Tensor]:
+    """The tensors of a point that has at most so many bytes."""
     with reading(path, "the point", ""):
-        return tensors_of(content_of(path, LARGEST), repr(str(path)), "")
+        return tensors_of(content_of(path, most), repr(str(path)), "")
 
 
-def _instead(path: Path) -> str:
+def _instead(path: Path, most: int) -> str:
     """What to go on from where the newest point is damaged, as a sentence."""
     before = path.with_name(BEFORE)
     try:
-        step = None if path == before else int(_read(before)["done"].item())
+        step = None if path == before else int(_read(before, most)["done"].item())
     except Exception:  # that one is damaged or foreign, too
         step = None
     if step is None:
