@@ -56,12 +56,12 @@ def test_values_are_what_train_reads():
         "betas=0.9 0.99,0.5 0.9",
         "steps=None,7",
         "agc_exclude=,head.* conv.*",
-        "agc=None,0",
+        "agc=None,1",
         *("--", "--optimizer", "adam"),
     )
     found = {(c.betas, c.steps, c.agc_exclude, c.agc) for c in map(plan.config_of, plan.points)}
     assert len(found) == 16
-    assert ((0.5, 0.9), 7, ("head.*", "conv.*"), 0.0) in found
+    assert ((0.5, 0.9), 7, ("head.*", "conv.*"), 1.0) in found
     assert ((0.9, 0.99), None, (), None) in found
 
 

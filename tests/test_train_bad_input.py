@@ -60,7 +60,7 @@ VALUES = {
     "--per-sample --microbatches 8": "Choose one",
     "--gsam 0.4": "--sam 0.05",
     "--adaptive asam": "--sam 0.05",
-    "--sam 0.05 --rho-schedule proportional --rho-min 1": "--rho-min",
+    "--sam 0.05 --rho-schedule proportional --schedule poly --rho-min 1": "--rho-min: expected",
     "--sam -1": "--sam",
     "--agc -1": "--agc",
     "--clip-per-row 0": "--clip-per-row",

@@ -60,6 +60,7 @@ def _train(options: Sequence[str]) -> int:
 def _stats(options: Sequence[str]) -> int:
     from gradfilter.lab._options import environment_arguments, from_files
     from gradfilter.lab._parse import parse
+    from gradfilter.lab.stats._check import refuse_unread
     from gradfilter.lab.stats._config import StatsConfig
     from gradfilter.lab.stats._stats import stats
 
@@ -68,7 +69,9 @@ def _stats(options: Sequence[str]) -> int:
         *environment_arguments(StatsConfig),
         *options,
     ]
-    return stats(parse(StatsConfig, "gradfilter stats", given))
+    config = parse(StatsConfig, "gradfilter stats", given)
+    refuse_unread(config, options)
+    return stats(config)
 
 
 def _sweep(options: Sequence[str]) -> int:

@@ -30,6 +30,7 @@ class Metric:
         columns: What its numbers are, where there are several.
         per_batch: It has one row per batch, not one number per sample.
         draws: It has random numbers, of its own for every sample (or batch).
+        chunked: It is computed class by class, in chunks unless there is memory enough.
         lipschitz: √(mean m²) is the empirical Lipschitz constant.
     """
 
@@ -37,6 +38,7 @@ class Metric:
     columns: tuple[str, ...] = ()
     per_batch: bool = False
     draws: bool = False
+    chunked: bool = False
     lipschitz: bool = False
 
 
@@ -46,12 +48,12 @@ METRICS: dict[MetricName, Metric] = {
     "crossentropy": Metric(),
     "accuracy": Metric(),
     "confidence": Metric(),
-    "jacobian": Metric(_OUTPUT),
+    "jacobian": Metric(_OUTPUT, chunked=True),
     "jacobian_operator_norm": Metric(
-        (*_OUTPUT, "method", "num_power_iters"), draws=True, lipschitz=True
+        (*_OUTPUT, "method", "num_power_iters"), draws=True, chunked=True, lipschitz=True
     ),
     "tangent_jacobian": Metric((*_OUTPUT, "legacy_scale"), draws=True),
-    "tangent_hessian": Metric((*_OUTPUT, "legacy_scale"), draws=True),
+    "tangent_hessian": Metric((*_OUTPUT, "legacy_scale"), draws=True, chunked=True),
     "loss_gradient": Metric(),
     "loss_hessian_trace": Metric(("num_probes",), draws=True),
     "loss_hessian_top": Metric(("num_power_iters",), draws=True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 
 from gradfilter.lab._usage import UsageError, check
@@ -75,6 +76,7 @@ def _check_metric(config: StatsConfig) -> None:
 
 
 def _check_together(config: StatsConfig) -> None:
+    _refuse_ignored(config)
     stands = config.gen_strategy == "none"
     on_path = is_path(config.gen_strategy)
     refusals = [
@@ -129,6 +131,53 @@ def _check_together(config: StatsConfig) -> None:
     for refused, line in refusals:
         if refused:
             raise UsageError(line)
+
+
+def _refuse_ignored(config: StatsConfig) -> None:
+    """Refuse what would change nothing beside the other settings."""
+    metric = METRICS[config.metric]
+    one_output = config.target_logit_only or config.normalization == "crossentropy"
+    exact = ""
+    if config.metric == "jacobian_operator_norm":
+        exact = " by --method gram" if config.method == "gram" else " of one output" * one_output
+    conditions = {
+        "num_directions": (
+            config.gen_strategy != "none",
+            "there is no --gen-strategy to have directions",
+        ),
+        "num_power_iters": (not exact, f"{config.metric}{exact} is exact, and has no iterations"),
+        "mc_sample_seed": (
+            metric.draws and not exact,
+            f"{config.metric}{exact} draws no random numbers",
+        ),
+        "bigmem": (
+            metric.chunked and not one_output,
+            "there are no classes to be computed in chunks",
+        ),
+        "restored_targets": (
+            config.dataset_split == "train",
+            f"labels of --dataset-split {config.dataset_split} are the true ones",
+        ),
+    }
+    for name, (counts, why) in conditions.items():
+        if getattr(config, name) != _default(name) and not counts:
+            raise UsageError(f"{_option(name)}: {why}. Leave it away.")
+
+
+def refuse_unread(config: StatsConfig, typed: Sequence[str]) -> None:
+    """Refuse options that say where a run is that has been named.
+
+    Args:
+        config: What came of the options.
+        typed: On the command line; the environment may say more than is asked for.
+
+    Raises:
+        UsageError: There is one.
+    """
+    given = {option.partition("=")[0] for option in typed}
+    for name in ("--name", "--save-dir"):
+        if config.run is not None and name in given:
+            raise UsageError(f"RUN and {name}: the directory says which run. Leave {name} away.")
 
 
 def _default(name: str) -> object:

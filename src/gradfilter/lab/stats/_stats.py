@@ -8,7 +8,7 @@ from gradfilter.lab._crew import connected, own_device
 from gradfilter.lab._interrupt import interruptible
 from gradfilter.lab._processes import is_first_process
 from gradfilter.lab._reading import printable
-from gradfilter.lab._usage import usable_device
+from gradfilter.lab._usage import UsageError, usable_device
 from gradfilter.lab.stats._check import check_values
 from gradfilter.lab.stats._config import StatsConfig
 from gradfilter.lab.stats._find import chosen, find_run
@@ -46,6 +46,8 @@ def stats(config: StatsConfig) -> int:
         for checkpoint in wanted:
             model = restored(run, checkpoint, device=device, data_dir=config.data_dir, data=data)
             data = model.data
+            if config.restored_targets and not data.train.wrong.any():
+                raise UsageError("--restored-targets: the run has no wrong labels. Leave it away.")
             measurement = Measurement.of(config, model)
             if not measurement.carry_out(crew, stop):
                 break

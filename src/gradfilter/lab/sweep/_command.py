@@ -105,6 +105,11 @@ def parse_sweep(options: Sequence[str]) -> tuple[SweepConfig, Plan]:
             raise UsageError("--print-config: a sweep prints none. Use gradfilter train.")
         return command.settings
 
+    given_twice = {option.partition("=")[0] for option in rest}
+    if "--resume" in given_twice or "--no-resume" in given_twice:
+        raise UsageError("--resume: a sweep always goes on with what was begun. Leave it away.")
+    if config.name and "--name" in given_twice:
+        raise UsageError("--name: it is given before and after the lone --. Give it once.")
     base = read(())
     named = replace(base, name=config.name or base.name or NAME)
     plan = plan_of(config, named, read)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 import torch
 from torch import nn
 
@@ -55,6 +57,14 @@ def begin(config: TrainConfig, device: torch.device, crew: Crew = ALONE) -> Run:
         f"{config.lr_warmup_epochs} ({warmup} steps)",
         "The target would not be reached. Train longer, or warm up for less.",
     )
+    check(
+        warmup >= 1 or not config.lr_warmup_epochs,
+        "--lr-warmup-epochs",
+        "at least one step",
+        f"{config.lr_warmup_epochs} (0 steps)",
+        "Warm up for longer, or leave it away.",
+    )
+    _check_patterns(config, model)
     loss = gf.model_loss(model, _criterion(config))
     if config.compile:
         model.compile()
@@ -207,6 +217,18 @@ def _check_rows(config: TrainConfig, model: nn.Module, data: Data, size: int) ->
             f"--model {config.model}: cannot be trained on rows of {samples} samples: {error}. "
             "Take larger microbatches, or a model without BatchNorm."
         ) from None
+
+
+def _check_patterns(config: TrainConfig, model: nn.Module) -> None:
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in config.agc_exclude:
+        check(
+            any(fnmatchcase(name, pattern) for name in names),
+            "--agc-exclude",
+            "patterns of names of parameters",
+            repr(pattern),
+            f"It fits none of {', '.join(names[:3])}, ..., {names[-1]}.",
+        )
 
 
 def _criterion(config: TrainConfig) -> nn.Module:

@@ -192,6 +192,10 @@ def _check_together(config: TrainConfig) -> None:
             "--batch-size and --samples-per-class: each says how large a batch is. Choose one.",
         ),
         (
+            config.amp != "none" and config.dtype == "float64",
+            f"--amp {config.amp}: mixed precision leaves --dtype float64 as it is. Choose one.",
+        ),
+        (
             config.crop_flipped_only and not config.augmentation,
             "--crop-flipped-only: it is a kind of --augmentation, which is not given. Give both.",
         ),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from gradfilter.lab._options import as_toml, environment_arguments, from_files
+from gradfilter.lab._options import as_toml, environment_arguments, from_files, read_settings
 from gradfilter.lab._parse import parse
 from gradfilter.lab.train._config import TrainConfig
 from gradfilter.lab.train._ignored import refuse_ignored
@@ -53,7 +53,8 @@ def train_command(options: Sequence[str]) -> int:
     if command.print_config:
         print(as_toml(plain_settings(command.settings), "train"), end="")
         return 0
-    refuse_ignored(command.settings, options)
+    own = {} if command.config is None else read_settings(None, command.config, "train")
+    refuse_ignored(command.settings, options, own)
     return train(command.settings)
 
 
@@ -63,10 +64,9 @@ def parse_train(options: Sequence[str], program: str = PROGRAM) -> TrainCommand:
     Raises:
         UsageError: An option, a file or a preset is wrong.
     """
-    options = spelt_out(options)
     files = from_files(options, "train", TrainConfig)
     given = [*files, *environment_arguments(TrainConfig), *options]
-    return parse(TrainCommand, program, given)
+    return parse(TrainCommand, program, spelt_out(given))
 
 
 ALONE = {"--consensus": "1.0", "--budget-clip": "0.3", "--adaptive": "asam", "--average": "mean"}

@@ -74,7 +74,7 @@ class TrainConfig:
     """Seed of initial parameters, batches and augmentation."""
 
     optimizer: OptimizerName = "sgd"
-    """Update rule."""
+    """Update rule; sgd+nesterov is sgd with --nesterov."""
     learning_rate: float = 0.05
     """Largest learning rate."""
     momentum: float | None = None

@@ -64,7 +64,9 @@ def means(totals: Mapping[str, float], config: TrainConfig) -> dict[str, float]:
         config: Says what the run has.
     """
     steps = totals["steps"] or math.nan
-    moving = config.rho_schedule != "constant"
+    rho = math.nan if config.sam is None else config.sam
+    if config.rho_schedule != "constant":
+        rho = totals["rho"] * steps / steps  # of no step there is none
     clipped = config.clip_per_row is not None or config.budget_clip is not None
     return {
         "loss": totals["loss"] / (totals["losses"] or math.nan),
@@ -73,7 +75,7 @@ def means(totals: Mapping[str, float], config: TrainConfig) -> dict[str, float]:
         "clipped_units": _if(bool(config.agc), totals["clipped_units"] / steps),
         "surrogate_gap": _if(config.sam is not None, totals["gap"] / steps),
         "lr": totals["lr"] * steps / steps,
-        "rho": math.nan if config.sam is None else totals["rho"] if moving else config.sam,
+        "rho": rho,
     }
 
 
