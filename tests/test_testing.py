@@ -31,7 +31,9 @@ def nothing(grads, state, params, **extra):
     return {name: torch.full_like(g, -0.0) for name, g in grads.items()}, state, {}
 
 
-def knows_all_keywords(grads, state, params, *, offer=None, keep=None, rows=None, weights=None):
+def knows_all_keywords(
+    grads, state, params, *, offer=None, keep=None, rows=None, weights=None, grad_fn=None
+):
     return grads, state, {}
 
 
@@ -211,12 +213,23 @@ def test_a_complex_state_is_compared():
 
 def test_a_link_is_completed_for_every_place_it_can_take():
     names = lambda link: [[part.name for part in chain.links] for chain in completed(link)]
-    assert names(gf.clip_per_row(1.0)) == [["clip_per_row", "mean_rows", "sgd"]]
-    assert names(gf.agree_filter()) == [["agree_filter", "sgd"]]
-    assert names(gf.agc_clip()) == [["mean_rows", "agc_clip", "sgd"]]
-    assert names(gf.adam()) == [["mean_rows", "adam"]]
-    assert names(gf.ema_params(0.9)) == [["mean_rows", "sgd", "ema_params"]]
-    assert len(completed(gf.finite_filter())) == 2
+    assert names(gf.budget_clip()) == [
+        ["budget_clip", "mean_rows", "sgd"],
+        ["clip_per_row", "budget_clip", "mean_rows", "sgd"],
+    ]
+    assert names(gf.agree_filter()) == [
+        ["agree_filter", "sgd"],
+        ["clip_per_row", "agree_filter", "sgd"],
+    ]
+    assert names(gf.agc_clip()) == [["mean_rows", "agc_clip", "sgd"], ["agc_clip", "sgd"]]
+    assert names(gf.adam()) == [["mean_rows", "adam"], ["adam"]]
+    assert names(gf.ema_params(0.9)) == [["mean_rows", "sgd", "ema_params"], ["sgd", "ema_params"]]
+    assert names(gf.chain(gf.agc_clip(), gf.adam())) == [
+        ["mean_rows", "agc_clip", "adam"],
+        ["agc_clip", "adam"],
+    ]
+    assert names(gf.chain(gf.mean_rows(), gf.adam())) == [["mean_rows", "adam"]]
+    assert len(completed(gf.finite_filter())) == 4
 
 
 def test_names_of_the_laws_that_hold_come_back():

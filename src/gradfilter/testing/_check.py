@@ -9,8 +9,9 @@ import torch
 
 from gradfilter._types import Transform
 from gradfilter.testing import _laws, _machine_laws
-from gradfilter.testing._problem import SHAPES, M, Problem
+from gradfilter.testing._problem import SHAPES, M, Problem, TreeProblem
 from gradfilter.transforms._chain import chain
+from gradfilter.transforms._clip import clip_per_row
 from gradfilter.transforms._optimizers import sgd
 from gradfilter.transforms._reduce import mean_rows
 
@@ -60,9 +61,11 @@ def check_laws(
     CUDA device, ``same_on_a_gpu``. One after another they run on small random parameters and rows;
     most of the time goes to the compiler, whose caches are cleared.
 
-    A link is completed to a chain from rows to an update: ``mean_rows()`` before one that takes a
-    tree, or after one that gives rows, and ``sgd`` where no update rule is. A link of two kinds is
-    tried in both places. A chain that is complete is tried as it is.
+    A link is completed to a chain that ends in an update: ``mean_rows()`` after one that gives
+    rows, and ``sgd`` where no update rule is. Every kind it has is tried in two places: first in
+    the chain, where it is given the caller's own tensors (for a tree also ``grad_fn``), and behind
+    another link: rows behind `clip_per_row`, a tree behind ``mean_rows()``, an update behind a
+    chain from rows. A chain that is complete is tried as it is.
 
     Args:
         transform: A link, or a chain where the link needs others before it.
@@ -97,7 +100,7 @@ def check_laws(
         Traceback (most recent call last):
         AssertionError: hasty breaks 1 of 15 laws.
           never_waits: No step asks the host for the value of a tensor.
-            In mean_rows -> hasty -> sgd: ...
+            In mean_rows -> hasty -> sgd and hasty -> sgd: ...
     """
     if not isinstance(transform, Transform):
         raise TypeError(
@@ -112,22 +115,27 @@ def check_laws(
     asked = {name: law for name, law in LAWS.items() if name not in skip}
     if not torch.cuda.is_available():
         asked.pop("same_on_a_gpu", None)
-    problem = Problem(SHAPES if shapes is None else shapes, rows, extra or {})
-    broken: dict[str, list[str]] = {}  # what was found, and the laws that met it
+    given = (SHAPES if shapes is None else shapes, rows, extra or {})
+    problem, tree = Problem(*given), TreeProblem(*given)
+    broken: dict[str, tuple[list[str], list[str]]] = {}  # what was found, by which laws and where
     first = None
     for update in completed(transform):
+        on = problem if "rows -> update" in update.kinds else tree
         for name, law in asked.items():
             try:
-                law(update, problem)
+                law(update, on)
             except Exception as error:  # whatever a link raises breaks the law that met it
                 first = first or error
-                laws = broken.setdefault(_found(update, error), [])
+                laws, places = broken.setdefault(_found(error), ([], []))
+                where = " -> ".join(part.name for part in update.links)
                 laws += [] if name in laws else [name]
+                places += [] if where in places else [where]
     if broken:
-        names = {name for laws in broken.values() for name in laws}
+        names = {name for laws, _ in broken.values() for name in laws}
         lines = "".join(
-            f"\n  {'all:' if 1 < len(asked) == len(laws) else _asked(laws)}\n    {found}"
-            for found, laws in broken.items()
+            f"\n  {'all:' if 1 < len(asked) == len(laws) else _asked(laws)}"
+            f"\n    In {' and '.join(places)}: {found}"
+            for found, (laws, places) in broken.items()
         )
         raise AssertionError(
             f"{transform.name or 'the chain'} breaks {len(names)} of {len(asked)} laws.{lines}"
@@ -136,25 +144,37 @@ def check_laws(
 
 
 def completed(transform: Transform) -> list[Transform]:
-    """Chains from rows to an update, one for every place in which the link can stand."""
+    """Chains that end in an update, one for every place in which the link can stand.
+
+    First in the chain, where it is given what the caller has, and behind others of its input.
+    """
+    if transform.links and "rows -> update" in transform.kinds:
+        return [transform]  # taken as it is
     rule = sgd(0.1, momentum=0.9, weight_decay=0.01)
-    chains = []
+    before = {
+        "rows": ((), (clip_per_row(20.0),)),
+        "tree": ((mean_rows(),), ()),
+        "update": ((mean_rows(), rule), (rule,)),
+    }
+    after = {"rows": (mean_rows(), rule), "tree": (rule,), "update": ()}
+    chains: list[Transform] = []
     for kind in transform.kinds:
         takes, gives = kind.split(" -> ")
-        before = {"rows": (), "tree": (mean_rows(),), "update": (mean_rows(), rule)}[takes]
-        after = {"rows": (mean_rows(), rule), "tree": (rule,), "update": ()}[gives]
-        whole = transform.links and not (before or after)  # taken as it is
-        chains.append(transform if whole else chain(*before, transform, *after))
+        for links in before[takes]:
+            whole = chain(*links, transform, *after[gives])
+            known = [(part.name for part in other.links) for other in chains]
+            names = [part.name for part in whole.links]
+            if all(names != [*other] for other in known):
+                chains.append(whole)
     return chains
 
 
-def _found(update: Transform, error: Exception) -> str:
-    """The chain, and the first lines of what went wrong in it."""
+def _found(error: Exception) -> str:
+    """The first lines of what went wrong."""
     text = str(error).strip() or type(error).__name__
     if not isinstance(error, AssertionError):
         text = f"{type(error).__name__}: {text}"
-    shown = "\n    ".join([line for line in text.splitlines() if line.strip()][:3])
-    return f"In {' -> '.join(part.name for part in update.links)}: {shown}"
+    return "\n    ".join([line for line in text.splitlines() if line.strip()][:3])
 
 
 def _asked(laws: list[str]) -> str:

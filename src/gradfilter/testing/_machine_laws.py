@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from gradfilter import _tree
 from gradfilter._types import Params, State, Transform, Tree
 from gradfilter.testing._bits import ensure
-from gradfilter.testing._problem import Problem, make_stack
+from gradfilter.testing._problem import Problem
 
 
 def compiles_whole_and_once(update: Transform, problem: Problem) -> None:
@@ -23,7 +23,8 @@ def compiles_whole_and_once(update: Transform, problem: Problem) -> None:
 
     @torch.compile(backend=counter, fullgraph=True)
     def compiled(params: Params, state: State, rows: Tree, extra: dict[str, Any]) -> Any:
-        return update(params, state, make_stack(params, rows), **extra)
+        given = {**problem.keywords(params, rows), **extra}
+        return update(params, state, problem.given(params, rows), **given)
 
     for seed in range(3):  # the schedules give another lr in each
         rows = problem.rows(params, seed=seed)
@@ -39,7 +40,8 @@ def same_on_a_gpu(update: Transform, problem: Problem) -> None:
     expected = problem.step(update, params, state, rows)[:2]
     extra = _cuda(dict(problem.extra))
     on_gpu, state_there, rows_there = _cuda((params, state, rows))
-    stack = make_stack(on_gpu, rows_there)
+    stack = problem.given(on_gpu, rows_there)
+    extra = {**problem.keywords(on_gpu, rows_there), **extra}
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -85,15 +85,24 @@ class Problem:
         return make_params(dtype, shapes=self.shapes)
 
     def rows(self, params: Params, seed: int = 1) -> Tree:
-        """Rows for parameters."""
+        """Gradients for parameters: rows, stacked."""
         return make_rows(params, seed, self.count)
+
+    def given(self, params: Params, rows: Tree) -> Any:
+        """What a chain is given of them."""
+        return make_stack(params, rows)
+
+    def keywords(self, params: Params, rows: Tree) -> dict[str, Any]:
+        """Keywords that belong to these gradients."""
+        return {}
 
     def step(
         self, update: Transform, params: Params, state: State, rows: Tree, **extra: Any
     ) -> tuple[Params, State, Out]:
         """One step on these rows."""
         ensure_tensors(state)
-        return update(params, state, make_stack(params, rows), **{**self.extra, **extra})
+        given = {**self.keywords(params, rows), **self.extra, **extra}
+        return update(params, state, self.given(params, rows), **given)
 
     def started(
         self, update: Transform, dtype: torch.dtype = torch.float32
@@ -102,3 +111,22 @@ class Problem:
         params = self.params(dtype)
         params, state, _ = self.step(update, params, update.init(params), self.rows(params))
         return params, state, self.rows(params, seed=2)
+
+
+@dataclass(frozen=True)
+class TreeProblem(Problem):
+    """What a chain is tried on that takes one gradient, of which the caller has the tensors."""
+
+    def rows(self, params: Params, seed: int = 1) -> Tree:
+        """The gradient for parameters."""
+        return {name: leaf.sum(0) for name, leaf in make_rows(params, seed, self.count).items()}
+
+    def given(self, params: Params, rows: Tree) -> Any:
+        """The gradient itself, so that it shows where somebody writes into it."""
+        return rows
+
+    def keywords(self, params: Params, rows: Tree) -> dict[str, Any]:
+        """How to compute the gradient elsewhere, as in `make_stack`."""
+        return {
+            "grad_fn": lambda near: {n: g + 0.5 * (near[n] - params[n]) for n, g in rows.items()}
+        }
