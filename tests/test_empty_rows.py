@@ -11,6 +11,7 @@ import gradfilter as gf
 from _naive import assert_close
 from gradfilter.grads import _pass
 from gradfilter.grads._rules import _cross_entropy
+from gradfilter.interop import Filtered
 
 pytestmark = pytest.mark.usefixtures("float64")
 PLANS = ("fused", "loop", "vmap")
@@ -216,6 +217,31 @@ def test_cuts_and_factors_know_which_rows_are_empty():
         assert rows.at(gf.extract(model)[0]).live.tolist() == expected
         rows.release()
         assert rows.live.tolist() == expected
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_filtered_leaves_the_row_out(plan, accumulated):
+    model, x, y = problem()
+    grads, loss = by_hand(model, F.cross_entropy, x, y, range(1, M))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    filtered = Filtered(model, F.cross_entropy, gf.mean_rows(), optimizer, 2, plan=plan)
+    before = gf.extract(model)[0]
+    if accumulated:
+        empty_and_one = filtered.accumulate(x[: 2 * B], y[: 2 * B])
+        rest = filtered.step(x[2 * B :], y[2 * B :]).loss
+        assert_close(empty_and_one, by_hand_loss(before, x, y, [1]))
+        assert_close(rest, loss)
+    else:
+        filtered = Filtered(model, F.cross_entropy, gf.mean_rows(), optimizer, M, plan=plan)
+        assert_close(filtered.step(x, y).loss, loss)
+    assert_close(gf.extract(model)[0], {n: p - 0.5 * grads[n] for n, p in before.items()})
+
+
+def by_hand_loss(params, x, y, live):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+    gf.insert(model, params)
+    return by_hand(model, F.cross_entropy, x, y, live)[1]
 
 
 def test_rows_that_are_empty_as_a_whole_only():

@@ -154,7 +154,7 @@ class Filtered:
             )
         self.model, self.criterion = model, criterion
         self.optimizer, self.scaler = optimizer, scaler
-        self.transforms = filter_chain(transforms, guarded=scaler is not None)
+        self.transforms = filter_chain(transforms, guarded=scaler is not None and scaler.is_enabled())
         self._module, self._has_aux = view_of(model, criterion), has_aux
         self._microbatches, self._plan = microbatches, plan_for(model, criterion, plan)
         self._memory_budget = memory_budget
@@ -179,8 +179,8 @@ class Filtered:
             rows, self._pending = joined([*self._pending, held(rows, factors)]), []
         elif factors is not None:
             rows = rows.scaled(factors)
-        losses, aux = rows.losses, rows.aux
-        assert losses is not None  # rows of a batch always have their losses
+        losses, loss, aux = rows.losses, rows.mean_loss(), rows.aux
+        assert losses is not None and loss is not None  # rows of a batch have their losses
         params = self._params()
         with torch.no_grad():
             grads, state, out = self.transforms.update(rows, self._state, params, **extra)
@@ -198,7 +198,7 @@ class Filtered:
         if self.scaler is not None and self.scaler.is_enabled():
             update_scale(self.scaler, overflowed(out, losses))
         metrics = {name: value for name, value in out.items() if name not in GLOBAL_NAMES}
-        return StepResult(losses.mean(), {"keep": keep, **metrics}, aux)
+        return StepResult(loss, {"keep": keep, **metrics}, aux)
 
     def accumulate(self, inputs: Any, targets: Any = None) -> Tensor:
         """Compute and hold the M rows of a batch; the next `step` filters them with its own.
@@ -209,8 +209,9 @@ class Filtered:
         part = held(*self._rows(inputs, targets))
         insert(self._module, {}, part.buffers)
         self._pending.append(part)
-        assert part.losses is not None  # rows of a batch always have their losses
-        return part.losses.mean()
+        loss = part.mean_loss()
+        assert loss is not None  # rows of a batch always have their losses
+        return loss
 
     def state_dict(self) -> dict[str, Any]:
         """All states but the module's: ``transforms`` (flat tensors), ``optimizer``, ``scaler``.
