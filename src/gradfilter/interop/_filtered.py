@@ -154,7 +154,8 @@ class Filtered:
             )
         self.model, self.criterion = model, criterion
         self.optimizer, self.scaler = optimizer, scaler
-        self.transforms = filter_chain(transforms, guarded=scaler is not None and scaler.is_enabled())
+        scales = scaler is not None and scaler.is_enabled()
+        self.transforms = filter_chain(transforms, guarded=scales)
         self._module, self._has_aux = view_of(model, criterion), has_aux
         self._microbatches, self._plan = microbatches, plan_for(model, criterion, plan)
         self._memory_budget = memory_budget
