@@ -173,6 +173,36 @@ def test_orders_of_questions_agree(name):
     check(rows, want, 6)
 
 
+def test_rows_of_several_lengths_keep_their_ghost_products():
+    """Inputs of groups do not fit together, and nobody makes the rows for the Gram's sake."""
+
+    def run(net, x):
+        length = 1 + int(x[0, 0] > 0)
+        return net.b(net.a(x)[:length].tanh()).mean(0, keepdim=True).expand(len(x), -1)
+
+    model, batch = Net(run, a=nn.Linear(6, 40), b=nn.Linear(40, 40)), signed(6)(14)
+    want = plain_rows(model, batch, 7)
+    flat = torch.cat([leaf.flatten(1) for leaf in want.values()], 1)
+    rows = rows_of(model, batch, "fused", 7)
+    modes = {layer.leaf: layer.mode for layer in rows.layers}
+    assert modes["b.weight"] == "ghost" and len(rows.groups) == 2
+    torch.testing.assert_close(rows.gram(), flat @ flat.T)
+    check(rows, want, 7)
+    check(rows_of(model, batch, "fused", 7), want, 7)
+
+
+def test_modes_of_groups_are_those_of_all_rows():
+    def run(net, x):
+        h = net.b(net.a(x).tanh())
+        return h.sin() if x[0, 0] > 0 else h.cos()
+
+    model, batch = Net(run, a=nn.Linear(6, 40), b=nn.Linear(40, 40)), signed(6)(14)
+    of_groups = rows_of(model, batch, "fused", 7)
+    model.run = lambda net, x: net.b(net.a(x).tanh())
+    assert of_groups.groups and of_groups.layers == rows_of(model, batch, "fused", 7).layers
+    assert {layer.mode for layer in of_groups.layers} == {"ghost", "store"}
+
+
 def test_losses_aux_and_rows_come_in_the_order_of_the_batch():
     model, (x, y) = case("three groups", 7)
 
