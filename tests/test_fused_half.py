@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradfilter as gf
-from _plain import plain_rows, side_by_side
+from _plain import off, plain_rows, side_by_side
 from _zoo_case import PLAN
 
 pytestmark = [
@@ -120,6 +120,44 @@ LAYERS = {
     ),
     "mv": (lambda: Product(lambda x, w: x.to(w.dtype).mv(w), (6,)), ROWS),
     "dot": (lambda: Product(lambda x, w: x.flatten().to(w.dtype).dot(w), (24,)), ROWS),
+    "tensordot": (lambda: Product(lambda x, w: torch.tensordot(x.to(w.dtype), w, 2), ROWS), ROWS),
+    "tensordot of some": (
+        lambda: Product(lambda x, w: torch.tensordot(x.to(w.dtype), w, 1), (6, 4)),
+        ROWS,
+    ),
+    "inner": (lambda: Product(lambda x, w: torch.inner(x[0].to(w.dtype), w), (6,)), ROWS),
+    "select_scatter": (
+        lambda: Product(lambda x, w: x.select_scatter((x[0] * w).to(x.dtype), 0, 1), (6,)),
+        ROWS,
+    ),
+    "attention with a mask of numbers": (
+        lambda: Product(
+            lambda x, w, v, m: F.multi_head_attention_forward(
+                *[x.transpose(0, 1)] * 3,
+                6,
+                2,
+                w,
+                None,
+                None,
+                None,
+                False,
+                0.0,
+                v,
+                None,
+                attn_mask=m,
+            )[1],
+            (18, 6),
+            (6, 6),
+            (3, 3),
+        ),
+        STEPS,
+    ),
+    "pooled volumes": (
+        lambda: Product(
+            lambda x, w: F.interpolate((x * w)[:, None, :, :4, :4], 2, mode="area"), (5,)
+        ),
+        MAPS,
+    ),
     "vecdot": (lambda: Product(lambda x, w: torch.linalg.vecdot(x, w), (4, 6)), ROWS),
 }
 LOSSES = {
@@ -273,6 +311,17 @@ def test_rows_at_weights_of_their_own_have_the_dtype_of_a_plain_pass_under_autoc
         model.seen.clear()
         rows.at_rows({n: p.expand(M, *p.shape).clone() for n, p in params.items()})
         assert set(model.seen) == want, name
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="of newer torch")
+def test_a_product_and_a_loss_in_one_function_take_the_loop_under_autocast():
+    loss = lambda p, b: F.linear_cross_entropy(b[0], p["w"], b[1])
+    params, batch = {"w": torch.randn(4, 6)}, (torch.randn(12, 6), torch.arange(12) % 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.warns(UserWarning, match="linear_cross_entropy under autocast"):
+            found = gf.microbatch_grads(loss, M)(params, batch)
+        want = plain_rows(loss, params, batch, M)
+    assert off(side_by_side(found.stacked(), params), want) < 1e-6
 
 
 def test_the_default_eps_of_rms_norm_is_that_of_float32():

@@ -41,7 +41,14 @@ FUNCTIONS = {
     "cell": {"lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"},
     "format": {"contiguous", "to", "clone"},  # without a name of their own
     # What vmap itself runs wrongly: test_fused_spellings.py.
-    "fault": {"roll", "select_scatter", "index_fill", "as_strided", "as_strided_"},
+    "fault": {
+        "roll",
+        "select_scatter",
+        "index_fill",
+        "as_strided",
+        "as_strided_",
+        "as_strided_copy",
+    },
 }
 
 # Rule, case, how often one forward pass takes it.

@@ -172,6 +172,12 @@ CASES = {
         lambda p, x: torch.ones(4, 3).index_fill(-1, torch.tensor([0, 2]), p["w"][0, 0]) * x,
     ),
     "as_strided": (None, TABLE, data(3), lambda p, x: p["w"].as_strided((4, 3), (4, 1), 1) * x),
+    "as_strided_copy": (
+        None,
+        TABLE,
+        data(3),
+        lambda p, x: torch.as_strided_copy(p["w"], (4, 3), (4, 1)) * x,
+    ),
     "roll": (None, TABLE, data(3), lambda p, x: torch.roll(p["w"][0, 0] * x[0, 0], 1)),
 }
 BELOW = {  # run by vmap, which masks the padding of the first row alone

@@ -48,8 +48,14 @@ BUILT_IN = {
 UNKNOWN = {"addmv", "addr", "dot", "mv", "vdot"}
 """What vmap makes a matrix product of; where autocast does not know them, they are none."""
 
-NORMS = {"batch_norm", "group_norm", "instance_norm", "layer_norm"}
-"""Their results have the dtype of what they normalise, where autocast does not know them."""
+LIKE_INPUT = {"batch_norm", "group_norm", "instance_norm", "layer_norm"}
+"""Their results have the dtype of the first operand, where autocast does not know them."""
+
+FULL = {"inner", "tensordot"}
+"""What may be a `dot` of all there is, which autocast may not know, or a matrix product."""
+
+PIECES = ("linear_cross_entropy", "native_group_norm", "native_layer_norm")
+"""What vmap takes to pieces of which some are cast, and torch offers no other way to say."""
 
 OTHER_NAMES = {"cross_entropy_loss": F.cross_entropy}
 
@@ -82,12 +88,20 @@ def _treatments(device: str) -> dict[Function, Callable[..., Any]]:
         found |= dict.fromkeys(_everywhere(name), treat)
     for name in UNKNOWN - known:
         found |= dict.fromkeys(_everywhere(name), _without)
-    for name in NORMS - known:
+    for name in LIKE_INPUT - known:
         found |= dict.fromkeys(_everywhere(name), _like_the_first)
+    for name in FULL - known:
+        found |= dict.fromkeys(_everywhere(name), _full)
+    if "adaptive_avg_pool3d" in known:
+        found[F.interpolate] = _interpolate
+    for name in PIECES:
+        found |= dict.fromkeys(_everywhere(name), _refuse_mixed)
     return found
 
 
 def _everywhere(name: str) -> list[Function]:
+    if not hasattr(torch.ops.aten, name):  # a function of several operations, or not in this torch
+        return [getattr(F, name)] if hasattr(F, name) else []
     linalg, fft = getattr(torch._C, "_linalg", F), getattr(torch._C, "_fft", F)
     homes = [home for home in (F, linalg, fft) if hasattr(home, name)]
     more = [OTHER_NAMES[name]] if name in OTHER_NAMES else []
@@ -132,3 +146,34 @@ def _like_the_first(function: Function, dtype: torch.dtype, args: Any, kwargs: A
     if len(dtypes) == 1:
         return function(*args, **kwargs)
     return _wide(function, dtype, args, kwargs).to(first.dtype)
+
+
+def _full(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
+    given: list[Any] = [*args, *kwargs.values()]
+    a, b, count = (*given, 2)[:3]
+    if isinstance(count, (list, tuple)):
+        count = len(count[0]) if isinstance(count[0], (list, tuple)) else len(count)
+    inner = function.__name__.startswith("inner")
+    whole = a.ndim <= 1 and b.ndim <= 1 if inner else a.ndim == b.ndim == count
+    return (_without if whole else _plainly)(function, dtype, args, kwargs)
+
+
+def _plainly(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+def _interpolate(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
+    x = args[0] if args else kwargs["input"]
+    area = kwargs.get("mode", args[3] if len(args) > 3 else "nearest") == "area"
+    return (_wide if area and x.ndim == 5 else _plainly)(function, dtype, args, kwargs)
+
+
+def _refuse_mixed(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
+    tensors = [t for t in _tree.leaves((args, kwargs)) if isinstance(t, Tensor)]
+    dtypes = {t.dtype for t in tensors if t.is_floating_point()}
+    if len(dtypes) > 1 or function is getattr(F, "linear_cross_entropy", None):
+        raise RuntimeError(
+            f"{function.__name__} under autocast cannot run over all rows at once: vmap takes it "
+            "to pieces, some of which would be cast."
+        )
+    return function(*args, **kwargs)

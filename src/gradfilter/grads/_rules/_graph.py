@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch
 
+from gradfilter.grads._autocast import under_autocast
 from gradfilter.grads._loop import hooked_parameter
 from gradfilter.grads._rules._host import Host, Rule
 
@@ -94,7 +95,7 @@ def _refused(name: str) -> Rule:
 
 def _linear_cross_entropy(host: Host, *args: Any, options: Any = None, **kwargs: Any) -> Any:
     """`torch.nn.functional.linear_cross_entropy`: in chunks it asks what requires a gradient."""
-    function: Any = F.linear_cross_entropy
+    function: Any = under_autocast(F.linear_cross_entropy)
     return NotImplemented if options is None else function(*args, options=None, **kwargs)
 
 

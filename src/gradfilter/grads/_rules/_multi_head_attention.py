@@ -87,7 +87,7 @@ def multi_head_attention(
     attention = None
     if need_weights:
         scores = (q * math.sqrt(1 / q.shape[-1])) @ k.transpose(-2, -1)
-        attention = F.softmax(scores if mask is None else scores + mask, -1)
+        attention = F.softmax(scores if mask is None else scores + mask.to(scores.dtype), -1)
         attention = F.dropout(attention, dropout) if dropout else attention
         mixed = attention @ v
         if average_attn_weights:

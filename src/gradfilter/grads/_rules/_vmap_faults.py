@@ -24,7 +24,7 @@ def select_scatter(host: Host, input: Tensor, src: Tensor, dim: int, index: int)
         return NotImplemented
     units = torch.arange(input.shape[dim], device=input.device)
     here = units == index % input.shape[dim]
-    return torch.where(_along(here, dim, input), src.unsqueeze(dim), input)
+    return torch.where(_along(here, dim, input), src.unsqueeze(dim).to(input.dtype), input)
 
 
 def index_fill(host: Host, input: Tensor, dim: int, index: Tensor, value: Any) -> Any:
@@ -77,6 +77,7 @@ FAULTS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys(spellings("select_scatter"), select_scatter),
     **dict.fromkeys(spellings("index_fill"), index_fill),
     **dict.fromkeys(spellings("as_strided"), as_strided),
+    **dict.fromkeys(spellings("as_strided_copy"), as_strided),
     **dict.fromkeys(spellings("as_strided_"), as_strided_),
 }
 
