@@ -92,6 +92,22 @@ def test_padded_rows_are_those_of_plain_backward_passes(kind):
         torch.testing.assert_close(stacked[name], leaf, rtol=rtol, atol=floor)
 
 
+@pytest.mark.parametrize("plan", ["auto", "loop"])
+def test_a_router_may_make_its_weight_float32(plan):
+    """As those of Switch do in a model of another dtype, by ``.data`` of the parameter."""
+    kind = "switch_transformers"
+    model, batch, loss = build(kind), padded(kind), criterion(kind)
+    want, _, _ = plain_rows(model, batch, loss)
+    params, buffers = gf.extract(model)
+    rows = gf.per_sample_grads(gf.model_loss(model, loss), plan=plan)(
+        params, batch, buffers=buffers
+    )
+    scale = max(float(leaf.norm()) for leaf in want.values())
+    for name, leaf in rows.stacked().items():
+        assert leaf.dtype == params[name].dtype == torch.float64
+        torch.testing.assert_close(leaf, want[name], rtol=1e-5, atol=1e-5 * scale)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in PARTS if kind in EVERY_DAY])
 def test_what_cannot_run_at_once_is_a_small_part(kind, capsys):
     model, batch = build(kind), padded(kind)

@@ -47,7 +47,7 @@ def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterato
     if not args or name in _HARMLESS:
         return
     if name == "__set__":
-        if func == _SET_DATA and not _is_same(*args):  # nn.Module.to may change nothing
+        if func == _SET_DATA and not _is_same(*args):  # nn.Module.to, of routers
             yield from _tensors(args[0])
         return
     plain = name.endswith("_") and not name.endswith("__")
@@ -98,11 +98,15 @@ def _tensors(value: Any) -> Iterable[Tensor]:
 
 
 def _is_same(tensor: Tensor, other: Tensor) -> bool:
-    """Whether two tensors outside of functorch are one and the same numbers."""
+    """Whether the numbers of two tensors outside of functorch are the same, but for their dtype."""
     if any(map(_functorch.is_functorch_wrapped_tensor, (tensor, other))):
         return tensor is other
-    there = tensor.data_ptr() == other.data_ptr() and tensor.dtype == other.dtype
-    return there and (tensor.shape, tensor.stride()) == (other.shape, other.stride())
+    if tensor.shape != other.shape or tensor.device != other.device:
+        return False
+    if tensor.dtype != other.dtype:
+        with torch._C.DisableTorchFunction():
+            return torch.equal(tensor.detach().to(other.dtype), other.detach())
+    return tensor.data_ptr() == other.data_ptr() and tensor.stride() == other.stride()
 
 
 def memory(tensor: Tensor) -> int:
