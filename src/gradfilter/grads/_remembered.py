@@ -7,6 +7,7 @@ counter or for a recurrent state.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +48,7 @@ def check_remembered(
                 f"the forward pass changes attribute {name!r}, and every row would see the same "
                 "value. Count outside of forward, or in a buffer"
             )
-        if name in used:
+        if name in used and not _hold_the_same(before, now):
             raise RuntimeError(
                 f"the forward pass reads attribute {name!r} and writes it: a state that cannot be "
                 "handed from row to row. Make it a buffer (register_buffer)"
@@ -69,6 +70,13 @@ def _counts(before: Any, now: Any) -> bool:
         return not isinstance(now, type(before)) or len(before) != len(now)
     number = isinstance(before, (int, float, complex)) and not isinstance(before, bool)
     return number and isinstance(now, (int, float, complex))
+
+
+def _hold_the_same(before: Any, now: Any) -> bool:
+    """Whether only the container is new: recurrent modules list their weights again."""
+    return all(
+        a is b for a, b in itertools.zip_longest(tensors_in(before), tensors_in(now), fillvalue=now)
+    )
 
 
 def _has_tensors(value: Any) -> bool:
