@@ -35,7 +35,7 @@ OPTIONS = {
     "model_arguments": ("", "--model-arguments depth=3"),
     "weight_init": ("", "--weight-init nkaiming"),
     "epochs": ("", "--epochs 5"),
-    "steps": ("", "--steps 5"),
+    "steps": ("", "--steps 11"),
     "batch_size": ("", "--batch-size 12"),
     "microbatches": ("", "--microbatches 4"),
     "per_sample": ("", "--per-sample"),
