@@ -32,18 +32,19 @@ class _Copied:
     """An attribute of few numbers, of which everybody gets a copy."""
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        # Another name than that of the attribute: torch 2.11's compiler mixes up the two.
+        self._place = f"_own_{name}"
 
     def __get__(self, stack: Any, owner: type | None = None) -> Any:
         """A copy, or None."""
         if stack is None:
             return self
-        held = stack.__dict__[self._name]
+        held = getattr(stack, self._place)
         return held if held is None else held.clone()
 
     def __set__(self, stack: Any, value: Tensor | None) -> None:
         """Take a copy, which stays as it is whatever the caller does."""
-        stack.__dict__[self._name] = value if value is None else value.clone()
+        object.__setattr__(stack, self._place, value if value is None else value.clone())
 
 
 def versions(tensors: Mapping[str, Tensor]) -> dict[str, int] | None:

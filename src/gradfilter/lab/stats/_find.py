@@ -38,7 +38,8 @@ def find_run(config: StatsConfig) -> Path:
     listed = ", ".join(map(str, found[:SHOWN]))
     raise UsageError(
         f"{len(found)} runs fit {asked or 'without anything asked for'}: {listed}{more}. "
-        "Name one of the directories."
+        f"Name one of the directories: gradfilter stats {found[0]} ..., or add what tells them "
+        "apart: --name, --seed, --label-noise."
     )
 
 
