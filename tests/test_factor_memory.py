@@ -77,6 +77,7 @@ FACTORS = {
     "small maps": lambda: conv(24, 1, 24, 24, 4),
     "small maps, many rows": lambda: conv(150, 1, 8, 32, 3),
     "groups": lambda: conv(6, 2, 8, 8, 5, groups=4),
+    "rows far larger than maps": lambda: conv(64, 1, 32, 32, 2, transposed=True),
     "transposed": lambda: conv(24, 1, 24, 24, 4, transposed=True),
 }
 QUESTIONS = {

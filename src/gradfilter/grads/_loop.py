@@ -34,7 +34,7 @@ def loop_rows(loss: AnyLoss, params: Params, batch: Batch, per_row: bool) -> Row
         batch: The rows.
         per_row: Row m has its own parameters.
     """
-    with one_image(batch):
+    with one_image(batch, loss.modules):
         return _rows(loss, params, batch, per_row)
 
 

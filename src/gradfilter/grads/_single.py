@@ -36,7 +36,7 @@ def forward_single(
     leaves = {name: loss.leaf(name, p.squeeze(0) if per_row else p) for name, p in params.items()}
     loss.hook(leaves)
     hooked: list[str] = []
-    with torch.enable_grad(), one_image(batch), untouched(loss, leaves, hooked):
+    with torch.enable_grad(), one_image(batch, loss.modules), untouched(loss, leaves, hooked):
         # A copy: a first layer that works in place would write into the batch.
         row = batch.rebuild(t.squeeze(0).clone() for t in batch.tensors)
         value, after, aux = loss.pure(leaves, row, batch.buffers)
@@ -50,7 +50,7 @@ def forward_single(
         )
 
     def inside(backward: Callable[[], None]) -> None:
-        with modes(), one_image(batch):
+        with modes(), one_image(batch, loss.modules):
             loss.inside(leaves, batch.buffers, backward)
 
     # What a hook makes of the gradient need not be linear in it.
