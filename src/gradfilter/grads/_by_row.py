@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gradfilter import _tree
 from gradfilter._types import Tree
+from gradfilter.grads._any_loss import as_parameter
 from gradfilter.grads._buffer_watch import Unreplayable
 from gradfilter.grads._lift import Level
 from gradfilter.grads._rules._host import Host
@@ -195,6 +196,8 @@ def _rows_of_parameters(module: nn.Module, level: Level) -> Iterator[Callable[[]
             if level.batched(tensor):
                 # All at once: the gradient of a single row would be as large as that of all.
                 rows = unbound.setdefault(id(tensor), level.lower(tensor).unbind())
+                if isinstance(tensor, nn.Parameter):
+                    rows = tuple(as_parameter(row) for row in rows)
                 places.append((table, key, rows))
     for m in range(level.rows):
 

@@ -108,6 +108,8 @@ class Overrides(TorchFunctionMode):
                 raise RuntimeError(CHECKPOINTS) from error
             name = getattr(func, "__name__", str(func))
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if "BatchedTensorImpl" in reason:
+                reason = "it asks for the memory of a tensor, which holds all rows"
             raise RuntimeError(f"{name} cannot run over all rows at once: {reason}") from error
 
     def _refuse_writing(self, tensor: Tensor) -> None:

@@ -27,7 +27,7 @@ from gradfilter.grads._fused_stack import FusedStack
 from gradfilter.grads._groups import Grouping, forward_in_groups
 from gradfilter.grads._lift import untraced
 from gradfilter.grads._loop import Rows, loop_rows
-from gradfilter.grads._notes import note_anomaly, stacklevel
+from gradfilter.grads._notes import add_plan_note, note_anomaly, stacklevel
 from gradfilter.grads._pass import Pass
 from gradfilter.grads._remembered import check_remembered
 from gradfilter.grads._single import forward_single
@@ -141,9 +141,13 @@ class Evaluation:
         """The rows by one plan, as random state and settings are at present."""
         at = {name: p.detach() for name, p in params.items()}
         origin = Origin(len(self.batch), params if per_row else at, partial(self._elsewhere, plan))
-        if plan == "fused":
-            return self._fused(at, per_row, origin)
-        grads, losses, after, aux = self._rows(plan, at, per_row)
+        try:
+            if plan == "fused":
+                return self._fused(at, per_row, origin)
+            grads, losses, after, aux = self._rows(plan, at, per_row)
+        except Exception as error:
+            add_plan_note(error, plan)
+            raise
         return DenseStack(grads, losses, after, aux, origin=origin)
 
     def _rows(self, plan: Plan, params: Params, per_row: bool) -> Rows:
@@ -224,6 +228,7 @@ class Evaluation:
     def _instead(self, params: Params, per_row: bool, refusal: Exception) -> Tree:
         """The rows by the loop, where the backward pass over all rows was refused."""
         if self.settings.plan != "auto" or len(self.batch) == 1:
+            add_plan_note(refusal, self.settings.plan)
             raise refusal
         self._check_undrawn(refusal)
         self._check_kept([] if per_row else list(params))

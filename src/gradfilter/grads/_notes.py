@@ -55,6 +55,24 @@ def note_anomaly(error: Exception) -> None:
         )
 
 
+def add_plan_note(error: Exception, plan: str) -> None:
+    """Say below an error of a plan that runs all rows at once which plan does not.
+
+    Of torch's own errors and the loss's, which know of no plan, and have no other note.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__"))
+    note = (
+        f'Raised under plan="{plan}", which runs all rows at once. plan="loop" runs them one after '
+        'the other, as torch does; plan="auto" does so where it has to.'
+    )
+    known = place.startswith("gradfilter.") or bool(getattr(error, "__notes__", []))
+    if plan in ("fused", "vmap") and not known:
+        error.add_note(note)
+
+
 def _note_dtypes(error: Exception, params: Params, batch: Any) -> None:
     own = [p.dtype for p in params.values() if p.dtype in METHODS]
     strangers = _strangers(str(error), own, batch)

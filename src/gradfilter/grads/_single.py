@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from gradfilter import _tree
 from gradfilter._types import Params
@@ -36,11 +37,14 @@ def forward_single(
     leaves = {name: loss.leaf(name, p.squeeze(0) if per_row else p) for name, p in params.items()}
     loss.hook(leaves)
     hooked: list[str] = []
+    handles = RemovableHandle.next_id
     with torch.enable_grad(), one_image(batch, loss.modules), untouched(loss, leaves, hooked):
         # A copy: a first layer that works in place would write into the batch.
         row = batch.rebuild(t.squeeze(0).clone() for t in batch.tensors)
         value, after, aux = loss.pure(leaves, row, batch.buffers)
         losses = value.unsqueeze(0)
+    # A hook on a node is seen by nobody, but every hook has a handle, and every handle a number.
+    hooked_nodes = RemovableHandle.next_id != handles
     ends = loss.check_reaches(value, leaves.values())
     loss.settle(leaves)
     if ends.reentrant:
@@ -55,7 +59,8 @@ def forward_single(
 
     # What a hook makes of the gradient need not be linear in it.
     tape = Tape({name: leaf.detach().unsqueeze(0) for name, leaf in leaves.items()}, leaves)
-    tape.linear = not (hooked or loss.hooks or ends.custom or any(_backward_hooks(loss)))
+    seen = hooked or hooked_nodes or loss.hooks or ends.custom or any(_backward_hooks(loss))
+    tape.linear = not seen
     after = {name: b.detach() for name, b in after.items()}
     aux = None if aux is None else _tree.tree_map(lambda t: t.detach().unsqueeze(0), aux)
     return Forward(losses, tape, after, aux, inside)

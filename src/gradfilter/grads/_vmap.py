@@ -67,6 +67,13 @@ def vmap_rows(
                 randomness="different",
                 chunk_size=chunk_size,
             )(params, [t.clone() for t in batch.tensors], batch.buffers)
+    except NotImplementedError as error:
+        if "Cannot access storage" not in str(error):
+            raise
+        raise RuntimeError(
+            "The loss asks for the memory of a tensor (copy.deepcopy and torch.save do), which "
+            'holds all rows. Use plan="loop".'
+        ) from error
     finally:
         loss.settle(inside, _last_row)
     if (name := versions.written()) is not None:
@@ -77,8 +84,9 @@ def vmap_rows(
     for name, hooks in loss.hooks.items():
         if name in rows:
             rows[name] = hooked(rows[name], hooks)
-    losses = losses.detach()
-    return rows, losses, after, aux[0] if aux else None
+    # Of something else than the parameters, say a module that the loss holds, there is a graph.
+    rows = {name: leaf.detach() for name, leaf in rows.items()}
+    return rows, losses.detach(), after, aux[0] if aux else None
 
 
 def _last_row(tensor: Tensor) -> Tensor:

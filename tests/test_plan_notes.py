@@ -1,0 +1,79 @@
+"""Errors from below, raised while all rows run at once, say which plan runs them one by one."""
+
+import pytest
+import torch
+from torch import nn
+
+import gradfilter as gf
+
+
+class OldForm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 2
+
+
+def rows(loss, plan, m=2):
+    return gf.microbatch_grads(loss, m, plan=plan)({"w": torch.ones(3)}, torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("plan", ["fused", "vmap"])
+def test_an_error_of_torch_names_the_plan_that_works(plan):
+    loss = lambda params, x: OldForm.apply(params["w"] * x).sum()
+    with pytest.raises(RuntimeError) as caught:
+        rows(loss, plan)
+    note = caught.value.__notes__[-1]
+    assert f'plan="{plan}"' in note and 'plan="loop"' in note
+    assert len(caught.value.__notes__) == 1
+    assert rows(loss, "loop").stacked()["w"].shape == (2, 3)
+
+
+@pytest.mark.parametrize("plan", ["fused", "vmap"])
+def test_the_notes_of_refusals_in_the_backward_pass(plan):
+    table = nn.Embedding(5, 3, sparse=True)
+    params, _ = gf.extract(table)
+    loss = gf.model_loss(table, lambda output, y: output.square().mean())
+    batch = (torch.arange(4), torch.zeros(4))
+    with pytest.raises(RuntimeError) as caught:
+        gf.microbatch_grads(loss, 2, plan=plan)(params, batch).gram()
+    text = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
+    assert 'plan="loop"' in text or "sparse" in text
+
+
+@pytest.mark.parametrize("plan", ["fused", "vmap", "auto", "loop"])
+def test_our_own_errors_have_said_it(plan):
+    with pytest.raises(ValueError, match="Expected a scalar loss") as caught:
+        rows(lambda params, x: params["w"] * x, plan)
+    assert not any("Raised under" in note for note in getattr(caught.value, "__notes__", ()))
+
+
+def test_storage_is_asked_for_in_plain_words():
+    import copy
+
+    def loss(params, x):
+        return (copy.deepcopy(params["w"].detach()) * params["w"] * x).sum()
+
+    with pytest.warns(UserWarning, match="Fell back") as caught:
+        rows(loss, "auto").stacked()
+    assert "BatchedTensorImpl" not in str(caught[0].message)
+
+
+def test_vmap_names_what_asks_for_storage():
+    import copy
+
+    loss = lambda params, x: (copy.deepcopy(params["w"].detach()) * params["w"] * x).sum()
+    with pytest.raises(RuntimeError, match=r"asks for the memory of a tensor .* Use plan=\"loop\""):
+        rows(loss, "vmap")
+
+
+def test_rows_under_vmap_carry_no_graph():
+    """A module that nobody differentiates has trainable parameters of its own."""
+    held = nn.Linear(3, 3)
+    stack = rows(lambda params, x: held(params["w"] * x).square().mean(), "vmap")
+    assert not stack.losses.requires_grad
+    assert not stack.stacked()["w"].requires_grad
+    assert not stack.gram().requires_grad
