@@ -10,6 +10,7 @@ at all. Timed are rows, Gram, agreement filter and combination, over the same wi
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 # The profiler, which counts the memory, otherwise reports its every start; read by torch's import.
@@ -37,9 +38,14 @@ BASE, WITHOUT = "all rules", "without"
 SAMPLES, MICROBATCHES = 128, 8
 
 
+def called(function: Callable[..., object]) -> str:
+    """The name that all spellings of a function share: those of ``torch.ops`` name an overload."""
+    return function.__name__.partition(".")[0]
+
+
 def without(case: RuleCase, run: Contender) -> Contender:
     """The same with the case's rule out of the table."""
-    own = {function: RULES[function] for function in RULES if function.__name__ in case.functions}
+    own = {function: rule for function, rule in RULES.items() if called(function) in case.functions}
 
     def compute() -> object:
         for function in own:

@@ -16,6 +16,9 @@ from benchmarks._models import Task, images
 from benchmarks._plans import PLANS
 from benchmarks._setting import Setting
 
+from gradfilter.grads._rules._memory_format import FORMATS
+from gradfilter.grads._rules._vmap_faults import FAULTS
+
 CPU = torch.device("cpu")
 LINEAR = Task("Linear", lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), images(10), ())
 
@@ -100,7 +103,10 @@ def test_rules_are_taken_out_one_at_a_time_and_put_back(tmp_path):
 
 def test_every_rule_has_a_model_that_leans_on_it():
     named = {name for case in rules.CASES for name in case.functions}
-    assert {function.__name__ for function in rules.RULES} == named
+    # What is there to be right at all, not to be fast: vmap's own answer is wrong, or there is none.
+    right_first = {"embedding_bag", "gru_cell", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell"}
+    right_first |= {rules.called(function) for function in (*FAULTS, *FORMATS)}
+    assert {rules.called(function) for function in rules.RULES} - right_first == named
 
 
 @pytest.mark.parametrize("module", [growth, memory, rules, sharpness])
