@@ -103,7 +103,7 @@ def test_rules_are_taken_out_one_at_a_time_and_put_back(tmp_path):
 
 def test_every_rule_has_a_model_that_leans_on_it():
     named = {name for case in rules.CASES for name in case.functions}
-    # What is there to be right at all, not to be fast: vmap's own answer is wrong, or there is none.
+    # Rules that are there to be right, not fast: vmap's own answer is wrong, or there is none.
     right_first = {"embedding_bag", "gru_cell", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell"}
     right_first |= {rules.called(function) for function in (*FAULTS, *FORMATS)}
     assert {rules.called(function) for function in rules.RULES} - right_first == named
