@@ -64,7 +64,7 @@ REFUSED = {
     "buffer-written": (lambda: Counting(False), inputs(6), wavy, "calls"),
     "buffer-assigned": (lambda: Counting(True), inputs(6), wavy, "calls"),
     "sparse-embedding": (lambda: embedding(sparse=True), tokens(), token_loss, "sparse"),
-    "max-norm": (lambda: embedding(max_norm=0.5), tokens(), token_loss, "max_norm"),
+    "max-norm": (lambda: embedding(max_norm=50.0), tokens(), token_loss, "max_norm"),
 }
 every_refusal = pytest.mark.parametrize("name", REFUSED)
 

@@ -97,14 +97,23 @@ def test_activation_checkpoints_keep_the_mode_of_the_pass():
 
 @pytest.mark.parametrize(("plan", "m"), PLANS)
 def test_an_embedding_that_renormalises_leaves_the_given_parameters_alone(plan, m):
+    """Where it does, a pure update would start elsewhere than a plain loop: that is refused."""
     build = lambda: nn.Sequential(nn.Embedding(11, 4, max_norm=0.5), nn.Tanh(), nn.Flatten())
     case = Case("max-norm", build, lambda n: (torch.arange(n * 6).view(n, 6) % 11, torch.arange(n)))
     model = case.model()
     params, buffers = moved(model)
     given = copy.deepcopy(params)
-    rows = rows_at(case, model, params, buffers, case.samples(m, 3), plan, m)
-    rows.gram()
+    with pytest.raises(ValueError, match=r"'0\.weight' renormalised in the forward pass"):
+        rows_at(case, model, params, buffers, case.samples(m, 3), plan, m)
     assert all(torch.equal(params[name], value) for name, value in given.items())
+    params["0.weight"] = params["0.weight"].renorm(2, 0, 0.49)
+    rows = rows_at(case, model, params, buffers, case.samples(m, 3), plan, m)
+    gf.insert(model, params, buffers)
+    for x, y in zip(*(t.chunk(m) for t in case.samples(m, 3)), strict=True):
+        case.criterion(model(x), y).backward()
+    torch.testing.assert_close(rows.combine(torch.ones(m))["0.weight"], model[0].weight.grad)
+    longer = {name: 3 * p for name, p in params.items()}  # a point nearby, for one gradient
+    assert rows.at(longer).losses.isfinite().all()
 
 
 class Caching(nn.Module):

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from gradfilter._types import Params, Tree
 from gradfilter.grads._attributes import STANDARD, replace_tensors, tensors_in
 from gradfilter.grads._check_graph import Ends, bypassed, ends_of
 from gradfilter.grads._check_loss import (
+    RefusedByAll,
     check_differentiable,
     check_value,
     split_aux,
@@ -32,17 +34,19 @@ class AnyLoss:
         loss: What `model_loss` returned, or a plain ``loss(params, batch)``.
         has_aux: A plain loss returns ``(scalar, aux)``.
         places: Those of the module, found once; None for a plain loss.
+        first: At the parameters from which an update will start, not at others nearby.
     """
 
     loss: Any
     has_aux: bool
     places: Places | None
+    first: bool = True
 
     @classmethod
     def of(cls, loss: Any, has_aux: bool) -> AnyLoss:
         """The loss, its module as it is now."""
         places = Places.of(loss.model) if isinstance(loss, ModelLoss) else None
-        if places is not None and loss.row_hooks:
+        if places is not None and not loss.in_place:
             refuse_late_hooks(places.trainable)
         return cls(loss, has_aux, places)
 
@@ -67,7 +71,7 @@ class AnyLoss:
     @property
     def hooks(self) -> dict[str, list[Hook]]:
         """The gradient hooks of the module's parameters that run on every row, by name."""
-        if self.places is None or not self.loss.row_hooks:
+        if self.places is None or self.loss.in_place:
             return {}
         return self.places.hooks
 
@@ -163,6 +167,23 @@ class AnyLoss:
         """The leaves that share memory with what was given, each with what to call it."""
         own = () if self.places is None else self.places.renormalised
         return ((f"parameter {n!r}", leaf) for n, leaf in leaves.items() if n not in own)
+
+    def renormalised(self, params: Tree, leaves: Tree) -> Tree:
+        """The parameters that the forward pass of a row renormalised, as the next row finds them.
+
+        Raises:
+            RefusedByAll: A pure update would start from what was given instead.
+        """
+        names = () if self.places is None else self.places.renormalised & leaves.keys()
+        found = {n: leaves[n].detach() for n in names if not torch.equal(leaves[n], params[n])}
+        if found and self.first and not self.loss.in_place:
+            raise RefusedByAll(
+                f"Expected an embedding whose rows are at most max_norm long, found "
+                f"{min(found)!r} renormalised in the forward pass: an update would start from the "
+                "weight as it was given. Renormalise it after every update (w.renorm(2, 0, "
+                "max_norm)), or use gradfilter.interop.Filtered, which writes into the module."
+            )
+        return found
 
     def inside(self, params: Params, buffers: Tree, compute: Callable[[], T]) -> T:
         """Run something with the module's tensors replaced, as they are in a forward pass.

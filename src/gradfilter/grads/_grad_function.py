@@ -104,9 +104,12 @@ class Evaluation:
     def first(self) -> AgainStack:
         """The stack of the call."""
         plan = self.settings.plan
-        if plan == "auto":
-            return self._fused_or_loop(self.params, False)
-        return self._stack(plan, self.params, False)
+        try:
+            if plan == "auto":
+                return self._fused_or_loop(self.params, False)
+            return self._stack(plan, self.params, False)
+        finally:
+            self.loss = replace(self.loss, first=False)
 
     def _elsewhere(self, plan: Plan, params: Params, per_row: bool, kept: Collection[str]) -> Any:
         """The stack at other parameters, ``kept`` of them as they were given."""

@@ -63,6 +63,8 @@ def _rows(loss: AnyLoss, params: Params, batch: Batch, per_row: bool) -> Rows:
         aux.append(extra if extra is None else _tree.tree_map(torch.Tensor.detach, extra))
         buffers = {name: b.detach() for name, b in buffers.items()}
         loss.settle(leaves)
+        if not per_row:
+            params = {**params, **loss.renormalised(params, leaves)}
     if not reached:
         raise unreached()
     stacked = None if aux[0] is None else _tree.tree_map(lambda *t: torch.stack(t), *aux)

@@ -21,14 +21,15 @@ class ModelLoss:
     """The pure loss of a module: ``(params, batch, buffers) -> (loss, new buffers)``.
 
     Made by `model_loss`. With ``has_aux`` the criterion returns ``(loss, aux)`` and the call
-    returns ``(loss, new buffers, aux)``. With ``row_hooks`` the gradient hooks of the module's
-    parameters run on every row; a training loop that runs them on the combined gradient says no.
+    returns ``(loss, new buffers, aux)``. ``in_place`` says that a training loop writes into the
+    module: it runs the hooks on parameters on the combined gradient, where they would otherwise run
+    on every row, and renormalises embeddings.
     """
 
     model: nn.Module
     criterion: Callable[..., Any] | None
     has_aux: bool = False
-    row_hooks: bool = True
+    in_place: bool = False
 
     def __call__(self, params: Params, batch: Any, buffers: Tree) -> tuple[Any, ...]:
         """Evaluate on copies of the buffers; neither they nor the module are changed."""

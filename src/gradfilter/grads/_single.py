@@ -47,6 +47,8 @@ def forward_single(
     hooked_nodes = RemovableHandle.next_id != handles
     ends = loss.check_reaches(value, leaves.values())
     loss.settle(leaves)
+    if not per_row:
+        loss.renormalised(params, leaves)
     if ends.reentrant:
         raise RuntimeError(
             "torch.utils.checkpoint(use_reentrant=True) runs in the loop only; use_reentrant=False "

@@ -49,8 +49,8 @@ def loss_of(
         scale: () factor of the loss, or None.
     """
     if scale is None:
-        return ModelLoss(view, criterion, has_aux, row_hooks=False)
-    return ModelLoss(view, scaled_criterion(criterion, has_aux, scale), True, row_hooks=False)
+        return ModelLoss(view, criterion, has_aux, in_place=True)
+    return ModelLoss(view, scaled_criterion(criterion, has_aux, scale), True, in_place=True)
 
 
 def check_order(criterion: Any, transforms: Any, optimizer: Any) -> None:

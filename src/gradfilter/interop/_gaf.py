@@ -24,6 +24,7 @@ from gradfilter.interop._filtered_loss import (
     original_of,
     view_of,
 )
+from gradfilter.interop._renormalised import renormalised
 from gradfilter.interop._sam_base import check_steps_alone
 from gradfilter.transforms._agreement import agree_filter
 
@@ -103,9 +104,10 @@ def step_gaf(
     batches = [on_device(part, home) for part in list_of_microbatches]
     model.train()
     params: Params = {name: p for name, p in view.named_parameters() if p.requires_grad}
-    loss = ModelLoss(view, _with_hits(criterion), has_aux=True, row_hooks=False)
+    loss = ModelLoss(view, _with_hits(criterion), has_aux=True, in_place=True)
     plan: Plan = "loop" if has_compiled(model, criterion) else "auto"
-    rows = _rows_of(loss, {name: p.detach() for name, p in params.items()}, batches, plan)
+    with renormalised(view):
+        rows = _rows_of(loss, {name: p.detach() for name, p in params.items()}, batches, plan)
     with torch.no_grad():
         grads, _, out = filter_.update(rows, filter_.init(params), params)
     insert(view, {}, rows.buffers)
