@@ -371,10 +371,7 @@ def draw(
     habits = pick.sample(likely, pick.choice((0, 0, 1, 1, 1, 2, 3)))
     if not layers and habits:
         layers = ["linear"]  # many habits ask for a graph
-    rows_only = any(LAYERS[name].rows_only for name in layers)
-    chain = (
-        pick.choice(chains) if chains and not (rows_only or smooth) and pick.random() < 0.35 else ()
-    )
+    chain = pick.choice(chains) if chains and not smooth and pick.random() < 0.35 else ()
     agrees = any("agree" in name for name in chain)
     averages = any(name.startswith("batch norm") for name in layers)
     return Case(

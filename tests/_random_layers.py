@@ -32,8 +32,6 @@ class LayerKind:
         random: When it draws from torch's default generator, so that plans differ in the
             numbers: "training", "always", or "" for never.
         smooth: Its answer in low precision is near that in float64.
-        rows_only: Its forward pass writes into its parameters, which rows are computed from a copy
-            of and updates do not see.
     """
 
     make: Callable[[], nn.Module]
@@ -42,7 +40,6 @@ class LayerKind:
     refuse: str = "never"
     random: str = ""
     smooth: bool = True
-    rows_only: bool = False
 
 
 FORWARDS: dict[str, Callable[..., torch.Tensor]] = {}
@@ -566,8 +563,11 @@ layer("embedding with padding", **tok)(lambda: nn.Embedding(VOCABULARY, WIDTH, p
 layer("embedding scaled by frequency", refuse="fused", **tok)(
     lambda: nn.Embedding(VOCABULARY, WIDTH, scale_grad_by_freq=True)
 )
-layer("renormed embedding", refuse="fused", rows_only=True, **tok)(
+layer("renormed embedding", refuse="all", **tok)(
     lambda: nn.Embedding(VOCABULARY, WIDTH, max_norm=1.0)
+)
+layer("embedding below its max_norm", refuse="fused", **tok)(
+    lambda: nn.Embedding(VOCABULARY, WIDTH, max_norm=100.0)
 )
 layer("sparse embedding", refuse="fused", **tok)(
     lambda: nn.Embedding(VOCABULARY, WIDTH, sparse=True)

@@ -45,8 +45,7 @@ def check(case):
 def test_a_layer(name):
     for plan in ("auto", "loop", "vmap"):
         check(Case(seed=3, layers=(name,), loss="mse_loss", plan=plan, questions=EVERY))
-    if not LAYERS[name].rows_only:
-        _check_chains(Case(seed=3, layers=(name,), loss="mse_loss"))
+    _check_chains(Case(seed=3, layers=(name,), loss="mse_loss"))
 
 
 SLOW = ("scripted LSTM",)  # torch.jit takes half a minute to optimise it
