@@ -297,6 +297,18 @@ def test_parameters_written_between_questions_are_seen(plan, m):
     there = rows.at(params)  # all of them given: where they are now
     fresh = gf.microbatch_grads(gf.model_loss(model, F.cross_entropy), m)(params, (X, Y))
     torch.testing.assert_close(there.losses, fresh.losses)
+    want = fresh.stacked()
+    elsewhere = {name: p.clone() for name, p in params.items()}
+    apart = rows.at(elsewhere)
+    apart.gram()
+    apart.release()
+    params["0.weight"].add_(1)  # no matter of a stack at other parameters
+    torch.testing.assert_close(apart.stacked(), want)
+    if plan != "loop":
+        apart.release()
+        elsewhere["2.bias"].add_(1)
+        with pytest.raises(RuntimeError, match=r"'2\.bias' written in place since"):
+            apart.stacked()
 
 
 @pytest.mark.parametrize("what", ["batch", "buffer", "attribute"])
