@@ -342,6 +342,8 @@ def _is_differentiable(part: str) -> bool:
         "renormed",
         "clips",
         "state_dict",
+        "spectral",  # whose singular vectors move along
+        "reentrant",  # which gives nothing where its input has no gradient
     )
     return not any(word in part for word in (*words, *more))
 

@@ -97,7 +97,7 @@ def _answers_differ(loss: AnyLoss, params: Params, batch: Batch, ambient: Ambien
 
 
 def _at(ambient: Ambient, moment: Any, value: Callable[[], Tensor]) -> Tensor | None:
-    present = ambient.attributes.present()
+    present, drawn = ambient.attributes.present(), ambient.host.present()
     with random_state_restored(ambient.device):
         ambient.rewind()
         moment.restore()
@@ -107,6 +107,7 @@ def _at(ambient: Ambient, moment: Any, value: Callable[[], Tensor]) -> Tensor | 
             return None  # a pass that fails differs from one that does not
         finally:
             present.restore()
+            drawn.restore()
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
