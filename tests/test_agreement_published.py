@@ -34,7 +34,7 @@ def published_rule(rows, threshold):
     )
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 0.97, 1.0, 1.3, 1.9, 2.5, INF])
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 0.97, 1.0, 1.3, 1.9, 2.0, INF])
 def test_halving_is_the_published_filter_function(threshold):
     for seed in range(40):
         rows = unflat(random_matrix(seed, 2 + seed % 7, ("plain", "plain", "zero", "tiny")))

@@ -470,8 +470,8 @@ def test_batch_norm_of_one_sample_is_noted(plan):
     kind, found = notes(model, F.cross_entropy, (torch.ones(6, 3), LABELS), 6, plan)
     assert kind is ValueError
     assert found == [
-        "Rows of one sample: BatchNorm has nothing to average. Use microbatches, GroupNorm or "
-        "model.eval()."
+        "Rows of one sample: BatchNorm has nothing to average. Use fewer microbatches (M < N), "
+        "GroupNorm or model.eval()."
     ]
 
 

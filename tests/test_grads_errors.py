@@ -156,7 +156,7 @@ def test_bad_number_of_microbatches(m):
 def test_bad_plan_and_chunk_size():
     with pytest.raises(ValueError, match="found 'fast'"):
         gf.microbatch_grads(lambda p, b: b.sum(), 2, plan="fast")
-    with pytest.raises(ValueError, match="chunk_size >= 1"):
+    with pytest.raises(ValueError, match="chunk_size as a whole number of rows >= 1"):
         gf.microbatch_grads(lambda p, b: b.sum(), 2, chunk_size=0)
 
 

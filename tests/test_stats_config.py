@@ -132,7 +132,9 @@ def test_the_run_that_fits_is_found(tmp_path):
         make(tmp_path / f"more{number}", data="digits", model="mlp_8", seed=number)
     with pytest.raises(UsageError, match="5 runs fit --model mlp_8") as many:
         found(model="mlp_8")
-    assert str(many.value).count(str(tmp_path)) == 3 and "more3, and 2 more. " in str(many.value)
+    listed, advice = str(many.value).split(". Name one of the directories: ")
+    assert listed.count(str(tmp_path)) == 3 and listed.endswith("more3, and 2 more")
+    assert f"gradfilter stats {tmp_path / 'a'} ..." in advice
     with pytest.raises(UsageError, match=r"no run .* fits --seed 7"):
         found(seed=7)
     with pytest.raises(UsageError, match="no run"):

@@ -224,7 +224,8 @@ with joined(plan, storage or None, 30) as queue:
         Path(folder, me + "-trains").touch()
         while len([*Path(folder).glob("*-trains")]) < 2:
             time.sleep(0.001)
-        assert finish(queue, trial.number, me, Outcome(TrialState.COMPLETE, 0.5, "run"))
+        evaluated = Outcome(TrialState.COMPLETE, 0.5, "run", None, {plan.metric: 0.5})
+        assert finish(queue, trial.number, me, evaluated)
 """
 
 

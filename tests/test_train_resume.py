@@ -56,7 +56,7 @@ RUNS = {
     ),
     "adam, dropout, plateau, loaded by processes": (
         "--optimizer adam --learning-rate 1e-3 --model-additions dropout-0.2 --schedule plateau "
-        "--workers 2"
+        "--lr-patience 1 --workers 2"
     ),
     "BatchNorm, GSAM, AGC, between two epochs": (
         "--model resnet18_1 --model-additions batchnorm --microbatches 3 --samples-per-class 1 "
