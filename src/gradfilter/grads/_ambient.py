@@ -147,6 +147,9 @@ class Ambient:
         device: torch.device,
         modules: dict[str, nn.Module],
         tensors: Iterable[tuple[str, Tensor]] = (),
+        attributes: Attributes | None = None,
+        *,
+        everywhere: bool = True,
     ) -> Ambient:
         """Note the present state.
 
@@ -154,16 +157,18 @@ class Ambient:
             device: Where the computation runs.
             modules: What it calls, by name.
             tensors: What else it reads, each with what to call it in an error.
+            attributes: Those of the modules, where they are known already.
+            everywhere: Python's and NumPy's generators may be drawn from.
         """
         kinds = sorted({"cpu", device.type})
         rewinds = _REWINDS.get()
         if rewinds is not None:
             rewinds.moment()
-        attributes = Attributes(modules)
+        attributes = attributes or Attributes(modules)
         return cls(
             device,
             random_state(device),
-            HostRandom(modules),
+            HostRandom(attributes.generators, everywhere=everywhere),
             tuple(
                 (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
                 for kind in kinds
@@ -171,7 +176,7 @@ class Ambient:
             ),
             tuple((m, m.training) for m in modules.values()),
             attributes,
-            Versions([*tensors, *((f"attribute {n}", t) for n, t in attributes.tensors())]),
+            Versions([*tensors, *((f"attribute {n}", t) for n, t in attributes.tensors)]),
         )
 
     @contextmanager

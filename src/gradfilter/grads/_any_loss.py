@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gradfilter._types import Params, Tree
-from gradfilter.grads._attributes import STANDARD, replace_tensors, tensors_in
+from gradfilter.grads._attributes import Attributes
 from gradfilter.grads._check_graph import Ends, bypassed, ends_of
 from gradfilter.grads._check_loss import (
     RefusedByAll,
@@ -26,7 +27,7 @@ from gradfilter.grads._running_stats import cumulative_means
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class AnyLoss:
     """A module's loss or a plain one, as they are when a batch is met.
 
@@ -50,12 +51,12 @@ class AnyLoss:
             refuse_late_hooks(places.trainable)
         return cls(loss, has_aux, places)
 
-    @property
+    @cached_property
     def cumulative(self) -> set[str]:
         """The names of running means with momentum None."""
         return cumulative_means(self.loss.model) if isinstance(self.loss, ModelLoss) else set()
 
-    @property
+    @cached_property
     def modules(self) -> dict[str, nn.Module]:
         """Every module that takes part, by name: those of the model, and of the criterion."""
         if self.places is None:
@@ -67,6 +68,25 @@ class AnyLoss:
             named = criterion.named_modules(prefix="criterion")
             found |= {name: module for name, module in named if id(module) not in known}
         return found
+
+    @cached_property
+    def may_draw_on_host(self) -> bool:
+        """Whether anything but torch's own modules and functions runs.
+
+        Torch's own draw from torch's generators alone, and reading the states of the others takes
+        a part of a millisecond.
+        """
+        modules = self.modules.values()
+        if self.places is None or any(m._forward_hooks or m._forward_pre_hooks for m in modules):
+            return True
+        criterion = getattr(self.loss, "criterion", None)
+        kinds = [*map(type, modules), *([] if criterion is None else [criterion])]
+        return any(_home(kind).partition(".")[0] != "torch" for kind in kinds)
+
+    @cached_property
+    def attributes(self) -> Attributes:
+        """The attributes of the modules, as they are when this is first asked for."""
+        return Attributes(self.modules)
 
     @property
     def hooks(self) -> dict[str, list[Hook]]:
@@ -103,16 +123,12 @@ class AnyLoss:
 
     def attribute_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors in attributes of the modules, and the criterion's buffers, by name."""
-        for prefix, module in self.modules.items():
-            for key, value in vars(module).items():
-                if key not in STANDARD:
-                    for tensor in tensors_in(value):
-                        yield f"{prefix}.{key}" if prefix else key, tensor
+        yield from self.attributes.tensors
         yield from self.criterion_buffers()
 
     def settle(
         self, leaves: Tree, convert: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    ) -> None:
+    ) -> bool:
         """Leave nothing of a pass in the attributes of the modules.
 
         Modules that remember their weights (LSTM does) get back their own.
@@ -120,16 +136,18 @@ class AnyLoss:
         Args:
             leaves: What was in the places of the parameters.
             convert: Gives another tensor in place of one that is of no use after the pass.
+
+        Returns:
+            Whether the pass has changed any attribute.
         """
         if self.places is None:
-            return
+            return False
         own = {id(leaf): self.places.trainable[name] for name, leaf in leaves.items()}
 
         def settled(tensor: Tensor) -> Tensor:
             return own[id(tensor)] if id(tensor) in own else convert(tensor)
 
-        for module in self.modules.values():
-            replace_tensors(module, settled)
+        return self.attributes.settle(settled)
 
     def check_reaches(self, value: Tensor, leaves: Iterable[Tensor]) -> Ends:
         """Refuse a loss whose graph leads to none of the leaves; one of them is enough."""
@@ -213,6 +231,11 @@ class AnyLoss:
             value = self.loss(params, batch)
         check_value(value, aux)
         return value, buffers, aux
+
+
+def _home(kind: Any) -> str:
+    """The module of Python that a class or a function is from; of an object that of its class."""
+    return str(getattr(kind, "__module__", None))
 
 
 def as_parameter(tensor: Tensor) -> Tensor:

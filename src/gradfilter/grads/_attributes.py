@@ -20,6 +20,11 @@ STANDARD = frozenset(nn.Module().__dict__)
 
 CONTAINERS: tuple[type, ...] = (list, dict, set, deque, OrderedDict, defaultdict)
 
+TREES = (Tensor, dict, list, tuple, set, deque)
+
+PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None)))
+"""Types of values that hold nothing."""
+
 Attribute = tuple[str, Any, Any]
 """Its dotted name, what was there before, what is there now; `MISSING` for nothing."""
 
@@ -31,14 +36,32 @@ class Attributes:
 
     Args:
         modules: By name; each once.
+
+    Attributes:
+        tensors: The tensors in them, with their names.
+        generators: The random generators among them, torch's, NumPy's and Python's.
     """
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         self._modules = modules
-        self._held = [
-            (name, module, {k: _copied(v) for k, v in vars(module).items() if k not in STANDARD})
-            for name, module in modules.items()
-        ]
+        self._held: list[tuple[str, nn.Module, dict[str, tuple[Any, Any]]]] = []
+        self.tensors: list[tuple[str, Tensor]] = []
+        self.generators: list[tuple[str, Any]] = []
+        for name, module in modules.items():
+            held: dict[str, tuple[Any, Any]] = {}
+            for key, value in vars(module).items():
+                if key in STANDARD:
+                    continue
+                if type(value) in PLAIN:
+                    held[key] = value, value
+                    continue
+                held[key] = value, _content(value)
+                label = f"{name}.{key}" if name else key
+                if isinstance(value, TREES):
+                    self.tensors.extend((label, tensor) for tensor in tensors_in(value))
+                elif _is_generator(value):
+                    self.generators.append((label, value))
+            self._held.append((name, module, held))
 
     def changes(self) -> Iterator[Attribute]:
         """What differs from that moment, the content of lists, dicts and sets included."""
@@ -68,12 +91,20 @@ class Attributes:
                 if content is not value:
                     _refill(value, content)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors among them, with their names."""
-        for name, _, before in self._held:
-            for key, (_, content) in before.items():
-                for tensor in tensors_in(content):
-                    yield f"{name}.{key}" if name else key, tensor
+    def settle(self, convert: Callable[[Tensor], Tensor]) -> bool:
+        """Put ``convert(tensor)`` in place of every tensor in attributes that have changed.
+
+        Returns:
+            Whether any has.
+        """
+        changed = [
+            module
+            for _, module, before in self._held
+            if len(vars(module)) != len(before) + len(STANDARD) or _differ(before, vars(module))
+        ]
+        for module in changed:
+            replace_tensors(module, convert)
+        return bool(changed)
 
 
 def replace_tensors(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
@@ -98,12 +129,16 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
-def _copied(value: Any) -> tuple[Any, Any]:
-    """A value and its content: a copy of a container, or the value itself."""
-    return value, _content(value)
+def _differ(before: dict[str, tuple[Any, Any]], now: dict[str, Any]) -> bool:
+    for key, (value, content) in before.items():
+        present = now.get(key, MISSING)
+        if present is not value or (content is not value and not _same(content, present)):
+            return True
+    return False
 
 
 def _content(value: Any) -> Any:
+    """A copy of a container, or the value itself."""
     if type(value) not in CONTAINERS:
         return value
     found = copy.copy(value)
@@ -171,14 +206,6 @@ def _converted(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
         plain = type(value) is tuple or not hasattr(value, "_make")
         return tuple(converted) if plain else type(value)._make(converted)  # type: ignore[attr-defined]
     return value
-
-
-def generators_in(modules: dict[str, nn.Module]) -> Iterator[tuple[str, Any]]:
-    """The random generators that modules hold: torch's, NumPy's and Python's."""
-    for name, module in modules.items():
-        for key, value in vars(module).items():
-            if key not in STANDARD and _is_generator(value):
-                yield f"{name}.{key}" if name else key, value
 
 
 def _is_generator(value: Any) -> bool:

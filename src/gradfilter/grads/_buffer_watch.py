@@ -59,6 +59,8 @@ class BufferWatch:
 
     def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note which buffers a function is given, and refuse writes that leave no trace."""
+        if not self._names and not self._attributes:
+            return
         name = getattr(func, "__name__", "")
         if name == "__get__":  # asking a tensor for its shape is no use of its values
             if func == DATA and (exposed := self.name(args[0])) is not None:

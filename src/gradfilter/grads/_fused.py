@@ -54,6 +54,7 @@ class Forward:
         groups: The rows of each pass, where rows that answer the host differently have their own.
         by_row: The classes of the modules that ran row by row.
         used: The tensors in attributes of modules that were computed with, by name.
+        changed: Whether attributes of modules have changed.
     """
 
     losses: Tensor
@@ -64,6 +65,7 @@ class Forward:
     groups: tuple[tuple[int, ...], ...] = ()
     by_row: tuple[str, ...] = ()
     used: set[str] = field(default_factory=set)
+    changed: bool = False
 
 
 BATCH = ""
@@ -173,16 +175,16 @@ def forward(
         disable_saved_tensors_hooks(CHECKPOINTS),
         Level.entered(count) as level,
     ):
-        host = Host(level, tape, running)
-        overrides = Overrides(host, _guarded([] if own_batch else batch.tensors, leaves, loss))
-        host.again = partial(_again, overrides)
+        guarded = _guarded([] if own_batch else batch.tensors, leaves, loss)
+        host = Host(level, tape, running, partial(_again, guarded))
+        overrides = Overrides(host, guarded)
         inside = {name: as_parameter(level.raised(leaf)) for name, leaf in leaves.items()}
         row = batch.rebuild(level.raised(t) for t in batch.tensors)
         with by_row.entered(host) as handed, overrides:
             try:
                 value, after, aux = loss.writing(inside, row, own)
             finally:
-                loss.settle(inside, partial(_last_row, level))
+                changed = loss.settle(inside, partial(_last_row, level))
         watch.check(after, set(running.updated), handed.buffers)
         losses = level.lower(value)
         aux = None if aux is None else _tree.tree_map(level.lower, aux)
@@ -210,7 +212,9 @@ def forward(
     # What a module does to a gradient row by row need not be linear in it.
     tape.linear = tape.linear and not (handed.modules or ends.custom)
     looped = tuple(sorted({type(module).__name__ for module in handed.modules}))
-    return Forward(losses, tape, after, aux, by_row=looped, used=watch.used_attributes)
+    return Forward(
+        losses, tape, after, aux, by_row=looped, used=watch.used_attributes, changed=changed
+    )
 
 
 def _refuse_backward_hooks(loss: AnyLoss) -> None:
@@ -223,14 +227,14 @@ def _refuse_backward_hooks(loss: AnyLoss) -> None:
             )
 
 
-def _again(overrides: Overrides, run: Callable[[], Any]) -> Any:
+def _again(guarded: dict[int, str], host: Host, run: Callable[[], Any]) -> Any:
     """Run something under the level and the rules of a forward pass that is over."""
-    with Level.entered(overrides.host.level.rows) as level:
-        if level.number != overrides.host.level.number:
+    with Level.entered(host.level.rows) as level:
+        if level.number != host.level.number:
             raise RuntimeError(
                 "a hook cannot run over all rows at once inside another transform of torch.func"
             )
-        with overrides:
+        with Overrides(host, guarded):
             return run()
 
 

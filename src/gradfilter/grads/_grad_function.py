@@ -70,7 +70,13 @@ class GradFunction:
         check_device(params, tensors)
         rows = Batch(tensors, rebuild, loss.incoming(buffers))
         # Reading random states breaks any graph, and torch 2.11's compiler warns of the autocast.
-        ambient = untraced(Ambient.now)(_tree.device_of(params), loss.modules, _read(loss, rows))
+        ambient = untraced(Ambient.now)(
+            _tree.device_of(params),
+            loss.modules,
+            _read(loss, rows),
+            loss.attributes,
+            everywhere=loss.may_draw_on_host,
+        )
         run = Evaluation(self, loss, rows, ambient, params)
         return untraced(run.first)()
 
@@ -109,7 +115,7 @@ class Evaluation:
                 return self._fused_or_loop(self.params, False)
             return self._stack(plan, self.params, False)
         finally:
-            self.loss = replace(self.loss, first=False)
+            self.loss.first = False
 
     def _elsewhere(self, plan: Plan, params: Params, per_row: bool, kept: Collection[str]) -> Any:
         """The stack at other parameters, ``kept`` of them as they were given."""
@@ -197,7 +203,8 @@ class Evaluation:
         losses = first.losses.detach()
         if not per_row:
             if len(self.batch) > 1:
-                check_remembered(self.loss, params, self.batch, self.ambient, first.used)
+                used = first.used if first.changed else None
+                check_remembered(self.loss, params, self.batch, self.ambient, used)
             if self._random_after is None:
                 self._random_after = random_state(self.ambient.device)
 

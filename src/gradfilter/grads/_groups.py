@@ -165,7 +165,16 @@ def _together(parts: list[tuple[list[int], Forward]], batch: Batch) -> Forward:
     groups = tuple(tuple(rows) for rows, _ in parts)
     used = set().union(*(part.used for part in passes))
     used = set().union(*(part.used for part in passes))
-    return Forward(losses, tape, first.buffers, aux, groups=groups, by_row=first.by_row, used=used)
+    return Forward(
+        losses,
+        tape,
+        first.buffers,
+        aux,
+        groups=groups,
+        by_row=first.by_row,
+        used=used,
+        changed=any(p.changed for p in passes),
+    )
 
 
 def _ignored(tapes: list[Tape], places: list[Tensor]) -> Tensor | None:

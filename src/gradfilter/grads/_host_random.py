@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
-
-from gradfilter.grads._attributes import generators_in
 
 Generator = tuple[str, Callable[[], Any], Callable[[Any], None]]
 """What to call it in an error; how to read and how to set its state."""
@@ -24,14 +21,14 @@ class HostRandom:
     """The states of the generators at one moment.
 
     Args:
-        modules: Whose attributes are searched for generators, by name.
+        own: Generators in attributes of modules, by name.
         everywhere: Python's and NumPy's generators, which anybody may draw from, too.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], *, everywhere: bool = True) -> None:
+    def __init__(self, own: Iterable[tuple[str, Any]], *, everywhere: bool = True) -> None:
         self._generators = [
             *(_global() if everywhere else ()),
-            *(_accessors(name, generator) for name, generator in generators_in(modules)),
+            *(_accessors(name, generator) for name, generator in own),
         ]
         self._states = [get() for _, get, _ in self._generators]
 

@@ -22,7 +22,7 @@ from gradfilter.grads._batch import Batch
 
 
 def check_remembered(
-    loss: AnyLoss, params: Params, batch: Batch, ambient: Ambient, used: set[str]
+    loss: AnyLoss, params: Params, batch: Batch, ambient: Ambient, used: set[str] | None
 ) -> None:
     """Refuse a pass over all rows that a pass row by row would not have equalled.
 
@@ -31,7 +31,8 @@ def check_remembered(
         params: The parameters, the same for all rows.
         batch: The rows.
         ambient: The moment before the pass.
-        used: The tensors in attributes that the pass computed with, by name.
+        used: The tensors in attributes that the pass computed with, by name; None where it has
+            changed no attribute.
 
     Raises:
         RuntimeError: A number on the host was drawn, or an attribute changes what rows answer.
@@ -41,6 +42,8 @@ def check_remembered(
         raise RuntimeError(
             f"the loss draws random numbers from {moved}: one draw for all rows. Draw with torch"
         )
+    if used is None:
+        return
     unsure: str | None = None
     for name, before, now in ambient.attributes.changes():
         if _counts(before, now):

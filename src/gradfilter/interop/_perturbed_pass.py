@@ -11,6 +11,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from gradfilter._types import Transform
 from gradfilter.grads._ambient import random_state, random_state_restored, set_random_state
+from gradfilter.grads._attributes import Attributes
 from gradfilter.grads._host_random import HostRandom
 
 Buffers = dict[tuple[nn.Module, str], tuple[Tensor | None, Tensor | None]]  # object, its values
@@ -31,7 +32,9 @@ class SameSurroundings:
         self._device, self._model = device, model
         self._random = random_state(device)
         # The modules' own generators are those that the first pass finds.
-        self._host = HostRandom({} if model is None else dict(model.named_modules()))
+        self._host = HostRandom(
+            [] if model is None else Attributes(dict(model.named_modules())).generators
+        )
         self._buffers: Buffers = {}
         self._found: dict[nn.Module, HostRandom] = {}
 
@@ -74,7 +77,7 @@ class SameSurroundings:
         for part in module.modules():
             self._buffers = _buffers(part) | self._buffers
             if self._model is None and part not in self._found:
-                self._found[part] = HostRandom({"": part}, everywhere=False)
+                self._found[part] = HostRandom(Attributes({"": part}).generators, everywhere=False)
 
 
 def _buffers(module: nn.Module) -> Buffers:

@@ -25,8 +25,12 @@ class Host:
     level: Level
     tape: Tape
     running: RunningUpdates
-    again: Callable[[Callable[[], Any]], Any] = lambda run: run()
-    """Runs something under the level and the rules once more, for hooks of the backward pass."""
+    reenter: Callable[[Host, Callable[[], Any]], Any] = lambda host, run: run()
+
+    def again(self, run: Callable[[], Any]) -> Any:
+        """Run something under the level and the rules once more, in a hook of the backward pass."""
+        return self.reenter(self, run)
+
     drew: bool = False
     """Whether a single random number was drawn for each row, on which answers may depend."""
 
