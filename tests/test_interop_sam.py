@@ -1,6 +1,7 @@
 """SAM and GSAM in place: the pure chain and naive code, and what the second pass must not leave."""
 
 import copy
+import os
 import pickle
 from contextlib import contextmanager
 
@@ -900,7 +901,9 @@ def one_rank(rank, folder):
         optimizer = make(ddp, base, no_sync=ddp.no_sync, **options)
         train(optimizer, [batch(rank), batch(rank + 2)])
         torch.save(values(model), f"{folder}/{name}{rank}.pt")
+    torch.distributed.barrier()  # no rank leaves while another still works
     torch.distributed.destroy_process_group()
+    os._exit(0)  # threads of torch's may outlive the interpreter, and abort its end
 
 
 def test_gradients_that_are_views_of_buckets(tmp_path):
