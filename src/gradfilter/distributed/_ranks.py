@@ -17,9 +17,8 @@ LONG = 2**15
 
 
 # Since torch 2.13 the old name warns on every call and every rank; 2.11 and 2.12 know no other.
-_all_gather_single: Callable[..., dist.Work | None] = getattr(
-    dist, "all_gather_single", None
-) or getattr(dist, "all_gather_into_tensor")  # noqa: B009
+_NAME = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+_all_gather_single: Callable[..., dist.Work | None] = getattr(dist, _NAME)
 
 
 class LostRanksError(RuntimeError):

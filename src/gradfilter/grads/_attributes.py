@@ -204,7 +204,8 @@ def _converted(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
         if all(map(operator.is_, converted, value)):
             return value
         plain = type(value) is tuple or not hasattr(value, "_make")
-        return tuple(converted) if plain else type(value)._make(converted)  # type: ignore[attr-defined]
+        kind: Any = type(value)
+        return tuple(converted) if plain else kind._make(converted)
     return value
 
 

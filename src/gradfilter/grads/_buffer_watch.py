@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from gradfilter._types import Tree
+from gradfilter.grads._writes import tensor_property
 
 COUNTER = "num_batches_tracked"
 
-DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+DATA = tensor_property("data").__get__
 
 HANDED_OUT = {"numpy", "__array__", "untyped_storage", "data_ptr", "__dlpack__", "set_"}
 """Methods that hand a buffer's memory out, to be written without a trace."""

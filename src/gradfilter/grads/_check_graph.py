@@ -88,7 +88,8 @@ def ends_of(value: Tensor, leaves: Iterable[Tensor], own: Mapping[str, Tensor]) 
 def _is_custom(node: Any) -> bool:
     if not isinstance(node, BackwardCFunction):
         return False
-    return not type(node)._forward_cls.__module__.startswith("gradfilter.")  # type: ignore[attr-defined]
+    kind: Any = type(node)
+    return not kind._forward_cls.__module__.startswith("gradfilter.")
 
 
 def bypassed(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
-from typing import Any
+from types import FrameType
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def _tensors(batch: Any) -> list[Tensor]:
 
 def stacklevel() -> int:
     """The ``stacklevel`` of a warning that is to point at the first line outside of gradfilter."""
-    level, frame = 0, sys._getframe(1)
+    level, frame = 0, cast(FrameType | None, sys._getframe(1))
     while frame is not None and frame.f_globals.get("__name__", "").startswith("gradfilter."):
-        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
+        level, frame = level + 1, frame.f_back
     return level + 1

@@ -12,10 +12,16 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.overrides import TorchFunctionMode
 
+
+def tensor_property(name: str) -> Any:
+    """A property of `torch.Tensor` itself, whose getter a function mode is handed."""
+    return getattr(torch.Tensor, name)  # torch's stubs give the type of its value
+
+
 _ARITHMETIC = ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "matmul")
 _BITS = ("and", "or", "xor", "lshift", "rshift")
 _OPERATORS = {f"__i{name}__" for name in (*_ARITHMETIC, *_BITS)}
-_SET_DATA: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_SET_DATA = tensor_property("data").__set__
 _HARMLESS = {"requires_grad_", "rename_", "share_memory_"}
 
 

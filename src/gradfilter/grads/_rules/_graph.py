@@ -16,6 +16,7 @@ from torch._C import _functorch
 from gradfilter.grads._autocast import under_autocast
 from gradfilter.grads._loop import hooked_parameter
 from gradfilter.grads._rules._host import Host, Rule
+from gradfilter.grads._writes import tensor_property
 
 
 class RowNode:
@@ -78,7 +79,8 @@ def _register_hook(host: Host, tensor: Tensor, hook: Callable[[Tensor], Any]) ->
         found = host.again(run)
         if found is None:
             return None
-        return found.movedim(0, place).to(grad.dtype)  # type: ignore[no-any-return]
+        changed: Tensor = found.movedim(0, place).to(grad.dtype)
+        return changed
 
     return host.level.aside(rows.register_hook, on_rows)
 
@@ -105,10 +107,10 @@ def _set(host: Host, tensor: Tensor, value: bool) -> Any:
 
 
 GRAPH: dict[Callable[..., Any], Rule] = {
-    torch.Tensor.requires_grad.__get__: _answer(lambda t: t.requires_grad),  # type: ignore[attr-defined]
-    torch.Tensor.is_leaf.__get__: _answer(lambda t: t.is_leaf),  # type: ignore[attr-defined]
-    torch.Tensor.grad_fn.__get__: _answer(_node),  # type: ignore[union-attr]
-    torch.Tensor.requires_grad.__set__: _set,  # type: ignore[attr-defined]
+    tensor_property("requires_grad").__get__: _answer(lambda t: t.requires_grad),
+    tensor_property("is_leaf").__get__: _answer(lambda t: t.is_leaf),
+    tensor_property("grad_fn").__get__: _answer(_node),
+    tensor_property("requires_grad").__set__: _set,
     torch.Tensor.requires_grad_: _require_grad,
     torch.Tensor.register_hook: _register_hook,
     torch.Tensor.register_post_accumulate_grad_hook: _refused("register_post_accumulate_grad_hook"),
