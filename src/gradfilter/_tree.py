@@ -58,6 +58,8 @@ def wide(tensor: Tensor) -> torch.dtype:
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor itself, or its float32 copy when it is a half-precision one."""
+    if tensor.dtype in (torch.float32, torch.float64):  # asked of every factor, at every question
+        return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

@@ -34,7 +34,7 @@ class Batch:
 
     def __len__(self) -> int:
         """M."""
-        return len(self.tensors[0])
+        return self.tensors[0].shape[0]
 
 
 def split(batch: Any, microbatches: int | None) -> tuple[list[Tensor], Rebuild]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +34,7 @@ class ByRow:
 
     def __init__(self, others: ByRow | None = None) -> None:
         """With none, or those of others."""
-        self._modules: WeakSet[nn.Module] = WeakSet(others._modules if others else ())
+        self._modules: set[nn.Module] = set(others._modules if others else ())
 
     def __reduce__(self) -> Any:
         """What was learned stays here."""

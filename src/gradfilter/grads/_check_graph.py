@@ -59,13 +59,19 @@ def ends_of(value: Tensor, leaves: Iterable[Tensor], own: Mapping[str, Tensor]) 
         return Ends(id(value) in wanted, None, [], False)
     seen = {value.grad_fn}
     ahead: list[Any] = [value.grad_fn]
-    reached = reentrant = padded = custom = False
+    kinds: set[Any] = set()  # far fewer than nodes: what a name tells is asked once
+    reached = padded = False
     stranger: tuple[str, Any] | None = None
     others: list[Tensor] = []
     while ahead:
         node = ahead.pop()
         edges = node.next_functions
-        if not edges:
+        if edges:
+            kind = type(node)
+            kinds.add(kind)
+            if kind.__name__ == LOOKUP and 0 <= node._saved_padding_idx < NO_PADDING:
+                padded = True
+        else:
             variable = getattr(node, "variable", None)
             if id(variable) in wanted:
                 reached = True
@@ -73,23 +79,18 @@ def ends_of(value: Tensor, leaves: Iterable[Tensor], own: Mapping[str, Tensor]) 
                 stranger = strangers[id(variable)], variable
             elif variable is not None:
                 others.append(variable)
-        else:
-            name = node.name()
-            reentrant = reentrant or name == REENTRANT
-            custom = custom or _is_custom(node)
-            padded = padded or (name == LOOKUP and 0 <= node._saved_padding_idx < NO_PADDING)
         for before, _ in edges:
             if before is not None and before not in seen:
                 seen.add(before)
                 ahead.append(before)
-    return Ends(reached, stranger, others, reentrant, padded, custom)
+    reentrant = any(kind.__name__ == REENTRANT for kind in kinds)
+    return Ends(reached, stranger, others, reentrant, padded, any(map(_is_custom, kinds)))
 
 
-def _is_custom(node: Any) -> bool:
-    if not isinstance(node, BackwardCFunction):
-        return False
-    kind: Any = type(node)
-    return not kind._forward_cls.__module__.startswith("gradfilter.")
+def _is_custom(kind: Any) -> bool:
+    return issubclass(kind, BackwardCFunction) and not kind._forward_cls.__module__.startswith(
+        "gradfilter."
+    )
 
 
 def bypassed(

@@ -63,22 +63,23 @@ class GradFunction:
         """
         if more:
             raise more_than_a_batch("grads_of(params, batch)", "grads_of(params, (x, y))", more)
+        return untraced(self._stack_of)(params, batch, buffers)
+
+    def _stack_of(self, params: Params, batch: Any, buffers: Tree | None) -> AgainStack:
         check_params(params)
         loss = AnyLoss.of(self.loss, self.has_aux)
         loss.check_params(params)
         tensors, rebuild = split(batch, self.microbatches)
         check_device(params, tensors)
         rows = Batch(tensors, rebuild, loss.incoming(buffers))
-        # Reading random states breaks any graph, and torch 2.11's compiler warns of the autocast.
-        ambient = untraced(Ambient.now)(
+        ambient = Ambient.now(
             _tree.device_of(params),
             loss.modules,
             _read(loss, rows),
             loss.attributes,
             everywhere=loss.may_draw_on_host,
         )
-        run = Evaluation(self, loss, rows, ambient, params)
-        return untraced(run.first)()
+        return Evaluation(self, loss, rows, ambient, params).first()
 
 
 @dataclass(eq=False)

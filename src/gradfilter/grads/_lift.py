@@ -9,10 +9,12 @@ step takes eight. Everything that torch does not document stands in this file.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import cache, partial
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -91,11 +93,28 @@ def repeated(value: Tensor, count: int) -> Tensor:
 
 
 def untraced(function: F) -> F:
-    """The function, kept out of ``torch.compile``: traced, it may give wrong gradients silently."""
-    if not torch.compiler.is_compiling():  # importing the compiler takes a second
+    """The function, kept out of ``torch.compile``: traced, it may give wrong gradients silently.
+
+    What calls it may run as it is, because the compiler gave it up, while the compiler still waits
+    to trace whatever is called there.
+    """
+    if torch.compiler.is_compiling():
+        disable: Callable[[F], F] = torch.compiler.disable
+        return disable(function)
+    if "torch._dynamo" not in sys.modules:  # importing the compiler takes a second
         return function
+    return cast(F, partial(_call_untraced(), function))
+
+
+@cache
+def _call_untraced() -> Callable[..., Any]:
+    """One function for all, as wrapping each takes ten times as long as a call."""
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
     disable: Callable[[F], F] = torch.compiler.disable
-    return disable(function)
+    return disable(call)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

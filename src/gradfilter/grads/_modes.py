@@ -89,6 +89,17 @@ def choose_modes(leaves: Tree, uses: list[Use], budget: int) -> Modes:
         for name, leaf in leaves.items()
     }
     excess = sum(layer.bytes for layer in layers.values()) - budget
+    if excess > 0:
+        excess = _save(layers, leaves, by_leaf, excess)
+    gram = sum(layer.flops for layer in layers.values())
+    products = sum(max(2 * use.flops, 4 * leaves[use.leaf].numel()) for use in uses)
+    return Modes(layers, gram <= products, keeps=excess <= 0)
+
+
+def _save(
+    layers: dict[str, Layer], leaves: Tree, by_leaf: dict[str, list[Use]], excess: int
+) -> int:
+    """Choose leaner modes until nothing is in excess; the bytes that still are."""
     leaner = {
         name: _layer(name, leaves[name].shape, by_leaf[name], leaves[name].element_size(), "stream")
         for name, layer in layers.items()
@@ -101,9 +112,7 @@ def choose_modes(leaves: Tree, uses: list[Use], budget: int) -> Modes:
             excess -= savings[name]
     if excess > 0:  # nothing is kept, so streaming costs no more memory than a tile
         layers |= leaner
-    gram = sum(layer.flops for layer in layers.values())
-    products = sum(max(2 * use.flops, 4 * leaves[use.leaf].numel()) for use in uses)
-    return Modes(layers, gram <= products, keeps=excess <= 0)
+    return excess
 
 
 def _fastest(name: str, rows: tuple[int, ...], uses: list[Use], size: int) -> Layer:
@@ -115,12 +124,11 @@ def _layer(name: str, rows: tuple[int, ...], uses: list[Use], size: int, mode: M
     count, numbers = rows[0], 1
     for extent in rows:
         numbers *= extent
-    kept = sum(use.kept for use in uses)
-    gradient = sum(use.flops for use in uses if use.kept)
-    flops = {
-        "store": 2 * count * numbers + 2 * numbers,
-        "stream": 2 * count * numbers + gradient,
-        "ghost": uses[0].ghost_flops or 0 if mode == "ghost" else 0,
-    }[mode]
-    held = numbers * size if mode == "store" else kept
+    if mode == "ghost":
+        flops = uses[0].ghost_flops or 0
+    elif mode == "stream":
+        flops = 2 * count * numbers + sum(use.flops for use in uses if use.kept)
+    else:
+        flops = 2 * count * numbers + 2 * numbers
+    held = numbers * size if mode == "store" else sum(use.kept for use in uses)
     return Layer(name, tuple(rows[1:]), tuple(use.rule for use in uses), mode, flops, held)

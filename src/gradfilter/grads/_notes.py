@@ -103,7 +103,8 @@ def _tensors(batch: Any) -> list[Tensor]:
 
 def stacklevel() -> int:
     """The ``stacklevel`` of a warning that is to point at the first line outside of gradfilter."""
+    ours = ("gradfilter.", "torch._dynamo.")  # which stands around what the compiler leaves alone
     level, frame = 0, cast(FrameType | None, sys._getframe(1))
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("gradfilter."):
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(ours):
         level, frame = level + 1, frame.f_back
     return level + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,8 +39,23 @@ _OPTIONAL: dict[Callable[..., Any], int] = dict(
 """Functions that write where ``inplace`` says so, and which argument that is."""
 
 
-def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Tensor]:
     """The tensors that a call would write into."""
+    if _may_write(func) or (kwargs and "out" in kwargs):
+        return _written(func, args, kwargs)
+    return ()
+
+
+@lru_cache(4096)
+def _may_write(func: Any) -> bool:
+    """Whether a function writes, or does if it is told to by an argument other than ``out``."""
+    name = getattr(func, "__name__", "")
+    if func in _OPTIONAL or name in _OPERATORS or name in ("__set__", "__setitem__"):
+        return True
+    return name.endswith("_") and not name.endswith("__") and name not in _HARMLESS
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
     out = kwargs.get("out")
     if out is not None:
         yield from _tensors(out)
@@ -48,17 +64,10 @@ def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterato
         chosen = args[place] if len(args) > place else kwargs.get("inplace", False)
         if chosen:
             yield from _tensors(args[0] if args else kwargs.get("input"))
-        return
-    name = getattr(func, "__name__", "")
-    if not args or name in _HARMLESS:
-        return
-    if name == "__set__":
-        if func == _SET_DATA and not _is_same(*args):  # nn.Module.to, of routers
+    elif args and _may_write(func):
+        sets = getattr(func, "__name__", "") == "__set__"
+        if not sets or (func == _SET_DATA and not _is_same(*args)):  # nn.Module.to, of routers
             yield from _tensors(args[0])
-        return
-    plain = name.endswith("_") and not name.endswith("__")
-    if plain or name in _OPERATORS or name == "__setitem__":
-        yield from _tensors(args[0])
 
 
 class WriteWatch(TorchFunctionMode):
