@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gradfilter.grads._lift import shared
@@ -67,13 +69,29 @@ def as_strided_(host: Host, input: Tensor, *_: Any, **__: Any) -> Any:
     raise RuntimeError("as_strided_ cannot run over all rows at once. Use as_strided.")
 
 
-UNDER_ANY_VMAP: dict[Callable[..., Any], Callable[..., Any]] = dict.fromkeys(
-    spellings("roll"), roll
-)
-"""Faults of the vmap plan, too; without a host."""
+def group_norm(function: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Group norms under `torch.func.grad`: of half precision in float32.
+
+    What `torch.func.grad` differentiates can be differentiated again, so torch computes the
+    gradient by a formula, in the dtype of the numbers, where a plain backward pass runs a kernel
+    with float32 inside. The formula takes 1/σ to the third power: in float16 that is infinite for
+    σ < 0.025.
+    """
+    if input.element_size() >= 4:
+        return NotImplemented
+    given = [value.float() if isinstance(value, Tensor) else value for value in args]
+    named = {k: value.float() if isinstance(value, Tensor) else value for k, value in kwargs.items()}
+    return function(input.float(), *given, **named).to(input.dtype)
+
+
+UNDER_ANY_VMAP: dict[Callable[..., Any], Callable[..., Any]] = {
+    **dict.fromkeys(spellings("roll"), roll),
+    **{norm: partial(group_norm, norm) for norm in (F.group_norm, *spellings("group_norm"))},
+}
+"""Faults of the vmap plan; without a host."""
 
 FAULTS: dict[Callable[..., Any], Callable[..., Any]] = {
-    **{roll_: lambda host, *args, **kwargs: roll(*args, **kwargs) for roll_ in UNDER_ANY_VMAP},
+    **dict.fromkeys(spellings("roll"), lambda host, *args, **kwargs: roll(*args, **kwargs)),
     **dict.fromkeys(spellings("select_scatter"), select_scatter),
     **dict.fromkeys(spellings("index_fill"), index_fill),
     **dict.fromkeys(spellings("as_strided"), as_strided),
