@@ -79,9 +79,12 @@ def group_norm(function: Callable[..., Any], input: Tensor, *args: Any, **kwargs
     """
     if input.element_size() >= 4:
         return NotImplemented
-    given = [value.float() if isinstance(value, Tensor) else value for value in args]
-    named = {k: value.float() if isinstance(value, Tensor) else value for k, value in kwargs.items()}
-    return function(input.float(), *given, **named).to(input.dtype)
+
+    def wide(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) else value
+
+    found = function(*map(wide, (input, *args)), **{k: wide(v) for k, v in kwargs.items()})
+    return found.to(input.dtype)
 
 
 UNDER_ANY_VMAP: dict[Callable[..., Any], Callable[..., Any]] = {
