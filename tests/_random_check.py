@@ -239,6 +239,10 @@ class Arguments:
         """What an error of one part in one is, for every number of the answer."""
         rows, asked = self.derive(wide, question), question.split(".")[-1]
         norms = rows.sq_norms().sqrt()
+        if self.case.dtype != "float64":
+            # A loss subtracts numbers of the order of one (a probability from 1), divided by the
+            # number of samples: in its derivative their rounding stays, however little is left.
+            norms = norms + 1 / self.case.samples
         if asked == "gram":
             return norms[:, None] * norms
         if asked == "sq_norms":

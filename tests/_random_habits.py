@@ -878,8 +878,16 @@ asked("requires_grad of a detached tensor", lambda model, h: not h.detach().requ
 asked("requires_grad of a frozen product", lambda model, h: not (h.detach() * 2).requires_grad)
 asked("requires_grad under no_grad", lambda model, h: not _under_no_grad(h).requires_grad)
 asked("the shape", lambda model, h: h.dim() == 2 and h.size(1) == 6 and h.numel() % 6 == 0)
-asked("the stride", lambda model, h: h.is_contiguous() and h.stride(1) == 1)
 asked("the type", lambda model, h: type(h) is torch.Tensor and isinstance(h, torch.Tensor))
+
+
+@habit("asks the stride")
+class _:
+    """Strides are those of the plan's memory: asking is allowed, for what changes no number."""
+
+    def middle(model, h):
+        flat = h.is_contiguous() and h.stride(1) == 1
+        return h.sin().flatten().view_as(h) if flat else h.contiguous().sin()
 
 
 def _under_no_grad(h):
