@@ -200,6 +200,142 @@ def test_a_state_in_an_attribute_is_handed_from_row_to_row_or_refused(plan):
             torch.testing.assert_close(rows.losses[m], want.detach())
 
 
+class Habit(nn.Module):
+    """A linear layer, and what a test wants done in the forward pass."""
+
+    def __init__(self, forward, **attributes):
+        super().__init__()
+        self.n, self.does = nn.Linear(6, 5), forward
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        return self.does(self, self.n(x), x)
+
+
+def counts_in_a_list(module, h, x):
+    module.count[0] += 1
+    return 2 * h if module.count[0] > 2 else h
+
+
+def counts_in_a_tuple(module, h, x):
+    module.count = (module.count[0] + 1,)
+    return 2 * h if module.count[0] > 2 else h
+
+
+def reads_a_transposed_state(module, h, x):
+    h = h + x @ module.h.T
+    module.h = h.detach().T @ x / 9
+    return h
+
+
+def reads_a_state_by_data(module, h, x):
+    h = h + x @ module.h.data.t()
+    module.h = h.detach().T @ x / 9
+    return h
+
+
+def holds_a_state_twice(module, h, x):
+    h = h + x @ module.h.t()
+    module.h = h.detach().T @ x / 9
+    return h
+
+
+def state():
+    return torch.linspace(-1, 1, 30).view(5, 6)
+
+
+def shared_state():
+    held = state()
+    return {"h": held, "history": [held]}
+
+
+HABITS = {
+    counts_in_a_list: lambda: {"count": [0]},
+    counts_in_a_tuple: lambda: {"count": (0,)},
+    reads_a_transposed_state: lambda: {"h": state()},
+    reads_a_state_by_data: lambda: {"h": state()},
+    holds_a_state_twice: shared_state,
+}
+
+
+def plain_rows_of(model, m, x=X):
+    """The losses of ordinary passes in order, and their gradients."""
+    losses, rows = [], []
+    for part, labels in zip(x.chunk(m), Y.chunk(m), strict=True):
+        value = F.cross_entropy(model(part), labels)
+        rows.append(torch.autograd.grad(value, list(model.parameters())))
+        losses.append(value.detach())
+    names = dict(model.named_parameters())
+    stacked = map(torch.stack, zip(*rows, strict=True))
+    return torch.stack(losses), dict(zip(names, stacked, strict=True))
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_what_a_row_leaves_for_the_next_is_handed_on_or_refused(habit):
+    model = Habit(habit, **HABITS[habit]())
+    want = copy.deepcopy(model)
+    for plan in ("fused", "vmap"):
+        with pytest.raises(RuntimeError, match=r"attribute '(count|h)'"):
+            quiet_rows(copy.deepcopy(model), (X, Y), 4, plan)
+    losses, stacked = plain_rows_of(want, 4)
+    _, rows = quiet_rows(model, (X, Y), 4, "auto")
+    torch.testing.assert_close(rows.losses, losses)
+    torch.testing.assert_close(rows.stacked(), stacked)
+
+
+def test_a_container_in_a_container_is_what_it_was_at_every_pass():
+    def lengthens(module, h, x):
+        module.seen["rows"].append(1)
+        return h * len(module.seen["rows"])
+
+    model = Habit(lengthens, seen={"rows": []})
+    params, rows = quiet_rows(model, (X, Y), 4, "loop")
+    for _ in range(3):
+        assert torch.equal(rows.at(params).losses, rows.losses)
+    assert model.seen == {"rows": [1, 1, 1, 1]}
+
+
+@pytest.mark.parametrize("plan", ["fused", "vmap"])
+def test_an_equal_number_written_again_is_no_change(plan):
+    def notes_its_size(module, h, x):
+        module.size, module.sizes = 1000 * len(x), [1000 * len(x)]
+        return h
+
+    model = Habit(notes_its_size)
+    for _ in range(3):
+        _, rows = quiet_rows(model, (X, Y), 4, plan)
+    losses, _ = plain_rows_of(model, 4)
+    torch.testing.assert_close(rows.losses, losses)
+    assert model.size == 3000 and model.sizes == [3000]
+
+
+def test_another_pass_leaves_the_modes_as_they_were():
+    def freezes(module, h, x):
+        module.part.eval()
+        return module.part(h)
+
+    model = Habit(freezes, part=nn.Dropout(0.5))
+    params, rows = quiet_rows(model, (X, Y), 4, "auto")
+    model.eval()
+    rows.at(params)
+    assert not model.part.training
+
+
+def test_a_forward_of_an_object_may_draw_on_the_host():
+    def replaced():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5))
+        model.forward = lambda x: nn.Sequential.forward(model, x) * random.uniform(1, 4)
+        random.seed(0)
+        return model
+
+    losses, stacked = plain_rows_of(replaced(), 4)
+    _, rows = quiet_rows(replaced(), (X, Y), 4, "auto")
+    torch.testing.assert_close(rows.losses, losses)
+    torch.testing.assert_close(rows.stacked(), stacked)
+
+
 class Remembers(nn.Module):
     """Keeps activations in an attribute, a list, a dict and a tuple."""
 

@@ -182,14 +182,14 @@ class Ambient:
     @contextmanager
     def modes(self) -> Iterator[None]:
         """Give every module the mode it was in."""
-        changed = [module for module, training in self.training if module.training != training]
-        for module in changed:
-            module.training = not module.training
+        present = [(module, module.training) for module, _ in self.training]
         try:
+            for module, training in self.training:
+                module.training = training
             yield
         finally:
-            for module in changed:
-                module.training = not module.training
+            for module, training in present:  # a forward pass may have set other ones
+                module.training = training
 
     def rewind(self) -> None:
         """Set random numbers and attributes back to that moment, for another attempt at a pass."""

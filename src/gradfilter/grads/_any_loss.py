@@ -77,7 +77,9 @@ class AnyLoss:
         a part of a millisecond.
         """
         modules = self.modules.values()
-        if self.places is None or any(m._forward_hooks or m._forward_pre_hooks for m in modules):
+        if self.places is None or any(
+            m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules
+        ):
             return True
         criterion = getattr(self.loss, "criterion", None)
         kinds = [*map(type, modules), *([] if criterion is None else [criterion])]

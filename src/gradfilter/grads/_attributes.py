@@ -69,7 +69,7 @@ class Attributes:
             now = vars(module)
             for key, (value, content) in before.items():
                 present = now.get(key, MISSING)
-                if present is not value or not _same(content, present):
+                if not (same_value(value, present) and _same(content, present)):
                     yield f"{name}.{key}" if name else key, content, present
             if len(now) > len(before):
                 for key in now.keys() - before.keys() - STANDARD:
@@ -105,6 +105,13 @@ class Attributes:
         for module in changed:
             replace_tensors(module, convert)
         return bool(changed)
+
+
+def same_value(before: Any, now: Any) -> bool:
+    """Whether two values are the same one, or plain ones that are equal."""
+    if before is now:
+        return True
+    return type(before) in PLAIN and type(now) is type(before) and bool(before == now)
 
 
 def replace_tensors(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
@@ -169,13 +176,14 @@ def _same(content: Any, now: Any) -> bool:
 
 
 def _same_item(item: Any, now: Any) -> bool:
-    return _same(item, now) if type(item) in CONTAINERS else item is now
+    return _same(item, now) if type(item) in CONTAINERS else same_value(item, now)
 
 
 def _refill(value: Any, content: Any) -> None:
     """Give a container the content it had."""
     if _same(content, value):
         return
+    content = _content(content)  # the module will write into the containers in it, too
     value.clear()
     if isinstance(value, (dict, set)):
         value.update(content)

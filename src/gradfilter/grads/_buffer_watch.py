@@ -15,6 +15,9 @@ COUNTER = "num_batches_tracked"
 
 DATA = tensor_property("data").__get__
 
+VIEWS = {tensor_property(name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag", "data")}
+"""Properties that give a tensor's values; others say only what it is like."""
+
 HANDED_OUT = {"numpy", "__array__", "untyped_storage", "data_ptr", "__dlpack__", "set_"}
 """Methods that hand a buffer's memory out, to be written without a trace."""
 
@@ -51,7 +54,9 @@ class BufferWatch:
         self._names = {id(b): name for name, b in buffers.items()}
         self._versions = {name: b._version for name, b in buffers.items()}
         self._used: set[str] = set()
-        self._attributes = {id(tensor): name for name, tensor in attributes}
+        self._attributes: dict[int, set[str]] = {}  # one tensor may be in several
+        for name, tensor in attributes:
+            self._attributes.setdefault(id(tensor), set()).add(name)
         self.used_attributes: set[str] = set()
 
     def name(self, value: Any) -> str | None:
@@ -63,17 +68,17 @@ class BufferWatch:
         if not self._names and not self._attributes:
             return
         name = getattr(func, "__name__", "")
-        if name == "__get__":  # asking a tensor for its shape is no use of its values
+        if name == "__get__":
+            if func not in VIEWS:  # asking a tensor for its shape is no use of its values
+                return
             if func == DATA and (exposed := self.name(args[0])) is not None:
                 raise Unreplayable(exposed, "or may write through .data")
-            return
         listed = [x for arg in args if isinstance(arg, (list, tuple)) for x in arg]
         given = (*args, *listed, *kwargs.values())
         found = {self.name(x) for x in given} - {None}
         if self._attributes:
-            self.used_attributes |= {
-                self._attributes[id(x)] for x in given if id(x) in self._attributes
-            }
+            for x in given:
+                self.used_attributes |= self._attributes.get(id(x), frozenset())
         written = self.name(kwargs.get("out"))
         if written is not None:
             raise Unreplayable(written, f"as out= of {name}")

@@ -17,7 +17,7 @@ from torch import Tensor
 from gradfilter._types import Params
 from gradfilter.grads._ambient import Ambient, random_state_restored
 from gradfilter.grads._any_loss import AnyLoss
-from gradfilter.grads._attributes import CONTAINERS, tensors_in
+from gradfilter.grads._attributes import CONTAINERS, same_value, tensors_in
 from gradfilter.grads._batch import Batch
 
 
@@ -68,9 +68,15 @@ def check_remembered(
 
 def _counts(before: Any, now: Any) -> bool:
     if isinstance(before, dict) and isinstance(now, dict):
-        return any(_counts(before.get(k), v) for k, v in now.items() if before.get(k) is not v)
-    if type(before) in CONTAINERS:
-        return not isinstance(now, type(before)) or len(before) != len(now)
+        return any(_counts(before.get(k), v) for k, v in now.items())
+    if type(before) in CONTAINERS or isinstance(before, tuple):
+        if not isinstance(now, type(before)) or len(before) != len(now):
+            return type(before) in CONTAINERS
+        if isinstance(before, set):
+            return any(not isinstance(item, Tensor) for item in before ^ now)
+        return any(map(_counts, before, now))
+    if same_value(before, now):
+        return False
     number = isinstance(before, (int, float, complex)) and not isinstance(before, bool)
     return number and isinstance(now, (int, float, complex))
 
