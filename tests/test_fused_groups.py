@@ -407,3 +407,53 @@ def test_autocast_is_that_of_the_first_pass():
         torch.testing.assert_close(leaf, want[name], rtol=0.0, atol=2**-6 * scale.item())
     flat = torch.cat([leaf.flatten(1) for leaf in rows.stacked().values()], 1).double()
     torch.testing.assert_close(rows.gram(), flat @ flat.T, rtol=2**-7, atol=2**-7 * 1.0)
+
+
+class Leaves(nn.Module):
+    """Asks for the sign of a number, and may leave something for the rows of the other sign."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.a, self.how = nn.Linear(6, 4), how
+        self.count, self.flag, self.h, self.last = 0, False, torch.ones(()), torch.zeros(1, 6)
+
+    def forward(self, x):
+        y = self.a(x)
+        if self.how == "last":
+            self.last = x
+        if (x[:, 0] > 0).all():
+            if self.how == "flag":
+                self.flag = True
+            elif self.how == "count":
+                self.count += 1
+            elif self.how == "written by some":
+                self.h = x.mean()
+            return y * (self.h if self.how == "read by some" else 2.0)
+        if self.how == "read by some":
+            self.h = x.mean()
+        return y * (3.0 if self.flag else 1.0) * (1.0 + self.count) * self.h
+
+
+@pytest.mark.parametrize("signs", [(1, -1, -1, 1), (-1, 1, 1, -1)])
+@pytest.mark.parametrize("how", ["flag", "count", "written by some", "read by some"])
+def test_what_one_group_leaves_for_the_rows_of_another_is_refused(how, signs):
+    torch.manual_seed(0)
+    model, (x, y) = Leaves(how), inputs(6)(4)
+    x[:, 0] = x[:, 0].abs() * torch.tensor(signs)
+    with pytest.raises(RuntimeError, match=r"attribute '(flag|count|h)'"):
+        rows_of(copy.deepcopy(model), (x, y), "fused", 4)
+    want = plain_rows(model, (x, y), 4)
+    with pytest.warns(UserWarning, match="attribute"):
+        rows = rows_of(model, (x, y), "auto", 4)
+    check(rows, want, 4)
+
+
+@pytest.mark.parametrize("signs", [(1, -1, -1, 1), (-1, 1, 1, -1), (1, -1, -1, -1)])
+def test_groups_leave_what_the_last_row_leaves(signs):
+    torch.manual_seed(0)
+    model, (x, y) = Leaves("last"), inputs(6)(4)
+    x[:, 0] = x[:, 0].abs() * torch.tensor(signs)
+    rows = rows_of(model, (x, y), "fused", 4)
+    assert len(rows.groups) == 2
+    assert torch.equal(model.last, x[3:])
+    check(rows, plain_rows(model, (x, y), 4), 4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -174,7 +174,11 @@ class Evaluation:
         return rows
 
     def _fused(self, params: Params, per_row: bool, origin: Origin) -> AgainStack:
-        def run(batch: Batch, params: Params, grouping: Grouping) -> Forward:
+        def check(part: Forward, rows: Sequence[int]) -> None:
+            used = part.used if part.changed else None
+            check_remembered(self.loss, params, self.batch, self.ambient, used, rows)
+
+        def run(batch: Batch, params: Params, grouping: Grouping, first: bool = False) -> Forward:
             if len(batch) == 1:
                 return forward_single(self.loss, params, batch, per_row, self.ambient.modes)
             found = forward_in_groups(
@@ -185,6 +189,7 @@ class Evaluation:
                 grouping,
                 self.ambient,
                 lambda: self.loss.modules,
+                check if first and not per_row else None,
             )
             self.settings.by_row.update(grouping.by_row)
             return found
@@ -200,12 +205,11 @@ class Evaluation:
                 grads, losses, after, aux = rows
                 return DenseStack(grads, losses, after, aux, origin=origin)
         given = Versions((f"parameter {name!r}", p) for name, p in params.items())
-        first = run(self.batch, params, self._grouping)
+        first = run(self.batch, params, self._grouping, True)
         losses = first.losses.detach()
         if not per_row:
             if len(self.batch) > 1:
-                used = first.used if first.changed else None
-                check_remembered(self.loss, params, self.batch, self.ambient, used)
+                check(first, [group[-1] for group in first.groups] or [-1])
             if self._random_after is None:
                 self._random_after = random_state(self.ambient.device)
 

@@ -53,6 +53,7 @@ def forward_in_groups(
     grouping: Grouping,
     ambient: Ambient,
     modules: Callable[[], Mapping[str, nn.Module]],
+    check: Callable[[Forward, list[int]], None] | None = None,
 ) -> Forward:
     """Run a forward pass over all rows, in as many groups as their answers to the host make.
 
@@ -64,6 +65,8 @@ def forward_in_groups(
         grouping: How to begin; the first pass leaves there how it ended.
         ambient: The random state is at its start.
         modules: Lists those of the model, by name.
+        check: Refuses what one group leaves in the modules for rows of the others, while it is
+            there. None where that has been checked.
 
     Raises:
         RuntimeError: Rows that have to be taken apart cannot be: there are too many groups, they
@@ -72,6 +75,7 @@ def forward_in_groups(
     begin = [list(range(len(batch)))] if grouping.groups is None else grouping.groups
     ahead, start = [*begin], ambient.random
     parts: list[tuple[list[int], Forward]] = []
+    left: list[set[str]] = []
     attempts = 0
     while ahead:
         rows = ahead[0]
@@ -82,11 +86,7 @@ def forward_in_groups(
             ambient.attributes.restore()
         attempts += 1
         try:
-            parts.append((rows, run(some, own)))
-            ahead.pop(0)
-            if ahead:
-                start = random_state(ambient.device)
-            continue
+            part = run(some, own)
         except RuntimeError as refusal:
             # With other random numbers rows may answer otherwise, and those of a group draw others.
             groups: list[list[int]] = []
@@ -97,11 +97,21 @@ def forward_in_groups(
                 ahead[:1] = groups
             elif grouping.by_row.learn(refusal, modules()):
                 # Groups may have been those of questions that are now asked row by row.
-                ahead, parts, start = [*begin], [], ambient.random
+                ahead, parts, left, start = [*begin], [], [], ambient.random
             else:
                 raise
-        set_random_state(start, ambient.device)
-        ambient.host.restore()
+            set_random_state(start, ambient.device)
+            ambient.host.restore()
+            continue
+        parts.append((rows, part))
+        ahead.pop(0)
+        if not whole and check is not None:
+            left.append({name for name, *_ in ambient.attributes.changes()})
+            if ahead:
+                check(part, [group[-1] for group, _ in parts] + [group[-1] for group in ahead])
+        if ahead:
+            start = random_state(ambient.device)
+    _check_left(left)
     if attempts > len(parts) and grouping.groups is not None:
         _check_draws(ambient)
     if grouping.groups is None:
@@ -110,17 +120,27 @@ def forward_in_groups(
 
 
 def _apart(rows: list[int], answers: list[str]) -> list[list[int]]:
-    """Rows by their answers, in the order in which the answers come up."""
+    """Rows by their answers, last those of the last row: what modules remember is its pass."""
     groups: dict[str, list[int]] = {}
     for row, answer in zip(rows, answers, strict=True):
         groups.setdefault(answer, []).append(row)
-    return list(groups.values())
+    return sorted(groups.values(), key=max)
 
 
 def _drew(start: dict[str, Any], ambient: Ambient) -> bool:
     """Whether random numbers have been drawn since a start."""
     now = random_state(ambient.device)
     return any(not torch.equal(now[kind], before) for kind, before in start.items())
+
+
+def _check_left(left: list[set[str]]) -> None:
+    """Refuse groups of which some leave something that the last one does not."""
+    lost = set[str]().union(*left) - left[-1] if left else ()
+    if lost:
+        raise RuntimeError(
+            f"Passes over groups of rows cannot hand on attribute {min(lost)!r}, which the forward "
+            "pass changes in some rows and not in others. Make it a buffer (register_buffer)"
+        )
 
 
 def _check_draws(ambient: Ambient) -> None:
@@ -163,7 +183,6 @@ def _together(parts: list[tuple[list[int], Forward]], batch: Batch) -> Forward:
         parts=list(zip(places, passes, strict=True)),
     )
     groups = tuple(tuple(rows) for rows, _ in parts)
-    used = set().union(*(part.used for part in passes))
     used = set().union(*(part.used for part in passes))
     return Forward(
         losses,

@@ -8,7 +8,7 @@ counter or for a recurrent state.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,12 @@ from gradfilter.grads._batch import Batch
 
 
 def check_remembered(
-    loss: AnyLoss, params: Params, batch: Batch, ambient: Ambient, used: set[str] | None
+    loss: AnyLoss,
+    params: Params,
+    batch: Batch,
+    ambient: Ambient,
+    used: set[str] | None,
+    rows: Sequence[int] = (-1,),
 ) -> None:
     """Refuse a pass over all rows that a pass row by row would not have equalled.
 
@@ -33,6 +38,7 @@ def check_remembered(
         ambient: The moment before the pass.
         used: The tensors in attributes that the pass computed with, by name; None where it has
             changed no attribute.
+        rows: Those that are asked again where nothing else tells.
 
     Raises:
         RuntimeError: A number on the host was drawn, or an attribute changes what rows answer.
@@ -59,7 +65,9 @@ def check_remembered(
         if not (_has_tensors(before) and _has_tensors(now)):
             unsure = name
     # What was not there before cannot have been used, but a branch may ask whether it is there.
-    if unsure is not None and _answers_differ(loss, params, batch, ambient):
+    if unsure is not None and any(
+        _answers_differ(loss, params, batch, ambient, row) for row in rows
+    ):
         raise RuntimeError(
             f"the forward pass changes attribute {unsure!r}, and the next row would give another "
             "answer. Make it a buffer (register_buffer), or compute it before"
@@ -92,10 +100,12 @@ def _has_tensors(value: Any) -> bool:
     return any(True for _ in tensors_in(value))
 
 
-def _answers_differ(loss: AnyLoss, params: Params, batch: Batch, ambient: Ambient) -> bool:
-    """Whether the last row has another loss with the attributes as they are than as they were."""
+def _answers_differ(
+    loss: AnyLoss, params: Params, batch: Batch, ambient: Ambient, place: int
+) -> bool:
+    """Whether a row has another loss with the attributes as they are than as they were."""
     after = ambient.attributes.present()
-    row = batch.rebuild(t[-1].clone() for t in batch.tensors)
+    row = batch.rebuild(t[place].clone() for t in batch.tensors)
 
     def value() -> Tensor:
         leaves = {name: loss.leaf(name, p) for name, p in params.items()}
