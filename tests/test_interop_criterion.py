@@ -69,6 +69,50 @@ def test_a_criterion_is_trained_with_the_model(plan, way, chain):
     assert sorted(dict(wrapper._module.named_parameters())) == ["criterion_.centres", "weight"]
 
 
+class Weighted(nn.Module):
+    """A model with a module called ``criterion``, whose class weights are a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+        self.criterion = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]))
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("plan", ["auto", "loop", "vmap"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_accumulated_batches_meet_a_criterion_with_buffers_again(plan, inside):
+    model = Weighted()
+    other = copy.deepcopy(model)
+    loss = model.criterion if inside else Weighted().criterion
+    chain = gf.chain(gf.mean_rows(), gf.sam_perturb(0.5))
+    wrapper = Filtered(model, loss, chain, sgd(model), 2, plan=plan)
+    optimizer = sgd(other)
+    for _ in range(3):
+        x, y = vectors(12)
+        wrapper.accumulate(x[:4], y[:4])
+        wrapper.accumulate(x[4:8], y[4:8])
+        wrapper.step(x[8:], y[8:])
+        old = copy.deepcopy(other.state_dict())
+        optimizer.zero_grad()
+        for rho in (0.5, 0.0):
+            for part, targets in zip(x.chunk(6), y.chunk(6), strict=True):
+                (other.criterion(other(part), targets) / 6).backward()
+            if rho:
+                grads = [p.grad.clone() for p in other.parameters()]
+                size = torch.cat([g.flatten() for g in grads]).norm()
+                with torch.no_grad():
+                    for p, g in zip(other.parameters(), grads, strict=True):
+                        p += rho * g / size
+                optimizer.zero_grad()
+        other.load_state_dict(old)
+        optimizer.step()
+        torch.testing.assert_close(dict(model.state_dict()), dict(other.state_dict()))
+
+
 def test_a_criterion_of_the_model_itself_adds_nothing():
     class Whole(nn.Module):
         def __init__(self):

@@ -61,13 +61,20 @@ class AnyLoss:
         """Every module that takes part, by name: those of the model, and of the criterion."""
         if self.places is None:
             return {}
-        found = dict(self.places.modules)
+        return {**self.places.modules, **self._criterion_modules}
+
+    @cached_property
+    def _criterion_modules(self) -> dict[str, nn.Module]:
+        """Those of a criterion that are not the model's, by names that the model has none of."""
         criterion = getattr(self.loss, "criterion", None)
-        if isinstance(criterion, nn.Module):
-            known = {id(module) for module in found.values()}
-            named = criterion.named_modules(prefix="criterion")
-            found |= {name: module for name, module in named if id(module) not in known}
-        return found
+        if self.places is None or not isinstance(criterion, nn.Module):
+            return {}
+        known = {id(module) for module in self.places.modules.values()}
+        prefix = "criterion"
+        while prefix in self.places.modules:
+            prefix += "_"
+        named = criterion.named_modules(prefix=prefix)
+        return {name: module for name, module in named if id(module) not in known}
 
     @cached_property
     def may_draw_on_host(self) -> bool:
@@ -117,11 +124,10 @@ class AnyLoss:
 
     def criterion_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """The buffers of a criterion that is a module, by name: they are no part of the state."""
-        for prefix, module in self.modules.items():
-            if prefix == "criterion" or prefix.startswith("criterion."):
-                for key, buffer in module._buffers.items():
-                    if buffer is not None:
-                        yield f"{prefix}.{key}", buffer
+        for prefix, module in self._criterion_modules.items():
+            for key, buffer in module._buffers.items():
+                if buffer is not None:
+                    yield f"{prefix}.{key}", buffer
 
     def attribute_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors in attributes of the modules, and the criterion's buffers, by name."""
