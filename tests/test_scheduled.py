@@ -1,5 +1,6 @@
 """Schedules at work: in update rules, and through `scheduled` in any link."""
 
+import functools
 import inspect
 
 import pytest
@@ -83,6 +84,16 @@ def test_a_scheduled_link_is_the_factory_called_by_hand_in_every_step(case):
         moved.append(not torch.equal(comparable(grads)["fc.weight"], unmoved["fc.weight"]))
     assert state["count"] == STEPS
     assert any(moved)  # the schedule matters
+
+
+def test_a_factory_that_decorates_another_is_called_itself():
+    @functools.wraps(gf.clip_by_global_norm)
+    def halved(max_norm):
+        return gf.clip_by_global_norm(max_norm / 2)
+
+    link, params = gf.scheduled(halved, max_norm=gf.constant(2.0)), normal_tree(100)
+    grads = link.update(tree(0), link.init(params), params)[0]
+    assert_close(grads, run(gf.clip_by_global_norm(1.0), tree(0), params)[0])
 
 
 @pytest.mark.parametrize("adaptive", [None, "asam", "gsam"])

@@ -75,5 +75,15 @@ def remembered(factory: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def unremembered(factory: Callable[P, R]) -> Callable[P, R]:
+    """The factory that `remembered` was given; decorators of others are part of what they make."""
+    given: Any = factory
+    remembering: Any = remembered(Remade)
+    code = remembering.__code__  # that of every function `remembered` returns, and of no other
+    same = getattr(given, "__code__", None) is code
+    plain: Callable[P, R] = given.__wrapped__ if same else factory
+    return plain
+
+
 def _make(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return factory(*args, **kwargs)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradfilter import _tree
-from gradfilter._made import remembered
+from gradfilter._made import remembered, unremembered
 from gradfilter._types import Out, Params, State, Transform
 from gradfilter.transforms._rule import new_count, schedule_value
 from gradfilter.transforms._schedule import Schedule
@@ -53,7 +53,7 @@ def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transfo
             f"scheduled: expected a factory, found {found}. Give the function itself and its "
             f"arguments by name: scheduled({name}, threshold=...), not scheduled({name}(...), ...)."
         )
-    factory = inspect.unwrap(factory)  # what it makes is gone after the step
+    factory = unremembered(factory)  # what it makes is gone after the step
     accepted = inspect.signature(factory).parameters
     unknown = sorted(set(schedules) - set(accepted))
     fixed, parts, moving = _apart(schedules)
