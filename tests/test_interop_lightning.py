@@ -534,6 +534,26 @@ def test_what_the_loss_logs_is_the_mean_over_all_rows(plan, accumulate):
     assert fit.callback_metrics["accuracy_epoch"] == pytest.approx(sum(expected) / len(expected))
 
 
+@pytest.mark.parametrize("options", [{}, {"prog_bar": True}, {"on_epoch": True}])
+def test_a_loss_may_log_a_train_loss_of_its_own(options):
+    class Logging(Net):
+        def microbatch_loss(self, batch):
+            loss = super().microbatch_loss(batch)
+            self.log("train_loss", 10 * loss, **options)
+            return loss
+
+    net, logger, data = Logging(ALL), Rows(), images()
+    plain = copy.deepcopy(net)
+    _, losses = by_hand(plain, data)
+    fit = trainer(logger=logger, log_every_n_steps=1)
+    fit.fit(net, loader(data))
+    ten = [10 * loss for loss in losses]
+    if "on_epoch" in options:
+        assert fit.callback_metrics["train_loss"] == pytest.approx(sum(ten) / len(ten), rel=1e-4)
+    else:
+        assert [row["train_loss"] for row in logger.rows] == pytest.approx(ten, rel=1e-4)
+
+
 class SharpNet(Net):
     """An ordinary LightningModule's step with interop.SAM."""
 

@@ -37,9 +37,9 @@ class FilteredModule(lightning.LightningModule):
     that runs end where they were planned to. With ``accumulate_grad_batches`` k the rows of k
     batches are filtered together. Logged once per step: ``train_loss``, ``keep`` and the metrics
     of the links, averaged over rows (``agree_filter/accepted`` is a fraction), and what
-    ``microbatch_loss`` gives to ``self.log``, such as an accuracy, likewise. The transforms'
-    state is in Lightning's checkpoint. For ``precision`` "32-true", "64-true", "bf16-true" and
-    "bf16-mixed".
+    ``microbatch_loss`` gives to ``self.log``, such as an accuracy (or a ``train_loss`` of its own),
+    likewise. The transforms' state is in Lightning's checkpoint. For ``precision`` "32-true",
+    "64-true", "bf16-true" and "bf16-mixed".
 
     Attributes:
         transforms: A chain that takes rows and ends in a tree, as in `Filtered`.
@@ -125,10 +125,10 @@ class FilteredModule(lightning.LightningModule):
         if not self._completes_step:
             return hosted.accumulate({"batch": batch})
         result = hosted.step({"batch": batch})
-        self.log("train_loss", result.loss, prog_bar=True)
         assert self._loss_log is not None  # as there is a wrapper
-        for name, value in scalars(result).items():
-            args, kwargs = self._loss_log.options.get(name, ((), {}))
+        options = {"train_loss": ((), {"prog_bar": True}), **self._loss_log.options}
+        for name, value in ({"train_loss": result.loss} | scalars(result)).items():
+            args, kwargs = options.get(name, ((), {}))
             self.log(name, value, *args, **kwargs)
         return result.loss
 
