@@ -255,6 +255,36 @@ def test_dropout_masks_of_the_second_pass_are_those_of_the_first(make):
     assert_same(torch.rand(3), after)
 
 
+def test_a_generator_that_two_modules_share_is_set_back_to_where_the_first_found_it():
+    masks = []
+
+    class Masked(nn.Module):
+        def __init__(self, generator):
+            super().__init__()
+            self.generator = generator
+
+        def forward(self, x):
+            masks.append(torch.rand(x.shape, generator=self.generator))
+            return x * masks[-1]
+
+    generator = torch.Generator()
+    model, first, second = network(), Masked(generator), Masked(generator)
+    optimizer = SAM(model.parameters(), sgd(model), RHO)
+    x, y = batch()
+
+    def closure():
+        loss = F.cross_entropy(model(second(first(x))), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert_same(masks[:2], masks[2:])
+    assert not torch.equal(masks[0], masks[1])
+    other = torch.Generator()
+    torch.rand(2 * x.numel(), generator=other)
+    assert_same(generator.get_state(), other.get_state())
+
+
 @both
 def test_a_closure_that_raises_in_the_second_pass_leaves_everything(make):
     model = normed()
@@ -508,6 +538,11 @@ def test_gsam_checkpoints_its_radius():
     assert second.update_rho_t() == pytest.approx(0.8)
     third.load_state_dict(first.base_optimizer.state_dict())
     assert third.rho_t == 1.0
+    alien = first.state_dict()
+    alien["param_groups"] = alien["param_groups"] * 2
+    with pytest.raises(ValueError, match="parameter group"):
+        third.load_state_dict(alien)
+    assert third.rho_t == 1.0 and third.update_rho_t() == pytest.approx(0.9)
 
 
 @both
@@ -757,6 +792,19 @@ def test_the_radius_is_in_the_state_and_a_group_keeps_what_a_state_lacks():
     again.param_groups[0]["rho"] = -1.0
     with pytest.raises(ValueError, match="0 <= rho, found rho=-1"):
         train(again, [batch()])
+
+
+def test_a_second_sam_around_an_optimizer_has_its_own_radius():
+    model = network()
+    base = torch.optim.SGD(
+        [{"params": model[0].parameters()}, {"params": model[2].parameters(), "rho": 0.2}], LR
+    )
+    SAM(model.parameters(), base, 0.05, model=model)
+    optimizer = SAM(model.parameters(), base, 0.7, adaptive=True, model=model)
+    assert [(g["rho"], g["adaptive"]) for g in base.param_groups] == [(0.7, True), (0.2, True)]
+    more = nn.Linear(2, 2)
+    optimizer.add_param_group({"params": more.parameters()})
+    assert base.param_groups[2]["rho"] == 0.7
 
 
 def test_an_optimizer_with_a_rho_of_its_own_keeps_it():

@@ -118,11 +118,11 @@ class GSAM(TwoPassOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, or the base optimizer's (ρ then stays as it is)."""
         state = dict(state_dict)
-        self.rho_t = state.pop("rho_t", self.rho_t)
-        scheduler = state.pop("rho_scheduler", None)
+        rho, scheduler = state.pop("rho_t", self.rho_t), state.pop("rho_scheduler", None)
+        super().load_state_dict(state)  # the one that refuses what belongs to another optimizer
+        self.rho_t = rho
         if scheduler is not None:
             self.rho_scheduler.load_state_dict(scheduler)
-        super().load_state_dict(state)
 
     def _transform(self) -> Transform:
         for group in self.param_groups:

@@ -61,10 +61,11 @@ class SameSurroundings:
         hosts = [self._host, *self._found.values()]
         present = [host.present() for host in hosts]
         with random_state_restored(self._device):
-            set_random_state(self._random, self._device)
             try:
-                for host in hosts:
+                # Of a generator that several hold, the earliest note is from before it drew.
+                for host in reversed(hosts):
                     host.restore()
+                set_random_state(self._random, self._device)
                 _restore(self._buffers)
                 yield
             finally:

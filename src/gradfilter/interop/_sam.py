@@ -102,9 +102,13 @@ class SAM(TwoPassOptimizer):
             f"sam_{name}" if name in own else name: value
             for name, value in (("rho", rho), ("adaptive", adaptive))
         }
-        for group in (self.defaults, *self.param_groups):
+        # What an earlier SAM around the same optimizer filled in is nobody's own.
+        earlier = {name: self.defaults[name] for name in self._entries if name in self.defaults}
+        self.defaults.update(self._entries)
+        for group in self.param_groups:
             for name, value in self._entries.items():
-                group.setdefault(name, value)
+                if name not in group or (name in earlier and group[name] == earlier[name]):
+                    group[name] = value
         self._transform()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
