@@ -369,3 +369,71 @@ def test_a_registered_dataclass_in_the_batch_is_split():
     rows = gf.microbatch_grads(loss, 3)({"w": w}, {"graph": Graph(X, Y)})
     want = [F.cross_entropy(x @ w, y) for x, y in zip(X.chunk(3), Y.chunk(3), strict=True)]
     torch.testing.assert_close(rows.losses, torch.stack(want))
+
+
+class AssignsItsBuffer(nn.Module):
+    """Adds what it has met to the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, out, y):
+        value = F.cross_entropy(out, y) + self.mean * out.mean()
+        self.mean = value.detach() / 2
+        return value
+
+
+class HoldsItsMean:
+    """The same, no module."""
+
+    def __init__(self):
+        self.mean = torch.zeros(())
+
+    __call__ = AssignsItsBuffer.forward
+
+
+class Counts:
+    """Weighs the loss by how often it was called."""
+
+    calls = 0
+
+    def __call__(self, out, y):
+        self.calls += 1
+        return self.calls * F.cross_entropy(out, y)
+
+
+@pytest.mark.parametrize("make", [AssignsItsBuffer, HoldsItsMean, Counts])
+def test_what_a_criterion_remembers_is_handed_from_row_to_row_or_refused(make):
+    torch.manual_seed(0)
+    model = nn.Linear(X.shape[1], 5)
+    criterion, plain = make(), make()
+    want = plain_rows(model, plain, 3)
+    for plan in ("fused", "vmap"):
+        with pytest.raises(RuntimeError, match=r"attribute 'criterion\.(mean|calls)'"):
+            rows_of(model, make(), 3, plan)
+    rows = rows_of(model, criterion, 3, "auto", quiet=True)
+    assert_same(rows, want)
+    again = rows.at(gf.extract(model)[0])
+    assert torch.equal(again.losses, rows.losses)
+    left, expected = (vars(c).get("calls", getattr(c, "mean", None)) for c in (criterion, plain))
+    torch.testing.assert_close(left, expected)
+
+
+def test_a_part_of_the_model_may_be_called_criterion():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.criterion, self.calls = nn.Linear(X.shape[1], 5), 0
+
+        def forward(self, x):
+            return self.criterion(x)
+
+    def count(module, args):
+        module.calls = getattr(module, "calls", 0) + 1
+
+    model = Named()
+    model.criterion.calls = 0
+    model.criterion.register_forward_pre_hook(count)
+    with pytest.raises(RuntimeError, match=r"attribute 'criterion\.calls'"):
+        rows_of(model, nn.CrossEntropyLoss(), 3, "fused")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,8 +95,21 @@ class AnyLoss:
 
     @cached_property
     def attributes(self) -> Attributes:
-        """The attributes of the modules, as they are when this is first asked for."""
-        return Attributes(self.modules)
+        """The attributes of the modules, as they are when this is first asked for.
+
+        Among them the buffers of a criterion, which are handed to nobody, and the attributes of one
+        that is an object but no module.
+        """
+        criterion = getattr(self.loss, "criterion", None)
+        more = [(name, module._buffers) for name, module in self._criterion_modules.items()]
+        own = getattr(criterion, "__dict__", None)
+        if (
+            own is not None
+            and not isinstance(criterion, nn.Module)
+            and not inspect.isroutine(criterion)
+        ):
+            more.append(("criterion", own))
+        return Attributes(self.modules, more)
 
     @property
     def hooks(self) -> dict[str, list[Hook]]:
@@ -131,8 +145,7 @@ class AnyLoss:
 
     def attribute_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors in attributes of the modules, and the criterion's buffers, by name."""
-        yield from self.attributes.tensors
-        yield from self.criterion_buffers()
+        return iter(self.attributes.tensors)
 
     def settle(
         self, leaves: Tree, convert: Callable[[Tensor], Tensor] = lambda tensor: tensor

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import operator
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,21 +36,27 @@ class Attributes:
 
     Args:
         modules: By name; each once.
+        more: Other dicts of values, each with the name of what holds it.
 
     Attributes:
         tensors: The tensors in them, with their names.
         generators: The random generators among them, torch's, NumPy's and Python's.
     """
 
-    def __init__(self, modules: dict[str, nn.Module]) -> None:
-        self._modules = modules
-        self._held: list[tuple[str, nn.Module, dict[str, tuple[Any, Any]]]] = []
+    def __init__(
+        self, modules: dict[str, nn.Module], more: Iterable[tuple[str, dict[str, Any]]] = ()
+    ) -> None:
+        self._modules, self._more = modules, tuple(more)
+        self._held: list[_Held] = []
         self.tensors: list[tuple[str, Tensor]] = []
         self.generators: list[tuple[str, Any]] = []
-        for name, module in modules.items():
+        for name, table, skipped in (
+            *((name, vars(module), STANDARD) for name, module in modules.items()),
+            *((name, table, frozenset[str]()) for name, table in self._more),
+        ):
             held: dict[str, tuple[Any, Any]] = {}
-            for key, value in vars(module).items():
-                if key in STANDARD:
+            for key, value in table.items():
+                if key in skipped:
                     continue
                 if type(value) in PLAIN:
                     held[key] = value, value
@@ -61,29 +67,27 @@ class Attributes:
                     self.tensors.extend((label, tensor) for tensor in tensors_in(value))
                 elif _is_generator(value):
                     self.generators.append((label, value))
-            self._held.append((name, module, held))
+            self._held.append(_Held(name, table, skipped, held, len(table)))
 
     def changes(self) -> Iterator[Attribute]:
         """What differs from that moment, the content of lists, dicts and sets included."""
-        for name, module, before in self._held:
-            now = vars(module)
+        for name, now, skipped, before, size in self._held:
             for key, (value, content) in before.items():
                 present = now.get(key, MISSING)
                 if not (same_value(value, present) and _same(content, present)):
                     yield f"{name}.{key}" if name else key, content, present
-            if len(now) > len(before):
-                for key in now.keys() - before.keys() - STANDARD:
+            if len(now) != size:
+                for key in now.keys() - before.keys() - skipped:
                     yield f"{name}.{key}" if name else key, MISSING, now[key]
 
     def present(self) -> Attributes:
         """The attributes of the same modules now."""
-        return Attributes(self._modules)
+        return Attributes(self._modules, self._more)
 
     def restore(self) -> None:
         """Put back what was there at that moment."""
-        for _, module, before in self._held:
-            now = vars(module)
-            for key in now.keys() - before.keys() - STANDARD:
+        for _, now, skipped, before, _ in self._held:
+            for key in now.keys() - before.keys() - skipped:
                 del now[key]
             for key, (value, content) in before.items():
                 if now.get(key, MISSING) is not value:
@@ -98,13 +102,27 @@ class Attributes:
             Whether any has.
         """
         changed = [
-            module
-            for _, module, before in self._held
-            if len(vars(module)) != len(before) + len(STANDARD) or _differ(before, vars(module))
+            held
+            for held in self._held
+            if len(held.table) != held.size or _differ(held.before, held.table)
         ]
-        for module in changed:
-            replace_tensors(module, convert)
+        for held in changed:
+            for key, value in list(held.table.items()):
+                if key not in held.skipped:
+                    found = _converted(value, convert)
+                    if found is not value:
+                        held.table[key] = found
         return bool(changed)
+
+
+class _Held(NamedTuple):
+    """The values of one dict at one moment: each with a copy of what it contained."""
+
+    name: str
+    table: dict[str, Any]
+    skipped: frozenset[str]
+    before: dict[str, tuple[Any, Any]]
+    size: int
 
 
 def same_value(before: Any, now: Any) -> bool:
@@ -112,16 +130,6 @@ def same_value(before: Any, now: Any) -> bool:
     if before is now:
         return True
     return type(before) in PLAIN and type(now) is type(before) and bool(before == now)
-
-
-def replace_tensors(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
-    """Put ``convert(tensor)`` in place of every tensor in a module's attributes."""
-    attributes = vars(module)
-    for key, value in list(attributes.items()):
-        if key not in STANDARD:
-            found = _converted(value, convert)
-            if found is not value:
-                attributes[key] = found
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
