@@ -350,6 +350,15 @@ def test_a_run_goes_on_bit_for_bit(tmp_path):
     assert again.scaler.get_scale() == 64.0
     with pytest.raises(ValueError, match=r"Expected the states .*'scaler'.*found"):
         again.load_state_dict({k: v for k, v in states.items() if k != "scaler"})
+    before = bits(again.state_dict())
+    off = {
+        **copy.deepcopy(states),
+        "scaler": torch.amp.GradScaler("cpu", enabled=False).state_dict(),
+    }
+    off["optimizer"]["param_groups"][0]["lr"] = 5.0
+    with pytest.raises(ValueError, match="a GradScaler that is on, found that of one that was off"):
+        again.load_state_dict(off)
+    assert again.optimizer.param_groups[0]["lr"] == 0.01 and same(bits(again.state_dict()), before)
 
 
 @pytest.mark.parametrize("plan", ["fused", "loop"])

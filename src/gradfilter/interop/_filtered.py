@@ -232,13 +232,18 @@ class Filtered:
         """Go on from what `state_dict` gave; accumulated rows are dropped.
 
         Raises:
-            ValueError: Parts are missing or extra, or the chain is another one.
+            ValueError: Parts are missing or extra, the chain is another one, or the scaler was off.
         """
         expected = {"transforms", "optimizer"} | ({"scaler"} if self.scaler is not None else set())
         if set(states) != expected:
             raise ValueError(
                 f"Expected the states {sorted(expected)}, found {sorted(states)}. Give what "
                 "state_dict() of a Filtered returned, made with a scaler, or without, as this one."
+            )
+        if self.scaler is not None and self.scaler.is_enabled() and not states["scaler"]:
+            raise ValueError(
+                "Expected the state of a GradScaler that is on, found that of one that was off. "
+                "Make this Filtered without a scaler, or take scaler.state_dict() for that part."
             )
         state = load_state_dict(self._state, states["transforms"])
         self.optimizer.load_state_dict(states["optimizer"])
