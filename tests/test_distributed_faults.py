@@ -4,6 +4,7 @@ import copy
 import os
 import signal
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -299,7 +300,19 @@ OTHER_CHAINS = {
         ],
         "on rank 0 with other functions than on rank 2",
     ),
+    "a partial": (
+        lambda odd: [
+            gf.mean_rows(),
+            gf.masked(gf.agc_clip(), partial(begins, letter="b" if odd else "a")),
+            gf.sgd(0.1),
+        ],
+        "names=partial(begins, {'letter': 'a'})) on rank 0",
+    ),
 }
+
+
+def begins(name, letter):
+    return name.startswith(letter)
 
 
 def times(factor):

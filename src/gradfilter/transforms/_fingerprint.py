@@ -7,6 +7,7 @@ import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -64,6 +65,9 @@ def _words(value: Any, depth: int) -> str:
         return _of_made(value, deeper)
     if isinstance(value, types.FunctionType):
         return _of_function(value, deeper)
+    if isinstance(value, partial):
+        held = (value.func, *value.args, *([value.keywords] if value.keywords else []))
+        return f"partial({', '.join(_words(part, deeper) for part in held)})"
     if isinstance(value, types.MethodType):
         return f"{_words(value.__self__, deeper)}.{value.__name__}"
     if isinstance(value, Mapping):
