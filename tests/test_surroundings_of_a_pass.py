@@ -336,6 +336,85 @@ def test_a_forward_of_an_object_may_draw_on_the_host():
     torch.testing.assert_close(rows.stacked(), stacked)
 
 
+def registers_a_buffer(module, h, x):
+    if "first" not in module._buffers:
+        module.register_buffer("first", x.detach().mean())
+    return h * module.first
+
+
+def registers_a_module(module, h, x):
+    if "more" not in module._modules:
+        module.add_module("more", nn.Linear(5, 5))
+    return module.more(h)
+
+
+@pytest.mark.parametrize(
+    "habit, plan",
+    [
+        *((registers_a_buffer, plan) for plan in ("auto", "fused", "vmap", "loop")),
+        *((registers_a_module, plan) for plan in ("auto", "loop")),
+    ],
+)
+def test_a_part_that_appears_in_the_forward_pass_is_taken_back_and_refused(habit, plan):
+    model = Habit(habit)
+    names = set(model.state_dict())
+    with pytest.raises(ValueError, match=r"keeps the parts of the module, found '(first|more)'"):
+        quiet_rows(model, (X, Y), 4, plan)
+    assert set(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("plan", ["auto", "fused", "vmap", "loop"])
+def test_a_module_without_tensors_may_appear_in_the_forward_pass(plan):
+    def registers_a_function(module, h, x):
+        module.act = nn.Tanh()
+        return module.act(h)
+
+    model = Habit(registers_a_function)
+    losses, _ = plain_rows_of(copy.deepcopy(model), 4)
+    _, rows = quiet_rows(model, (X, Y), 4, plan)
+    torch.testing.assert_close(rows.losses, losses)
+
+
+@pytest.mark.parametrize("plan", ["auto", "fused", "vmap", "loop"])
+def test_a_buffer_that_is_given_up_is_refused_by_name(plan):
+    def gives_up(module, h, x):
+        module.n.seen = None
+        return h
+
+    model = Habit(gives_up)
+    model.n.register_buffer("seen", torch.zeros(3))
+    with pytest.raises(ValueError, match=r"keeps the set of buffers, found 'n\.seen' removed"):
+        quiet_rows(model, (X, Y), 4, plan)
+    assert torch.equal(model.n.seen, torch.zeros(3))
+
+
+@pytest.mark.parametrize("plan", ["auto", "fused", "vmap", "loop"])
+def test_tied_buffers_that_come_apart_are_refused(plan):
+    def replaces_one(module, h, x):
+        h = h + module.n.other
+        module.n.other = h.detach().mean()
+        return h
+
+    model = Habit(replaces_one)
+    model.n.register_buffer("seen", torch.zeros(()))
+    model.n.register_buffer("other", model.n.seen)
+    with pytest.raises(ValueError, match="stay tied, found 'other' replaced"):
+        quiet_rows(model, (X, Y), 4, plan)
+    assert model.n.other is model.n.seen and model.n.seen == 0
+
+
+@pytest.mark.parametrize("plan, m", [("auto", 1), ("auto", 4), ("loop", 4), ("vmap", 4)])
+def test_a_loss_that_raises_leaves_the_modules_their_own_parameters(plan, m):
+    def caches_and_raises(module, h, x):
+        module.cached = [module.n.weight]
+        raise ValueError("bad row")
+
+    model = Habit(caches_and_raises)
+    with pytest.raises(ValueError, match="bad row"):
+        quiet_rows(model, (X, Y), m, plan)
+    assert not hasattr(model, "cached") or model.cached[0] is model.n.weight
+
+
 class Remembers(nn.Module):
     """Keeps activations in an attribute, a list, a dict and a tuple."""
 

@@ -240,6 +240,14 @@ class AnyLoss:
             buffers = {name: b.clone() for name, b in buffers.items()}
         return self.writing(params, batch, buffers)
 
+    def settling(self, leaves: Params, batch: Any, buffers: Tree) -> tuple[Tensor, Tree, Any]:
+        """Like `pure`; modules hold nothing of the leaves where it raises."""
+        try:
+            return self.pure(leaves, batch, buffers)
+        except BaseException:
+            self.settle(leaves)
+            raise
+
     def writing(self, params: Params, batch: Any, buffers: Tree) -> tuple[Tensor, Tree, Any]:
         """The loss; a module writes into the buffers it is given."""
         aux = None

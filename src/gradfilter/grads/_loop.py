@@ -51,7 +51,7 @@ def _rows(loss: AnyLoss, params: Params, batch: Batch, per_row: bool) -> Rows:
         with torch.enable_grad(), untouched(loss, leaves):
             # A copy: a first layer that works in place would write into the batch.
             row = batch.rebuild(t[m].clone() for t in batch.tensors)
-            value, buffers, extra = loss.pure(leaves, row, before)
+            value, buffers, extra = loss.settling(leaves, row, before)
         grads = _gradients(loss, value, leaves, before)
         for name, grad in zip(leaves, grads, strict=True):
             reached = reached or grad is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from gradfilter._types import Params, Tree
 from gradfilter.grads._check_loss import split_aux
 from gradfilter.grads._notes import add_notes
-from gradfilter.grads._places import Places
+from gradfilter.grads._places import Places, take_back
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ class ModelLoss:
             raise
 
     def _run(self, params: Params, batch: Any, buffers: Tree, places: Places) -> tuple[Any, ...]:
-        empty = places.still_empty()
+        empty, tables = places.still_empty(), places.tables()
         # The criterion, too, sees the given tensors in the module: it may penalise parameters, or
         # call the model again.
         with places.filled({**params, **buffers}) as after:
@@ -54,8 +54,11 @@ class ModelLoss:
                 result = self._evaluate(batch)
             except BaseException:
                 places.empty_again(empty)
+                take_back(tables)
                 raise
             places.refuse_new_buffers(empty)
+            _refuse_new_parts(take_back(tables))
+        _refuse_lost_buffers(buffers.keys() - after.keys())
         new_buffers = {name: after[name] for name in buffers}
         if self.has_aux:
             loss, aux = split_aux(result)
@@ -240,6 +243,23 @@ def check_names(what: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor
                     f"{tuple(given[name].shape)}: parameters of another model with the same names. "
                     "Pass what `extract(model)` gives for the model in model_loss(model, ...)."
                 )
+
+
+def _refuse_new_parts(names: list[str]) -> None:
+    if names:
+        raise ValueError(
+            f"Expected a forward pass that keeps the parts of the module, found {names[0]!r} "
+            "registered in it. Register it before `extract`, or run one forward pass first: "
+            "model(x)."
+        )
+
+
+def _refuse_lost_buffers(names: Collection[str]) -> None:
+    if names:
+        raise ValueError(
+            f"Expected a forward pass that keeps the set of buffers, found {min(names)!r} removed "
+            "or set to None in it. Keep what may be None in a plain attribute."
+        )
 
 
 def refuse_lazy(model: nn.Module) -> None:

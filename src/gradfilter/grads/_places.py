@@ -136,6 +136,7 @@ class Places:
         filled = [(*self.holders[p], name) for p, name in self.canonical.items() if name in tensors]
         after: Tree = {}
         own: list[Tensor | None] = []
+        untied = None
         with locked(self.locks):
             try:
                 own.extend(holder[key] for holder, key, _ in filled)
@@ -143,14 +144,29 @@ class Places:
                     holder[key] = tensors[name]
                 yield after
             finally:
-                # A module may have put other tensors into its places; tied places agree.
+                # A module may have put other tensors into its places.
                 for (holder, key, name), tensor in zip(filled, own, strict=False):
                     if key in holder and holder[key] is not None:
-                        after.setdefault(name, cast(Tensor, holder[key]))
+                        found = cast(Tensor, holder[key])
+                        untied = untied if after.setdefault(name, found) is found else key
                     holder[key] = tensor
+        if untied is not None:
+            raise ValueError(
+                f"Expected tied tensors to stay tied, found {untied!r} replaced by another tensor "
+                "in one of its places in the forward pass. Write into it (copy_), or register a "
+                "tensor for each place."
+            )
 
     def _all(self) -> Iterator[nn.Module]:
         return iter(self.modules.values())
+
+    def tables(self) -> list[tuple[dict[str, Any], int]]:
+        """The dicts in which modules register their parts, and how many there are in each."""
+        found: list[dict[str, Any]] = []
+        for module in self._all():
+            parts: Any = module._parameters, module._buffers, module._modules
+            found.extend(parts)
+        return [(table, len(table)) for table in found]
 
     def still_empty(self) -> list[tuple[nn.Module, str]]:
         """The buffers that are None at present: the user may have filled some since."""
@@ -173,6 +189,18 @@ class Places:
                 f"{type(module).__name__} filled in it. Register the buffer with a tensor before "
                 "`extract`."
             )
+
+
+def take_back(tables: list[tuple[dict[str, Any], int]]) -> list[str]:
+    """Take out tensors, and modules with tensors, registered since `Places.tables`; their names."""
+    taken = []
+    for table, count in tables:
+        for key in list(table)[count:] if len(table) > count else ():
+            part = table[key]
+            if not isinstance(part, nn.Module) or [*part.parameters(), *part.buffers()]:
+                del table[key]
+                taken.append(key)
+    return taken
 
 
 def _gradient_hooks(trainable: Tree) -> dict[str, list[Hook]]:

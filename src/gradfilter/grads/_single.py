@@ -41,7 +41,7 @@ def forward_single(
     with torch.enable_grad(), one_image(batch, loss.modules), untouched(loss, leaves, hooked):
         # A copy: a first layer that works in place would write into the batch.
         row = batch.rebuild(t.squeeze(0).clone() for t in batch.tensors)
-        value, after, aux = loss.pure(leaves, row, batch.buffers)
+        value, after, aux = loss.settling(leaves, row, batch.buffers)
         losses = value.unsqueeze(0)
     # A hook on a node is seen by nobody, but every hook has a handle, and every handle a number.
     hooked_nodes = RemovableHandle.next_id != handles
