@@ -184,6 +184,11 @@ def test_what_would_do_nothing_is_refused(options):
     assert IGNORED[options] in refused("train", "--model", "mlp_2", *options.split())
 
 
+def test_a_value_is_no_option_whatever_it_is_called(tmp_path):
+    options = ["--model", "mlp_2", "--steps", 1, "--save-dir", tmp_path]
+    assert command("train", *options, "--name", "epochs")[0] == 0
+
+
 def test_what_would_do_nothing_is_refused_in_a_file_too(tmp_path):
     file = tmp_path / "own.toml"
     file.write_text("[train]\nsam = 0.05\nrho_min = 0.02\n")

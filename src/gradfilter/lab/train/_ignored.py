@@ -125,7 +125,8 @@ def refuse_ignored(config: TrainConfig, typed: Sequence[str], named: Collection[
     Raises:
         UsageError: One is not used.
     """
-    names = {text.split("=")[0].removeprefix("--").replace("-", "_") for text in typed}
+    options = (text.partition("=")[0] for text in typed if text.startswith("--"))
+    names = {text.removeprefix("--").replace("-", "_") for text in options}
     names |= {f.name for f in fields(config) if getattr(config, f.name) != f.default} & {*named}
     for name, uses in USES.items():
         for use in uses if name in names else ():
