@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import os
+import shutil
+import sqlite3
 import sys
 import tomllib
 import tracemalloc
@@ -11,12 +13,14 @@ import zipfile
 
 import pytest
 import torch
+from PIL import Image
 from tests._lab import command, config, only_run, refused
 from tests._report_runs import make_run, sparse
 from tests._stats_run import TRAINING, train
 
-from gradfilter.lab._reading import DEEPEST, json_of, printable
+from gradfilter.lab._reading import DEEPEST, content_of, json_of, printable
 from gradfilter.lab._usage import UsageError
+from gradfilter.lab.stats._output import join_ranges
 from gradfilter.lab.train._archive import (
     add,
     checkpoints,
@@ -227,6 +231,69 @@ def test_directories_whose_names_are_not_utf_8(tmp_path):
     code, said = shown(*sweep)
     assert code == 2 and "--storage: expected a path in UTF-8" in said  # databases know no other
     assert shown(*sweep[:3], "--storage", tmp_path / "study.db", *sweep[3:])[0] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' names are Unicode")
+def test_data_sets_whose_names_are_not_utf_8(tmp_path):
+    data = os.fsdecode(bytes(tmp_path) + b"/caf\xe9")
+    for part in ("train/a", "train/b", "val/a", "val/b"):
+        os.makedirs(f"{data}/{part}")
+        Image.new("RGB", (8, 8)).save(f"{data}/{part}/0.png")
+    options = ["--model", "mlp_4", "--image-size", 8, "--batch-size", 2, "--epochs", 1]
+    options += ["--save-dir", tmp_path / "runs"]
+    code, said = shown("sweep", "--grid", f"data=folder:{data}", "--", *options)
+    assert code == 0, said
+    with (tmp_path / "runs" / "sweep" / "study.csv").open(encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert row["data"].endswith(r"caf\xe9")
+    line = refused("train", *options, "--data", f"folder:{data}", "--print-config")
+    assert "--print-config: expected names in UTF-8" in line and r"caf\udce9" in line
+
+
+# Links, and files without an end
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+@pytest.mark.parametrize("name", ["study.db", "study.db-journal", "study.db.lock"])
+def test_a_study_does_not_write_through_a_link(tmp_path, name):
+    victim, folder = tmp_path / "victim.db", tmp_path / "runs" / "sweep"
+    sqlite3.connect(victim).close()
+    folder.mkdir(parents=True)
+    (folder / name).symlink_to(victim)
+    before = victim.read_bytes()
+    line = refused("sweep", "--grid", "seed=0", "--", *TRAINING, "--save-dir", tmp_path / "runs")
+    assert f"{name}' is a symbolic link" in line
+    assert victim.read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it has no /proc")
+def test_no_more_of_a_file_is_read_than_it_says(tmp_path):
+    (tmp_path / "config.json").symlink_to("/proc/self/maps")  # of 0 bytes, and far more
+    assert content_of(tmp_path / "config.json") == b""
+    assert "is not JSON" in refused("stats", tmp_path)
+
+
+def test_checkpoints_of_other_names_are_none(tmp_path):
+    archive = tmp_path / "checkpoints.zip"
+    own = "00001-step-5-epoch-1.000000.pt"
+    add(archive, "0-step-0-epoch-0.pt", tensor_bytes({}))
+    add(archive, own, b"x" * 100)
+    content = archive.read_bytes()
+    archive.write_bytes(content.replace(b"x" * 100, b"y" * 100))
+    assert [checkpoint.entry for checkpoint in checkpoints(archive)] == [own]
+    with pytest.raises(UsageError, match=r"is damaged.*No checkpoint there is whole"):
+        read_tensors(archive, own)
+
+
+def test_ranges_that_lead_round_in_circles_end(tmp_path):
+    run = train(tmp_path)
+    measure = ["stats", run, "--last", "--num-samples", 10]
+    assert command(*measure)[0] == 0
+    (first,) = (run / "stats").iterdir()
+    stem = first.stem.removesuffix("-id-0-10")
+    for name in ("0-0", "10-0"):
+        shutil.copy(first, first.with_name(f"{stem}-id-{name}.json"))
+    assert join_ranges(run / "stats", stem, 1000) is None
 
 
 def test_printable_text_stays_as_it_is():

@@ -123,8 +123,20 @@ def read_settings(preset: str | None, file: Path | None, command: str) -> dict[s
 
 
 def as_toml(settings: Mapping[str, Any], command: str) -> str:
-    """Settings as a configuration file; what is None is left out, for TOML has no word for it."""
+    """Settings as a configuration file; what is None is left out, for TOML has no word for it.
+
+    Raises:
+        UsageError: One is the name of a file that is not UTF-8, which TOML always is.
+    """
     lines = [f"{name} = {_toml(value)}" for name, value in settings.items() if value is not None]
+    for line in lines:
+        try:
+            line.encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"--print-config: expected names in UTF-8, as such a file is, found {line!r:.200}. "
+                "Leave that option away, and give it beside --config."
+            ) from None
     return "\n".join([f"[{command}]", *lines, ""])
 
 

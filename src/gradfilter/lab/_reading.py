@@ -31,11 +31,11 @@ class ForeignError(ValueError):
 
 
 @contextmanager
-def reading(path: Path, what: str, fix: str) -> Iterator[None]:
+def reading(path: Path | str, what: str, fix: str) -> Iterator[None]:
     """Turn whatever is wrong with a file into one line: which file, what, and what to do.
 
     Args:
-        path: The file.
+        path: The file, or how people know what is read.
         what: What it is to a user, such as ``"the record of a run"``.
         fix: What to do about it, as a sentence.
 
@@ -86,7 +86,8 @@ def content_of(path: Path, largest: int = LARGEST) -> bytes:
     size = regular_size(path)
     if size > largest:
         raise ForeignError(f"it has {size} bytes, more than any such file")
-    return path.read_bytes()
+    with path.open("rb") as file:
+        return file.read(size)  # of what the system makes up, such as /proc, there may be no end
 
 
 def regular_size(path: Path) -> int:

@@ -76,7 +76,7 @@ def write_bytes(path: Path, content: bytes, *, before: Path | None = None) -> No
     try:
         with open_own(half, "xb") as file:
             file.write(content)
-            _settle(file)
+            settle(file)
         if before is not None and path.exists():
             os.replace(path, before)
         os.replace(half, path)
@@ -110,7 +110,7 @@ def append_line(path: Path, line: str) -> None:
         try:
             while rest:
                 rest = rest[file.write(rest) :]
-            _settle(file)
+            settle(file)
         except BaseException:
             os.ftruncate(file.fileno(), before)
             raise
@@ -162,7 +162,7 @@ def _foreign(path: Path, what: str) -> UsageError:
     )
 
 
-def _settle(file: IO[bytes]) -> None:
+def settle(file: IO[bytes]) -> None:
     """Wait until the disk has what was written: some refuse it as late as then."""
     file.flush()
     os.fsync(file.fileno())

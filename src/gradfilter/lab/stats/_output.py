@@ -130,7 +130,8 @@ def join_ranges(folder: Path, stem: str, total: int) -> Path | None:
     reach: dict[int, tuple[int, Path]] = {}
     for path in sorted(folder.glob(f"{glob.escape(stem)}-id-*.json")):
         start, _, stop = path.stem.removeprefix(f"{stem}-id-").partition("-")
-        if start.isdecimal() and stop.isdecimal():
+        # One that ends where it begins, or before, would lead round in circles.
+        if start.isdecimal() and stop.isdecimal() and int(start) < int(stop):
             # Of several that begin at one place the longest leads on.
             reach[int(start)] = max((int(stop), path), reach.get(int(start), (0, path)))
     chosen, place = [], 0

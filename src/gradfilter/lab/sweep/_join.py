@@ -10,6 +10,7 @@ from typing import Any
 import optuna
 
 from gradfilter.lab._reading import ForeignError
+from gradfilter.lab._rundir import refuse_link
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.sweep._plan import Plan
 from gradfilter.lab.sweep._queue import Queue
@@ -29,6 +30,18 @@ def folder_of(plan: Plan) -> Path:
     return plan.base.save_dir / plan.base.name
 
 
+def _own_file(folder: Path) -> Path:
+    """Where the study of a folder is kept, unless --storage says so.
+
+    Raises:
+        UsageError: There is a link, also in the place of what a database keeps beside its file.
+    """
+    file = folder / "study.db"
+    for ending in ("", "-journal", "-wal", "-shm"):
+        refuse_link(file.with_name(file.name + ending))
+    return file
+
+
 @contextmanager
 def joined(plan: Plan, storage: str | None, heartbeat: int) -> Iterator[Queue]:
     """The study of that name, begun if it is not there yet.
@@ -44,7 +57,7 @@ def joined(plan: Plan, storage: str | None, heartbeat: int) -> Iterator[Queue]:
     """
     # Its warnings repeat whatever is in the storage, on as many lines.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    opening = opened(storage or str(folder_of(plan) / "study.db"), heartbeat)
+    opening = opened(storage or str(_own_file(folder_of(plan))), heartbeat)
     with closing(opening):
         with reading_study(opening.shown):
             study = _study(opening, plan, heartbeat)

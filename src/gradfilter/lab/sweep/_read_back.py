@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import optuna
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from gradfilter.lab._reading import ForeignError, why
-from gradfilter.lab._usage import UsageError
+from gradfilter.lab._reading import ForeignError, reading, why
 from gradfilter.lab.sweep._axes import Axis
 from gradfilter.lab.sweep._plan import Plan
 from gradfilter.lab.sweep._storage import AGAIN
@@ -22,24 +20,13 @@ FACTS = {"worker": str, "run": str, "reason": str, "evaluation": dict, "replaces
 """What is recorded beside state and value, where it is not None."""
 
 
-@contextmanager
-def reading_study(shown: str) -> Iterator[None]:
+def reading_study(shown: str) -> AbstractContextManager[None]:
     """Turn whatever is wrong with a study into one line: optuna has no list of what it raises.
 
     Args:
         shown: What people may see of the storage's name.
-
-    Raises:
-        UsageError: Anything was raised inside.
     """
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(
-            f"--storage: the study in {shown!r} cannot be read: {why(error)}. {AGAIN}"
-        ) from None
+    return reading(shown, "--storage: the study in", AGAIN)
 
 
 def check_trials(study: optuna.Study, plan: Plan) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from gradfilter.lab._reading import printable
 from gradfilter.lab._rundir import write_bytes
 from gradfilter.lab.sweep._plan import METRICS, Plan
 from gradfilter.lab.sweep._queue import Queue
@@ -117,12 +118,17 @@ def write_results(queue: Queue, folder: Path) -> None:
         columns = [*dict.fromkeys([*("trial", "state", "value"), *names, *_columns(rows)])]
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({n: _text(value) for n, value in row.items()} for row in rows)
         folder.mkdir(parents=True, exist_ok=True)
         write_bytes(folder / "study.csv", text.getvalue().encode())
         facts = {"command": "sweep", "name": queue.study.study_name, **queue.plan.definition()}
         whole = json.dumps({**facts, "trials": rows}, indent=2)
         write_bytes(folder / "study.json", f"{whole}\n".encode())
+
+
+def _text(value: Any) -> Any:
+    """What a file in UTF-8 may say, which knows no other names of files."""
+    return printable(value) if isinstance(value, str) else value
 
 
 def _jsonable(value: Any) -> Any:

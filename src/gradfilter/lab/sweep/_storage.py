@@ -15,6 +15,7 @@ import sqlalchemy
 from filelock import FileLock
 from optuna.storages import RDBStorage
 
+from gradfilter.lab._rundir import refuse_link
 from gradfilter.lab._usage import UsageError
 
 FAULTS = (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError)
@@ -156,7 +157,9 @@ def _url(file: Path) -> str:
 
 
 def _lock(file: Path) -> FileLock:
-    return FileLock(file.with_name(f"{file.name}.lock"), poll_interval=0.01)
+    path = file.with_name(f"{file.name}.lock")
+    refuse_link(path)  # older file locks empty what it leads to
+    return FileLock(path, poll_interval=0.01)
 
 
 def _is_damage(error: BaseException) -> bool:

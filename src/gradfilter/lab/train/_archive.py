@@ -8,12 +8,11 @@ what it was before. The moment at which the kept directory is removed is the mom
 from __future__ import annotations
 
 import io
-import os
 import re
 import time
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gradfilter.lab._reading import ForeignError, content_of, reading, regular_size, why
-from gradfilter.lab._rundir import open_own, write_bytes
+from gradfilter.lab._rundir import open_own, settle, write_bytes
 from gradfilter.lab._usage import UsageError
 
 NAME = "checkpoints.zip"
@@ -88,8 +87,10 @@ def add(archive: Path, entry: str, content: bytes) -> None:
         found.seek(start)
         write_bytes(_kept(archive), start.to_bytes(8, "big") + found.read())
     try:
-        with open_own(archive, "r+b") as file, zipfile.ZipFile(file, "a") as grown:
-            grown.writestr(entry, content)
+        with open_own(archive, "r+b") as file:
+            with zipfile.ZipFile(file, "a") as grown:
+                grown.writestr(entry, content)
+            settle(file)
     except BaseException:
         recover(archive)
         raise
@@ -110,8 +111,7 @@ def recover(archive: Path) -> None:
         file.truncate(start)
         file.seek(start)
         file.write(directory)
-        file.flush()
-        os.fsync(file.fileno())
+        settle(file)
     kept.unlink()
 
 
@@ -123,13 +123,34 @@ def _directory(content: bytes, size: int) -> tuple[int, bytes]:
         size: Of the archive, which has grown since.
     """
     start, directory = int.from_bytes(content[:8], "big"), content[8:]
-    with zipfile.ZipFile(io.BytesIO(directory)) as alone:
-        # Of a directory alone, entries seem to begin before the file does.
-        offsets = [start + info.header_offset for info in alone.infolist()]
-        fits = alone.start_dir == 0 and min(offsets) == 0 and max(offsets) < start
+    with zipfile.ZipFile(_Behind(start, directory)) as alone:
+        offsets = [info.header_offset for info in alone.infolist()]
+        fits = alone.start_dir == start and min(offsets) == 0 and max(offsets) < start
     if not fits or start > size:
         raise ForeignError("it does not fit the archive")
     return start, directory
+
+
+class _Behind(io.BytesIO):
+    """A file of which only the end is here: what an archive's directory says counts from its start.
+
+    Args:
+        start: Bytes before it.
+        content: From there on.
+    """
+
+    def __init__(self, start: int, content: bytes) -> None:
+        super().__init__(content)
+        self.start = start
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As every file has it."""
+        before = self.start if whence == io.SEEK_SET else 0
+        return self.start + super().seek(offset - before, whence)
+
+    def tell(self) -> int:
+        """As every file has it."""
+        return self.start + super().tell()
 
 
 def keep_until(archive: Path, step: int) -> None:
@@ -155,8 +176,10 @@ def checkpoints(archive: Path) -> list[Checkpoint]:
     with _opened(archive) as opened, reading(archive, "the archive", "Train again."):
         there = [info.filename for info in opened.infolist() if _is_there(opened, info)]
         found = [_ENTRY.fullmatch(name) for name in there]
-        saved = [Checkpoint(int(m[1]), int(m[2]), float(m[3])) for m in found if m]
-    return sorted(saved, key=lambda c: c.id)
+        saved = {m[0]: Checkpoint(int(m[1]), int(m[2]), float(m[3])) for m in found if m}
+        # Whoever reads one looks for it by the name that this package gives it.
+        own = [checkpoint for name, checkpoint in saved.items() if checkpoint.entry == name]
+    return sorted(own, key=lambda c: c.id)
 
 
 def misnamed(archive: Path) -> list[str]:
@@ -165,9 +188,7 @@ def misnamed(archive: Path) -> list[str]:
     Raises:
         UsageError: There is no archive, or it cannot be read.
     """
-    with _opened(archive) as opened:
-        lost = [info.filename for info in opened.infolist() if not _is_there(opened, info)]
-        return lost if _is_covered(archive, opened) else [*lost, DIRECTORY]
+    return _lost(archive, _is_there)
 
 
 def damaged(archive: Path) -> list[str]:
@@ -176,8 +197,12 @@ def damaged(archive: Path) -> list[str]:
     Raises:
         UsageError: There is no archive, or it cannot be read.
     """
+    return _lost(archive, _is_whole)
+
+
+def _lost(archive: Path, is_fine: Callable[[zipfile.ZipFile, zipfile.ZipInfo], bool]) -> list[str]:
     with _opened(archive) as opened:
-        lost = [info.filename for info in opened.infolist() if not _is_whole(opened, info)]
+        lost = [info.filename for info in opened.infolist() if not is_fine(opened, info)]
         return lost if _is_covered(archive, opened) else [*lost, DIRECTORY]
 
 
