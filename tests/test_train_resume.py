@@ -1,9 +1,14 @@
 """A run that was killed and resumed is the run that was never killed, bit for bit."""
 
+import io
+import os
 import random
+import shutil
 import signal
+import struct
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +20,7 @@ from gradfilter.lab.train._archive import Checkpoint, add, checkpoints, keep_unt
 from gradfilter.lab.train._begin import begin as begin_on
 from gradfilter.lab.train._command import parse_train
 from gradfilter.lab.train._place import place_of
+from gradfilter.lab.train._resume import go_on, write_point
 from gradfilter.lab.train._train import recorded as recorded_in
 
 # argv: the step to die after, or -n to die in the middle of writing the n-th checkpoint; options.
@@ -74,6 +80,13 @@ def recorded(run, stopped):
     place = place_of(run.config)
     place.mkdir(parents=True)
     return recorded_in(run, place, False, stopped)
+
+
+def last_line(*args):
+    """What a refused command says at last; a run has said more before it was looked at."""
+    code, _, err = command(*args)
+    assert code == 2, err
+    return err.splitlines()[-1]
 
 
 def files(folder):
@@ -169,7 +182,107 @@ def test_ctrl_c_and_polite_kills_finish_the_step_and_save_the_point(name, worker
     assert_same(files(tmp_path / "broken"), files(tmp_path / "whole"))
 
 
+def test_killed_while_a_run_of_no_steps_begins_anew(tmp_path, monkeypatch):
+    run = begin(parse_train([*map(str, BASE[1:]), "--save-dir", str(tmp_path / "0")]).settings)
+    assert not recorded(run, lambda: True)
+    unlink = Path.unlink
+    for last in range(1, 5):
+        options = [*BASE, "--save-dir", tmp_path / str(last), "--resume"]
+        shutil.copytree(tmp_path / "0", tmp_path / str(last))
+        dropped = []
+
+        def mortal(path, missing_ok=False, last=last, dropped=dropped):
+            unlink(path, missing_ok=missing_ok)
+            dropped.append(path.name)
+            if len(dropped) == last:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", mortal)
+            assert command(*options)[0] == 130
+        code, _, err = command(*options)
+        assert code == 0, (dropped, err)
+
+
+def test_a_run_that_lost_its_record_or_its_points_is_not_written_over(tmp_path):
+    options = [*BASE, "--save-dir", tmp_path]
+    run = begin(parse_train(list(map(str, options[1:]))).settings)
+    assert not recorded(run, lambda: run.done == 50)
+    place = only_run(tmp_path)
+    record = (place / "config.json").read_text()
+    (place / "config.json").unlink()
+    before = {path: path.read_bytes() for path in place.iterdir()}
+    assert "without its config.json" in refused(*options)
+    for name in ("resume.pt", "resume.before.pt"):
+        (place / name).unlink()
+        del before[place / name]
+    assert "resume.pt to go on from is gone" in refused(*options)
+    (place / "config.json").write_text(record)
+    assert "resume.pt to go on from is gone" in last_line(*options, "--resume")
+    assert {path: path.read_bytes() for path in before} == before
+    assert config(place)["status"] == "interrupted"
+
+
+def test_the_most_memory_is_that_of_the_whole_run(tmp_path):
+    settings = parse_train(list(map(str, BASE[1:]))).settings
+    run, later = begin(settings), begin(settings)
+    run.peak_memory = 1e15
+    write_point(tmp_path, run)
+    go_on(tmp_path, later)
+    assert later.peak_memory == 1e15
+
+
 # The archive
+
+
+def test_an_archive_of_gigabytes_is_put_back(tmp_path, monkeypatch):
+    archive = tmp_path / "a.zip"
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)  # bytes from which the directory has more
+    for number in range(2):
+        add(archive, Checkpoint(number, number, 1.0).entry, b"x" * 2000)
+    before = archive.read_bytes()
+    with zipfile.ZipFile(archive) as opened:
+        kept = opened.start_dir.to_bytes(8, "big") + before[opened.start_dir :]
+    assert b"PK\x06\x07" in kept
+    add(archive, Checkpoint(2, 2, 1.0).entry, b"x" * 2000)
+    (tmp_path / ".a.zip.directory").write_bytes(kept)
+    strict(monkeypatch)
+    recover(archive)
+    assert archive.read_bytes() == before
+
+
+def strict(monkeypatch):
+    """Read a long directory as later versions of Python do: it says where in the file it begins."""
+    read = zipfile._EndRecData64
+
+    def checked(file, offset, record):
+        end = file.seek(0, io.SEEK_END)
+        place = end + offset if offset < 0 else offset
+        file.seek(place - zipfile.sizeEndCentDir64Locator)
+        locator = file.read(zipfile.sizeEndCentDir64Locator)
+        _, _, start, _ = struct.unpack(zipfile.structEndArchive64Locator, locator)
+        if start > place - zipfile.sizeEndCentDir64Locator - zipfile.sizeEndCentDir64:
+            raise zipfile.BadZipFile("Corrupt zip64 end of central directory locator")
+        return read(file, offset, record)
+
+    monkeypatch.setattr(zipfile, "_EndRecData64", checked)
+
+
+def test_a_disk_that_refuses_at_the_end_leaves_the_archive_as_it_was(tmp_path, monkeypatch):
+    archive = tmp_path / "a.zip"
+    add(archive, Checkpoint(0, 0, 0.0).entry, b"x" * 1000)
+    before, settle, asked = archive.read_bytes(), os.fsync, []
+
+    def full(file):
+        asked.append(file)
+        if len(asked) == 2:  # the directory is kept, the entry is written
+            raise OSError(28, "No space left on device")
+        settle(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        add(archive, Checkpoint(1, 5, 1.0).entry, b"x" * 1000)
+    assert archive.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.zip"]
 
 
 def test_an_append_that_dies_at_any_byte_is_undone(tmp_path):

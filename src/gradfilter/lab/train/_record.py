@@ -29,10 +29,11 @@ from gradfilter.lab.train._archive import (
     tensor_bytes,
 )
 from gradfilter.lab.train._evaluation import Evaluation
+from gradfilter.lab.train._evaluations import read_evaluations
 from gradfilter.lab.train._place import plain_settings
 from gradfilter.lab.train._resume import BEFORE as POINT_BEFORE
 from gradfilter.lab.train._resume import NAME as POINT
-from gradfilter.lab.train._resume import keep_lines_until, write_point
+from gradfilter.lab.train._resume import keep_lines_until, newest_point, write_point
 from gradfilter.lab.train._run import Run
 from gradfilter.lab.train._same_data import check_same_data
 
@@ -66,9 +67,30 @@ class Record:
         flat = gf.state_dict(run.measured)
         add(archive, Checkpoint(number, run.done, run.epoch).entry, tensor_bytes(flat))
 
+    def begin(self) -> None:
+        """Drop what a run wrote that was killed before there was a point to go on from.
+
+        Raises:
+            UsageError: A run wrote more than that: it has lost its record, or its points.
+        """
+        if newest_point(self.place) is not None:
+            raise UsageError(
+                f"there is a run without its config.json in {str(self.place)!r}. Go on with "
+                "--resume, or give this one another --name or --seed."
+            )
+        # A point follows what is written at any step but the first.
+        steps = {line["step"] for line in read_evaluations(self.place / METRICS)[0]} - {0}
+        if len(steps) > 1:
+            raise UsageError(
+                f"the run in {str(self.place)!r} was trained for {max(steps)} steps, and {POINT} "
+                "to go on from is gone. Move it away, or give this one another --name."
+            )
+        self.clear()
+
     def clear(self) -> None:
-        """Drop what a run wrote that was killed before there was a point to go on from."""
-        for name in (METRICS, NAME, POINT, POINT_BEFORE):
+        """Drop everything but what ``config.json`` says."""
+        # The points first: without them whoever is killed here begins again.
+        for name in (POINT, POINT_BEFORE, METRICS, NAME):
             (self.place / name).unlink(missing_ok=True)
         recover(self.place / NAME)
 

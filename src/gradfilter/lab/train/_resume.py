@@ -80,6 +80,7 @@ def go_on(place: Path, run: Run) -> None:
     run.finite_until = finite_until
     run.done = done
     run.seconds, run.epoch_seconds = numbers["seconds"], numbers["epoch_seconds"]
+    run.peak_memory = numbers["peak_memory"]
     run.report = numbers["report"] if numbers["reports"] else None
 
 

@@ -98,7 +98,7 @@ def recorded(run: Run, place: Path, goes_on: bool, stopped: Callable[[], bool]) 
             record.go_on(run)
             log.info("going on after step %d: %s", run.done, printable(place))
         else:
-            record.clear()
+            record.begin()
             log.info("writing to %s", printable(place))
         record.say("running")
         record.start(run)
