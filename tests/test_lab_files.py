@@ -96,8 +96,10 @@ def test_a_training_goes_on_through_no_link(name, tmp_path, victim):
     assert command(*options)[0] == 0
     run = only_run(tmp_path / "runs")
     # As a run that was killed before it had a point.
-    for old in ("config.json", "resume.pt", name):
+    for old in ("config.json", "resume.pt", "resume.before.pt", name):
         (run / old).unlink(missing_ok=True)
+    if name != "metrics.jsonl":
+        (run / "metrics.jsonl").write_text("")
     planted(run, victim, name)
     if name == "run.lock":
         assert "run.lock' is a symbolic link" in refused(*options)

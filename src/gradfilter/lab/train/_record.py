@@ -79,7 +79,9 @@ class Record:
                 "--resume, or give this one another --name or --seed."
             )
         # A point follows what is written at any step but the first.
-        steps = {line["step"] for line in read_evaluations(self.place / METRICS)[0]} - {0}
+        path = self.place / METRICS
+        lines = [] if path.is_symlink() else read_evaluations(path)[0]  # a run writes no links
+        steps = {line["step"] for line in lines} - {0}
         if len(steps) > 1:
             raise UsageError(
                 f"the run in {str(self.place)!r} was trained for {max(steps)} steps, and {POINT} "
