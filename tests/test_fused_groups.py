@@ -457,3 +457,25 @@ def test_groups_leave_what_the_last_row_leaves(signs):
     assert len(rows.groups) == 2
     assert torch.equal(model.last, x[3:])
     check(rows, plain_rows(model, (x, y), 4), 4)
+
+
+def test_a_hook_on_a_parameter_sees_only_rows_that_use_it():
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 4), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.a(x) if (x[:, 0] > 0).all() else self.b(x)
+
+    torch.manual_seed(0)
+    model, (x, y) = Either(), inputs(6)(4)
+    x[:, 0] = x[:, 0].abs() * torch.tensor([1, -1, -1, 1])
+    want = plain_rows(model, (x, y), 4)
+    model.a.weight.register_hook(lambda g: 2 * g + 1)
+    rows = rows_of(model, (x, y), "fused", 4)
+    assert len(rows.groups) == 2
+    want["a.weight"] = torch.stack(
+        [2 * g + 1 if sign > 0 else g for g, sign in zip(want["a.weight"], x[:, 0], strict=True)]
+    )
+    check(rows, want, 4)

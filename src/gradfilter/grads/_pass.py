@@ -21,6 +21,7 @@ from gradfilter.grads._factor import Factor
 from gradfilter.grads._fused import Forward
 from gradfilter.grads._immutable import versions, written
 from gradfilter.grads._lift import autocast_dtype
+from gradfilter.grads._merged_factor import GroupedFactor
 from gradfilter.grads._modes import Modes, choose_modes
 from gradfilter.grads._notes import note_anomaly
 from gradfilter.grads._places import Hook, hooked
@@ -241,7 +242,14 @@ class Pass:
         parts = [*factors] if grad is None else [*factors, DenseFactor(grad)]
         if name in self._hooks:
             rows = parts[0].rows() if len(parts) == 1 else TiledFactor(parts).rows()
-            return DenseFactor(hooked(rows.to(self._dtypes[name]), self._hooks[name]))
+            rows, first = rows.to(self._dtypes[name]), parts[0]
+            if len(parts) == 1 and isinstance(first, GroupedFactor):
+                # Where a row does not use a parameter, there is no gradient to hook on.
+                using = torch.cat(first.places)
+                return DenseFactor(
+                    rows.index_copy(0, using, hooked(rows[using], self._hooks[name]))
+                )
+            return DenseFactor(hooked(rows, self._hooks[name]))
         mode = self.modes.layers[name].mode
         if len(parts) == 1 and (mode == "ghost" or isinstance(parts[0], DenseFactor)):
             return parts[0]
