@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import operator
+import sys
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,12 @@ Attribute = tuple[str, Any, Any]
 """Its dotted name, what was there before, what is there now; `MISSING` for nothing."""
 
 MISSING: Any = object()
+
+FOREIGN = sys.stdlib_module_names | {
+    *("torch", "numpy", "gradfilter", "lightning", "pytorch_lightning", "lightning_fabric"),
+    *("transformers", "accelerate"),
+}
+"""Packages whose objects are not looked into."""
 
 
 class Attributes:
@@ -50,10 +57,14 @@ class Attributes:
         self._held: list[_Held] = []
         self.tensors: list[tuple[str, Tensor]] = []
         self.generators: list[tuple[str, Any]] = []
-        for name, table, skipped in (
+        none = frozenset[str]()
+        tables: list[tuple[str, MutableMapping[str, Any], frozenset[str]]] = [
             *((name, vars(module), STANDARD) for name, module in modules.items()),
-            *((name, table, frozenset[str]()) for name, table in self._more),
-        ):
+            *((name, table, none) for name, table in self._more),
+            *((kind.__name__, _OfClass(kind), none) for kind in _kinds(modules.values())),
+        ]
+        seen: set[int] = set()
+        for name, table, skipped in tables:  # which grows by the objects that are found on the way
             held: dict[str, tuple[Any, Any]] = {}
             for key, value in table.items():
                 if key in skipped:
@@ -67,6 +78,9 @@ class Attributes:
                     self.tensors.extend((label, tensor) for tensor in tensors_in(value))
                 elif _is_generator(value):
                     self.generators.append((label, value))
+                elif _has_attributes(value) and id(value) not in seen:
+                    seen.add(id(value))
+                    tables.append((label, vars(value), none))
             self._held.append(_Held(name, table, skipped, held, len(table)))
 
     def changes(self) -> Iterator[Attribute]:
@@ -115,11 +129,58 @@ class Attributes:
         return bool(changed)
 
 
+class _OfClass(MutableMapping[str, Any]):
+    """The values of a class that its objects share; its methods and the like are left out."""
+
+    def __init__(self, kind: type) -> None:
+        self._kind = kind
+
+    def __getitem__(self, key: str) -> Any:
+        return vars(self._kind)[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        setattr(self._kind, key, value)
+
+    def __delitem__(self, key: str) -> None:
+        delattr(self._kind, key)
+
+    def __iter__(self) -> Iterator[str]:
+        for key, value in vars(self._kind).items():
+            if not key.startswith("__") and (type(value) in PLAIN or isinstance(value, TREES)):
+                yield key
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _kinds(modules: Iterable[nn.Module]) -> Iterable[type]:
+    """The users' own classes of modules, and what they inherit from."""
+    own = {type(module) for module in modules if _home(type(module)) not in FOREIGN}
+    return dict.fromkeys(k for kind in own for k in kind.__mro__ if _home(k) not in FOREIGN)
+
+
+def _home(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+def _has_attributes(value: Any) -> bool:
+    """Whether a value is an object of the user's own, whose attributes a loss may change.
+
+    Those of the standard library and of frameworks (loggers, trainers, configurations) change for
+    reasons of their own.
+    """
+    return (
+        hasattr(value, "__dict__")
+        and _home(type(value)) not in FOREIGN
+        and not isinstance(value, (nn.Module, type))
+    )
+
+
 class _Held(NamedTuple):
     """The values of one dict at one moment: each with a copy of what it contained."""
 
     name: str
-    table: dict[str, Any]
+    table: MutableMapping[str, Any]
     skipped: frozenset[str]
     before: dict[str, tuple[Any, Any]]
     size: int
@@ -144,7 +205,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
-def _differ(before: dict[str, tuple[Any, Any]], now: dict[str, Any]) -> bool:
+def _differ(before: dict[str, tuple[Any, Any]], now: Mapping[str, Any]) -> bool:
     for key, (value, content) in before.items():
         present = now.get(key, MISSING)
         if present is not value or (content is not value and not _same(content, present)):
