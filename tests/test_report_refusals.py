@@ -143,6 +143,17 @@ def test_numbers_that_were_never_measured_do_no_harm(tmp_path):
     assert report(ReportConfig((tmp_path,))) == 0
 
 
+@pytest.mark.parametrize("large", [1e308, -1e308, 5e300])
+@pytest.mark.parametrize("name", ["train_loss", "test_loss", "train_seconds"])
+def test_numbers_that_no_axis_can_hold_are_not_drawn(tmp_path, name, large):
+    run = make_run(tmp_path, evaluations=[sparse(1), sparse(2)])
+    lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    for line, value in zip(lines, (large, -large), strict=False):
+        line[name] = value
+    (run / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert report(ReportConfig((tmp_path,))) == 0
+
+
 def test_a_run_as_it_is_really_left(tmp_path):
     """The other tests write runs themselves; this one is trained."""
     config = TrainConfig(

@@ -6,7 +6,7 @@ import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,8 @@ MOST = len(COLOURS)
 DPI = 150
 WIDTH = 6.4
 MOST_TICKS = 12
+LARGEST = 1e100
+"""A number beyond this is not drawn."""
 LEGEND = 58
 """Characters that fit beside each other below a figure."""
 
@@ -114,15 +116,16 @@ def plot(
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     _dress(axes, x, y)
-    for curve in shown:
+    drawn = [replace(curve, data=_drawable(curve.data)) for curve in shown]
+    for curve in drawn:
         _draw(axes, curve, x, y, points)
-    if focus and shown:
-        _focus(axes, shown, y)
+    if focus and drawn:
+        _focus(axes, drawn, y)
     for label, mark in (marks or {}).items():
         colour = GREY if mark.style is None else COLOURS[mark.style % MOST]
         axes.axvline(x.factor * mark.place, color=colour, linestyle=":", linewidth=1.8, label=label)
     if x.log == 2:
-        _ticks_at(axes, sorted({x.factor * v for curve in shown for v in curve.data["x"]}))
+        _ticks_at(axes, sorted({x.factor * v for c in drawn for v in c.data["x"].dropna()}))
     handles, labels = axes.get_legend_handles_labels()
     legend = figure.legend(
         handles,
@@ -149,6 +152,12 @@ def plot(
         (round(WIDTH * DPI), round(figure.get_figheight() * DPI)),
         _numbers(shown, x, y),
     )
+
+
+def _drawable(data: pd.DataFrame) -> pd.DataFrame:
+    """The numbers without those that no axis can hold: a range of them is not a finite number."""
+    columns = ["x", "mean", "sd"]
+    return data.assign(**{name: data[name].where(data[name].abs() <= LARGEST) for name in columns})
 
 
 def _draw(axes: Axes, curve: Curve, x: Axis, y: Axis, points: bool) -> None:
