@@ -13,7 +13,6 @@ from torch import Tensor
 from gradfilter import _tree
 from gradfilter._types import Params, Tree
 from gradfilter.grads._checks import check_per_row, check_shapes, scale_rows
-from gradfilter.grads._lift import untraced
 from gradfilter.grads._stack import GradStack
 
 
@@ -104,7 +103,7 @@ class AgainStack(GradStack):
         origin = self._origin("at", params)
         check_shapes({name: p.shape for name, p in origin.params.items()}, params, "at")
         kept = origin.params.keys() - params.keys()
-        return self.like(untraced(origin.evaluate)({**origin.params, **params}, False, kept))
+        return self.like(origin.evaluate({**origin.params, **params}, False, kept))
 
     def at_rows(self, params: Tree) -> GradStack:
         """The same rows, row m at its own parameters."""
@@ -115,7 +114,7 @@ class AgainStack(GradStack):
         whole = {name: p.expand(origin.rows, *p.shape) for name, p in origin.params.items()}
         given = {name: torch.cat([leaf, whole[name][len(self) :]]) for name, leaf in params.items()}
         kept = origin.params.keys() - params.keys()
-        return self.like(untraced(origin.evaluate)({**whole, **given}, True, kept))
+        return self.like(origin.evaluate({**whole, **given}, True, kept))
 
     def _origin(self, question: str, params: Mapping[str, Tensor]) -> Origin:
         if self.origin is None:

@@ -120,6 +120,11 @@ class Evaluation:
 
     def _elsewhere(self, plan: Plan, params: Params, per_row: bool, kept: Collection[str]) -> Any:
         """The stack at other parameters, ``kept`` of them as they were given."""
+        return untraced(self._pass_elsewhere)(plan, params, per_row, kept)
+
+    def _pass_elsewhere(
+        self, plan: Plan, params: Params, per_row: bool, kept: Collection[str]
+    ) -> AgainStack:
         self._check_kept(kept)
         with self.ambient.again():
             if plan == "fused" and self.settings.plan == "auto":
