@@ -20,7 +20,7 @@ from benchmarks._noise_runs import CPU, Task, begun
 from gradfilter.lab.data._batches import class_balanced
 from gradfilter.lab.data._load import load_data
 from gradfilter.lab.models._build import build_model
-from gradfilter.lab.train._run import advance
+from gradfilter.lab.train._training import advance
 
 EVALUATIONS = 30
 MOMENTUM = 0.9

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gradfilter as gf
-from gradfilter.lab.train._config import TrainConfig
+from gradfilter.lab.train._train_config import TrainConfig
 
 STEPS = 1500
 BASE = TrainConfig(data="digits", model="mlp_256", steps=STEPS, momentum=0.9, samples_per_class=8)

@@ -15,10 +15,9 @@ from rich.progress import track
 
 import gradfilter as gf
 from benchmarks._noise_rules import STEPS, Rule, rule_of
-from gradfilter.lab.train._begin import begin
+from gradfilter.lab.train._build_training import build_training, update_of
 from gradfilter.lab.train._evaluation import accuracies
-from gradfilter.lab.train._run import Run, advance
-from gradfilter.lab.train._update import update_of
+from gradfilter.lab.train._training import Training, advance
 
 EVERY = 50
 CPU = torch.device("cpu")
@@ -43,7 +42,7 @@ class Task:
     validate: bool
 
 
-def begun(rule: Rule, task: Task) -> Run:
+def begun(rule: Rule, task: Task) -> Training:
     """The training before its first step."""
     seeds = {"seed": task.seed, "data_split_seed": task.seed, "label_seed": task.seed}
     config = rule.config(
@@ -52,7 +51,7 @@ def begun(rule: Rule, task: Task) -> Run:
         val_split=0.2 if task.validate else None,
         **seeds,
     )
-    run = begin(config, CPU)
+    run = build_training(config, CPU)
     if rule.reducer is not None or rule.ema is not None:
         chain = update_of(config, STEPS, 1.0)
         links = [*chain.links] if rule.reducer is None else [rule.reducer, chain.links[-1]]

@@ -36,10 +36,10 @@ from benchmarks._machine import machine
 from benchmarks._random_features import measure
 from benchmarks._results import write
 from gradfilter import diagnostics
-from gradfilter.lab.train._begin import begin
-from gradfilter.lab.train._command import parse_train
+from gradfilter.lab.train._build_training import build_training
 from gradfilter.lab.train._evaluation import accuracies
-from gradfilter.lab.train._run import advance
+from gradfilter.lab.train._train_command import parse_train
+from gradfilter.lab.train._training import advance
 
 SAMPLES, NOISE, SEEDS = 200, 0.2, (0, 1, 2, 3, 4)
 FEATURES = (20, 50, 100, 150, 180, 190, 195, 200, 205, 210, 220, 250, 300, 400, 800, 1600)
@@ -61,7 +61,7 @@ def width_line(width: int, seed: int, epochs: float) -> dict[str, Any]:
         epochs=epochs,
         **{"seed": seed, "data_split_seed": seed, "label_seed": seed},
     )
-    run = begin(config, torch.device("cpu"))
+    run = build_training(config, torch.device("cpu"))
     advance(run, run.total_steps)
     found = accuracies(run.model, run.state, run.data)
     model, samples = run.model.eval(), run.data.train

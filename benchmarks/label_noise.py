@@ -33,7 +33,7 @@ from benchmarks._machine import machine
 from benchmarks._noise_rules import STEPS, Rule, candidates, rules
 from benchmarks._noise_runs import CPU, EVERY, Done, Task, begun
 from benchmarks._results import write
-from gradfilter.lab.train._run import advance
+from gradfilter.lab.train._training import advance
 
 SWEEP_SEEDS = (100, 101)
 PARTS = ("rules", "default", "clean")

@@ -31,7 +31,7 @@ from benchmarks._results import Contest, save
 from benchmarks._rule_models import CASES, RuleCase
 from benchmarks._setting import THRESHOLD
 from benchmarks._timing import Contender
-from gradfilter.grads._rules._table import RULES
+from gradfilter.grads.fused.overrides._registry import RULES
 
 NAME = Path(__file__).stem
 BASE, WITHOUT = "all rules", "without"

@@ -1,5 +1,7 @@
 """The command line: ``gradfilter`` and ``python -m gradfilter`` are the same."""
 
+from __future__ import annotations
+
 import sys
 
 

@@ -23,7 +23,7 @@ def _is_cut(placement: Any) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class ShardPart:
     """The leaves of a tree that lie alike over the ranks, as this rank has them.
 
     Attributes:
@@ -55,16 +55,16 @@ class Part:
         return whole
 
 
-def parts(tree: Mapping[str, Tensor]) -> Iterator[Part]:
+def parts(tree: Mapping[str, Tensor]) -> Iterator[ShardPart]:
     """A tree as parts, each of which is summed over the ranks in its own way; one as a rule."""
     if not any(is_sharded(leaf) for leaf in tree.values()):
-        yield Part(dict(tree))
+        yield ShardPart(dict(tree))
         return
-    found: dict[Any, Part] = {}
+    found: dict[Any, ShardPart] = {}
     for name, leaf in tree.items():
         sharded: Any = leaf if is_sharded(leaf) else None
         key = None if sharded is None else (sharded.device_mesh, sharded.placements)
-        part = found.setdefault(key, Part({}, sharded))
+        part = found.setdefault(key, ShardPart({}, sharded))
         part.leaves[name] = local(leaf)
     yield from found.values()
 

@@ -91,13 +91,13 @@ def select(keep: Tensor | bool, new: T, old: T) -> T:
     def pick(n: Tensor, o: Tensor) -> Tensor:
         if n is o:
             return n
-        return torch.where(flag(keep, n.device), n, o)
+        return torch.where(as_bool_tensor(keep, n.device), n, o)
 
     chosen: T = tree_map(pick, new, old)
     return chosen
 
 
-def flag(value: Tensor | bool, device: torch.device) -> Tensor:
+def as_bool_tensor(value: Tensor | bool, device: torch.device) -> Tensor:
     """A bool as a tensor of shape () on a device, made there rather than copied there."""
     if isinstance(value, Tensor):
         if value.dtype != torch.bool or value.ndim:

@@ -13,7 +13,7 @@ from torch import Tensor
 from gradfilter._made import Made, Remade
 from gradfilter._overlap import refuse_shared_memory
 from gradfilter._readable import differentiated
-from gradfilter._tree import device_of, donate_into, flag, select, tree_map
+from gradfilter._tree import as_bool_tensor, device_of, donate_into, select, tree_map
 
 Tree = dict[str, Tensor]
 """One tensor per leaf, keyed by the dotted names of ``nn.Module.named_parameters``."""
@@ -143,8 +143,8 @@ class Transform(Remade):
         with nullcontext() if differentiated() else torch.no_grad():
             updates, new_state, out = self.update(grads, state, params, offer=offer, **extra)
             gated = "keep" in out or "keep" in extra
-            keep = flag(out.get("keep", True), device_of(params))
-            keep = keep & flag(extra.get("keep", True), device_of(params))
+            keep = as_bool_tensor(out.get("keep", True), device_of(params))
+            keep = keep & as_bool_tensor(extra.get("keep", True), device_of(params))
 
             def settled(new: Any, old: Any) -> Any:
                 if isinstance(new, Applied):

@@ -1,18 +1,87 @@
-"""The derivative of a batched forward pass, as two linear maps: with it, and against it."""
+"""The derivative of a batched forward pass as two linear maps: J v and Jᵀ u."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradfilter.diagnostics._attention import plain_attention
-from gradfilter.diagnostics._checks import Model, check_logits, check_model, check_samples
-from gradfilter.diagnostics._recurrent import plain_recurrence
+from gradfilter.diagnostics._input_checks import Model, check_logits, check_model, check_samples
+
+# --- Attention with derivatives of all orders ---
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention written out in matrix products.
+
+    The fused kernels have neither a vmapped backward pass, nor forward mode, nor a second
+    derivative, and those of whole layers in evaluation mode have no derivative at all.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+# --- Recurrent layers with derivatives of all orders ---
+
+
+@contextmanager
+def plain_recurrence(model: Callable[..., Any], device: torch.device) -> Iterator[None]:
+    """Recurrent layers step by step, in a module that has any.
+
+    On a CPU the fused LSTM keeps no workspace where parameters ask for no gradient, and then has
+    no backward pass; on a GPU fused layers have none in evaluation mode.
+    """
+    fused = nn.LSTM if device.type == "cpu" else nn.RNNBase
+    layers = model.modules() if isinstance(model, nn.Module) else ()
+    if not any(isinstance(layer, fused) for layer in layers):
+        yield
+        return
+    # Not their flags(), which set everything else to defaults too.
+    # Any: torch's stubs leave `enabled` out.
+    backend: Any = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cudnn
+    before = backend.enabled
+    backend.enabled = False
+    try:
+        yield
+    finally:
+        backend.enabled = before
+
+
+# --- Cross-entropy with derivatives that stay accurate where the model is certain ---
+
+
+def log_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    r"""The sum over samples of −log p_y = (z_t − z_y) + log(1 + Σ_{k≠t} e^(z_k − z_t)).
+
+    t is the top class. Differentiated twice, −log softmax has 1 − p_t as a difference, which
+    rounding leaves nothing of; here everything small is an exponential, at any order.
+
+    Args:
+        logits: z, (N, C), in the dtype to compute in.
+        targets: y, (N,), int64.
+
+    Returns:
+        ().
+    """
+    top = logits.argmax(1, keepdim=True)
+    gaps = logits - logits.gather(1, top)
+    others = gaps.exp().scatter(1, top, 0.0).sum(1)
+    return (others.log1p() - gaps.gather(1, targets[:, None])[:, 0]).sum()
+
+
+# --- The two linear maps ---
 
 
 @dataclass(frozen=True, eq=False)

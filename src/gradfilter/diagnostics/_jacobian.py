@@ -1,13 +1,180 @@
-"""Jacobians of the logits, or of what is made of them, with respect to the input."""
+"""Jacobians of the logits, or of functions of the logits, with respect to the input.
+
+Every normalisation is a matrix A in front of the same Jacobian of the logits.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from einops import rearrange
 from torch import Tensor
 
-from gradfilter.diagnostics._checks import Model, at_once
-from gradfilter.diagnostics._cotangents import Normalization, chosen_rows
-from gradfilter.diagnostics._derivative import derivative
-from gradfilter.diagnostics._pulled import held_jacobian, jacobian_norms
+from gradfilter import _tree
+from gradfilter.diagnostics._derivative import Derivative, derivative
+from gradfilter.diagnostics._input_checks import Model, at_once, check_one_of, check_targets
+
+# --- Normalisations of the logits, as the matrix A ---
+
+
+Normalization = Literal["none", "softmax", "logsoftmax", "crossentropy", "jacobian"]
+Factor = Literal["none", "softmax", "logsoftmax", "fisher"]
+NAMES = get_args(Normalization)
+
+
+def chosen_rows(
+    logits: Tensor,
+    normalization: Normalization,
+    targets: Tensor | None,
+    target_logit_only: bool,
+) -> Tensor:
+    """Which rows of the Jacobian are asked for: one class per row and sample. (C', N)."""
+    check_one_of("normalization", normalization, NAMES)
+    if normalization == "crossentropy" or target_logit_only:
+        if targets is None:
+            why = "crossentropy" if normalization == "crossentropy" else "target_logit_only"
+            raise ValueError(f"Expected `targets` with {why}, found None. Pass classes (N,).")
+        check_targets(targets, logits)
+        return targets.to(logits.device, torch.int64)[None]
+    return all_rows(logits)
+
+
+def all_rows(logits: Tensor) -> Tensor:
+    """Every class, for every sample. (C, N)."""
+    count, classes = logits.shape
+    return torch.arange(classes, device=logits.device)[:, None].expand(-1, count)
+
+
+def cotangents(logits: Tensor, normalization: Normalization, rows: Tensor) -> Tensor:
+    """Rows of A, to be pulled back through the logits.
+
+    none, jacobian: e_k. logsoftmax: e_k − p. softmax: p_k (e_k − p). crossentropy: p − e_y.
+
+    Args:
+        logits: (N, C).
+        normalization: What A normalises.
+        rows: Classes k, (c, N).
+
+    Returns:
+        (c, N, C), wide: of a confident sample they may be too small for the logits' dtype. Unit
+        rows are in that dtype.
+    """
+    if normalization in ("none", "jacobian"):
+        return factor_rows(logits, "none", rows)
+    if normalization == "crossentropy":  # ℓ = −log p_y
+        return -factor_rows(logits, "logsoftmax", rows)
+    return factor_rows(logits, "softmax" if normalization == "softmax" else "logsoftmax", rows)
+
+
+def factor_rows(logits: Tensor, factor: Factor, rows: Tensor) -> Tensor:
+    """Rows s_k (e_k − p), with s_k = 1 (logsoftmax), p_k (softmax) or √p_k (fisher); or e_k.
+
+    The rows of fisher make Bᵀ with B Bᵀ = diag p − p pᵀ, the Hessian of the cross-entropy in the
+    logits.
+    """
+    classes = logits.shape[1]
+    if factor == "none":
+        unit = torch.zeros(*rows.shape, classes, dtype=logits.dtype, device=logits.device)
+        return unit.scatter_(2, rows[..., None], 1.0)
+    p, rest = _probabilities(logits)
+    own, other = p.gather(1, rows.T).T, rest.gather(1, rows.T).T  # p_k and 1 − p_k, (c, N)
+    result = -p.expand(len(rows), -1, -1)
+    result = result.scatter(2, rows[..., None], other[..., None])
+    if factor == "softmax":
+        result = own[..., None] * result
+    elif factor == "fisher":
+        result = own.sqrt()[..., None] * result
+    return result
+
+
+def scaled(cotangents: Tensor) -> tuple[Tensor, Tensor]:
+    """Cotangents (*rest, C) over their largest entry, and that entry's size, wide, (*rest,)."""
+    size = cotangents.abs().amax(-1).to(_tree.wide(cotangents))
+    size = torch.where(size > 0, size, 1.0)
+    return cotangents / size[..., None].to(cotangents.dtype), size
+
+
+def _probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax p and 1 − p. Both (N, C), wide.
+
+    Of a confident sample 1 − p rounds to 0 at the top class, and with it the whole derivative. The
+    sum of the others does not.
+    """
+    p = logits.to(_tree.wide(logits)).softmax(1)
+    top = p.argmax(1, keepdim=True)
+    others = p.scatter(1, top, 0.0).sum(1, keepdim=True)
+    return p, (1 - p).scatter(1, top, others)
+
+
+# --- Rows of the Jacobian, computed from one forward pass chunk by chunk ---
+
+
+Maker = Callable[[Tensor], Tensor]
+"""From classes (c, N) to cotangents of the logits (c, N, C)."""
+
+
+def sq_norms(at: Derivative, make: Maker, rows: Tensor, size: int) -> Tensor:
+    """Squared Frobenius norms, totals in float64. (N,)."""
+    wide = _tree.wide(at.x)
+    total = torch.zeros(len(at.x), dtype=wide, device=at.x.device)
+    for some in torch.split(rows, size):
+        u, sizes = scaled(make(some))
+        chunk = at.pull(u)
+        norms = torch.linalg.vector_norm(chunk, dim=tuple(range(2, chunk.ndim)), dtype=wide)
+        total += (sizes * norms).square().sum(0)
+    return total
+
+
+def held(at: Derivative, make: Maker, rows: Tensor, size: int) -> Tensor:
+    """All the rows. (N, C', *shape)."""
+    x = at.x
+    # Filled in place: stacking the rows would hold them twice.
+    jacobian = torch.empty((len(x), len(rows), *x.shape[1:]), dtype=x.dtype, device=x.device)
+    for start in range(0, len(rows), size):
+        chunk = at.pull(make(rows[start : start + size]))
+        jacobian[:, start : start + len(chunk)] = rearrange(chunk, "c n ... -> n c ...")
+    return jacobian
+
+
+def held_jacobian(at: Derivative, normalization: Normalization, rows: Tensor, size: int) -> Tensor:
+    """The chosen rows of A J, or of J / ‖J‖_F. (N, C', *shape)."""
+    make = partial(cotangents, at.logits, normalization)
+    if normalization != "jacobian":
+        return held(at, make, rows, size)
+    jacobian = held(at, make, all_rows(at.logits), size)
+    wide = _tree.wide(at.x)
+    norms = torch.stack([torch.linalg.vector_norm(each, dtype=wide) for each in jacobian])
+    if len(rows) < jacobian.shape[1]:
+        jacobian = jacobian[torch.arange(len(jacobian), device=rows.device), rows[0]][:, None]
+    for each, norm in zip(jacobian, norms, strict=True):  # in place, one sample wide at a time
+        each.copy_(each.to(wide) / torch.where(norm == 0, 1.0, norm))
+    return jacobian
+
+
+def jacobian_norms(at: Derivative, normalization: Normalization, rows: Tensor, size: int) -> Tensor:
+    """Frobenius norms of the same, with the rows of one chunk in memory. (N,)."""
+    make = partial(cotangents, at.logits, normalization)
+    own = sq_norms(at, make, rows, size).sqrt()
+    if normalization != "jacobian":
+        return own
+    return over(own, own if len(rows) > 1 else whole_norms(at, size))
+
+
+def whole_norms(at: Derivative, size: int) -> Tensor:
+    """‖J‖_F of the logits. (N,)."""
+    make = partial(cotangents, at.logits, "none")
+    return sq_norms(at, make, all_rows(at.logits), size).sqrt()
+
+
+def over(values: Tensor, norms: Tensor) -> Tensor:
+    """Values relative to the norm of what they belong to, 0 where that is 0."""
+    return torch.where(norms == 0, 0.0, values / norms)
+
+
+# --- The public functions ---
 
 
 def input_jacobian(

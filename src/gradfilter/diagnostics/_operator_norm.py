@@ -1,7 +1,8 @@
-"""The largest singular value of every sample's Jacobian."""
+"""The largest singular value of the Jacobian of every sample."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple, get_args
 
@@ -9,14 +10,72 @@ import torch
 from torch import Tensor
 
 from gradfilter import _tree
-from gradfilter.diagnostics._checks import Model, at_once, check_at_least, check_one_of
-from gradfilter.diagnostics._cotangents import Normalization, chosen_rows, scaled
 from gradfilter.diagnostics._derivative import Derivative, derivative
-from gradfilter.diagnostics._factor_maps import Map, factor_maps
-from gradfilter.diagnostics._gram import top_of_gram
-from gradfilter.diagnostics._lanczos import Top, top_eigenvalue
-from gradfilter.diagnostics._pulled import held_jacobian, jacobian_norms, over, whole_norms
-from gradfilter.diagnostics._random import Seeds, normals
+from gradfilter.diagnostics._input_checks import Model, at_once, check_at_least, check_one_of
+from gradfilter.diagnostics._jacobian import (
+    Normalization,
+    chosen_rows,
+    cotangents,
+    held_jacobian,
+    jacobian_norms,
+    over,
+    scaled,
+    whole_norms,
+)
+from gradfilter.diagnostics._spectra import Seeds, Top, normals, top_eigenvalue, top_of_gram
+
+# --- The matrix A as two linear maps, without its C x C numbers ---
+
+
+Map = Callable[[Tensor], Tensor]
+
+
+def factor_maps(logits: Tensor, normalization: Normalization, rows: Tensor) -> tuple[Map, Map]:
+    """A v for v (N, C), and Aᵀ u for u (N, C'), of every sample and wide.
+
+    With p = softmax f:
+
+        none, jacobian    A = I
+        softmax           A u = Aᵀ u = p ∘ (u − ⟨p, u⟩ 1)
+        logsoftmax        A v = v − ⟨p, v⟩ 1,    Aᵀ u = u − ⟨1, u⟩ p
+
+    Of a confident sample these are differences of what is nearly equal. As A 1 = 0, the top class
+    can be given v_t = 0 first, and then nothing large is in ⟨p, v⟩; and as ⟨1, Aᵀ u⟩ = 0, its
+    entry of Aᵀ u is had from the others.
+
+    Args:
+        logits: f, (N, C).
+        normalization: What A normalises.
+        rows: Classes (C', N): all of them, or one per sample, whose row of A is then held.
+    """
+    if len(rows) == 1:
+        row = cotangents(logits, normalization, rows)[0].to(_tree.wide(logits))
+        return lambda v: (row * v).sum(1, keepdim=True), lambda u: row * u
+    if normalization in ("none", "jacobian"):
+        return _same, _same
+    p = logits.to(_tree.wide(logits)).softmax(1)
+    top = p.argmax(1, keepdim=True)
+
+    def centred(v: Tensor) -> Tensor:
+        v = v - v.gather(1, top)
+        return v - (p * v).sum(1, keepdim=True)
+
+    def weighted(u: Tensor) -> Tensor:
+        return p * centred(u)
+
+    def balanced(u: Tensor) -> Tensor:
+        others = (u - p * u.sum(1, keepdim=True)).scatter(1, top, 0.0)
+        return others.scatter(1, top, -others.sum(1, keepdim=True))
+
+    return (weighted, weighted) if normalization == "softmax" else (centred, balanced)
+
+
+def _same(v: Tensor) -> Tensor:
+    return v
+
+
+# --- The operator norm ---
+
 
 Method = Literal["auto", "gram", "power"]
 

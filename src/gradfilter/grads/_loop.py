@@ -1,4 +1,4 @@
-"""Plan "loop": M ordinary backward passes, one after the other. The oracle of every other plan."""
+"""Plan "loop": M ordinary backward passes, one after the other. Tests use it as the reference."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from torch import Tensor
 
 from gradfilter import _tree
 from gradfilter._types import Params, Tree
-from gradfilter.grads._any_loss import AnyLoss
 from gradfilter.grads._batch import Batch
-from gradfilter.grads._check_graph import Ends
-from gradfilter.grads._check_loss import RefusedByAll, unreached
+from gradfilter.grads._call_context import Versions
+from gradfilter.grads._loss import RefusedByAll, unreached
+from gradfilter.grads._module_tensors import Hook
+from gradfilter.grads._normalized_loss import Ends, NormalizedLoss
 from gradfilter.grads._one_image import one_image
-from gradfilter.grads._places import Hook
-from gradfilter.grads._versions import Versions
 from gradfilter.grads._writes import WriteWatch
 
 # What a plan returns: rows (M, *shape) by name, losses (M,), buffers after all rows, aux (M, ...).
 Rows = tuple[Tree, Tensor, Tree, Any]
 
 
-def loop_rows(loss: AnyLoss, params: Params, batch: Batch, per_row: bool) -> Rows:
+def loop_rows(loss: NormalizedLoss, params: Params, batch: Batch, per_row: bool) -> Rows:
     """Row m from an ordinary backward pass over microbatch m, buffers handed from row to row.
 
     Args:
@@ -38,7 +37,7 @@ def loop_rows(loss: AnyLoss, params: Params, batch: Batch, per_row: bool) -> Row
         return _rows(loss, params, batch, per_row)
 
 
-def _rows(loss: AnyLoss, params: Params, batch: Batch, per_row: bool) -> Rows:
+def _rows(loss: NormalizedLoss, params: Params, batch: Batch, per_row: bool) -> Rows:
     count, buffers = len(batch), batch.buffers
     shapes = {name: p.shape[1:] if per_row else p.shape for name, p in params.items()}
     # Written row by row: stacking M finished gradients would hold all of them twice.
@@ -72,7 +71,7 @@ def _rows(loss: AnyLoss, params: Params, batch: Batch, per_row: bool) -> Rows:
 
 
 def _gradients(
-    loss: AnyLoss, value: Tensor, leaves: Params, buffers: Tree
+    loss: NormalizedLoss, value: Tensor, leaves: Params, buffers: Tree
 ) -> Sequence[Tensor | None]:
     """The gradient of one row with respect to every leaf, None where the loss does not use it."""
     # A row may be constant, as where there is nothing to learn from; all of them may not.
@@ -82,12 +81,12 @@ def _gradients(
     if ends.reentrant:
         return _reentrant(loss, value, leaves, buffers, ends)
     differentiate = partial(torch.autograd.grad, value, list(leaves.values()), allow_unused=True)
-    found: tuple[Tensor | None, ...] = loss.inside(leaves, buffers, differentiate)
+    found: tuple[Tensor | None, ...] = loss.with_module_state(leaves, buffers, differentiate)
     return found
 
 
 def _reentrant(
-    loss: AnyLoss, value: Tensor, leaves: Params, buffers: Tree, ends: Ends
+    loss: NormalizedLoss, value: Tensor, leaves: Params, buffers: Tree, ends: Ends
 ) -> list[Tensor | None]:
     """The same through a reentrant checkpoint, which only runs where gradients are accumulated."""
     own = {} if loss.places is None else loss.places.trainable
@@ -96,7 +95,7 @@ def _reentrant(
     for p in bystanders:
         p.grad = None
     try:
-        loss.inside(leaves, buffers, value.backward)
+        loss.with_module_state(leaves, buffers, value.backward)
         for name, p in own.items():
             if p.grad is not None:
                 raise loss.bypassed(name, p)
@@ -107,7 +106,9 @@ def _reentrant(
 
 
 @contextmanager
-def untouched(loss: AnyLoss, leaves: Params, hooked: list[str] | None = None) -> Iterator[None]:
+def untouched(
+    loss: NormalizedLoss, leaves: Params, hooked: list[str] | None = None
+) -> Iterator[None]:
     """Refuse a forward pass that writes into the parameters it is given, or hooks on them.
 
     Args:

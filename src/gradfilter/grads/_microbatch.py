@@ -1,15 +1,472 @@
-"""Gradients of every microbatch or every sample, as a GradStack."""
+"""Compute the gradient of every microbatch or every sample: `microbatch_grads`, `per_sample_grads`.
+
+The file chooses the plan, falls back where the fused plan is refused, and evaluates a stack again
+at other parameters.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, get_args
+import itertools
+import math
+import os
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from gradfilter.grads._budget import check_budget
-from gradfilter.grads._grad_function import GradFunction, Plan
-from gradfilter.grads._loss import ModelLoss
+from gradfilter import _tree
+from gradfilter._types import Params, Tree
+from gradfilter.grads._batch import Batch, check_device, check_params, more_than_a_batch, split
+from gradfilter.grads._call_context import (
+    CallContext,
+    Versions,
+    random_state,
+    random_state_restored,
+)
+from gradfilter.grads._error_notes import add_plan_note, note_anomaly, stacklevel
+from gradfilter.grads._loop import Rows, loop_rows
+from gradfilter.grads._loss import ModelLoss, RefusedByAll
+from gradfilter.grads._module_attributes import CONTAINERS, same_value, tensors_in
+from gradfilter.grads._normalized_loss import NormalizedLoss
+from gradfilter.grads._stack import ComputedStack, DenseStack, StackOrigin
+from gradfilter.grads._vmap import vmap_rows
+from gradfilter.grads.fused._forward import BatchWritten, Forward, forward, forward_single
+from gradfilter.grads.fused._fused_stack import FusedStack, LazyRows, chunked_rows
+from gradfilter.grads.fused._lift import untraced
+from gradfilter.grads.fused._modules_by_row import ByRow
+from gradfilter.grads.fused._row_groups import Grouping, forward_in_groups
+
+# --- The memory budget ---
+
+
+def check_budget(budget: int | float) -> None:
+    """Refuse what is neither a number of bytes nor a fraction of the device's memory."""
+    fraction = isinstance(budget, float)
+    number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+    if not number or not 0 <= budget <= (1 if fraction else math.inf):  # nan is in no range
+        raise ValueError(
+            "Expected memory_budget as bytes (int >= 0) or as a fraction of the device's memory "
+            f"(float from 0 to 1), found {budget!r}. Write 10**9 for a gigabyte; the "
+            "default is 0.25."
+        )
+
+
+def bytes_of(budget: int | float, device: torch.device) -> int:
+    """A budget in bytes."""
+    if not isinstance(budget, float):
+        return budget
+    if device.type == "cuda":
+        return int(budget * torch.cuda.get_device_properties(device).total_memory)
+    return int(budget * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+# --- Attributes that a pass changes. ---
+#
+# After M passes in order, row m has seen what row m - 1 left in the attributes of the modules. In
+# a pass over all rows no row has. That is right for an activation that is only stored, and wrong
+# for a counter or a recurrent state.
+
+
+def check_remembered(
+    loss: NormalizedLoss,
+    params: Params,
+    batch: Batch,
+    context: CallContext,
+    used: set[str] | None,
+    rows: Sequence[int] = (-1,),
+) -> None:
+    """Refuse a pass over all rows that a pass row by row would not have equalled.
+
+    Args:
+        loss: The loss.
+        params: The parameters, the same for all rows.
+        batch: The rows.
+        context: The moment before the pass.
+        used: The tensors in attributes that the pass computed with, by name; None where it has
+            changed no attribute.
+        rows: Those that are asked again where nothing else tells.
+
+    Raises:
+        RuntimeError: A number on the host was drawn, or an attribute changes what rows answer.
+    """
+    moved = context.host.moved()
+    if moved is not None:
+        raise RuntimeError(
+            f"the loss draws random numbers from {moved}: one draw for all rows. Draw with torch"
+        )
+    if used is None:
+        return
+    unsure: str | None = None
+    for name, before, now in context.attributes.changes():
+        if _counts(before, now):
+            raise RuntimeError(
+                f"the forward pass changes attribute {name!r}, and every row would see the same "
+                "value. Count outside of forward, or in a buffer"
+            )
+        if name in used and not _hold_the_same(before, now):
+            raise RuntimeError(
+                f"the forward pass reads attribute {name!r} and writes it: a state that cannot be "
+                "handed from row to row. Make it a buffer (register_buffer)"
+            )
+        if not (_has_tensors(before) and _has_tensors(now)):
+            unsure = name
+    # What was not there before cannot have been used, but a branch may ask whether it is there.
+    if unsure is not None and any(
+        _answers_differ(loss, params, batch, context, row) for row in rows
+    ):
+        raise RuntimeError(
+            f"the forward pass changes attribute {unsure!r}, and the next row would give another "
+            "answer. Make it a buffer (register_buffer), or compute it before"
+        )
+
+
+def _counts(before: Any, now: Any) -> bool:
+    if isinstance(before, dict) and isinstance(now, dict):
+        return any(_counts(before.get(k), v) for k, v in now.items())
+    if type(before) in CONTAINERS or isinstance(before, tuple):
+        if not isinstance(now, type(before)) or len(before) != len(now):
+            return type(before) in CONTAINERS
+        if isinstance(before, set):
+            return any(not isinstance(item, Tensor) for item in before ^ now)
+        return any(map(_counts, before, now))
+    if same_value(before, now):
+        return False
+    number = isinstance(before, (int, float, complex)) and not isinstance(before, bool)
+    return number and isinstance(now, (int, float, complex))
+
+
+def _hold_the_same(before: Any, now: Any) -> bool:
+    """Whether only the container is new: recurrent modules list their weights again."""
+    return all(
+        a is b for a, b in itertools.zip_longest(tensors_in(before), tensors_in(now), fillvalue=now)
+    )
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(True for _ in tensors_in(value))
+
+
+def _answers_differ(
+    loss: NormalizedLoss, params: Params, batch: Batch, context: CallContext, place: int
+) -> bool:
+    """Whether a row has another loss with the attributes as they are than as they were."""
+    after = context.attributes.present()
+    row = batch.rebuild(t[place].clone() for t in batch.tensors)
+
+    def value() -> Tensor:
+        leaves = {name: loss.leaf(name, p) for name, p in params.items()}
+        with torch.enable_grad():
+            return loss.pure(leaves, row, batch.buffers)[0].detach()
+
+    return not _equal(*(_at(context, moment, value) for moment in (context.attributes, after)))
+
+
+def _at(context: CallContext, moment: Any, value: Callable[[], Tensor]) -> Tensor | None:
+    present, drawn = context.attributes.present(), context.host.present()
+    with random_state_restored(context.device):
+        context.rewind()
+        moment.restore()
+        try:
+            return value()
+        except Exception:
+            return None  # a pass that fails differs from one that does not
+        finally:
+            present.restore()
+            drawn.restore()
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return False
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+# --- The function of parameters and batch: checks, choice of plan, evaluation elsewhere ---
+
+
+Plan = Literal["auto", "loop", "vmap", "fused"]
+
+
+@dataclass(frozen=True, eq=False)
+class GradFunction:
+    """``(params, batch, *, buffers=None) -> GradStack``, made by `microbatch_grads`."""
+
+    loss: Callable[..., Any]
+    microbatches: int | None
+    has_aux: bool
+    plan: Plan
+    chunk_size: int | None
+    memory_budget: int | float
+    by_row: ByRow = field(default_factory=ByRow, init=False, repr=False)
+
+    def __call__(
+        self, params: Params, batch: Any, *more: Any, buffers: Tree | None = None
+    ) -> ComputedStack:
+        """The gradients of one batch.
+
+        Args:
+            params: ``dict[str, Tensor]``, floating point, all that is to be differentiated.
+            batch: Any tree of tensors with leading axis N.
+            *more: Refused.
+            buffers: What the module's buffers are before the first row; the stack's ``buffers``
+                are what they are after the last. None takes the module's own, at every call.
+        """
+        if more:
+            raise more_than_a_batch("grads_of(params, batch)", "grads_of(params, (x, y))", more)
+        return untraced(self._stack_of)(params, batch, buffers)
+
+    def _stack_of(self, params: Params, batch: Any, buffers: Tree | None) -> ComputedStack:
+        check_params(params)
+        loss = NormalizedLoss.of(self.loss, self.has_aux)
+        loss.check_params(params)
+        tensors, rebuild = split(batch, self.microbatches)
+        check_device(params, tensors)
+        rows = Batch(tensors, rebuild, loss.incoming(buffers))
+        context = CallContext.now(
+            _tree.device_of(params),
+            loss.modules,
+            _read(loss, rows),
+            loss.attributes,
+            everywhere=loss.may_draw_on_host,
+        )
+        return BatchPasses(self, loss, rows, context, params).first()
+
+
+@dataclass(eq=False)
+class BatchPasses:
+    """One batch, its loss and the moment it was met: what all passes over it have in common.
+
+    Attributes:
+        settings: Of the function that was called.
+        loss: The loss.
+        batch: The rows.
+        context: The moment of the call.
+        params: As they were given.
+    """
+
+    settings: GradFunction
+    loss: NormalizedLoss
+    batch: Batch
+    context: CallContext
+    params: Params
+    _grouping: Grouping = field(init=False)
+    _random_after: dict[str, Any] | None = None
+    _copies: bool = False
+
+    def __post_init__(self) -> None:
+        """Note how often the parameters have been written."""
+        self._grouping = Grouping(ByRow(self.settings.by_row))
+        self._given = Versions((f"parameter {name!r}", p) for name, p in self.params.items())
+
+    def first(self) -> ComputedStack:
+        """The stack of the call."""
+        plan = self.settings.plan
+        try:
+            if plan == "auto":
+                return self._fused_or_loop(self.params, False)
+            return self._stack(plan, self.params, False)
+        finally:
+            self.loss.first = False
+
+    def _elsewhere(self, plan: Plan, params: Params, per_row: bool, kept: Collection[str]) -> Any:
+        """The stack at other parameters, ``kept`` of them as they were given."""
+        return untraced(self._pass_elsewhere)(plan, params, per_row, kept)
+
+    def _pass_elsewhere(
+        self, plan: Plan, params: Params, per_row: bool, kept: Collection[str]
+    ) -> ComputedStack:
+        self._check_kept(kept)
+        with self.context.restored():
+            if plan == "fused" and self.settings.plan == "auto":
+                return self._fused_or_loop(params, per_row)
+            return self._stack(plan, params, per_row)
+
+    def _check_kept(self, names: Collection[str]) -> None:
+        if names:
+            self._given.check({f"parameter {name!r}" for name in names})
+
+    def _fused_or_loop(self, params: Params, per_row: bool) -> ComputedStack:
+        try:
+            return self._stack("fused", params, per_row)
+        except RefusedByAll:
+            self.context.rewind()  # what was left in the modules is of no use to anybody
+            raise
+        except Exception as refusal:
+            self._check_undrawn(refusal)
+            # The loop says whether the loss or only vmap was at fault, on the same random numbers.
+            self.context.rewind()
+            try:
+                result = self._stack("loop", params, per_row)
+            except Exception as fault:
+                raise fault from None
+            _warn(refusal)
+            return result
+
+    def _stack(self, plan: Plan, params: Params, per_row: bool) -> ComputedStack:
+        """The rows by one plan, as random state and settings are at present."""
+        at = {name: p.detach() for name, p in params.items()}
+        origin = StackOrigin(
+            len(self.batch), params if per_row else at, partial(self._elsewhere, plan)
+        )
+        try:
+            if plan == "fused":
+                return self._fused(at, per_row, origin)
+            grads, losses, after, aux = self._rows(plan, at, per_row)
+        except Exception as error:
+            add_plan_note(error, plan)
+            raise
+        return DenseStack(grads, losses, after, aux, origin=origin)
+
+    def _rows(self, plan: Plan, params: Params, per_row: bool) -> Rows:
+        try:
+            if plan == "loop":
+                return loop_rows(self.loss, params, self.batch, per_row)
+            size, used = self.settings.chunk_size, set[str]()
+            rows = vmap_rows(self.loss, params, self.batch, per_row, chunk_size=size, used=used)
+        except RuntimeError as error:
+            note_anomaly(error)
+            raise
+        if not per_row:
+            check_remembered(self.loss, params, self.batch, self.context, used)
+        return rows
+
+    def _fused(self, params: Params, per_row: bool, origin: StackOrigin) -> ComputedStack:
+        def check(part: Forward, rows: Sequence[int]) -> None:
+            used = part.used if part.changed else None
+            check_remembered(self.loss, params, self.batch, self.context, used, rows)
+
+        def run(batch: Batch, params: Params, grouping: Grouping, first: bool = False) -> Forward:
+            if len(batch) == 1:
+                return forward_single(self.loss, params, batch, per_row, self.context.modes)
+            found = forward_in_groups(
+                partial(self._at_once, per_row=per_row, by_row=grouping.by_row),
+                batch,
+                params,
+                per_row,
+                grouping,
+                self.context,
+                lambda: self.loss.modules,
+                check if first and not per_row else None,
+            )
+            self.settings.by_row.update(grouping.by_row)
+            return found
+
+        if per_row and self.settings.chunk_size is not None:
+            rows = chunked_rows(
+                lambda batch, params: run(batch, params, Grouping(self._grouping.by_row)),
+                self.batch,
+                params,
+                self.settings.chunk_size,
+            )
+            if rows is not None:
+                grads, losses, after, aux = rows
+                return DenseStack(grads, losses, after, aux, origin=origin)
+        given = Versions((f"parameter {name!r}", p) for name, p in params.items())
+        first = run(self.batch, params, self._grouping, True)
+        losses = first.losses.detach()
+        if not per_row:
+            if len(self.batch) > 1:
+                check(first, [group[-1] for group in first.groups] or [-1])
+            if self._random_after is None:
+                self._random_after = random_state(self.context.device)
+
+        def again() -> Forward:
+            given.check()
+            with self.context.restored():
+                found = run(self.batch, params, self._grouping)
+            _check_repeated(losses, found.losses.detach())
+            return found
+
+        def instead(refusal: Exception) -> Tree:
+            given.check()
+            return self._instead(params, per_row, refusal)
+
+        budget = bytes_of(self.settings.memory_budget, self.context.device)
+        return FusedStack(
+            LazyRows(again, first, budget, instead, self.loss.hooks),
+            tuple(params),
+            len(losses),
+            losses,
+            first.buffers,
+            first.aux,
+            origin,
+        )
+
+    def _at_once(self, batch: Batch, params: Params, per_row: bool, by_row: ByRow) -> Forward:
+        if not self._copies:
+            try:
+                return forward(self.loss, params, batch, per_row, by_row)
+            except BatchWritten:
+                self._copies = True
+                self.context.rewind()
+        copies = replace(batch, tensors=[t.clone() for t in batch.tensors])
+        return forward(self.loss, params, copies, per_row, by_row, own_batch=True)
+
+    def _instead(self, params: Params, per_row: bool, refusal: Exception) -> Tree:
+        """The rows by the loop, where the backward pass over all rows was refused."""
+        if self.settings.plan != "auto" or len(self.batch) == 1:
+            add_plan_note(refusal, self.settings.plan)
+            raise refusal
+        self._check_undrawn(refusal)
+        with self.context.restored():
+            try:
+                rows = loop_rows(self.loss, params, self.batch, per_row)[0]
+            except Exception as fault:
+                note_anomaly(fault)
+                raise fault from None
+        _warn(refusal)
+        return rows
+
+    def _check_undrawn(self, refusal: Exception) -> None:
+        """Refuse the loop where it would draw other random numbers than the pass before it."""
+        before, after = self.context.random, self._random_after
+        if after is not None and any(not torch.equal(after[kind], before[kind]) for kind in before):
+            raise RuntimeError(
+                f"{_reason(refusal)}. The rows drew their random numbers all at once, and the loop "
+                'cannot draw them again. Pass plan="loop" from the start.'
+            ) from refusal
+
+
+def _read(loss: NormalizedLoss, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    """What a pass reads in addition to the parameters."""
+    yield from (("batch", t) for t in batch.tensors)
+    yield from ((f"buffer {name!r}", b) for name, b in batch.buffers.items())
+    yield from loss.criterion_buffers()
+
+
+def _check_repeated(losses: Tensor, again: Tensor) -> None:
+    """Refuse another pass that is not the same: something was written that nobody can watch."""
+    if losses.device.type != "cpu":  # asking would wait for the device
+        return
+    tolerance = 64 * torch.finfo(losses.dtype).eps  # other numbers of threads sum in other orders
+    size = float(losses[losses.isfinite()].abs().max()) if losses.isfinite().any() else 0.0
+    if not torch.allclose(again, losses, tolerance, tolerance * size, equal_nan=True):
+        raise RuntimeError(
+            "Expected another pass over the batch to give the losses of the first, found others. "
+            "Parameters were written in place since (fused optimizers leave no trace), or the loss "
+            "depends on something outside of its arguments. Ask before writing, or compute the "
+            "stack from clones."
+        )
+
+
+def _reason(refusal: Exception) -> str:
+    reason = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
+    return reason.rstrip(".").removesuffix('. Use plan="loop"')
+
+
+def _warn(refusal: Exception) -> None:
+    """Say that the loop was taken and why, at the caller's line."""
+    warnings.warn(
+        f'Fell back to plan "loop": {_reason(refusal)}. Pass plan="loop" to choose it outright.',
+        stacklevel=stacklevel(),
+    )
+
+
+# --- The public functions ---
 
 
 def microbatch_grads(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gradfilter.grads._batch import Batch
-from gradfilter.grads._rules._spellings import spellings
+from gradfilter.grads.fused.overrides._spellings import spellings
 
 
 def straight(x: Tensor) -> Tensor:

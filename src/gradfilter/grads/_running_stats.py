@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics under vmap: record each row's, then replay them in order.
+"""Running statistics of BatchNorm in plan "vmap": record those of each row, then replay them.
 
 Under vmap the M rows run at once, while running statistics are a recurrence over the rows,
 r ← (1 − a) r + a s_m. Within one training-mode forward pass nothing reads r, so the pass can run
@@ -18,10 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from gradfilter import _tree
 from gradfilter._types import Tree
-from gradfilter.grads._autocast import under_autocast
 from gradfilter.grads._buffer_watch import BufferWatch
-from gradfilter.grads._rules._sparse_lookups import LOOKUPS, refuse_sparse
-from gradfilter.grads._rules._vmap_faults import UNDER_ANY_VMAP
+from gradfilter.grads.fused._autocast import under_autocast
+from gradfilter.grads.fused.overrides._embedding import LOOKUPS, refuse_sparse
+from gradfilter.grads.fused.overrides._vmap_faults import UNDER_ANY_VMAP
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Plan "vmap": all rows at once by ``torch.func.vmap(torch.func.grad_and_value(loss))``."""
+"""Plan "vmap": all rows at once with ``torch.func.vmap(torch.func.grad_and_value(loss))``."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch._C import _functorch
 from torch.func import grad_and_value, vmap
 
 from gradfilter._types import Params, Tree
-from gradfilter.grads._any_loss import AnyLoss, as_parameter
 from gradfilter.grads._batch import Batch
-from gradfilter.grads._check_loss import check_differentiable
+from gradfilter.grads._call_context import Versions
 from gradfilter.grads._loop import Rows, refuse_hooked, written_parameter
-from gradfilter.grads._places import hooked
+from gradfilter.grads._loss import check_differentiable
+from gradfilter.grads._module_tensors import hooked
+from gradfilter.grads._normalized_loss import NormalizedLoss, as_parameter
 from gradfilter.grads._running_stats import Recorded, RecordRunningStats, replay
-from gradfilter.grads._versions import Versions
 from gradfilter.grads._writes import WriteWatch
 
 
 def vmap_rows(
-    loss: AnyLoss,
+    loss: NormalizedLoss,
     params: Params,
     batch: Batch,
     per_row: bool,

@@ -1,16 +1,79 @@
-"""Adaptive gradient clipping in front of an optimizer of PyTorch."""
+"""Adaptive gradient clipping for optimizers of PyTorch: as a wrapper, and built in."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any, TypeVar
 from weakref import ref
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from gradfilter.interop._agc_step import Clipping, Exclude, check_values, clip_gradients
-from gradfilter.interop._sam_base import TwoPassOptimizer
-from gradfilter.transforms._link import check_predicate
+from gradfilter import _tree
+from gradfilter._types import Tree
+from gradfilter.interop._sam import TwoPassOptimizer
+from gradfilter.transforms._clipping import agc_clip
+from gradfilter.transforms._transform import check_number, check_predicate, is_off
+
+# --- The clipping before a step ---
+
+
+Clipping = float | Tensor | None
+Exclude = Callable[[str], bool]
+
+
+def check_values(values: dict[str, Any]) -> None:
+    """Refuse an impossible ``clipping`` or ``agc_eps``."""
+    clipping, eps = values["clipping"], values["agc_eps"]
+    if clipping is not None:
+        check_number("AGC", "clipping", clipping, low=0, fix="Use None (or 0) to switch it off.")
+    check_number("AGC", "agc_eps", eps, low=0, open_low=True, fix="The paper has 1e-3.")
+
+
+def clip_gradients(optimizer: Optimizer, exclude: Exclude | None) -> None:
+    """Clip the gradients that the optimizer is about to use, in place."""
+    for index, group in enumerate(optimizer.param_groups):
+        check_values(group)
+        clipping = group["clipping"]
+        off = clipping is None or is_off(clipping)
+        params, grads = ({}, {}) if off else _clippable(index, group, exclude)
+        if not params:
+            continue
+        # A fused optimizer under GradScaler unscales in its kernel: the limit is scaled instead.
+        if (scale := getattr(optimizer, "grad_scale", None)) is not None:
+            clipping = clipping * _tree.scalar(scale, next(iter(params.values())))
+        link = agc_clip(clipping, eps=group["agc_eps"])
+        with torch.set_grad_enabled(group.get("differentiable", False)):
+            if torch.is_grad_enabled():  # the step writes into the parameters: clones for autograd
+                clones = {place: p.clone() for place, p in params.items()}
+                for place, g in link.update(grads, {}, clones)[0].items():
+                    params[place].grad = g
+            else:  # in place: DistributedDataParallel's gradients are views of its buckets
+                clipped, _, _ = link.update(grads, {}, params)
+                torch._foreach_copy_(list(grads.values()), [clipped[place] for place in grads])
+
+
+def _clippable(index: int, group: dict[str, Any], exclude: Exclude | None) -> tuple[Tree, Tree]:
+    """The parameters of a group to clip, and their gradients, by place: names may repeat."""
+    params, grads = {}, {}
+    for i, p in enumerate(group["params"]):
+        place = f"{index}.{i}"
+        name = group["param_names"][i] if "param_names" in group else place
+        if p.grad is None or (exclude is not None and exclude(name)):
+            continue
+        if p.grad.layout != torch.strided:
+            raise ValueError(
+                f"AGC: expected dense gradients, found a sparse one for {name!r}. Use sparse=False "
+                "in the layer, or leave it unclipped with exclude=lambda name: ..."
+            )
+        params[place], grads[place] = p, p.grad
+    return params, grads
+
+
+# --- The wrapper ---
+
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 
@@ -150,3 +213,114 @@ def _copied(kind: type[AnyOptimizer], state: dict[str, Any], exclude: Exclude | 
     optimizer = kind.__new__(kind)
     optimizer.__setstate__(state)
     return _clipping(optimizer, exclude)
+
+
+# --- SGD, Adam, AdamW and RMSprop with clipping built in ---
+
+
+def _signature(base: type) -> inspect.Signature:
+    """The optimizer's own signature, and after it what `AGC` takes, by keyword."""
+    _, *own = inspect.signature(AGC).parameters.values()
+    theirs = inspect.signature(base)
+    keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    return theirs.replace(parameters=[*theirs.parameters.values(), *keywords])
+
+
+class _Clips(torch.optim.Optimizer):
+    """Made with `AGC` already around it; stands in front of the optimizer that it makes."""
+
+    def __init__(
+        self,
+        *args: Any,
+        clipping: Clipping = 0.01,
+        agc_eps: float = 1e-3,
+        exclude: Exclude | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        AGC(self, clipping, agc_eps, exclude)
+
+
+class SGD_AGC(_Clips, torch.optim.SGD):
+    """`torch.optim.SGD` that clips the gradients, unit by unit, before each step.
+
+    Per unit i:  G_i ← G_i · min(1, clipping · max(‖W_i‖, agc_eps) / ‖G_i‖), written into
+    ``p.grad``; then b ← μ b + G and p ← p − lr · b, with all options of `torch.optim.SGD`.
+
+    Args:
+        *args: As `torch.optim.SGD`. Groups may have their own ``clipping`` and ``agc_eps``.
+        clipping: λ >= 0; None or 0 switches clipping off, and the rest is the same bit for bit.
+        agc_eps: Above 0, floors the norm of the weight.
+        exclude: Predicate on names, given ``named_parameters()``; true means not clipped. See
+            `AGC`.
+        **kwargs: As `torch.optim.SGD`.
+
+    Raises:
+        ValueError: As `torch.optim.SGD`; clipping < 0 or agc_eps <= 0.
+
+    Examples:
+        >>> import torch
+        >>> from gradfilter.interop import SGD_AGC
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
+        >>> head = lambda name: name == "1.weight"
+        >>> optimizer = SGD_AGC(model.named_parameters(), lr=0.1, clipping=0.02, exclude=head)
+        >>> model(torch.ones(1, 3)).sum().backward()
+        >>> optimizer.step()
+
+    References:
+        Brock, De, Smith, Simonyan, "High-Performance Large-Scale Image Recognition Without
+        Normalization", 2021, https://arxiv.org/abs/2102.06171
+    """
+
+    __signature__ = _signature(torch.optim.SGD)
+
+
+class Adam_AGC(_Clips, torch.optim.Adam):
+    """`torch.optim.Adam` that clips the gradients, unit by unit, before each step.
+
+    G ← the clipped gradient;  p ← p − lr · m̂ / (√v̂ + eps), m̂ and v̂ of G.
+    Arguments, errors and references are those of `SGD_AGC`, with `torch.optim.Adam`'s for SGD's.
+
+    Examples:
+        >>> import torch
+        >>> from gradfilter.interop import Adam_AGC
+        >>> optimizer = Adam_AGC(torch.nn.Linear(3, 2).parameters(), lr=1e-3, clipping=0.02)
+        >>> optimizer.param_groups[0]["clipping"]
+        0.02
+    """
+
+    __signature__ = _signature(torch.optim.Adam)
+
+
+class AdamW_AGC(_Clips, torch.optim.AdamW):
+    """`torch.optim.AdamW` that clips the gradients, unit by unit, before each step.
+
+    G ← the clipped gradient;  p ← (1 − lr λ) p − lr · m̂ / (√v̂ + eps), m̂ and v̂ of G.
+    Arguments, errors and references are those of `SGD_AGC`, with `torch.optim.AdamW`'s for SGD's.
+
+    Examples:
+        >>> import torch
+        >>> from gradfilter.interop import AdamW_AGC
+        >>> optimizer = AdamW_AGC(torch.nn.Linear(3, 2).parameters(), lr=1e-3, clipping=0.02)
+        >>> optimizer.param_groups[0]["clipping"]
+        0.02
+    """
+
+    __signature__ = _signature(torch.optim.AdamW)
+
+
+class RMSprop_AGC(_Clips, torch.optim.RMSprop):
+    """`torch.optim.RMSprop` that clips the gradients, unit by unit, before each step.
+
+    G ← the clipped gradient;  p ← p − lr · G / (√v + eps), v the running mean of G².
+    Arguments, errors and references are those of `SGD_AGC`, with `torch.optim.RMSprop`'s for SGD's.
+
+    Examples:
+        >>> import torch
+        >>> from gradfilter.interop import RMSprop_AGC
+        >>> optimizer = RMSprop_AGC(torch.nn.Linear(3, 2).parameters(), lr=1e-3, clipping=0.02)
+        >>> optimizer.param_groups[0]["clipping"]
+        0.02
+    """
+
+    __signature__ = _signature(torch.optim.RMSprop)

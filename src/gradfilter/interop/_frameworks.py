@@ -6,7 +6,7 @@ from importlib import import_module
 
 HOMES = {
     "FilteredModule": "gradfilter.interop._lightning",
-    "FilteredTrainer": "gradfilter.interop._trainer",
+    "FilteredTrainer": "gradfilter.interop._transformers",
 }
 
 

@@ -11,11 +11,10 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from gradfilter._types import Transform
-from gradfilter.interop._sam import sharpness
-from gradfilter.interop._sam_base import TwoPassOptimizer
-from gradfilter.interop._schedulers_proportion import ProportionScheduler
+from gradfilter.interop._published_schedulers import ProportionScheduler
+from gradfilter.interop._sam import TwoPassOptimizer, sharpness
 from gradfilter.transforms._chain import chain
-from gradfilter.transforms._sharpness import gsam_decompose
+from gradfilter.transforms._sharpness_aware import gsam_decompose
 
 
 class GSAM(TwoPassOptimizer):

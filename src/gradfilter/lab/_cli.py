@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from gradfilter._about import answer
 from gradfilter.lab._processes import is_first_process
-from gradfilter.lab._reading import printable
+from gradfilter.lab._run_files import printable
 from gradfilter.lab._usage import UsageError, did_you_mean
 
 
@@ -43,8 +43,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def _demo(options: Sequence[str]) -> int:
     from gradfilter.lab._demo import demo
     from gradfilter.lab._demo_config import DemoConfig
-    from gradfilter.lab._options import environment_arguments
-    from gradfilter.lab._parse import parse
+    from gradfilter.lab._options import environment_arguments, parse
 
     return demo(
         parse(DemoConfig, "gradfilter demo", [*environment_arguments(DemoConfig), *options])
@@ -52,17 +51,15 @@ def _demo(options: Sequence[str]) -> int:
 
 
 def _train(options: Sequence[str]) -> int:
-    from gradfilter.lab.train._command import train_command
+    from gradfilter.lab.train._train_command import train_command
 
     return train_command(options)
 
 
 def _stats(options: Sequence[str]) -> int:
-    from gradfilter.lab._options import environment_arguments, from_files
-    from gradfilter.lab._parse import parse
-    from gradfilter.lab.stats._check import refuse_unread
-    from gradfilter.lab.stats._config import StatsConfig
-    from gradfilter.lab.stats._stats import stats
+    from gradfilter.lab._options import environment_arguments, from_files, parse
+    from gradfilter.lab.stats._stats_command import stats
+    from gradfilter.lab.stats._stats_config import StatsConfig, refuse_unread
 
     given = [
         *from_files(options, "stats", StatsConfig),
@@ -75,15 +72,15 @@ def _stats(options: Sequence[str]) -> int:
 
 
 def _sweep(options: Sequence[str]) -> int:
-    from gradfilter.lab.sweep._command import sweep_command
+    from gradfilter.lab.sweep._sweep_command import sweep_command
 
     return sweep_command(options)
 
 
 def _report(options: Sequence[str]) -> int:
-    from gradfilter.lab._parse import parse
-    from gradfilter.lab.report._config import ReportConfig
+    from gradfilter.lab._options import parse
     from gradfilter.lab.report._report import report
+    from gradfilter.lab.report._report_config import ReportConfig
 
     return report(parse(ReportConfig, "gradfilter report", options))
 

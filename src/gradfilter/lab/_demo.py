@@ -1,31 +1,175 @@
-"""``gradfilter demo``: three trainings on digits with wrong labels, side by side."""
+"""``gradfilter demo``: three trainings on digits with wrong labels, and their table."""
 
 from __future__ import annotations
 
+import math
+import platform
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 
 import gradfilter as gf
 from gradfilter.lab._crew import Crew, connected, own_device
-from gradfilter.lab._demo_config import DemoConfig, checked, directory, evaluate_every
-from gradfilter.lab._demo_methods import LABELS, METHODS, settings, train_config
+from gradfilter.lab._demo_config import MICROBATCHES, DemoConfig, checked, directory, evaluate_every
 from gradfilter.lab._interrupt import interruptible
-from gradfilter.lab._measured import Measured, as_line
-from gradfilter.lab._plot import curves
-from gradfilter.lab._reading import printable
-from gradfilter.lab._rundir import append_json_line, write_bytes, write_json
-from gradfilter.lab._table import comparison
+from gradfilter.lab._options import arguments, parse, read_settings
+from gradfilter.lab._plot import Measured, as_line, curves
+from gradfilter.lab._processes import started_processes
+from gradfilter.lab._run_files import append_json_line, printable, write_bytes, write_json
 from gradfilter.lab.train._archive import tensor_bytes
-from gradfilter.lab.train._begin import begin
-from gradfilter.lab.train._config import TrainConfig
+from gradfilter.lab.train._build_training import build_training
+from gradfilter.lab.train._evaluation import Evaluation
 from gradfilter.lab.train._progress import bars
-from gradfilter.lab.train._run import Run, advance, evaluation, settle
-from gradfilter.lab.train._totals import nothing
+from gradfilter.lab.train._run_place import plain_settings
+from gradfilter.lab.train._train_config import TrainConfig
+from gradfilter.lab.train._training import Training, advance, evaluation, no_totals, sync_ranks
+
+# --- The table: one line per method, mean ± sd over seeds ---
+
+
+# Heading, and the field of the last evaluation it shows; fractions are shown as per cent.
+COLUMNS = {
+    "final\ntest %": "test_accuracy",
+    "best test %\n(oracle)": "best",
+    "clean\ntrain %": "train_clean_accuracy",
+    "memorised\n%": "memorised",
+    "accepted\nrows %": "accepted",
+    "skipped\nsteps": "skipped",
+    "seconds": "seconds",
+}
+COUNTS = {"skipped", "seconds"}
+
+CAPTION = (
+    "final test: the result. best test: the highest of all evaluations, picked with the test "
+    "labels, so an upper bound and no result. clean train: training images by their true labels. "
+    "memorised: wrong labels that the model predicts. seconds: training steps alone."
+)
+
+
+def comparison(measured: Sequence[Measured], labels: Mapping[str, str]) -> Table:
+    """One line per method from the last evaluation of every seed, and the best of all.
+
+    Args:
+        measured: Those to be shown, in the order they were made.
+        labels: What every method is, by the name that the other files call it by too.
+    """
+    legend = " ".join(f"{name}: {label}." for name, label in labels.items())
+    table = Table(
+        caption=f"{legend} {CAPTION}",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("run", no_wrap=True)
+    for heading in COLUMNS:
+        width = max(len(line) for line in heading.splitlines())
+        table.add_column(heading, justify="right", min_width=width)
+    for name in labels:
+        by_seed: dict[int, list[Evaluation]] = {}
+        for one in measured:
+            if one.run == name:
+                by_seed.setdefault(one.seed, []).append(one.evaluation)
+        best = [max(e.test_accuracy for e in of_seed) for of_seed in by_seed.values()]
+        # Evaluations are equally far apart, so that their mean is that of all steps.
+        accepted = [_mean([e.accepted for e in of_seed]) for of_seed in by_seed.values()]
+        last = [of_seed[-1] for of_seed in by_seed.values()]
+        found = {"best": best, "accepted": accepted}
+        cells = [
+            _spread(found.get(key) or [getattr(e, key) for e in last], 1 if key in COUNTS else 100)
+            for key in COLUMNS.values()
+        ]
+        table.add_row(name, *cells)
+    return table
+
+
+def _mean(values: Sequence[float]) -> float:
+    measured = [value for value in values if not math.isnan(value)]
+    return statistics.mean(measured) if measured else math.nan
+
+
+def _spread(values: Sequence[float], factor: float) -> str:
+    """``mean ± sd`` of what was measured; the sample deviation needs two values."""
+    measured = [factor * v for v in values if not math.isnan(v)]
+    if not measured:
+        return "-"
+    if len(measured) == 1:
+        return f"{measured[0]}" if isinstance(measured[0], int) else f"{measured[0]:.1f}"
+    return f"{statistics.mean(measured):.1f} ± {statistics.stdev(measured):.1f}"
+
+
+# --- The three trainings: presets of ``gradfilter train`` ---
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the rows of a batch become one gradient.
+
+    Attributes:
+        name: Short, for files and metrics; its preset is demo-NAME.
+        label: For people.
+    """
+
+    name: str
+    label: str
+
+
+METHODS = (
+    Method("sgd", "plain SGD"),
+    Method("agree", f"agreement of {MICROBATCHES} microbatches"),
+    Method("consensus", "consensus of per-sample gradients"),
+)
+LABELS = {method.name: method.label for method in METHODS}
+
+
+def train_config(method: Method, config: DemoConfig, seed: int) -> TrainConfig:
+    """What this training is, as ``gradfilter train --preset demo-NAME`` would have it."""
+    settings = read_settings(f"demo-{method.name}", None, "train")
+    preset = parse(TrainConfig, "gradfilter demo", arguments(settings))
+    return replace(
+        preset,
+        agree=None if preset.agree is None else config.threshold,
+        label_noise=config.noise,
+        steps=config.steps,
+        seed=seed,
+        data_split_seed=seed,
+        label_seed=seed,
+        device=config.device,
+        dtype=config.dtype,
+        workers=0,
+    )
+
+
+def settings(config: DemoConfig) -> dict[str, Any]:
+    """Everything that the numbers depend on."""
+    return {
+        "command": "demo",
+        **asdict(config),
+        "out": None if config.out is None else str(config.out),
+        "runs": {
+            method.name: plain_settings(train_config(method, config, config.seed))
+            for method in METHODS
+        },
+        "evaluate_every": evaluate_every(config.steps),
+        "threads": torch.get_num_threads(),
+        "processes": started_processes(),
+        "versions": {
+            "gradfilter": gf.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+# --- The command ---
 
 
 def demo(config: DemoConfig) -> int:
@@ -79,10 +223,10 @@ def _train_all(
     """
     measured: list[Measured] = []
 
-    def log(name: str, run: Run) -> None:
-        settle(run)
+    def log(name: str, run: Training) -> None:
+        sync_ranks(run)
         measured.append(Measured(name, run.config.seed, evaluation(run)))
-        run.totals = nothing(device)  # what comes next is measured from here on
+        run.totals = no_totals(device)  # what comes next is measured from here on
         run.epoch_seconds = 0.0
         if folder is not None:
             append_json_line(folder / "metrics.jsonl", as_line(measured[-1]))
@@ -110,8 +254,8 @@ def _train_all(
     return measured
 
 
-def _begun(config: TrainConfig, device: torch.device, crew: Crew) -> Run:
-    run = begin(config, device, crew)
+def _begun(config: TrainConfig, device: torch.device, crew: Crew) -> Training:
+    run = build_training(config, device, crew)
     state, totals, skipped = run.state, run.totals, run.skipped
     # What is loaded at a first step is not what a step costs; its results are not used.
     advance(run, 1)
@@ -121,12 +265,12 @@ def _begun(config: TrainConfig, device: torch.device, crew: Crew) -> Run:
 
 
 def _take_turns(
-    runs: Mapping[str, Run],
+    runs: Mapping[str, Training],
     steps: int,
     *,
     stopped: Callable[[], bool],
     tick: Callable[[str], None],
-    log: Callable[[str, Run], None],
+    log: Callable[[str, Training], None],
 ) -> None:
     """Take turns from one evaluation to the next, so that whenever it ends all are about as far."""
     every = evaluate_every(steps)

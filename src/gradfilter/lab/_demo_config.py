@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from gradfilter.lab._processes import started_processes
-from gradfilter.lab._rundir import named_directory, numbered_directory
+from gradfilter.lab._run_files import named_directory, numbered_directory
 from gradfilter.lab._usage import check, usable_device
 
 EVALUATIONS = 40

@@ -1,23 +1,160 @@
-"""Options from a preset, a file, the environment and the command line, in this order of weight."""
+"""Read options from a preset, a file, the environment and the command line, in this order."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import textwrap
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import fields
 from importlib import resources
 from importlib.resources.abc import Traversable
+from io import StringIO
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from gradfilter.lab._reading import content_of, reading
-from gradfilter.lab._usage import UsageError
+import tyro
+
+from gradfilter.lab._run_files import content_of, reading
+from gradfilter.lab._usage import UsageError, did_you_mean, refuse_odd
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+
+# --- Messages of tyro in plain words ---
+
+
+WIDTH = 79
+NOT_READ = {
+    r"no type matching \{None\}\|INT could .*? from \[(.*?)\]\. Got .*": "a whole number or None",
+    r"no type matching \{None\}\|FLOAT could .*? from \[(.*?)\]\. Got .*": "a number or None",
+    r"invalid literal for int\(\) with base 10: (.*)": "a whole number",
+    r"could not convert string to float: (.*)": "a number",
+    r"Could not find valid parse for arguments: \[(.*)\]": "numbers",
+    r"Could not parse arguments \[(.*)\] into tuple type .*": "numbers",
+}
+"""What is said of an option whose value has another type, and what was expected of it."""
+
+
+def plainly(said: str) -> str:
+    """An error without the names that Python has for types.
+
+    Examples:
+        >>> plainly("Error parsing --seed: invalid literal for int() with base 10: 'x'")
+        "--seed: expected a whole number, found 'x'"
+    """
+    parsing = re.fullmatch(r"Error parsing (--[\w-]+): (.*)", said)
+    for pattern, expected in NOT_READ.items() if parsing else ():
+        if parsing and (found := re.fullmatch(pattern, parsing[2])):
+            return f"{parsing[1]}: expected {expected}, found {found[1]}"
+    return said
+
+
+def hints(said: str, text: str) -> str:
+    """For every option that is not known the nearest that is, each in a sentence after a space.
+
+    Args:
+        said: The error.
+        text: The help, which names all options.
+
+    Examples:
+        >>> hints("Unrecognized options: --sed, 3, --colour", "  --seed INT   Of the training.")
+        ' Did you mean --seed?'
+    """
+    prefix = "Unrecognized options: "
+    if not said.startswith(prefix):
+        return ""
+    typed = re.findall(r"(?:^|, )--([\w-]+)", said.removeprefix(prefix))
+    known = {*_options(text)}
+    # Each once, in the order in which they were typed.
+    return "".join(dict.fromkeys(did_you_mean(name, known, "--{}") for name in typed))
+
+
+def _options(text: str) -> Iterator[str]:
+    """Names that begin a line; further to the right they are in somebody's description."""
+    for names in re.findall(r"(?m)^ {1,4}(?:-h, )?(--[\w-]+(?:, --[\w-]+)*)", text):
+        yield from (name.removeprefix("--") for name in names.split(", "))
+
+
+def wrapped(text: str) -> str:
+    """Help with its paragraphs filled, whose lines tyro leaves as long as it finds them.
+
+    The usage before them and the tables after them stay as they are.
+    """
+    head, table, rest = text.partition(found[0]) if (found := _find_table(text)) else (text, "", "")
+    usage, *paragraphs = re.split(r"\n\s*\n", head.rstrip())
+    width = min(WIDTH, shutil.get_terminal_size().columns)
+    filled = [
+        textwrap.fill(" ".join(p.split()), width, break_on_hyphens=False, break_long_words=False)
+        for p in paragraphs
+    ]
+    return "\n\n".join([usage, *filled]) + "\n\n" + table + rest
+
+
+def _find_table(text: str) -> re.Match[str] | None:
+    """The heading of the first table, above its rule."""
+    return re.search(r"(?m)^ \S.*\n -{3,}", text)
+
+
+# --- Parse options into a dataclass ---
+
+
+Config = TypeVar("Config")
+
+
+def parse(config: type[Config], program: str, options: Sequence[str]) -> Config:
+    """Read options into a dataclass; of an option that is given twice the last value counts.
+
+    Raises:
+        UsageError: tyro refuses them; what it says, on one line.
+        SystemExit: With code 0, after ``--help``.
+    """
+    shown, refused = StringIO(), StringIO()
+    try:
+        # Both are caught because tyro draws a plain box, and no coloured one, when stdout is not
+        # a terminal.
+        with redirect_stdout(shown), redirect_stderr(refused):
+            parsed = tyro.cli(config, prog=program, args=options)
+    except SystemExit as stop:
+        if not stop.code:
+            print(wrapped(shown.getvalue()), end="")
+            raise
+        said = plainly(one_line(refused.getvalue()).rstrip("."))
+        near = hints(said, _help(config, program)) if "Unrecognized" in said else ""
+        raise UsageError(f"{said}.{near} See {program} --help.") from None
+    refuse_odd(parsed)
+    return parsed
+
+
+def _help(config: type[Config], program: str) -> str:
+    """The help as tyro has it."""
+    shown = StringIO()
+    with redirect_stdout(shown), suppress(SystemExit):
+        tyro.cli(config, prog=program, args=["--help"])
+    return shown.getvalue()
+
+
+def one_line(box: str) -> str:
+    """What tyro's error box says, without title, rules, and advice below the second rule."""
+    lines = [line.strip() for line in box.splitlines()]
+    parts: list[list[str]] = [[]]
+    for line in lines:
+        if line and not line.strip("-"):
+            parts.append([])
+        elif line:
+            parts[-1].append(line)
+    texts = [" ".join(part) for part in parts if part] or ["bad options"]
+    return texts[min(1, len(texts) - 1)]
+
+
+# --- Sources of options ---
+
 
 FROM_ENVIRONMENT = ("device", "name", "save_dir", "data_dir", "workers")
 
@@ -116,9 +253,9 @@ def read_settings(preset: str | None, file: Path | None, command: str) -> dict[s
                 f"--preset: expected one of {', '.join(known)}, found {preset!r}. "
                 "--config reads a file of your own."
             )
-        settings |= _table(known[preset], command, {})
+        settings |= _read_table(known[preset], command, {})
     if file is not None:
-        settings |= _table(file, command)
+        settings |= _read_table(file, command)
     return settings
 
 
@@ -151,7 +288,7 @@ def _toml(value: Any) -> str:
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _table(file: Path | Traversable, command: str, missing: object = None) -> dict[str, Any]:
+def _read_table(file: Path | Traversable, command: str, missing: object = None) -> dict[str, Any]:
     with reading(Path(str(file)), "--config:", "Give it a TOML file in UTF-8."):
         content = content_of(file) if isinstance(file, Path) else file.read_bytes()
         table = tomllib.loads(content.decode()).get(command, missing)

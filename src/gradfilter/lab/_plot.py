@@ -1,17 +1,45 @@
-"""The curves of a comparison in one figure."""
+"""Plot the curves of a comparison in one figure."""
 
 from __future__ import annotations
 
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from gradfilter.lab._measured import Measured
+from gradfilter.lab.train._evaluation import Evaluation
+
+# --- One evaluation of one training ---
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An evaluation and whose it is.
+
+    Attributes:
+        run: Name of the method.
+        seed: Of split, noise, initial parameters and batches.
+        evaluation: What was measured; of steps since the evaluation before.
+    """
+
+    run: str
+    seed: int
+    evaluation: Evaluation
+
+
+def as_line(measured: Measured) -> dict[str, Any]:
+    """What a line of the metrics says."""
+    return {"run": measured.run, "seed": measured.seed, **asdict(measured.evaluation)}
+
+
+# --- The figure ---
+
 
 # Okabe and Ito's colours, told apart by everyone; the dashes serve those who print in grey.
 STYLES = [("#D55E00", "--"), ("#0072B2", "-."), ("#009E73", "-")]

@@ -1,3 +1,3 @@
 """Test a link of your own: the laws that hold for every link of this package."""
 
-from gradfilter.testing._check import check_laws as check_laws
+from gradfilter.testing._check_laws import check_laws as check_laws

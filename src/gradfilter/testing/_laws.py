@@ -1,23 +1,261 @@
-"""The laws of a chain from rows to an update, one function each; a broken one raises."""
+"""The laws of a transform, one function each; a broken law raises."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradfilter import _tree
-from gradfilter._types import Transform
-from gradfilter.testing._bits import assert_same_bits, copied, ensure, planted
-from gradfilter.testing._problem import Problem, TreeProblem
-from gradfilter.testing._waiting import no_host_sync
+from gradfilter._types import Out, Params, State, Transform, Tree
+from gradfilter.grads._stack import DenseStack, StackOrigin
 from gradfilter.transforms._chain import chain
-from gradfilter.transforms._clip import clip_by_global_norm, clip_per_row
-from gradfilter.transforms._finite import finite_filter
+from gradfilter.transforms._clipping import clip_by_global_norm, clip_per_row
+from gradfilter.transforms._reducers import finite_filter
 from gradfilter.transforms._scheduled import scheduled
 from gradfilter.transforms._schedules import linear
-from gradfilter.transforms._state import load_state_dict, state_dict
+from gradfilter.transforms._state_dict import load_state_dict, state_dict
+
+# --- Compare trees as bits: −0.0 differs from 0.0, and NaN equals itself ---
+
+
+AS_INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+
+
+def ensure(holds: Any, otherwise: str) -> None:
+    """Raise AssertionError, also where ``python -O`` takes assert statements out."""
+    if not holds:
+        raise AssertionError(otherwise)
+
+
+def ensure_tensors(tree: Any) -> None:
+    """Refuse leaves that are something else."""
+    for name, leaf in _tree.flatten_with_names(tree)[0].items():
+        ensure(
+            isinstance(leaf, Tensor),
+            f"expected tensors only, found {name!r} of type {type(leaf).__name__}. Keep numbers in "
+            "states and metrics as tensors of shape (), and write {} for no state",
+        )
+
+
+def copied(tree: Any) -> Any:
+    """The tree in storage of its own, so that what is written later does not reach it."""
+    ensure_tensors(tree)
+    return _tree.tree_map(torch.clone, tree)
+
+
+def bits(tree: Any) -> dict[str, Tensor]:
+    """Copies of the leaves as integers, under their dotted names."""
+    named = _tree.flatten_with_names(copied(tree))[0]
+    real = {n: torch.view_as_real(t) if t.is_complex() else t for n, t in named.items()}
+    return {n: t.contiguous().view(AS_INTEGER[t.element_size()]) for n, t in real.items()}
+
+
+def assert_same_bits(found: Any, expected: Any, what: str) -> None:
+    """Refuse trees that differ in a name, a shape or a bit; ``what`` ends the error."""
+    got, want = bits(found), bits(expected)
+    ensure(list(got) == list(want), f"leaves {sorted(set(got) ^ set(want))} come and go {what}")
+    differ = [name for name in want if not torch.equal(got[name], want[name])]
+    ensure(not differ, f"{differ} differ {what}")
+
+
+def planted(tree: Any) -> Any:
+    """The tree with −0.0 and NaN in every floating leaf."""
+
+    def plant(leaf: Tensor) -> Tensor:
+        if not leaf.is_floating_point() or not leaf.numel():
+            return leaf
+        leaf = leaf.clone().contiguous()
+        leaf.view(-1)[-1] = torch.nan
+        leaf.view(-1)[0] = -0.0
+        return leaf
+
+    ensure_tensors(tree)
+    return _tree.tree_map(plant, tree)
+
+
+# --- Fail where a program waits for the value of a tensor, also on a CPU ---
+
+
+WAITING = {
+    *("local_scalar_dense", "is_nonzero", "equal", "allclose"),
+    *("nonzero", "masked_select", "bincount"),
+    *("unique", "unique2", "unique_dim", "unique_consecutive"),
+    *("linalg_check_errors", "linalg_eig", "linalg_eigvals", "linalg_eigh", "linalg_svd"),
+}
+# On a CPU these reach no operation: there is nothing to copy.
+COPIES = (Tensor.cpu, Tensor.numpy, Tensor.tolist)
+
+
+@contextmanager
+def no_host_sync() -> Iterator[None]:
+    """Refuses everything by which a program waits for the value of a tensor."""
+    with _NoWaiting(), _NoCopies():
+        yield
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Operations."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().split("::")[1].split(".")[0].strip("_")
+        if name in WAITING or (name in ("index", "index_put") and _by_a_mask(*args)):
+            _refuse(func)
+        return func(*args, **(kwargs or {}))
+
+
+class _NoCopies(TorchFunctionMode):
+    """Methods that end in the memory of the host."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in COPIES:
+            _refuse(f"Tensor.{func.__name__}")
+        return func(*args, **(kwargs or {}))
+
+
+def _by_a_mask(tensor: Tensor, indices: Any, values: Tensor | None = None, *rest: Any) -> bool:
+    """Whether places have to be counted; one number is written without that."""
+    masks = [i for i in indices if i is not None and i.dtype in (torch.bool, torch.uint8)]
+    return bool(masks) and (values is None or values.numel() > 1)
+
+
+def _refuse(what: Any) -> None:
+    raise AssertionError(
+        f"{what} makes the host wait for the device. Instead of .item(), float(), `if` or an index "
+        "by a mask, use torch.where"
+    )
+
+
+# --- A small problem: parameters and rows with no two numbers alike ---
+
+
+M = 5
+SHAPES: dict[str, Sequence[int]] = {
+    "body.weight": (4, 3),
+    "body.conv": (2, 3, 2, 2),
+    "head.weight": (3, 2),
+    "head.bias": (),
+}
+# Numbers are drawn as they always are, whatever torch's defaults are.
+EXACT: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+
+
+def make_params(
+    dtype: torch.dtype = torch.float32, seed: int = 0, shapes: Mapping[str, Sequence[int]] = SHAPES
+) -> Params:
+    """Normal numbers."""
+    g = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(tuple(shape), generator=g, **EXACT).to(dtype)
+        for name, shape in shapes.items()
+    }
+
+
+def make_rows(params: Params, seed: int = 1, rows: int = M) -> Tree:
+    """Rows that mostly agree, of very different sizes."""
+    g = torch.Generator().manual_seed(seed)
+
+    def leaf(p: Tensor) -> Tensor:
+        common = torch.randn(p.shape, generator=g, **EXACT)
+        own = torch.randn((rows, *p.shape), generator=g, **EXACT)
+        size = torch.arange(1, rows + 1, **EXACT).reshape(-1, *[1] * p.ndim)
+        return (size * (common + own)).to(p.dtype)
+
+    return {name: leaf(p) for name, p in params.items()}
+
+
+def make_stack(params: Params, rows: Tree) -> DenseStack:
+    """A stack whose gradients at other parameters are known: g_m(p') = g_m + (p' − p) / 2."""
+
+    def evaluate(elsewhere: Params, per_row: bool, kept: Collection[str]) -> DenseStack:
+        moved = {
+            name: g + 0.5 * (elsewhere[name] - params[name] + torch.zeros_like(g))
+            for name, g in rows.items()
+        }
+        return DenseStack(moved, losses=losses + 1, origin=origin)
+
+    count = len(next(iter(rows.values())))
+    losses = torch.arange(count, dtype=torch.float32, device=_tree.device_of(params))
+    origin = StackOrigin(count, params, evaluate)
+    return DenseStack(rows, losses=losses, origin=origin)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a chain is tried on.
+
+    Attributes:
+        shapes: Of the parameters, by name.
+        count: Rows.
+        extra: Keywords for every step.
+    """
+
+    shapes: Mapping[str, Sequence[int]] = field(default_factory=lambda: SHAPES)
+    count: int = M
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def params(self, dtype: torch.dtype = torch.float32) -> Params:
+        """Parameters of a dtype."""
+        return make_params(dtype, shapes=self.shapes)
+
+    def rows(self, params: Params, seed: int = 1) -> Tree:
+        """Gradients for parameters: rows, stacked."""
+        return make_rows(params, seed, self.count)
+
+    def given(self, params: Params, rows: Tree) -> Any:
+        """What a chain is given of them."""
+        return make_stack(params, rows)
+
+    def keywords(self, params: Params, rows: Tree) -> dict[str, Any]:
+        """Keywords that belong to these gradients."""
+        return {}
+
+    def step(
+        self, update: Transform, params: Params, state: State, rows: Tree, **extra: Any
+    ) -> tuple[Params, State, Out]:
+        """One step on these rows."""
+        ensure_tensors(state)
+        given = {**self.keywords(params, rows), **self.extra, **extra}
+        return update(params, state, self.given(params, rows), **given)
+
+    def started(
+        self, update: Transform, dtype: torch.dtype = torch.float32
+    ) -> tuple[Params, State, Tree]:
+        """Parameters and state one step into the work, so that no state is all zeros, and rows."""
+        params = self.params(dtype)
+        params, state, _ = self.step(update, params, update.init(params), self.rows(params))
+        return params, state, self.rows(params, seed=2)
+
+
+@dataclass(frozen=True)
+class TreeProblem(Problem):
+    """What a chain is tried on that takes one gradient, of which the caller has the tensors."""
+
+    def rows(self, params: Params, seed: int = 1) -> Tree:
+        """The gradient for parameters."""
+        return {name: leaf.sum(0) for name, leaf in make_rows(params, seed, self.count).items()}
+
+    def given(self, params: Params, rows: Tree) -> Any:
+        """The gradient itself, so that it shows where somebody writes into it."""
+        return rows
+
+    def keywords(self, params: Params, rows: Tree) -> dict[str, Any]:
+        """How to compute the gradient elsewhere, as in `make_stack`."""
+        return {
+            "grad_fn": lambda near: {n: g + 0.5 * (near[n] - params[n]) for n, g in rows.items()}
+        }
+
+
+# --- The laws of a chain from rows to an update ---
+
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -215,3 +453,59 @@ def donates_storage(update: Transform, problem: Problem) -> None:
         assert_same_bits(found, expected, f"with donate=True{when}")
         same = all(new is old for new, old in zip(_tree.leaves(found), given, strict=True))
         ensure(same, f"parameters or state have new tensors with donate=True{when}")
+
+
+# --- The laws about torch.compile and devices ---
+
+
+def compiles_whole_and_once(update: Transform, problem: Problem) -> None:
+    """One graph without breaks serves step after step, and agrees with eager execution."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    params = problem.params()
+    state = update.init(params)
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def compiled(params: Params, state: State, rows: Tree, extra: dict[str, Any]) -> Any:
+        given = {**problem.keywords(params, rows), **extra}
+        return update(params, state, problem.given(params, rows), **given)
+
+    for seed in range(3):  # the schedules give another lr in each
+        rows = problem.rows(params, seed=seed)
+        expected = problem.step(update, params, state, rows)
+        params, state, info = compiled(params, state, rows, dict(problem.extra))
+        _assert_close((params, state, info), expected, equal_nan=True)
+    ensure(counter.frame_count == 1, f"compiled {counter.frame_count} times in three steps")
+
+
+def same_on_a_gpu(update: Transform, problem: Problem) -> None:
+    """On a CUDA device as on the CPU, without waiting for the device."""
+    params, state, rows = problem.started(update)
+    expected = problem.step(update, params, state, rows)[:2]
+    extra = _cuda(dict(problem.extra))
+    on_gpu, state_there, rows_there = _cuda((params, state, rows))
+    stack = problem.given(on_gpu, rows_there)
+    extra = {**problem.keywords(on_gpu, rows_there), **extra}
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = update(on_gpu, state_there, stack, **extra)[:2]
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    _assert_close(_tree.tree_map(lambda t: t.cpu(), found), expected, atol=1e-5)
+
+
+def _cuda(tree: Any) -> Any:
+    return _tree.tree_map(lambda leaf: leaf.cuda() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _assert_close(
+    found: Any, expected: Any, *, atol: float = 1e-6, equal_nan: bool = False
+) -> None:
+    got, want = (_tree.flatten_with_names(tree)[0] for tree in (found, expected))
+    ensure(list(got) == list(want), f"leaves {sorted(set(got) ^ set(want))} come and go")
+    for name, value in want.items():
+        try:
+            torch.testing.assert_close(got[name], value, rtol=1e-4, atol=atol, equal_nan=equal_nan)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None

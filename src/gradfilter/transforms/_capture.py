@@ -11,9 +11,9 @@ from torch import Tensor
 
 from gradfilter import _tree
 from gradfilter._types import Out, State
-from gradfilter.grads._ambient import Rewinds, random_state_restored
 from gradfilter.grads._batch import plain
-from gradfilter.transforms._step import TrainStep
+from gradfilter.grads._call_context import Rewinds, random_state_restored
+from gradfilter.transforms._train_step import TrainStep
 
 WARM_UPS = 3  # lets torch choose its kernels and libraries allocate their workspaces
 

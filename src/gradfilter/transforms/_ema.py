@@ -7,7 +7,7 @@ from typing import Any
 from gradfilter import _tree
 from gradfilter._made import remembered
 from gradfilter._types import Out, Params, State, Transform, Tree
-from gradfilter.transforms._link import check_number, link
+from gradfilter.transforms._transform import check_number, link
 
 KEY = "ema_average"
 

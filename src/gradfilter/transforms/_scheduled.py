@@ -13,8 +13,8 @@ from torch import Tensor
 from gradfilter import _tree
 from gradfilter._made import remembered, unremembered
 from gradfilter._types import Out, Params, State, Transform
-from gradfilter.transforms._rule import new_count, schedule_value
-from gradfilter.transforms._schedule import Schedule
+from gradfilter.transforms._schedules import Schedule
+from gradfilter.transforms._update_rules import new_count, schedule_value
 
 
 @remembered

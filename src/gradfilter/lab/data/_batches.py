@@ -1,17 +1,59 @@
-"""Which samples a step sees: a pure function of (seed, step), so that a run resumes at any step."""
+"""Batches of a run: a pure function of (seed, step), augmented, from the device or from workers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from math import isfinite
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import DataLoader, Dataset
 
 from gradfilter.lab._usage import UsageError, check
 from gradfilter.lab.data._random import Purpose, random_for
+from gradfilter.lab.data._samples import Data, Images, Samples, Source, on_device
+
+# --- Epochs: n samples seen, however they are drawn ---
+
+
+def steps_until(epochs: float, n: int, batch_size: int) -> int:
+    """Steps until ``epochs`` · n samples are seen: ⌈epochs · n / batch_size⌉.
+
+    Every step counts batch_size samples, so that trainings with one batch size are equally long for
+    every number of microbatches and every kind of sampling.
+
+    Args:
+        epochs: At least 0; parts of an epoch are fine.
+        n: Samples of the training split.
+        batch_size: Samples of one step.
+
+    Raises:
+        UsageError: ``epochs`` is negative or not finite.
+
+    Examples:
+        >>> steps_until(2, 1257, 80)  # 2 514 samples: 31 whole batches and a part of one
+        32
+        >>> steps_until(1.1, 10, 1)  # 1.1 · 10 is a little more than 11 in floating point
+        11
+    """
+    fix = "100 is usual, 0.5 is half an epoch."
+    check(isfinite(epochs) and epochs >= 0, "--epochs", "a number of at least 0", epochs, fix)
+    # The number that the user wrote, not the binary one next to it.
+    return -(-Fraction(str(epochs)) * n // batch_size)
+
+
+# --- The samples of a step: a pure function of (seed, step), so that a run resumes at any step ---
+
 
 Order = Callable[[int, int], Tensor]
 """(first step, step after the last) -> indices (steps, N) int64, on the CPU."""
@@ -117,3 +159,200 @@ def _rounds(
 
 def _check_size(value: int, option: str = "--batch-size") -> None:
     check(value >= 1, option, "at least 1", value, "1 is the smallest.")
+
+
+# --- Augmentation of a whole batch on its device; its random numbers come from the CPU ---
+
+
+Augment = Callable[[Tensor, int, int], Tensor]
+"""(raw images (N, channels, height, width), seed, step) -> the same shape and dtype."""
+
+PADDING = 4
+
+
+def augmentation(
+    data: Data, *, flipped_only: bool = False, part: tuple[int, int] = (0, 1)
+) -> Augment:
+    """How this data set is augmented; see `crop_and_flip`.
+
+    Raises:
+        UsageError: Cropping and flipping would make other things of its images.
+    """
+    fix = "Leave it out; natural images can be augmented."
+    check(data.augmentable, "--augmentation", f"none for {data.name}", "it", fix)
+    return partial(crop_and_flip, flipped_only=flipped_only, part=part)
+
+
+def crop_and_flip(
+    images: Tensor,
+    seed: int,
+    step: int,
+    *,
+    flipped_only: bool = False,
+    part: tuple[int, int] = (0, 1),
+) -> Tensor:
+    """Pad with 4 pixels of 0, crop back to the size at random, flip every second one on average.
+
+    On raw pixels, before normalisation: what comes in at the border is black, not the mean colour.
+    A pure function of (seed, step) and the batch size, the same on every device.
+
+    Args:
+        images: (N, channels, height, width), any dtype.
+        seed: At least 0.
+        step: At least 0, the step of the training.
+        flipped_only: Crop only the images that are flipped, and leave the others as they are.
+        part: (i, k) where these images are the i-th of k equal parts of a batch: they are then
+            augmented as they would be in the whole.
+    """
+    n, channels, height, width = images.shape
+    random = random_for(seed, "augment", step)
+    which, parts = part
+    draws = random.integers(0, (2 * PADDING + 1, 2 * PADDING + 1, 2), (n * parts, 3))
+    draws = draws[which * n : (which + 1) * n]
+    if flipped_only:
+        draws[draws[:, 2] == 0, :2] = PADDING
+    top, left, flip = on_device(torch.from_numpy(draws), images.device).T[:, :, None]  # (N, 1) each
+    across = torch.arange(width, device=images.device)
+    rows = top + torch.arange(height, device=images.device)  # (N, height)
+    columns = left + torch.where(flip == 1, width - 1 - across, across)  # (N, width)
+    padded = pad(images, [PADDING] * 4)
+    pixels = rows[:, :, None] * padded.shape[3] + columns[:, None]  # (N, height, width)
+    pixels = pixels.flatten(1)[:, None].expand(n, channels, -1)
+    # One flat index per pixel: four times as fast on a CPU as an index per dim.
+    return padded.flatten(2).gather(2, pixels).view_as(images)
+
+
+# --- Raw pixels, from the device or from loader processes ---
+
+
+def raw_batches(
+    images: Images, rows: Sequence[Tensor], workers: int
+) -> Generator[Tensor, None, None]:
+    """Raw pixels on the device, a batch for each row; resident images need no workers.
+
+    Args:
+        images: n images.
+        rows: (k,) int64 each.
+        workers: At least 0, processes; they end with the generator.
+
+    Raises:
+        UsageError: ``workers`` < 0, or an image cannot be read.
+    """
+    check(workers >= 0, "--workers", "at least 0", workers, "0 loads in the process itself.")
+    if images.resident:
+        for row in rows:
+            yield images.source[on_device(row, images.device)]
+        return
+    loader: DataLoader[Tensor | str] = DataLoader(
+        _Rows(images.source, [row.cpu().numpy() for row in rows]),
+        batch_size=None,  # an item is a batch
+        num_workers=min(workers, len(rows)),
+        worker_init_fn=_unasked,
+        pin_memory=images.device.type == "cuda",
+        generator=torch.Generator(),  # otherwise it would draw from everybody's random numbers
+    )
+    for loaded in loader:
+        if isinstance(loaded, str):
+            raise UsageError(loaded)
+        yield on_device(loaded, images.device)
+
+
+def _unasked(worker: int) -> None:
+    """Leave Ctrl-C and a polite kill, which every process is sent, to the one that loads.
+
+    That one ends its loaders itself, and they end when it is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@dataclass(frozen=True)
+class _Rows(Dataset[Tensor | str]):
+    """Batch k of a source. Arrays, as tensors would take a file descriptor each on their way."""
+
+    source: Source
+    rows: Sequence[NDArray[Any]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, step: int) -> Tensor | str:
+        try:
+            return self.source[torch.from_numpy(self.rows[step])]
+        except UsageError as error:
+            # As a value: an exception of another process arrives with that one's traceback.
+            return str(error)
+
+
+# --- The stream of batches ---
+
+
+def batches(
+    samples: Samples,
+    indices: Tensor | Sequence[Tensor],
+    *,
+    workers: int = 0,
+    augment: Augment | None = None,
+    seed: int = 0,
+    first_step: int = 0,
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Normalised images and the labels to train on, step by step, on the device.
+
+    The same bits for every number of workers and wherever the images are kept; no random numbers
+    are taken from anybody. Workers end with the iterator: let it run out, or close it.
+
+    Args:
+        samples: A split.
+        indices: (steps, N) int64, or a row for each step.
+        workers: Processes that load images which are not on the device.
+        augment: Applied to raw pixels; `augmentation` gives it.
+        seed: Of the augmentation.
+        first_step: The training's step of the first row, which the augmentation depends on.
+
+    Yields:
+        x (N, channels, height, width), y (N,)
+
+    Examples:
+        >>> from gradfilter.lab.data._load import load_data
+        >>> data = load_data("digits", device=torch.device("cpu"))
+        >>> [(x.shape, y) for x, y in batches(data.train, torch.tensor([[5, 0]]))]
+        [(torch.Size([2, 1, 8, 8]), tensor([8, 0]))]
+    """
+    images, device = samples.images, samples.labels.device
+    rows = list(indices)
+    # A table of indices goes there in one piece.
+    there = list(on_device(indices, device) if isinstance(indices, Tensor) else indices)
+    with closing(raw_batches(images, there if images.resident else rows, workers)) as loaded:
+        for step, (raw, row) in enumerate(zip(loaded, there, strict=True), first_step):
+            seen = raw if augment is None else augment(raw, seed, step)
+            yield images.normalise(seen), samples.labels[on_device(row, device)]
+
+
+def in_order(
+    samples: Samples, size: int, *, workers: int = 0, start: int = 0, stop: int | None = None
+) -> Generator[tuple[Tensor, slice], None, None]:
+    """All samples in order, as they are, in chunks of ``size``; the last one may be smaller.
+
+    Args:
+        samples: A split, which may be empty.
+        size: At least 1.
+        workers: As in `batches`.
+        start: The first sample.
+        stop: The sample after the last; None for all.
+
+    Yields:
+        x (<= size, channels, height, width), and where they are: ``samples.clean[where]``.
+
+    Examples:
+        >>> from gradfilter.lab.data._load import load_data
+        >>> data = load_data("digits", device=torch.device("cpu"))
+        >>> [(len(x), where) for x, where in in_order(data.test, 300)]
+        [(300, slice(0, 300, None)), (240, slice(300, 540, None))]
+    """
+    check(size >= 1, "--batch-size", "at least 1", size, "500 is usual for evaluation.")
+    stop = len(samples) if stop is None else min(stop, len(samples))
+    parts = [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
+    rows = [torch.arange(part.start, part.stop) for part in parts]
+    with closing(raw_batches(samples.images, rows, workers)) as loaded:
+        for raw, part in zip(loaded, parts, strict=True):
+            yield samples.images.normalise(raw), part

@@ -1,21 +1,266 @@
-"""A data set by name: found, split, its labels corrupted, put where it is needed."""
+"""Load a data set by name: find, split, corrupt labels, and place on a device."""
 
 from __future__ import annotations
 
+import pickle
+import warnings
 from pathlib import Path
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from gradfilter.lab._usage import check
-from gradfilter.lab.data._find import HUMAN, find
-from gradfilter.lab.data._folder_source import FolderSource
-from gradfilter.lab.data._human_labels import PUBLISHED, human_labels
-from gradfilter.lab.data._images import Images, Normalise
-from gradfilter.lab.data._noise import check_noise, corrupted
-from gradfilter.lab.data._origin import Labels, Part
-from gradfilter.lab.data._samples import Data, Samples
-from gradfilter.lab.data._split import Size, split
+from gradfilter.lab._usage import UsageError, check
+from gradfilter.lab.data._random import random_for
+from gradfilter.lab.data._samples import Data, Images, Normalise, Samples
+from gradfilter.lab.data._sources import HUMAN, FolderSource, Labels, Part, find
+
+# --- Training and validation samples, stratified, with a seed of their own ---
+
+
+Size = int | float | None
+"""A count (int >= 1), a fraction (float in (0, 1)), or None for the default."""
+
+
+def split(
+    labels: NDArray[np.int64], train: Size, val: Size, *, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Places of the training and of the validation samples, disjoint, each part stratified.
+
+    The samples are put in one order in which every beginning and every end is stratified, also
+    those smaller than the number of classes: sample k of a class of size s, shuffled, stands at
+    (k + u) / s, one u in [0, 1) per class. Validation is the beginning, training the end, so that
+    the size of one changes nothing for the other.
+
+    Args:
+        labels: True labels. (n,)
+        train: None takes what validation leaves.
+        val: None takes nothing.
+        seed: At least 0.
+
+    Raises:
+        UsageError: A size is out of range, or both together are more than n.
+
+    Examples:
+        >>> labels = np.repeat([0, 1], [6, 3])
+        >>> train, val = split(labels, None, 3, seed=0)
+        >>> np.bincount(labels[val]), np.bincount(labels[train])
+        (array([2, 1]), array([4, 2]))
+    """
+    n = len(labels)
+    held_out = 0 if val is None else _count("--val-split", val, n)
+    used = n - held_out if train is None else _count("--train-split", train, n)
+    check(
+        1 <= used <= n - held_out,
+        "--train-split",
+        f"at least 1 training sample, and with those for validation at most {n}",
+        f"{used} + {held_out}",
+        "Make one of the splits smaller.",
+    )
+    order = _stratified(labels, seed)
+    return np.sort(order[n - used :]), np.sort(order[:held_out])
+
+
+def _stratified(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    random = random_for(seed, "split")
+    places = np.empty(len(labels))
+    for label, size in enumerate(np.bincount(labels)):
+        members = np.flatnonzero(labels == label)
+        places[random.permutation(members)] = (np.arange(size) + random.random()) / max(size, 1)
+    return np.argsort(places, kind="stable")
+
+
+def _count(option: str, size: float, n: int) -> int:
+    if isinstance(size, int) and size >= 1:
+        return size
+    if isinstance(size, float) and 0 < size < 1 and round(size * n) >= 1:
+        return round(size * n)
+    raise UsageError(
+        f"{option}: expected a whole number of samples of at least 1, or a fraction in (0, 1) of "
+        f"{n}, found {size}. Leave it out for the default."
+    )
+
+
+# --- Label noise: exactly round(ρ · n) labels are wrong, whatever the type ---
+
+
+NoiseType = Literal["symmetric", "pairflip", "class-concentrated"]
+LabelArray = NDArray[np.int64]
+
+# Tenths, because 0.8 · n is not always a whole number where 4/5 · n is.
+CONCENTRATION = 8
+
+
+def check_noise(noise: float, kind: str) -> None:
+    """Refuse what is no fraction or no type.
+
+    Raises:
+        UsageError: ``noise`` is outside [0, 1), or ``kind`` is unknown.
+    """
+    fix = "0.3 makes 30 % of the training labels wrong."
+    check(0 <= noise < 1, "--label-noise", "a fraction in [0, 1)", noise, fix)
+    kinds = get_args(NoiseType)
+    expected, fix = f"one of {', '.join(kinds)}", "symmetric is the default."
+    check(kind in kinds, "--noise-type", expected, repr(kind), fix)
+
+
+def corrupted(clean: LabelArray, noise: float, kind: str, *, classes: int, seed: int) -> LabelArray:
+    """The labels with exactly m = round(ρ · n) of them changed, none onto its true class.
+
+    | type | which samples | new class of class c |
+    |---|---|---|
+    | symmetric | m of all | any other, all alike |
+    | pairflip | m of all | c + 1 mod C |
+    | class-concentrated | 80 % of class 0, of class 1, ..., the rest from the next | any other |
+
+    A pure function of its arguments: every part of an experiment that knows them knows the noise.
+
+    Args:
+        clean: The true labels, 0 .. C − 1. (n,)
+        noise: ρ in [0, 1). m is rounded as Python does it: a half to the even neighbour.
+        kind: One of the types above.
+        classes: C.
+        seed: At least 0.
+
+    Raises:
+        UsageError: A value is out of range, m > 0 with a single class, or m is more than 80 % of
+            every class adds up to.
+
+    Examples:
+        >>> clean = np.array([0, 1, 2, 0, 1, 2])
+        >>> noisy = corrupted(clean, 0.5, "pairflip", classes=3, seed=0)
+        >>> sorted(((noisy - clean) % 3).tolist())
+        [0, 0, 0, 1, 1, 1]
+    """
+    check_noise(noise, kind)
+    check(seed >= 0, "--label-seed", "at least 0", seed, "0 is a seed like any other.")
+    count = round(noise * len(clean))
+    fix = "With one class no label can be wrong; use 0."
+    check(count == 0 or classes > 1, "--label-noise", "0 for one class", noise, fix)
+    random = random_for(seed, "noise")
+    if kind == "class-concentrated":
+        chosen = _concentrated(clean, count, classes, random)
+    else:
+        chosen = random.choice(len(clean), count, replace=False)
+    # An offset from 1 on can never lead back onto the true class.
+    offsets = 1 if kind == "pairflip" else random.integers(1, max(classes, 2), count)
+    noisy = clean.copy()
+    noisy[chosen] = (clean[chosen] + offsets) % classes
+    return noisy
+
+
+def _concentrated(
+    clean: LabelArray, count: int, classes: int, random: np.random.Generator
+) -> NDArray[np.int64]:
+    sizes = np.bincount(clean, minlength=classes)
+    most = sizes * CONCENTRATION // 10
+    check(
+        count <= most.sum(),
+        "--label-noise",
+        f"at most {most.sum()} of {len(clean)} labels wrong, 80 % of every class",
+        f"{count}",
+        "Use less noise, or another --noise-type.",
+    )
+    before = most.cumsum() - most
+    take = np.clip(count - before, 0, most)
+    members = (random.permutation(np.flatnonzero(clean == c)) for c in range(classes))
+    parts = [own[:k] for own, k in zip(members, take, strict=True)]
+    return np.concatenate(parts)
+
+
+# --- Labels made by people, read from a file that need not be trusted ---
+
+
+NOISY, CLEAN = "noisy_label", "clean_label"
+PUBLISHED = "CIFAR-100_human.pt of https://github.com/UCSC-REAL/cifar-10-100n"
+
+# What a pickled array of integers is made of, under the names of NumPy 1 and 2; nothing else is let
+# in. NumPy's own reduction is where the private function can be had from without a private import.
+_RECONSTRUCT = np.zeros(0).__reduce__()[0]
+_INTEGERS = [type(np.dtype(code)) for code in "bBhHiIlLqQ"]
+_ALLOWED: list[Any] = [
+    (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
+    (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"),
+    np.ndarray,
+    np.dtype,
+    *dict.fromkeys(_INTEGERS),
+]
+
+
+def human_labels(path: Path, clean: LabelArray, *, classes: int) -> LabelArray:
+    """The labels in the file, one for every sample of the training set in its original order.
+
+    A torch file (a dict with ``noisy_label`` and ``clean_label``, as published), an .npz with the
+    same names, an .npy, or a text file with one label a line. Nothing in the file is executed.
+
+    Args:
+        path: The file.
+        clean: The true labels of the whole training set. (n,)
+        classes: C; labels are 0 .. C − 1.
+
+    Raises:
+        UsageError: The file is not there, holds something else, or belongs to another data set.
+
+    References:
+        Wei et al., "Learning with Noisy Labels Revisited: A Study Using Real-World Human
+        Annotations", 2022, https://arxiv.org/abs/2110.12088
+    """
+    found = _read(path)
+    noisy = _whole(path, NOISY, found.get(NOISY))
+    for name, labels in ((NOISY, noisy), (CLEAN, found.get(CLEAN))):
+        if labels is not None and len(_whole(path, name, labels)) != len(clean):
+            raise _refusal(path, f"{len(labels)} labels in {name}", f"{len(clean)} labels")
+    if CLEAN in found and not np.array_equal(_whole(path, CLEAN, found[CLEAN]), clean):
+        raise _refusal(path, f"others in {CLEAN}", "the data set's own true labels")
+    if noisy.min() < 0 or noisy.max() >= classes:
+        raise _refusal(path, f"{noisy.min()} .. {noisy.max()}", f"labels 0 .. {classes - 1}")
+    return noisy
+
+
+def _read(path: Path) -> dict[str, Any]:
+    check(path.is_file(), "--noise-file", "a file", repr(str(path)), f"Give it {PUBLISHED}.")
+    try:
+        if path.suffix == ".txt":
+            return {NOISY: np.loadtxt(path, dtype=np.int64, ndmin=1)}
+        if path.suffix == ".npy":
+            return {NOISY: np.load(path, allow_pickle=False)}
+        if path.suffix == ".npz":
+            # Opened here, for NumPy leaves a broken archive open.
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                return dict(arrays)
+        with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
+            # What torch says of a foreign pickle before it refuses it would be a second message.
+            warnings.simplefilter("ignore")
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _refusal(path, "a pickle of something else, which was not executed") from error
+    except Exception as error:  # what readers raise of damaged bytes has no common type
+        raise _refusal(path, f"a file that cannot be read ({type(error).__name__})") from error
+    return found if isinstance(found, dict) else {NOISY: found}
+
+
+def _whole(path: Path, name: str, labels: Any) -> LabelArray:
+    """A list, array or tensor as int64."""
+    if labels is None:
+        raise _refusal(path, f"no {name!r}")
+    try:
+        array = np.asarray(labels)
+    except (ValueError, TypeError) as error:
+        raise _refusal(path, f"{name!r} of another form") from error
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer) or not array.size:
+        raise _refusal(path, f"{name!r} of type {array.dtype}, shape {array.shape}")
+    return array.astype(np.int64)
+
+
+def _refusal(path: Path, found: str, expected: str = "one whole number a sample") -> UsageError:
+    return UsageError(
+        f"--noise-file: expected {expected}, found {found} in {str(path)!r}. Give it {PUBLISHED}."
+    )
+
+
+# --- Load ---
 
 
 def load_data(

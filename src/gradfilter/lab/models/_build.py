@@ -1,19 +1,285 @@
-"""From a model's name and settings to the model, and to what a checkpoint keeps of them."""
+"""Build a model from its name and settings: families, keyword arguments, initialisation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from gradfilter.lab._usage import check
-from gradfilter.lab.models._families import find_family
-from gradfilter.lab.models._images import Shape
-from gradfilter.lab.models._inits import initialise
-from gradfilter.lab.models._settings import as_arguments, is_whole
+from gradfilter.lab._usage import UsageError, check
+from gradfilter.lab.models._networks import (
+    Shape,
+    cnn,
+    cnn5,
+    lenet,
+    mlp,
+    resnet,
+    torchvision_resnet,
+    vgg,
+    vit,
+    wide_resnet,
+)
+
+# --- Families of models, by name ---
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """Models that one function makes.
+
+    Attributes:
+        build: ``build(*sizes, classes=, shape=, **additions, **options) -> nn.Module``.
+        pattern: Of the name, with a group for each of the sizes.
+        examples: Names, for a user who misspelt one.
+        additions: What ``--model-additions`` may name, "dropout" for dropout-P.
+        options: Keyword arguments that are whole numbers >= 1.
+    """
+
+    build: Callable[..., nn.Module]
+    pattern: str
+    examples: tuple[str, ...]
+    additions: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+_SIZE = r"([1-9][0-9]{0,3})"
+_VGGS = ("vgg8", "vgg11", "vgg13", "vgg16", "vgg19")
+
+FAMILIES = {
+    "resnet18_K": ModelFamily(resnet, f"resnet(18)_{_SIZE}", ("resnet18_64",), ("batchnorm",)),
+    "resnet18, resnet34": ModelFamily(
+        resnet, "resnet(18|34)", ("resnet18", "resnet34"), ("batchnorm",)
+    ),
+    "tv_resnet18, tv_resnet34": ModelFamily(
+        torchvision_resnet, "tv_resnet(18|34)", ("tv_resnet18", "tv_resnet34")
+    ),
+    "cnn_K": ModelFamily(cnn, f"cnn_{_SIZE}", ("cnn_64",), ("batchnorm",)),
+    "cnn5_K": ModelFamily(cnn5, f"cnn5_{_SIZE}", ("cnn5_64",), ("batchnorm",)),
+    ", ".join(_VGGS): ModelFamily(vgg, "vgg(8|11|13|16|19)", _VGGS, ("batchnorm",), ("width",)),
+    "vit_D": ModelFamily(vit, f"vit_{_SIZE}", ("vit_512",), ("dropout",), ("patch", "depth")),
+    "mlp_H": ModelFamily(mlp, f"mlp_{_SIZE}", ("mlp_64",), ("dropout",), ("depth",)),
+    "wrn_D_W": ModelFamily(wide_resnet, f"wrn_{_SIZE}_{_SIZE}", ("wrn_28_10",), ("dropout",)),
+    "lenet": ModelFamily(lenet, "lenet", ("lenet",)),
+}
+"""Every family, under the names that a user is told."""
+
+
+def find_family(name: str) -> tuple[ModelFamily, list[int]]:
+    """The family of a model and the sizes in its name.
+
+    Raises:
+        UsageError: No family has such names.
+
+    Examples:
+        >>> family, sizes = find_family("wrn_28_10")
+        >>> family.build.__name__, sizes
+        ('wide_resnet', [28, 10])
+    """
+    for family in FAMILIES.values():
+        if match := re.fullmatch(family.pattern, name):
+            return family, [int(size) for size in match.groups()]
+    near = _nearest(name.lower().replace("-", "_"))
+    hint = f"Did you mean {near}?" if near else "K, H, D and W are whole numbers."
+    raise UsageError(f"--model: expected one of {', '.join(FAMILIES)}, found {name!r}. {hint}")
+
+
+def _nearest(name: str) -> str | None:
+    """The example that looks most like a name, as it is or with other sizes, if any does."""
+    examples = [example for family in FAMILIES.values() for example in family.examples]
+
+    def likeness(example: str) -> float:
+        pairs = ((name, example), (_without_sizes(name), _without_sizes(example)))
+        return max(SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    best = max(examples, key=likeness)
+    return best if likeness(best) >= 0.6 else None
+
+
+def _without_sizes(name: str) -> str:
+    return re.sub("_[0-9]+", "_K", name)
+
+
+# --- Settings of a model: additions and keyword arguments ---
+
+
+def as_arguments(
+    name: str, family: ModelFamily, additions: Sequence[str], kwargs: Mapping[str, int]
+) -> dict[str, Any]:
+    """Additions and keyword arguments, checked, as the family's function takes them.
+
+    Raises:
+        UsageError: The family does not have it; a value is out of range.
+
+    Examples:
+        >>> from gradfilter.lab.models._build import FAMILIES
+        >>> as_arguments("mlp_64", FAMILIES["mlp_H"], ["dropout-0.1"], {"depth": 3})
+        {'dropout': 0.1, 'depth': 3}
+    """
+    some = ", ".join(family.options) or "none"
+    for option, value in kwargs.items():
+        check(option in family.options, "model keyword", some, option, f"{name} has no other.")
+        fair = is_whole(value) and 1 <= value <= 1000
+        check(fair, option, "a whole number from 1 to 1000", value, "Leave it away.")
+    return {**_additions(name, family, additions), **kwargs}
+
+
+def _additions(name: str, family: ModelFamily, additions: Sequence[str]) -> dict[str, Any]:
+    """The additions as keyword arguments of the family's function."""
+    found: dict[str, Any] = {}
+    for addition in additions:
+        kind, _, amount = addition.partition("-")
+        if kind not in family.additions or (kind == "batchnorm" and amount):
+            some = ", ".join("dropout-P" if a == "dropout" else a for a in family.additions)
+            raise UsageError(
+                f"--model-additions: expected {some or 'none'} for {name}, found {addition!r}. "
+                "Leave it away, or take another model."
+            )
+        fix = "Name it once."
+        check(kind not in found, "--model-additions", f"{kind} once", list(additions), fix)
+        found[kind] = True if kind == "batchnorm" else _probability(addition, amount)
+    return found
+
+
+def _probability(addition: str, amount: str) -> float:
+    try:
+        value = float(amount)
+    except ValueError:
+        value = -1.0
+    fix = "dropout-0.1 is usual."
+    check(0 < value < 1, "--model-additions", "dropout-P with 0 < P < 1", repr(addition), fix)
+    return value
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is an int, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+# --- Initialisation of weights ---
+
+
+SMALL = 1e-6
+
+
+def initialise(model: nn.Module, init: str) -> None:
+    """Give a model, fresh from its constructor, the weights of an initialisation.
+
+    ========== ====================================================================================
+    pytorch    What the layers' constructors do.
+    nkaiming   Convolutions and hidden linear layers: weight N(0, std = √(2 / fan-out)), bias 0.
+               The last linear layer keeps its own: its fan-out, the classes, says nothing of it.
+    fixup      In each of the L residual blocks: first convolution N(0, std = √(2/(9·out)) / √L)
+               with bias 0; second convolution 0, weight and bias. Last linear layer 0, weight and
+               bias. The rest keeps its own.
+    mfixup     As fixup, but second convolutions and the last linear layer, weight and bias, are
+               N(0, std = 1e-6).
+    ========== ====================================================================================
+
+    fixup and mfixup are for networks with residual blocks of two convolutions: resnet18_K,
+    resnet18, resnet34, tv_resnet18, tv_resnet34 and wrn_D_W. They were made to do without batch
+    norm; with it they are allowed.
+
+    Args:
+        model: Changed in place, with random numbers of torch's default generator.
+        init: One of the four names.
+
+    Raises:
+        UsageError: Another name; fixup or mfixup and the model has no residual blocks.
+
+    Examples:
+        >>> from gradfilter.lab.models._networks import resnet
+        >>> model = resnet(18, 2, classes=10, shape=(1, 8, 8))
+        >>> initialise(model, "fixup")
+        >>> model(torch.ones(1, 1, 8, 8)).abs().sum().item()
+        0.0
+
+    References:
+        He et al., "Delving Deep into Rectifiers", 2015, https://arxiv.org/abs/1502.01852; Zhang,
+        Dauphin, Ma, "Fixup Initialization", 2019, https://arxiv.org/abs/1901.09321
+    """
+    fix = "pytorch is the default."
+    check(init in INITS, "--weight-init", f"one of {', '.join(INITS)}", repr(init), fix)
+    with torch.no_grad():
+        INITS[init](model)
+
+
+def residual_blocks(model: nn.Module) -> list[tuple[nn.Conv2d, nn.Conv2d]]:
+    """The two convolutions of every block that has a ``conv1`` and a ``conv2``.
+
+    Theirs are torchvision's names, and here no other module has both.
+    """
+    pairs = ((getattr(m, "conv1", None), getattr(m, "conv2", None)) for m in model.modules())
+    return [
+        (first, second)
+        for first, second in pairs
+        if isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d)
+    ]
+
+
+def _pytorch(model: nn.Module) -> None:
+    del model  # its constructors have done it
+
+
+def _nkaiming(model: nn.Module) -> None:
+    head = _head(model)
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module is not head:
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                module.bias.zero_()
+
+
+def _fixup(model: nn.Module) -> None:
+    _scale_blocks(model, std=0.0)
+
+
+def _mfixup(model: nn.Module) -> None:
+    _scale_blocks(model, std=SMALL)
+
+
+def _scale_blocks(model: nn.Module, std: float) -> None:
+    blocks = residual_blocks(model)
+    if not blocks:
+        raise UsageError(
+            "--weight-init: expected a model with residual blocks of convolutions for fixup and "
+            "mfixup, found one without. Take pytorch or nkaiming, or a resnet18_K or wrn_D_W."
+        )
+    for first, second in blocks:
+        fan_out = math.prod(first.kernel_size) * first.out_channels
+        first.weight.normal_(0, math.sqrt(2 / fan_out / len(blocks)))
+        if first.bias is not None:
+            first.bias.zero_()
+        _almost_zero(second, std)
+    _almost_zero(_head(model), std)
+
+
+def _almost_zero(layer: nn.Conv2d | nn.Linear, std: float) -> None:
+    for parameter in layer.parameters():
+        parameter.normal_(0, std)
+
+
+def _head(model: nn.Module) -> nn.Linear:
+    """The last linear layer, which gives the logits."""
+    return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+
+
+INITS: dict[str, Callable[[nn.Module], None]] = {
+    "pytorch": _pytorch,
+    "fixup": _fixup,
+    "mfixup": _mfixup,
+    "nkaiming": _nkaiming,
+}
+
+
+# --- From a name and settings to a model, and to what a checkpoint stores ---
+
 
 MOST_PARAMETERS = 2 * 10**9
 

@@ -1,24 +1,24 @@
-"""How the trainings went, against samples seen and against time."""
+"""Sections of the report: training curves, and agreement of rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gradfilter.lab.report._facets import facets
-from gradfilter.lab.report._figure import Axis, Curve, plot
-from gradfilter.lab.report._groups import Group
-from gradfilter.lab.report._most import shortlist
+from gradfilter.lab.report._figures import Curve, PlotAxis, facets, plot, shortlist
 from gradfilter.lab.report._parts import Plot, Section
-from gradfilter.lab.report._spread import band
+from gradfilter.lab.report._settings import Setting, band
 
-SAMPLES = Axis("training samples seen", "samples")
-SECONDS = Axis("seconds of training steps", "seconds")
+# --- Curves against samples seen and against time ---
+
+
+SAMPLES = PlotAxis("training samples seen", "samples")
+SECONDS = PlotAxis("seconds of training steps", "seconds")
 QUANTITIES = {
-    "test_accuracy": ("Test accuracy", Axis("test accuracy (%)", "test_accuracy", 100)),
-    "train_loss": ("Training loss", Axis("loss on the training images", "train_loss")),
+    "test_accuracy": ("Test accuracy", PlotAxis("test accuracy (%)", "test_accuracy", 100)),
+    "train_loss": ("Training loss", PlotAxis("loss on the training images", "train_loss")),
     "memorised": (
         "Memorised wrong labels",
-        Axis("wrong training labels memorised (%)", "memorised", 100),
+        PlotAxis("wrong training labels memorised (%)", "memorised", 100),
     ),
 }
 NOTE = (
@@ -27,7 +27,7 @@ NOTE = (
 )
 
 
-def curves(groups: Sequence[Group]) -> Section:
+def curves(groups: Sequence[Setting]) -> Section:
     """Test accuracy, loss and memorisation on the way."""
     parts: list[Plot] = []
     groups, left_out = shortlist(groups)
@@ -43,11 +43,11 @@ def curves(groups: Sequence[Group]) -> Section:
 
 
 def over(
-    groups: Sequence[Group],
+    groups: Sequence[Setting],
     name: str,
     title: str,
-    y: Axis,
-    x: Axis,
+    y: PlotAxis,
+    x: PlotAxis,
     by: str,
     against: str,
     said: Sequence[str] = (),
@@ -83,3 +83,54 @@ def over(
 
 def _because(name: str) -> str:
     return ", for no label is wrong" if name == "memorised" else ""
+
+
+# --- Agreement of rows, and how many are accepted ---
+
+
+LEAD = (
+    "Of one batch per evaluation. The noise scale is the batch size at which the gradient's noise "
+    "equals the gradient; where its estimate is not positive there is no point."
+)
+
+
+def agreement(groups: Sequence[Setting]) -> Section:
+    """Cosine, noise scale and accepted rows over the training."""
+    several, left_out = shortlist([group for group in groups if _has_rows(group)])
+    filtering = [group for group in several if _filters(group)]
+    if not several:
+        why = "Needs runs with several rows per batch (--microbatches or --per-sample)."
+        return Section("agreement", "Agreement of the rows", LEAD, left_out=[why])
+    parts: list[Plot] = []
+    for name, title, axis, chosen, why in (
+        ("cosine", "Cosine of the rows", PlotAxis("mean pairwise cosine", "cosine"), several, ""),
+        (
+            "accepted",
+            "Accepted rows",
+            PlotAxis("rows accepted (%)", "accepted", 100),
+            filtering,
+            "needs runs with a filter (--agree or --consensus)",
+        ),
+        (
+            "noise_scale",
+            "Noise scale",
+            PlotAxis("simple noise scale (samples)", "noise_scale", log=10),
+            several,
+            "",
+        ),
+    ):
+        drawn = over(chosen, name, title, axis, SAMPLES, "by-samples", "over the training")
+        parts += drawn
+        if not drawn:
+            left_out.append(f"{title}: {why or 'not measured in these runs'}.")
+    return Section("agreement", "Agreement of the rows", LEAD, parts, left_out)
+
+
+def _has_rows(group: Setting) -> bool:
+    settings = group.runs[0].settings
+    return bool(settings["microbatches"] > 1 or settings["per_sample"])
+
+
+def _filters(group: Setting) -> bool:
+    settings = group.runs[0].settings
+    return settings["agree"] is not None or settings["consensus"] is not None

@@ -1,19 +1,24 @@
-"""The tables of measurements, and of the runs themselves."""
+"""Sections of the report: measurements of checkpoints, and double descent over widths."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
 
-from gradfilter.lab._reading import printable
-from gradfilter.lab.report._groups import Group
-from gradfilter.lab.report._measures import Measure
-from gradfilter.lab.report._parts import Section, Table
-from gradfilter.lab.report._spread import spread
-from gradfilter.lab.report._table import Column, Row, table
-from gradfilter.lab.train._evaluations import NUMBERS
+from gradfilter.lab._run_files import printable
+from gradfilter.lab.report._figures import MOST, Curve, Mark, PlotAxis, facets, plot
+from gradfilter.lab.report._parts import Column, Plot, Row, Section, Table, table
+from gradfilter.lab.report._runs import Measure, RecordedRun, usual_variant
+from gradfilter.lab.report._settings import Setting, apart_from, finished, mean_and_sd, points
+from gradfilter.lab.train._evaluation import NUMBERS
+
+# --- Tables of measurements, and of the runs themselves ---
+
 
 NUMBERS_OF = {
     "mean": "mean",
@@ -23,7 +28,7 @@ NUMBERS_OF = {
 }
 
 
-def measurements(groups: Sequence[Group]) -> Section:
+def measurements(groups: Sequence[Setting]) -> Section:
     """What ``gradfilter stats`` found, at the last checkpoint that it measured."""
     name, title = "measurements", "Measurements of checkpoints"
     lead = (
@@ -54,7 +59,7 @@ def measurements(groups: Sequence[Group]) -> Section:
     )
 
 
-def _rows(group: Group) -> tuple[list[Row], list[str]]:
+def _rows(group: Setting) -> tuple[list[Row], list[str]]:
     """A row per way of measuring, and which have none."""
     by_way: dict[tuple[str, str], dict[int, dict[int, Measure]]] = {}
     for number, run in enumerate(group.runs):
@@ -76,7 +81,7 @@ def _rows(group: Group) -> tuple[list[Row], list[str]]:
     return found, left_out
 
 
-def _comparable(group: Group, of_runs: dict[int, dict[int, Measure]]) -> list[Measure]:
+def _comparable(group: Setting, of_runs: dict[int, dict[int, Measure]]) -> list[Measure]:
     """Of every run that was measured, where they stood alike: one step, or their ends."""
     common = set.intersection(*(set(by_step) for by_step in of_runs.values()))
     if common:
@@ -85,7 +90,7 @@ def _comparable(group: Group, of_runs: dict[int, dict[int, Measure]]) -> list[Me
     return [end for end in ends if end is not None] if all(ends) else []
 
 
-def overview(groups: Sequence[Group]) -> Section:
+def overview(groups: Sequence[Setting]) -> Section:
     """Every run, its state and where it is."""
     rows, numbers = [], []
     for group in groups:
@@ -107,7 +112,7 @@ def overview(groups: Sequence[Group]) -> Section:
                     "–" if math.isnan(run.parameters) else f"{run.parameters:.0f}",
                     f"{run.last('step'):.0f}",
                     f"{run.last('epoch'):.4g}",
-                    spread([run.last("seconds")]).shown(),
+                    mean_and_sd([run.last("seconds")]).shown(),
                     facts["run"],
                 ]
             )
@@ -124,3 +129,187 @@ def overview(groups: Sequence[Group]) -> Section:
     note = "The CSV has every setting, and every number of the last evaluation."
     listed = Table("runs", "All of them", note, headings, rows, pd.DataFrame(numbers))
     return Section("runs", "Runs", "What this page is made of.", [listed])
+
+
+# --- Double descent: error and Lipschitz constant against the width of one family of models ---
+
+
+FEWEST = 3
+"""Widths that make a curve."""
+SPLITS = {"train": "--", "test": "-", "val": ":"}
+LEAD = (
+    "The interpolation threshold is the first width whose training error, by the labels trained "
+    "on, is 0 in every run."
+)
+
+
+@dataclass(frozen=True)
+class WidthFamily:
+    """Models of one kind in several widths, the same in all other settings.
+
+    Attributes:
+        name: Without the width.
+        groups: In the order of the widths.
+    """
+
+    name: str
+    groups: tuple[Setting, ...]
+
+    @property
+    def threshold(self) -> Setting | None:
+        """The first width that fits all of its training labels."""
+        fits = (g for g in self.groups if all(r.last("train_accuracy") == 1 for r in g.runs))
+        return next(fits, None)
+
+
+def widths(groups: Sequence[Setting]) -> Section:
+    """Errors, Lipschitz constants and Jacobians against width and parameters."""
+    title, parts, left_out = "Width and double descent", [], []
+    by_name: dict[str, list[WidthFamily]] = {}
+    for family in families(finished(groups)):
+        by_name.setdefault(family.name, []).append(family)
+    if not by_name:
+        left_out.append(
+            f"Needs finished runs of one model in {FEWEST} or more widths (mlp_H, cnn_K, "
+            "resnet18_K), the same in all other settings."
+        )
+    for name, members in by_name.items():
+        for quantity in (_errors, _lipschitz, _jacobians):
+            drawn = [p for x in (_width, _parameters) for p in quantity(name, members, x)]
+            parts += drawn
+            if not drawn:
+                left_out.append(f"{name}: {_MISSING[quantity]}")
+    return Section("width", title, LEAD, parts, left_out)
+
+
+def families(groups: Sequence[Setting]) -> Iterator[WidthFamily]:
+    """Families of models with at least `FEWEST` widths."""
+    for alike in apart_from(groups, "model"):
+        by_name: dict[str, list[Setting]] = {}
+        for group in alike:
+            if name := family_and_width(group.runs[0].settings["model"])[0]:
+                by_name.setdefault(name, []).append(group)
+        for name, members in by_name.items():
+            if len(members) >= FEWEST:
+                yield WidthFamily(name, tuple(sorted(members, key=_width)))
+
+
+def family_and_width(model: str) -> tuple[str, int]:
+    """What a model is called without its width, and the width; no name if it has none.
+
+    Examples:
+        >>> family_and_width("resnet18_16"), family_and_width("vgg11")
+        (('resnet18', 16), ('', 0))
+    """
+    found = re.fullmatch(r"(\w+)_(\d+)", model)
+    return (found[1], int(found[2])) if found else ("", 0)
+
+
+def _width(group: Setting) -> float:
+    return family_and_width(group.runs[0].settings["model"])[1]
+
+
+def _parameters(group: Setting) -> float:
+    return group.runs[0].parameters
+
+
+Place = Callable[[Setting], float]
+Line = tuple[str, Callable[[RecordedRun], float], str]
+"""What to call it, the number, and its dashes."""
+
+
+def _errors(name: str, members: Sequence[WidthFamily], place: Place) -> list[Plot]:
+    lines: list[Line] = [
+        (f"{split} error", _error(split), SPLITS[split]) for split in ("test", "train")
+    ]
+    return _figures(name, members, place, lines, "error", PlotAxis("error (%)", "error", 100))
+
+
+def _error(split: str) -> Callable[[RecordedRun], float]:
+    return lambda run: 1 - run.last(f"{split}_accuracy")
+
+
+def _lipschitz(name: str, members: Sequence[WidthFamily], place: Place) -> list[Plot]:
+    lines = _measured(members, "jacobian_operator_norm", "lipschitz")
+    axis = PlotAxis("√(mean σ²) of input Jacobians", "lipschitz")
+    return _figures(name, members, place, lines, "empirical Lipschitz constant", axis)
+
+
+def _jacobians(name: str, members: Sequence[WidthFamily], place: Place) -> list[Plot]:
+    axis = PlotAxis("mean Frobenius norm", "jacobian")
+    lines = _measured(members, "jacobian", "mean")
+    return _figures(name, members, place, lines, "input Jacobian", axis)
+
+
+def _measured(members: Sequence[WidthFamily], metric: str, number: str) -> list[Line]:
+    runs = [run for family in members for group in family.groups for run in group.runs]
+    ways = {split: usual_variant(runs, metric, split) for split in SPLITS}
+    return [
+        (f"{split} images", partial(RecordedRun.at_end, variant=ways[split], number=number), dashes)
+        for split, dashes in SPLITS.items()
+    ]
+
+
+_MISSING = {
+    _errors: "no error was measured.",
+    _lipschitz: "empirical Lipschitz constant: needs gradfilter stats --metric "
+    "jacobian_operator_norm --last on these runs.",
+    _jacobians: "input Jacobian: needs gradfilter stats --metric jacobian --last on these runs.",
+}
+
+
+def _figures(
+    name: str,
+    members: Sequence[WidthFamily],
+    place: Place,
+    lines: Sequence[Line],
+    what: str,
+    y: PlotAxis,
+) -> list[Plot]:
+    settings = [{n: v for n, v in f.groups[0].settings.items() if n != "model"} for f in members]
+    by = "width" if place is _width else "parameters"
+    found = []
+    for facet in facets(settings, most=MOST // 2):
+        drawn: list[Curve] = []
+        marks: dict[str, Mark] = {}
+        never = []
+        several = len(facet.members) > 1
+        for colour, member in enumerate(facet.members):
+            family = members[member]
+            setting = family.groups[0].label(facet.names) if facet.names else ""
+            for called, number, dashes in lines:
+                data = points(family.groups, place, number)
+                if len(data) > 1:
+                    label = _joined(called, setting)
+                    style = colour if several else len(drawn)
+                    drawn.append(Curve(label, data, settings[member], style, dashes))
+            mark = _joined("interpolation threshold", setting)
+            if family.threshold is None:
+                never.append(mark)
+            elif math.isfinite(at := place(family.threshold)):
+                marks[mark] = Mark(at, colour if several else None)
+        if drawn:
+            found.append(
+                plot(
+                    f"{by}-{name}-{y.name}{facet.suffix}",
+                    facet.titled(f"{name}: {what} against {by}"),
+                    drawn,
+                    PlotAxis(by, by, log=_base(by, drawn)),
+                    y,
+                    note="".join(f"No width reaches the {mark}. " for mark in never).strip(),
+                    marks=marks,
+                    points=True,
+                )
+            )
+    return found
+
+
+def _base(by: str, curves: Sequence[Curve]) -> int | None:
+    places = [x for curve in curves for x in curve.data["x"]]
+    if max(places) < 8 * min(places):
+        return None
+    return 2 if by == "width" else 10
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(part for part in parts if part)

@@ -1,4 +1,4 @@
-"""Trainings as they lie on disk."""
+"""Read trainings, their evaluations and their measurements from disk."""
 
 from __future__ import annotations
 
@@ -10,16 +10,156 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from gradfilter.lab._reading import printable, reading
+from gradfilter.lab._run_files import ForeignError, printable, reading
 from gradfilter.lab._usage import LARGEST, UsageError
-from gradfilter.lab.report._measures import Measure, read_measures
-from gradfilter.lab.report._metrics import number, read_metrics
-from gradfilter.lab.train._config import TrainConfig
-from gradfilter.lab.train._place import read_config
+from gradfilter.lab.stats._stats_files import MOST, Document, read
+from gradfilter.lab.train._evaluation import NUMBERS, read_evaluations
 from gradfilter.lab.train._record import METRICS
-from gradfilter.lab.train._stored import check_types
+from gradfilter.lab.train._run_place import check_types, read_config
+from gradfilter.lab.train._train_config import TrainConfig
+
+# --- Evaluations of a training, as columns of numbers ---
+
+
+def read_metrics(path: Path) -> tuple[pd.DataFrame, list[str]]:
+    """The evaluations of a run, what was not measured as NaN; and whether a last one was cut off.
+
+    Raises:
+        UsageError: There are none, or a line is none.
+    """
+    evaluations, half = read_evaluations(path)
+    cut = [f"{str(path)!r}: its last line is cut off."] if half else []
+    if not evaluations:
+        raise UsageError(f"{str(path)!r} has no evaluation yet.")
+    rows = [[number(found.get(name)) for name in NUMBERS] for found in evaluations]
+    found = pd.DataFrame(rows, columns=list(NUMBERS), dtype=float)
+    return found.drop_duplicates("step", keep="last", ignore_index=True), cut
+
+
+def number(value: Any) -> float:
+    """A number of a JSON file; null is NaN.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if value is not None and not isinstance(value, int | float):
+        raise TypeError(value)
+    return math.nan if value is None else float(value)
+
+
+# --- Measurements of the checkpoints of a training ---
+
+
+FOLDER = "stats"
+PLAIN = {"gen_strategy": "none", "normalization": "none", "target_logit_only": False}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One column of one file of numbers.
+
+    Attributes:
+        metric: What was measured.
+        column: Which of its numbers, where there are several.
+        split: On which samples.
+        variant: The file's name without checkpoint and range: it names the settings.
+        plain: Of the images themselves, differentiating the logits.
+        checkpoint: Its id.
+        step: Where the training stood.
+        samples: How many there are.
+        mean: Over them.
+        lipschitz: √(mean m²) for operator norms; otherwise NaN.
+        wrong: The mean over the samples with wrong labels; NaN if there are none.
+        right: The mean over the others.
+    """
+
+    metric: str
+    column: str
+    split: str
+    variant: str
+    plain: bool
+    checkpoint: int
+    step: int
+    samples: int
+    mean: float
+    lipschitz: float
+    wrong: float
+    right: float
+
+
+def read_measures(run: Path) -> tuple[tuple[Measure, ...], list[str]]:
+    """The measurements of a run, and why others cannot be read.
+
+    Of files that measure parts of a split the largest counts.
+    """
+    chosen: dict[tuple[str, str, int], Measure] = {}
+    unreadable = []
+    for path in sorted((run / FOLDER).glob("*.json")):
+        try:
+            with reading(path, "the file of numbers", "Remove it, or measure again."):
+                found = _measures(path, read(path))
+        except UsageError as error:
+            unreadable.append(str(error))
+            continue
+        for measure in found:
+            key = (measure.variant, measure.column, measure.checkpoint)
+            if key not in chosen or measure.samples > chosen[key].samples:
+                chosen[key] = measure
+    return tuple(chosen.values()), unreadable
+
+
+def _measures(path: Path, document: Document) -> list[Measure]:
+    facts = document["metadata"]
+    settings: Mapping[str, Any] = facts["settings"]
+    if facts["axes"][-1] not in ("sample", "column"):
+        return []  # running values along a path, which have no one mean
+    words = (settings["metric"], settings["dataset_split"], *facts["columns"])
+    if not all(isinstance(word, str) for word in words):
+        raise ForeignError("it does not say what was measured")
+    at = facts["checkpoint"]
+    if not all(type(at[name]) is int and 0 <= at[name] <= MOST for name in ("id", "step")):
+        raise ForeignError("it does not say at which checkpoint")
+    values = np.array(document["stats"], dtype=float)  # null becomes NaN
+    values = values.reshape(len(values), -1)  # (samples, columns)
+    start, stop = facts["samples"]
+    per_sample = len(values) == len(document["targets"])
+    wrong = np.array(document["targets"]) != np.array(document["ground_truths"])
+    lipschitz = np.ravel(facts["aggregate"].get("lipschitz", math.nan)).astype(float)
+    return [
+        Measure(
+            printable(settings["metric"]),
+            printable(column),
+            printable(settings["dataset_split"]),
+            printable(path.stem.rsplit("-checkpoint-", 1)[0]),
+            all(settings.get(name, value) == value for name, value in PLAIN.items()),
+            at["id"],
+            at["step"],
+            stop - start,
+            _of_all(facts, column, numbers),
+            float(lipschitz[0]),
+            _mean(numbers[wrong]) if per_sample and wrong.any() else math.nan,
+            _mean(numbers[~wrong]) if per_sample else math.nan,
+        )
+        for column, numbers in zip(facts["columns"], values.T, strict=True)
+    ]
+
+
+def _of_all(facts: Mapping[str, Any], column: str, values: np.ndarray) -> float:
+    """The mean; of noise scales, which may be infinite, the quotient of means that stats wrote."""
+    whole = facts["aggregate"].get(column)
+    return float(whole) if isinstance(whole, int | float) else _mean(values)
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+# --- Trainings on disk ---
+
 
 DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
 
@@ -27,7 +167,7 @@ log = logging.getLogger("gradfilter.report")
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """One training.
 
     Attributes:
@@ -90,7 +230,7 @@ class Run:
         return math.nan
 
 
-def usual_variant(runs: Iterable[Run], metric: str, split: str) -> str:
+def usual_variant(runs: Iterable[RecordedRun], metric: str, split: str) -> str:
     """The way of measuring that most of these runs share, of several the shortest name; or none.
 
     Numbers that were measured with different settings are not to be compared.
@@ -99,7 +239,7 @@ def usual_variant(runs: Iterable[Run], metric: str, split: str) -> str:
     return min(ways, key=lambda way: (-ways[way], len(way)), default="")
 
 
-def read_runs(dirs: Sequence[Path]) -> tuple[list[Run], list[str]]:
+def read_runs(dirs: Sequence[Path]) -> tuple[list[RecordedRun], list[str]]:
     """The trainings below some directories, each once, and why others were skipped.
 
     Raises:
@@ -150,7 +290,7 @@ def _without_record(dirs: Sequence[Path]) -> list[str]:
 
 def _run(
     place: Path, record: Mapping[str, Any], metrics: pd.DataFrame, measures: tuple[Measure, ...]
-) -> Run:
+) -> RecordedRun:
     known = {name: value for name, value in record["settings"].items() if name in DEFAULTS}
     settings = DEFAULTS | known
     with reading(place / "config.json", "the record of a run", "It is left out."):
@@ -162,7 +302,7 @@ def _run(
         if settings["steps"] is not None:
             settings["epochs"] = None
         versions = dict(record.get("versions") or {})
-        return Run(
+        return RecordedRun(
             place,
             printable(record.get("status")),
             {name: _shown(value) for name, value in settings.items()},

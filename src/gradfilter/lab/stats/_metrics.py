@@ -1,21 +1,247 @@
-"""Every metric as a function of a batch of images, labels and sample ids."""
+"""Metrics as functions of a batch of images, labels and sample indices."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Literal
 
-from torch import Tensor
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+import gradfilter as gf
 from gradfilter import diagnostics
-from gradfilter.lab.stats import _outputs
-from gradfilter.lab.stats._catalogue import MetricName
-from gradfilter.lab.stats._config import StatsConfig
-from gradfilter.lab.stats._draws import seeds
-from gradfilter.lab.stats._jitter import jittered
-from gradfilter.lab.stats._on_batches import agreement, sharpness
+from gradfilter.diagnostics._jacobian import Normalization
 from gradfilter.lab.stats._recorder import Measure, Values
-from gradfilter.lab.stats._tangent import difference_quotient
+from gradfilter.lab.stats._stats_config import MetricName, StatsConfig
 from gradfilter.lab.train._restore import Restored
+
+# --- Random numbers of a sample, whatever its batch, process or order ---
+
+
+Purpose = Literal["jitter", "start", "probes"]
+
+
+def seeds(seed: int, purpose: Purpose, ids: Tensor) -> list[int]:
+    """A seed of one purpose for every sample.
+
+    Args:
+        seed: Of the whole measurement, >= 0.
+        purpose: What the numbers are for.
+        ids: Of the samples. (N,)
+    """
+    return [
+        int(_sequence(seed, purpose, sample).generate_state(1, np.uint64)[0] >> 1)
+        for sample in ids.tolist()
+    ]
+
+
+def uniform(
+    seed: int, purpose: Purpose, ids: Tensor, shape: tuple[int, ...], low: float, high: float
+) -> Tensor:
+    """Numbers U[low, high] for every sample. (N, *shape) float64, on the host."""
+    draws = [
+        np.random.default_rng(_sequence(seed, purpose, sample)).uniform(low, high, shape)
+        for sample in ids.tolist()
+    ]
+    return torch.from_numpy(np.stack(draws))
+
+
+def _sequence(seed: int, purpose: Purpose, sample: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence([seed, *purpose.encode(), sample])
+
+
+# --- Copies of images in slightly different colours ---
+
+
+COPIES = 4
+LOW, HIGH = 0.99, 1.01
+LUMA = (0.299, 0.587, 0.114)
+"""Of red, green and blue in a grey image."""
+
+
+def jittered(images: Tensor, ids: Tensor, mean: Tensor, std: Tensor, seed: int) -> Tensor:
+    """Four copies of every image, with another brightness, contrast and saturation each.
+
+    In raw colours r = x · std + mean, one after the other: r ← b r; r ← c r + (1 − c) grey mean of
+    the image; r ← s r + (1 − s) grey image, with b, c, s from U[0.99, 1.01]. After each, colours
+    stay in [0, 1], or in the image's own range where that is wider. Images without three channels
+    have no saturation; their grey is the mean of the channels.
+
+    Args:
+        images: Normalised. (N, c, h, w)
+        ids: The factors belong to these samples. (N,)
+        mean: Of the normalisation. (c, 1, 1)
+        std: The same. (c, 1, 1)
+        seed: Of the factors.
+
+    Returns:
+        Normalised. (4, N, c, h, w)
+    """
+    raw = images * std + mean
+    bounds = raw.flatten(1).aminmax(dim=1)
+    low = bounds.min.clamp(max=0)[:, None, None, None]
+    high = bounds.max.clamp(min=1)[:, None, None, None]
+    factors = uniform(seed, "jitter", ids, (COPIES, 3), LOW, HIGH).to(raw)  # (N, 4, 3)
+    copies = []
+    for j in range(COPIES):
+        brightness, contrast, saturation = factors[:, j, :, None, None, None].unbind(1)
+        copy = (raw * brightness).clamp(low, high)
+        copy = torch.lerp(grey(copy).mean((1, 2, 3), keepdim=True), copy, contrast)
+        copy = copy.clamp(low, high)
+        if raw.shape[1] == len(LUMA):
+            copy = torch.lerp(grey(copy), copy, saturation).clamp(low, high)
+        copies.append((copy - mean) / std)
+    return torch.stack(copies)
+
+
+def grey(raw: Tensor) -> Tensor:
+    """The brightness of every pixel. (N, c, h, w) -> (N, 1, h, w)."""
+    if raw.shape[1] != len(LUMA):
+        return raw.mean(1, keepdim=True)
+    return (raw * raw.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
+
+
+# --- The change of a function from an image to slightly recoloured copies ---
+
+
+LEGACY_SCALE = 0.1
+
+
+def difference_quotient(
+    function: Callable[[Tensor], Tensor], images: Tensor, copies: Tensor, legacy_scale: bool
+) -> Tensor:
+    """√(mean_j ‖(h(x₀) − h(x_j))/δ_j‖²) with δ_j = ‖x₀ − x_j‖. (N,).
+
+    An image that its copies equal, a black one, has no such number: it is NaN.
+
+    Args:
+        function: h, from images to anything (N, ...), sample by sample.
+        images: x₀. (N, c, h, w)
+        copies: x_1, x_2, ... (copies, N, c, h, w)
+        legacy_scale: δ_j = 0.1 for every j instead.
+    """
+    base = function(images)
+    squares = []
+    for copy in copies:
+        scale: Tensor | float = LEGACY_SCALE
+        if not legacy_scale:
+            scale = _norm(images - copy)
+        squares.append((_norm(base - function(copy)) / scale).square())
+    return torch.stack(squares).mean(0).sqrt()
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(tensor.flatten(1), dim=1, dtype=wide)
+    return norms
+
+
+# --- Outputs of a network, and their accuracy ---
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """The logits, in float32 or wider. (N, C)."""
+    logits: Tensor = model(images)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def crossentropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """−log p_y. (N,)."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """1 where the largest logit is the label's, else 0. (N,)."""
+    return (logits.argmax(1) == labels).to(logits.dtype)
+
+
+def confidence(logits: Tensor, labels: Tensor) -> Tensor:
+    """How far the probabilities are from certainty, ‖p − onehot(y)‖. (N,)."""
+    apart = logits.softmax(1) - F.one_hot(labels, logits.shape[1])
+    norms: Tensor = torch.linalg.vector_norm(apart, dim=1)
+    return norms
+
+
+def normalised(
+    logits: Tensor, labels: Tensor, normalization: Normalization, target_logit_only: bool
+) -> Tensor:
+    """g, what is differentiated elsewhere, itself. (N, C), or (N, 1) where one number is left.
+
+    Args:
+        logits: (N, C).
+        labels: (N,).
+        normalization: Any but jacobian, which is none of the outputs.
+        target_logit_only: The label's entry only.
+    """
+    if normalization == "crossentropy":
+        return crossentropy(logits, labels)[:, None]
+    if normalization == "softmax":
+        logits = logits.softmax(1)
+    elif normalization == "logsoftmax":
+        logits = logits.log_softmax(1)
+    return logits.gather(1, labels[:, None]) if target_logit_only else logits
+
+
+# --- Metrics of a whole batch: agreement of its gradients, sharpness of its loss ---
+
+
+def agreement(config: StatsConfig, restored: Restored) -> Measure:
+    """Mean pairwise cosine of microbatch gradients, simple noise scale, and what that is made of.
+
+    B = batch size / M samples make a row. A last batch that is too short has fewer rows, and
+    leaves out samples that fill none; with fewer than two rows there are no numbers.
+    """
+    loss, (params, buffers) = (
+        gf.model_loss(restored.model, F.cross_entropy),
+        gf.extract(restored.model),
+    )
+    size = config.batch_size // config.microbatches
+
+    def measure(images: Tensor, labels: Tensor, ids: Tensor) -> Values:
+        count = len(images) // size
+        if count < 2:
+            return Values(images.new_full((1, 4), torch.nan))
+        batch = images[: count * size], labels[: count * size]
+        rows = gf.microbatch_grads(loss, count)(params, batch, buffers=buffers)
+        noise = diagnostics.noise_scale(rows, size)
+        cosine = diagnostics.agreement(rows)
+        return Values(torch.stack([cosine, noise.samples, noise.trace, noise.sq_norm])[None])
+
+    return measure
+
+
+def sharpness(config: StatsConfig, restored: Restored) -> Measure:
+    """f(w + e) − f(w), and the top eigenvalue and the trace of the Hessian in the parameters."""
+    loss, (params, buffers) = (
+        gf.model_loss(restored.model, F.cross_entropy),
+        gf.extract(restored.model),
+    )
+
+    def measure(images: Tensor, labels: Tensor, ids: Tensor) -> Values:
+        batch = images, labels
+        rise = diagnostics.sharpness(loss, params, batch, config.rho, buffers=buffers)
+        (start,) = seeds(config.mc_sample_seed, "start", ids[:1])
+        (probe,) = seeds(config.mc_sample_seed, "probes", ids[:1])
+        top = diagnostics.hessian_top(
+            loss,
+            params,
+            batch,
+            buffers=buffers,
+            iterations=config.num_power_iters,
+            seed=start,
+        )
+        trace = diagnostics.hessian_trace(
+            loss, params, batch, buffers=buffers, probes=config.num_probes, seed=probe
+        )
+        return Values(torch.stack([rise, top.value, trace.value])[None], top.residual)
+
+    return measure
+
+
+# --- All metrics by name ---
 
 
 def measure_of(config: StatsConfig, restored: Restored) -> Measure:
@@ -28,7 +254,7 @@ def _of_outputs(
 ) -> Callable[[StatsConfig, Restored], Measure]:
     def make(config: StatsConfig, restored: Restored) -> Measure:
         return lambda images, labels, ids: Values(
-            function(_outputs.logits_of(restored.model, images), labels)
+            function(logits_of(restored.model, images), labels)
         )
 
     return make
@@ -67,8 +293,8 @@ def _operator_norm(config: StatsConfig, restored: Restored) -> Measure:
 
 def _tangent_jacobian(config: StatsConfig, restored: Restored) -> Measure:
     def outputs(images: Tensor, labels: Tensor) -> Tensor:
-        logits = _outputs.logits_of(restored.model, images)
-        return _outputs.normalised(logits, labels, config.normalization, config.target_logit_only)
+        logits = logits_of(restored.model, images)
+        return normalised(logits, labels, config.normalization, config.target_logit_only)
 
     return _tangent(config, restored, outputs)
 
@@ -144,9 +370,9 @@ def _chunk_size(config: StatsConfig, restored: Restored) -> int | None:
 
 
 MEASURES: Mapping[MetricName, Callable[[StatsConfig, Restored], Measure]] = {
-    "crossentropy": _of_outputs(_outputs.crossentropy),
-    "accuracy": _of_outputs(_outputs.accuracy),
-    "confidence": _of_outputs(_outputs.confidence),
+    "crossentropy": _of_outputs(crossentropy),
+    "accuracy": _of_outputs(accuracy),
+    "confidence": _of_outputs(confidence),
     "jacobian": _jacobian,
     "jacobian_operator_norm": _operator_norm,
     "tangent_jacobian": _tangent_jacobian,

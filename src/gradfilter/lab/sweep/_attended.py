@@ -11,9 +11,7 @@ import time
 from typing import Never
 
 from gradfilter.lab._cli import main
-
-AGAIN = 10.0
-"""Seconds after which a Ctrl-C is repeated: one that comes while Python starts may be lost."""
+from gradfilter.lab.sweep._workers import AGAIN
 
 
 def follow(pipe: int) -> Never:

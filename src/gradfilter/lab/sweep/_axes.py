@@ -14,8 +14,8 @@ from optuna.trial import Trial
 
 from gradfilter.lab._options import arguments
 from gradfilter.lab._usage import UsageError, check, did_you_mean
-from gradfilter.lab.train._command import NESTEROV
-from gradfilter.lab.train._config import PLACE, WATCHING, TrainConfig
+from gradfilter.lab.train._train_command import NESTEROV
+from gradfilter.lab.train._train_config import PLACE, WATCHING, TrainConfig
 
 Reader = Callable[[Sequence[str]], TrainConfig]
 """From options of train to its settings."""

@@ -1,4 +1,4 @@
-"""What a study is made of, checked as a whole before anything starts."""
+"""The options and the plan of a study, checked as a whole before anything starts."""
 
 from __future__ import annotations
 
@@ -6,17 +6,189 @@ import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from optuna.distributions import distribution_to_json
 
 from gradfilter.lab._usage import UsageError, check
 from gradfilter.lab.sweep._axes import Axis, Reader, axes_of, fields_of
-from gradfilter.lab.sweep._config import SweepConfig
-from gradfilter.lab.sweep._corners import check_all, check_places
-from gradfilter.lab.train._config import PLACE, WATCHING, TrainConfig
+from gradfilter.lab.train._build_training import data_of, model_of
+from gradfilter.lab.train._config_checks import check_values, option, refuse_ignored
 from gradfilter.lab.train._evaluation import Evaluation
-from gradfilter.lab.train._place import plain_settings
+from gradfilter.lab.train._run_place import place_of, plain_settings
+from gradfilter.lab.train._train_command import spelt_out
+from gradfilter.lab.train._train_config import PLACE, WATCHING, TrainConfig
+
+# --- The options ---
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Train many times, as one study that any number of workers and machines share.
+
+    Options of train that all trainings have in common come after a lone --:
+    gradfilter sweep --grid learning_rate=0.01,0.1 seed=0,1,2 -- --epochs 20 --label-noise 0.3
+
+    The same command given again, in another terminal or on another machine, joins the study and
+    shares the work; after Ctrl-C or kill -9 it goes on with it, and a training goes on where it
+    was stopped. Afterwards study.csv and study.json have a line per training. The exit code is 1
+    if a training failed.
+    """
+
+    grid: tuple[str, ...] = ()
+    """NAME=VALUE,VALUE,...: settings of train and their values; every combination is trained.
+    Several parts of one value are quoted: "betas=0.9 0.99,0.5 0.9"."""
+    sample: tuple[str, ...] = ()
+    """NAME=LOW:HIGH, NAME=log:LOW:HIGH or NAME=VALUE,VALUE,...: settings of train that are searched
+    by tree-structured Parzen estimators (TPE)."""
+    trials: int | None = None
+    """Trainings of --sample, 20 unless given; more may be asked for later."""
+    sampler_seed: int | None = None
+    """Seed of the search, 0 unless given."""
+
+    metric: str | None = None
+    """Which number of an evaluation counts: val_accuracy if there is a validation split, else, for
+    a grid, test_accuracy."""
+    evaluation: Literal["last", "best"] = "last"
+    """Of which evaluation of a training."""
+    direction: Literal["maximize", "minimize"] | None = None
+    """Which values are better; None knows it from the metric."""
+
+    name: str = ""
+    """Of the study, and of the folder inside train's --save-dir that its runs are kept in; sweep
+    unless given (NAME)."""
+    storage: str | None = None
+    """Where the study is kept: a file, by default study.db in that folder, or for several machines
+    the URL of a database: postgresql://USER@HOST/NAME, mysql://..."""
+    jobs: int = 1
+    """Workers that this command starts, on a GPU each if there are several."""
+    heartbeat: int = 30
+    """Seconds between two signs of life of a worker; after twice as many without one its training
+    is taken up by another. What the study was begun with counts for all who join it."""
+    retry_failed: bool = False
+    """Train again what failed."""
+
+    preset: str | None = None
+    """The tables [sweep] and [train] of a published recipe: gaf-cifar100, gaf-cifar100n,
+    agc-cifar10, gsam-cifar10, double-descent-cifar10 or double-descent-digits."""
+    config: Path | None = None
+    """A TOML file with such tables; counts more than a preset, less than options."""
+
+
+# --- The extreme trainings of a study, which are checked for all those between them ---
+
+
+DATA = ("data", "noise_file", "image_size", "train_split", "val_split", "noise_type", "dtype")
+"""Which data set it is and whether it can be had, whatever the seeds."""
+MODEL = ("model", "model_additions", "model_arguments", "weight_init")
+"""Which model it is."""
+Values = tuple[Any, ...]
+
+
+def check_all(corners: Sequence[TrainConfig], option: str) -> None:
+    """Refuse values that no data set and no model can make right.
+
+    Raises:
+        UsageError: One of the trainings has such.
+    """
+    for config in corners:
+        try:
+            check_values(config)
+        except UsageError as error:
+            raise _of_one(option, error) from None
+
+
+def check_places(corners: Sequence[TrainConfig]) -> None:
+    """Refuse two trainings in one directory.
+
+    Raises:
+        UsageError: There are two.
+    """
+    places = set()
+    for config in corners:
+        place = place_of(config)
+        if place in places:
+            raise UsageError(
+                f"--grid: two trainings have the run directory {str(place)!r}. "
+                "Choose values that differ in their first six digits."
+            )
+        places.add(place)
+
+
+def refuse_unused(
+    corners: Sequence[TrainConfig], axes: Sequence[Axis], typed: Sequence[str], own: str
+) -> None:
+    """Refuse options and axes that change nothing in any training.
+
+    Args:
+        corners: Of the study.
+        axes: Of the study.
+        typed: Options of train that all trainings have in common.
+        own: ``--grid`` or ``--sample``.
+
+    Raises:
+        UsageError: One does nothing.
+    """
+    names = {axis.name for axis in axes}
+    plain = {
+        text.partition("=")[0].removeprefix("--").replace("-", "_")
+        for text in spelt_out(typed)
+        if text.startswith("--")
+    }
+    said = plain | {name.removeprefix("no_") for name in plain}
+    for name in sorted(said & names):
+        raise UsageError(
+            f"{option(name)}: {own} says what it is in every training. Give it in one place."
+        )
+    for name in sorted(plain | names):
+        _refuse_if_never_used(corners, name, f"{own}: " if name in names else "")
+
+
+def check_there(corners: Sequence[TrainConfig], option: str) -> None:
+    """Read every data set and make every model once.
+
+    Raises:
+        UsageError: A data set is missing here, or there is no such model.
+    """
+    device = torch.device("cpu")
+    several: dict[Values, dict[Values, TrainConfig]] = {}
+    for config in corners:
+        data = (*_values(config, DATA), config.label_noise > 0)
+        several.setdefault(data, {}).setdefault(_values(config, MODEL), config)
+    for configs in several.values():
+        try:
+            found = data_of(next(iter(configs.values())), device)
+            for config in configs.values():
+                model_of(config, found)
+        except UsageError as error:
+            raise (_of_one(option, error) if len(corners) > 1 else error) from None
+
+
+def _refuse_if_never_used(corners: Sequence[TrainConfig], name: str, whose: str) -> None:
+    refusal = None
+    for config in corners:
+        try:
+            refuse_ignored(config, [option(name)])
+        except UsageError as error:
+            refusal = UsageError(f"{whose}{error}")
+        else:
+            return
+    if refusal is not None:
+        raise refusal
+
+
+def _values(config: TrainConfig, names: Sequence[str]) -> Values:
+    return tuple(getattr(config, name) for name in names)
+
+
+def _of_one(option: str, error: UsageError) -> UsageError:
+    return UsageError(f"{option}: one of the trainings is refused: {str(error).strip()}")
+
+
+# --- The plan ---
+
 
 Params = Mapping[str, Any]
 """What optuna chose, by setting."""

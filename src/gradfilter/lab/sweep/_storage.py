@@ -1,8 +1,10 @@
-"""Where a study is kept, and whose turn it is to change it."""
+"""The storage of a study: one writer at a time, and the heartbeat of its workers."""
 
 from __future__ import annotations
 
+import logging
 import sqlite3
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -15,8 +17,11 @@ import sqlalchemy
 from filelock import FileLock
 from optuna.storages import RDBStorage
 
-from gradfilter.lab._rundir import refuse_link
+from gradfilter.lab._run_files import refuse_link
 from gradfilter.lab._usage import UsageError
+
+# --- The storage ---
+
 
 FAULTS = (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError)
 """What a storage raises when it is out of reach."""
@@ -100,7 +105,7 @@ def opened(where: str, heartbeat: int) -> Storage:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def storage_errors_as_usage() -> Iterator[None]:
     """Turn the faults of a storage that was reached before into one line.
 
     Raises:
@@ -176,3 +181,35 @@ def _line(error: BaseException) -> str:
         error = error.__cause__
     told = str(error).strip().splitlines() or [type(error).__name__]
     return f"{told[0].rstrip('.')}."
+
+
+# --- The heartbeat of a worker ---
+
+
+log = logging.getLogger("gradfilter.sweep")
+
+
+@contextmanager
+def beating(rdb: RDBStorage, trial_id: int, seconds: float) -> Iterator[None]:
+    """Tell the storage every so many seconds that a trial is alive; it was told just before."""
+    over = threading.Event()
+
+    def beat() -> None:
+        try:
+            while not over.wait(seconds):
+                try:
+                    rdb.record_heartbeat(trial_id)
+                except FAULTS as error:
+                    # A storage that is away for a while costs at most a takeover, which the lock
+                    # of the run directory stops.
+                    log.warning("no heartbeat: %s", error)
+        finally:
+            rdb.remove_session()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

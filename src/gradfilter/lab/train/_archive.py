@@ -22,11 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradfilter.lab._reading import ForeignError, content_of, reading, regular_size, why
-from gradfilter.lab._rundir import open_own, settle, write_bytes
+from gradfilter.lab._run_files import (
+    ForeignError,
+    content_of,
+    open_own,
+    reading,
+    regular_size,
+    settle,
+    why,
+    write_bytes,
+)
 from gradfilter.lab._usage import UsageError
 
-NAME = "checkpoints.zip"
+ARCHIVE = "checkpoints.zip"
 LABELS = "labels.pt"
 DIRECTORY = "the directory at its end"
 LENGTHS = range(26, 30)

@@ -1,17 +1,23 @@
-"""How good a training is where it stands."""
+"""Evaluate a training, and read evaluations from ``metrics.jsonl``."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradfilter import _tree
 from gradfilter._types import State
+from gradfilter.lab._run_files import ForeignError, content_of, json_of, reading
+from gradfilter.lab.data._batches import in_order
 from gradfilter.lab.data._samples import Data, Samples
-from gradfilter.lab.data._stream import in_order
+
+# --- Evaluate ---
+
 
 PIXELS = 3_072_000
 """Numbers of the images in one forward pass: 1000 of CIFAR's, 20 of ImageNet's."""
@@ -130,3 +136,39 @@ def _sums(model: nn.Module, state: State, samples: Samples, chunk: int, workers:
 
 def _ratio(part: float, whole: int) -> float:
     return part / whole if whole else math.nan
+
+
+# --- Read evaluations ---
+
+
+NUMBERS = tuple(field.name for field in fields(Evaluation))
+FIX = "Remove the line, with which its evaluation is lost, and repeat the command."
+
+
+def read_evaluations(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """The evaluations in a file, none if there is no file; and whether a last one was cut off.
+
+    A kill may cut the line that is being written, which has no end of line then. What is before it
+    is whole.
+
+    Raises:
+        UsageError: The file cannot be read, or one of its other lines is not an evaluation.
+    """
+    with reading(path, "the metrics", "Move it away, and repeat the command."):
+        whole, _, half = content_of(path).rpartition(b"\n") if path.exists() else (b"", b"", b"")
+    found = []
+    for place, line in enumerate(whole.split(b"\n") if whole else (), 1):
+        with reading(path, f"line {place} of the metrics", FIX):
+            found.append(_evaluation(json_of(line)))
+    return found, bool(half)
+
+
+def _evaluation(found: Any) -> dict[str, Any]:
+    if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+        raise ForeignError("it is not an evaluation")
+    for name in NUMBERS:
+        value = found.get(name)
+        if value is not None and not isinstance(value, int | float):
+            raise ForeignError(f"its {name} is not a number")
+        float(value or 0)  # an OverflowError where an integer has hundreds of digits
+    return found

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gradfilter.lab._reading import printable
+from gradfilter.lab._run_files import printable
 from gradfilter.lab.train._evaluation import Evaluation
 
 log = logging.getLogger("gradfilter")
@@ -25,7 +25,7 @@ class _Printable(logging.Formatter):
 
 
 @contextmanager
-def speaking(level: str) -> Iterator[Console]:
+def logging_to(level: str) -> Iterator[Console]:
     """Let the package's log lines out on stderr, from this level on."""
     console = Console(stderr=True)
     handler: logging.Handler = (

@@ -1,8 +1,13 @@
-"""What a run leaves behind: settings, metrics, checkpoints, and the point to go on from."""
+"""Record a run: settings, metrics, checkpoints, and the snapshot to resume from.
+
+The snapshot holds all that the next step depends on, in one file. The one before it is kept in case
+the last one is damaged.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,38 +15,183 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import gradfilter as gf
 from gradfilter.lab._processes import started_processes
-from gradfilter.lab._rundir import append_json_line, write_json
+from gradfilter.lab._run_files import (
+    append_json_line,
+    content_of,
+    reading,
+    why,
+    write_bytes,
+    write_json,
+)
 from gradfilter.lab._usage import UsageError
+from gradfilter.lab.data._samples import Data
 from gradfilter.lab.models._build import parameter_count
 from gradfilter.lab.train._archive import (
+    ARCHIVE,
     LABELS,
-    NAME,
     Checkpoint,
     add,
     checkpoints,
     damaged,
     keep_until,
     offer,
+    read_tensors,
     recover,
     tensor_bytes,
+    tensors_of,
 )
-from gradfilter.lab.train._evaluation import Evaluation
-from gradfilter.lab.train._evaluations import read_evaluations
-from gradfilter.lab.train._place import plain_settings
-from gradfilter.lab.train._resume import BEFORE as POINT_BEFORE
-from gradfilter.lab.train._resume import NAME as POINT
-from gradfilter.lab.train._resume import keep_lines_until, newest_point, write_point
-from gradfilter.lab.train._run import Run
-from gradfilter.lab.train._same_data import check_same_data
+from gradfilter.lab.train._evaluation import Evaluation, read_evaluations
+from gradfilter.lab.train._run_place import plain_settings
+from gradfilter.lab.train._training import Training
+
+# --- Check that a data set is the one that a run began with ---
+
+
+def check_same_data(run: Path, data: Data) -> None:
+    """Refuse a data set that is not the one that a run began with.
+
+    Raises:
+        UsageError: Its labels or samples differ.
+    """
+    recorded = read_tensors(run / ARCHIVE, LABELS)
+    for name in ("labels", "clean", "ids"):
+        found = getattr(data.train, name).cpu()
+        before = recorded.get(name, found[:0])
+        if before.dtype != found.dtype or not torch.equal(found, before):
+            raise UsageError(
+                f"the {name} of {data.name!r} are not those that the run in {str(run)!r} was "
+                "trained on. Look for the same data set, with --data-dir."
+            )
+
+
+# --- The snapshot ---
+
+
+POINT = "resume.pt"
+POINT_BEFORE = "resume.before.pt"
+ROOM = 2**20
+"""Bytes of a point beside its tensors, at most."""
+NUMBERS = ("done", "seconds", "epoch_seconds", "peak_memory")
+
+
+def write_point(place: Path, run: Training) -> None:
+    """Write the point where a run stands, as a whole or not at all."""
+    report = math.nan if run.report is None else run.report
+    numbers = {name: getattr(run, name) for name in NUMBERS}
+    numbers |= {"reports": run.report is not None, "report": report}
+    flat = {
+        **_prefixed("state.", gf.state_dict(run.state)),
+        **_prefixed("totals.", run.totals),
+        "skipped": run.skipped,
+        "finite_until": run.finite_until,
+        **{name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()},
+    }
+    write_bytes(place / POINT, tensor_bytes(flat), before=place / POINT_BEFORE)
+
+
+def newest_point(place: Path) -> Path | None:
+    """The file of the last point; that of the one before where that is gone."""
+    return next((path for name in (POINT, POINT_BEFORE) if (path := place / name).exists()), None)
+
+
+def resume(place: Path, run: Training) -> None:
+    """Put a run that has just begun where the newest point says.
+
+    Raises:
+        UsageError: There is no point, or it is damaged or one of another run.
+    """
+    path = newest_point(place)
+    if path is None:
+        raise UsageError(
+            f"--resume: {str(place)!r} has no {POINT}. Start anew under another --name."
+        )
+    most = ROOM + 2 * sum(tensor.nbytes for tensor in gf.state_dict(run.state).values())
+    try:
+        flat = _read(path, most)
+    except UsageError as error:
+        raise UsageError(f"--resume: {error} {_instead(path, most)}") from None
+    try:
+        state = gf.load_state_dict(run.state, _without("state.", flat))
+        totals = {n: _like(zero, flat[f"totals.{n}"]) for n, zero in run.totals.items()}
+        numbers = {name: flat[name].item() for name in (*NUMBERS, "reports", "report")}
+        done = _step(numbers["done"], run.total_steps)
+        skipped = _like(run.skipped, flat["skipped"])
+        finite_until = _like(run.finite_until, flat.get("finite_until", torch.tensor(done)))
+    except Exception as error:  # what is wrong with a foreign point has no common type
+        said = str(error) if isinstance(error, ValueError) else f"{why(error)}."
+        raise UsageError(
+            f"--resume: {str(path)!r} does not fit this run: {said} "
+            "Start anew under another --name."
+        ) from None
+    run.state, run.totals, run.skipped = state, totals, skipped
+    run.finite_until = finite_until
+    run.done = done
+    run.seconds, run.epoch_seconds = numbers["seconds"], numbers["epoch_seconds"]
+    run.peak_memory = numbers["peak_memory"]
+    run.report = numbers["report"] if numbers["reports"] else None
+
+
+def _like(expected: Tensor, found: Tensor) -> Tensor:
+    """A tensor in the place of another, of its kind, dtype and device."""
+    kind = (found.shape, found.is_floating_point(), found.is_complex())
+    if kind != (expected.shape, expected.is_floating_point(), False):
+        raise ValueError(f"it has {found.dtype} {tuple(found.shape)} where a number was.")
+    return found.to(expected)
+
+
+def _step(done: float, last: int) -> int:
+    if not (done.is_integer() and 0 <= done <= last):
+        raise ValueError(f"it stands after step {done} of {last}.")
+    return int(done)
+
+
+def _read(path: Path, most: int) -> dict[str, Tensor]:
+    """The tensors of a point that has at most so many bytes."""
+    with reading(path, "the point", ""):
+        return tensors_of(content_of(path, most), repr(str(path)), "")
+
+
+def _instead(path: Path, most: int) -> str:
+    """What to go on from where the newest point is damaged, as a sentence."""
+    before = path.with_name(POINT_BEFORE)
+    try:
+        step = None if path == before else int(_read(before, most)["done"].item())
+    except Exception:  # that one is damaged or foreign, too
+        step = None
+    if step is None:
+        return "No other point is whole: start anew under another --name."
+    return (
+        f"The point before it, {POINT_BEFORE}, is whole: remove {POINT}, and the same command "
+        f"resumes after step {step}."
+    )
+
+
+def keep_lines_until(path: Path, step: int) -> None:
+    """Drop the evaluations after a step: a run that is resumed there makes them again."""
+    kept = [line for line in read_evaluations(path)[0] if line["step"] <= step]
+    write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def _prefixed(prefix: str, flat: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in flat.items()}
+
+
+def _without(prefix: str, flat: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): v for n, v in flat.items() if n.startswith(prefix)}
+
+
+# --- The record ---
+
 
 METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """The files of a run, written by the process that owns its directory.
 
     Attributes:
@@ -60,9 +210,9 @@ class Record:
         """Add a line to the metrics."""
         append_json_line(self.place / METRICS, asdict(evaluation))
 
-    def write_checkpoint(self, run: Run) -> None:
+    def write_checkpoint(self, run: Training) -> None:
         """Add parameters and buffers to the archive."""
-        archive = self.place / NAME
+        archive = self.place / ARCHIVE
         number = len(checkpoints(archive)) if archive.exists() else 0
         flat = gf.state_dict(run.measured)
         add(archive, Checkpoint(number, run.done, run.epoch).entry, tensor_bytes(flat))
@@ -92,47 +242,47 @@ class Record:
     def clear(self) -> None:
         """Drop everything but what ``config.json`` says."""
         # The points first: without them whoever is killed here begins again.
-        for name in (POINT, POINT_BEFORE, METRICS, NAME):
+        for name in (POINT, POINT_BEFORE, METRICS, ARCHIVE):
             (self.place / name).unlink(missing_ok=True)
-        recover(self.place / NAME)
+        recover(self.place / ARCHIVE)
 
-    def start(self, run: Run) -> None:
+    def start(self, run: Training) -> None:
         """Write what is known before the first step."""
         samples = run.data.train
         labels = {name: getattr(samples, name) for name in ("labels", "clean", "wrong", "ids")}
-        add(self.place / NAME, LABELS, tensor_bytes(labels))
-        add(self.place / NAME, "config.json", json.dumps(dict(self.facts)).encode())
+        add(self.place / ARCHIVE, LABELS, tensor_bytes(labels))
+        add(self.place / ARCHIVE, "config.json", json.dumps(dict(self.facts)).encode())
 
-    def go_on(self, run: Run) -> None:
+    def go_on(self, run: Training) -> None:
         """Drop what was written after the point that the run was put to.
 
         Raises:
             UsageError: Something is missing or damaged, or the data set is not what it was.
         """
-        if not (self.place / NAME).exists():
+        if not (self.place / ARCHIVE).exists():
             raise UsageError(
-                f"--resume: the checkpoints of the run are gone: {str(self.place / NAME)!r} does "
-                "not exist. Start anew under another --name."
+                f"--resume: the checkpoints of the run are gone: {str(self.place / ARCHIVE)!r} "
+                "does not exist. Start anew under another --name."
             )
-        recover(self.place / NAME)
-        if lost := damaged(self.place / NAME):
+        recover(self.place / ARCHIVE)
+        if lost := damaged(self.place / ARCHIVE):
             raise UsageError(
-                f"--resume: {str(self.place / NAME)!r} is damaged: {', '.join(lost)}. "
-                f"{offer(self.place / NAME)} Start anew under another --name."
+                f"--resume: {str(self.place / ARCHIVE)!r} is damaged: {', '.join(lost)}. "
+                f"{offer(self.place / ARCHIVE)} Start anew under another --name."
             )
         check_same_data(self.place, run.data)
         if run.done == 0:  # what is known before the first step is written again
             self.clear()
             return
         keep_lines_until(self.place / METRICS, run.done)
-        keep_until(self.place / NAME, run.done)
+        keep_until(self.place / ARCHIVE, run.done)
 
-    def save_point(self, run: Run) -> None:
+    def save_point(self, run: Training) -> None:
         """Write the point to go on from."""
         write_point(self.place, run)
 
 
-def facts_of(run: Run) -> dict[str, Any]:
+def facts_of(run: Training) -> dict[str, Any]:
     """Everything that the numbers of a run depend on."""
     data = run.data
     return {

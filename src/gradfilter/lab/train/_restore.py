@@ -8,15 +8,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gradfilter.lab._reading import ForeignError, reading
+from gradfilter.lab._run_files import ForeignError, reading
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.data._samples import Data
-from gradfilter.lab.train._archive import NAME, Checkpoint, read_tensors
-from gradfilter.lab.train._begin import data_of, model_of
-from gradfilter.lab.train._config import TrainConfig
-from gradfilter.lab.train._place import read_config
-from gradfilter.lab.train._same_data import check_same_data
-from gradfilter.lab.train._stored import config_of
+from gradfilter.lab.train._archive import ARCHIVE, Checkpoint, read_tensors
+from gradfilter.lab.train._build_training import data_of, model_of
+from gradfilter.lab.train._record import check_same_data
+from gradfilter.lab.train._run_place import config_of, read_config
+from gradfilter.lab.train._train_config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,9 @@ def restored(
     if data is None:
         data = data_of(config, device)
         check_same_data(run, data)
-    flat = read_tensors(run / NAME, checkpoint)
+    flat = read_tensors(run / ARCHIVE, checkpoint)
     model = model_of(config, data).to(dtype=getattr(torch, config.dtype))
-    with reading(run / NAME, f"checkpoint {checkpoint.entry!r} in", "Choose another."):
+    with reading(run / ARCHIVE, f"checkpoint {checkpoint.entry!r} in", "Choose another."):
         if any(tensor.is_complex() for tensor in flat.values()):
             raise ForeignError("it has complex numbers")
         named = {name.partition(".")[2]: tensor for name, tensor in flat.items()}

@@ -1,0 +1,306 @@
+"""The loss as a function of the parameters: Hessian eigenvalue and trace, and sharpness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from gradfilter import _products, _tree
+from gradfilter._types import Params, Tree
+from gradfilter.diagnostics._derivative import plain_attention
+from gradfilter.diagnostics._input_checks import check_at_least
+from gradfilter.diagnostics._spectra import normals, top_eigenvalue, trace
+from gradfilter.grads._call_context import CallContext, random_state_restored
+from gradfilter.grads._normalized_loss import NormalizedLoss
+
+# --- A pure loss at one batch, and its gradient ---
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class LossAt:
+    """The loss as a function of the parameters alone."""
+
+    loss: NormalizedLoss
+    batch: Any
+    buffers: Tree
+
+    @classmethod
+    def of(cls, loss: Callable[..., Any], batch: Any, buffers: Tree | None) -> LossAt:
+        """A module's loss, or a plain one without buffers."""
+        if not callable(loss):
+            raise TypeError(
+                f"Expected `loss` to be a function (params, batch) -> scalar, found "
+                f"{type(loss).__name__}. gradfilter.model_loss(model, criterion) makes one."
+            )
+        any_loss = NormalizedLoss.of(loss, has_aux=False)
+        return cls(any_loss, batch, any_loss.incoming(buffers))
+
+    def value(self, params: Params) -> Tensor:
+        """f(w), and nothing else. ()."""
+        self.loss.check_params(params)
+        return self.loss.pure(params, self.batch, self.buffers)[0]
+
+    def with_module_state(self, leaves: Tree, backward: Callable[[], T]) -> T:
+        """A backward pass; checkpointed parts run forward again in it, at these leaves."""
+        return self.loss.with_module_state(leaves, self.buffers, backward)
+
+    def gradient(self, params: Params, *, twice: bool = False) -> tuple[Tensor, Tree, Tree]:
+        """f(w), ∇f(w), and the leaves it was taken at; ``twice`` keeps it differentiable.
+
+        A parameter that the loss does not use has a zero gradient.
+        """
+        with torch.enable_grad():
+            leaves = {name: self.loss.leaf(name, p) for name, p in params.items()}
+            _tree.device_of(leaves)  # refuses none at all
+            value = self.value(leaves)
+            self.loss.check_reaches(value, leaves.values())
+            differentiate = partial(
+                torch.autograd.grad,
+                value,
+                list(leaves.values()),
+                create_graph=twice,
+                materialize_grads=True,
+            )
+            slopes = self.with_module_state(leaves, differentiate)
+        return value, dict(zip(leaves, slopes, strict=True)), leaves
+
+
+# --- The Hessian ---
+
+
+class HessianTop(NamedTuple):
+    """What `hessian_top` returns.
+
+    Attributes:
+        value: The largest eigenvalue, ().
+        residual: ‖H u − λ u‖ / max |λ| for the unit vector u it was found with, ().
+    """
+
+    value: Tensor
+    residual: Tensor
+
+
+class HessianTrace(NamedTuple):
+    """What `hessian_trace` returns.
+
+    Attributes:
+        value: The trace, ().
+        standard_error: Of the mean over the probes, (); 0 where the trace is exact.
+    """
+
+    value: Tensor
+    standard_error: Tensor
+
+
+def hessian_top(
+    loss: Callable[..., Any],
+    params: Params,
+    batch: Any,
+    *,
+    buffers: Tree | None = None,
+    iterations: int = 50,
+    tolerance: float = 1e-3,
+    seed: int = 0,
+) -> HessianTop:
+    r"""The largest eigenvalue of the Hessian ∂²f/∂w² over all parameters together.
+
+    The largest in value, not in size: the sharpest direction upwards. By the Lanczos method, one
+    product H v per step, which takes about two gradients' time; as many vectors like the
+    parameters are held as there are steps.
+
+    Args:
+        loss: What `gradfilter.model_loss` makes, or a plain ``loss(params, batch) -> scalar``,
+            twice differentiable. Put a module into evaluation mode, unless the curvature of
+            training, with BatchNorm on batch statistics, is what you mean.
+        params: ``dict[str, Tensor]``, as `gradfilter.extract` gives. They are not changed.
+        batch: What the loss takes.
+        buffers: For a module's loss; None takes the module's own.
+        iterations: Products at most, >= 1.
+        tolerance: At least 0; relative residual at which to stop.
+        seed: Of the first vector.
+
+    Returns:
+        A `HessianTop`: value and residual, both (), float64.
+
+    Raises:
+        ValueError: iterations < 1, tolerance < 0; the loss does not depend on the parameters or
+            is no scalar.
+        TypeError: The loss returns no tensor.
+
+    Examples:
+        >>> import torch, gradfilter.diagnostics as gd
+        >>> loss = lambda params, batch: (batch * params["w"] ** 2).sum()  # H = 2 diag(batch)
+        >>> gd.hessian_top(loss, {"w": torch.ones(3)}, torch.tensor([1.0, 4.0, -9.0])).value.round()
+        tensor(8., dtype=torch.float64)
+
+    References:
+        Lanczos, "An iteration method for the solution of the eigenvalue problem", 1950.
+        Ghorbani, Krishnan, Xiao, "An Investigation into Neural Net Optimization via Hessian
+        Eigenvalue Density", 2019, https://arxiv.org/abs/1901.10159
+    """
+    check_at_least("iterations", iterations, 1, "Ten to fifty are usual.")
+    check_at_least("tolerance", tolerance, 0, "1e-3 is usual.")
+    product, like = _product(loss, params, batch, buffers)
+    top = top_eigenvalue(product, normals(seed, like), iterations=iterations, tolerance=tolerance)
+    return HessianTop(top.values[0], top.residuals[0])
+
+
+def hessian_trace(
+    loss: Callable[..., Any],
+    params: Params,
+    batch: Any,
+    *,
+    buffers: Tree | None = None,
+    probes: int = 32,
+    seed: int = 0,
+) -> HessianTrace:
+    r"""The trace of the Hessian ∂²f/∂w² over all parameters together.
+
+    The mean of vᵀ H v over random vectors v of ±1 (Hutchinson); exact where there are at least as
+    many probes as parameters.
+
+    Args:
+        loss: As for `hessian_top`, like the next three.
+        params: ``dict[str, Tensor]``.
+        batch: What the loss takes.
+        buffers: For a module's loss.
+        probes: At least 2.
+        seed: Of the probes.
+
+    Returns:
+        A `HessianTrace`: value and standard error, both (), float64.
+
+    Raises:
+        ValueError: probes < 2; the loss does not depend on the parameters or is no scalar.
+        TypeError: The loss returns no tensor.
+
+    Examples:
+        >>> import torch, gradfilter.diagnostics as gd
+        >>> loss = lambda params, batch: (batch * params["w"] ** 2).sum()  # H = 2 diag(batch)
+        >>> gd.hessian_trace(loss, {"w": torch.ones(3)}, torch.tensor([1.0, 4.0, -9.0])).value
+        tensor(-8., dtype=torch.float64)
+
+    References:
+        Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1989.
+        Yao, Gholami, Keutzer, Mahoney, "PyHessian", 2020, https://arxiv.org/abs/1912.07145
+    """
+    check_at_least("probes", probes, 2, "Two are needed for a standard error.")
+    product, like = _product(loss, params, batch, buffers)
+    values, errors = trace(product, like, probes=probes, seeds=seed)
+    return HessianTrace(values[0], errors[0])
+
+
+def _product(
+    loss: Callable[..., Any], params: Params, batch: Any, buffers: Tree | None
+) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """H v for v (1, P), and a tensor like v. The gradient's graph is made once, for all v."""
+    at = LossAt.of(loss, batch, buffers)
+    with plain_attention(), random_state_restored(_tree.device_of(params)):
+        _, gradient, leaves = at.gradient(params, twice=True)
+    slopes = [g for g in gradient.values() if g.requires_grad]  # of a linear part H is 0
+
+    def product(v: Tensor) -> Tensor:
+        parts = torch.split(v[0], [leaf.numel() for leaf in leaves.values()])
+        along = {
+            name: part.view(leaf.shape).to(leaf.dtype)
+            for part, (name, leaf) in zip(parts, leaves.items(), strict=True)
+        }
+        moved = [torch.zeros_like(leaf) for leaf in leaves.values()]
+        if slopes:
+            directions = [along[name] for name, g in gradient.items() if g.requires_grad]
+            differentiate = partial(
+                torch.autograd.grad,
+                slopes,
+                list(leaves.values()),
+                directions,
+                retain_graph=True,
+                materialize_grads=True,
+            )
+            with plain_attention():  # what was checkpointed runs again
+                moved = list(at.with_module_state(leaves, differentiate))
+        return torch.cat([m.reshape(-1).to(v.dtype) for m in moved])[None]
+
+    size = sum(leaf.numel() for leaf in leaves.values())
+    first = _tree.at_least_float32(next(iter(leaves.values())))
+    return product, first.new_empty((1, size))
+
+
+# --- Sharpness: the rise of the loss at the worst point nearby ---
+
+
+DELTA = 1e-12  # keeps a zero gradient finite
+
+
+def sharpness(
+    loss: Callable[..., Any],
+    params: Params,
+    batch: Any,
+    rho: float = 0.05,
+    *,
+    buffers: Tree | None = None,
+) -> Tensor:
+    r"""The rise of the loss over one SAM step, f(w + e) − f(w) with e = ρ g / (‖g‖ + 1e-12).
+
+    g = ∇f(w), the norm over all parameters together. One gradient and one more forward pass, on
+    the same random numbers. In half precision w + e would be rounded, mostly to w, so the
+    parameters have to be float32 or wider; autocast may compute in half precision.
+
+    Args:
+        loss: What `gradfilter.model_loss` makes, or a plain ``loss(params, batch) -> scalar``.
+        params: ``dict[str, Tensor]``, as `gradfilter.extract` gives. They are not changed.
+        batch: What the loss takes.
+        rho: ρ >= 0, in units of the parameters' norm; 0.05 is usual.
+        buffers: For a module's loss; None takes the module's own.
+
+    Returns:
+        (), float64.
+
+    Raises:
+        ValueError: rho < 0; a parameter is in half precision; the loss does not depend on the
+            parameters or is no scalar.
+        TypeError: The loss returns no tensor.
+
+    Examples:
+        >>> import torch, gradfilter.diagnostics as gd
+        >>> loss = lambda params, batch: (params["w"] ** 2).sum()
+        >>> gd.sharpness(loss, {"w": torch.tensor([3.0, 4.0])}, None, rho=1.0)  # 6² − 5²
+        tensor(11., dtype=torch.float64)
+
+    References:
+        Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization for Efficiently Improving
+        Generalization", 2021, https://arxiv.org/abs/2010.01412
+    """
+    check_at_least("rho", rho, 0, "0.05 is usual.")
+    at = LossAt.of(loss, batch, buffers)
+    device = _tree.device_of(params)
+    _check_precision(params)
+    # Both passes draw the same numbers and find the same modules, and nothing outside notices.
+    moment = CallContext.now(device, at.loss.modules)
+    with moment.restored():
+        value, gradient, _ = at.gradient(params)
+    with moment.restored(), torch.no_grad():
+        step = rho / (_products.norm(gradient) + DELTA)
+        near = {
+            name: (p + step * gradient[name]).to(p.dtype)  # of shape () it is promoted
+            for name, p in params.items()
+        }
+        return (at.value(near).to(step.dtype) - value.detach().to(step.dtype)).detach()
+
+
+def _check_precision(params: Params) -> None:
+    """Refuse parameters on which the step would be lost."""
+    for name, p in params.items():
+        if torch.promote_types(p.dtype, torch.float32) != p.dtype:
+            raise ValueError(
+                f"Expected parameters in float32 or wider, found {name!r} in {p.dtype}, where a "
+                "step to a point nearby is mostly rounded away. Use float32 parameters, and "
+                "torch.autocast to compute in half precision."
+            )

@@ -1,0 +1,110 @@
+"""Notes added to errors of torch: the likely cause and the fix, where the message has neither."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from gradfilter import _tree
+from gradfilter._types import Params
+
+METHODS = {
+    torch.float64: "double",
+    torch.float32: "float",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "half",
+}
+BATCH_NORM = "Expected more than 1 value per channel when training"
+UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
+
+
+def add_notes(error: Exception, params: Params, batch: Any) -> None:
+    """Say below an error what in the batch is its likely cause.
+
+    A note and no refusal: batches that mix dtypes may be meant, and many losses take them.
+    """
+    text = str(error)
+    tensors = _tensors(batch)
+    if isinstance(error, (RuntimeError, ValueError)) and re.search(r"\b(data|d)?types?\b", text):
+        _note_dtypes(error, params, batch)
+    if BATCH_NORM in text and tensors and all(t.shape[:1] == (1,) for t in tensors):
+        error.add_note(
+            "Rows of one sample: BatchNorm has nothing to average. Use fewer microbatches (M < N), "
+            "GroupNorm or model.eval()."
+        )
+    found = UNEXPECTED.search(text)
+    if isinstance(error, TypeError) and isinstance(batch, Mapping) and found and found[1] in batch:
+        error.add_note(
+            "A dict batch is given to the model as keyword arguments; for "
+            '{"x", "y"} pass (batch["x"], batch["y"]).'
+        )
+
+
+def note_anomaly(error: Exception) -> None:
+    """Say what to do about anomaly mode, which refuses rows that a filter would take out."""
+    if torch.is_anomaly_enabled() and "returned nan values" in str(error):
+        error.add_note(
+            "Anomaly mode raises at a NaN in any row, before finite_filter or another filter can "
+            "take the row out. Turn it off, or only its check: "
+            "torch.autograd.set_detect_anomaly(True, check_nan=False)."
+        )
+
+
+def add_plan_note(error: Exception, plan: str) -> None:
+    """Say below an error of a plan that runs all rows at once which plan does not.
+
+    Of torch's own errors and the loss's, which know of no plan, and have no other note.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__"))
+    note = (
+        f'Raised under plan="{plan}", which runs all rows at once. plan="loop" runs them one after '
+        'the other, as torch does; plan="auto" does so where it has to.'
+    )
+    known = place.startswith("gradfilter.") or bool(getattr(error, "__notes__", []))
+    if plan in ("fused", "vmap") and not known:
+        error.add_note(note)
+
+
+def _note_dtypes(error: Exception, params: Params, batch: Any) -> None:
+    own = [p.dtype for p in params.values() if p.dtype in METHODS]
+    strangers = _strangers(str(error), own, batch)
+    if own and strangers:
+        fix = f"x.{METHODS[own[0]]}()"
+        if strangers[0] in METHODS:
+            fix += f", or model.{METHODS[strangers[0]]}() before extract"
+        error.add_note(f"The batch holds {strangers[0]}, the parameters {own[0]}: {fix}.")
+
+
+def _strangers(text: str, own: list[torch.dtype], batch: Any) -> list[torch.dtype]:
+    """The dtypes of the batch that an error about dtypes may be about."""
+    floating = [t.dtype for t in _tensors(batch) if t.is_floating_point() and t.dtype not in own]
+    # Whoever asks for integers (an embedding, class labels) wants no other float.
+    if floating and not re.search(r"\bLong\b|\bint(32|64)\b", text):
+        return floating
+    inputs = _tensors(batch if isinstance(batch, Mapping) else batch[:1])
+    named = re.search(r"float|double|half|datatype", text, re.IGNORECASE)
+    if named and "target" not in text and not any(t.is_floating_point() for t in inputs):
+        return [t.dtype for t in inputs]
+    return []
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    return [leaf for leaf in _tree.leaves(batch) if isinstance(leaf, Tensor)]
+
+
+def stacklevel() -> int:
+    """The ``stacklevel`` of a warning that is to point at the first line outside of gradfilter."""
+    ours = ("gradfilter.", "torch._dynamo.")  # which stands around what the compiler leaves alone
+    level, frame = 0, cast(FrameType | None, sys._getframe(1))
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(ours):
+        level, frame = level + 1, frame.f_back
+    return level + 1

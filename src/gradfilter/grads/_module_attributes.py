@@ -1,0 +1,295 @@
+"""Track plain Python attributes of modules: counters, remembered activations, generators.
+
+Neither autograd nor the parameter swap handles them. A repeated pass must find them as the first
+pass did, and a pass over all rows must not leave its own tensors in them.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import sys
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+STANDARD = frozenset(nn.Module().__dict__)
+"""What every module has of its own: parameters, buffers, submodules, hooks, the mode."""
+
+CONTAINERS: tuple[type, ...] = (list, dict, set, deque, OrderedDict, defaultdict)
+
+TREES = (Tensor, dict, list, tuple, set, deque)
+
+PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None)))
+"""Types of values that hold nothing."""
+
+Attribute = tuple[str, Any, Any]
+"""Its dotted name, what was there before, what is there now; `MISSING` for nothing."""
+
+MISSING: Any = object()
+
+FOREIGN = sys.stdlib_module_names | {
+    *("torch", "numpy", "gradfilter", "lightning", "pytorch_lightning", "lightning_fabric"),
+    *("transformers", "accelerate"),
+}
+"""Packages whose objects are not looked into."""
+
+
+class Attributes:
+    """The attributes of modules at one moment.
+
+    Args:
+        modules: By name; each once.
+        more: Other dicts of values, each with the name of what holds it.
+
+    Attributes:
+        tensors: The tensors in them, with their names.
+        generators: The random generators among them, torch's, NumPy's and Python's.
+    """
+
+    def __init__(
+        self, modules: dict[str, nn.Module], more: Iterable[tuple[str, dict[str, Any]]] = ()
+    ) -> None:
+        self._modules, self._more = modules, tuple(more)
+        self._held: list[_Held] = []
+        self.tensors: list[tuple[str, Tensor]] = []
+        self.generators: list[tuple[str, Any]] = []
+        none = frozenset[str]()
+        tables: list[tuple[str, MutableMapping[str, Any], frozenset[str]]] = [
+            *((name, vars(module), STANDARD) for name, module in modules.items()),
+            *((name, table, none) for name, table in self._more),
+            *((kind.__name__, _OfClass(kind), none) for kind in _kinds(modules.values())),
+        ]
+        seen: set[int] = set()
+        for name, table, skipped in tables:  # which grows by the objects that are found on the way
+            held: dict[str, tuple[Any, Any]] = {}
+            for key, value in table.items():
+                if key in skipped:
+                    continue
+                if type(value) in PLAIN:
+                    held[key] = value, value
+                    continue
+                held[key] = value, _content(value)
+                label = f"{name}.{key}" if name else key
+                if isinstance(value, TREES):
+                    self.tensors.extend((label, tensor) for tensor in tensors_in(value))
+                elif _is_generator(value):
+                    self.generators.append((label, value))
+                elif _has_attributes(value) and id(value) not in seen:
+                    seen.add(id(value))
+                    tables.append((label, vars(value), none))
+            self._held.append(_Held(name, table, skipped, held, len(table)))
+
+    def changes(self) -> Iterator[Attribute]:
+        """What differs from that moment, the content of lists, dicts and sets included."""
+        for name, now, skipped, before, size in self._held:
+            for key, (value, content) in before.items():
+                present = now.get(key, MISSING)
+                if not (same_value(value, present) and _same(content, present)):
+                    yield f"{name}.{key}" if name else key, content, present
+            if len(now) != size:
+                for key in now.keys() - before.keys() - skipped:
+                    yield f"{name}.{key}" if name else key, MISSING, now[key]
+
+    def present(self) -> Attributes:
+        """The attributes of the same modules now."""
+        return Attributes(self._modules, self._more)
+
+    def restore(self) -> None:
+        """Put back what was there at that moment."""
+        for _, now, skipped, before, _ in self._held:
+            for key in now.keys() - before.keys() - skipped:
+                del now[key]
+            for key, (value, content) in before.items():
+                if now.get(key, MISSING) is not value:
+                    now[key] = value
+                if content is not value:
+                    _refill(value, content)
+
+    def settle(self, convert: Callable[[Tensor], Tensor]) -> bool:
+        """Put ``convert(tensor)`` in place of every tensor in attributes that have changed.
+
+        Returns:
+            Whether any has.
+        """
+        changed = [
+            held
+            for held in self._held
+            if len(held.table) != held.size or _differ(held.before, held.table)
+        ]
+        for held in changed:
+            for key, value in list(held.table.items()):
+                if key not in held.skipped:
+                    found = _converted(value, convert)
+                    if found is not value:
+                        held.table[key] = found
+        return bool(changed)
+
+
+class _OfClass(MutableMapping[str, Any]):
+    """The values of a class that its objects share; its methods and the like are left out."""
+
+    def __init__(self, kind: type) -> None:
+        self._kind = kind
+
+    def __getitem__(self, key: str) -> Any:
+        return vars(self._kind)[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        setattr(self._kind, key, value)
+
+    def __delitem__(self, key: str) -> None:
+        delattr(self._kind, key)
+
+    def __iter__(self) -> Iterator[str]:
+        for key, value in vars(self._kind).items():
+            if not key.startswith("__") and (type(value) in PLAIN or isinstance(value, TREES)):
+                yield key
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _kinds(modules: Iterable[nn.Module]) -> Iterable[type]:
+    """The users' own classes of modules, and what they inherit from."""
+    own = {type(module) for module in modules if _home(type(module)) not in FOREIGN}
+    return dict.fromkeys(k for kind in own for k in kind.__mro__ if _home(k) not in FOREIGN)
+
+
+def _home(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+def _has_attributes(value: Any) -> bool:
+    """Whether a value is an object of the user's own, whose attributes a loss may change.
+
+    Those of the standard library and of frameworks (loggers, trainers, configurations) change for
+    reasons of their own.
+    """
+    return (
+        hasattr(value, "__dict__")
+        and _home(type(value)) not in FOREIGN
+        and not isinstance(value, (nn.Module, type))
+    )
+
+
+class _Held(NamedTuple):
+    """The values of one dict at one moment: each with a copy of what it contained."""
+
+    name: str
+    table: MutableMapping[str, Any]
+    skipped: frozenset[str]
+    before: dict[str, tuple[Any, Any]]
+    size: int
+
+
+def same_value(before: Any, now: Any) -> bool:
+    """Whether two values are the same one, or plain ones that are equal."""
+    if before is now:
+        return True
+    return type(before) in PLAIN and type(now) is type(before) and bool(before == now)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value, and in lists, tuples, dicts and sets of it."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple, set, deque)):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def _differ(before: dict[str, tuple[Any, Any]], now: Mapping[str, Any]) -> bool:
+    for key, (value, content) in before.items():
+        present = now.get(key, MISSING)
+        if present is not value or (content is not value and not _same(content, present)):
+            return True
+    return False
+
+
+def _content(value: Any) -> Any:
+    """A copy of a container, or the value itself."""
+    if type(value) not in CONTAINERS:
+        return value
+    found = copy.copy(value)
+    if isinstance(found, dict):
+        for key, item in found.items():
+            if type(item) in CONTAINERS:
+                found[key] = _content(item)
+    elif isinstance(found, (list, deque)):
+        for i, item in enumerate(found):
+            if type(item) in CONTAINERS:
+                found[i] = _content(item)
+    return found
+
+
+def _same(content: Any, now: Any) -> bool:
+    """Whether a container holds the very same things; anything else was compared before."""
+    if type(content) not in CONTAINERS:
+        return True
+    if type(content) is not type(now) or len(content) != len(now):
+        return False
+    if isinstance(content, set):
+        return bool(content == now)
+    if isinstance(content, dict):
+        return content.keys() == now.keys() and all(
+            _same_item(item, now[key]) for key, item in content.items()
+        )
+    return all(map(_same_item, content, now))
+
+
+def _same_item(item: Any, now: Any) -> bool:
+    return _same(item, now) if type(item) in CONTAINERS else same_value(item, now)
+
+
+def _refill(value: Any, content: Any) -> None:
+    """Give a container the content it had."""
+    if _same(content, value):
+        return
+    content = _content(content)  # the module will write into the containers in it, too
+    value.clear()
+    if isinstance(value, (dict, set)):
+        value.update(content)
+    else:
+        value.extend(content)
+
+
+def _converted(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return convert(value)
+    if type(value) in CONTAINERS and any(True for _ in tensors_in(value)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        if isinstance(value, set):
+            found = {_converted(item, convert) for item in value}
+            if found != value:
+                value.clear()
+                value.update(found)
+            return value
+        for key, item in list(items):
+            new = _converted(item, convert)
+            if new is not item:
+                value[key] = new
+        return value
+    if isinstance(value, tuple) and any(True for _ in tensors_in(value)):
+        converted = [_converted(item, convert) for item in value]
+        if all(map(operator.is_, converted, value)):
+            return value
+        plain = type(value) is tuple or not hasattr(value, "_make")
+        kind: Any = type(value)
+        return tuple(converted) if plain else kind._make(converted)
+    return value
+
+
+def _is_generator(value: Any) -> bool:
+    return (
+        isinstance(value, torch.Generator)
+        or hasattr(value, "bit_generator")
+        or (hasattr(value, "getstate") and hasattr(value, "setstate"))
+        or type(value).__name__ == "RandomState"
+    )

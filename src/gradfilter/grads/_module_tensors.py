@@ -1,0 +1,221 @@
+"""Find the parameters and buffers of a module, and replace them for the time of a call."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from gradfilter._types import Tree
+
+Hook = Callable[[Tensor], Tensor | None]
+
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+# Threads that compute with one module share nothing but the module, and a lock that is kept in it
+# could be neither copied nor pickled with it.
+
+
+def _locks_of(modules: list[nn.Module]) -> list[threading.RLock]:
+    """One lock per module, in an order that is the same for all threads."""
+    with _LOCKS_LOCK:
+        found = [_LOCKS.setdefault(module, threading.RLock()) for module in modules]
+    return sorted(found, key=id)
+
+
+@contextmanager
+def locked(locks: list[threading.RLock]) -> Iterator[None]:
+    """Hold all locks."""
+    held: list[threading.RLock] = []
+    try:
+        for lock in locks:
+            lock.acquire()
+            held.append(lock)
+        yield
+    finally:
+        for lock in held:
+            lock.release()
+
+
+@dataclass(frozen=True)
+class ModuleTensors:
+    """The places of parameters and buffers in a module, found in one walk through it.
+
+    Attributes:
+        canonical: Place -> the name under which ``named_parameters`` or ``named_buffers`` lists
+            what is there. A tied tensor has several places; a submodule registered under two
+            names has its places once.
+        holders: Place -> the dict of a module that holds it, and its key there.
+        trainable: The parameters that are not frozen, by those names.
+        buffers: The buffers, by those names.
+        empty: Buffers registered as None, which a forward pass could fill behind our back.
+        renormalised: Embeddings with max_norm, which a forward pass writes into.
+        hooks: The gradient hooks of trainable parameters (``p.register_hook``), by those names.
+        modules: Every module once, by its name.
+        locks: Of the modules that hold tensors.
+    """
+
+    canonical: dict[str, str]
+    holders: dict[str, tuple[dict[str, Tensor | None], str]]
+    trainable: Tree
+    buffers: Tree
+    empty: list[tuple[nn.Module, str]]
+    renormalised: set[str]
+    hooks: dict[str, list[Hook]]
+    modules: dict[str, nn.Module]
+    locks: list[threading.RLock]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModuleTensors:
+        """The places of a module."""
+        named = list(model.named_modules())
+        holding = [module for _, module in named if module._parameters or module._buffers]
+        locks = _locks_of(holding)
+        with locked(locks):  # another thread's tensors may be in the places at this moment
+            return cls._found(named, locks)
+
+    @classmethod
+    def _found(
+        cls, named: list[tuple[str, nn.Module]], locks: list[threading.RLock]
+    ) -> ModuleTensors:
+        first: dict[int, str] = {}
+        canonical: dict[str, str] = {}
+        holders: dict[str, tuple[dict[str, Tensor | None], str]] = {}
+        trainable: Tree = {}
+        buffers: dict[int, tuple[str, Tensor]] = {}
+        empty, renormalised = [], set()
+        modules = [(f"{prefix}." if prefix else "", m) for prefix, m in named]
+        for prefix, module in modules:
+            if getattr(module, "max_norm", None) is not None:
+                renormalised.add(f"{prefix}weight")
+            for key, tensor in module._parameters.items():
+                if tensor is not None:
+                    place = prefix + key
+                    name = canonical[place] = first.setdefault(id(tensor), place)
+                    holders[place] = cast(Any, module._parameters), key
+                    if tensor.requires_grad:
+                        trainable[name] = tensor
+        for prefix, module in modules:
+            for key, buffer in module._buffers.items():
+                if buffer is None:
+                    empty.append((module, key))
+                else:
+                    place = prefix + key
+                    canonical[place] = first.setdefault(id(buffer), place)
+                    holders[place] = module._buffers, key
+                    buffers.setdefault(id(buffer), (place, buffer))
+        written = {name for place, name in canonical.items() if place in renormalised}
+        hooks = _gradient_hooks(trainable)
+        own = dict(buffers.values())
+        return cls(canonical, holders, trainable, own, empty, written, hooks, dict(named), locks)
+
+    @contextmanager
+    def filled(self, tensors: Mapping[str, Tensor]) -> Iterator[Tree]:
+        """Put tensors in the module's places, for as long as this lasts.
+
+        No other thread can do the same meanwhile, and the module's own tensors are back
+        afterwards whatever happens.
+
+        Args:
+            tensors: By name; places whose name is not given keep what is there.
+
+        Yields:
+            A dict that holds, afterwards, what the module held under each of these names.
+        """
+        if parametrize._cache_enabled and any(map(parametrize.is_parametrized, self._all())):
+            raise RuntimeError(
+                "Expected no torch.nn.utils.parametrize.cached() around the computation of "
+                "gradients, which would give every row the weights of the first. Open it inside "
+                "of the module's forward."
+            )
+        filled = [(*self.holders[p], name) for p, name in self.canonical.items() if name in tensors]
+        after: Tree = {}
+        own: list[Tensor | None] = []
+        untied = None
+        with locked(self.locks):
+            try:
+                own.extend(holder[key] for holder, key, _ in filled)
+                for holder, key, name in filled:
+                    holder[key] = tensors[name]
+                yield after
+            finally:
+                # A module may have put other tensors into its places.
+                for (holder, key, name), tensor in zip(filled, own, strict=False):
+                    if key in holder and holder[key] is not None:
+                        found = cast(Tensor, holder[key])
+                        untied = untied if after.setdefault(name, found) is found else key
+                    holder[key] = tensor
+        if untied is not None:
+            raise ValueError(
+                f"Expected tied tensors to stay tied, found {untied!r} replaced by another tensor "
+                "in one of its places in the forward pass. Write into it (copy_), or register a "
+                "tensor for each place."
+            )
+
+    def _all(self) -> Iterator[nn.Module]:
+        return iter(self.modules.values())
+
+    def tables(self) -> list[tuple[dict[str, Any], int]]:
+        """The dicts in which modules register their parts, and how many there are in each."""
+        found: list[dict[str, Any]] = []
+        for module in self._all():
+            parts: Any = module._parameters, module._buffers, module._modules
+            found.extend(parts)
+        return [(table, len(table)) for table in found]
+
+    def still_empty(self) -> list[tuple[nn.Module, str]]:
+        """The buffers that are None at present: the user may have filled some since."""
+        return [(module, key) for module, key in self.empty if module._buffers.get(key) is None]
+
+    def empty_again(self, empty: list[tuple[nn.Module, str]]) -> list[tuple[nn.Module, str]]:
+        """Take back what a forward pass put where there was no buffer before it."""
+        filled = [(module, key) for module, key in empty if module._buffers.get(key) is not None]
+        for module, key in filled:
+            module._buffers[key] = None
+        return filled
+
+    def refuse_new_buffers(self, empty: list[tuple[nn.Module, str]]) -> None:
+        """Take back and refuse what a forward pass put where there was no buffer before it."""
+        filled = self.empty_again(empty)
+        if filled:
+            module, key = filled[0]
+            raise ValueError(
+                f"Expected a forward pass that keeps the set of buffers, found {key!r} of "
+                f"{type(module).__name__} filled in it. Register the buffer with a tensor before "
+                "`extract`."
+            )
+
+
+def take_back(tables: list[tuple[dict[str, Any], int]]) -> list[str]:
+    """Take out tensors, and modules with tensors, registered since `Places.tables`; their names."""
+    taken = []
+    for table, count in tables:
+        for key in list(table)[count:] if len(table) > count else ():
+            part = table[key]
+            if not isinstance(part, nn.Module) or [*part.parameters(), *part.buffers()]:
+                del table[key]
+                taken.append(key)
+    return taken
+
+
+def _gradient_hooks(trainable: Tree) -> dict[str, list[Hook]]:
+    """What the user registered on the module's own parameters."""
+    return {n: list(p._backward_hooks.values()) for n, p in trainable.items() if p._backward_hooks}
+
+
+def hooked(rows: Tensor, hooks: list[Hook]) -> Tensor:
+    """What the hooks of a parameter make of its gradient in every row. (M, *shape)."""
+    found = []
+    for row in rows.unbind():
+        for hook in hooks:
+            changed = hook(row)
+            row = row if changed is None else changed
+        found.append(row)
+    return torch.stack(found).to(rows.dtype)

@@ -1,0 +1,429 @@
+"""Convert every kind of loss to one form: ``(params, batch, buffers) -> (scalar, buffers, aux)``.
+
+The file also checks the graph of a loss. A loss that uses the module's own parameters instead of
+those it is given would have a zero gradient with respect to the given ones, so it is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+
+from gradfilter._types import Params, Tree
+from gradfilter.grads._loss import (
+    ModelLoss,
+    RefusedByAll,
+    check_differentiable,
+    check_names,
+    check_value,
+    split_aux,
+    unreached,
+)
+from gradfilter.grads._module_attributes import STANDARD, Attributes
+from gradfilter.grads._module_tensors import Hook, ModuleTensors
+from gradfilter.grads._running_stats import cumulative_means
+
+# --- The ends of the graph of a loss ---
+
+
+REENTRANT = "CheckpointFunctionBackward"
+LOOKUP = "EmbeddingBackward0"
+NO_PADDING = 2**63
+"""Up to here an index: torch keeps −1, no padding, as a number without a sign."""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Where the graph of a loss ends.
+
+    Attributes:
+        reached: Whether it ends in one of the leaves.
+        bypassed: The name of a module's own parameter that it ends in, and the parameter.
+        others: All other tensors that it ends in.
+        reentrant: Whether it holds a reentrant checkpoint, which hides where its part ends.
+        padded_lookup: Whether it holds an embedding with ``padding_idx`` as torch itself runs it.
+        custom: Whether it holds an ``autograd.Function`` of the user's, whose backward pass may do
+            anything with a gradient.
+    """
+
+    reached: bool
+    bypassed: tuple[str, Tensor] | None
+    others: list[Tensor]
+    reentrant: bool
+    padded_lookup: bool = False
+    custom: bool = False
+
+
+def ends_of(value: Tensor, leaves: Iterable[Tensor], own: Mapping[str, Tensor]) -> Ends:
+    """Walk through the whole graph of a loss.
+
+    Args:
+        value: The loss, or the losses of all rows.
+        leaves: What is differentiated.
+        own: The module's trainable parameters, by name.
+    """
+    wanted = {id(leaf) for leaf in leaves}
+    strangers = {id(p): name for name, p in own.items()}
+    if value.grad_fn is None:
+        return Ends(id(value) in wanted, None, [], False)
+    seen = {value.grad_fn}
+    ahead: list[Any] = [value.grad_fn]
+    kinds: set[Any] = set()  # far fewer than nodes: what a name tells is asked once
+    reached = padded = False
+    stranger: tuple[str, Any] | None = None
+    others: list[Tensor] = []
+    while ahead:
+        node = ahead.pop()
+        edges = node.next_functions
+        if edges:
+            kind = type(node)
+            kinds.add(kind)
+            if kind.__name__ == LOOKUP and 0 <= node._saved_padding_idx < NO_PADDING:
+                padded = True
+        else:
+            variable = getattr(node, "variable", None)
+            if id(variable) in wanted:
+                reached = True
+            elif id(variable) in strangers:
+                stranger = strangers[id(variable)], variable
+            elif variable is not None:
+                others.append(variable)
+        for before, _ in edges:
+            if before is not None and before not in seen:
+                seen.add(before)
+                ahead.append(before)
+    reentrant = any(kind.__name__ == REENTRANT for kind in kinds)
+    return Ends(reached, stranger, others, reentrant, padded, any(map(_is_custom, kinds)))
+
+
+def _is_custom(kind: Any) -> bool:
+    return issubclass(kind, BackwardCFunction) and not kind._forward_cls.__module__.startswith(
+        "gradfilter."
+    )
+
+
+def bypassed(
+    name: str, parameter: Any, modules: Mapping[str, nn.Module], criterion: Any
+) -> RefusedByAll:
+    """What is said of a parameter that the loss uses as it is in the module."""
+    way = next(_ways(parameter, modules, criterion), "a reference that no attribute holds")
+    return RefusedByAll(
+        f"Expected a loss that finds the parameters in the module, found {name!r} reached by "
+        f"{way}. Rows are computed at the parameters that are given, which stand in the "
+        "module's registered places while the loss runs: through any other reference the gradient "
+        "would be lost. Read the parameter in forward as an attribute (self.weight), register "
+        "submodules (nn.ModuleList instead of a list), and do not script modules that hold "
+        "their weights in lists (LSTM, GRU)."
+    )
+
+
+def _ways(parameter: Any, modules: Mapping[str, nn.Module], criterion: Any) -> Iterator[str]:
+    for prefix, module in modules.items():
+        for key, value in vars(module).items():
+            if key not in STANDARD and _holds(value, parameter, 3):
+                kind = type(value).__name__
+                place = f"{prefix}.{key}" if prefix else key
+                yield f"{place!r} of {type(module).__name__} ({kind})"
+    for key, value in _closed_over(criterion):
+        if _holds(value, parameter, 3):
+            yield f"{key!r} of the criterion ({type(value).__name__})"
+    for prefix, module in modules.items():
+        if "Script" in type(module).__mro__[0].__name__ or hasattr(module, "_c"):
+            yield f"the scripted module {prefix!r}"
+
+
+def _closed_over(criterion: Any) -> Iterator[tuple[str, Any]]:
+    """The values that a criterion refers to: closed over, global, or of its own."""
+    function = getattr(criterion, "__func__", criterion)
+    if inspect.isfunction(function):
+        found = inspect.getclosurevars(function)
+        yield from {**found.globals, **found.nonlocals}.items()
+    elif hasattr(criterion, "__dict__"):
+        yield from vars(criterion).items()
+
+
+def _holds(value: Any, parameter: Any, depth: int) -> bool:
+    if value is parameter:
+        return True
+    if depth == 0:
+        return False
+    if isinstance(value, nn.Module):
+        return any(p is parameter for p in value.parameters())
+    if isinstance(value, Mapping):
+        return any(_holds(item, parameter, depth - 1) for item in value.values())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return any(_holds(item, parameter, depth - 1) for item in value)
+    return False
+
+
+# --- The normalized loss ---
+
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class NormalizedLoss:
+    """A module's loss or a plain one, as they are when a batch is met.
+
+    Attributes:
+        loss: What `model_loss` returned, or a plain ``loss(params, batch)``.
+        has_aux: A plain loss returns ``(scalar, aux)``.
+        places: Those of the module, found once; None for a plain loss.
+        first: At the parameters from which an update will start, not at others nearby.
+    """
+
+    loss: Any
+    has_aux: bool
+    places: ModuleTensors | None
+    first: bool = True
+
+    @classmethod
+    def of(cls, loss: Any, has_aux: bool) -> NormalizedLoss:
+        """The loss, its module as it is now."""
+        places = ModuleTensors.of(loss.model) if isinstance(loss, ModelLoss) else None
+        if places is not None and not loss.in_place:
+            refuse_late_hooks(places.trainable)
+        return cls(loss, has_aux, places)
+
+    @cached_property
+    def cumulative(self) -> set[str]:
+        """The names of running means with momentum None."""
+        return cumulative_means(self.loss.model) if isinstance(self.loss, ModelLoss) else set()
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """Every module that takes part, by name: those of the model, and of the criterion."""
+        if self.places is None:
+            return {}
+        return {**self.places.modules, **self._criterion_modules}
+
+    @cached_property
+    def _criterion_modules(self) -> dict[str, nn.Module]:
+        """Those of a criterion that are not the model's, by names that the model has none of."""
+        criterion = getattr(self.loss, "criterion", None)
+        if self.places is None or not isinstance(criterion, nn.Module):
+            return {}
+        known = {id(module) for module in self.places.modules.values()}
+        prefix = "criterion"
+        while prefix in self.places.modules:
+            prefix += "_"
+        named = criterion.named_modules(prefix=prefix)
+        return {name: module for name, module in named if id(module) not in known}
+
+    @cached_property
+    def may_draw_on_host(self) -> bool:
+        """Whether anything but torch's own modules and functions runs.
+
+        Torch's own draw from torch's generators alone, and reading the states of the others takes
+        a part of a millisecond.
+        """
+        modules = self.modules.values()
+        if self.places is None or any(
+            m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules
+        ):
+            return True
+        criterion = getattr(self.loss, "criterion", None)
+        kinds = [*map(type, modules), *([] if criterion is None else [criterion])]
+        return any(_home(kind).partition(".")[0] != "torch" for kind in kinds)
+
+    @cached_property
+    def attributes(self) -> Attributes:
+        """The attributes of the modules, as they are when this is first asked for.
+
+        Among them the buffers of a criterion, which are handed to nobody, and the attributes of one
+        that is an object but no module.
+        """
+        criterion = getattr(self.loss, "criterion", None)
+        more = [(name, module._buffers) for name, module in self._criterion_modules.items()]
+        own = getattr(criterion, "__dict__", None)
+        if (
+            own is not None
+            and not isinstance(criterion, nn.Module)
+            and not inspect.isroutine(criterion)
+        ):
+            more.append(("criterion", own))
+        return Attributes(self.modules, more)
+
+    @property
+    def hooks(self) -> dict[str, list[Hook]]:
+        """The gradient hooks of the module's parameters that run on every row, by name."""
+        if self.places is None or self.loss.in_place:
+            return {}
+        return self.places.hooks
+
+    def hook(self, leaves: Tree) -> None:
+        """Register the hooks of the module's parameters on the leaves that stand for them."""
+        for name, hooks in self.hooks.items():
+            register: Any = leaves[name].register_hook
+            for hook in hooks:
+                register(hook)
+
+    def ends(self, value: Tensor, leaves: Iterable[Tensor]) -> Ends:
+        """Where the graph of a loss ends; a parameter of the module's own is refused."""
+        ends = ends_of(value, leaves, {} if self.places is None else self.places.trainable)
+        if ends.bypassed is not None:
+            raise self.bypassed(*ends.bypassed)
+        return ends
+
+    def bypassed(self, name: str, parameter: Tensor) -> ValueError:
+        """What is said of a parameter of the module's own that the loss uses."""
+        return bypassed(name, parameter, self.modules, getattr(self.loss, "criterion", None))
+
+    def criterion_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """The buffers of a criterion that is a module, by name: they are no part of the state."""
+        for prefix, module in self._criterion_modules.items():
+            for key, buffer in module._buffers.items():
+                if buffer is not None:
+                    yield f"{prefix}.{key}", buffer
+
+    def attribute_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors in attributes of the modules, and the criterion's buffers, by name."""
+        return iter(self.attributes.tensors)
+
+    def settle(
+        self, leaves: Tree, convert: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    ) -> bool:
+        """Leave nothing of a pass in the attributes of the modules.
+
+        Modules that remember their weights (LSTM does) get back their own.
+
+        Args:
+            leaves: What was in the places of the parameters.
+            convert: Gives another tensor in place of one that is of no use after the pass.
+
+        Returns:
+            Whether the pass has changed any attribute.
+        """
+        if self.places is None:
+            return False
+        own = {id(leaf): self.places.trainable[name] for name, leaf in leaves.items()}
+
+        def settled(tensor: Tensor) -> Tensor:
+            return own[id(tensor)] if id(tensor) in own else convert(tensor)
+
+        return self.attributes.settle(settled)
+
+    def check_reaches(self, value: Tensor, leaves: Iterable[Tensor]) -> Ends:
+        """Refuse a loss whose graph leads to none of the leaves; one of them is enough."""
+        check_differentiable(value)
+        ends = self.ends(value, leaves)
+        if not ends.reached and not ends.reentrant:
+            raise unreached()
+        return ends
+
+    def check_params(self, params: Params) -> None:
+        """Refuse parameters that are not the module's."""
+        if self.places is not None:
+            check_names("parameters", params, self.places.trainable)
+
+    def incoming(self, buffers: Tree | None) -> Tree:
+        """The buffers before the first row: those given, or the module's own."""
+        if self.places is None and buffers:
+            raise TypeError(
+                "Expected no buffers with a plain loss(params, batch), which cannot take them. "
+                "Make the loss with model_loss(model, criterion), or close over them."
+            )
+        if self.places is None:
+            return {}
+        if buffers is None:
+            return {name: b.detach().clone() for name, b in self.places.buffers.items()}
+        check_names("buffers", buffers, self.places.buffers)
+        return {name: b.detach() for name, b in buffers.items()}
+
+    def leaf(self, name: str, value: Tensor) -> Tensor:
+        """A parameter to differentiate with respect to, with memory of its own if need be."""
+        written = self.places is not None and name in self.places.renormalised
+        return as_parameter((value.clone() if written else value).detach().requires_grad_())
+
+    def untouchable(self, leaves: Tree) -> Iterator[tuple[str, Tensor]]:
+        """The leaves that share memory with what was given, each with what to call it."""
+        own = () if self.places is None else self.places.renormalised
+        return ((f"parameter {n!r}", leaf) for n, leaf in leaves.items() if n not in own)
+
+    def renormalised(self, params: Tree, leaves: Tree) -> Tree:
+        """The parameters that the forward pass of a row renormalised, as the next row finds them.
+
+        Raises:
+            RefusedByAll: A pure update would start from what was given instead.
+        """
+        names = () if self.places is None else self.places.renormalised & leaves.keys()
+        found = {n: leaves[n].detach() for n in names if not torch.equal(leaves[n], params[n])}
+        if found and self.first and not self.loss.in_place:
+            raise RefusedByAll(
+                f"Expected an embedding whose rows are at most max_norm long, found "
+                f"{min(found)!r} renormalised in the forward pass: an update would start from the "
+                "weight as it was given. Renormalise it after every update (w.renorm(2, 0, "
+                "max_norm)), or use gradfilter.interop.Filtered, which writes into the module."
+            )
+        return found
+
+    def with_module_state(self, params: Params, buffers: Tree, compute: Callable[[], T]) -> T:
+        """Run something with the module's tensors replaced, as they are in a forward pass.
+
+        A backward pass is to run so: activation checkpointing then calls the module again.
+        """
+        if self.places is None:
+            return compute()
+        with self.places.filled({**params, **{name: b.clone() for name, b in buffers.items()}}):
+            return compute()
+
+    def pure(self, params: Params, batch: Any, buffers: Tree) -> tuple[Tensor, Tree, Any]:
+        """The loss, with nothing it is given changed."""
+        if self.places is not None:
+            buffers = {name: b.clone() for name, b in buffers.items()}
+        return self.writing(params, batch, buffers)
+
+    def settling(self, leaves: Params, batch: Any, buffers: Tree) -> tuple[Tensor, Tree, Any]:
+        """Like `pure`; modules hold nothing of the leaves where it raises."""
+        try:
+            return self.pure(leaves, batch, buffers)
+        except BaseException:
+            self.settle(leaves)
+            raise
+
+    def writing(self, params: Params, batch: Any, buffers: Tree) -> tuple[Tensor, Tree, Any]:
+        """The loss; a module writes into the buffers it is given."""
+        aux = None
+        if isinstance(self.loss, ModelLoss) and self.places is not None:
+            value, buffers, *rest = self.loss.run(params, batch, buffers, self.places)
+            aux = rest[0] if rest else None
+        elif self.has_aux:
+            value, aux = split_aux(self.loss(params, batch))
+        else:
+            value = self.loss(params, batch)
+        check_value(value, aux)
+        return value, buffers, aux
+
+
+def _home(kind: Any) -> str:
+    """The module of Python that a class or a function is from; of an object that of its class."""
+    return str(getattr(kind, "__module__", None))
+
+
+def as_parameter(tensor: Tensor) -> Tensor:
+    """The tensor, which from now on answers to ``isinstance(tensor, nn.Parameter)``.
+
+    It stands where a module has a parameter, and modules may ask (`nn.Module.get_parameter` does).
+    """
+    tensor._is_param = True
+    return tensor
+
+
+def refuse_late_hooks(trainable: Tree) -> None:
+    """Refuse hooks that wait for ``p.grad``, which is not written here."""
+    for name, p in trainable.items():
+        if p._post_accumulate_grad_hooks:
+            raise ValueError(
+                f"Expected no post-accumulate hook on a parameter, found one on {name!r}: it waits "
+                "for a backward pass that writes p.grad, and none does here. Use p.register_hook "
+                "for what changes the gradient, gradfilter.interop.Filtered, which writes p.grad, "
+                "or take the optimizer's step outside of hooks."
+            )

@@ -1,0 +1,212 @@
+"""Rows of the weight of a convolution: how its Gram, norms and sums are computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradfilter import _products, _tree
+from gradfilter.grads.fused._factors import (
+    LARGEST,
+    Divisible,
+    OuterFactor,
+    by_rows,
+    ghost_between,
+    ghost_flops,
+    ghost_gram,
+    mask,
+    paired,
+    tiled_gram,
+    weigh,
+)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a convolution does beside its weight; sizes are one number per dim."""
+
+    dims: int
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution of (N, channels, ...)."""
+        y: Tensor = torch.ops.aten.convolution(
+            x,
+            weight,
+            bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
+        )
+        return y
+
+    def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> Any:
+        return torch.ops.aten.convolution_backward(
+            grad,
+            x,
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
+            wanted,
+        )
+
+    def input_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of the input."""
+        found: Tensor = self._backward(grad, x, weight, [True, False, False])[0]
+        return found
+
+    def weight_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of the weight, summed over N."""
+        found: Tensor = self._backward(grad, x, weight, [False, True, False])[1]
+        return found
+
+
+@dataclass(eq=False)
+class ConvFactor(Divisible):
+    """row_m is the weight gradient of inputs (M, B, in, ...) and output gradients (M, B, out, ...).
+
+    With its windows laid out as a matrix a convolution is a product, so small maps have a ghost
+    Gram. A transposed convolution is one with inputs and outputs exchanged.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    weight: Tensor
+    geometry: Geometry
+
+    def __post_init__(self) -> None:
+        self.count, self.shape = len(self.inputs), self.weight.shape
+        groups = self.geometry.groups
+        self.unit = len(self.weight) // groups if groups > 1 else 1
+
+    def rows(self, low: int = 0, high: int | None = None) -> Tensor:
+        """Microbatch by microbatch: no kernel takes a batch of weight gradients."""
+        weight, inputs, outputs = self.weight[low:high], self.inputs, self.outputs
+        geometry = self.geometry
+        if len(weight) < len(self.weight):
+            inputs, outputs, geometry = self._tile(low, low + len(weight))
+        if inputs.shape[1] == 1 and geometry.groups == 1 and not geometry.transposed:
+            return self._as_groups(inputs, outputs, weight)
+        rows = inputs.new_empty(self.count, *weight.shape)
+        for m in range(self.count):
+            rows[m] = geometry.weight_grad(outputs[m], inputs[m], weight)
+        return rows
+
+    def _as_groups(self, inputs: Tensor, outputs: Tensor, weight: Tensor) -> Tensor:
+        """Rows of one sample each, as the groups of one convolution: nothing has to be moved."""
+        geometry = replace(self.geometry, groups=self.count)
+        every = weight.expand(self.count, *weight.shape).flatten(0, 1)
+        x, grad = (t.reshape(1, -1, *t.shape[3:]) for t in (inputs, outputs))
+        return geometry.weight_grad(grad, x, every).view(self.count, *weight.shape)
+
+    def _tile(self, low: int, high: int) -> tuple[Tensor, Tensor, Geometry]:
+        """Inputs, output gradients and geometry of the units from low to high."""
+        g = self.geometry
+        units, fan = len(self.weight) // g.groups, self.inputs.shape[2] // g.groups
+        if g.transposed:  # dim 0 runs over the inputs
+            fan = self.outputs.shape[2] // g.groups
+        first, last = low // units, (high - 1) // units
+        if first != last and (low % units or high % units):
+            raise AssertionError("a tile ends within a group or is within one")
+        groups = slice(first * fan, (last + 1) * fan)
+        geometry = replace(g, groups=last + 1 - first)
+        if g.transposed:
+            return self.inputs[:, :, low:high], self.outputs[:, :, groups], geometry
+        return self.inputs[:, :, groups], self.outputs[:, :, low:high], geometry
+
+    def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
+        """One ordinary weight gradient, output gradients weighted."""
+        outputs, inputs = weigh(self.outputs, weights, live), mask(self.inputs, live)
+        return self.geometry.weight_grad(outputs.flatten(0, 1), inputs.flatten(0, 1), self.weight)
+
+    def dot(self, leaf: Tensor) -> Tensor:
+        """A convolution with the leaf, paired with the output gradients."""
+        leaf = leaf.to(self.inputs.dtype)
+        moved = self.geometry.forward(self.inputs.flatten(0, 1), leaf, None)
+        return paired(moved.view(self.outputs.shape), self.outputs)
+
+    def part(self, low: int, high: int) -> Self:
+        """The same for some of the M rows."""
+        return replace(self, inputs=self.inputs[low:high], outputs=self.outputs[low:high])
+
+    def gram(self) -> Tensor:
+        """The ghost Gram of its windows, or from the rows where that takes less."""
+        n, p, d = self._sizes()
+        if not self._has_ghost or ghost_flops(self.count, n, p, d) is None:
+            return tiled_gram(self)
+        step = max(1, LARGEST // (4 * n * d))
+        if step >= self.count:
+            own = self._unfolded()
+            return ghost_gram(own.inputs, own.outputs)
+        # Windows are many times the inputs: those of some rows with those of some others.
+        gram = torch.empty(self.count, self.count, dtype=_tree.wide(self.outputs))
+        gram = gram.to(self.outputs.device)
+        for low in range(0, self.count, step):
+            own = self.part(low, low + step)._unfolded()
+            for left in range(0, low + 1, step):
+                other = own if left == low else self.part(left, left + step)._unfolded()
+                block = ghost_between(own, other)
+                gram[low : low + step, left : left + step] = block
+                gram[left : left + step, low : low + step] = block.T
+        return gram
+
+    def sq_norms(self) -> Tensor:
+        """From the windows where maps are small, else from the rows."""
+        n, p, d = self._sizes()
+        if self._has_ghost and 2 * n * n <= p * d:
+            return by_rows(self, 4 * n * (2 * n + d), ConvFactor._sq_norms_of_windows)
+        return by_rows(self, 4 * p * d, ConvFactor._sq_norms_of_rows)
+
+    def _sq_norms_of_windows(self) -> Tensor:
+        return self._unfolded().sq_norms()
+
+    def _sq_norms_of_rows(self) -> Tensor:
+        return _products.row_sq_norms(self.rows().flatten(1))
+
+    @property
+    def _has_ghost(self) -> bool:
+        return self.geometry.groups == 1 and not self.geometry.transposed
+
+    def _sizes(self) -> tuple[int, int, int]:
+        """Positions per row, and the two sides of the weight as a matrix: n, p, d."""
+        n = self.outputs.numel() // (self.count * self.outputs.shape[2])
+        return n, self.shape[0], self.shape[1:].numel()
+
+    def _unfolded(self) -> OuterFactor:
+        """The same rows as those of a product, columns in another order."""
+        outputs = self.outputs.movedim(2, -1).flatten(1, -2)  # (M, n, out)
+        return OuterFactor(self._windows(), outputs, self.shape)
+
+    def _windows(self) -> Tensor:
+        """Every window of the padded input as a row, channels last. (M, n, taps * in)."""
+        g, kernel = self.geometry, self.shape[2:]
+        sides = [side for p in reversed(g.padding) for side in (p, p)]
+        # Channels last, so that a window is copied in runs of whole pixels.
+        x = F.pad(self.inputs.flatten(0, 1), sides).movedim(1, -1).contiguous()
+        steps = x.stride()[1:-1]
+        size = (len(x), *self.outputs.shape[3:], *kernel, x.shape[-1])
+        strides = (
+            x.stride(0),
+            *(s * step for s, step in zip(g.stride, steps, strict=True)),
+            *(d * step for d, step in zip(g.dilation, steps, strict=True)),
+            1,
+        )
+        taps = kernel.numel() * x.shape[-1]
+        return x.as_strided(size, strides).reshape(self.count, -1, taps)

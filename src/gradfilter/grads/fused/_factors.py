@@ -1,0 +1,465 @@
+"""Rows of a leaf, represented by the factors of which they are products.
+
+The microbatch gradients of a layer are products of its inputs and of its output gradients. A factor
+holds these two and computes from them the answers of a stack, without the rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from gradfilter import _products, _tree
+from gradfilter._types import Tree
+
+# --- The factor of a linear layer, and what every factor answers ---
+
+
+LARGE_SUM = 2.5
+"""Ghost products pay while they take up to this many times the flops of the rows themselves.
+
+Rows also cost memory: written, read for the Gram, read again to be combined. Measured for every
+layer of ResNet18 at (2, 100), (8, 16) and (16, 8) on two cores; from 1.5 to 2.5 it hardly matters.
+"""
+
+
+TILE = 2**24
+"""Bytes of rows that are held at a time."""
+
+LARGEST = 2**26
+"""Bytes of products, windows or rows that an answer may take for a moment."""
+
+
+F = TypeVar("F", bound="Divisible")
+
+
+class Factor(ABC):
+    """The M gradients of one leaf from one of its uses, in some cheaper form.
+
+    Attributes:
+        shape: The shape of the leaf.
+        count: M.
+        unit: `rows` may be asked for multiples of so many units.
+    """
+
+    shape: torch.Size
+    count: int
+    unit: int = 1
+
+    @abstractmethod
+    def rows(self, low: int = 0, high: int | None = None) -> Tensor:
+        """The rows on the leaf's units (its dim 0) from low to high. (M, high - low, ...)."""
+
+    @abstractmethod
+    def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
+        """Σ_m w_m row_m, w = 1 when not given; nothing of a row that is not live. The leaf's shape.
+
+        Args:
+            weights: (M,).
+            live: (M,) bool; None says that no row has to be kept out.
+        """
+
+    @abstractmethod
+    def dot(self, leaf: Tensor) -> Tensor:
+        """The product of every row with a leaf. (M,) float64."""
+
+    @abstractmethod
+    def gram(self) -> Tensor:
+        """The Gram of these rows, of this one use of the leaf alone. (M, M) float64."""
+
+    @abstractmethod
+    def sq_norms(self) -> Tensor:
+        """The diagonal of `gram`. (M,)."""
+
+
+class Divisible(Factor):
+    """A factor whose rows can be taken apart."""
+
+    @abstractmethod
+    def part(self, low: int, high: int) -> Self:
+        """The same for some of the M rows."""
+
+
+def tiles(factor: Factor) -> Iterator[Tensor]:
+    """The rows (M, ...) of a factor, some of the leaf's units at a time."""
+    if not factor.shape:
+        yield factor.rows().reshape(factor.count, 1)
+        return
+    per_unit = factor.count * factor.shape[1:].numel() * 4
+    step = max(factor.unit, TILE // max(per_unit, 1) // factor.unit * factor.unit)
+    for low in range(0, factor.shape[0], step):
+        rows = factor.rows(low, min(low + step, factor.shape[0]))
+        yield rows.reshape(factor.count, -1)
+
+
+def tiled_gram(factor: Factor) -> Tensor:
+    """The Gram, tile by tile. (M, M) float64."""
+    total: Tensor | None = None
+    for tile in tiles(factor):
+        products = _products.inner(tile, tile)
+        total = products if total is None else total.add_(products)
+    assert total is not None
+    return total
+
+
+def tiled_sq_norms(factor: Factor) -> Tensor:
+    """Its diagonal, tile by tile. (M,)."""
+    return torch.stack([_products.row_sq_norms(tile) for tile in tiles(factor)]).sum(0)
+
+
+@dataclass(eq=False)
+class OuterFactor(Divisible):
+    """row_m = Σ_t d_mt ⊗ a_mt: inputs a (M, n, d) and output gradients d (M, n, p) of a product.
+
+    Its Gram needs no rows: ⟨d ⊗ a, d' ⊗ a'⟩ = ⟨d, d'⟩ ⟨a, a'⟩, so K is (D Dᵀ) ∘ (A Aᵀ), summed
+    over the positions t of either row.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    shape: torch.Size
+
+    def __post_init__(self) -> None:
+        self.count = len(self.inputs)
+
+    def rows(self, low: int = 0, high: int | None = None) -> Tensor:
+        """D_mᵀ A_m, one batched product."""
+        columns = self.outputs[..., low:high].mT
+        # Of one position each it is an outer product, bound by memory alone.
+        single = self.inputs.shape[1] == 1
+        rows = columns * self.inputs if single else torch.bmm(columns, self.inputs)
+        return rows.view(self.count, -1, *self.shape[1:])
+
+    def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
+        """Dᵀ A over all rows, output gradients weighted."""
+        outputs, inputs = weigh(self.outputs, weights, live), mask(self.inputs, live)
+        return (outputs.flatten(0, 1).T @ inputs.flatten(0, 1)).view(self.shape)
+
+    def dot(self, leaf: Tensor) -> Tensor:
+        """Σ_t ⟨d_mt, V a_mt⟩, a product like the forward one."""
+        moved = self.inputs @ leaf.reshape(len(leaf), -1).T.to(self.inputs.dtype)
+        return paired(moved, self.outputs)
+
+    def part(self, low: int, high: int) -> Self:
+        """The same for some of the M rows."""
+        return replace(self, inputs=self.inputs[low:high], outputs=self.outputs[low:high])
+
+    def gram(self) -> Tensor:
+        """The ghost Gram, or from the rows where that takes less."""
+        (n, p), d = self.outputs.shape[1:], self.inputs.shape[2]
+        if not n or ghost_flops(self.count, n, p, d) is None:
+            return tiled_gram(self)
+        return ghost_gram(self.inputs, self.outputs)
+
+    def sq_norms(self) -> Tensor:
+        """The ghost Gram's diagonal, block by block, or from the rows where they are fewer."""
+        (n, p), d = self.outputs.shape[1:], self.inputs.shape[2]
+        return by_rows(self, 4 * min(2 * n * n, p * d), OuterFactor._sq_norms)
+
+    def _sq_norms(self) -> Tensor:
+        (n, p), d = self.outputs.shape[1:], self.inputs.shape[2]
+        if n == 1:
+            return _products.row_sq_norms(self.inputs[:, 0]) * _products.row_sq_norms(
+                self.outputs[:, 0]
+            )
+        if 2 * n * n <= p * d:
+            inputs, outputs = map(_tree.at_least_float32, (self.inputs, self.outputs))
+            products = torch.bmm(inputs, inputs.mT).mul_(torch.bmm(outputs, outputs.mT))
+            return products.sum((1, 2), dtype=_tree.wide(products)).clamp(min=0)
+        return _products.row_sq_norms(self.rows().flatten(1))
+
+
+def by_rows(factor: F, bytes_of_row: int, answer: Callable[[F], Tensor]) -> Tensor:
+    """An answer (M, ...) that takes so many bytes for each of the M rows, for some at a time."""
+    step = max(1, LARGEST // max(bytes_of_row, 1))
+    if step >= factor.count:
+        return answer(factor)
+    parts = (factor.part(low, low + step) for low in range(0, factor.count, step))
+    return torch.cat([answer(part) for part in parts])
+
+
+def ghost_flops(count: int, n: int, p: int, d: int) -> int | None:
+    """The flops of the ghost Gram of (M, n, p) and (M, n, d); None where holding rows is cheaper.
+
+    Ghost products take N (p + d), N = M n, where rows and their Gram take p d (n + M).
+    """
+    products = count * n * (p + d)
+    return 2 * count * n * products if products < LARGE_SUM * p * d * (1 + count / n) else None
+
+
+def ghost_gram(inputs: Tensor, outputs: Tensor) -> Tensor:
+    """Σ_tt' ⟨a_mt, a_m't'⟩ ⟨d_mt, d_m't'⟩ for (M, n, d) and (M, n, p). (M, M) float64.
+
+    From 256 positions on the lower half only, in four steps, or as many as keep products small;
+    below that, further calls cost more than half of the work.
+    """
+    count, n = inputs.shape[:2]
+    step = -(-count // min(max(count * n // 128, 1), 4))
+    step = min(step, max(1, LARGEST // (4 * count * n * n)))
+    a, d = _tree.at_least_float32(inputs), _tree.at_least_float32(outputs)
+    if step == count:
+        return _ghost_block(a, d, count)
+    gram = torch.empty(count, count, dtype=_tree.wide(a), device=a.device)
+    for low in range(0, count, step):
+        high = min(low + step, count)
+        block = _ghost_block(a[low:], d[low:], high - low)
+        gram[low:, low:high] = block
+        gram[low:high, high:] = block[high - low :].T
+    return gram
+
+
+def ghost_between(own: OuterFactor, other: OuterFactor) -> Tensor:
+    """The products of the rows of two factors, from inputs and output gradients. (k, l) float64."""
+    tensors = (own.inputs, own.outputs, other.inputs, other.outputs)
+    return _ghost_products(*map(_tree.at_least_float32, tensors))
+
+
+def _ghost_block(a: Tensor, d: Tensor, width: int) -> Tensor:
+    """The first columns of the ghost Gram."""
+    return _ghost_products(a, d, a[:width], d[:width])
+
+
+def _ghost_products(a: Tensor, d: Tensor, b: Tensor, e: Tensor) -> Tensor:
+    """Σ_tt' ⟨a_mt, b_m't'⟩ ⟨d_mt, e_m't'⟩. (k, l) float64."""
+    (count, n), width = a.shape[:2], len(b)
+    with _tree.no_autocast(a):
+        products = (a.flatten(0, 1) @ b.flatten(0, 1).T).mul_(d.flatten(0, 1) @ e.flatten(0, 1).T)
+    if n == 1:
+        return products.to(_tree.wide(a))
+    sums = products.view(-1, width, n).sum(2, dtype=_tree.wide(a))
+    return sums.view(count, n, width).sum(1)
+
+
+def weigh(tensor: Tensor, weights: Tensor | None, live: Tensor | None) -> Tensor:
+    """Every row of (M, ...) times its weight, exactly 0 where it is not live."""
+    if weights is not None:
+        wide = _tree.at_least_float32(tensor)
+        tensor = (wide * _along_rows(weights.to(wide.dtype), wide)).to(tensor.dtype)
+    return mask(tensor, live)
+
+
+def mask(tensor: Tensor, live: Tensor | None) -> Tensor:
+    """Rows of (M, ...) that are not live replaced by 0."""
+    return tensor if live is None else torch.where(_along_rows(live, tensor), tensor, 0.0)
+
+
+def paired(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product of every row of (M, ...) with the same row of another. (M,) float64."""
+    product = _tree.at_least_float32(a) * _tree.at_least_float32(b)
+    return product.flatten(1).sum(1, dtype=_tree.wide(product))
+
+
+def _along_rows(values: Tensor, tensor: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (tensor.ndim - 1))
+
+
+# --- Rows that are held, because they are small ---
+
+
+@dataclass(eq=False)
+class DenseFactor(Factor):
+    """The rows (M, *shape) themselves."""
+
+    held: Tensor
+
+    def __post_init__(self) -> None:
+        self.count, self.shape = len(self.held), self.held.shape[1:]
+
+    def _matrix(self) -> Tensor:
+        return self.held.reshape(self.count, -1)
+
+    def rows(self, low: int = 0, high: int | None = None) -> Tensor:
+        """A slice of them."""
+        return self.held if self.held.ndim == 1 else self.held[:, low:high]
+
+    def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
+        """One weighted sum."""
+        if weights is None:
+            if live is None:
+                return self.held.sum(0) if self.count > 1 else self.held[0]
+            weights = live.to(_tree.wide(self.held))
+        if live is None:
+            rows = _tree.at_least_float32(self._matrix())
+            with _tree.no_autocast(rows):
+                total = weights.to(rows.dtype) @ rows
+            return total.view(self.shape).to(self.held.dtype)
+        return _products.weighted_sum(weights, self._matrix()).view(self.shape).to(self.held.dtype)
+
+    def dot(self, leaf: Tensor) -> Tensor:
+        """One product."""
+        return _products.inner(self._matrix(), leaf.reshape(1, -1))[:, 0]
+
+    def gram(self) -> Tensor:
+        """One product."""
+        return _products.inner(self._matrix(), self._matrix())
+
+    def sq_norms(self) -> Tensor:
+        """Norms of the rows."""
+        return _products.row_sq_norms(self._matrix())
+
+
+JOINED = ""
+"""The name of what is made of several leaves."""
+
+
+def small_dense(factors: Mapping[str, Factor], names: Collection[str]) -> list[str]:
+    """The leaves among some whose few rows are held."""
+    return [
+        name
+        for name, factor in factors.items()
+        if name in names
+        and isinstance(factor, DenseFactor)
+        and factor.shape.numel() < _products.SMALL
+    ]
+
+
+def join_dense(factors: Mapping[str, Factor], names: list[str]) -> dict[str, Factor]:
+    """Leaves whose rows are held, as one."""
+    if not names:
+        return {}
+    matrices = [factors[name].rows().reshape(factors[name].count, -1) for name in names]
+    return {JOINED: DenseFactor(torch.cat([_tree.at_least_float32(m) for m in matrices], 1))}
+
+
+def split_joined(total: Tensor, names: list[str], shapes: Mapping[str, torch.Size]) -> Tree:
+    """A combination of joined rows, leaf by leaf."""
+    parts = torch.split_with_sizes(total, [shapes[name].numel() for name in names])
+    return {name: part.view(shapes[name]) for name, part in zip(names, parts, strict=True)}
+
+
+# --- Several uses of one leaf, or too many rows to hold: summed tile by tile ---
+
+
+@dataclass(eq=False)
+class TiledFactor(Factor):
+    """The sum of the rows of several factors of one leaf.
+
+    The Gram of a sum is not the sum of the Grams: a weight that is used twice has cross terms. So
+    the rows are made after all, for some of the leaf's units at a time, and dropped.
+
+    Attributes:
+        parts: One factor for each use of the leaf.
+    """
+
+    parts: list[Factor]
+
+    def __post_init__(self) -> None:
+        self.count, self.shape = self.parts[0].count, self.parts[0].shape
+        self.unit = max(part.unit for part in self.parts)
+
+    def rows(self, low: int = 0, high: int | None = None) -> Tensor:
+        """The sum of the parts' rows."""
+        rows = self.parts[0].rows(low, high)
+        for part in self.parts[1:]:
+            rows = rows + part.rows(low, high)
+        return rows
+
+    def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
+        """Of all parts."""
+        total = self.parts[0].total(weights, live)
+        for part in self.parts[1:]:
+            total = total + part.total(weights, live)
+        return total
+
+    def dot(self, leaf: Tensor) -> Tensor:
+        """Of all parts."""
+        return torch.stack([part.dot(leaf) for part in self.parts]).sum(0)
+
+    def gram(self) -> Tensor:
+        """Tile by tile."""
+        return tiled_gram(self)
+
+    def sq_norms(self) -> Tensor:
+        """Tile by tile, or of the only part."""
+        if len(self.parts) == 1:
+            return self.parts[0].sq_norms()
+        return tiled_sq_norms(self)
+
+
+# --- Rows of the table of an embedding ---
+
+
+@dataclass(eq=False)
+class EmbeddingFactor(Divisible):
+    """row_m = Σ_t e(index_mt) ⊗ grad_mt: indices (M, n) and output gradients (M, n, width)."""
+
+    index: Tensor
+    grads: Tensor
+    shape: torch.Size
+
+    def __post_init__(self) -> None:
+        self.count = len(self.index)
+
+    def rows(self, low: int = 0, high: int | None = None) -> Tensor:
+        """Scattered into the table's units from low to high."""
+        units = len(range(self.shape[0])[low:high])
+        index, grads = self.index - low, self.grads
+        if units < self.shape[0]:
+            inside = (index >= 0) & (index < units)
+            index, grads = torch.where(inside, index, 0), grads * inside[..., None]
+        first = torch.arange(self.count, device=index.device)[:, None] * units
+        table = grads.new_zeros(self.count * units, self.shape[1])
+        table.index_add_(0, (index + first).flatten(), grads.flatten(0, 1))
+        return table.view(self.count, units, self.shape[1])
+
+    def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
+        """Scattered into one table, weighted."""
+        grads = weigh(self.grads, weights, live).flatten(0, 1)
+        return grads.new_zeros(self.shape).index_add_(0, self.index.flatten(), grads)
+
+    def dot(self, leaf: Tensor) -> Tensor:
+        """The leaf looked up, paired with the output gradients."""
+        return paired(leaf[self.index].to(self.grads.dtype), self.grads)
+
+    def part(self, low: int, high: int) -> Self:
+        """The same for some of the M rows."""
+        return replace(self, index=self.index[low:high], grads=self.grads[low:high])
+
+    def gram(self) -> Tensor:
+        """Products wherever two positions share a unit, or from the rows where that takes less."""
+        n = self.index.shape[1]
+        if n * n > self.shape[0]:
+            return tiled_gram(self)
+        index, grads = self.index.flatten(), _tree.at_least_float32(self.grads).flatten(0, 1)
+        gram = torch.empty(self.count, self.count, dtype=_tree.wide(grads), device=grads.device)
+        with _tree.no_autocast(grads):
+            for m in range(self.count):  # the products of one row at a time
+                own = slice(m * n, (m + 1) * n)
+                products = grads[own] @ grads[: (m + 1) * n].T
+                same = index[own, None] == index[None, : (m + 1) * n]
+                # Not a product with 0: what is not finite elsewhere does not belong here.
+                shared = torch.where(same, products, 0.0).view(n, m + 1, n)
+                gram[m, : m + 1] = gram[: m + 1, m] = shared.sum((0, 2), dtype=gram.dtype)
+        return gram
+
+    def sq_norms(self) -> Tensor:
+        """As `gram`, for each row with itself; of many positions from their sums per unit."""
+        n, width = self.grads.shape[1:]
+        if n <= width:
+            return by_rows(self, 12 * n * n, EmbeddingFactor._sq_norms_of_pairs)
+        return by_rows(self, 12 * n * width, EmbeddingFactor._sq_norms_of_sums)
+
+    def _sq_norms_of_pairs(self) -> Tensor:
+        grads = _tree.at_least_float32(self.grads)
+        with _tree.no_autocast(grads):
+            products = torch.bmm(grads, grads.mT)
+        same = self.index[:, :, None] == self.index[:, None, :]
+        norms = torch.where(same, products, 0.0).sum((1, 2), dtype=_tree.wide(grads))
+        return norms.clamp(min=0)
+
+    def _sq_norms_of_sums(self) -> Tensor:
+        """Positions sorted by unit, those of one unit summed: never more than there are grads."""
+        index, order = self.index.sort(1)
+        begins = torch.ones_like(index, dtype=torch.bool)
+        torch.ne(index[:, 1:], index[:, :-1], out=begins[:, 1:])
+        place = begins.flatten().cumsum(0) - 1  # of the unit a position belongs to
+        grads = _tree.at_least_float32(self.grads)
+        grads = grads.gather(1, order[..., None].expand_as(grads)).flatten(0, 1)
+        sums = torch.zeros_like(grads).index_add_(0, place, grads)
+        norms = _products.row_sq_norms(sums)[place].view(index.shape)
+        return torch.where(begins, norms, 0.0).sum(1)

@@ -1,0 +1,114 @@
+"""The state that an operation override works with while a loss runs over all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradfilter.grads._buffer_watch import RunningUpdates
+from gradfilter.grads.fused._lift import Level, autocast_dtype, shared
+from gradfilter.grads.fused._tape import Tape, Use, Weight
+
+Rule = Callable[..., Any]
+"""``rule(host, *args, **kwargs)`` of the function it stands for; NotImplemented where it cannot."""
+
+
+@dataclass
+class Host:
+    """The forward pass over all rows, as the rules see it."""
+
+    level: Level
+    tape: Tape
+    running: RunningUpdates
+    reenter: Callable[[Host, Callable[[], Any]], Any] = lambda host, run: run()
+
+    def run_in_pass(self, run: Callable[[], Any]) -> Any:
+        """Run something under the level and the rules once more, in a hook of the backward pass."""
+        return self.reenter(self, run)
+
+    drew: bool = False
+    """Whether a single random number was drawn for each row, on which answers may depend."""
+
+    def __post_init__(self) -> None:
+        """Know the leaves by identity."""
+        self._leaves = {
+            id(rows): Weight(rows.detach()[0], rows, name)
+            for name, rows in self.tape.leaves.items()
+            if shared(rows)
+        }
+
+    def batched(self, *values: Any) -> bool:
+        """Whether some value differs from row to row, as far as types can tell."""
+        return any(self.level.batched(value) for value in values)
+
+    def wanted(self, x: Tensor, *weights: Tensor | None) -> bool:
+        """Whether a layer needs its rule: frozen ones do only for what autocast makes of them."""
+        if self.batched(*weights):
+            return True
+        return self.level.batched(x) and autocast_dtype(x.device) is not None
+
+    def weight(self, value: Tensor) -> Weight | None:
+        """A parameter that all rows share, or None if every row has its own.
+
+        What a rule is given may be a leaf, a view or function of leaves, or frozen.
+        """
+        if not self.level.batched(value):
+            return Weight(value, None, None)
+        rows = self.level.lower(value)
+        if id(rows) in self._leaves:
+            return self._leaves[id(rows)]
+        return Weight(rows.detach()[0], rows, None) if shared(rows) else None
+
+    def weights(self, *values: Tensor | None) -> tuple[Weight | None, ...] | None:
+        """`weight` of each that is there; None if a row has its own of any."""
+        found = [None if value is None else self.weight(value) for value in values]
+        if any(w is None and v is not None for w, v in zip(found, values, strict=True)):
+            return None
+        return tuple(found)
+
+    def run(self, name: str, compute: Callable[..., Any], *args: Any) -> Any:
+        """Count an override, and run it on the tensors of all rows."""
+        self.tape.overrides[name] += 1
+        return self.level.lift_call(compute, *args)
+
+    def used(
+        self,
+        rule: str,
+        weight: Weight | None,
+        flops: int,
+        kept: int = 0,
+        ghost_flops: int | None = None,
+    ) -> None:
+        """Note one use of a leaf for the choice of modes."""
+        if weight is not None and weight.leaf is not None:
+            self.tape.uses.append(Use(weight.leaf, rule, flops, kept, ghost_flops))
+
+
+def in_autocast(x: Tensor, *weights: Weight | None) -> tuple[Any, ...]:
+    """What autocast makes of the operands of a matrix product, and a context without autocast."""
+    dtype = autocast_dtype(x.device)
+    if dtype is None or x.dtype == torch.float64:
+        return (x, *weights, nullcontext())
+    cast = [
+        w and Weight(w.value.to(dtype) if w.value.is_floating_point() else w.value, w.rows, w.leaf)
+        for w in weights
+    ]
+    return (x.to(dtype), *cast, torch.autocast(x.device.type, enabled=False))
+
+
+def rows_of(weight: Weight | None) -> Tensor | None:
+    """Where autograd expects the gradient of a weight."""
+    return None if weight is None else weight.rows
+
+
+def owned(output: Tensor) -> Tensor:
+    """An output that is no view: an in-place operation on a view made by a Function is refused."""
+    if not output._is_view():
+        return output
+    found: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
+    return found

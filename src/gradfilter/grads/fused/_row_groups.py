@@ -1,0 +1,402 @@
+"""Run one pass for each group of rows that answer the host alike, and merge the results.
+
+A loss may ask its tensors for a value of Python: ``if mask.all():`` in a model for padded text is
+true for the longest rows and false for the others. One pass can take one branch only, so rows that
+answer differently run in different groups. The results are merged factor by factor, in the order of
+the rows: the stack looks as if it came from one pass.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradfilter import _tree
+from gradfilter._types import Params
+from gradfilter.grads._batch import Batch
+from gradfilter.grads._call_context import CallContext, random_state, set_random_state
+from gradfilter.grads.fused._conv_factor import ConvFactor
+from gradfilter.grads.fused._factors import (
+    DenseFactor,
+    EmbeddingFactor,
+    Factor,
+    OuterFactor,
+    TiledFactor,
+)
+from gradfilter.grads.fused._forward import Forward
+from gradfilter.grads.fused._modules_by_row import ByRow
+from gradfilter.grads.fused._row_questions import Disagreement
+from gradfilter.grads.fused._tape import Tape, Use, Visit
+
+# --- Merge the factors of groups into one factor of all rows ---
+
+
+@dataclass(frozen=True)
+class FactorPart:
+    """What a pass over some rows left of one leaf: a factor for each use.
+
+    Attributes:
+        rows: Which rows. (k,) int64.
+        factors: One per use.
+    """
+
+    rows: Tensor
+    factors: list[Factor]
+
+
+def merged(parts: list[FactorPart], count: int) -> list[Factor]:
+    """The factors of a leaf for all rows; a row that is in no part has a gradient of zero."""
+    if len({len(part.factors) for part in parts}) == 1:
+        rows = [part.rows for part in parts]
+        uses = zip(*(part.factors for part in parts), strict=True)
+        return [_merged_use(list(use), rows, count) for use in uses]
+    # A leaf that some rows use more often than others: there are no uses to pair.
+    sums = [
+        part.factors[0] if len(part.factors) == 1 else TiledFactor(part.factors) for part in parts
+    ]
+    return [GroupedFactor(sums, [part.rows for part in parts], count)]
+
+
+FIELDS: dict[type[Factor], tuple[str, ...]] = {
+    ConvFactor: ("inputs", "outputs"),
+    DenseFactor: ("held",),
+    EmbeddingFactor: ("index", "grads"),
+    OuterFactor: ("inputs", "outputs"),
+}
+"""The tensors (M, ...) of factors that can be put together."""
+
+
+def _merged_use(factors: list[Factor], rows: list[Tensor], count: int) -> Factor:
+    """One factor for all rows, of the same kind where the tensors of the parts fit together."""
+    first: Any = factors[0]
+    one_kind = len({type(factor) for factor in factors}) == 1
+    names = FIELDS.get(type(first), ()) if one_kind else ()
+    complete = sum(map(len, rows)) == count
+    alike = len({getattr(factor, "geometry", None) for factor in factors}) == 1
+    tensors = {name: [getattr(factor, name) for factor in factors] for name in names}
+    fit = all(len({(t.dtype, t.shape[1:]) for t in each}) == 1 for each in tensors.values())
+    if not (names and complete and alike and fit):
+        return GroupedFactor(factors, rows, count)
+    joined: Factor = replace(first, **{name: gathered(t, rows) for name, t in tensors.items()})
+    return joined
+
+
+def gathered(tensors: list[Tensor], rows: list[Tensor]) -> Tensor:
+    """Tensors (k, ...) of groups of rows as one of all rows, in their order. (M, ...)."""
+    found = tensors[0].new_empty(sum(map(len, rows)), *tensors[0].shape[1:])
+    for tensor, places in zip(tensors, rows, strict=True):
+        found[places] = tensor
+    return found
+
+
+@dataclass(eq=False)
+class GroupedFactor(Factor):
+    """Factors of groups of rows that are made differently, held as they are.
+
+    Attributes:
+        parts: One factor for each group.
+        places: The rows of each group. (k,) int64.
+        count: M.
+    """
+
+    parts: list[Factor]
+    places: list[Tensor]
+    count: int
+
+    def __post_init__(self) -> None:
+        self.shape = self.parts[0].shape
+        self.unit = max(part.unit for part in self.parts)
+
+    def _each(self, answer: Callable[[Factor], Tensor]) -> Tensor:
+        """The parts' answers (k, ...), in the order of the rows. (M, ...)."""
+        answers = [answer(part) for part in self.parts]
+        dtype = reduce(torch.promote_types, (found.dtype for found in answers))
+        rows = answers[0].new_zeros((self.count, *answers[0].shape[1:]), dtype=dtype)
+        for places, found in zip(self.places, answers, strict=True):
+            rows[places] = found.to(dtype)
+        return rows
+
+    def rows(self, low: int = 0, high: int | None = None) -> Tensor:
+        """Of each group."""
+        return self._each(lambda part: part.rows(low, high))
+
+    def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
+        """Of all groups."""
+
+        def own(values: Tensor | None, places: Tensor) -> Tensor | None:
+            return None if values is None else values[places]
+
+        totals = [
+            part.total(own(weights, places), own(live, places))
+            for part, places in zip(self.parts, self.places, strict=True)
+        ]
+        return reduce(torch.add, totals)
+
+    def dot(self, leaf: Tensor) -> Tensor:
+        """Of each group."""
+        return self._each(lambda part: part.dot(leaf))
+
+    def sq_norms(self) -> Tensor:
+        """Of each group."""
+        return self._each(lambda part: part.sq_norms())
+
+    def gram(self) -> Tensor:
+        """Each group's own, and between two groups the rows of the smaller one with the other."""
+        some = self.places[0]
+        gram = torch.zeros(self.count, self.count, dtype=_tree.wide(some), device=some.device)
+        groups = list(zip(self.parts, self.places, strict=True))
+        for i, (part, places) in enumerate(groups):
+            gram[places[:, None], places] = part.gram()
+            for other, elsewhere in groups[:i]:
+                products = _between(part, other)
+                gram[places[:, None], elsewhere] = products
+                gram[elsewhere[:, None], places] = products.T
+        return gram
+
+
+def _between(a: Factor, b: Factor) -> Tensor:
+    """The products of every row of one factor with every row of another."""
+    if a.count > b.count:
+        return _between(b, a).T
+    return torch.stack([b.dot(row) for row in a.rows()])
+
+
+# --- The groups ---
+
+
+MOST_GROUPS = 8
+"""With more groups than these the loop is hardly slower: every group begins its pass anew."""
+
+
+@dataclass
+class Grouping:
+    """How the rows of a batch run: what its first pass has shown, and further ones begin with.
+
+    Attributes:
+        by_row: The modules that run row by row.
+        groups: The rows of each group, in order; None before the first pass.
+    """
+
+    by_row: ByRow
+    groups: list[list[int]] | None = None
+
+
+def forward_in_groups(
+    run: Callable[[Batch, Params], Forward],
+    batch: Batch,
+    params: Params,
+    per_row: bool,
+    grouping: Grouping,
+    context: CallContext,
+    modules: Callable[[], Mapping[str, nn.Module]],
+    check: Callable[[Forward, list[int]], None] | None = None,
+) -> Forward:
+    """Run a forward pass over all rows, in as many groups as their answers to the host make.
+
+    Args:
+        run: The pass over some rows.
+        batch: All rows.
+        params: The parameters; with ``per_row`` each with a leading axis M.
+        per_row: Row m has its own parameters.
+        grouping: How to begin; the first pass leaves there how it ended.
+        context: The random state is at its start.
+        modules: Lists those of the model, by name.
+        check: Refuses what one group leaves in the modules for rows of the others, while it is
+            there. None where that has been checked.
+
+    Raises:
+        RuntimeError: Rows that have to be taken apart cannot be: there are too many groups, they
+            write into buffers, or random numbers would not be those of the first pass.
+    """
+    begin = [list(range(len(batch)))] if grouping.groups is None else grouping.groups
+    ahead, start = [*begin], context.random
+    parts: list[tuple[list[int], Forward]] = []
+    left: list[set[str]] = []
+    attempts = 0
+    while ahead:
+        rows = ahead[0]
+        whole = len(rows) == len(batch)
+        own = params if whole or not per_row else {name: p[rows] for name, p in params.items()}
+        some = batch if whole else replace(batch, tensors=[t[rows] for t in batch.tensors])
+        if attempts:  # each attempt, and each group, finds the modules as all rows would
+            context.attributes.restore()
+        attempts += 1
+        try:
+            part = run(some, own)
+        except RuntimeError as refusal:
+            # With other random numbers rows may answer otherwise, and those of a group draw others.
+            groups: list[list[int]] = []
+            if isinstance(refusal, Disagreement) and not _drew(start, context):
+                groups = _apart(rows, refusal.answers)
+            count = len(parts) + len(groups) + len(ahead) - 1
+            if groups and (count == 2 or count < len(batch)) and count <= MOST_GROUPS:
+                ahead[:1] = groups
+            elif grouping.by_row.learn(refusal, modules()):
+                # Groups may have been those of questions that are now asked row by row.
+                ahead, parts, left, start = [*begin], [], [], context.random
+            else:
+                raise
+            set_random_state(start, context.device)
+            context.host.restore()
+            continue
+        parts.append((rows, part))
+        ahead.pop(0)
+        if not whole and check is not None:
+            left.append({name for name, *_ in context.attributes.changes()})
+            if ahead:
+                check(part, [group[-1] for group, _ in parts] + [group[-1] for group in ahead])
+        if ahead:
+            start = random_state(context.device)
+    _check_left(left)
+    if attempts > len(parts) and grouping.groups is not None:
+        _check_draws(context)
+    if grouping.groups is None:
+        grouping.groups = [rows for rows, _ in parts]
+    return parts[0][1] if len(parts) == 1 else _together(parts, batch)
+
+
+def _apart(rows: list[int], answers: list[str]) -> list[list[int]]:
+    """Rows by their answers, last those of the last row: what modules remember is its pass."""
+    groups: dict[str, list[int]] = {}
+    for row, answer in zip(rows, answers, strict=True):
+        groups.setdefault(answer, []).append(row)
+    return sorted(groups.values(), key=max)
+
+
+def _drew(start: dict[str, Any], context: CallContext) -> bool:
+    """Whether random numbers have been drawn since a start."""
+    now = random_state(context.device)
+    return any(not torch.equal(now[kind], before) for kind, before in start.items())
+
+
+def _check_left(left: list[set[str]]) -> None:
+    """Refuse groups of which some leave something that the last one does not."""
+    lost = set[str]().union(*left) - left[-1] if left else ()
+    if lost:
+        raise RuntimeError(
+            f"Passes over groups of rows cannot hand on attribute {min(lost)!r}, which the forward "
+            "pass changes in some rows and not in others. Make it a buffer (register_buffer)"
+        )
+
+
+def _check_draws(context: CallContext) -> None:
+    if _drew(context.random, context):
+        raise RuntimeError(
+            "Expected rows that answer the host alike as in the first pass over them, found some "
+            "that do not at these parameters, and random numbers, which are drawn for all rows "
+            'that answer alike together. Use plan="loop".'
+        )
+
+
+def _together(parts: list[tuple[list[int], Forward]], batch: Batch) -> Forward:
+    """The passes over groups of rows as one."""
+    for _, part in parts:
+        for name, buffer in part.buffers.items():
+            if not torch.equal(buffer, batch.buffers[name]):
+                raise RuntimeError(
+                    f"Passes over groups of rows cannot hand buffer {name!r}, which the forward "
+                    "pass writes, from row to row, and the loss asks for a value that differs "
+                    'from row to row. Use plan="loop".'
+                )
+    first = parts[0][1]
+    places = [torch.tensor(rows, device=first.losses.device) for rows, _ in parts]
+    passes = [part for _, part in parts]
+    with torch.no_grad():
+        losses = gathered([part.losses for part in passes], places)
+        aux = first.aux
+        if aux is not None:
+            aux = _tree.tree_map(lambda *t: gathered(list(t), places), *(p.aux for p in passes))
+    leaves = {
+        name: leaf.detach()[:1].expand(len(batch), *leaf.shape[1:])
+        for name, leaf in first.tape.leaves.items()
+    }
+    tape = GroupedTape(
+        leaves,
+        uses=_uses([part.tape for part in passes], len(batch)),
+        overrides=sum((part.tape.overrides for part in passes), Counter()),
+        ignored=_ignored([part.tape for part in passes], places),
+        linear=all(part.tape.linear for part in passes),
+        parts=list(zip(places, passes, strict=True)),
+    )
+    groups = tuple(tuple(rows) for rows, _ in parts)
+    used = set().union(*(part.used for part in passes))
+    return Forward(
+        losses,
+        tape,
+        first.buffers,
+        aux,
+        groups=groups,
+        by_row=first.by_row,
+        used=used,
+        changed=any(p.changed for p in passes),
+    )
+
+
+def _ignored(tapes: list[Tape], places: list[Tensor]) -> Tensor | None:
+    """Which rows had only ignored labels, if all passes took note."""
+    noted = [tape.ignored for tape in tapes if tape.ignored is not None]
+    return gathered(noted, places) if len(noted) == len(tapes) else None
+
+
+def _uses(tapes: list[Tape], count: int) -> list[Use]:
+    """The uses of leaves by rules as if all rows had been in one pass."""
+    paths = {tuple((use.leaf, use.rule) for use in tape.uses) for tape in tapes}
+    if len(paths) > 1:
+        return [replace(use, ghost_flops=None) for tape in tapes for use in tape.uses]
+    rows = [len(next(iter(tape.leaves.values()))) for tape in tapes]
+
+    most = max(range(len(rows)), key=rows.__getitem__)
+
+    def together(uses: tuple[Use, ...]) -> Use:
+        ghosts = [use.ghost_flops for use in uses]
+        ghost = None if None in ghosts else ghosts[most]
+        return replace(
+            uses[0],
+            flops=sum(use.flops for use in uses),
+            kept=sum(use.kept for use in uses),
+            ghost_flops=ghost and ghost * count**2 // rows[most] ** 2,
+        )
+
+    return [together(uses) for uses in zip(*(tape.uses for tape in tapes), strict=True)]
+
+
+@dataclass
+class GroupedTape(Tape):
+    """The tapes of passes over groups of rows as one.
+
+    A backward pass runs through group after group. What it leaves of a leaf is known when the last
+    one is through, so the factors of all leaves are held until then.
+
+    Attributes:
+        parts: The rows of each group, and the pass over them.
+    """
+
+    parts: list[tuple[Tensor, Forward]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Leave the leaves alone: those of the parts are heard of."""
+
+    def backward(self, losses: Tensor, cotangent: Tensor, visit: Visit, *, retain: bool) -> None:
+        """Run the backward passes of all groups, each in the surroundings it needs."""
+        found: dict[str, list[FactorPart]] = {}
+        for rows, part in self.parts:
+            _backward(part, rows, cotangent[rows], found, retain)
+        with torch.no_grad():  # as it is while a backward pass runs
+            for name in list(found):
+                visit(name, merged(found.pop(name), len(losses)), None)
+
+
+def _backward(
+    part: Forward, rows: Tensor, cotangent: Tensor, found: dict[str, list[FactorPart]], retain: bool
+) -> None:
+    def visit(name: str, factors: list[Factor], grad: Tensor | None) -> None:
+        own = [*factors] if grad is None else [*factors, DenseFactor(grad)]
+        found.setdefault(name, []).append(FactorPart(rows, own))
+
+    part.run_backward(lambda: part.tape.backward(part.losses, cotangent, visit, retain=retain))

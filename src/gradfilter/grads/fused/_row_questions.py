@@ -1,0 +1,275 @@
+"""Answer what a loss asks about one row: values on the host, and attributes of autograd.
+
+A question to the host has an answer where all rows give the same. Otherwise the rows are split into
+groups by `gradfilter.grads.fused._row_groups`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C import _functorch
+
+from gradfilter.grads._loop import hooked_parameter
+from gradfilter.grads._writes import tensor_property
+from gradfilter.grads.fused._autocast import under_autocast
+from gradfilter.grads.fused._host import Host, Rule
+
+# --- Random numbers that decide a branch, such as a layer that is sometimes skipped. ---
+#
+# Each row draws its own. A pass over all rows continues only where the answers agree, and answers
+# that agree by chance are not those of M passes in order: layers would be skipped too seldom. So a
+# loss that has drawn a single number per row may ask no more questions.
+
+
+def _drawn(function: Callable[..., Any]) -> Rule:
+    def rule(host: Host, *args: Any, **kwargs: Any) -> Any:
+        found = function(*args, **kwargs)
+        if isinstance(found, Tensor) and found.numel() == 1:
+            host.drew = True
+        return found
+
+    return rule
+
+
+DRAWS: dict[Callable[..., Any], Rule] = {
+    function: _drawn(function)
+    for function in (
+        *(torch.rand, torch.randn, torch.randint, torch.bernoulli, torch.normal),
+        *(torch.rand_like, torch.randn_like, torch.randint_like),
+        *(torch.Tensor.bernoulli, torch.Tensor.bernoulli_, torch.Tensor.uniform_),
+        *(torch.Tensor.normal_, torch.Tensor.random_, torch.Tensor.exponential_),
+    )
+}
+
+
+# --- Questions that only ask whether work can be saved: no is correct for every row ---
+
+
+SHORTCUTS = {
+    ("transformers.masking_utils", "_ignore_bidirectional_mask_sdpa"),
+    ("transformers.masking_utils", "_ignore_causal_mask_sdpa"),
+    ("transformers.masking_utils", "create_recurrent_attention_mask"),
+}
+"""Functions that leave a mask out where nothing is masked.
+
+They are read, not guessed: each asks whether all of a padding mask is true, and where it is,
+returns that the mask may be omitted. Where it is told no, the mask is made, and masks nothing of a
+row that is full. `tests/test_transformers_padded.py` asks the installed ones.
+"""
+
+OURS = {"gradfilter", "torch"}
+
+
+def asks_for_a_shortcut() -> bool:
+    """Whether the question that is being answered comes from one of `SHORTCUTS`."""
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in OURS:
+        frame = frame.f_back
+    return (frame.f_globals.get("__name__", ""), frame.f_code.co_name) in SHORTCUTS
+
+
+# --- Values on the host, such as ``if mask.all():`` ---
+
+
+class Disagreement(RuntimeError):
+    """Rows that answer the host differently.
+
+    Attributes:
+        answers: What each row answers, as text: nan is equal to nan, and 0.0 is not -0.0.
+    """
+
+    def __init__(self, question: str, answers: list[str]) -> None:
+        """Of one question."""
+        super().__init__(
+            f"{question} cannot run over all rows at once: the loss asks for a value that differs "
+            "from row to row"
+        )
+        self.answers = answers
+
+
+def value_of(convert: Callable[..., Any]) -> Rule:
+    """The rule of `torch.Tensor.__bool__`, `item` and their like."""
+
+    def rule(host: Host, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not host.level.batched(tensor) or host.batched(*args):
+            return NotImplemented
+        if host.drew:
+            raise RuntimeError(
+                f"{convert.__name__} cannot run over all rows at once: the loss draws a random "
+                "number and asks for a value, which may be another one in every row"
+            )
+        rows = host.level.lower(tensor)
+        answers: list[Any] = []
+        host.level.on_all_rows(
+            lambda: answers.extend(convert(row, *args, **kwargs) for row in rows.detach().unbind())
+        )
+        texts = [_text(answer) for answer in answers]
+        if any(text != texts[0] for text in texts):
+            if convert is torch.Tensor.__bool__ and asks_for_a_shortcut():
+                return False
+            raise Disagreement(convert.__name__, texts)
+        return answers[0]
+
+    return rule
+
+
+def _text(answer: Any) -> str:
+    if isinstance(answer, Tensor):
+        return f"{tuple(answer.shape)} {answer.tolist()}"
+    if isinstance(answer, tuple):
+        return " ".join(map(_text, answer))
+    return repr(answer)
+
+
+def places_of(convert: Callable[..., Any]) -> Rule:
+    """The rule of functions that return places: tensors whose shape is an answer of the host."""
+    rule = value_of(convert)
+
+    def places(host: Host, *args: Any, **kwargs: Any) -> Any:
+        # Of three arguments torch.where chooses between two tensors.
+        if len(args) != 1 or not isinstance(args[0], Tensor) or kwargs.keys() - {"as_tuple"}:
+            return NotImplemented
+        return rule(host, *args, **kwargs)
+
+    return places
+
+
+VALUES: dict[Callable[..., Any], Rule] = {
+    **{
+        convert: value_of(convert)
+        for convert in (
+            torch.Tensor.__bool__,
+            torch.Tensor.__int__,
+            torch.Tensor.__float__,
+            torch.Tensor.__index__,
+            torch.Tensor.item,
+            torch.Tensor.tolist,
+        )
+    },
+    **{
+        convert: places_of(convert)
+        for convert in (
+            torch.Tensor.nonzero,
+            torch.nonzero,
+            torch.Tensor.argwhere,
+            torch.argwhere,
+            torch.where,
+        )
+    },
+    **DRAWS,
+}
+
+
+# --- Questions to autograd. ---
+#
+# The row's view of a tensor has no graph of its own: the graph belongs to the tensor of all rows.
+
+
+class RowNode:
+    """What ``grad_fn`` is to a row: the node of all rows, without a way to hook on it."""
+
+    def __init__(self, node: Any) -> None:
+        self._node = node
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else as the node has it."""
+        if name in ("register_hook", "register_prehook"):
+            raise RuntimeError(
+                f"grad_fn.{name} cannot run over all rows at once: use the tensor's own "
+                'register_hook, or plan="loop"'
+            )
+        return getattr(self._node, name)
+
+
+def _answer(read: Callable[[Tensor], Any]) -> Rule:
+    def rule(host: Host, tensor: Tensor, *_: Any) -> Any:
+        if not host.level.batched(tensor):
+            return NotImplemented
+        return host.level.on_all_rows(read, _functorch.get_unwrapped(tensor))
+
+    return rule
+
+
+def _node(tensor: Tensor) -> RowNode | None:
+    return None if tensor.grad_fn is None else RowNode(tensor.grad_fn)
+
+
+def _require_grad(host: Host, tensor: Tensor, requires_grad: bool = True) -> Any:
+    """`torch.Tensor.requires_grad_` and its attribute."""
+    if not host.level.batched(tensor):
+        return NotImplemented
+    rows = _functorch.get_unwrapped(tensor)
+    host.level.on_all_rows(rows.requires_grad_, requires_grad)
+    return tensor
+
+
+def _register_hook(host: Host, tensor: Tensor, hook: Callable[[Tensor], Any]) -> Any:
+    """`torch.Tensor.register_hook`: the hook sees the gradient of a row."""
+    if not host.level.batched(tensor):
+        return NotImplemented
+    rows = _functorch.get_unwrapped(tensor)
+    for name, leaf in host.tape.leaves.items():
+        if leaf is rows:
+            raise hooked_parameter(name)
+    place = _functorch.maybe_get_bdim(tensor)
+    # What is not linear in the gradient must see that of every row as it is.
+    host.tape.linear = False
+
+    def on_rows(grad: Tensor) -> Tensor | None:
+        def run() -> Any:
+            with torch.no_grad():
+                row = _functorch._add_batch_dim(grad, place, host.level.number)
+                found = hook(row)
+                return None if found is None else host.level.lower(found)
+
+        found = host.run_in_pass(run)
+        if found is None:
+            return None
+        changed: Tensor = found.movedim(0, place).to(grad.dtype)
+        return changed
+
+    return host.level.on_all_rows(rows.register_hook, on_rows)
+
+
+def _refused(name: str) -> Rule:
+    def rule(host: Host, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            f"{name} inside the loss cannot run over all rows at once: the graph is that of all "
+            'rows. Use plan="loop"'
+        )
+
+    return rule
+
+
+def _linear_cross_entropy(host: Host, *args: Any, options: Any = None, **kwargs: Any) -> Any:
+    """`torch.nn.functional.linear_cross_entropy`: in chunks it asks what requires a gradient."""
+    function: Any = under_autocast(F.linear_cross_entropy)
+    return NotImplemented if options is None else function(*args, options=None, **kwargs)
+
+
+def _set(host: Host, tensor: Tensor, value: bool) -> Any:
+    found = _require_grad(host, tensor, value)
+    return NotImplemented if found is NotImplemented else None
+
+
+GRAPH: dict[Callable[..., Any], Rule] = {
+    tensor_property("requires_grad").__get__: _answer(lambda t: t.requires_grad),
+    tensor_property("is_leaf").__get__: _answer(lambda t: t.is_leaf),
+    tensor_property("grad_fn").__get__: _answer(_node),
+    tensor_property("requires_grad").__set__: _set,
+    torch.Tensor.requires_grad_: _require_grad,
+    torch.Tensor.register_hook: _register_hook,
+    torch.Tensor.register_post_accumulate_grad_hook: _refused("register_post_accumulate_grad_hook"),
+    torch.Tensor.retain_grad: _refused("retain_grad"),
+    torch.Tensor.backward: _refused("backward"),
+    torch.autograd.backward: _refused("torch.autograd.backward"),
+    torch.autograd.grad: _refused("torch.autograd.grad"),
+}
+if hasattr(F, "linear_cross_entropy"):  # from torch 2.13 on
+    GRAPH[F.linear_cross_entropy] = _linear_cross_entropy

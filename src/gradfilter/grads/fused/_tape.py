@@ -1,0 +1,257 @@
+"""The leaves of a fused pass, the factors of their gradients, and how each leaf answers."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gradfilter._types import Tree
+from gradfilter.grads.fused._factors import Factor
+
+# --- The tape ---
+
+
+Visit = Callable[[str, list[Factor], Tensor | None], None]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter as a rule sees it.
+
+    Attributes:
+        value: What all rows share, without a leading axis.
+        rows: (M, *shape), where autograd expects its gradient; None for a frozen parameter.
+        leaf: The name of the leaf it is; None where it was computed from leaves, or is frozen.
+    """
+
+    value: Tensor
+    rows: Tensor | None
+    leaf: str | None
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a leaf by a rule in the forward pass, from which its mode is chosen.
+
+    Attributes:
+        leaf: The leaf's name.
+        rule: The rule's name.
+        flops: Of the leaf's ordinary weight gradient over all rows.
+        kept: Bytes of the factor, inputs and output gradients; 0 where rows come for free.
+        ghost_flops: Of the ghost Gram; None where there is none or it does not pay.
+    """
+
+    leaf: str
+    rule: str
+    flops: int
+    kept: int = 0
+    ghost_flops: int | None = None
+
+
+@dataclass
+class Tape:
+    """The leaves of one forward pass, (M, *shape) each, and where their gradients go.
+
+    A leaf is complete when the backward pass is through with every use of it. Then ``visit`` gets
+    its name, the factors that rules recorded, and the gradient (M, *shape) that came by autograd.
+
+    Attributes:
+        leaves: (M, *shape) each.
+        alone: Of a single row, the same tensors as the loss had them, without a leading axis.
+        visit: Hears of complete leaves during a backward pass.
+        uses: What the rules noted.
+        overrides: How often each rule ran.
+        ignored: Which rows had only ignored labels in every class loss; None where nobody took
+            note, as where the losses can be looked at. (M,) bool.
+        linear: Whether the backward pass is linear in the cotangent: no hook changes it.
+    """
+
+    leaves: Tree
+    alone: Tree | None = None
+    visit: Visit | None = None
+    uses: list[Use] = field(default_factory=list)
+    overrides: Counter[str] = field(default_factory=Counter)
+    ignored: Tensor | None = None
+    linear: bool = True
+    _factors: dict[str, list[Factor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Hear of every leaf as soon as it is complete, so that nothing has to wait for the end."""
+        for name, leaf in (self.alone or self.leaves).items():
+            on_completion: Callable[..., Any] = leaf.register_post_accumulate_grad_hook
+            on_completion(self._completion(name))
+
+    def _completion(self, name: str) -> Callable[[Tensor], None]:
+        # The leaf holds its hook, and the tape the leaf. A cycle through a tensor's hooks is not
+        # always found by the garbage collector: it would keep the parameters of every step.
+        weak = weakref.ref(self)
+
+        def complete(leaf: Tensor) -> None:
+            tape = weak()
+            grad, leaf.grad = leaf.grad, None
+            if tape is None:
+                return
+            if grad is not None and tape.alone is not None:
+                grad = (grad.to_dense() if grad.is_sparse else grad).unsqueeze(0)
+            tape._finish(name, grad)
+
+        return complete
+
+    def _finish(self, name: str, grad: Tensor | None) -> None:
+        factors = self._factors.pop(name, [])
+        if self.visit is not None and (factors or grad is not None):
+            self.visit(name, factors, grad)
+
+    def record(self, weight: Weight, factor: Factor) -> Tensor | None:
+        """Take the gradient of a weight; what is returned is what autograd is to be given."""
+        if weight.leaf is None:
+            return factor.rows()
+        self._factors.setdefault(weight.leaf, []).append(factor)
+        return None
+
+    def backward(self, losses: Tensor, cotangent: Tensor, visit: Visit, *, retain: bool) -> None:
+        """Run one backward pass, and hand every leaf that has a gradient to ``visit``."""
+        self.visit = visit
+        try:
+            inputs = list((self.alone or self.leaves).values())
+            torch.autograd.backward(losses, cotangent, retain_graph=retain, inputs=inputs)
+            for name in list(self._factors):
+                self._finish(name, None)
+        finally:
+            self.visit = None
+            self._factors.clear()
+
+
+# --- Modes: a leaf is stored, streamed, or never materialised (ghost) ---
+
+
+Mode = Literal["store", "stream", "ghost"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A leaf and how its rows are treated.
+
+    Attributes:
+        leaf: Its name.
+        shape: Its shape.
+        rules: The rules that used it, in order; none where autograd alone was at work.
+        mode: ``"store"``: the M rows are held, for Gram and combination. ``"stream"``: rows are
+            made for the Gram, some units at a time, and dropped; combinations come from inputs and
+            output gradients. ``"ghost"``: the Gram, too, comes from those.
+        flops: Beyond an ordinary backward pass: for the Gram, and for combining.
+        bytes: Held until the stack lets go.
+    """
+
+    leaf: str
+    shape: tuple[int, ...]
+    rules: tuple[str, ...]
+    mode: Mode
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Modes:
+    """The choice for all leaves.
+
+    Attributes:
+        layers: Leaf by leaf.
+        gram_is_cheap: Whether the Gram takes fewer flops than combining once and one `dot`.
+        keeps: Whether factors and rows are kept between questions. If not, because even that takes
+            more than the budget, every question takes a backward pass of its own over the graph.
+    """
+
+    layers: dict[str, Layer]
+    gram_is_cheap: bool
+    keeps: bool
+
+    @property
+    def bytes(self) -> int:
+        """What all leaves hold together."""
+        return sum(layer.bytes for layer in self.layers.values()) if self.keeps else 0
+
+    def __str__(self) -> str:
+        """A table, one line per leaf."""
+        kept = f"{self.bytes / 1e6:.1f} MB kept between questions"
+        how = kept if self.keeps else "nothing kept: a backward pass per question"
+        lines = [("leaf", "shape", "rules", "mode", "Mflop", "kB")]
+        for layer in self.layers.values():
+            shape = "x".join(map(str, layer.shape)) or "()"
+            rules = ", ".join(dict.fromkeys(layer.rules)) or "autograd"
+            sizes = f"{layer.flops / 1e6:.1f}", f"{layer.bytes / 1e3:.0f}"
+            lines.append((layer.leaf, shape, rules, layer.mode, *sizes))
+        widths = [max(len(line[i]) for line in lines) for i in range(6)]
+        table = [
+            "  ".join(
+                cell.rjust(w) if i > 3 else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        total = sum(layer.flops for layer in self.layers.values())
+        table.append(
+            f"{len(self.layers)} leaves, {total / 1e6:.1f} Mflop beyond one backward pass, {how}"
+        )
+        return "\n".join(table)
+
+
+def choose_modes(leaves: Tree, uses: list[Use], budget: int) -> Modes:
+    """The fastest modes, and where those hold more than the budget, the leanest."""
+    by_leaf: dict[str, list[Use]] = {name: [] for name in leaves}
+    for use in uses:
+        by_leaf[use.leaf].append(use)
+    layers = {
+        name: _fastest(name, leaf.shape, by_leaf[name], leaf.element_size())
+        for name, leaf in leaves.items()
+    }
+    excess = sum(layer.bytes for layer in layers.values()) - budget
+    if excess > 0:
+        excess = _save(layers, leaves, by_leaf, excess)
+    gram = sum(layer.flops for layer in layers.values())
+    products = sum(max(2 * use.flops, 4 * leaves[use.leaf].numel()) for use in uses)
+    return Modes(layers, gram <= products, keeps=excess <= 0)
+
+
+def _save(
+    layers: dict[str, Layer], leaves: Tree, by_leaf: dict[str, list[Use]], excess: int
+) -> int:
+    """Choose leaner modes until nothing is in excess; the bytes that still are."""
+    leaner = {
+        name: _layer(name, leaves[name].shape, by_leaf[name], leaves[name].element_size(), "stream")
+        for name, layer in layers.items()
+        if layer.mode == "store" and by_leaf[name] and all(use.kept for use in by_leaf[name])
+    }
+    savings = {name: layers[name].bytes - layer.bytes for name, layer in leaner.items()}
+    for name in sorted(savings, key=lambda name: -savings[name]):
+        if excess > 0 and savings[name] > 0:
+            layers[name] = leaner[name]
+            excess -= savings[name]
+    if excess > 0:  # nothing is kept, so streaming costs no more memory than a tile
+        layers |= leaner
+    return excess
+
+
+def _fastest(name: str, rows: tuple[int, ...], uses: list[Use], size: int) -> Layer:
+    ghost = len(uses) == 1 and uses[0].ghost_flops is not None
+    return _layer(name, rows, uses, size, "ghost" if ghost else "store")
+
+
+def _layer(name: str, rows: tuple[int, ...], uses: list[Use], size: int, mode: Mode) -> Layer:
+    count, numbers = rows[0], 1
+    for extent in rows:
+        numbers *= extent
+    if mode == "ghost":
+        flops = uses[0].ghost_flops or 0
+    elif mode == "stream":
+        flops = 2 * count * numbers + sum(use.flops for use in uses if use.kept)
+    else:
+        flops = 2 * count * numbers + 2 * numbers
+    held = numbers * size if mode == "store" else sum(use.kept for use in uses)
+    return Layer(name, tuple(rows[1:]), tuple(use.rule for use in uses), mode, flops, held)

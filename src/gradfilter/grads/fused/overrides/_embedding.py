@@ -1,0 +1,199 @@
+"""Overrides of embeddings and bags of embeddings: one lookup over all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C import _functorch
+
+from gradfilter.grads.fused._factors import EmbeddingFactor, ghost_flops
+from gradfilter.grads.fused._host import Host, rows_of
+from gradfilter.grads.fused._tape import Tape, Weight
+from gradfilter.grads.fused.overrides._spellings import spellings
+
+# --- Embeddings with sparse gradients: only the loop supports them ---
+
+
+LOOKUPS: dict[Callable[..., Any], tuple[int, int]] = {
+    F.embedding: (1, 6),
+    F.embedding_bag: (1, 7),
+    **dict.fromkeys(spellings("embedding"), (0, 4)),
+    **dict.fromkeys(spellings("embedding_bag"), (0, 5)),
+}
+"""Where each function takes its weight, and where it is told that gradients shall be sparse."""
+
+
+def refuse_options(name: str, sparse: bool, max_norm: float | None) -> None:
+    """Refuse what leaves no dense rows behind."""
+    if sparse or max_norm is not None:
+        option = "sparse=True" if sparse else "max_norm"
+        raise RuntimeError(
+            f"{name} with {option} cannot run over all rows at once: "
+            + ("its gradients are no dense rows." if sparse else "it writes into its weight.")
+        )
+
+
+def refuse_sparse(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuse sparse gradients of a weight that is trained, under ``vmap(grad(loss))``."""
+    weight_at, sparse_at = LOOKUPS[function]
+    weight = args[weight_at] if len(args) > weight_at else kwargs.get("weight")
+    sparse = args[sparse_at] if len(args) > sparse_at else kwargs.get("sparse", False)
+    if isinstance(weight, Tensor) and _functorch.is_gradtrackingtensor(weight):
+        refuse_options(function.__name__.split(".")[0], sparse, None)
+
+
+# --- Embeddings ---
+
+
+def embedding(
+    host: Host,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    """`torch.nn.functional.embedding`; vmap's own rule would mask padding in the first row only."""
+    if not host.batched(weight):
+        return NotImplemented
+    refuse_options("embedding", sparse, max_norm)
+    weights = host.weights(weight)
+    padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
+    index = host.level.lower(input)
+    if weights is None:
+        tables = host.level.lower(weight)
+        return host.run("embedding", _own_tables, index, tables, padding, scale_grad_by_freq)
+    return host.run("embedding", _apply, host, index, *weights, padding, scale_grad_by_freq)
+
+
+def embedding_of(
+    host: Host,
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    """`torch.embedding` and `torch.ops.aten.embedding`, where −1 stands for no padding."""
+    padding = padding_idx if padding_idx >= 0 else None
+    return embedding(
+        host, indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse
+    )
+
+
+def _own_tables(index: Tensor, tables: Tensor, padding: int, by_frequency: bool) -> Tensor:
+    """Every row looks up in its own table (M, units, width), all of them in one lookup."""
+    count, units = tables.shape[:2]
+    first = torch.arange(count, device=index.device) * units
+    places = index + first.view(-1, *[1] * (index.ndim - 1))
+    # Counted per table: no two rows share a place.
+    found = F.embedding(places, tables.flatten(0, 1), scale_grad_by_freq=by_frequency)
+    if padding < 0:
+        return found
+    return torch.where((index == padding)[..., None], found.detach(), found)
+
+
+def _apply(host: Host, index: Tensor, weight: Weight, padding: int, by_frequency: bool) -> Tensor:
+    width = weight.value.shape[1]
+    kept = index.nbytes + index.numel() * width * weight.value.element_size()
+    n = index.numel() // len(index)
+    # A row touches n of the table's units: their products are compared with the whole table's.
+    ghost = ghost_flops(len(index), n, width, len(weight.value)) if n else None
+    host.used("embedding", weight, index.numel() * width, kept, ghost)
+    y: Tensor = _Embedding.apply(index, rows_of(weight), weight, padding, by_frequency, host.tape)
+    return y
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        index: Tensor,
+        rows: Tensor,
+        weight: Weight,
+        padding: int,
+        by_frequency: bool,
+        tape: Tape,
+    ) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.weight, ctx.padding, ctx.by_frequency, ctx.tape = weight, padding, by_frequency, tape
+        return F.embedding(index, weight.value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (index,) = ctx.saved_tensors
+        shape = ctx.weight.value.shape
+        index, grad = index.flatten(1), grad.reshape(len(grad), -1, shape[1])
+        if ctx.padding >= 0:
+            grad = torch.where((index == ctx.padding)[..., None], 0.0, grad)
+        if ctx.by_frequency:  # within the row, as its own backward pass would count
+            ones = torch.ones_like(index, dtype=grad.dtype)
+            counts = grad.new_zeros(len(index), shape[0]).scatter_add_(1, index, ones)
+            grad = grad / counts.gather(1, index)[..., None]
+        factor = EmbeddingFactor(index, grad, shape)
+        return None, ctx.tape.record(ctx.weight, factor), None, None, None, None
+
+
+# --- Bags of embeddings: a lookup over all rows and a sum, where vmap would run row by row ---
+
+
+def embedding_bag(
+    host: Host,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Any:
+    """`torch.nn.functional.embedding_bag` on bags of one length, (B, length)."""
+    if not host.batched(weight) or not weight.is_floating_point():
+        return NotImplemented
+    refuse_options("embedding_bag", sparse, max_norm)
+    if input.ndim != 2 or not input.shape[1] or scale_grad_by_freq or offsets is not None:
+        return NotImplemented
+    if per_sample_weights is not None and mode != "sum":
+        return NotImplemented  # torch says what is wrong
+    host.tape.overrides["embedding_bag"] += 1
+    found = embedding(host, input, weight, padding_idx)
+    if per_sample_weights is not None:
+        found = found * per_sample_weights[..., None]
+    padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
+    kept = (input != padding)[..., None]
+    if mode == "max":
+        largest = torch.where(kept, found, float("-inf")).max(1).values
+        return torch.where(kept.any(1), largest, 0.0)
+    if padding_idx is not None:
+        found = torch.where(kept, found, 0.0)
+    total = found.sum(1)
+    return total / kept.sum(1).clamp(min=1) if mode == "mean" else total
+
+
+def embedding_bag_of(
+    host: Host,
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    *_: Any,
+    **__: Any,
+) -> Any:
+    """`torch.embedding_bag`, whose bags may differ in length: refused where there are no rows."""
+    if host.batched(weight):
+        refuse_options("embedding_bag", sparse, None)
+    return NotImplemented

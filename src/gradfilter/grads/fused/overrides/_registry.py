@@ -1,0 +1,65 @@
+"""The table of operation overrides: which function is replaced by which override."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+
+from gradfilter.grads.fused._host import Rule
+from gradfilter.grads.fused.overrides._attention import (
+    multi_head_attention,
+    scaled_dot_product_attention,
+)
+from gradfilter.grads.fused.overrides._convolution import FORMATS, conv, conv_transpose
+from gradfilter.grads.fused.overrides._cross_entropy import class_loss
+from gradfilter.grads.fused.overrides._embedding import (
+    embedding,
+    embedding_bag,
+    embedding_bag_of,
+    embedding_of,
+)
+from gradfilter.grads.fused.overrides._linear import linear, weight_norm
+from gradfilter.grads.fused.overrides._norms import (
+    batch_norm,
+    group_norm,
+    instance_norm,
+    layer_norm,
+    rms_norm,
+)
+from gradfilter.grads.fused.overrides._recurrent import CELLS, recurrent
+from gradfilter.grads.fused.overrides._spellings import below, spellings
+from gradfilter.grads.fused.overrides._vmap_faults import FAULTS
+
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+RULES: dict[Callable[..., Any], Rule] = {
+    **{f: conv(d) for d in (1, 2, 3) for f in spellings(f"conv{d}d")},
+    **{f: conv_transpose(d) for d in (1, 2, 3) for f in spellings(f"conv_transpose{d}d")},
+    F.batch_norm: batch_norm,
+    F.layer_norm: layer_norm,
+    F.rms_norm: rms_norm,
+    F.group_norm: group_norm,
+    F.instance_norm: instance_norm,
+    F.embedding: embedding,
+    **dict.fromkeys(spellings("embedding"), embedding_of),
+    F.embedding_bag: embedding_bag,
+    **dict.fromkeys(spellings("embedding_bag"), embedding_bag_of),
+    **below("batch_norm", batch_norm),
+    **below("layer_norm", layer_norm),
+    **below("rms_norm", rms_norm),
+    **below("group_norm", group_norm),
+    **below("instance_norm", instance_norm),
+    F.cross_entropy: class_loss(F.cross_entropy),
+    F.nll_loss: class_loss(F.nll_loss),
+    **below("_weight_norm", weight_norm),
+    **below("linear", linear),
+    **below("scaled_dot_product_attention", scaled_dot_product_attention),
+    F.multi_head_attention_forward: multi_head_attention,
+    **{f: recurrent(f) for name in RECURRENT for f in spellings(name)},
+    **{f: rule for name, rule in CELLS.items() for f in spellings(name)},
+    **FORMATS,
+    **FAULTS,
+}
+"""Everything else runs under vmap as it is: exact, and slower."""

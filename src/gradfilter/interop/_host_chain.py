@@ -1,0 +1,148 @@
+"""The chain that a host runs, from rows to one gradient, and the use of its results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradfilter import _tree
+from gradfilter._types import Out, Params, State, Transform, Tree
+from gradfilter.transforms._chain import chain
+from gradfilter.transforms._reducers import finite_filter
+from gradfilter.transforms._transform import REDUCERS
+
+
+def filter_chain(transforms: Transform, *, guarded: bool) -> Transform:
+    """Check that a chain takes rows and ends in a tree.
+
+    Args:
+        transforms: A chain, or one link.
+        guarded: Put `finite_filter` in front, or where rows of other ranks come in, unless a link
+            before the reducer does its work. In front of those it would skip the step of all
+            ranks where it leaves one of them no row.
+
+    Raises:
+        TypeError: The chain applies updates itself, gives rows, or takes a tree.
+    """
+    built = chain(transforms)
+    if built.kinds != ("rows -> tree",):
+        raise TypeError(
+            f"Filtered: expected a chain from rows to one gradient tree, found {built.kind!r}. "
+            f"{_remedy(built)}"
+        )
+    if guarded and not _guards_rows(built):
+        names = [part.name for part in built.links]
+        start = names.index("across_ranks") + 1 if "across_ranks" in names else 0
+        return chain(*built.links[:start], finite_filter(), *built.links[start:])
+    return built
+
+
+def _remedy(built: Transform) -> str:
+    if built.kind.endswith("update"):
+        rules = [part.name for part in built.links if part.kind.endswith("update")]
+        return (
+            f"Remove {', '.join(map(repr, rules))}: the wrapped optimizer makes the update, with "
+            "its own learning rate and momentum."
+        )
+    if "rows" not in built.kind:
+        return f"Insert a reducer before {built.links[0].name!r}: {REDUCERS}."
+    return f"Insert a reducer after {built.links[-1].name!r}: {REDUCERS}."
+
+
+def _guards_rows(built: Transform) -> bool:
+    """Whether rows that are not finite are taken out before they are reduced."""
+    for part in built.links:
+        if "rows -> rows" not in part.kinds:
+            return False
+        if any(key.split("/")[-1] == "finite" for key in part.publishes):
+            return True
+    return False
+
+
+def overflowed(out: Out, losses: Tensor) -> Tensor:
+    """Whether a row is not finite though its loss is, by the first `finite_filter` of a chain. ().
+
+    Args:
+        out: What a guarded chain published.
+        losses: Of the rows of this process. (M,)
+    """
+    finite: Tensor = next(v for k, v in out.items() if k.split("/")[-1] == "finite" and v.ndim)
+    # Rows of all ranks are judged alike on all of them, and so without the losses of one.
+    excused = ~losses.isfinite() if finite.shape == losses.shape else finite
+    return (~finite & ~excused).any()
+
+
+def own_state(state: State, params: Params) -> State:
+    """The state, with copies where it holds parameters, which the optimizer is about to write."""
+    written = {p.untyped_storage().data_ptr() for p in params.values()}
+
+    def own(leaf: Any) -> Any:
+        shared = isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() in written
+        return torch.clone(leaf) if shared else leaf
+
+    return _tree.tree_map(own, state)
+
+
+def check_owned(module: nn.Module, optimizer: torch.optim.Optimizer, who: str) -> None:
+    """Refuse an optimizer of trainable parameters that get no gradient here, and would never move.
+
+    Args:
+        module: What is differentiated, the criterion's tensors included.
+        optimizer: Whose groups to look at.
+        who: Who asks.
+
+    Raises:
+        ValueError: None of its parameters is the module's, or some are not.
+    """
+    own = {id(p) for p in module.parameters()}
+    held = alien = 0
+    example = ""
+    for group in optimizer.param_groups:
+        for i, p in enumerate(group["params"]):
+            if p.requires_grad and id(p) not in own:
+                alien += 1
+                example = example or group.get("param_names", {i: f"shape {tuple(p.shape)}"})[i]
+            held += p.requires_grad
+    if held == alien:
+        raise ValueError(
+            f"{who}: expected an optimizer over trainable parameters of the model, found none of "
+            "them in its groups. Make it from model.parameters(), after any copy or move of the "
+            "model."
+        )
+    if alien:
+        raise ValueError(
+            f"{who}: expected an optimizer over parameters of the model and of a criterion that "
+            f"is a module, found {alien} of neither ({example}), which no gradient would reach. "
+            "Make the module that holds them the criterion or a submodule of the model, or give "
+            "them another optimizer."
+        )
+
+
+def note_skip(optimizer: torch.optim.Optimizer) -> None:
+    """Let torch's schedulers know that a skipped step had its turn.
+
+    They would warn at their first step that the optimizer's comes before it, as it did here.
+    """
+    vars(optimizer)["_opt_called"] = True
+
+
+def write_grads(module: nn.Module, optimizer: torch.optim.Optimizer, grads: Tree) -> None:
+    """Make these the only gradients the optimizer will see, by way of the parameters' own hooks."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = None  # of a parameter frozen since
+    hooked: list[Tensor] = []
+    combined: list[Tensor] = []
+    for name, p in module.named_parameters():
+        if name in grads and (p._backward_hooks or p._post_accumulate_grad_hooks):
+            p.grad = None
+            hooked.append(p)
+            combined.append(grads[name])
+        elif name in grads:
+            # A copy: optimizers may write into gradients, and want them laid out as parameters.
+            p.grad = torch.empty_like(p, requires_grad=False).copy_(grads[name])
+    if hooked:
+        # A backward pass from the parameters themselves: torch runs their hooks, and copies.
+        torch.autograd.backward(hooked, combined)

@@ -1,0 +1,353 @@
+"""The loss that a host differentiates: of a model and a criterion, scaled, with hooks in place."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import ChainMap
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._C import _functorch
+
+from gradfilter import _tree
+from gradfilter._shards import is_sharded
+from gradfilter._types import Params, Transform
+from gradfilter.grads._loss import ModelLoss, _own_loss, refuse_class, refuse_lazy, split_aux
+from gradfilter.grads._microbatch import Plan
+from gradfilter.grads._stack import ComputedStack, GradStack
+
+# --- The tensors of a model and of a criterion with parameters, as those of one module ---
+
+
+class ModuleView(nn.Module):
+    """A model under its own names, its criterion's tensors as ``criterion.…``, another forward.
+
+    It shares the tables of tensors and copies none of them: whoever swaps a tensor here swaps it
+    for the model and for the criterion, and transforms that choose by name see the model's names.
+
+    Args:
+        model: Whose tensors are seen.
+        forward: What a call runs.
+        criterion: A module whose tensors are also seen.
+    """
+
+    def __init__(
+        self, model: nn.Module, forward: Callable[..., Any], criterion: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self._parameters = model._parameters
+        self._buffers = model._buffers
+        self._modules = model._modules
+        # nn.Module would register a module among those of the model.
+        vars(self)["_forward"] = forward
+        self._parts = [("", model)]
+        if criterion is not None:
+            name = "criterion"
+            while hasattr(model, name):
+                name += "_"
+            other: dict[str, nn.Module | None] = {name: criterion}
+            self._modules = cast(Any, ChainMap(model._modules, other))
+            self._parts.append((name, criterion))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run what was given."""
+        return vars(self)["_forward"](*args, **kwargs)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """The modules of both, the model itself in the place of this view."""
+        memo = set() if memo is None else memo
+        for name, part in self._parts:
+            place = f"{prefix}.{name}" if prefix and name else prefix + name
+            yield from part.named_modules(memo, place, remove_duplicate)
+
+
+def tensors_in(module: nn.Module) -> Iterator[Tensor]:
+    """Its parameters and buffers."""
+    return chain(module.parameters(), module.buffers())
+
+
+def module_of(criterion: Callable[..., Any] | None, model: nn.Module) -> nn.Module | None:
+    """The module that a criterion is or belongs to, if it has tensors that are not the model's.
+
+    Args:
+        criterion: A function, a module, a method of one, or a `functools.partial` of these.
+        model: Whose tensors need no other home.
+    """
+    while isinstance(criterion, partial):
+        criterion = criterion.func
+    owner = getattr(criterion, "__self__", criterion)
+    if not isinstance(owner, nn.Module):
+        return None
+    own = {id(tensor) for tensor in tensors_in(model)}
+    return owner if any(id(tensor) not in own for tensor in tensors_in(owner)) else None
+
+
+# --- Embeddings with max_norm: torch renormalises the rows that a forward pass looks up ---
+
+
+@contextmanager
+def renormalised(module: nn.Module) -> Iterator[None]:
+    """Renormalise, at the end, what the passes in between looked up of each embedding.
+
+    A pure loss renormalises a copy of the weight it is given; in a plain loop the forward pass
+    writes into the weight itself, and the optimizer starts from what it left.
+    """
+    embeddings = [m for m in module.modules() if getattr(m, "max_norm", None) is not None]
+    looked_up: list[tuple[Any, Tensor]] = []
+
+    def note(embedding: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        index = args[0] if args else kwargs["input"]
+        if not _functorch.is_functorch_wrapped_tensor(index):  # of a pass that is refused
+            looked_up.append((embedding, index.detach()))
+
+    with ExitStack() as stack:
+        for embedding in embeddings:
+            hook = embedding.register_forward_pre_hook(note, with_kwargs=True)
+            stack.callback(hook.remove)
+        yield
+    with torch.no_grad():
+        for embedding, index in looked_up:
+            places = index.contiguous().flatten()
+            torch.embedding_renorm_(
+                embedding.weight, places, embedding.max_norm, embedding.norm_type
+            )
+
+
+# --- Loss scaling with torch.amp.GradScaler, by its public methods only ---
+
+
+LARGEST_SCALE = 2.0**32
+"""Beyond this a scale that nothing ever overflows under would overflow the products of rows."""
+
+
+def scale_of(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | None:
+    """A copy of the present loss scale, or None where no losses are scaled. ()."""
+    if scaler is None or not scaler.is_enabled():
+        return None
+    return scaler.scale(torch.ones((), device=device)).detach().clamp(max=LARGEST_SCALE)
+
+
+def update_scale(scaler: torch.amp.GradScaler, overflow: Tensor) -> None:
+    """Tell a scaler whether gradients overflowed, and let it choose its next scale.
+
+    Args:
+        scaler: An enabled one.
+        overflow: () bool.
+    """
+    # A scaler learns of overflow only from the gradients of an optimizer: here is one.
+    messenger = torch.zeros(1, device=overflow.device)
+    messenger.grad = torch.where(overflow, torch.inf, 0.0).reshape(1)
+    scaler.unscale_(torch.optim.SGD([messenger], lr=0.0))
+    scaler.update()
+
+
+def scaled_criterion(
+    criterion: Callable[..., Any] | None, has_aux: bool, scale: Tensor
+) -> Callable[..., Any]:
+    """The criterion for ``has_aux``: (scaled loss, (loss,) or (loss, aux)).
+
+    Args:
+        criterion: As in `model_loss`.
+        has_aux: It returns (loss, aux).
+        scale: () factor of the loss.
+    """
+
+    def scaled(output: Any, targets: Any) -> tuple[Tensor, tuple[Any, ...]]:
+        result = _own_loss(output) if criterion is None else criterion(output, targets)
+        loss, *aux = split_aux(result) if has_aux else (result,)
+        # A loss in half precision would overflow as soon as it is scaled.
+        return _tree.at_least_float32(loss) * scale, (loss, *aux)
+
+    return scaled
+
+
+def with_own_losses(rows: ComputedStack) -> ComputedStack:
+    """Rows of a `scaled_criterion` whose ``losses`` are not scaled, here and at other parameters.
+
+    The rows themselves stay those of the scaled losses, and ``aux`` is the criterion's own.
+    """
+    origin = rows.origin
+    assert origin is not None  # rows of a batch always have one
+
+    def evaluate(params: Params, per_row: bool, kept: Collection[str]) -> GradStack:
+        return with_own_losses(cast(ComputedStack, origin.evaluate(params, per_row, kept)))
+
+    again = replace(origin, evaluate=evaluate)
+    losses, *aux = rows.aux
+    same: ComputedStack = replace(
+        cast(Any, rows), losses=losses, aux=aux[0] if aux else None, origin=again
+    )
+    return same
+
+
+# --- The loss, also of a compiled module ---
+
+
+PREFIX = "_orig_mod."
+"""What torch.compile puts in front of every name of the module it wraps."""
+
+
+def view_of(model: nn.Module, criterion: Callable[..., Any] | None) -> nn.Module:
+    """What is differentiated: the module, under its original names, and its criterion's tensors.
+
+    Args:
+        model: The module as the user has it, compiled or not.
+        criterion: As in `model_loss`.
+    """
+    original, other = original_of(model), module_of(criterion, model)
+    if original is model and other is None:
+        return model
+    return ModuleView(original, model, None if other is None else original_of(other))
+
+
+def loss_of(
+    view: nn.Module,
+    criterion: Callable[..., Any] | None,
+    has_aux: bool = False,
+    scale: Tensor | None = None,
+) -> ModelLoss:
+    """The pure loss; with a scale its aux is (loss,) or (loss, aux).
+
+    Args:
+        view: Of `view_of`.
+        criterion: As in `model_loss`.
+        has_aux: The criterion returns (loss, aux).
+        scale: () factor of the loss, or None.
+    """
+    if scale is None:
+        return ModelLoss(view, criterion, has_aux, in_place=True)
+    return ModelLoss(view, scaled_criterion(criterion, has_aux, scale), True, in_place=True)
+
+
+def check_order(criterion: Any, transforms: Any, optimizer: Any) -> None:
+    """Refuse arguments of which one stands where another belongs.
+
+    Raises:
+        TypeError: An optimizer or a chain is somewhere else.
+    """
+    found = criterion, transforms, optimizer
+    wrong = (
+        isinstance(criterion, (Transform, torch.optim.Optimizer))
+        or isinstance(transforms, torch.optim.Optimizer)
+        or isinstance(optimizer, Transform)
+    )
+    if wrong:
+        raise TypeError(
+            "Filtered: expected (model, criterion, transforms, optimizer, microbatches) in this "
+            f"order, found {', '.join(type(part).__name__ for part in found)} after the model. "
+            "Change their places, or name them."
+        )
+
+
+def check_criterion(
+    name: str,
+    model: nn.Module,
+    criterion: Callable[..., Any] | None,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Refuse a criterion with trainable parameters that the optimizer does not have.
+
+    Args:
+        name: Who asks.
+        model: Whose own parameters may be trained by others.
+        criterion: As in `model_loss`.
+        optimizer: What is to train them.
+
+    Raises:
+        TypeError: The criterion is a class.
+        ValueError: There are such parameters.
+    """
+    refuse_class(criterion, name)
+    other = module_of(criterion, model)
+    if other is None:
+        return
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    known |= {id(p) for p in model.parameters()}
+    left = [n for n, p in other.named_parameters() if p.requires_grad and id(p) not in known]
+    if left:
+        raise ValueError(
+            f"{name}: expected the criterion's trainable parameters in the optimizer, found "
+            f"{left[0]!r} ({len(left)} in all) that nothing would train. Give the optimizer "
+            "[*model.parameters(), *criterion.parameters()], or call "
+            "criterion.requires_grad_(False)."
+        )
+
+
+def check_module(name: str, model: Any) -> None:
+    """Refuse what is no module, and a wrapper that these backward passes would go around.
+
+    Args:
+        name: Who asks.
+        model: What the user gave.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{name}: expected a torch.nn.Module, found {type(model).__name__}. Pass a pure "
+            "function to gradfilter.microbatch_grads."
+        )
+    refuse_lazy(model)
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise ValueError(
+            f"{name}: expected a module of one rank, found DistributedDataParallel, which averages "
+            "over ranks only what its own backward passes compute. Pass its .module, and for the "
+            "rows of all ranks put gradfilter.distributed.across_ranks() first in the chain."
+        )
+    if any(is_sharded(p) for p in model.parameters()):
+        raise ValueError(
+            f"{name}: expected parameters that are whole on this rank, found sharded ones "
+            "(DTensor). Take the rows from gradfilter.distributed.sharded_rows, and let a chain "
+            "filter them."
+        )
+
+
+def original_of(model: nn.Module) -> nn.Module:
+    """The module that torch.compile was given, or the module itself."""
+    return model.get_submodule(PREFIX[:-1]) if _is_compiled_module(model) else model
+
+
+def plan_for(model: nn.Module, criterion: Callable[..., Any] | None, plan: Plan) -> Plan:
+    """The plan a module allows: under vmap torch runs compiled code uncompiled, or not at all.
+
+    Raises:
+        ValueError: A compiled module and a plan that needs vmap.
+    """
+    if plan == "loop" or not has_compiled(model, criterion):
+        return plan
+    why = "torch runs no compiled module under vmap, so that its rows take M backward passes"
+    if plan != "auto":
+        raise ValueError(
+            f'Filtered: expected plan "loop" (or "auto") for a compiled module, found {plan!r}: '
+            f'{why}. Pass the module as it was before torch.compile to use plan "{plan}".'
+        )
+    warnings.warn(
+        f'Filtered took plan "loop": {why}. Pass the module as it was before torch.compile for '
+        'the fused plan, which is usually faster, or plan="loop" to choose this outright.',
+        stacklevel=3,
+    )
+    return "loop"
+
+
+def has_compiled(model: nn.Module, criterion: Callable[..., Any] | None) -> bool:
+    """Whether a module, a part of it, or its criterion is compiled."""
+    other = module_of(criterion, model)
+    return any(
+        _is_compiled_module(m) or getattr(m, "_compiled_call_impl", None) is not None
+        for part in (model, other)
+        if part is not None
+        for m in part.modules()
+    )
+
+
+def _is_compiled_module(module: nn.Module) -> bool:
+    # Whoever compiled a module has imported the compiler; others should not wait for that.
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)

@@ -1,0 +1,276 @@
+"""Filtered gradients in the Trainer of Hugging Face transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+
+from gradfilter._types import Transform
+from gradfilter.grads._microbatch import Plan
+from gradfilter.interop._host_chain import filter_chain
+from gradfilter.interop._hosted import Hosted, LossLog, check_division, scalars
+
+# --- Requirements on training arguments ---
+
+
+def check_arguments(args: Any) -> None:
+    """Refuse arguments under which gradients would not be filtered, or not rightly.
+
+    Args:
+        args: Of type `transformers.TrainingArguments`.
+
+    Raises:
+        ValueError: Several devices, loss scaling, or an optimizer inside the backward pass.
+    """
+    if (devices := max(args.world_size, args.n_gpu)) > 1:
+        raise ValueError(
+            f"FilteredTrainer: expected one device, found {devices}, which would not see each "
+            "other's rows. Make one visible, with CUDA_VISIBLE_DEVICES=0, and start one process."
+        )
+    if args.fp16:
+        raise ValueError(
+            "FilteredTrainer: expected full precision or bf16, found fp16=True, whose scaler "
+            "wants to scale the losses itself. Use bf16=True."
+        )
+    if "lomo" in str(args.optim).lower():
+        raise ValueError(
+            f"FilteredTrainer: expected an optimizer that takes gradients, found {args.optim}, "
+            "which steps inside the backward pass, unfiltered. Use another one."
+        )
+
+
+# --- The trainer ---
+
+
+STATE_FILE = "transforms.pt"
+
+
+class FilteredTrainer(Trainer):
+    """A `transformers.Trainer` that trains with filtered gradients.
+
+    ``training_step`` computes one gradient per microbatch with `Filtered`, runs the chain and
+    writes the result into ``p.grad``; the rest is Trainer's: ``max_grad_norm`` clips the filtered
+    gradient, and the scheduler, callbacks, evaluation and checkpoints (with the transforms' state
+    in ``transforms.pt``) are as ever. Where the chain says ``keep = False`` the optimizer is not
+    called; ``state.global_step`` and the scheduler go on, so that runs end where they were
+    planned to.
+
+    The loss of a microbatch is what ``compute_loss`` says, also one of your own, a
+    ``compute_loss_func`` or label smoothing. It should return the loss and change nothing: it is
+    evaluated for all microbatches at once where that is possible. ``num_items_in_batch`` is the
+    number of items per row, so that the mean of all rows is the gradient a Trainer would have
+    computed. With ``gradient_accumulation_steps`` k the rows of k batches are filtered together.
+
+    Logged with Trainer's own: ``keep`` and the metrics of the links, averaged over rows
+    (``agree_filter/accepted`` is a fraction) and over the steps since the last log; likewise the
+    numbers that ``compute_loss`` gives to ``self.log``, such as an accuracy. For one
+    device, in full precision or with ``bf16=True``; ``torch_compile`` leaves training steps as
+    they are.
+
+    Args:
+        *args: As in `transformers.Trainer`.
+        transforms: A chain that takes rows and ends in a tree, as in `Filtered`.
+        microbatches: M rows per batch; None for one row per sample.
+        plan: As in `Filtered`.
+        memory_budget: As in `Filtered`.
+        **kwargs: As in `transformers.Trainer`.
+
+    Raises:
+        TypeError: ``transforms`` does not lead from rows to a tree.
+        ValueError: Several devices, ``fp16=True``, an optimizer that works inside the backward
+            pass. Before the first step, or at one where the number of samples is not known
+            before: a batch that ``microbatches`` does not divide.
+
+    Examples:
+        >>> import tempfile, torch, gradfilter as gf
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from transformers import PrinterCallback, TrainingArguments
+        >>> from gradfilter.interop import FilteredTrainer
+        >>> small = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = BertForSequenceClassification(
+        ...     BertConfig(vocab_size=11, intermediate_size=8, max_position_embeddings=6, **small)
+        ... )
+        >>> data = [{"input_ids": torch.randint(11, (6,)), "labels": i % 2} for i in range(40)]
+        >>> quiet = dict(report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     args = TrainingArguments(folder, max_steps=5, logging_steps=5, **quiet)
+        ...     trainer = FilteredTrainer(
+        ...         model, args, train_dataset=data, transforms=gf.agree_filter(2.0), microbatches=4
+        ...     )
+        ...     trainer.remove_callback(PrinterCallback)
+        ...     result = trainer.train()
+        >>> result.global_step
+        5
+        >>> trainer.state.log_history[0]["agree_filter/accepted"]
+        1.0
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        transforms: Transform,
+        microbatches: int | None,
+        plan: Plan = "auto",
+        memory_budget: int | float = 0.25,
+        **kwargs: Any,
+    ) -> None:
+        """Check everything that can be checked without an optimizer."""
+        filter_chain(transforms, guarded=False)
+        super().__init__(*args, **kwargs)
+        check_arguments(self.args)
+        self.add_callback(_Gate(self))
+        self.transforms, self.microbatches = transforms, microbatches
+        self.plan, self.memory_budget = plan, memory_budget
+        self._hosted: Hosted | None = None
+        self._train_loader: Any = None
+        self._items: Tensor | int | None = None
+        self._since: dict[str, list[Tensor]] = {}  # the last log
+        self._loss_log = LossLog("FilteredTrainer")
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The batches of one step, and the number of items per row instead of in all of them."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._host().begin()
+        rows = sum(self._rows_in(batch) for batch in batches)
+        return batches, None if items is None else torch.as_tensor(items) / rows
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Compute the rows of a batch; with the last one of a step, filter and write ``p.grad``.
+
+        Returns:
+            The mean loss over all rows of the step, 0 before its last batch. ().
+        """
+        model.train()
+        if callable(train := getattr(self.optimizer, "train", None)):
+            train()  # optimizers without a schedule have two sets of parameters
+        batch = self._prepare_inputs(inputs)
+        self._items = num_items_in_batch
+        hosted = self._host()
+        with self.compute_loss_context_manager(), _named_remedy():
+            if not self.accelerator.sync_gradients:
+                return torch.zeros_like(hosted.accumulate(batch))
+            result = hosted.step(batch)
+        for name, value in scalars(result).items():
+            self._since.setdefault(name, []).append(value)
+        return result.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics of the filter to the logs of training, and what the loss logs."""
+        if self._loss_log.is_open:
+            for name, value in logs.items():
+                self._loss_log.add(name, value)
+            return
+        if "loss" in logs:
+            means = {name: torch.stack(v).mean().item() for name, v in self._since.items()}
+            logs.update(means | logs)  # Trainer's own names stay Trainer's
+            self._since = {}
+        super().log(logs, start_time)
+
+    def check_batches(self) -> None:
+        """Refuse, before the first step, a batch that ``microbatches`` does not divide.
+
+        Raises:
+            ValueError: There is going to be one.
+        """
+        check_division(
+            "FilteredTrainer",
+            self._train_loader,
+            self.microbatches,
+            self.state.max_steps * self.args.gradient_accumulation_steps,
+            "per_device_train_batch_size",
+            "dataloader_drop_last=True",
+        )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Trainer's, also kept to be checked when the number of steps is known."""
+        loader: DataLoader[Any] = super().get_train_dataloader()
+        self._train_loader = loader
+        return loader
+
+    def _host(self) -> Hosted:
+        """The wrapper for the present model and optimizer."""
+        model = cast(nn.Module, self.model)
+        optimizer = cast(torch.optim.Optimizer, self.optimizer)
+        if self._hosted is None or not self._hosted.serves(model, optimizer):
+            self._hosted = Hosted(
+                model,
+                self._microbatch_loss,
+                self.transforms,
+                optimizer,
+                self.microbatches,
+                plan=self.plan,
+                memory_budget=self.memory_budget,
+            )
+        return self._hosted
+
+    def _rows_in(self, batch: dict[str, Any]) -> int:
+        if self.microbatches is not None:
+            return self.microbatches
+        tensors = (value for value in batch.values() if isinstance(value, Tensor))
+        return max((len(tensor) for tensor in tensors if tensor.ndim), default=0)
+
+    def _microbatch_loss(self, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        model = cast(nn.Module, self.model)
+        with self._loss_log.opened() as logged:
+            # A pair with the outputs only where those are asked for.
+            loss = self.compute_loss(model, inputs, num_items_in_batch=self._items)
+        return cast(Tensor, loss), logged
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        torch.save(self._host().state_dict(), Path(output_dir, STATE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        file = Path(checkpoint, STATE_FILE)
+        found = file.is_file()
+        saved = torch.load(file, map_location="cpu", weights_only=True) if found else None
+        self._host().resume(saved, str(file))
+
+
+@contextmanager
+def _named_remedy() -> Iterator[None]:
+    """Say of a batch that does not divide what a Trainer calls its loader's option."""
+    try:
+        yield
+    except ValueError as error:
+        if "divisible by the number of microbatches" in str(error):
+            error.add_note("Of a Trainer: TrainingArguments(dataloader_drop_last=True).")
+        raise
+
+
+class _Gate(TrainerCallback):
+    """Closes accelerate's optimizer for the steps that a filter skips.
+
+    An optimizer of accelerate lets steps pass while gradients are accumulated. Trainer says when
+    they are at various places in its loop, and these two events are next to the step.
+    """
+
+    def __init__(self, trainer: FilteredTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer.check_batches()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        if not self._trainer._host().kept:
+            self._trainer.accelerator.sync_gradients = False
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer.accelerator.sync_gradients = True

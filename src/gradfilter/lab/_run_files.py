@@ -1,0 +1,356 @@
+"""Read and write the files of a run directory.
+
+A file may be cut, changed, hostile, or of another program. What the readers of JSON, zip archives
+and pickles raise has no common type and no complete list, so all use of a file's content belongs
+inside `reading`, which turns every error into one line. Files that are written are valid whenever
+the process stops.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import stat
+import tomllib
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from gradfilter.lab._usage import UsageError
+
+# --- Reading ---
+
+
+T = TypeVar("T")
+
+DEEPEST = 32
+"""Levels of lists and objects in JSON; what this package writes has at most 8."""
+LARGEST = 2**31
+"""Bytes of a file of JSON."""
+
+
+class ForeignError(ValueError):
+    """A file holds something else than this package writes; the message says what."""
+
+
+@contextmanager
+def reading(path: Path | str, what: str, fix: str) -> Iterator[None]:
+    """Turn whatever is wrong with a file into one line: which file, what, and what to do.
+
+    Args:
+        path: The file, or how people know what is read.
+        what: What it is to a user, such as ``"the record of a run"``.
+        fix: What to do about it, as a sentence.
+
+    Raises:
+        UsageError: Anything was raised inside, except a `UsageError`, which says enough.
+
+    Examples:
+        >>> with reading(Path("a.json"), "the record", "Train again."):
+        ...     json_of(b"[1, 2")
+        Traceback (most recent call last):
+            ...
+        gradfilter.lab._usage.UsageError: the record 'a.json' cannot be read: it is not JSON \
+(Expecting ',' delimiter: line 1 column 6 (char 5)). Train again.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"{what} {str(path)!r} cannot be read: {why(error)}. {fix}".rstrip()
+        ) from None
+
+
+def read_json(path: Path, what: str, fix: str, build: Callable[[Any], T]) -> T:
+    """What is made of a file of JSON.
+
+    Args:
+        path: The file.
+        what: What it is to a user.
+        fix: What to do if it is not that.
+        build: Makes it of the JSON; may raise whatever it likes.
+
+    Raises:
+        UsageError: The file is missing, is not JSON, or nothing can be made of it.
+    """
+    with reading(path, what, fix):
+        return build(json_of(content_of(path)))
+
+
+def content_of(path: Path, largest: int = LARGEST) -> bytes:
+    """What is in a regular file; another kind could wait for ever, or have no end.
+
+    Args:
+        path: The file.
+        largest: More bytes are not read.
+    """
+    size = regular_size(path)
+    if size > largest:
+        raise ForeignError(f"it has {size} bytes, more than any such file")
+    with path.open("rb") as file:
+        return file.read(size)  # of what the system makes up, such as /proc, there may be no end
+
+
+def regular_size(path: Path) -> int:
+    """The bytes of a regular file.
+
+    Raises:
+        ForeignError: It is a directory, a pipe or a device.
+        OSError: There is none, or it cannot be reached.
+    """
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise ForeignError("it is a directory")
+    if not stat.S_ISREG(found.st_mode):
+        raise ForeignError("it is not a regular file")
+    return found.st_size
+
+
+def json_of(content: bytes) -> Any:
+    """JSON in UTF-8, at most `DEEPEST` levels deep so that whoever walks through it may recurse.
+
+    Examples:
+        >>> json_of(b'{"a": [1, null]}')
+        {'a': [1, None]}
+    """
+    found = json.loads(content.decode())
+    level = [found]
+    for _ in range(DEEPEST):
+        level = [part for whole in level for part in _parts(whole)]
+        if not level:
+            return found
+    raise RecursionError
+
+
+def _parts(whole: Any) -> Iterator[Any]:
+    """The lists and objects in a list or an object."""
+    values = whole.values() if isinstance(whole, dict) else whole
+    if isinstance(whole, dict | list):
+        yield from (value for value in values if isinstance(value, dict | list))
+
+
+def why(error: Exception) -> str:
+    """What is wrong with a file, without a full stop.
+
+    Args:
+        error: That its reader raised.
+
+    Examples:
+        >>> why(IsADirectoryError(21, "Is a directory")), why(KeyError("step"))
+        ('Is a directory', "it has no 'step'")
+        >>> why(TypeError("'int' object is not subscriptable"))
+        "it is not what gradfilter writes (TypeError: 'int' object is not subscriptable)"
+    """
+    said = (str(error).strip().splitlines() or [""])[0].rstrip(".")[:200]
+    match error:
+        case ForeignError() | tomllib.TOMLDecodeError():
+            return said
+        case UnicodeDecodeError():
+            return f"it is not UTF-8 text (byte {error.start})"
+        case json.JSONDecodeError():
+            return f"it is not JSON ({said})"
+        case RecursionError():
+            return "its brackets are nested too deeply"
+        case zipfile.BadZipFile():
+            return f"it is not a zip archive, or is damaged ({said})"
+        case KeyError():
+            return f"it has no {said}"
+        case OSError():
+            return error.strerror or said or type(error).__name__
+        case MemoryError():
+            return "it asks for more memory than there is"
+    return f"it is not what gradfilter writes ({type(error).__name__}: {said})"
+
+
+def printable(text: object) -> str:
+    r"""Text for a terminal: control characters, which could move its cursor, are spelt out.
+
+    Names of directories that are not UTF-8 are spelt out, too.
+
+    Args:
+        text: One line.
+
+    Examples:
+        >>> print(printable("a\x1b[2Jb ±\n"))
+        a\x1b[2Jb ±\n
+        >>> print(printable(b"caf\xe9".decode(errors="surrogateescape")))
+        caf\xe9
+    """
+    return "".join(c if c.isprintable() else _spelt(c) for c in str(text))
+
+
+def _spelt(character: str) -> str:
+    byte = ord(character) - 0xDC00  # of a name that is not UTF-8
+    if 0x80 <= byte <= 0xFF:
+        return f"\\x{byte:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+# --- Writing ---
+
+
+def named_directory(path: Path) -> Path:
+    """Make the directory that the user named: new or empty, for the results are looked for there.
+
+    Raises:
+        UsageError: It is a file, has something in it, or cannot be written to.
+    """
+    with _file_errors_as_usage(path):
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise UsageError(
+                f"--out: expected a new or empty directory, found files in {str(path)!r}. "
+                "Results of two runs are not mixed: name another, or leave --out away."
+            )
+        _probe(path)
+    return path
+
+
+def numbered_directory(path: Path) -> Path:
+    """Make a directory that was not there before: ``path``, or ``path-2``, ``path-3``, ...
+
+    Raises:
+        UsageError: It cannot be written to.
+    """
+    for number in itertools.count(1):
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        with _file_errors_as_usage(candidate), suppress(FileExistsError):
+            candidate.mkdir(parents=True)  # fails if another process was faster
+            _probe(candidate)
+            return candidate
+    raise AssertionError  # the numbers do not end
+
+
+def _probe(path: Path) -> None:
+    write_bytes(path / "probe", b"")
+    (path / "probe").unlink()
+
+
+@contextmanager
+def _file_errors_as_usage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"--out: cannot write to the directory {str(path)!r}: {error.strerror}. Name another."
+        ) from None
+
+
+def write_bytes(path: Path, content: bytes, *, before: Path | None = None) -> None:
+    """Write a file as a whole or not at all.
+
+    Args:
+        path: The file.
+        content: What is in it afterwards.
+        before: Where the file that was there is kept. Whoever is killed between two moments leaves
+            that one alone, and no file at `path`.
+    """
+    half = path.with_name(f".{path.name}.part")
+    half.unlink(missing_ok=True)  # of a killed process, or a link that somebody planted
+    try:
+        with open_own(half, "xb") as file:
+            file.write(content)
+            settle(file)
+        if before is not None and path.exists():
+            os.replace(path, before)
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file as a whole or not at all."""
+    write_bytes(path, (json.dumps(_finite(value), indent=2) + "\n").encode())
+
+
+def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Append one line of JSON as a whole, or leave the file as it was."""
+    append_line(path, json.dumps(_finite(value)))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line as a whole, or leave the file as it was.
+
+    A disk that is nearly full, a quota or a limit on the size of files takes a part of what is
+    written, and refuses the rest.
+
+    Raises:
+        OSError: The line was not written.
+    """
+    rest = f"{line}\n".encode()
+    # Without a buffer: it is one system call, and nothing is left to be written after a failure.
+    with open_own(path, "ab", buffering=0) as file:
+        before = os.fstat(file.fileno()).st_size
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+            settle(file)
+        except BaseException:
+            os.ftruncate(file.fileno(), before)
+            raise
+
+
+@contextmanager
+def open_own(path: Path, mode: str, buffering: int = -1) -> Iterator[IO[bytes]]:
+    """Open a file of a run for writing: a file of its own, and nothing that a link leads to.
+
+    Directories that come from elsewhere may hold links in the places of a run's files; whoever
+    writes through one destroys what it points to.
+
+    Args:
+        path: The file.
+        mode: As `open` has it, for bytes.
+        buffering: As `open` has it.
+
+    Raises:
+        OSError: The file cannot be opened.
+        UsageError: There is a link, or something else that is not a file.
+    """
+    refuse_link(path)
+    with open(path, mode, buffering, opener=_no_link) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise _foreign(path, "not a file")
+        yield file
+
+
+def refuse_link(path: Path) -> None:
+    """Refuse a link in the place of a file that is about to be written.
+
+    Raises:
+        UsageError: There is one.
+    """
+    if path.is_symlink():
+        raise _foreign(path, "a symbolic link")
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Open without following a link that was planted a moment ago, or waiting at a pipe."""
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    return os.open(path, flags, 0o666)
+
+
+def _foreign(path: Path, what: str) -> UsageError:
+    return UsageError(
+        f"{str(path)!r} is {what}, and what it leads to is not written to. Remove it, or put a "
+        "file in its place."
+    )
+
+
+def settle(file: IO[bytes]) -> None:
+    """Wait until the disk has what was written: some refuse it as late as then."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _finite(value: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: what is not a number becomes null."""
+    return {
+        key: None if isinstance(v, float) and not math.isfinite(v) else v
+        for key, v in value.items()
+    }

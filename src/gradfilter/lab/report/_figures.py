@@ -1,0 +1,365 @@
+"""Figures of curves with bands, split into several where one would be unreadable."""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, ScalarFormatter
+
+from gradfilter.lab._plot import GREY
+from gradfilter.lab.report._parts import Plot
+from gradfilter.lab.report._settings import Setting, mean_and_sd, order, wording
+
+# --- The most informative of too many curves ---
+
+
+MOST_SETTINGS = 42
+"""Settings whose curves are drawn; tables have all of them."""
+
+
+def shortlist(
+    groups: Sequence[Setting], most: int = MOST_SETTINGS
+) -> tuple[Sequence[Setting], list[str]]:
+    """The settings whose curves are drawn, and a line about the others if there are any.
+
+    Those with the highest validation accuracy; where that was not measured everywhere the first
+    ones, for a choice by test accuracy would be no fair one.
+    """
+    if len(groups) <= most:
+        return groups, []
+    validation = [mean_and_sd(run.last("val_accuracy") for run in g.runs).mean for g in groups]
+    places = list(range(len(groups)))
+    if measured := not any(map(math.isnan, validation)):
+        places.sort(key=lambda place: -validation[place])
+    why = "the highest validation accuracy" if measured else "the first places in the table"
+    kept = [groups[place] for place in sorted(places[:most])]
+    return kept, [f"Curves of {len(groups) - most} more settings; drawn are the {most} with {why}."]
+
+
+# --- One figure ---
+
+
+# Okabe and Ito's colours without the yellow, told apart by everyone; dashes for print in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+MOST = len(COLOURS)
+"""Curves that can be told apart in one figure."""
+DPI = 150
+WIDTH = 6.4
+MOST_TICKS = 12
+LARGEST = 1e100
+"""A number beyond this is not drawn."""
+LEGEND = 58
+"""Characters that fit beside each other below a figure."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line with a band.
+
+    Attributes:
+        label: In the legend.
+        data: Columns x, mean, sd and runs.
+        settings: What the numbers belong to, for the CSV.
+        style: Which colour and dashes.
+        dashed: Dashes that say something, in place of those of the style.
+        runs: How many it is of, if that is known.
+    """
+
+    label: str
+    data: pd.DataFrame
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    style: int = 0
+    dashed: str | None = None
+    runs: int | None = None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place on the x axis.
+
+    Attributes:
+        place: In the units of the data.
+        style: Which colour, None for grey.
+    """
+
+    place: float
+    style: int | None = None
+
+
+@dataclass(frozen=True)
+class PlotAxis:
+    """What is along one side of a figure.
+
+    Attributes:
+        label: With the unit.
+        factor: From the numbers to the unit: 100 for per cent.
+        log: Its base, if it is logarithmic.
+        name: The numbers' name in the CSV.
+    """
+
+    label: str
+    name: str
+    factor: float = 1.0
+    log: int | None = None
+
+
+def plot(
+    name: str,
+    title: str,
+    curves: Sequence[Curve],
+    x: PlotAxis,
+    y: PlotAxis,
+    *,
+    note: str = "",
+    marks: Mapping[str, Mark] | None = None,
+    points: bool = False,
+    focus: bool = False,
+) -> Plot:
+    """Draw curves, and keep the numbers.
+
+    Args:
+        name: Of the files.
+        title: Above the figure.
+        curves: Some; those without numbers are left out.
+        x: Along the bottom.
+        y: Along the side.
+        note: Below the figure.
+        marks: Places on the x axis that are marked by a vertical line, by what to call them.
+        points: Mark the measured places, of which there are few.
+        focus: Let the first tenth reach beyond the figure, which else may squeeze the rest.
+    """
+    shown = [curve for curve in curves if len(curve.data)]
+    # Not through pyplot, which would keep the figure and choose a back end for the whole process.
+    rows = _legend_rows([*(curve.label for curve in shown), *(marks or {})])
+    figure = Figure(figsize=(WIDTH, 4.2 + 0.27 * sum(rows)), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    _dress(axes, x, y)
+    drawn = [replace(curve, data=_drawable(curve.data)) for curve in shown]
+    for curve in drawn:
+        _draw(axes, curve, x, y, points)
+    if focus and drawn:
+        _focus(axes, drawn, y)
+    for label, mark in (marks or {}).items():
+        colour = GREY if mark.style is None else COLOURS[mark.style % MOST]
+        axes.axvline(x.factor * mark.place, color=colour, linestyle=":", linewidth=1.8, label=label)
+    if x.log == 2:
+        _ticks_at(axes, sorted({x.factor * v for c in drawn for v in c.data["x"].dropna()}))
+    handles, labels = axes.get_legend_handles_labels()
+    legend = figure.legend(
+        handles,
+        [textwrap.fill(label, LEGEND) for label in labels],
+        loc="outside lower center",
+        ncols=2 if len(rows) < len(labels) else 1,
+        frameon=False,
+        fontsize=11,
+        handlelength=2.6,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a $ in the name of a directory is no formula
+    fewer = [c.label for c in shown if c.runs is not None and (c.data["runs"] < c.runs).any()]
+    if fewer:
+        note = f"{note} Not all runs have this number: {'; '.join(fewer)}.".strip()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", metadata={"Software": None})
+    return Plot(
+        name,
+        title,
+        note,
+        _alt(title, shown, x, y, marks or {}),
+        image.getvalue(),
+        (round(WIDTH * DPI), round(figure.get_figheight() * DPI)),
+        _numbers(shown, x, y),
+    )
+
+
+def _drawable(data: pd.DataFrame) -> pd.DataFrame:
+    """The numbers without those that no axis can hold: a range of them is not a finite number."""
+    columns = ["x", "mean", "sd"]
+    return data.assign(**{name: data[name].where(data[name].abs() <= LARGEST) for name in columns})
+
+
+def _draw(axes: Axes, curve: Curve, x: PlotAxis, y: PlotAxis, points: bool) -> None:
+    colour = COLOURS[curve.style % MOST]
+    places, mean = x.factor * curve.data["x"], y.factor * curve.data["mean"]
+    axes.plot(
+        places,
+        mean,
+        linestyle=curve.dashed or DASHES[curve.style % MOST],
+        color=colour,
+        linewidth=2.2,
+        label=curve.label,
+        marker="o" if points or len(places) == 1 else None,
+        markersize=5,
+    )
+    sd = y.factor * curve.data["sd"]
+    if sd.notna().any():
+        # Below 0 there is nothing on a logarithmic axis.
+        low = mean - sd if y.log is None else np.maximum(mean - sd, mean / 1e3)
+        axes.fill_between(places, low, mean + sd, color=colour, alpha=0.18, linewidth=0)
+
+
+def _focus(axes: Axes, curves: Sequence[Curve], y: PlotAxis) -> None:
+    everything = pd.concat([curve.data for curve in curves])
+    first, last = everything["x"].min(), everything["x"].max()
+    late = everything[everything["x"] >= first + (last - first) / 10]
+    sd = late["sd"].fillna(0)
+    high = y.factor * (late["mean"] + sd).max()
+    if y.log is not None:  # a band that reaches down to 0 would have no end
+        low = y.factor * late["mean"][late["mean"] > 0].min()
+        if low < high:
+            axes.set_ylim(low / 2, high * 1.5)
+    elif (low := y.factor * (late["mean"] - sd).min()) < high:
+        axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+
+
+def _dress(axes: Axes, x: PlotAxis, y: PlotAxis) -> None:
+    axes.set_xlabel(x.label, fontsize=13)
+    axes.set_ylabel(y.label, fontsize=13)
+    if x.log is not None:
+        axes.set_xscale("log", base=x.log)
+    if y.log is not None:
+        axes.set_yscale("log", base=y.log)
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    if x.log == 10:
+        axes.xaxis.set_major_locator(LogLocator(10))
+    axes.margins(x=0.03)
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(color=GREY, labelcolor="#333333", labelsize=12)
+
+
+def _ticks_at(axes: Axes, places: Sequence[float]) -> None:
+    if len(places) > MOST_TICKS:  # as many as can be read: powers of two
+        places = [place for place in places if place > 0 and math.log2(place).is_integer()]
+    axes.set_xticks(places)
+    axes.xaxis.set_minor_locator(NullLocator())
+    plain = ScalarFormatter()
+    plain.set_scientific(False)
+    axes.xaxis.set_major_formatter(plain)
+    if len(places) > 8:
+        axes.tick_params(axis="x", labelrotation=45)
+
+
+def _legend_rows(labels: Sequence[str]) -> list[int]:
+    """Lines of text in every row of a legend of one column, or of two if all labels are short."""
+    lines = [len(textwrap.wrap(label, LEGEND)) or 1 for label in labels]
+    if len(labels) > 2 and max(map(len, labels)) <= LEGEND // 2 - 4:
+        return [1] * ((len(labels) + 1) // 2)
+    return lines
+
+
+def _numbers(curves: Sequence[Curve], x: PlotAxis, y: PlotAxis) -> pd.DataFrame:
+    parts = []
+    for curve in curves:
+        data = curve.data.rename(
+            columns={"x": x.name, "mean": f"{y.name}_mean", "sd": f"{y.name}_sd"}
+        )
+        own = {"line": curve.label, **curve.settings}
+        parts.append(pd.DataFrame({n: [v] * len(data) for n, v in own.items()}).join(data))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _alt(
+    title: str, curves: Sequence[Curve], x: PlotAxis, y: PlotAxis, marks: Mapping[str, Mark]
+) -> str:
+    ends = [
+        f"{curve.label}: {y.factor * curve.data['mean'].iloc[-1]:.4g}"
+        f" at {x.factor * curve.data['x'].iloc[-1]:.4g}"
+        for curve in curves
+    ]
+    marked = "".join(f" {label}: {x.factor * mark.place:g}." for label, mark in marks.items())
+    return f"{title}: {y.label} against {x.label}. Where the lines end: {'; '.join(ends)}.{marked}"
+
+
+# --- Several figures ---
+
+
+Settings = Mapping[str, Any]
+FEW = 2
+"""So few curves share a figure with those of the next value."""
+
+
+@dataclass(frozen=True)
+class Facet:
+    """Curves of one figure.
+
+    Attributes:
+        common: What they have in common and others have not.
+        place: ``(2 of 3)`` if there are others.
+        suffix: For the name of the file.
+        members: Their places in the whole sequence.
+        names: The settings in which they differ.
+    """
+
+    common: str
+    place: str
+    suffix: str
+    members: tuple[int, ...]
+    names: tuple[str, ...]
+
+    def titled(self, title: str) -> str:
+        """A figure's title, and which of several it is."""
+        named = ": ".join(part for part in (title, self.common) if part)
+        return f"{named} {self.place}".strip()
+
+
+def facets(settings: Sequence[Settings], most: int = MOST) -> list[Facet]:
+    """Cut into parts of at most so many curves, along the first setting that cuts them.
+
+    Args:
+        settings: Of every curve; all have the same names.
+        most: Curves that can be told apart in one figure.
+
+    Examples:
+        >>> many = [{"model": f"mlp_{w}", "agc": a} for w in (8, 16) for a in (None, 0.1)]
+        >>> [(facet.titled("Loss"), facet.members) for facet in facets(many, most=3)]
+        [('Loss: mlp_8 (1 of 2)', (0, 1)), ('Loss: mlp_16 (2 of 2)', (2, 3))]
+    """
+    if not settings:
+        return []
+    names = list(settings[0])
+    parts = _cut(settings, list(range(len(settings))), names, most)
+    found = []
+    for number, part in enumerate(parts, 1):
+        own = [n for n in names if len({settings[i][n] for i in part}) > 1]
+        common = [n for n in names if n not in own and len({s[n] for s in settings}) > 1]
+        said = ", ".join(w for n in common if (w := wording(n, settings[part[0]][n])))
+        place = f"({number} of {len(parts)})" if len(parts) > 1 else ""
+        suffix = f"-{number}" if place else ""
+        found.append(Facet(said, place, suffix, tuple(part), tuple(own)))
+    return found
+
+
+def _cut(
+    settings: Sequence[Settings], members: list[int], names: Sequence[str], most: int
+) -> list[list[int]]:
+    if len(members) <= most:
+        return [members]
+    name = next((n for n in names if len({settings[i][n] for i in members}) > 1), None)
+    if name is None:
+        return [members[i : i + most] for i in range(0, len(members), most)]
+    values = sorted({settings[i][name] for i in members}, key=order)
+    parts: list[list[int]] = []
+    room = 0  # in the last part, for whole values only
+    for value in values:
+        of_value = [i for i in members if settings[i][name] == value]
+        if len(of_value) <= min(FEW, room):
+            parts[-1] += of_value
+            room -= len(of_value)
+        else:
+            parts += _cut(settings, of_value, names, most)
+            room = most - len(of_value) if len(of_value) <= FEW else 0
+    return parts

@@ -1,0 +1,369 @@
+"""Build a training from a configuration: model, data, chain and initial state."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+import gradfilter as gf
+from gradfilter.grads._microbatch import Plan
+from gradfilter.lab._crew import ALONE, Crew
+from gradfilter.lab._usage import UsageError, check
+from gradfilter.lab.data._batches import Order, augmentation, class_balanced, shuffled, steps_until
+from gradfilter.lab.data._load import load_data
+from gradfilter.lab.data._samples import Data
+from gradfilter.lab.models._build import build_model
+from gradfilter.lab.train._train_config import TrainConfig
+from gradfilter.lab.train._training import Training, no_totals
+
+# --- The chain that a configuration describes ---
+
+
+def update_of(
+    config: TrainConfig, total_steps: int, steps_per_epoch: float, crew: Crew = ALONE
+) -> gf.Transform:
+    """Links in the order: rows, one gradient, sharpness, clipping, update rule.
+
+    Args:
+        config: Checked.
+        total_steps: Length of the training, for schedules.
+        steps_per_epoch: For what is given in epochs.
+        crew: Whose rows are reduced.
+    """
+    lr = schedule_of(config, total_steps, steps_per_epoch)
+    reducer = reducer_of(config)
+    if config.budget_clip is not None:
+        # Of all processes' rows together, for the budget is one of the whole batch.
+        limit = gf.budget_clip(config.budget_clip, power=config.budget_power)
+        reducer = gf.chain(limit, reducer)
+    links = [crew.spread(reducer)]
+    if config.clip_per_row is not None:
+        links.insert(0, gf.clip_per_row(config.clip_per_row))
+    if config.sam is not None:
+        sharp = _perturbation(config, lr)
+        # A perturbation per row goes before the rows become one gradient.
+        links.insert(len(links) - 1 if config.m_sharpness else len(links), sharp)
+    if config.gsam is not None:
+        links.append(gf.gsam_decompose(config.gsam))
+    if config.agc:
+        patterns = config.agc_exclude
+        links.append(
+            gf.agc_clip(
+                config.agc,
+                eps=config.agc_eps,
+                exclude=lambda name: any(fnmatchcase(name, p) for p in patterns),
+            )
+        )
+    links.append(_rule(config, lr))
+    if config.ema is not None:
+        links.append(gf.ema_params(config.ema))
+    return gf.chain(*links)
+
+
+def reducer_of(config: TrainConfig) -> gf.Transform:
+    """The link that makes one gradient of the rows."""
+    if config.agree is not None:
+        return gf.agree_filter(config.agree, against=config.against, average=config.average)
+    if config.consensus is not None:
+        return gf.consensus_filter(config.consensus, soft=not config.consensus_hard)
+    return gf.mean_rows()
+
+
+def schedule_of(config: TrainConfig, total_steps: int, steps_per_epoch: float) -> gf.Schedule:
+    """The learning rate by the number of applied steps.
+
+    Args:
+        config: Checked.
+        total_steps: Where linear and cosine end.
+        steps_per_epoch: For what is given in epochs.
+    """
+    lr = config.learning_rate
+    warmup = round(config.lr_warmup_epochs * steps_per_epoch)
+    initial = config.lr_warmup_initial
+    match config.schedule:
+        case "constant":
+            return gf.constant(lr, warmup_steps=warmup, init_value=initial)
+        case "step":
+            return gf.step(
+                lr,
+                max(1, round(config.lr_step * steps_per_epoch)),
+                config.lr_decay_rate,
+                min_value=config.lr_min,
+                warmup_steps=warmup,
+                init_value=initial,
+            )
+        case "linear" | "cosine":
+            curve = gf.linear if config.schedule == "linear" else gf.cosine
+            return curve(
+                lr, total_steps, min_value=config.lr_min, warmup_steps=warmup, init_value=initial
+            )
+        case "poly":
+            return gf.poly(
+                lr,
+                config.lr_power,
+                min_value=config.lr_min,
+                warmup_steps=warmup,
+                init_value=initial,
+            )
+        case "plateau":
+            return gf.plateau(
+                lr,
+                factor=config.lr_decay_rate,
+                patience=config.lr_patience,
+                min_value=config.lr_min,
+                warmup_steps=warmup,
+                init_value=initial,
+            )
+
+
+def _perturbation(config: TrainConfig, lr: gf.Schedule) -> gf.Transform:
+    assert config.sam is not None
+    if config.rho_schedule == "constant":
+        return gf.sam_perturb(
+            config.sam, adaptive=config.adaptive, per_microbatch=config.m_sharpness
+        )
+    return gf.scheduled(
+        gf.sam_perturb,
+        rho=gf.proportional(lr, config.rho_min, config.sam),
+        adaptive=config.adaptive,
+        per_microbatch=config.m_sharpness,
+    )
+
+
+def _rule(config: TrainConfig, lr: gf.Schedule) -> gf.Transform:
+    decay = config.weight_decay
+    match config.optimizer:
+        case "sgd":
+            momentum = 0.9 if config.momentum is None else config.momentum
+            return gf.sgd(lr, momentum=momentum, weight_decay=decay, nesterov=config.nesterov)
+        case "adam":
+            return gf.adam(lr, betas=config.betas, eps=config.eps, weight_decay=decay)
+        case "adamw":
+            return gf.adamw(lr, betas=config.betas, eps=config.eps, weight_decay=decay)
+        case "rmsprop":
+            return gf.rmsprop(
+                lr,
+                alpha=config.alpha,
+                eps=config.eps,
+                weight_decay=decay,
+                momentum=config.momentum or 0.0,
+                centered=config.centered,
+            )
+
+
+# --- The training before its first step ---
+
+
+BATCH_SIZE = 80
+
+
+def build_training(config: TrainConfig, device: torch.device, crew: Crew = ALONE) -> Training:
+    """A training before its first step.
+
+    Args:
+        config: Checked by itself; what depends on data and model is checked here.
+        device: Where to train.
+        crew: Who trains together.
+
+    Raises:
+        UsageError: The data set is missing, or settings do not fit data, model or processes.
+    """
+    data = data_of(config, device)
+    model = model_of(config, data).to(device, getattr(torch, config.dtype))
+    size, order = _batching(config, data)
+    rows = _rows(config, size, crew)
+    _check_rows(config, model, data, size)
+    augment = None
+    if config.augmentation:
+        part = (crew.rank, crew.size)
+        augment = augmentation(data, flipped_only=config.crop_flipped_only, part=part)
+    per_epoch = len(data.train) / size
+    total = config.steps
+    if total is None:
+        total = steps_until(config.epochs, len(data.train), size)
+    warmup = round(config.lr_warmup_epochs * per_epoch)
+    check(
+        warmup <= total,
+        "--lr-warmup-epochs",
+        f"at most the length of the training, {total} steps",
+        f"{config.lr_warmup_epochs} ({warmup} steps)",
+        "The target would not be reached. Train longer, or warm up for less.",
+    )
+    check(
+        warmup >= 1 or not config.lr_warmup_epochs,
+        "--lr-warmup-epochs",
+        "at least one step",
+        f"{config.lr_warmup_epochs} (0 steps)",
+        "Warm up for longer, or leave it away.",
+    )
+    _check_patterns(config, model)
+    loss = gf.model_loss(model, _criterion(config))
+    if config.compile:
+        model.compile()
+    # A compiled model cannot be run over all rows at once.
+    plan: Plan = "loop" if config.compile else "auto"
+    update = update_of(config, total, per_epoch, crew)
+    step = gf.train_step(loss, update, microbatches=rows, plan=plan)
+    all_rows = None
+    if config.per_sample:
+        all_rows = gf.per_sample_grads(loss, plan=plan)
+    elif config.microbatches > 1:
+        all_rows = gf.microbatch_grads(loss, config.microbatches, plan=plan)
+    return Training(
+        config=config,
+        data=data,
+        model=model,
+        step=step,
+        all_rows=all_rows,
+        order=order,
+        augment=augment,
+        batch_size=size,
+        total_steps=total,
+        crew=crew,
+        state=step.init(model, seed=config.seed),
+        totals=no_totals(device),
+        skipped=torch.zeros((), device=device, dtype=torch.int64),
+        finite_until=torch.full((), -1, device=device, dtype=torch.int64),
+    )
+
+
+def data_of(config: TrainConfig, device: torch.device) -> Data:
+    """The data set with its wrong labels.
+
+    Raises:
+        UsageError: It is missing, or the options do not fit it.
+    """
+    return load_data(
+        config.data,
+        data_dir=config.data_dir,
+        download=config.download,
+        noise_file=config.noise_file,
+        image_size=config.image_size,
+        data_split_seed=config.data_split_seed,
+        train_split=_size(config.train_split),
+        val_split=_size(config.val_split),
+        label_noise=config.label_noise,
+        noise_type=config.noise_type,
+        label_seed=config.label_seed,
+        device=device,
+        dtype=getattr(torch, config.dtype),
+        resident=config.workers == 0,
+    )
+
+
+def _size(split: float | None) -> int | float | None:
+    """A whole number is a number of samples, what is below 1 a fraction of them; 0 is none."""
+    if not split:
+        return None
+    return int(split) if split.is_integer() else split
+
+
+def model_of(config: TrainConfig, data: Data) -> nn.Module:
+    """The model before training, on the CPU.
+
+    Raises:
+        UsageError: There is no such model, or it does not fit the images.
+    """
+    return build_model(
+        config.model,
+        classes=data.classes,
+        shape=data.shape,
+        additions=config.model_additions,
+        init=config.weight_init,
+        seed=config.seed,
+        **_model_arguments(config),
+    )
+
+
+def _model_arguments(config: TrainConfig) -> dict[str, int]:
+    found = {}
+    for argument in config.model_arguments:
+        name, _, number = argument.partition("=")
+        check(
+            name.isidentifier() and number.isdecimal(),
+            "--model-arguments",
+            "NAME=NUMBER",
+            repr(argument),
+            "depth=3 is one, for mlp and vit.",
+        )
+        found[name] = int(number)
+    return found
+
+
+def _batching(config: TrainConfig, data: Data) -> tuple[int, Order]:
+    """How many samples a step has, and which."""
+    rows, n = config.microbatches, len(data.train)
+    if config.samples_per_class is not None:
+        order = class_balanced(
+            data.train.labels,
+            classes=data.classes,
+            microbatches=rows,
+            per_class=config.samples_per_class,
+            seed=config.seed,
+        )
+        return rows * data.classes * config.samples_per_class, order
+    size = BATCH_SIZE if config.batch_size is None else config.batch_size
+    check(size >= 1, "--batch-size", "at least 1", size, "80 is the default.")
+    check(
+        size % rows == 0,
+        "--batch-size",
+        f"a multiple of --microbatches {rows}",
+        size,
+        f"{max(1, size // rows) * rows} is the nearest below.",
+    )
+    return size, shuffled(n, batch_size=size, seed=config.seed)
+
+
+def _rows(config: TrainConfig, size: int, crew: Crew) -> int | None:
+    """Rows of one process."""
+    check(
+        size % crew.size == 0,
+        "torchrun",
+        f"a number of processes that divides the batch of {size} samples",
+        crew.size,
+        "Choose another --nproc-per-node, or another batch size.",
+    )
+    if config.per_sample:
+        return None
+    rows = config.microbatches
+    check(
+        rows == 1 or rows % crew.size == 0,
+        "torchrun",
+        f"a number of processes that divides --microbatches {rows}",
+        crew.size,
+        "Choose another --nproc-per-node, or other microbatches.",
+    )
+    return max(1, rows // crew.size)
+
+
+def _check_rows(config: TrainConfig, model: nn.Module, data: Data, size: int) -> None:
+    """Refuse rows that the model cannot normalise, before anything is written."""
+    samples = 1 if config.per_sample else size // config.microbatches
+    first = data.train.images.fetch(torch.arange(samples) % len(data.train))
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.func.functional_call(model, buffers, (first,))
+    except ValueError as error:
+        raise UsageError(
+            f"--model {config.model}: cannot be trained on rows of {samples} samples: {error}. "
+            "Take larger microbatches, or a model without BatchNorm."
+        ) from None
+
+
+def _check_patterns(config: TrainConfig, model: nn.Module) -> None:
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in config.agc_exclude:
+        check(
+            any(fnmatchcase(name, pattern) for name in names),
+            "--agc-exclude",
+            "patterns of names of parameters",
+            repr(pattern),
+            f"It fits none of {', '.join(names[:3])}, ..., {names[-1]}.",
+        )
+
+
+def _criterion(config: TrainConfig) -> nn.Module:
+    return nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)

@@ -1,0 +1,361 @@
+"""Refuse training options that are wrong, that contradict each other, or that have no effect."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from gradfilter.lab._usage import UsageError, check, refuse_odd
+from gradfilter.lab.train._train_config import TrainConfig
+
+# --- Options that are wrong or contradict each other ---
+
+
+POSITIVE = (
+    *("epochs", "resume_every", "image_size", "learning_rate", "eval_every", "lr_step"),
+    *("agc_eps", "eps"),
+)
+POSITIVE_IF_GIVEN = (
+    *("clip_per_row", "budget_clip", "sam", "early_exit_accuracy", "steps", "samples_per_class"),
+)
+NOT_NEGATIVE = (
+    *("seed", "label_seed", "data_split_seed", "workers", "weight_decay", "lr_min", "lr_patience"),
+    *("lr_warmup_epochs", "lr_warmup_initial", "rho_min", "budget_power"),
+)
+NOT_NEGATIVE_IF_GIVEN = ("agc", "gsam", "early_exit_loss", "train_split", "val_split")
+FRACTIONS = ("label_noise", "label_smoothing", "alpha")
+
+
+IN_EPOCHS = ("epochs", "eval_every", "lr_step", "lr_warmup_epochs")
+LONGEST = 1e9
+"""Epochs, so that their steps can be counted."""
+MOST = 2**24
+"""Rows, and samples of a class in one."""
+
+
+def check_values(config: TrainConfig) -> None:
+    """Refuse values that no data set and no model can make right.
+
+    Raises:
+        UsageError: A value is out of range, or two do not go together.
+    """
+    _check_ranges(config)
+    _check_distances(config)
+    _check_together(config)
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    for name in POSITIVE:
+        value = getattr(config, name)
+        check(0 < value < math.inf, option(name), "a positive number", value, "")
+    for name in POSITIVE_IF_GIVEN:
+        value = getattr(config, name)
+        fits = value is None or 0 < value < math.inf
+        check(fits, option(name), "a positive number", value, "Leave it away to have none.")
+    for name in NOT_NEGATIVE:
+        value = getattr(config, name)
+        check(0 <= value < math.inf, option(name), "at least 0", value, "")
+    for name in NOT_NEGATIVE_IF_GIVEN:
+        value = getattr(config, name)
+        fits = value is None or 0 <= value < math.inf
+        check(fits, option(name), "at least 0", value, "Leave it away to have none.")
+    for name in FRACTIONS:
+        value = getattr(config, name)
+        check(0 <= value < 1, option(name), "a fraction in [0, 1)", value, "")
+    refuse_odd(config)
+    accuracy = config.early_exit_accuracy
+    check(
+        accuracy is None or accuracy <= 1,
+        "--early-exit-accuracy",
+        "a fraction in (0, 1]",
+        accuracy,
+        "0.99 is 99 % of the training labels.",
+    )
+    for name in ("train_split", "val_split"):
+        value = getattr(config, name)
+        check(
+            value != 1,
+            option(name),
+            "a fraction below 1, or a number of samples above 1",
+            value,
+            "Leave it away to take what there is.",
+        )
+    outside = Path(config.name).is_absolute() or ".." in Path(config.name).parts
+    check(not outside, "--name", "a folder inside --save-dir", config.name, "")
+    names = [len(os.fsencode(part)) for part in Path(config.name).parts]
+    fits = config.name.isprintable() and max(names, default=0) <= 255
+    fix = "It names a folder."
+    check(fits, "--name", "at most 255 bytes of text that can be shown", repr(config.name), fix)
+    for beta in config.betas:
+        check(0 <= beta < 1, "--betas", "two numbers in [0, 1)", config.betas, "")
+    check(config.microbatches >= 1, "--microbatches", "at least 1", config.microbatches, "")
+    check(
+        0 < config.lr_decay_rate < 1,
+        "--lr-decay-rate",
+        "a factor between 0 and 1",
+        config.lr_decay_rate,
+        "0.1 is the default.",
+    )
+    check(config.lr_power <= 0, "--lr-power", "at most 0", config.lr_power, "-0.5 is the default.")
+    check(
+        config.momentum is None or 0 <= config.momentum < 1,
+        "--momentum",
+        "a number in [0, 1)",
+        config.momentum,
+        "",
+    )
+    check(
+        config.ema is None or 0 <= config.ema < 1,
+        "--ema",
+        "a decay in [0, 1)",
+        config.ema,
+        "Leave it away to have none.",
+    )
+    for epoch in config.save_checkpoint:
+        fits = 0 < epoch <= LONGEST
+        fix = "The first and the last are always saved."
+        check(fits, "--save-checkpoint", f"epochs above 0, at most {LONGEST:g}", epoch, fix)
+    for name in IN_EPOCHS:
+        value = getattr(config, name)
+        check(value <= LONGEST, option(name), f"at most {LONGEST:g}", value, "Take a smaller one.")
+    count = config.samples_per_class or 1
+    check(count <= MOST, "--samples-per-class", f"at most {MOST}", count, "Take fewer.")
+    check(config.microbatches <= MOST, "--microbatches", f"at most {MOST}", config.microbatches, "")
+
+
+def _check_distances(config: TrainConfig) -> None:
+    for name in ("agree", "consensus"):
+        value = getattr(config, name)
+        check(
+            value is None or 0 <= value <= 2,
+            option(name),
+            "a cosine distance in [0, 2]",
+            value,
+            "0.97 is usual, 2 accepts everything.",
+        )
+
+
+def _check_together(config: TrainConfig) -> None:
+    rows = f"--microbatches {config.microbatches}"
+    several = config.per_sample or config.microbatches > 1
+    refusals = [
+        (
+            config.agree is not None and config.consensus is not None,
+            "--agree and --consensus: both make one gradient of all rows. Choose one.",
+        ),
+        (
+            (config.agree is not None or config.consensus is not None) and not several,
+            f"--agree, --consensus: expected several rows to compare, found {rows}. "
+            "Give --microbatches 8, or --per-sample.",
+        ),
+        (
+            config.budget_clip is not None and not several,
+            f"--budget-clip: expected several rows to share it, found {rows}. "
+            "Give --microbatches 8, or --per-sample.",
+        ),
+        (
+            config.budget_clip is not None and config.clip_per_row is not None,
+            "--budget-clip, --clip-per-row: both limit the norms of rows. Choose one.",
+        ),
+        (
+            config.per_sample and config.microbatches > 1,
+            f"--per-sample: one row per sample and {rows} exclude each other. Choose one.",
+        ),
+        (
+            config.consensus_hard and config.consensus is None,
+            "--consensus-hard: there is no --consensus to be hard. Give --consensus 0.95.",
+        ),
+        (
+            config.gsam is not None and config.sam is None,
+            "--gsam: it decomposes the gradient that --sam takes. Give --sam 0.05, too.",
+        ),
+        (
+            config.sam is None
+            and (config.adaptive is not None or config.m_sharpness or _rho_moves(config)),
+            "--adaptive, --m-sharpness, --rho-schedule, --rho-min: they shape --sam, which is not "
+            "given. Give --sam 0.05.",
+        ),
+        (
+            config.sam is not None and config.rho_min > config.sam,
+            f"--rho-min: expected at most --sam {config.sam}, found {config.rho_min}.",
+        ),
+        (
+            config.nesterov and (config.optimizer != "sgd" or config.momentum == 0),
+            "--nesterov: expected --optimizer sgd with momentum above 0. Leave it away, or change "
+            "those.",
+        ),
+        (
+            config.lr_min > config.learning_rate,
+            f"--lr-min: expected at most --learning-rate {config.learning_rate}, found "
+            f"{config.lr_min}.",
+        ),
+        (
+            config.batch_size is not None and config.samples_per_class is not None,
+            "--batch-size and --samples-per-class: each says how large a batch is. Choose one.",
+        ),
+        (
+            config.amp != "none" and config.dtype == "float64",
+            f"--amp {config.amp}: mixed precision leaves --dtype float64 as it is. Choose one.",
+        ),
+        (
+            config.crop_flipped_only and not config.augmentation,
+            "--crop-flipped-only: it is a kind of --augmentation, which is not given. Give both.",
+        ),
+    ]
+    for refused, line in refusals:
+        if refused:
+            raise UsageError(line)
+
+
+def _rho_moves(config: TrainConfig) -> bool:
+    return config.rho_schedule != "constant" or config.rho_min > 0
+
+
+def option(name: str) -> str:
+    """How a field is called on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+# --- Options without effect: a user who types one expects that it has one ---
+
+
+@dataclass(frozen=True)
+class OptionUse:
+    """What makes an option count.
+
+    Attributes:
+        beside: In the words of the command line; what it is without or beside.
+        counts: Whether it does.
+        fix: What to do where it does not.
+    """
+
+    beside: str
+    counts: Callable[[TrainConfig], bool]
+    fix: str = "Leave it away, or give that, too."
+
+
+def _moves(config: TrainConfig) -> bool:
+    """Whether the learning rate does."""
+    return config.schedule != "constant" or config.lr_warmup_epochs > 0
+
+
+def _drops(config: TrainConfig) -> bool:
+    """Whether a schedule that waits may come to its first drop; steps depend on the data set."""
+    waits = {"step": config.lr_step + config.lr_warmup_epochs, "plateau": config.lr_patience + 2}
+    return config.steps is not None or waits.get(config.schedule, 0.0) < config.epochs
+
+
+def _splits(config: TrainConfig) -> bool:
+    """Whether samples are divided by chance."""
+    return config.data == "digits" or bool(config.train_split) or bool(config.val_split)
+
+
+ADAM = OptionUse("without --optimizer adam or adamw", lambda c: c.optimizer in ("adam", "adamw"))
+RMSPROP = OptionUse("without --optimizer rmsprop", lambda c: c.optimizer == "rmsprop")
+AGREE = OptionUse("without --agree", lambda c: c.agree is not None)
+AGC = OptionUse("without --agc above 0", lambda c: bool(c.agc))
+NOISE = OptionUse("without --label-noise", lambda c: c.label_noise > 0)
+CIFAR = OptionUse(
+    "without --data cifar10, cifar100 or cifar100n-fine", lambda c: c.data.startswith("cifar")
+)
+LONG = OptionUse(
+    "in a training that ends before the first drop",
+    _drops,
+    "Give a smaller --lr-step or --lr-patience, or more --epochs.",
+)
+
+USES: Mapping[str, tuple[OptionUse, ...]] = {
+    "momentum": (
+        OptionUse(
+            "without --optimizer sgd or rmsprop", lambda c: c.optimizer in ("sgd", "rmsprop")
+        ),
+    ),
+    "betas": (ADAM,),
+    "eps": (
+        OptionUse("without --optimizer adam, adamw or rmsprop", lambda c: c.optimizer != "sgd"),
+    ),
+    "alpha": (RMSPROP,),
+    "centered": (RMSPROP,),
+    "schedule": (LONG,),
+    "lr_step": (OptionUse("without --schedule step", lambda c: c.schedule == "step"), LONG),
+    "lr_decay_rate": (
+        OptionUse(
+            "without --schedule step or plateau", lambda c: c.schedule in ("step", "plateau")
+        ),
+        LONG,
+    ),
+    "lr_min": (
+        OptionUse("without --schedule other than constant", lambda c: c.schedule != "constant"),
+        LONG,
+    ),
+    "lr_power": (OptionUse("without --schedule poly", lambda c: c.schedule == "poly"),),
+    "lr_patience": (
+        OptionUse("without --schedule plateau", lambda c: c.schedule == "plateau"),
+        LONG,
+    ),
+    "lr_warmup_initial": (
+        OptionUse("without --lr-warmup-epochs", lambda c: c.lr_warmup_epochs > 0),
+    ),
+    "budget_power": (OptionUse("without --budget-clip", lambda c: c.budget_clip is not None),),
+    "against": (AGREE,),
+    "average": (AGREE,),
+    "agc_eps": (AGC,),
+    "agc_exclude": (AGC,),
+    "m_sharpness": (
+        OptionUse(
+            "without several rows, of --microbatches or --per-sample",
+            lambda c: c.per_sample or c.microbatches > 1 or not c.m_sharpness,
+        ),
+    ),
+    "rho_schedule": (
+        OptionUse(
+            "without a learning rate that moves, by --schedule or --lr-warmup-epochs",
+            lambda c: c.rho_schedule == "constant" or _moves(c),
+        ),
+    ),
+    "rho_min": (
+        OptionUse(
+            "without --rho-schedule proportional", lambda c: c.rho_schedule == "proportional"
+        ),
+    ),
+    "noise_type": (NOISE,),
+    "label_seed": (NOISE,),
+    "data_split_seed": (OptionUse("without --train-split or --val-split", _splits),),
+    "image_size": (
+        OptionUse("without --data folder:PATH", lambda c: c.data.startswith("folder:")),
+    ),
+    "download": (CIFAR,),
+    "data_dir": (CIFAR,),
+    "epochs": (
+        OptionUse(
+            "beside --steps, which says how long the training is",
+            lambda c: c.steps is None,
+            "Leave one of them away.",
+        ),
+    ),
+}
+"""What options are for; those of a preset may be left over from what was replaced."""
+
+
+def refuse_ignored(config: TrainConfig, typed: Sequence[str], named: Collection[str] = ()) -> None:
+    """Refuse options that were given and do nothing.
+
+    Args:
+        config: What came of them.
+        typed: On the command line.
+        named: Settings in a file of the user's own. A file may list all of them, so what is the
+            default there asks for nothing.
+
+    Raises:
+        UsageError: One is not used.
+    """
+    options = (text.partition("=")[0] for text in typed if text.startswith("--"))
+    names = {text.removeprefix("--").replace("-", "_") for text in options}
+    names |= {f.name for f in fields(config) if getattr(config, f.name) != f.default} & {*named}
+    for name, uses in USES.items():
+        for use in uses if name in names else ():
+            if not use.counts(config):
+                raise UsageError(f"{option(name)}: it would change nothing {use.beside}. {use.fix}")

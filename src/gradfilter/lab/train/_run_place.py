@@ -1,0 +1,279 @@
+"""The run directory: named by the settings, locked by one process at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from gradfilter.lab._run_files import ForeignError, read_json, refuse_link
+from gradfilter.lab._usage import UsageError
+from gradfilter.lab.train._config_checks import check_values
+from gradfilter.lab.train._train_config import PLACE, WATCHING, TrainConfig, setting
+
+# --- Recorded settings, read again by measurements and reports ---
+
+
+HINTS = typing.get_type_hints(TrainConfig)
+WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def check_types(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that are of another type than in this version.
+
+    Raises:
+        ForeignError: One is.
+    """
+    for name, value in settings.items():
+        if name in HINTS:
+            _typed(name, HINTS[name], value)
+
+
+def config_of(settings: Mapping[str, Any], what: str) -> TrainConfig:
+    """Settings as they were recorded. They are not read as options: one could smuggle in another.
+
+    Args:
+        settings: Of a ``config.json``.
+        what: Whose they are, for the error.
+
+    Raises:
+        UsageError: They are not settings of this version.
+    """
+    unknown = sorted(settings.keys() - HINTS.keys())
+    try:
+        if unknown:
+            names = ", ".join(map(repr, unknown))
+            raise ForeignError(f"this version does not know its settings {names}")
+        config = TrainConfig(**{n: _typed(n, HINTS[n], value) for n, value in settings.items()})
+        check_values(config)
+    except ValueError as error:  # ForeignError and UsageError
+        raise UsageError(f"{what} cannot be used: {str(error).rstrip('.')}.") from None
+    return config
+
+
+def _typed(name: str, hint: Any, value: Any) -> Any:
+    """A value of JSON as the type that a setting has.
+
+    Raises:
+        ForeignError: It is none.
+    """
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):  # X | None
+        return None if value is None else _typed(name, parts[0], value)
+    if origin is typing.Literal and value in parts and isinstance(value, str):
+        return value
+    if origin is tuple and isinstance(value, list):
+        many = parts[-1] is Ellipsis
+        if many or len(value) == len(parts):
+            return tuple(_typed(name, parts[0], part) for part in value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is float and number and (isinstance(value, float) or abs(value) < 2**1000):
+        return float(value)
+    if hint in (int, bool, str) and type(value) is hint:
+        return value
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    expected = WORDS.get(hint, "one of its values" if origin is typing.Literal else "text")
+    raise ForeignError(
+        f"its setting {name} does not fit this version: {value!r:.80} is not {expected}"
+    )
+
+
+# --- The directory ---
+
+
+LOCK = "run.lock"
+LONGEST = 120
+"""Characters of a folder's name, where file systems allow 255 bytes."""
+MOST = 200
+"""Characters of a folder that is named by one setting."""
+MOST_BYTES = 250
+"""Of either, however many a character has."""
+
+
+def place_of(config: TrainConfig) -> Path:
+    """``SAVE_DIR/[NAME/]MODEL/DATA/SETTING/[noise-0.2000-]seed-S``.
+
+    SETTING joins the settings that are not the defaults by hyphens; ``default`` if there are none.
+    """
+    parts = [
+        name.replace("_", "-")
+        if value is True
+        else f"{name.replace('_', '-')}-{_as_recorded_value(value)}"
+        for name, value in setting(config).items()
+    ]
+    long = _short("-".join(parts) or "default", LONGEST)
+    noise = f"noise-{config.label_noise:.4f}-" if config.label_noise else ""
+    model, data = (_short(_as_recorded_value(name), MOST) for name in (config.model, config.data))
+    return config.save_dir / config.name / model / data / long / f"{noise}seed-{config.seed}"
+
+
+def _short(name: str, longest: int) -> str:
+    """A name that differs from others also where it is cut."""
+    coded = os.fsencode(name)
+    if len(name) <= longest and len(coded) <= MOST_BYTES:
+        return name
+    start = coded[:LONGEST].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(coded).hexdigest()[:8]}"
+
+
+def _as_recorded_value(value: Any) -> str:
+    """A value as part of a file name."""
+    text = repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+    if isinstance(value, tuple):
+        text = "-".join(_as_recorded_value(part) for part in value)
+    return re.sub(r"[^\w.+-]+", "-", text).strip("-")
+
+
+class BusyError(UsageError):
+    """Another process is at work where this one wanted to be."""
+
+
+@contextmanager
+def locked_run(place: Path) -> Iterator[None]:
+    """Make the directory and keep other processes out of it; a killed one leaves no lock behind.
+
+    Raises:
+        BusyError: Another process is at work there.
+    """
+    try:
+        new = [folder for folder in (place, *place.parents) if not folder.exists()]
+        place.mkdir(parents=True, exist_ok=True)
+        refuse_link(place / LOCK)  # older file locks empty what it leads to
+        with FileLock(place / LOCK, timeout=0):
+            try:
+                yield
+            finally:
+                _tidy(place, new)
+    except Timeout:
+        raise BusyError(
+            f"the run in {str(place)!r} is at work in another process. "
+            "Wait for it, or give this one another --name or --seed."
+        ) from None
+
+
+def _tidy(place: Path, new: list[Path]) -> None:
+    """Take back the directories that were made for a run of which nothing was written."""
+    if new and {path.name for path in place.iterdir()} <= {LOCK}:
+        with suppress(OSError):  # somebody else is there meanwhile
+            (place / LOCK).unlink(missing_ok=True)
+            for folder in new:
+                folder.rmdir()
+
+
+@contextmanager
+def run_errors_as_usage(place: Path) -> Iterator[None]:
+    """Turn what the file system refuses into one line.
+
+    Raises:
+        UsageError: A file could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to {str(place)!r}: {error.strerror or error}. What was finished before "
+            "is whole; make room or name another --save-dir, and --resume."
+        ) from None
+
+
+def is_finished(place: Path) -> bool:
+    """Whether there is a run that was trained to its end."""
+    exists = (place / "config.json").exists()
+    return exists and read_config(place).get("status") == "finished"
+
+
+def refuse_what_is_there(config: TrainConfig, place: Path) -> None:
+    """Refuse to write over a run, and to go on with another one than was begun.
+
+    Raises:
+        UsageError: There is one.
+    """
+    if not (place / "config.json").exists():
+        return
+    found = read_config(place)
+    if not config.resume:
+        raise UsageError(
+            f"there is a run in {str(place)!r} ({found.get('status')}). Go on with --resume, or "
+            "give this one another --name or --seed."
+        )
+    own = plain_settings(config)
+    others = [
+        name
+        for name in own
+        if name not in (*PLACE, *WATCHING) and found["settings"].get(name) != own[name]
+    ]
+    if others:
+        raise UsageError(
+            f"--resume: the run in {str(place)!r} has other settings: {', '.join(others)}. "
+            "Give this one another --name."
+        )
+
+
+def plain_settings(config: TrainConfig) -> dict[str, Any]:
+    """Every setting, as JSON knows it."""
+    return {name: _jsonable(value) for name, value in asdict(config).items()}
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def read_config(place: Path) -> dict[str, Any]:
+    """What ``config.json`` of a run says.
+
+    Raises:
+        UsageError: There is none, or it cannot be read.
+    """
+    path = place / "config.json"
+    if not path.exists():
+        raise UsageError(f"no run in {str(place)!r}: it has no config.json.")
+    found = read_json(path, "the record of a run", "Look for it in another directory.", _record)
+    if found.get("command") == "demo":
+        raise UsageError(
+            f"{str(place)!r} is of gradfilter demo, which drew its own curves.png; this command is "
+            "for runs of gradfilter train."
+        )
+    return found
+
+
+def _record(found: Any) -> dict[str, Any]:
+    if isinstance(found, dict) and found.get("command") == "demo":
+        return found
+    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+        raise ForeignError("it is not the record of a run")
+    if found.get("command") == "train":
+        check_types(found["settings"])
+    return found
+
+
+def find_runs(save_dir: Path, **wanted: Any) -> list[Path]:
+    """The run directories below a folder whose settings are those wanted.
+
+    Args:
+        save_dir: Searched as a whole.
+        **wanted: Fields of `TrainConfig` and their values.
+    """
+    found = []
+    for path in sorted(save_dir.rglob("config.json")):
+        try:
+            record = read_config(path.parent)
+        except UsageError:
+            continue  # something else, or half of something
+        settings = record["settings"]
+        if record.get("command") == "train" and all(
+            settings.get(name) == value for name, value in wanted.items()
+        ):
+            found.append(path.parent)
+    return found

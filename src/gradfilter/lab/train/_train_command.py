@@ -1,0 +1,91 @@
+"""Parse the options of ``gradfilter train``, wherever they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import tyro
+
+from gradfilter.lab._options import as_toml, environment_arguments, from_files, parse, read_settings
+from gradfilter.lab.train._config_checks import refuse_ignored
+from gradfilter.lab.train._run_place import plain_settings
+from gradfilter.lab.train._train import train
+from gradfilter.lab.train._train_config import TrainConfig
+
+PROGRAM = "gradfilter train"
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train one model on one data set, following the gradients you choose.
+
+    Every epoch is counted by samples: --epochs 10 sees ten times as many samples as there are,
+    however they are cut into microbatches. A run can be stopped at any moment, by Ctrl-C or
+    kill -9, and --resume continues it as if nothing had happened.
+    """
+
+    settings: tyro.conf.OmitArgPrefixes[TrainConfig]
+    """"""
+    preset: str | None = None
+    """A published recipe by name: gaf-cifar100, gaf-cifar100n, agc-cifar10, gsam-cifar10,
+    double-descent-cifar10, double-descent-digits; or a training of the demo: demo-sgd, demo-agree,
+    demo-consensus. Options given beside it count more."""
+    config: Path | None = None
+    """A TOML file with a table [train]; counts more than a preset, less than options."""
+    print_config: bool = False
+    """Print all settings as such a file, and do nothing."""
+
+
+def train_command(options: Sequence[str]) -> int:
+    """Run ``gradfilter train``.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UsageError: An option is wrong.
+    """
+    command = parse_train(options)
+    if command.print_config:
+        print(as_toml(plain_settings(command.settings), "train"), end="")
+        return 0
+    own = {} if command.config is None else read_settings(None, command.config, "train")
+    refuse_ignored(command.settings, options, own)
+    return train(command.settings)
+
+
+def parse_train(options: Sequence[str], program: str = PROGRAM) -> TrainCommand:
+    """The settings of a preset, under those of a file, of the environment and of the options.
+
+    Raises:
+        UsageError: An option, a file or a preset is wrong.
+    """
+    files = from_files(options, "train", TrainConfig)
+    given = [*files, *environment_arguments(TrainConfig), *options]
+    return parse(TrainCommand, program, spelt_out(given))
+
+
+ALONE = {"--consensus": "1.0", "--budget-clip": "0.3", "--adaptive": "asam", "--average": "mean"}
+"""What an option means that stands without a value."""
+NESTEROV = "sgd+nesterov"
+
+
+def spelt_out(options: Sequence[str]) -> list[str]:
+    """Options that may stand without a value with one, and an optimizer's other name.
+
+    Examples:
+        >>> spelt_out(["--consensus", "--per-sample", "--optimizer", "sgd+nesterov"])
+        ['--consensus', '1.0', '--per-sample', '--optimizer', 'sgd', '--nesterov']
+    """
+    typed: list[str] = []
+    for option, following in zip_longest(options, options[1:], fillvalue="--"):
+        if option in (NESTEROV, f"--optimizer={NESTEROV}"):
+            typed += [option.replace(NESTEROV, "sgd"), "--nesterov"]
+        else:
+            typed.append(option)
+        if option in ALONE and following.startswith("--"):
+            typed.append(ALONE[option])
+    return typed

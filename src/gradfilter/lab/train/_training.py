@@ -1,0 +1,309 @@
+"""A training in progress: its state, one step, and the totals of an epoch."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import gradfilter as gf
+from gradfilter import _tree, diagnostics
+from gradfilter._types import State
+from gradfilter.grads._call_context import random_state_restored, set_random_state
+from gradfilter.grads._microbatch import GradFunction
+from gradfilter.lab._crew import Crew
+from gradfilter.lab.data._batches import Augment, Order, batches, steps_until
+from gradfilter.lab.data._samples import Data
+from gradfilter.lab.train._evaluation import Evaluation, accuracies
+from gradfilter.lab.train._train_config import TrainConfig
+
+# --- Peak memory ---
+
+
+def watch_memory(device: torch.device) -> None:
+    """Begin to watch; a CPU's process has been watched from its start."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes: the most that torch held on a GPU since `watch_memory`, or else the process did.
+
+    NaN where the system does not say.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+# --- Totals of an epoch, kept on the device until it ends ---
+
+
+SUMS = ("loss", "losses", "rows", "accepted", "steps", "clipped_rows", "clipped_units", "gap")
+CLIPPED_ROWS = ("clip_per_row/clipped_fraction", "budget_clip/clipped_fraction")
+LATEST = ("lr", "rho")
+
+Totals = dict[str, Tensor]
+"""One number per name, all of them on the device."""
+
+
+def no_totals(device: torch.device) -> Totals:
+    """The totals before the first step of an epoch."""
+    narrow = torch.zeros((), device=device)
+    zero = narrow.to(_tree.wide(narrow))
+    return dict.fromkeys((*SUMS, *LATEST), zero)
+
+
+def add_to_totals(totals: Totals, info: Mapping[str, Tensor]) -> Totals:
+    """The totals with one more step; nothing waits for the device.
+
+    Args:
+        totals: Before the step.
+        info: Of the step.
+    """
+    found = {name.split("/")[-1]: value for name, value in info.items()}
+    accepted = found.get("accepted")
+    # A reducer that accepts nothing and rejects nothing takes every row.
+    one = torch.ones_like(totals["steps"])
+    # A loss that is no number is one of a step that a filter skipped, or the last of a training.
+    finite = info["loss"].isfinite()
+    new = {
+        "loss": torch.where(finite, info["loss"], 0.0),
+        "losses": finite,
+        "rows": one if accepted is None else one * len(accepted),
+        "accepted": one if accepted is None else accepted.sum(),
+        "steps": one,
+        "clipped_rows": next((info[n] for n in CLIPPED_ROWS if n in info), None),
+        "clipped_units": info.get("agc_clip/clipped_fraction"),
+        "gap": found.get("surrogate_gap"),
+        "lr": found["lr"],
+        "rho": found.get("rho"),
+    }
+    sums = {n: totals[n] + v for n in SUMS if (v := new[n]) is not None}
+    latest = {n: v.to(totals[n].dtype) for n in LATEST if (v := new[n]) is not None}
+    return totals | sums | latest
+
+
+def means_of_totals(totals: Mapping[str, float], config: TrainConfig) -> dict[str, float]:
+    """The numbers of an epoch for people; NaN for what the run does not have.
+
+    Args:
+        totals: As numbers.
+        config: Says what the run has.
+    """
+    steps = totals["steps"] or math.nan
+    rho = math.nan if config.sam is None else config.sam
+    if config.rho_schedule != "constant":
+        rho = totals["rho"] * steps / steps  # of no step there is none
+    clipped = config.clip_per_row is not None or config.budget_clip is not None
+    return {
+        "loss": totals["loss"] / (totals["losses"] or math.nan),
+        "accepted": totals["accepted"] / (totals["rows"] or math.nan),
+        "clipped_rows": _if(clipped, totals["clipped_rows"] / steps),
+        "clipped_units": _if(bool(config.agc), totals["clipped_units"] / steps),
+        "surrogate_gap": _if(config.sam is not None, totals["gap"] / steps),
+        "lr": totals["lr"] * steps / steps,
+        "rho": rho,
+    }
+
+
+def _if(has: bool, value: float) -> float:
+    return value if has else math.nan
+
+
+# --- The training ---
+
+
+@dataclass
+class Training:
+    """A configuration at work. The state is replaced, never changed, so it is always whole.
+
+    Attributes:
+        config: Checked.
+        data: On the device.
+        model: The structure; the parameters of the training are in ``state``.
+        step: One step of the training.
+        all_rows: The rows of a whole batch, of which each process computes its part in a step;
+            None where there is one.
+        order: Which samples a step sees.
+        augment: What is done to the images of a step.
+        batch_size: Samples of a step, on all processes together.
+        total_steps: Length of the training.
+        crew: Who trains together.
+        state: After ``done`` steps.
+        done: Steps done.
+        totals: Of the epoch at work.
+        skipped: Steps skipped since the start, on the device.
+        finite_until: Steps after which the loss of a batch was last finite, on the device; −1 if it
+            never was.
+        report: What the next step tells a plateau schedule.
+        peak_memory: The most that was held during steps, in bytes.
+        seconds: Spent in steps since the start.
+        epoch_seconds: Spent in steps of this epoch.
+    """
+
+    config: TrainConfig
+    data: Data
+    model: nn.Module
+    step: gf.TrainStep
+    all_rows: GradFunction | None
+    order: Order
+    augment: Augment | None
+    batch_size: int
+    total_steps: int
+    crew: Crew
+    state: State
+    totals: Totals
+    skipped: Tensor
+    finite_until: Tensor
+    done: int = 0
+    report: float | None = None
+    peak_memory: float = 0.0
+    seconds: float = 0.0
+    epoch_seconds: float = 0.0
+
+    @property
+    def device(self) -> torch.device:
+        """Where it trains."""
+        return self.data.train.labels.device
+
+    def steps_at(self, epoch: float) -> int:
+        """Steps until this many epochs of samples have been seen."""
+        return steps_until(epoch, len(self.data.train), self.batch_size)
+
+    @property
+    def measured(self) -> State:
+        """The parameters and buffers that are evaluated and saved: with --ema, averaged ones."""
+        params = self.state["params"]
+        if self.config.ema is not None:
+            params = _tree.in_dtypes_of(params, gf.ema_of(self.state))
+        return {"params": params, "buffers": self.state["buffers"]}
+
+    @property
+    def epoch(self) -> float:
+        """Epochs of samples that have been seen."""
+        return self.done * self.batch_size / len(self.data.train)
+
+
+def precision(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
+    """The mixed precision that the configuration asks for."""
+    if config.amp == "none":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def advance(
+    run: Training,
+    until: int,
+    *,
+    stopped: Callable[[], bool] = lambda: False,
+    tick: Callable[[], None] = lambda: None,
+) -> None:
+    """Train up to step ``until``, or until ``stopped()``; no step waits for the device.
+
+    Args:
+        run: Changed: its state is replaced, step by step.
+        until: Not beyond the end of an epoch, whose totals would be mixed with the next one's.
+        stopped: Asked before every step.
+        tick: Called after every step.
+    """
+    if run.done >= until:
+        return
+    config = run.config
+    stream = batches(
+        run.data.train,
+        run.crew.share(run.order(run.done, until)),
+        workers=config.workers,
+        augment=run.augment,
+        seed=config.seed,
+        first_step=run.done,
+    )
+    start = time.perf_counter()
+    watch_memory(run.device)
+    run.model.train()
+    with precision(config, run.device):
+        for batch in stream:
+            if stopped():
+                break
+            # The schedule follows the steps done, so that skipped ones do not stretch it.
+            run.state, info = run.step(run.state, batch, count=run.done, value=run.report)
+            # A schedule forgets what it is told in a step that is skipped. To ask costs a look at
+            # the device, once after an epoch.
+            if run.report is not None and info["keep"]:
+                run.report = None
+            run.totals = add_to_totals(run.totals, info)
+            run.skipped = run.skipped + ~info["keep"]
+            finite = info["loss"].isfinite()
+            run.finite_until = torch.where(finite, run.done, run.finite_until)
+            run.done += 1
+            tick()
+    if run.device.type != "cpu":
+        torch.accelerator.synchronize(run.device)
+    spent = time.perf_counter() - start
+    run.peak_memory = max(run.peak_memory, peak_memory(run.device))
+    run.seconds += spent
+    run.epoch_seconds += spent
+
+
+def sync_ranks(run: Training) -> None:
+    """Make one of what several processes measured on their own rows: totals and running statistics.
+
+    Parameters and transforms are the same bits on all at any time. BatchNorm's statistics are those
+    of a process's own samples until here, where each becomes their mean.
+    """
+    if run.crew.size == 1:
+        return
+    totals = run.crew.mean(torch.stack([*run.totals.values()]))
+    run.totals = dict(zip(run.totals, totals.unbind(), strict=True))
+    buffers = {
+        name: run.crew.mean(buffer) if buffer.is_floating_point() else buffer
+        for name, buffer in run.state["buffers"].items()
+    }
+    run.state = {**run.state, "buffers": buffers}
+
+
+def evaluation(run: Training) -> Evaluation:
+    """Measure a training where it stands; changes nothing. Several processes settle before."""
+    numbers = dict(zip(run.totals, torch.stack([*run.totals.values()]).tolist(), strict=True))
+    seen = numbers["steps"] * run.batch_size
+    with precision(run.config, run.device):
+        quality = accuracies(run.model, run.measured, run.data, run.config.workers)
+        agreement = _agreement(run)
+    return Evaluation(
+        step=run.done,
+        epoch=run.epoch,
+        samples=run.done * run.batch_size,
+        skipped=int(run.skipped),
+        seconds=run.seconds,
+        samples_per_second=seen / run.epoch_seconds if run.epoch_seconds else math.nan,
+        peak_memory=run.peak_memory if run.done else math.nan,
+        **quality,
+        **agreement,
+        **means_of_totals(numbers, run.config),
+    )
+
+
+def _agreement(run: Training) -> dict[str, float]:
+    """Who agrees with whom in the batch of the next step, without augmentation."""
+    if run.all_rows is None:
+        return {"cosine": math.nan, "noise_scale": math.nan}
+    chosen = run.order(run.done, run.done + 1)[0]
+    samples = run.data.train
+    batch = samples.images.fetch(chosen), samples.labels[chosen.to(run.device)]
+    with random_state_restored(run.device):  # dropout as the next step will have it
+        set_random_state(run.state["random"], run.device)
+        rows = run.all_rows(run.state["params"], batch, buffers=run.state["buffers"])
+        scale = diagnostics.noise_scale(rows, run.batch_size // len(rows)).samples
+        cosine = diagnostics.agreement(rows)
+    return {"cosine": cosine.item(), "noise_scale": scale.item()}

@@ -1,0 +1,464 @@
+"""Clipping: of every row, of the whole gradient, of every unit (AGC), and of the sum of norms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradfilter import _products, _tree
+from gradfilter._made import remembered
+from gradfilter._readable import transformed
+from gradfilter._shards import cuts, is_sharded, local, parts, resharded
+from gradfilter._types import Out, Params, State, Transform, Tree
+from gradfilter.grads._stack import GradStack
+from gradfilter.transforms._blocks import blocks
+from gradfilter.transforms._consensus import cosines_with_others
+from gradfilter.transforms._transform import check_number, check_predicate, is_off, link
+
+# --- Units: the rows and filters of a weight that adaptive clipping treats one by one ---
+
+
+UnitDims = Callable[[str], "int | tuple[int, ...] | None"]
+Within = dict[str, list[int]]
+"""Per leaf, the dims inside a unit: those to take a norm over."""
+
+
+def within_units(tree: Tree, unit_dims: UnitDims | None) -> Within:
+    """The dims inside the units of every leaf; leaves that are one unit come last."""
+    within = {name: _within(name, leaf.ndim, unit_dims) for name, leaf in tree.items()}
+    return dict(sorted(within.items(), key=lambda item: len(item[1]) == tree[item[0]].ndim))
+
+
+def _within(name: str, ndim: int, unit_dims: UnitDims | None) -> list[int]:
+    dims = None if unit_dims is None else unit_dims(name)
+    if dims is None:
+        return list(range(1 if ndim >= 2 else 0, ndim))
+    dims = (dims,) if isinstance(dims, int) else dims
+    if any(not -ndim <= d < ndim for d in dims):
+        raise ValueError(
+            f"agc_clip: expected unit_dims within the {ndim} dims of {name!r}, found {dims}."
+        )
+    return [d for d in range(ndim) if d not in {d % ndim for d in dims}]
+
+
+def unit_norms(
+    tree: Tree, within: Within, summed: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """The 2-norms of all units of all those leaves in one row, in float32 or wider. (units,).
+
+    Args:
+        tree: Has those leaves.
+        within: The dims to take norms over.
+        summed: Finishes sums of squares over parts of a unit that other ranks hold.
+    """
+    dtypes = (tree[name].dtype for name in within)
+    dtype = reduce(torch.promote_types, dtypes, torch.float32)
+    norms = [
+        _norms(tree[name], dims, dtype)
+        for name, dims in within.items()
+        if len(dims) < tree[name].ndim
+    ]
+    whole = [tree[name] for name in list(within)[len(norms) :]]
+    if whole and transformed():  # vmap knows no call for all
+        norms += [torch.linalg.vector_norm(leaf, dtype=dtype).reshape(1) for leaf in whole]
+    elif whole:  # networks have many of them, and small: one call for all
+        norms.append(torch.stack(torch._foreach_norm(whole, 2, dtype)))
+    own = torch.cat(norms)
+    return own if summed is None else summed(own.square()).sqrt()
+
+
+def _norms(tensor: Tensor, within: list[int], dtype: torch.dtype) -> Tensor:
+    if not within:  # over nothing
+        return tensor.to(dtype).abs().reshape(-1)
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=within, dtype=dtype)
+    return norms.reshape(-1)
+
+
+def per_leaf(units: Tensor, tree: Tree, within: Within) -> list[Tensor]:
+    """One number per unit, as tensors that broadcast to the leaves in the order of ``within``."""
+    shapes = [
+        [1 if d in dims else n for d, n in enumerate(tree[name].shape)]
+        for name, dims in within.items()
+    ]
+    parts = torch.split(units, [math.prod(shape) for shape in shapes])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+# --- Units of parameters that are sharded over ranks ---
+
+
+def clip_shards(
+    clip: Callable[..., tuple[Tree, Tensor]],
+    grads: Tree,
+    params: Params,
+    unit_dims: UnitDims | None,
+) -> tuple[Tree, Tensor]:
+    """Clip the local shards; units that lie on several ranks by their norm over all of them.
+
+    Args:
+        clip: ``clip(grads, params, summed=...)`` gives clipped leaves of one dtype, and which
+            units it scaled down.
+        grads: DTensors, some of them at least.
+        params: Sharded like the gradients.
+        unit_dims: As for `agc_clip`.
+
+    Returns:
+        The clipped gradients, sharded as before, and the part of all units that was scaled down.
+    """
+    # Along which dims of the mesh the units of a leaf lie on several ranks.
+    apart = {
+        name: tuple(where for where, dim in cuts(grads[name]).items() if dim in dims)
+        for name, dims in within_units(grads, unit_dims).items()
+    }
+    clipped: Tree = {}
+    counts = []
+    for part in parts(grads):
+        kinds = {(apart[name], leaf.dtype) for name, leaf in part.leaves.items()}
+        for over, dtype in sorted(kinds, key=str):
+            some = {
+                name: leaf
+                for name, leaf in part.leaves.items()
+                if (apart[name], leaf.dtype) == (over, dtype)
+            }
+            weights = {name: local(params[name]) for name in some}
+            summed = partial(part.summed, over=over) if over else None
+            scaled, fewer = clip(some, weights, summed=summed)
+            clipped |= {name: resharded(leaf, grads[name]) for name, leaf in scaled.items()}
+            count = torch.stack([fewer.sum(), torch.ones_like(fewer).sum()])
+            # A unit that lies on several ranks was counted by each of them.
+            counts.append(part.summed(count, over=set(cuts(part.like)) - set(over)))
+    shrunk, units = torch.stack(counts).sum(0).to(torch.float32).unbind()
+    return clipped, shrunk / units
+
+
+# --- Clipping of rows, of the whole gradient, and of units ---
+
+
+BLOCK = 1 << 20
+
+
+def _shrink(norms: Tensor, limit: Tensor | float) -> Tensor:
+    """min(1, limit/norm), and 1 where the norm is not finite: clipping hides no Inf or NaN."""
+    over = (norms > limit) & norms.isfinite()
+    return torch.where(over, limit / torch.where(over, norms, 1.0), 1.0)
+
+
+@remembered
+def clip_per_row(max_norm: float) -> Transform:
+    """Scale every row to a norm of at most ``max_norm``.
+
+    g_i ← g_i · min(1, max_norm / ‖g_i‖), the norm over all leaves. A row that is not finite stays
+    as it is; finite_filter takes it out.
+
+    Args:
+        max_norm: Above 0, in units of the per-row gradient norm.
+
+    Needs: rows. Publishes: ``norm`` (M,) before clipping, ``clipped_fraction`` ().
+
+    Raises:
+        ValueError: max_norm <= 0.
+
+    Examples:
+        >>> import torch, gradfilter as gf
+        >>> rows, params = {"w": torch.tensor([[3.0, 4.0], [0.0, 0.5]])}, {"w": torch.zeros(2)}
+        >>> gf.clip_per_row(1.0).update(rows, {}, params)[0].sq_norms()
+        tensor([1.0000, 0.2500], dtype=torch.float64)
+
+    References:
+        Abadi et al., "Deep Learning with Differential Privacy", 2016,
+        https://arxiv.org/abs/1607.00133
+    """
+    check_number(
+        "clip_per_row", "max_norm", max_norm, low=0, open_low=True, fix="1.0 is a good start."
+    )
+
+    def update(
+        rows: GradStack, state: State, params: Params, /, **extra: Any
+    ) -> tuple[GradStack, State, Out]:
+        norms = rows.sq_norms().sqrt()
+        factors = _shrink(norms, max_norm)
+        out = {"norm": norms, "clipped_fraction": (factors < 1).to(norms.dtype).mean()}
+        return rows.scaled(factors), state, out
+
+    return link("clip_per_row", "rows -> rows", update, publishes=("norm", "clipped_fraction"))
+
+
+@remembered
+def clip_by_global_norm(max_norm: float) -> Transform:
+    """Scale the whole gradient to a norm of at most ``max_norm``.
+
+    g ← g · min(1, max_norm / ‖g‖). A gradient that is not finite stays as it is.
+
+    Args:
+        max_norm: Above 0.
+
+    Publishes: ``norm`` () before clipping, ``clipped_fraction`` (), which is 0 or 1.
+
+    Raises:
+        ValueError: max_norm <= 0.
+
+    Examples:
+        >>> import torch, gradfilter as gf
+        >>> gf.clip_by_global_norm(1.0).update({"w": torch.tensor([3.0, 4.0])}, {},
+        ...                                    {"w": torch.zeros(2)})[0]
+        {'w': tensor([0.6000, 0.8000])}
+
+    References:
+        Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", 2013,
+        https://arxiv.org/abs/1211.5063
+    """
+    check_number(
+        "clip_by_global_norm", "max_norm", max_norm, low=0, open_low=True, fix="1.0 is usual."
+    )
+
+    def update(
+        grads: Tree, state: State, params: Params, /, **extra: Any
+    ) -> tuple[Tree, State, Out]:
+        norm = _products.norm(grads)
+        factor = _shrink(norm, max_norm)
+        out = {"norm": norm, "clipped_fraction": (factor < 1).to(norm.dtype)}
+        # The factor may be too small for the gradients' own precision.
+        clipped = {
+            name: (_tree.at_least_float32(g) * factor.to(_tree.at_least_float32(g).dtype))
+            for name, g in grads.items()
+        }
+        return clipped, state, out
+
+    return link(
+        "clip_by_global_norm", "tree -> tree", update, publishes=("norm", "clipped_fraction")
+    )
+
+
+@remembered
+def agc_clip(
+    clipping: float | Tensor | None = 0.01,
+    *,
+    eps: float = 1e-3,
+    exclude: Callable[[str], bool] | None = None,
+    unit_dims: UnitDims | None = None,
+) -> Transform:
+    r"""Adaptive gradient clipping: no unit's gradient exceeds a fraction of the unit's weight.
+
+    Per unit i:  G_i ← G_i · min(1, clipping · max(‖W_i‖, eps) / ‖G_i‖). It never scales up, and
+    clipping twice is clipping once. (The published code also floors ‖G_i‖ at 1e-6, which matters
+    only for limits below that, and there shrinks a clipped unit again every time.)
+
+    A unit is one output row or filter: dim 0 of a tensor with two or more dims (Linear, Conv1d to
+    Conv3d, rows of an Embedding), the whole of a smaller one. Norms are taken in float32 or wider.
+
+    Args:
+        clipping: λ >= 0; 0.01 for batches of 1024 to 4096, up to 0.16 for smaller ones. None or 0
+            switches clipping off.
+        eps: Above 0, floors the weight's norm only, so that weights that start at zero can move.
+        exclude: Predicate on names; true means not clipped. The paper leaves out the weight of the
+            final linear layer. True for no leaf is no error: in a branch of `partition`, or
+            inside `masked`, the link sees some leaves only.
+        unit_dims: name -> the dim, or dims, that index the units, () for one unit, None for the
+            rule above. ConvTranspose weights are (in, out, ...): their units lie along dim 1.
+
+    Publishes: ``clipped_fraction`` (), the part of the units that was scaled down.
+
+    A unit with Inf or NaN in it is left alone, finite entries too: scaling would turn them into 0
+    or NaN in silence. finite_filter is the tool for that.
+
+    Raises:
+        ValueError: clipping < 0 or eps <= 0.
+
+    Examples:
+        >>> import torch, gradfilter as gf
+        >>> params = {"w": torch.tensor([[3.0, 4.0], [0.3, 0.4]])}  # unit norms 5 and 0.5
+        >>> grads = {"w": torch.tensor([[0.0, 1.0], [0.0, 1.0]])}
+        >>> gf.agc_clip(0.1).update(grads, {}, params)[0]
+        {'w': tensor([[0.0000, 0.5000],
+                [0.0000, 0.0500]])}
+
+    References:
+        Brock, De, Smith, Simonyan, "High-Performance Large-Scale Image Recognition Without
+        Normalization", 2021, https://arxiv.org/abs/2102.06171
+    """
+    if clipping is not None:
+        check_number(
+            "agc_clip",
+            "clipping",
+            clipping,
+            low=0,
+            fix="Use None (or 0) to switch clipping off.",
+        )
+    check_number("agc_clip", "eps", eps, low=0, open_low=True, fix="The paper has 1e-3.")
+    for argument, predicate in (("exclude", exclude), ("unit_dims", unit_dims)):
+        if predicate is not None:
+            check_predicate("agc_clip", argument, predicate)
+
+    def clip(
+        grads: Tree,
+        params: Params,
+        clipping: float | Tensor,
+        summed: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tree, Tensor]:
+        """Clipped leaves of one dtype, and which units were scaled down."""
+        within = within_units(grads, unit_dims)
+        limits = clipping * unit_norms(params, within, summed).clamp(min=eps)
+        if isinstance(clipping, Tensor):  # a schedule that ends at 0 ends the clipping
+            limits = torch.where(clipping == 0, torch.inf, limits)
+        factors = _shrink(unit_norms(grads, within, summed), limits)
+        # In half precision a small factor would round to 0 before it meets a large gradient.
+        leaves = [_tree.at_least_float32(grads[name]) for name in within]
+        by = per_leaf(factors.to(leaves[0].dtype), grads, within)
+        # A factor of 1 changes no bit, and costs less than a choice per entry.
+        scaled: Sequence[Tensor]
+        if transformed():  # vmap knows no call for all
+            scaled = [leaf * factor for leaf, factor in zip(leaves, by, strict=True)]
+        else:
+            scaled = torch._foreach_mul(leaves, by)
+        return dict(zip(within, scaled, strict=True)), factors < 1
+
+    def update(
+        grads: Tree, state: State, params: Params, /, **extra: Any
+    ) -> tuple[Tree, State, Out]:
+        chosen = {n: g for n, g in grads.items() if exclude is None or not exclude(n)}
+        if clipping is None or is_off(clipping) or not chosen:
+            nothing = torch.zeros((), dtype=torch.float32, device=_tree.device_of(grads))
+            return grads, state, {"clipped_fraction": nothing}
+        clipped, shrunk = dict(grads), []
+        if any(map(is_sharded, chosen.values())):
+            some, fraction = clip_shards(
+                partial(clip, clipping=clipping), chosen, params, unit_dims
+            )
+            return clipped | some, state, {"clipped_fraction": fraction}
+        for names in blocks(chosen, BLOCK):
+            some, fewer = clip(
+                {n: grads[n] for n in names}, {n: params[n] for n in names}, clipping
+            )
+            clipped |= some
+            shrunk.append(fewer)
+        return clipped, state, {"clipped_fraction": torch.cat(shrunk).to(torch.float32).mean()}
+
+    return link("agc_clip", "tree -> tree", update, publishes=("clipped_fraction",))
+
+
+# --- Budget clipping: the rows of a batch share a limited sum of norms, by their agreement ---
+
+
+LEAST_SHARE = 1e-3
+"""The cosine that a row with a smaller one is given: it takes what the others leave."""
+
+
+@remembered
+def budget_clip(budget: float = 0.3, *, power: float = 3.0) -> Transform:
+    r"""Limit the mean norm of the rows, and let rows that agree have more of it.
+
+    With n_i = ‖g_i‖, their mean m, and b = budget · (m of the first step):
+
+        m <= b:  g_i ← g_i
+        m > b:   g_i ← g_i · min(1, c·φ_i / n_i),  φ_i = max(s_i, 0.001)^power,
+
+    c such that the mean of the new norms is b²/m. s_i is the cosine of row i with the sum of the
+    other unit rows, as in `consensus_filter`.
+
+    While right labels are learnt the mean norm falls under the budget and nothing is changed any
+    more. Wrong labels keep it high: then the budget is small, the smaller the more rows are
+    wrong, and it goes to the rows that agree.
+
+    On scikit-learn's digits, before mean_rows, sgd(0.2, momentum=0.9) and ema_params(0.99), the
+    rows per sample, a small network ends at 98.3, 96.5 and 94.4 % with 0, 30 and 50 % wrong
+    labels; plain training, at the best rate for each of the first two, at 98.1 and 94.4 %
+    (`benchmarks/label_noise.py`). No other task was tried.
+
+    Args:
+        budget: Above 0, as a fraction of the mean row norm of the first step.
+        power: At least 0. How much more agreement counts than equality; at 0 nothing is compared,
+            every row has the same limit, and the rule costs no more than `clip_per_row`.
+
+    Needs: rows; of several ranks those of all, so its place is behind `across_ranks`. A state of
+    one number, the mean norm of the first step that was not skipped.
+
+    Publishes: ``norm`` (M,) before clipping, ``clipped_fraction`` (), ``allowed`` (), the mean of
+    the norms that is allowed (Inf where m <= b), and with a power ``cosine`` (M,): s, NaN for a
+    row that is not finite. Such a row stays as it is, and has no part in the means.
+
+    Raises:
+        ValueError: budget <= 0 or power < 0.
+
+    Examples:
+        >>> import torch, gradfilter as gf
+        >>> rows, params = {"w": torch.tensor([[3.0], [1.0]])}, {"w": torch.zeros(1)}
+        >>> link = gf.budget_clip(0.5, power=0)  # mean norm 2: at most 0.5 is left of it
+        >>> link.update(rows, link.init(params), params)[0].sq_norms().sqrt()
+        tensor([0.5000, 0.5000], dtype=torch.float64)
+    """
+    fix = "It is a fraction of the mean row norm of the first step; 0.3 is a good start."
+    check_number("budget_clip", "budget", budget, low=0, open_low=True, fix=fix)
+    check_number("budget_clip", "power", power, low=0, fix="3 is a good start, 0 compares nothing.")
+
+    def init(params: Params) -> State:
+        # Of the parameters' precision, whatever torch's default is.
+        first = _tree.at_least_float32(next(iter(params.values())))
+        return {"first": torch.zeros((), dtype=first.dtype, device=_tree.device_of(params))}
+
+    def update(
+        rows: GradStack, state: State, params: Params, /, **extra: Any
+    ) -> tuple[GradStack, State, Out]:
+        sq_norms = rows.sq_norms()
+        usable = rows.live & sq_norms.isfinite()
+        norms = torch.where(usable, sq_norms, 0.0).sqrt()
+        mean = norms.sum() / usable.sum().clamp(min=1)
+        first = torch.where(state["first"] > 0, state["first"].to(mean.dtype), mean)
+        limit = budget * first
+        over = mean > limit
+        allowed = limit * limit / torch.where(over, mean, 1.0)
+        shares, published = _shares(rows, params, power, usable, norms)
+        level = _level(norms, shares, allowed * usable.sum())
+        clipped = over & (norms > level * shares)
+        factors = torch.where(clipped, level * shares / torch.where(clipped, norms, 1.0), 1.0)
+        # A factor of 0 would take the row out of means: a short row is still one of M.
+        factors = factors.clamp(min=torch.finfo(factors.dtype).tiny)
+        out = {
+            "norm": sq_norms.sqrt(),
+            "clipped_fraction": clipped.to(norms.dtype).mean(),
+            "allowed": torch.where(over, allowed, torch.inf),
+            **published,
+        }
+        return rows.scaled(factors), {"first": first}, out
+
+    return link(
+        "budget_clip",
+        "rows -> rows",
+        update,
+        init=init,
+        publishes=("norm", "clipped_fraction", "allowed", *([] if is_off(power) else ["cosine"])),
+    )
+
+
+def _shares(
+    rows: GradStack, params: Params, power: float | Tensor, usable: Tensor, norms: Tensor
+) -> tuple[Tensor, Out]:
+    """φ, 0 for rows that take no part, and the cosines if they were asked for."""
+    if is_off(power):
+        return usable.to(norms.dtype), {}
+    cosine, compared = cosines_with_others(rows, params)
+    shares = cosine.clamp(min=LEAST_SHARE).to(norms.dtype) ** power
+    return torch.where(usable, shares, 0.0), {"cosine": torch.where(compared, cosine, torch.nan)}
+
+
+def _level(norms: Tensor, shares: Tensor, total: Tensor) -> Tensor:
+    """The level c with Σ min(n_i, c·φ_i) = total, which is less than Σ n_i.
+
+    Rows are filled in the order of n_i/φ_i; the first that does not get all of its norm, and all
+    after it, divide what is left by their shares.
+    """
+    part = shares > 0
+    full_at, order = torch.where(part, norms / torch.where(part, shares, 1.0), 0.0).sort()
+    norms, shares = norms[order], shares[order]
+    filled = norms.cumsum(0) - norms
+    # Summed from the end: beside large shares the difference of two sums would lose small ones.
+    waiting = shares.flip(0).cumsum(0).flip(0)
+    levels = (total - filled) / torch.where(waiting > 0, waiting, 1.0)
+    short = (levels <= full_at) & (waiting > 0)
+    # Where rounding leaves no row short, nothing is to be clipped.
+    first = levels.gather(0, short.to(torch.uint8).argmax(0, keepdim=True)).squeeze(0)
+    return torch.where(short.any(), first, torch.inf)

@@ -1,0 +1,335 @@
+"""Apply transforms to some leaves (`masked`, `freeze`, `partition`) or in some steps (`gate`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradfilter import _tree
+from gradfilter._made import remembered
+from gradfilter._types import GLOBAL_NAMES, Out, Params, State, Transform, Tree
+from gradfilter.grads._joined_stacks import choose, join
+from gradfilter.grads._stack import GradStack
+from gradfilter.transforms._reducers import mean_weights
+from gradfilter.transforms._transform import admit, check_predicate, link
+
+# --- Transforms for some of the leaves: masked and freeze ---
+
+
+Grads = GradStack | Tree
+
+
+def restrict(grads: Any, names: list[str]) -> Any:
+    """The given leaves of a stack or tree."""
+    if isinstance(grads, GradStack):
+        return grads.columns(names)
+    return {name: grads[name] for name in names}
+
+
+def restrict_extra(extra: Mapping[str, Any], names: list[str], params: Params) -> dict[str, Any]:
+    """What is visible to links that see only some leaves."""
+    narrowed = dict(extra)
+    if "grad_fn" in extra:
+        # The caller's function knows the whole model: the other leaves stay where they are.
+        narrowed["grad_fn"] = lambda near: restrict(extra["grad_fn"]({**params, **near}), names)
+    for key in ("rows", "clean_grads"):
+        if extra.get(key) is not None:
+            narrowed[key] = restrict(extra[key], names)
+    return narrowed
+
+
+@remembered
+def masked(link: Transform, names: Callable[[str], bool]) -> Transform:
+    """Let a link see only some leaves; the others pass through.
+
+    Where the link reduces rows, the other leaves pass as their mean; no single weight vector
+    describes the result then, so ``weights`` is not published and sam_perturb cannot follow.
+
+    Args:
+        link: Any link or chain but an update rule.
+        names: Predicate on names; true means the link sees the leaf.
+
+    Raises:
+        TypeError: The link is an update rule (leaves without an update have no meaning).
+        ValueError: The predicate is true for no leaf.
+
+    Examples:
+        >>> import torch, gradfilter as gf
+        >>> matrices_only = gf.masked(gf.agc_clip(0.01), lambda name: name.endswith("weight"))
+        >>> params = {"weight": torch.ones(1, 1), "bias": torch.ones(1)}
+        >>> matrices_only.update(params, matrices_only.init(params), params)[0]
+        {'weight': tensor([[0.0100]]), 'bias': tensor([1.])}
+    """
+    check_predicate("masked", "names", names)
+    if any(kind in ("tree -> update", "rows -> update") for kind in link.kinds):
+        raise TypeError(
+            f"masked: expected a link that gives gradients, found the update rule {link.name!r}. "
+            "Use partition({...}, label), with freeze() for leaves that stay as they are."
+        )
+
+    def chosen(tree: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        seen = [name for name in tree if names(name)]
+        if not seen:
+            raise ValueError(
+                f"masked: expected the predicate to choose a leaf for {link.name!r}, found none "
+                f"among {sorted(tree)}."
+            )
+        return seen, [name for name in tree if name not in set(seen)]
+
+    def init(params: Params) -> State:
+        return link.init(restrict(params, chosen(params)[0]))
+
+    def update(grads: Any, state: State, params: Params, /, **extra: Any) -> tuple[Any, State, Out]:
+        grads = admit(f"masked {link.name}", link.kinds, grads, params)
+        seen, others = chosen(params)
+        new, state, out = link.update(
+            restrict(grads, seen),
+            state,
+            restrict(params, seen),
+            **restrict_extra(extra, seen, params),
+        )
+        if not others:
+            return new, state, out
+        rest = restrict(grads, others)
+        reduced = rest.combine(mean_weights(rest)) if isinstance(rest, GradStack) else rest
+        clean = out.get("clean_grads")
+        if clean is not None:
+            out = out | {"clean_grads": _join(clean, rest, reduced)}
+        if isinstance(grads, GradStack) and not isinstance(new, GradStack):
+            out = {name: value for name, value in out.items() if name != "weights"}
+        return _join(new, rest, reduced), state, out
+
+    reduces = "rows -> tree" in link.kinds
+    publishes = link.publishes - {"weights"} if reduces else link.publishes
+    return replace(
+        link, name=link.name or "masked", init=init, update=update, publishes=publishes, links=()
+    )
+
+
+def _join(seen: Grads, others: Grads, reduced: Tree) -> Grads:
+    """What a link gave for its leaves, with the others in the same form."""
+    if isinstance(seen, GradStack) and isinstance(others, GradStack):
+        return join(seen, others)
+    assert isinstance(seen, dict)
+    return {**seen, **reduced}
+
+
+@remembered
+def freeze(names: Callable[[str], bool] | None = None) -> Transform:
+    """An update that changes nothing, bit for bit.
+
+    Alone (a branch of `partition`) it takes rows or a tree and freezes every leaf. After an update
+    rule it freezes the leaves chosen by ``names``; the rule's own state still moves.
+
+    Args:
+        names: Predicate on names; None for all leaves.
+
+    Examples:
+        >>> import torch, gradfilter as gf
+        >>> update = gf.chain(gf.sgd(1.0), gf.freeze(lambda name: name == "b"))
+        >>> params = {"a": torch.zeros(1), "b": torch.zeros(1)}
+        >>> update(params, update.init(params), {"a": torch.ones(1), "b": torch.ones(1)})[0]
+        {'a': tensor([-1.]), 'b': tensor([0.])}
+    """
+    every = names is None
+    if names is not None:
+        check_predicate("freeze", "names", names)
+    alone = ("rows -> update", "tree -> update")
+
+    def init(params: Params) -> State:
+        if names is not None and not any(names(name) for name in params):
+            raise ValueError(
+                f"freeze: expected the predicate to choose a leaf, found none among "
+                f"{sorted(params)}."
+            )
+        return {}
+
+    def update(
+        grads: Any, state: State, params: Params, /, **extra: Any
+    ) -> tuple[Tree, State, Out]:
+        still = _tree.no_update(params)
+        if every or isinstance(grads, GradStack):
+            return still, state, {}
+        assert names is not None
+        return {n: still[n] if names(n) else g for n, g in grads.items()}, state, {}
+
+    # With a predicate the others need an update to keep, so only the place after a rule is left.
+    return link(
+        "freeze", (*alone, "update -> update") if every else "update -> update", update, init=init
+    )
+
+
+# --- Different chains for different leaves ---
+
+
+@remembered
+def partition(branches: Mapping[str, Transform], label: Callable[[str], str]) -> Transform:
+    """Complete chains on groups of leaves; each group is filtered, and skipped, on its own.
+
+    Args:
+        branches: A chain that ends in an update for every label. All take rows, or all a tree.
+        label: name of a leaf -> label.
+
+    Publishes: ``keep`` () (some branch applied its update), and per branch ``LABEL/keep`` and its
+    metrics under ``LABEL/link/metric``.
+
+    Raises:
+        TypeError: A branch does not end in an update, or takes something else than the others.
+        ValueError: A label without a branch, or a branch without a leaf.
+
+    Examples:
+        >>> import torch, gradfilter as gf
+        >>> update = gf.partition(
+        ...     {"body": gf.sgd(1.0), "head": gf.freeze()},
+        ...     lambda name: "head" if name.startswith("head") else "body",
+        ... )
+        >>> params = {"w": torch.zeros(1), "head.w": torch.zeros(1)}
+        >>> update(params, update.init(params), {"w": torch.ones(1), "head.w": torch.ones(1)})[0]
+        {'w': tensor([-1.]), 'head.w': tensor([0.])}
+    """
+    check_predicate("partition", "label", label)
+    kinds = _common_kinds(branches)
+
+    def groups(params: Params) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {key: [] for key in branches}
+        for name in params:
+            if label(name) not in found:
+                raise ValueError(
+                    f"partition: expected a label among {sorted(branches)}, found {label(name)!r} "
+                    f"for leaf {name!r}. Add a branch, for example freeze()."
+                )
+            found[label(name)].append(name)
+        empty = sorted(key for key, own in found.items() if not own)
+        if empty:
+            raise ValueError(
+                f"partition: expected at least one leaf in every branch, found none in {empty}. "
+                "Remove the branch, or look at the label function."
+            )
+        return found
+
+    def init(params: Params) -> State:
+        return {
+            key: branches[key].init(restrict(params, own)) for key, own in groups(params).items()
+        }
+
+    def update(
+        grads: Any, state: State, params: Params, /, **extra: Any
+    ) -> tuple[Tree, State, Out]:
+        updates: Tree = {}
+        new_state: dict[str, State] = {}
+        keeps: list[Tensor] = []
+        out: Out = {}
+        for key, own in groups(params).items():
+            branch_updates, branch_state, branch_out = branches[key].update(
+                restrict(grads, own),
+                state[key],
+                restrict(params, own),
+                **restrict_extra(extra, own, params),
+            )
+            keep = branch_out.get("keep", extra.get("keep", True))
+            keep = _tree.as_bool_tensor(keep, _tree.device_of(params))
+            branch_updates = _tree.select(keep, branch_updates, _tree.no_update(branch_updates))
+            new_state[key] = _tree.select(keep, branch_state, state[key])
+            updates.update(branch_updates)
+            keeps.append(keep)
+            metrics = {branches[key].metric(k): v for k, v in branch_out.items()}
+            out |= {f"{key}/{k}": v for k, v in metrics.items() if k not in GLOBAL_NAMES}
+            out[f"{key}/keep"] = keep
+        out["keep"] = torch.stack(keeps).any()
+        return {name: updates[name] for name in params}, new_state, out
+
+    publishes = {"keep"} | {f"{key}/keep" for key in branches}
+    for key, branch in branches.items():
+        publishes |= {f"{key}/{branch.metric(name)}" for name in branch.publishes - GLOBAL_NAMES}
+    return link("partition", kinds, update, init=init, publishes=publishes)
+
+
+def _common_kinds(branches: Mapping[str, Transform]) -> tuple[str, ...]:
+    if not branches:
+        raise ValueError("partition: expected at least one branch, found none.")
+    common = {"rows -> update", "tree -> update"}
+    for key, branch in branches.items():
+        if not any(kind in ("rows -> update", "tree -> update") for kind in branch.kinds):
+            raise TypeError(
+                f"partition: expected every branch to end in an update, found branch {key!r} of "
+                f"kind {branch.kind!r}. End it with sgd(lr), adamw(lr) or freeze()."
+            )
+        common &= set(branch.kinds)
+    if not common:
+        kinds = {key: branch.kind for key, branch in branches.items()}
+        raise TypeError(
+            f"partition: expected all branches to take rows or all a tree, found {kinds}. Start "
+            "a branch that takes a tree with mean_rows()."
+        )
+    return tuple(sorted(common))
+
+
+# --- Run a transform only in the steps in which a bool allows it ---
+
+
+@remembered
+def gate(link: Transform, when: str) -> Transform:
+    """Run a link where a published or given bool is true, and step around it elsewhere.
+
+    Chosen with `select`: the link is computed in every step, and its result and state are taken or
+    left. Stepping around means: gradients pass unchanged; a reducer gives the plain mean and keeps
+    the step; an update rule changes nothing. Metrics are those of the link as computed.
+
+    Args:
+        link: Any link.
+        when: Name of a bool of shape (): an extra keyword of the update, ``keep``, or a metric of
+            an earlier link such as ``"finite_filter/finite"``.
+
+    Raises:
+        ValueError: At the call, nobody published or gave ``when``.
+
+    Examples:
+        >>> import torch, gradfilter as gf
+        >>> update = gf.chain(gf.gate(gf.agc_clip(0.01), "late"), gf.sgd(1.0))
+        >>> params, grads = {"w": torch.ones(1)}, {"w": torch.ones(1)}
+        >>> update(params, update.init(params), grads, late=torch.tensor(False))[0]
+        {'w': tensor([0.])}
+    """
+    name = link.name or "gate"
+    rules = {kind in ("rows -> update", "tree -> update") for kind in link.kinds}
+    if len(rules) > 1:
+        raise TypeError(
+            f"gate: {name!r} may be an update rule or follow one, and stepping around it would "
+            "mean different things. Gate the update rule, or use freeze(names) after it."
+        )
+    is_rule = rules == {True}
+
+    def update(grads: Any, state: State, params: Params, /, **extra: Any) -> tuple[Any, State, Out]:
+        if when not in extra:
+            raise ValueError(
+                f"gate: {name!r} runs when {when!r} is true, but nobody gave that name. Pass "
+                f"update(..., {when}=torch.tensor(True)), or name a metric of an earlier link."
+            )
+        on = _tree.as_bool_tensor(extra[when], _tree.device_of(params))
+        grads = admit(name, link.kinds, grads, params)
+        new, new_state, out = link.update(grads, state, params, **extra)
+        if is_rule:
+            result: Any = _tree.select(on, new, _tree.no_update(new))
+        elif isinstance(new, GradStack):
+            result = choose(on, new, grads)
+        elif isinstance(grads, GradStack):
+            weights = mean_weights(grads)
+            result = _tree.select(on, new, grads.combine(weights))
+            if "weights" in out:
+                out = out | {"weights": torch.where(on, out["weights"], weights)}
+        else:
+            result = _tree.select(on, new, grads)
+        clean = out.get("clean_grads")
+        if isinstance(clean, GradStack):
+            out = out | {"clean_grads": choose(on, clean, grads)}
+        elif clean is not None:  # around it, the clean gradient is the one that goes on
+            out = out | {"clean_grads": _tree.select(on, clean, result)}
+        if "keep" in out:
+            out = out | {"keep": out["keep"] | ~on}
+        return result, _tree.select(on, new_state, state), out
+
+    return replace(link, name=name, update=update, links=())

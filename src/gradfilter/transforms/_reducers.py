@@ -1,0 +1,195 @@
+"""Plain reducers (the mean, any function of the Gram, agreement in sign) and `finite_filter`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradfilter import _tree
+from gradfilter._made import remembered
+from gradfilter._shards import whole
+from gradfilter._types import Out, Params, State, Transform, Tree
+from gradfilter.grads._stack import GradStack
+from gradfilter.transforms._transform import check_number, link
+
+# --- Reducers ---
+
+
+def mean_weights(rows: GradStack) -> Tensor:
+    """Equal weights over the rows that take part, summing to 1 (0 if there are none). (M,)."""
+    live = rows.live.to(_tree.wide(rows.live))
+    return live / live.sum().clamp(min=1)
+
+
+@remembered
+def mean_rows() -> Transform:
+    """The mean of the rows, ordinary training.
+
+    A row that is not finite makes the mean so, unless finite_filter stands before and removed it;
+    then the mean is over the others.
+
+    Needs: rows. Publishes: ``weights`` (M,).
+
+    Examples:
+        >>> import torch, gradfilter as gf
+        >>> rows = {"w": torch.tensor([[1.0], [3.0]])}
+        >>> gf.mean_rows().update(rows, {}, {"w": torch.zeros(1)})[0]
+        {'w': tensor([2.])}
+    """
+
+    def update(
+        rows: GradStack, state: State, params: Params, /, **extra: Any
+    ) -> tuple[Tree, State, Out]:
+        weights = mean_weights(rows)
+        return rows.combine(weights), state, {"weights": weights}
+
+    return link("mean_rows", "rows -> tree", update, publishes=("weights",))
+
+
+@remembered
+def aggregate(weighting: Callable[[Tensor], Tensor]) -> Transform:
+    """Combine the rows with weights that any function computes from their Gram.
+
+    grads = wᵀ J with w = weighting(J Jᵀ). TorchJD's Gram-based weightings (UPGrad, MGDA, CAGrad,
+    Krum and others) fit as they are; UPGrad needs the solver of ``torchjd[quadprog_projector]``.
+
+    Args:
+        weighting: (M, M) -> (M,), a pure function. Some libraries' weightings look at values on
+            the host; the step then waits for the device, and does not compile whole.
+
+    Needs: rows. Publishes: ``weights`` (M,).
+
+    Raises:
+        TypeError: The weighting is not callable, or carries state between calls (a ``reset``
+            method, parameters or buffers), which a pure step cannot keep.
+        ValueError: It returns a shape other than (M,).
+
+    Examples:
+        >>> import torch, gradfilter as gf
+        >>> shortest = gf.aggregate(lambda gram: (1 / gram.diagonal()).softmax(0))
+        >>> rows, params = {"w": torch.tensor([[1.0], [9.0]])}, {"w": torch.zeros(1)}
+        >>> shortest.update(rows, {}, params)[2]["weights"].argmax().item()
+        0
+
+    References:
+        Quinton, Rey, "Jacobian Descent for Multi-Objective Optimization", 2024,
+        https://arxiv.org/abs/2406.16232
+    """
+    if not callable(weighting):
+        raise TypeError(
+            f"aggregate: expected a function (M, M) -> (M,), found {type(weighting).__name__}."
+        )
+    stateful = callable(getattr(weighting, "reset", None)) or (
+        isinstance(weighting, nn.Module) and bool(weighting.state_dict())
+    )
+    if stateful:
+        raise TypeError(
+            f"aggregate: expected a pure weighting, found {type(weighting).__name__}, which keeps "
+            "state between calls: a skipped step could not be undone. Use a stateless weighting, "
+            "or write a link whose state is explicit."
+        )
+
+    def update(
+        rows: GradStack, state: State, params: Params, /, **extra: Any
+    ) -> tuple[Tree, State, Out]:
+        weights = weighting(rows.gram())
+        if weights.shape != (len(rows),):
+            raise ValueError(
+                f"aggregate: expected weights of shape ({len(rows)},), found "
+                f"{tuple(weights.shape)}. The weighting has to give one number per row."
+            )
+        return rows.combine(weights), state, {"weights": weights}
+
+    return link("aggregate", "rows -> tree", update, publishes=("weights",))
+
+
+@remembered
+def sign_agreement(fraction: float) -> Transform:
+    """Keep a coordinate of the mean only where enough rows agree in its sign (the AND-mask).
+
+    grads = mean_i(g_i) · [ |mean_i sign(g_i)| >= fraction ], coordinate by coordinate.
+
+    Args:
+        fraction: In [0, 1]; 0 keeps everything, 1 asks for unanimity.
+
+    Needs: rows, which it materialises. Publishes: ``weights`` (M,) of the mean, and
+    ``kept_fraction`` (), the part of the coordinates that is kept.
+
+    Raises:
+        ValueError: fraction outside [0, 1].
+
+    Examples:
+        >>> import torch, gradfilter as gf
+        >>> rows = {"w": torch.tensor([[1.0, 2.0], [3.0, -1.0]])}
+        >>> gf.sign_agreement(1.0).update(rows, {}, {"w": torch.zeros(2)})[0]
+        {'w': tensor([2., 0.])}
+
+    References:
+        Parascandolo, Neitz, Orvieto, Gresele, Schölkopf, "Learning explanations that are hard to
+        vary", 2021, https://arxiv.org/abs/2009.00329
+    """
+    check_number("sign_agreement", "fraction", fraction, low=0, high=1, fix="1 asks for unanimity.")
+
+    def update(
+        rows: GradStack, state: State, params: Params, /, **extra: Any
+    ) -> tuple[Tree, State, Out]:
+        weights = mean_weights(rows)
+        mean = rows.combine(weights)
+        stacked = rows.stacked()
+        count = rows.live.sum().clamp(min=1)
+        # The sum is exact and the quotient rounded once, so 3 of 5 does reach a fraction of 0.6.
+        agree = {
+            name: stacked[name].sign().to(torch.float32).sum(0).abs() / count >= fraction
+            for name in mean
+        }
+        kept = torch.stack([whole(mask.sum()) for mask in agree.values()]).sum()
+        total = sum(mask.numel() for mask in agree.values())
+        # What is not finite has no sign to agree on, and is not to be hidden as a 0.
+        grads = {n: torch.where(agree[n] | ~g.isfinite(), g, 0.0) for n, g in mean.items()}
+        return grads, state, {"weights": weights, "kept_fraction": kept / total}
+
+    return link("sign_agreement", "rows -> tree", update, publishes=("weights", "kept_fraction"))
+
+
+# --- Guard against gradients that are not finite ---
+
+
+@remembered
+def finite_filter() -> Transform:
+    """Take rows that are not finite out; skip the step if none is left.
+
+    On rows: such a row gets the factor 0, and every later link treats it as absent. On a tree:
+    gradients pass unchanged, and the step is skipped unless all are finite.
+
+    Publishes: ``keep`` () (some row is finite; on a tree: every entry), ``finite`` (M,) bool, or
+    () on a tree. A row counts as finite if its squared norm is.
+
+    Examples:
+        >>> import torch, gradfilter as gf
+        >>> update = gf.chain(gf.finite_filter(), gf.mean_rows(), gf.sgd(1.0))
+        >>> params = {"w": torch.zeros(1)}
+        >>> rows = {"w": torch.tensor([[float("nan")], [2.0]])}
+        >>> update(params, update.init(params), rows)[0]
+        {'w': tensor([-2.])}
+    """
+
+    def update(
+        grads: GradStack | Tree, state: State, params: Params, /, **extra: Any
+    ) -> tuple[GradStack | Tree, State, Out]:
+        if isinstance(grads, GradStack):
+            norms = grads.sq_norms()
+            finite = norms.isfinite()
+            out = {"keep": (finite & grads.live).any(), "finite": finite}
+            return grads.scaled(finite.to(norms.dtype)), state, out
+        finite = torch.stack([whole(g.isfinite().all()) for g in grads.values()]).all()
+        return grads, state, {"keep": finite, "finite": finite}
+
+    return link(
+        "finite_filter",
+        ("rows -> rows", "tree -> tree"),
+        update,
+        publishes=("keep", "finite"),
+    )

@@ -1,0 +1,234 @@
+"""Sharpness-aware minimisation: SAM, ASAM and GSAM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gradfilter import _products, _tree
+from gradfilter._made import remembered
+from gradfilter._readable import readable
+from gradfilter._types import Out, Params, State, Transform, Tree
+from gradfilter.grads._stack import GradStack, as_stack
+from gradfilter.transforms._transform import check_leaves, check_number, link
+
+DELTA = 1e-12  # keeps a zero gradient finite
+
+
+@remembered
+def sam_perturb(
+    rho: float,
+    *,
+    adaptive: Literal["asam", "gsam"] | None = None,
+    eta: float = 0.01,
+    per_microbatch: bool = False,
+) -> Transform:
+    r"""Replace gradients by those at a nearby point where the loss is higher.
+
+    With the gradient g at w, h = ∇f(w + e) on the same batch, random numbers and buffers, and
+
+        SAM:              e = ρ g / (‖g‖ + δ)
+        adaptive="asam":  e = ρ T² g / (‖T g‖ + δ),  T = |w| + η
+        adaptive="gsam":  e = ρ |w| g / (‖g‖ + δ)
+
+    norms over all leaves together, δ = 1e-12. Order is meaning. After a reducer it perturbs along
+    the reduced gradient, and the second gradients are combined with the same weights. Before one,
+    it perturbs along the mean of the finite rows and gives the rows at w + e.
+
+    Args:
+        rho: Radius >= 0; 0.05 is usual for SAM, 0.5 to 2 for ASAM. Not transferable between forms.
+        adaptive: Scale the perturbation by the weights, in ASAM's form or in GSAM's own.
+        eta: η >= 0, for ASAM.
+        per_microbatch: Every row perturbs along its own gradient (m-sharpness); takes rows.
+
+    Needs: rows that can answer `at` (from microbatch_grads or per_sample_grads), or the extra
+    keyword ``grad_fn(params) -> rows``. On a tree no reducer made, grad_fn returns a tree.
+
+    Publishes: ``clean_grads``, the gradients that came in; ``surrogate_gap`` () = f(w+e) − f(w),
+    NaN where the losses are not known.
+
+    Raises:
+        ValueError: rho < 0 or eta < 0; an unknown form; rows without `at` and no grad_fn.
+
+    Examples:
+        >>> import torch, gradfilter as gf
+        >>> loss = lambda params, batch: (params["w"] ** 2 * batch).sum()
+        >>> params = {"w": torch.tensor([3.0])}
+        >>> rows = gf.microbatch_grads(loss, 2)(params, torch.ones(2, 1))
+        >>> update = gf.chain(gf.mean_rows(), gf.sam_perturb(0.5), gf.sgd(1.0))
+        >>> update(params, update.init(params), rows)[0]  # 3 - 2 (3 + 0.5)
+        {'w': tensor([-4.])}
+
+    References:
+        Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization for Efficiently Improving
+        Generalization", 2021, https://arxiv.org/abs/2010.01412
+        Kwon, Kim, Park, Choi, "ASAM", 2021, https://arxiv.org/abs/2102.11600
+    """
+    check_number("sam_perturb", "rho", rho, low=0, fix="0.05 is usual.")
+    check_number("sam_perturb", "eta", eta, low=0, fix="ASAM has 0.01.")
+    if adaptive not in (None, "asam", "gsam"):
+        raise ValueError(
+            f'sam_perturb: expected adaptive None, "asam" or "gsam", found {adaptive!r}.'
+        )
+
+    def perturbed(params: Params, grads: Tree) -> Params:
+        if adaptive is None:
+            shape, scale = grads, grads
+        elif adaptive == "asam":
+            size = {name: params[name].abs() + eta for name in grads}
+            scale = {name: size[name] * g for name, g in grads.items()}
+            shape = {name: size[name] * s for name, s in scale.items()}
+        else:
+            shape, scale = {name: params[name].abs() * g for name, g in grads.items()}, grads
+        step = rho / (
+            _products.norm(scale) + DELTA
+        )  # 1/δ at most, which half precision cannot hold
+        moves = {name: _tree.at_least_float32(s) for name, s in shape.items()}
+        # addcmul is one pass over the memory, a product and a sum would be two.
+        return {
+            name: torch.addcmul(_tree.at_least_float32(params[name]), move, step.to(move.dtype)).to(
+                params[name].dtype
+            )
+            for name, move in moves.items()
+        }
+
+    def on_rows(rows: GradStack, state: State, params: Params, extra: Any) -> tuple[Any, ...]:
+        finite = rows.live & rows.sq_norms().isfinite()
+        weights = finite / finite.sum().clamp(min=1).to(_tree.wide(finite))
+        if per_microbatch:
+            near = torch.vmap(perturbed, in_dims=(None, 0))(params, rows.stacked())
+            again = _named_errors(rows.at_rows, near)
+        else:
+            again = _rows_at(perturbed(params, rows.combine(weights)), rows, extra)
+        gap = _surrogate_gap(rows, again, weights)
+        return again, state, {"clean_grads": rows, "surrogate_gap": gap}
+
+    def on_tree(grads: Tree, state: State, params: Params, extra: Any) -> tuple[Any, ...]:
+        near = perturbed(params, grads)
+        rows, weights = extra.get("rows"), extra.get("weights")
+        unknown = next(iter(grads.values())).new_full((), torch.nan)
+        if weights is None and rows is None and "grad_fn" in extra:
+            with torch.enable_grad():
+                again = extra["grad_fn"](near)
+            check_leaves("sam_perturb: grad_fn", again, params)
+            return again, state, {"clean_grads": grads, "surrogate_gap": unknown}
+        if weights is None:
+            raise ValueError(
+                "sam_perturb: expected the weights that made this gradient from its rows, or "
+                "grad_fn(params) -> gradients as an extra keyword, found neither. Put sam_perturb "
+                "behind a reducer in the same chain, or call update(..., grad_fn=...)."
+            )
+        stack = _rows_at(near, rows, extra)
+        gap = unknown if rows is None else _surrogate_gap(rows, stack, weights)
+        return stack.combine(weights), state, {"clean_grads": grads, "surrogate_gap": gap}
+
+    def update(
+        grads: GradStack | Tree, state: State, params: Params, /, **extra: Any
+    ) -> tuple[Any, ...]:
+        if isinstance(grads, GradStack):
+            return on_rows(grads, state, params, extra)
+        return on_tree(grads, state, params, extra)
+
+    return link(
+        "sam_perturb",
+        "rows -> rows" if per_microbatch else ("rows -> rows", "tree -> tree"),
+        update,
+        publishes=("clean_grads", "surrogate_gap"),
+    )
+
+
+def _rows_at(params: Params, rows: GradStack | None, extra: Any) -> GradStack:
+    """The rows at other parameters, from the caller's grad_fn if there is one."""
+    if "grad_fn" in extra:
+        with torch.enable_grad():
+            fresh = as_stack(extra["grad_fn"](params))
+        # Rows that were clipped or removed stay so, as they do in `at`.
+        return fresh if rows is None else rows.like(fresh)
+    if rows is None:
+        raise ValueError(
+            "sam_perturb: expected the rows in the chain, or grad_fn(params) -> rows as an extra "
+            "keyword, found neither. Start the chain from rows, or call update(..., grad_fn=...)."
+        )
+    return _named_errors(rows.at, params)
+
+
+def _named_errors(question: Callable[[Params], GradStack], params: Params) -> GradStack:
+    try:
+        return question(params)
+    except ValueError as error:
+        raise ValueError(f"sam_perturb: {error}") from error
+
+
+def _surrogate_gap(clean: GradStack, again: GradStack, weights: Tensor) -> Tensor:
+    """Σ w_m (f_m(w + e) − f_m(w)) over the rows that have a weight."""
+    if clean.losses is None or again.losses is None:
+        return weights.new_full((), torch.nan)
+    rise = (again.losses - clean.losses).to(weights.dtype)
+    return torch.where(weights != 0, weights * rise, 0.0).sum()
+
+
+@remembered
+def gsam_decompose(alpha: float) -> Transform:
+    r"""Lower the loss at the perturbed point and the surrogate gap together (GSAM).
+
+    With the clean gradient g, the perturbed one h, a = ⟨g, h⟩ and b = ⟨h, h⟩, the part of g that
+    lowers the gap without touching the perturbed loss is g_⊥ = g − (a/b) h, and
+
+        d = h − α g_⊥ = (1 + α a/b) h − α g,        d = h where b = 0.
+
+    Args:
+        alpha: α >= 0; the paper uses 0.1 to 0.4 (and up to 1). 0 is SAM.
+
+    Needs: ``clean_grads``, and ``weights`` when those are rows. Publishes: ``cosine`` () of g, h.
+
+    Raises:
+        ValueError: alpha < 0; at the call, rows as clean_grads without weights.
+
+    Examples:
+        >>> import torch, gradfilter as gf
+        >>> clean = {"w": torch.tensor([1.0, 1.0])}
+        >>> h, params = {"w": torch.tensor([2.0, 0.0])}, {"w": torch.zeros(2)}
+        >>> gf.gsam_decompose(0.5).update(h, {}, params, clean_grads=clean)[0]
+        {'w': tensor([ 2.0000, -0.5000])}
+
+    References:
+        Zhuang et al., "Surrogate Gap Minimization Improves Sharpness-Aware Training", 2022,
+        https://arxiv.org/abs/2203.08065
+    """
+    check_number("gsam_decompose", "alpha", alpha, low=0, fix="The paper has 0.4 for ResNets.")
+
+    def update(
+        grads: Tree, state: State, params: Params, /, **extra: Any
+    ) -> tuple[Tree, State, Out]:
+        clean = extra.get("clean_grads")
+        if isinstance(clean, GradStack):
+            if extra.get("weights") is None:
+                raise ValueError(
+                    "gsam_decompose: expected the weights that combine the clean rows, found none. "
+                    "Put mean_rows() or another reducer that publishes weights before it."
+                )
+            clean = clean.combine(extra["weights"])
+        if clean is None:
+            raise ValueError(
+                "gsam_decompose: expected clean_grads, found none. Put sam_perturb(rho) before it."
+            )
+        b, a, g2 = _products.products(grads, clean).unbind()
+        ratio = torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
+        along, back = 1 + alpha * ratio, _tree.scalar(-alpha, b)
+
+        def decomposed(h: Tensor, g: Tensor) -> Tensor:
+            h, g = _tree.at_least_float32(h), _tree.at_least_float32(g)
+            return (along.to(h.dtype) * h).addcmul_(g, back.to(h.dtype))
+
+        found = {name: decomposed(h, clean[name]).to(h.dtype) for name, h in grads.items()}
+        if not readable(b) or 0 in b.reshape(1).tolist():
+            found = _tree.select(b == 0, grads, found)
+        cosine = a / (b.sqrt() * g2.sqrt() + DELTA)
+        return found, state, {"cosine": cosine}
+
+    return link(
+        "gsam_decompose", "tree -> tree", update, needs=("clean_grads",), publishes=("cosine",)
+    )

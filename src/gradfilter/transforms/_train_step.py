@@ -1,0 +1,177 @@
+"""The whole training step as one pure function of one state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradfilter import _tree
+from gradfilter._types import Out, Params, State, Transform
+from gradfilter.grads._batch import more_than_a_batch
+from gradfilter.grads._call_context import random_state, random_state_restored, set_random_state
+from gradfilter.grads._loss import extract
+from gradfilter.grads._microbatch import GradFunction, Plan, microbatch_grads, per_sample_grads
+from gradfilter.transforms._chain import check_state, check_tree, no_link
+
+PARTS = ("params", "buffers", "transforms", "random")
+
+
+@dataclass(frozen=True, eq=False)
+class TrainStep:
+    """``step(state, batch, **extra) -> (state, info)``, made by `train_step`."""
+
+    grads_of: GradFunction
+    update: Transform
+
+    def init(self, model: nn.Module | Params, *, seed: int | None = None) -> State:
+        """The first state: one tree of tensors with params, buffers, transforms and random state.
+
+        Args:
+            model: A module, or the parameters of a plain loss.
+            seed: Where the random numbers of the steps start; None takes the present state of
+                torch's generators. Either way those are left alone, now and by the steps.
+        """
+        if isinstance(model, nn.Module):
+            params, buffers = extract(model)
+        else:
+            check_tree("train_step", model, expected="a module, or its parameters")
+            params, buffers = {name: p.detach().clone() for name, p in model.items()}, {}
+        device = _tree.device_of(params)
+        random = random_state(device)
+        if seed is not None:
+            random = {kind: torch.Generator(kind).manual_seed(seed).get_state() for kind in random}
+        return {
+            "params": params,
+            "buffers": buffers,
+            "transforms": self.update.init(params),
+            "random": random,
+        }
+
+    def __call__(
+        self, state: State, batch: Any, *more: Any, donate: bool = False, **extra: Any
+    ) -> tuple[State, Out]:
+        """One step; the same state and batch always give the same result.
+
+        Args:
+            state: From `init` or the step before. Not changed.
+            batch: As for `microbatch_grads`.
+            *more: Refused.
+            donate: Write parameters and transform states into their old tensors.
+            **extra: For the links: ``keep``, ``count``, ``value``.
+
+        Returns:
+            The new state, and ``info`` with ``loss`` () (the mean over the rows), ``keep`` and the
+            metrics of the links. With a loss that has aux, ``info["aux"]`` is its aux, a tree whose
+            leaves have a leading axis M: the one entry that may be no tensor. A skipped step still
+            advances buffers and random state.
+
+        Raises:
+            TypeError: The state is no dict, for example the model, or a result not unpacked.
+            ValueError: It is the state of something else.
+        """
+        if more:
+            raise more_than_a_batch("step(state, batch)", "step(state, (x, y))", more)
+        check_state(
+            "train_step",
+            "step",
+            state,
+            PARTS,
+            "Begin with state = step.init(model), and go on with state, info = step(state, batch).",
+        )
+        device = _tree.device_of(state["params"])
+        with random_state_restored(device):
+            set_random_state(state["random"], device)
+            rows = self.grads_of(state["params"], batch, buffers=state["buffers"])
+            random = random_state(device)
+            params, transforms, info = self.update(
+                state["params"], state["transforms"], rows, donate=donate, **extra
+            )
+        loss = rows.mean_loss()
+        assert loss is not None  # rows of a batch always have their losses
+        state = {
+            "params": params,
+            "buffers": rows.buffers,
+            "transforms": transforms,
+            "random": random,
+        }
+        aux = {} if rows.aux is None else {"aux": rows.aux}
+        return state, {"loss": loss, **aux, **info}
+
+
+def train_step(
+    loss: Callable[..., Any],
+    update: Transform,
+    *more: Any,
+    has_aux: bool = False,
+    microbatches: int | None = None,
+    plan: Plan = "auto",
+    chunk_size: int | None = None,
+    memory_budget: int | float = 0.25,
+) -> TrainStep:
+    """Loss, gradients and update as one object with one state to checkpoint.
+
+    Args:
+        loss: What `model_loss` returns, or a pure ``loss(params, batch) -> scalar``.
+        update: A chain that takes rows and ends in an update.
+        *more: Refused.
+        has_aux: ``loss`` returns ``(scalar, aux)``, as in `microbatch_grads`; with `model_loss` say
+            so there. The aux of a step is ``info["aux"]``.
+        microbatches: M rows per batch; None for one row per sample.
+        plan: As in `microbatch_grads`.
+        chunk_size: As in `microbatch_grads`.
+        memory_budget: As in `microbatch_grads`.
+
+    Raises:
+        TypeError: ``update`` does not take rows or does not end in an update.
+
+    Examples:
+        >>> import torch, gradfilter as gf
+        >>> model = torch.nn.Linear(2, 2)
+        >>> loss = gf.model_loss(model, torch.nn.functional.cross_entropy)
+        >>> step = gf.train_step(loss, gf.chain(gf.mean_rows(), gf.sgd(0.1)), microbatches=2)
+        >>> state = step.init(model)
+        >>> state, info = step(state, (torch.randn(8, 2), torch.arange(8) % 2))
+        >>> sorted(info)
+        ['keep', 'loss', 'sgd/lr']
+    """
+    if more or not isinstance(update, Transform):
+        raise _no_chain(update, more)
+    if "rows -> update" not in update.kinds:
+        raise TypeError(
+            f"train_step: expected a chain from rows to an update, found {update.kind!r}. Start "
+            "with mean_rows() or a filter, and end with an update rule such as sgd(lr)."
+        )
+    options: dict[str, Any] = {
+        "has_aux": has_aux,
+        "plan": plan,
+        "chunk_size": chunk_size,
+        "memory_budget": memory_budget,
+    }
+    grads_of = (
+        per_sample_grads(loss, **options)
+        if microbatches is None
+        else microbatch_grads(loss, microbatches, **options)
+    )
+    return TrainStep(grads_of, update)
+
+
+def _no_chain(update: Any, more: tuple[Any, ...]) -> TypeError:
+    """What is said of something else than one chain."""
+    links = [part for part in (update, *more) if isinstance(part, Transform)]
+    if more and len(links) == 1 + len(more):
+        names = ", ".join(f"{part.name or 'chain'}(...)" for part in links)
+        return TypeError(
+            f"train_step: expected train_step(loss, update), found {len(links)} transforms. Make "
+            f"them one: train_step(loss, chain({names}), microbatches=8)."
+        )
+    stranger = next(part for part in (update, *more) if not isinstance(part, Transform))
+    if isinstance(stranger, int) and more:
+        return TypeError(
+            f"train_step: expected train_step(loss, update, microbatches=...), found {stranger} as "
+            f"an argument by place. Write microbatches={stranger}."
+        )
+    return no_link(stranger, "train_step")

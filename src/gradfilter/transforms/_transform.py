@@ -1,0 +1,216 @@
+"""Make a transform from its two functions, and check what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradfilter import _tree
+from gradfilter._made import remembered
+from gradfilter._types import GLOBAL_NAMES, Out, Params, State, Transform, Tree
+from gradfilter.grads._stack import GradStack, as_stack
+from gradfilter.transforms._schedules import Schedule
+
+KINDS = frozenset(
+    {f"{a} -> {b}" for a, b in (("rows", "rows"), ("rows", "tree"), ("tree", "tree"))}
+    | {f"{a} -> update" for a in ("rows", "tree", "update")}
+)
+REDUCERS = "mean_rows(), agree_filter() or consensus_filter()"
+
+
+def no_state(params: Params) -> State:
+    """The state of a link that remembers nothing."""
+    return {}
+
+
+@remembered
+def link(
+    name: str,
+    kinds: str | Iterable[str],
+    update: Callable[..., tuple[Any, State, Out]],
+    *,
+    init: Callable[[Params], State] = no_state,
+    needs: Iterable[str] = (),
+    publishes: Iterable[str] = (),
+) -> Transform:
+    """Make a `Transform` whose update first checks kind, names and shapes of its gradients.
+
+    Args:
+        name: How the link is called in metrics and errors.
+        kinds: One signature such as ``"rows -> tree"``, or several.
+        update: ``update(grads, state, params, /, **extra) -> (grads, state, out)``, pure. It gets a
+            GradStack when the link takes rows, also if the caller gave a plain stacked dict.
+        init: Makes the first state.
+        needs: Global names that an earlier link has to publish.
+        publishes: Every key of ``out``.
+
+    Raises:
+        ValueError: An unknown kind or need.
+        TypeError: update names one of its first three parameters as a keyword that chains pass.
+
+    Examples:
+        >>> import torch, gradfilter as gf
+        >>> def flip(grads, state, params, /, **extra):
+        ...     return {name: -g for name, g in grads.items()}, state, {}
+        >>> ascent = gf.chain(gf.link("flip", "tree -> tree", flip), gf.sgd(0.5))
+        >>> params = {"w": torch.zeros(1)}
+        >>> ascent(params, ascent.init(params), {"w": torch.ones(1)})[0]
+        {'w': tensor([0.5000])}
+    """
+    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ValueError(f"{name}: expected kinds among {sorted(KINDS)}, found {kind!r}.")
+    _check_names(name, update)
+    unknown = sorted(set(needs) - GLOBAL_NAMES)
+    if unknown:
+        raise ValueError(
+            f"{name}: expected needs among {sorted(GLOBAL_NAMES)}, found {unknown}. A metric is "
+            "an extra keyword; say so in an error of your own when it is not there."
+        )
+
+    def checked(
+        grads: Any, state: State, params: Params, /, **extra: Any
+    ) -> tuple[Any, State, Out]:
+        grads, new_state, out = update(admit(name, kinds, grads, params), state, params, **extra)
+        check_leaves(f"{name}: result", grads, params)
+        if not isinstance(grads, GradStack):
+            grads = _tree.in_dtypes_of(params, grads)
+        try:
+            new_state = _tree.in_dtypes_of(state, new_state)
+        except (AttributeError, TypeError, ValueError):
+            check_states(name, state, new_state)
+            raise
+        return grads, new_state, out
+
+    return Transform(name, kinds, init, checked, frozenset(needs), frozenset(publishes))
+
+
+def _check_names(name: str, update: Callable[..., Any]) -> None:
+    """Refuse `def update(rows, state, params, **extra)`, to which chains also give ``rows=``."""
+    code = getattr(update, "__code__", None)
+    # A scheduled link is made anew in every step; a compiler has seen this one made before.
+    if torch.compiler.is_compiling() or code is None:
+        return
+    for parameter in code.co_varnames[code.co_posonlyargcount : min(3, code.co_argcount)]:
+        if parameter in GLOBAL_NAMES:
+            raise TypeError(
+                f"{name}: expected update(grads, state, params, /, **extra), found a parameter "
+                f"{parameter!r}, which chains also pass as a keyword. Put `, /` behind params."
+            )
+
+
+def admit(name: str, kinds: tuple[str, ...], grads: Any, params: Params) -> GradStack | Tree:
+    """Gradients in the form a link of these kinds takes, or an error that names the link."""
+    takes = {kind.split(" -> ")[0] for kind in kinds}
+    if isinstance(grads, GradStack):
+        if "rows" not in takes:
+            raise TypeError(
+                f"{name}: rows reach a link that takes one gradient tree, found a GradStack of "
+                f"{len(grads)} rows. Put a reducer before it: {REDUCERS}."
+            )
+    elif not isinstance(grads, dict):
+        raise TypeError(
+            f"{name}: expected a GradStack or a dict[str, Tensor], found {type(grads).__name__}."
+        )
+    elif takes == {"rows"}:
+        grads = as_stack(grads)
+    admitted: GradStack | Tree = grads
+    check_leaves(name, admitted, params)
+    return admitted
+
+
+def check_leaves(name: str, grads: GradStack | Tree, params: Params) -> None:
+    """Refuse gradients whose leaves are not those of the parameters."""
+    shapes = (
+        grads.shapes
+        if isinstance(grads, GradStack)
+        else {leaf: g.shape for leaf, g in grads.items()}
+    )
+    missing, extra = sorted(set(params) - set(shapes)), sorted(set(shapes) - set(params))
+    if missing or extra:
+        raise ValueError(
+            f"{name}: expected one gradient leaf per parameter, missing {missing}, extra {extra}. "
+            "Give the parameters the gradients were taken at; an unused one has gradient zero."
+        )
+    for leaf, shape in shapes.items():
+        if shape != params[leaf].shape:
+            raise ValueError(
+                f"{name}: expected gradient {leaf!r} of shape {tuple(params[leaf].shape)}, found "
+                f"{tuple(shape)}. For stacked rows, put a reducer first ({REDUCERS}), or "
+                "wrap them in DenseStack where the link takes rows as well as a tree."
+            )
+
+
+def check_states(name: str, before: State, after: State) -> None:
+    """Refuse states that hold something else than tensors, or other ones than before."""
+    for leaf in (*_tree.leaves(before), *_tree.leaves(after)):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"{name}: expected a state of tensors, found {type(leaf).__name__}. Keep numbers "
+                "as tensors of shape (), for example torch.zeros((), dtype=torch.int64), return "
+                "new ones, and write {} for no state."
+            )
+    old, new = (list(_tree.flatten_with_names(state)[0]) for state in (before, after))
+    if old != new:
+        raise ValueError(
+            f"{name}: expected the state that update returns to have the entries {old} of the one "
+            f"it got, found {new}. Return every entry in every step."
+        )
+
+
+def check_number(
+    link_name: str,
+    argument: str,
+    value: Any,
+    *,
+    low: float,
+    high: float = float("inf"),
+    open_low: bool = False,
+    open_high: bool = False,
+    fix: str,
+) -> None:
+    """Refuse a number out of range; tensors (scheduled values) are taken on trust.
+
+    Looking at a tensor's value would make every step wait for the device.
+    """
+    if isinstance(value, Tensor):
+        return
+    if isinstance(value, Schedule):
+        raise TypeError(
+            f"{link_name}: expected {argument} as a number, found a Schedule. Write "
+            f"scheduled({link_name}, {argument}=...): it takes a schedule for every argument."
+        )
+    bad_type = isinstance(value, bool) or not isinstance(value, (int, float))
+    outside = bad_type or not low <= value <= high
+    if outside or (open_low and value == low) or (open_high and value == high):
+        sign = "<" if open_low else "<="
+        top = f" {'<' if open_high else '<='} {high:g}" if high != float("inf") else ""
+        raise ValueError(
+            f"{link_name}: expected {low:g} {sign} {argument}{top}, found {argument}={value!r}. "
+            f"{fix}"
+        )
+
+
+def check_distance(link_name: str, value: Any, fix: str) -> None:
+    """Refuse a threshold that is no cosine distance; infinity is a way to say that all pass."""
+    if not (isinstance(value, float) and value == float("inf")):
+        fix = f"It is a cosine distance, 1 - cos, and no percentage; {fix}"
+        check_number(link_name, "threshold", value, low=0, high=2, fix=fix)
+
+
+def check_predicate(link_name: str, argument: str, value: Any) -> None:
+    """Refuse a list of names where a function of a name is meant."""
+    if not callable(value):
+        raise TypeError(
+            f"{link_name}: expected {argument} as a function of a leaf's name, found "
+            f"{type(value).__name__}. Use lambda name: name in {{...}}."
+        )
+
+
+def is_off(value: Any) -> bool:
+    """Whether a hyperparameter is a plain zero; a scheduled one never is."""
+    return not isinstance(value, Tensor) and value == 0

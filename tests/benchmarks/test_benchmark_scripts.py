@@ -1,0 +1,132 @@
+"""Every benchmark from its command line, on sizes that say nothing about speed."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
+
+from benchmarks import _row_sections as row_sections
+from benchmarks import growth, memory, padded, rules, sharpness
+from benchmarks._models import Task, images
+from benchmarks._plans import PLANS
+from benchmarks._setting import Setting
+
+from gradfilter.grads.fused.overrides._convolution import FORMATS
+from gradfilter.grads.fused.overrides._vmap_faults import FAULTS
+
+CPU = torch.device("cpu")
+LINEAR = Task("Linear", lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), images(10), ())
+
+
+def run(module, tmp_path, *options):
+    module.main(["--quick", "--rounds", "1", "--models", "mlp", "--out", str(tmp_path), *options])
+    name = module.__name__.removeprefix("benchmarks.")
+    written = json.loads((tmp_path / f"{name}-cpu.json").read_text())
+    assert written["benchmark"] == name and written["rounds"] == 1 and written["quick"]
+    for workload in written["workloads"]:
+        assert workload["model"] == "mlp" and workload["parameters"] == 1841162
+        for result in workload["results"].values():
+            assert result["failure"] is None
+            assert result["seconds"]["median"] > 0 and result["peak_bytes"] > 0
+    return written["workloads"]
+
+
+def test_growth_is_over_two_microbatches(tmp_path, capsys):
+    (workload,) = run(growth, tmp_path)
+    assert list(workload["results"]) == ["plain", "M = 2", "M = 8"]
+    assert workload["results"]["M = 2"]["ratio"]["median"] == 1
+    assert "M = 8" in capsys.readouterr().out
+
+
+def test_memory_is_over_plain_and_shown_beside_the_rows_themselves(tmp_path, capsys):
+    (workload,) = run(memory, tmp_path)
+    assert list(workload["results"]) == ["plain", *PLANS, *memory.BUDGETS]
+    assert workload["results"]["plain"]["ratio"]["median"] == 1
+    gradient = 4 * workload["parameters"]
+    assert workload["results"]["loop"]["peak_bytes"] > 2 * gradient
+    for budget in memory.BUDGETS:
+        assert workload["results"][budget]["peak_bytes"] < 2 * gradient
+    assert f"{2 * gradient / 1e6:.0f} MB" in capsys.readouterr().out
+
+
+def test_sharpness_is_over_a_step_of_torch(tmp_path):
+    *contests, around = run(sharpness, tmp_path)
+    assert around["title"].endswith(sharpness.AROUND)
+    assert [*around["results"]][2:] == [
+        f"{library}: {name}"
+        for name in ("SAM", "GSAM")
+        for library in ("gradfilter", "gradfilter.interop", "pytorch_optimizer")
+    ]
+    for contest, way in zip(contests, sharpness.WAYS, strict=True):
+        assert contest["title"].endswith(way.title)
+        assert contest["results"][sharpness.BASE]["ratio"]["median"] == 1
+        assert [*contest["results"]][2:] == ["plain", "SAM", "GSAM"]
+
+
+@pytest.mark.parametrize("name", sharpness.OPTIMIZERS)
+def test_an_optimizer_that_ends_elsewhere_is_refused(name, monkeypatch):
+    setting = Setting.of(LINEAR, 6, CPU)
+    sharpness.check(setting)
+    (_, right), *_ = sharpness.OPTIMIZERS[name].items()
+
+    def wrong(model, batch, lr):
+        return right(model, batch, 1.001 * lr)
+
+    monkeypatch.setitem(sharpness.OPTIMIZERS[name], "wrong", wrong)
+    with pytest.raises(ValueError, match=r"wrong is off by 1\.0e-03 after a step"):
+        sharpness.check(setting)
+
+
+def test_an_optimizer_that_is_missing_is_left_to_the_race(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    setting = Setting.of(LINEAR, 6, CPU)
+    sharpness.check(setting)
+    with pytest.raises(ModuleNotFoundError):
+        sharpness.optimizers(setting)["pytorch_optimizer: SAM"]()
+
+
+def test_rules_are_taken_out_one_at_a_time_and_put_back(tmp_path):
+    before = dict(rules.RULES)
+    chosen = ["linear", "rnn"]
+    rules.main(["--quick", "--rounds", "1", "--rules", *chosen, "--out", str(tmp_path)])
+    assert before == rules.RULES
+    linear, rnn = json.loads((tmp_path / "rules-cpu.json").read_text())["workloads"]
+    assert all(result["seconds"]["median"] > 0 for result in linear["results"].values())
+    assert "lstm cannot run" in rnn["results"][rules.WITHOUT]["failure"]
+    assert rnn["results"][rules.BASE]["failure"] is None
+
+
+def test_every_rule_has_a_model_that_leans_on_it():
+    named = {name for case in rules.CASES for name in case.functions}
+    # Rules that are there to be right, not fast: vmap's own answer is wrong, or there is none.
+    right_first = {"embedding_bag", "gru_cell", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell"}
+    right_first |= {rules.called(function) for function in (*FAULTS, *FORMATS)}
+    assert {rules.called(function) for function in rules.RULES} - right_first == named
+
+
+@pytest.mark.parametrize("module", [growth, memory, rules, sharpness])
+def test_a_command_says_what_it_is_for(module, capsys):
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    assert module.__doc__.splitlines()[0] in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_padded_text_is_counted_and_timed(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    options = ["--quick", "--rounds", "1", "--models", "bert-32", "--out", str(tmp_path)]
+    padded.main(options)
+    written = json.loads((tmp_path / "padded-cpu.json").read_text())
+    assert written["fused"]["bert-32"] == {
+        "batches": 20, "fused_batches": 20, "steps": 8, "fused_steps": 8
+    }  # fmt: skip
+    rows, training = written["workloads"]
+    assert list(rows["results"]) == ["plain", "loop", "fused", "fused, no padding"]
+    assert list(training["results"]) == ["Trainer", "FilteredTrainer"]
+    assert "20 of 20 batches fused, 8 of 8 steps" in capsys.readouterr().out
+    section = row_sections.padded(written)
+    assert "20 of 20 batches, 8 of 8 steps" in section.text and "FilteredTrainer" in section.more

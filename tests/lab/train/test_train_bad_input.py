@@ -1,0 +1,305 @@
+"""What is wrong with a training is one clear line, exit code 2, and nothing is written over."""
+
+import errno
+import io
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from tests._lab import command, config, metrics, only_run, refused
+
+from gradfilter.lab import _run_files as _rundir
+from gradfilter.lab._usage import UsageError
+from gradfilter.lab.train import _run_place as _place
+from gradfilter.lab.train._archive import add, checkpoints, read_tensors, tensor_bytes, tensors_of
+from gradfilter.lab.train._restore import restored
+
+SMALL = ["train", "--model", "mlp_8", "--epochs", 1, "--log-level", "error"]
+VALUES = {
+    "--model nonsense": "nonsense",
+    "--model resnet18_0": "--model",
+    "--model cnn_4": "32",
+    "--model mlp_8 --model-additions batchnorm": "--model-additions",
+    "--model mlp_8 --weight-init fixup": "fixup",
+    "--data mnist": "mnist",
+    "--data cifar10": "--download",
+    "--data cifar100n-fine": "cifar100n-fine",
+    "--data folder:nowhere": "nowhere",
+    "--augmentation": "--augmentation",
+    "--crop-flipped-only": "--crop-flipped-only",
+    "--label-noise 1.5": "--label-noise: expected a fraction in [0, 1), found 1.5",
+    "--label-noise -0.1": "--label-noise",
+    "--label-noise nan": "--label-noise",
+    "--noise-type odd": "--noise-type",
+    "--learning-rate -1": "--learning-rate: expected a positive number, found -1.0",
+    "--learning-rate inf": "--learning-rate",
+    "--learning-rate x": "--learning-rate",
+    "--momentum 1.5": "--momentum",
+    "--optimizer lion": "--optimizer",
+    "--optimizer adam --nesterov": "--nesterov",
+    "--batch-size 81 --microbatches 8": "--batch-size: expected a multiple of --microbatches 8",
+    "--batch-size 0": "--batch-size",
+    "--batch-size 5000": "--batch-size",
+    "--batch-size 80 --samples-per-class 1": "Choose one",
+    "--microbatches 0": "--microbatches",
+    "--samples-per-class 0": "--samples-per-class",
+    "--epochs -1": "--epochs",
+    "--steps 0": "--steps",
+    "--agree 0.9": "--microbatches 8",
+    "--agree 3 --microbatches 8": "--agree: expected a cosine distance in [0, 2], found 3.0",
+    "--consensus": "--per-sample",
+    "--consensus-hard": "--consensus-hard",
+    "--agree 0.9 --consensus 1 --microbatches 8": "Choose one",
+    "--per-sample --microbatches 8": "Choose one",
+    "--gsam 0.4": "--sam 0.05",
+    "--adaptive asam": "--sam 0.05",
+    "--sam 0.05 --rho-schedule proportional --schedule poly --rho-min 1": "--rho-min: expected",
+    "--sam -1": "--sam",
+    "--agc -1": "--agc",
+    "--clip-per-row 0": "--clip-per-row",
+    "--budget-clip 0 --per-sample": "--budget-clip",
+    "--budget-clip --budget-power -1 --per-sample": "--budget-power",
+    "--budget-clip": "--budget-clip",
+    "--budget-clip --per-sample --clip-per-row 1": "--clip-per-row",
+    "--budget-power 2 --per-sample": "--budget-power",
+    "--label-smoothing 1": "--label-smoothing",
+    "--ema 1": "--ema: expected a decay in [0, 1), found 1.0",
+    "--ema -0.1": "--ema",
+    "--schedule exponential": "--schedule",
+    "--lr-min 1": "--lr-min",
+    "--lr-decay-rate 2": "--lr-decay-rate",
+    "--lr-power 1": "--lr-power",
+    "--val-split 0.999": "--batch-size",
+    "--val-split -3": "--val-split",
+    "--train-split 0.5 --val-split 0.6": "--train-split",
+    "--save-checkpoint 0": "--save-checkpoint",
+    "--eval-every 0": "--eval-every",
+    "--workers -1": "--workers",
+    "--epochs 0": "--epochs",
+    "--steps 3 --schedule constant --lr-warmup-epochs 5": "--lr-warmup-epochs: expected at most",
+    "--steps 3 --schedule cosine --lr-warmup-epochs 5": "--lr-warmup-epochs: expected at most",
+    "--seed 99999999999999999999999": "--seed",
+    "--steps 99999999999999999999 --schedule cosine": "--steps",
+    "--early-exit-accuracy 50": "--early-exit-accuracy",
+    "--train-split 1": "--train-split",
+    "--name ../escape": "--name",
+    "--name /abs": "--name",
+    "--epochs 5 --steps 10": "--epochs: it would change nothing",
+    "--betas 0.9 0.99": "--betas: it would change nothing without --optimizer adam or adamw",
+    "--agc-exclude head.*": "--agc-exclude: it would change nothing without --agc",
+    "--against first": "--against",
+    "--noise-type pairflip": "--noise-type",
+    "--model-arguments depth": "--model-arguments",
+    "--model-arguments width=3": "width",
+    "--device cuda:99": "--device: expected a device of this machine",
+    "--seed -1": "--seed",
+    "--preset nothing": "gaf-cifar100",
+    "--config nowhere.toml": "nowhere.toml",
+    "--betas 0.9": "--betas",
+    "--betas 0.9 1": "--betas",
+    "--nonsense 3": "--nonsense",
+    "surplus": "surplus",
+}
+
+
+@pytest.mark.parametrize("options", VALUES)
+def test_bad_values_get_one_line_and_nothing_is_written(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = refused("train", *options.split())
+    assert line.startswith("gradfilter train: ") and VALUES[options] in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_no_configuration_is_named(tmp_path):
+    file = tmp_path / "own.toml"
+    for text in (
+        *("[train", "train = 3", "[train]\nlearning_rat = 3", "[train]\nepochs = 'x'"),
+        *("model = 'mlp_8'", "[trian]\nepochs = 1", "[train]\npreset = 'gaf-cifar100'"),
+    ):
+        file.write_text(text)
+        assert "--" in refused("train", "--config", file)
+
+
+# Directories
+
+
+def test_a_run_that_is_there_is_not_written_over(tmp_path):
+    assert command(*SMALL, "--save-dir", tmp_path)[0] == 0
+    before = {path: path.read_bytes() for path in only_run(tmp_path).iterdir()}
+    line = refused(*SMALL, "--save-dir", tmp_path)
+    assert "--resume" in line and "finished" in line
+    assert {path: path.read_bytes() for path in only_run(tmp_path).iterdir()} == before
+
+
+def test_a_directory_in_use_by_a_live_process_is_left_alone(tmp_path):
+    options = [*map(str, SMALL), "--epochs", "100000", "--save-dir", str(tmp_path)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "gradfilter", *options],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        try:
+            while not list(tmp_path.rglob("resume.pt")):
+                assert process.poll() is None
+                time.sleep(0.05)
+            line = refused(*options, "--resume")
+            assert "at work in another process" in line and process.poll() is None
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        finally:
+            process.kill()
+    # A killed process leaves no lock behind.
+    with _place.locked_run(only_run(tmp_path)):
+        pass
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    line = refused(*SMALL, "--save-dir", tmp_path / "file")
+    assert "cannot write to" in line and (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_read_only_directory(tmp_path, monkeypatch):
+    # Root may write anywhere, so the file system has to say no itself.
+    def mkdir(self, *args, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    assert "Read-only file system" in refused(*SMALL, "--save-dir", tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    ("name", "writes"), [("resume.pt", 2), ("metrics.jsonl", 2), ("checkpoints.zip", 7)]
+)
+def test_a_full_disk_loses_nothing(name, writes, tmp_path, monkeypatch):
+    options = [*SMALL, "--epochs", 3, "--save-checkpoint", 1, "--save-dir", tmp_path]
+    calls = []
+
+    def full(path):
+        if path.name.strip(".").startswith(name):
+            calls.append(path)
+        if len(calls) > writes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    replace, append = os.replace, _rundir.append_json_line
+    monkeypatch.setattr(os, "replace", lambda a, b: (full(Path(b)), replace(a, b)))
+    write = zipfile.ZipFile.writestr
+
+    def writestr(self, *args):
+        if isinstance(self.filename, str):
+            full(Path(self.filename))
+        write(self, *args)
+
+    def append_line(path, value):
+        full(path)
+        append(path, value)
+
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", writestr)
+    monkeypatch.setattr("gradfilter.lab.train._record.append_json_line", append_line)
+    line = refused(*options)
+    assert "No space left on device" in line and "--resume" in line
+    monkeypatch.undo()
+    run = only_run(tmp_path)
+    assert config(run)["status"] == "running"  # no room for another word, either
+    assert not list(run.glob(".*")) and checkpoints(run / "checkpoints.zip")
+    assert command(*options, "--resume")[0] == 0
+    assert [line["step"] for line in metrics(run)] == [0, 16, 32, 48]
+    assert [c.step for c in checkpoints(run / "checkpoints.zip")] == [0, 16, 32, 48]
+
+
+# Checkpoints
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path(os.environ["EVIL"]),)
+
+
+@pytest.fixture
+def run(tmp_path):
+    assert command(*SMALL, "--save-dir", tmp_path / "runs")[0] == 0
+    return only_run(tmp_path / "runs")
+
+
+def test_a_foreign_pickle_is_not_executed(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("EVIL", str(tmp_path / "executed"))
+    buffer = io.BytesIO()
+    torch.save({"params.w": Evil()}, buffer)
+    for content in (buffer.getvalue(), pickle.dumps(Evil())):
+        with pytest.raises(UsageError, match=r"more than tensors|damaged"):
+            tensors_of(content, "checkpoint")
+        (run / "checkpoints.zip").unlink()
+        add(run / "checkpoints.zip", "00000-step-0-epoch-0.pt", content)
+        for wanted in checkpoints(run / "checkpoints.zip"):
+            with pytest.raises(UsageError):
+                read_tensors(run / "checkpoints.zip", wanted)
+        (run / "resume.pt").write_bytes(content)
+        text = (run / "config.json").read_text()
+        (run / "config.json").write_text(text.replace('"finished"', '"interrupted"'))
+        refused(*SMALL, "--save-dir", run.parents[3], "--resume")
+    assert not (tmp_path / "executed").exists()
+    with pytest.raises(FileExistsError):  # the pickle does what it should do, if it is let
+        (tmp_path / "executed").touch()
+        pickle.loads(pickle.dumps(Evil()))
+        raise FileExistsError
+
+
+def test_a_damaged_archive_is_named(run):
+    archive = run / "checkpoints.zip"
+    whole = archive.read_bytes()
+    first = checkpoints(archive)[0]
+    for content in (b"", b"no zip", whole[: len(whole) // 2]):
+        archive.write_bytes(content)
+        with pytest.raises(UsageError, match="damaged"):
+            checkpoints(archive)
+    spoilt = bytearray(whole)
+    at = whole.index(first.entry.encode()) + len(first.entry) + 300
+    spoilt[at : at + 50] = bytes(50)
+    archive.write_bytes(bytes(spoilt))
+    with pytest.raises(UsageError, match="damaged"):
+        read_tensors(archive, first)
+    archive.unlink()
+    with pytest.raises(UsageError, match="Train first"):
+        checkpoints(archive)
+
+
+def test_a_checkpoint_of_another_model_or_data_set_is_refused(run):
+    wanted = checkpoints(run / "checkpoints.zip")[0]
+    text = (run / "config.json").read_text()
+    for before, after, said in (
+        ("mlp_8", "mlp_9", "does not fit mlp_9"),
+        ('"data_split_seed": 42', '"data_split_seed": 43', "not those that the run"),
+        ('"epochs": 1.0', '"epochs": "x"', "does not fit this version"),
+        ('"settings"', '"sittings"', "not the record of a run"),
+    ):
+        (run / "config.json").write_text(text.replace(before, after))
+        with pytest.raises(UsageError, match=said):
+            restored(run, wanted, device=torch.device("cpu"))
+
+
+def test_resuming_on_another_data_set_is_refused(run):
+    text = (run / "config.json").read_text().replace('"finished"', '"interrupted"')
+    (run / "config.json").write_text(text)
+    labels = read_tensors(run / "checkpoints.zip", "labels.pt")
+    (run / "checkpoints.zip").unlink()
+    line = refused(*SMALL, "--save-dir", run.parents[3], "--resume")
+    assert "checkpoints of the run are gone" in line
+    labels["labels"][3] += 1
+    add(run / "checkpoints.zip", "labels.pt", tensor_bytes(labels))
+    line = refused(*SMALL, "--save-dir", run.parents[3], "--resume")
+    assert "not those that the run" in line
+
+
+def test_resuming_with_other_settings_is_refused(run):
+    text = (run / "config.json").read_text().replace('"finished"', '"interrupted"')
+    (run / "config.json").write_text(text.replace('"momentum": null', '"momentum": 0.5'))
+    line = refused(*SMALL, "--save-dir", run.parents[3], "--resume")
+    assert "other settings: momentum" in line

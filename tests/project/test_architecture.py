@@ -1,0 +1,170 @@
+"""The house as it is drawn: who may import whom, and what every public name carries."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+import gradfilter as gf
+from gradfilter import diagnostics, distributed, interop, testing
+
+SOURCE = Path(gf.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+# Imports point to the left only.
+FLOORS = [
+    *("core", "grads", "diagnostics", "transforms", "testing", "distributed", "interop", "lab")
+]
+PUBLIC = {
+    name: thing
+    for package in (gf, diagnostics, interop, distributed, testing)
+    for name, thing in vars(package).items()
+    if callable(thing) and not name.startswith("_")
+}
+# What users do not call by name is shown where it is made.
+NOT_CALLED = {
+    *("Transform", "GradStack", "TrainStep", "ema_of"),
+    *("InputCurvature", "HessianTop", "HessianTrace", "OperatorNorm", "NoiseScale"),
+}
+# Imported when they are first asked for.
+LAZY = {"_lightning.py": {"lightning"}, "_transformers.py": {"transformers"}}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def floor(dotted):
+    parts = dotted.split(".")
+    return FLOORS.index(parts[1]) if len(parts) > 1 and parts[1] in FLOORS else 0
+
+
+def test_imports_point_one_way():
+    for path in FILES:
+        if path.name in ("__init__.py", "__main__.py"):
+            continue
+        own = floor(".".join(("gradfilter", *path.relative_to(SOURCE).parts)))
+        for name in imports(path):
+            if name.startswith("gradfilter"):
+                assert floor(name) <= own, f"{path.name} imports {name}"
+
+
+def test_the_core_needs_torch_and_einops_only():
+    allowed = {"torch", "einops", "gradfilter", *sys.stdlib_module_names}
+    for path in FILES:
+        if "lab" not in path.relative_to(SOURCE).parts:
+            found = {name.split(".")[0] for name in imports(path)}
+            found -= LAZY.get(path.name, set())
+            assert found <= allowed, f"{path.name} imports {found - allowed}"
+
+
+def test_frameworks_are_imported_only_when_asked_for():
+    loaded = "import sys, gradfilter.interop; print({'lightning', 'transformers'} & {*sys.modules})"
+    run = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
+
+
+def test_only_tree_touches_pytree():
+    users = [p.name for p in FILES if any("pytree" in name for name in imports(p))]
+    assert users == ["_tree.py"]
+
+
+def test_modules_are_private():
+    for path in FILES:
+        assert path.name.startswith("_"), path
+
+
+def test_no_two_modules_and_no_two_classes_have_one_name():
+    modules = Counter(p.name for p in FILES if p.name not in ("__init__.py", "__main__.py"))
+    classes = Counter(
+        node.name
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    )
+    assert [name for name, count in (modules + classes).items() if count > 1] == []
+
+
+def test_there_is_no_import_circle():
+    """Imports inside of functions count: they would only hide a circle."""
+    graph = import_graph()
+    done, path = set(), []
+
+    def visit(module):
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module in done:
+            return
+        path.append(module)
+        for needed in sorted(graph[module]):
+            visit(needed)
+        done.add(path.pop())
+
+    for module in sorted(graph):
+        visit(module)
+
+
+# Modules whose only importer stands next to them in the same folder, and why they are files.
+NEIGHBOURS = {
+    "gradfilter._overlap": "memory that tensors share: a subject of its own, and of torch",
+    "gradfilter.grads._vmap": "one of the three plans",
+    "gradfilter.grads.fused.overrides._attention": "the registry lists the overrides",
+    "gradfilter.grads.fused.overrides._convolution": "the registry lists the overrides",
+    "gradfilter.grads.fused.overrides._cross_entropy": "the registry lists the overrides",
+    "gradfilter.grads.fused.overrides._norms": "the registry lists the overrides",
+    "gradfilter.grads.fused.overrides._recurrent": "the registry lists the overrides",
+    "gradfilter.interop._filtered": "a public class",
+    "gradfilter.interop._published_schedulers": "public classes",
+    "gradfilter.lab._demo": "a command",
+    "gradfilter.lab.data._sources": "the data sets, which the loader finds by name",
+    "gradfilter.lab.models._networks": "the networks, which the builder finds by name",
+    "gradfilter.lab.report._comparisons": "a section of the report",
+    "gradfilter.lab.report._measurements": "a section of the report",
+    "gradfilter.lab.stats._measurement": "one measurement; the command makes many",
+    "gradfilter.lab.stats._metrics": "the metrics, which a measurement finds by name",
+    "gradfilter.lab.sweep._join": "the start of a study; the command also ends it",
+    "gradfilter.testing._laws": "the laws; the other file tries them",
+    "gradfilter.transforms._consensus": "a public transform with a page of its own",
+    "gradfilter.transforms._train_step": "a public function; the other file captures it",
+}
+
+
+def test_a_module_for_one_neighbour_has_a_reason_to_be_a_file():
+    importers = defaultdict(set)
+    for module, needed in import_graph().items():
+        for name in needed:
+            importers[name].add(module)
+    alone = {
+        name
+        for name, found in importers.items()
+        if len(found) == 1 and name.rpartition(".")[0] == next(iter(found)).rpartition(".")[0]
+    }
+    assert alone == set(NEIGHBOURS)
+
+
+def import_graph():
+    """Every module, and those that it imports anywhere; packages are left out."""
+    modules = {
+        ".".join(("gradfilter", *path.relative_to(SOURCE).with_suffix("").parts)): path
+        for path in FILES
+        if path.name not in ("__init__.py", "__main__.py")
+    }
+    return {
+        module: {name for name in imports(path) if name in modules} - {module}
+        for module, path in modules.items()
+    }
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_has_a_docstring_with_an_example(name):
+    documentation = inspect.getdoc(PUBLIC[name])
+    assert documentation and len(documentation.splitlines()[0]) <= 100
+    if name not in NOT_CALLED:
+        assert ">>>" in documentation

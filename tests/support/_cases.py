@@ -1,0 +1,157 @@
+"""One or more complete chains for every public link: what the conformance suite runs over."""
+
+import torch
+
+import gradfilter as gf
+from gradfilter.testing._laws import SHAPES as SHAPES
+from gradfilter.testing._laws import M as M
+from gradfilter.testing._laws import make_params as make_params
+from gradfilter.testing._laws import make_rows as make_rows
+from gradfilter.testing._laws import make_stack as make_stack
+
+
+def is_head(name):
+    return name.startswith("head")
+
+
+def label(name):
+    return "head" if is_head(name) else "body"
+
+
+def sgd():
+    return gf.sgd(0.1, momentum=0.9, weight_decay=0.01)
+
+
+def from_rows(link):
+    return gf.chain(link, gf.mean_rows(), sgd())
+
+
+def reducer(link):
+    return gf.chain(link, sgd())
+
+
+def on_tree(link):
+    return gf.chain(gf.mean_rows(), link, sgd())
+
+
+def rule(link):
+    return gf.chain(gf.mean_rows(), link)
+
+
+def flip():
+    def update(grads, state, params, /, **extra):
+        return {name: -g for name, g in grads.items()}, state, {}
+
+    return gf.link("flip", "tree -> tree", update)
+
+
+LR = gf.cosine(0.1, 20, warmup_steps=2)
+
+# Public link -> variants, each a complete chain from rows to an update.
+CASES = {
+    "agree_filter": [
+        lambda: reducer(gf.agree_filter(1.2)),
+        lambda: reducer(gf.agree_filter(1.2, against="first", average="halving")),
+    ],
+    "consensus_filter": [
+        lambda: reducer(gf.consensus_filter()),
+        lambda: reducer(gf.consensus_filter(0.9, soft=False)),
+    ],
+    "aggregate": [lambda: reducer(gf.aggregate(lambda gram: gram.diagonal().softmax(0)))],
+    "mean_rows": [lambda: reducer(gf.mean_rows())],
+    "sign_agreement": [lambda: reducer(gf.sign_agreement(0.6))],
+    "clip_per_row": [lambda: from_rows(gf.clip_per_row(0.5))],
+    "budget_clip": [
+        lambda: from_rows(gf.budget_clip(0.3)),
+        lambda: from_rows(gf.budget_clip(0.5, power=0)),
+    ],
+    "finite_filter": [
+        lambda: from_rows(gf.finite_filter()),
+        lambda: on_tree(gf.finite_filter()),
+    ],
+    "agc_clip": [lambda: on_tree(gf.agc_clip(0.01)), lambda: on_tree(gf.agc_clip(None))],
+    "clip_by_global_norm": [lambda: on_tree(gf.clip_by_global_norm(0.5))],
+    "sam_perturb": [
+        lambda: on_tree(gf.sam_perturb(0.05)),
+        lambda: from_rows(gf.sam_perturb(0.5, adaptive="asam")),
+        lambda: on_tree(gf.sam_perturb(0.5, adaptive="gsam")),
+        lambda: from_rows(gf.sam_perturb(0.05, per_microbatch=True)),
+    ],
+    "gsam_decompose": [
+        lambda: on_tree(gf.chain(gf.sam_perturb(0.05), gf.gsam_decompose(0.4))),
+        lambda: gf.chain(gf.sam_perturb(0.05), gf.mean_rows(), gf.gsam_decompose(0.4), sgd()),
+    ],
+    "sgd": [
+        lambda: rule(gf.sgd(0.1)),
+        lambda: rule(gf.sgd(LR, momentum=0.9, nesterov=True, weight_decay=0.01)),
+    ],
+    "adam": [lambda: rule(gf.adam(LR, amsgrad=True, weight_decay=0.01))],
+    "adamw": [lambda: rule(gf.adamw(LR))],
+    "rmsprop": [lambda: rule(gf.rmsprop(LR, centered=True, momentum=0.9))],
+    "scheduled": [
+        lambda: on_tree(gf.scheduled(gf.agc_clip, clipping=gf.linear(0.1, 10))),
+        lambda: reducer(gf.scheduled(gf.agree_filter, threshold=gf.linear(1.2, 10))),
+        lambda: rule(gf.scheduled(gf.sgd, lr=LR, momentum=gf.linear(0.9, 10))),
+        lambda: on_tree(gf.scheduled(gf.sam_perturb, rho=gf.proportional(LR, 0.02, 0.05))),
+    ],
+    "masked": [
+        lambda: on_tree(gf.masked(gf.agc_clip(0.01), is_head)),
+        lambda: from_rows(gf.masked(gf.clip_per_row(0.5), is_head)),
+        lambda: reducer(gf.masked(gf.agree_filter(1.2), is_head)),
+    ],
+    "partition": [
+        lambda: gf.partition(
+            {"head": reducer(gf.agree_filter(0.1)), "body": from_rows(flip_rows())}, label
+        ),
+        lambda: rule(gf.partition({"head": gf.freeze(), "body": gf.adam(LR)}, label)),
+    ],
+    "freeze": [
+        lambda: gf.chain(gf.mean_rows(), sgd(), gf.freeze(is_head)),
+        lambda: gf.chain(gf.mean_rows(), gf.freeze()),
+    ],
+    "ema_params": [lambda: gf.chain(gf.mean_rows(), sgd(), gf.ema_params(0.9))],
+    "gate": [
+        lambda: on_tree(gf.gate(gf.agc_clip(0.01), "late")),
+        lambda: from_rows(gf.gate(gf.clip_per_row(0.5), "late")),
+        lambda: reducer(gf.gate(gf.agree_filter(1.2), "late")),
+        lambda: rule(gf.gate(sgd(), "late")),
+        lambda: gf.chain(gf.mean_rows(), sgd(), gf.gate(gf.ema_params(0.9), "late")),
+    ],
+    "named": [lambda: on_tree(gf.named("small", gf.agc_clip(0.01)))],
+    "link": [lambda: on_tree(flip())],
+    "chain": [
+        lambda: gf.chain(
+            gf.finite_filter(),
+            gf.clip_per_row(1.0),
+            gf.agree_filter(1.2),
+            gf.sam_perturb(0.05),
+            gf.gsam_decompose(0.4),
+            gf.agc_clip(0.01),
+            gf.agc_clip(0.1),
+            gf.adamw(LR),
+            gf.ema_params(0.99),
+        )
+    ],
+}
+
+
+def flip_rows():
+    def update(rows, state, params, /, **extra):
+        return rows.scaled(-rows.live.to(torch.float64)), state, {}
+
+    return gf.link("flip_rows", "rows -> rows", update)
+
+
+VARIANTS = [(name, i) for name, variants in CASES.items() for i in range(len(variants))]
+
+
+def build(variant):
+    name, i = variant
+    return CASES[name][i]()
+
+
+EXTRA = {"late": torch.tensor(True)}
+
+
+def step(update, params, state, rows, **extra):
+    return update(params, state, make_stack(params, rows), **{**EXTRA, **extra})

@@ -1,0 +1,25 @@
+"""What tests of sweeps share: studies that are begun in this process, without a worker."""
+
+from contextlib import ExitStack, contextmanager
+
+from gradfilter.lab.sweep._join import joined
+from gradfilter.lab.sweep._queue import enqueue
+from gradfilter.lab.sweep._sweep_command import parse_sweep
+
+
+@contextmanager
+def studies_in(folder):
+    """A function that begins the study of a command line there, or joins it."""
+    with ExitStack() as stack:
+
+        def begin(*options):
+            _, plan = parse_sweep([*options, "--save-dir", str(folder)])
+            queue = stack.enter_context(joined(plan, None, 1))
+            enqueue(queue, retry_failed=False)
+            return queue
+
+        yield begin
+
+
+def states(queue):
+    return [trial.state for trial in queue.trials()]

@@ -1,0 +1,76 @@
+"""The laws of `gradfilter.testing`, over every public link."""
+
+import inspect
+
+import pytest
+import torch
+
+import gradfilter as gf
+from _cases import CASES, EXTRA, SHAPES, VARIANTS, M, build, make_params, make_rows
+from gradfilter import _tree
+from gradfilter.testing._check_laws import LAWS
+from gradfilter.testing._laws import Problem, no_host_sync
+
+PROBLEM = Problem(SHAPES, M, EXTRA)
+ON_A_GPU = "same_on_a_gpu"
+FREEZES = ("freeze", 1)
+every_link = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v[0]}-{v[1]}")
+
+
+def test_every_public_link_is_a_case():
+    public = {
+        name
+        for name, thing in vars(gf).items()
+        if inspect.isfunction(thing)
+        and not name.startswith("_")
+        and inspect.signature(thing).return_annotation == "Transform"
+    }
+    assert public >= {"chain", "agree_filter", "sgd"}
+    assert public == set(CASES)
+
+
+@every_link
+def test_every_case_goes_from_rows_to_an_update(variant):
+    assert "rows -> update" in build(variant).kinds
+
+
+@every_link
+@pytest.mark.parametrize("law", [name for name in LAWS if name != ON_A_GPU])
+def test_law(law, variant):
+    if (law, variant) == ("changes_something", FREEZES):
+        with pytest.raises(AssertionError, match="no parameter has moved"):
+            LAWS[law](build(variant), PROBLEM)
+    else:
+        LAWS[law](build(variant), PROBLEM)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@every_link
+def test_on_a_gpu_as_on_the_cpu_and_without_waiting(variant):
+    LAWS[ON_A_GPU](build(variant), PROBLEM)
+
+
+def test_the_host_sync_detector_detects():
+    with no_host_sync(), pytest.raises(AssertionError, match="wait"):
+        torch.ones(()).item()
+    with no_host_sync(), pytest.raises(AssertionError, match="wait"):
+        bool(torch.ones(()) > 0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_inductor_agrees_with_eager():
+    torch._dynamo.reset()
+    update, params = build(("chain", 0)), make_params()
+    state = update.init(params)
+    compiled = torch.compile(update, fullgraph=True)
+    for seed in range(3):
+        rows = make_rows(params, seed=seed)
+        grad_fn = lambda p, rows=rows: rows
+        expected = update(params, state, rows, grad_fn=grad_fn)
+        params, state, _ = compiled(params, state, rows, grad_fn=grad_fn)
+        for got, want in zip(
+            _tree.leaves((params, state)), _tree.leaves(expected[:2]), strict=True
+        ):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
