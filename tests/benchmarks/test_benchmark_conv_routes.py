@@ -1,16 +1,10 @@
 """The routes to a convolution's weight gradients lead to the same place."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
-
 from benchmarks._conv_routes import ROUTES, Layer, layers_of
+from torch import nn
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -1,17 +1,13 @@
 """The GPU benchmark's code, tried on a CPU with small sizes."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
-
-from benchmarks import _gpu_cases, gpu
 from benchmarks._plans import PLANS
 from benchmarks._tf32 import tf32_off
+
+from benchmarks import _gpu_cases, gpu
 
 
 def run(tmp_path, *cases):

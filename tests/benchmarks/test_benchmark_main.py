@@ -6,11 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
-
-from benchmarks import __main__ as everything
-from benchmarks import _collected, gpu, memory, update
 from benchmarks._collected import collect, slug
 from benchmarks._command import RESULTS
 from benchmarks._dots import Dot, Dots, Panel, draw, short
@@ -18,7 +13,10 @@ from benchmarks._page import page, write_page
 from benchmarks._parts import PARTS, Part, command
 from benchmarks._tables import faster
 
-ROOT = Path(__file__).parents[1]
+from benchmarks import __main__ as everything
+from benchmarks import _collected, gpu, memory, update
+
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
 

@@ -1,17 +1,14 @@
 """The per-sample benchmark: everybody answers the same, or nothing is timed."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
-
-from benchmarks import per_sample
 from benchmarks._models import Task, images
 from benchmarks._setting import Setting
+from torch import nn
+
+from benchmarks import per_sample
 
 CPU = torch.device("cpu")
 SMALL = Task(

@@ -1,13 +1,8 @@
 """Files of results: what is kept of earlier runs, and what comes back."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
-
 from benchmarks._results import Result, Workload, load, save
 from benchmarks._timing import Spread
 

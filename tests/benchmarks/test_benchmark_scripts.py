@@ -2,20 +2,16 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
-
-from benchmarks import _row_sections as row_sections
-from benchmarks import growth, memory, padded, rules, sharpness
 from benchmarks._models import Task, images
 from benchmarks._plans import PLANS
 from benchmarks._setting import Setting
+from torch import nn
 
+from benchmarks import _row_sections as row_sections
+from benchmarks import growth, memory, padded, rules, sharpness
 from gradfilter.grads.fused.overrides._convolution import FORMATS
 from gradfilter.grads.fused.overrides._vmap_faults import FAULTS
 

@@ -1,20 +1,14 @@
 """What is timed does what it says: the same samples for everybody, nothing rejected."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
-
-from benchmarks import _setting
 from benchmarks._models import Task, images
 from benchmarks._setting import THRESHOLD, Setting
 from benchmarks._torch_steps import plain_step, sam_step
+from torch import nn
 
 import gradfilter as gf
+from benchmarks import _setting
 
 CPU = torch.device("cpu")
 LINEAR = Task("Linear", lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), images(10), ())

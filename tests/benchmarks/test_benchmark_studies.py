@@ -2,19 +2,15 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
-
-from benchmarks import _noise_runs, _row_weights, double_descent, label_noise
 from benchmarks._many_digits import Tried, check_against_the_lab
 from benchmarks._noise_rules import candidates, rules
 from benchmarks._noise_runs import Done, Task, begun
 from benchmarks._random_features import measure
 
+from benchmarks import _noise_runs, _row_weights, double_descent, label_noise
 from gradfilter.lab.train._training import advance
 
 

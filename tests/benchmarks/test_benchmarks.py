@@ -5,18 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
-
-from benchmarks import fused_vs_looped
 from benchmarks._memory import peak_bytes
 from benchmarks._models import Task, images
 from benchmarks._report import chart, table
 from benchmarks._timing import Spread, interleave, rotations
+from rich.console import Console
+from torch import nn
 
-ROOT = Path(__file__).parents[1]
+from benchmarks import fused_vs_looped
+
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 KB = 1024
 

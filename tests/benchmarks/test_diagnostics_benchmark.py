@@ -1,16 +1,11 @@
 """The benchmark of Jacobians: everyone computes the same numbers, and the command writes them."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
-
 from benchmarks import stats
-
 from gradfilter.lab.models._build import build_model
 
 

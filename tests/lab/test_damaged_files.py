@@ -6,10 +6,10 @@ import zipfile
 
 import matplotlib.figure
 import pytest
-from tests._damage import cut, damage, flipped, overwritten
-from tests._lab import command, only_run
-from tests._stats_run import TRAINING, train
 
+from _damage import cut, damage, flipped, overwritten
+from _lab import command, only_run
+from _stats_run import TRAINING, train
 from gradfilter.lab.stats._stats_files import appending, origin_of, part_path, read, records_of
 from gradfilter.lab.train import _archive
 

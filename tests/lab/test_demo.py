@@ -11,10 +11,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from tests._lab import command, config, metrics, numbers, refused
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradfilter as gf
+from _lab import command, config, metrics, numbers, refused
 from gradfilter.lab._demo import METHODS, train_config
 from gradfilter.lab._demo_config import DemoConfig
 from gradfilter.lab._interrupt import interruptible

@@ -14,10 +14,10 @@ import zipfile
 import pytest
 import torch
 from PIL import Image
-from tests._lab import command, config, only_run, refused
-from tests._report_runs import make_run, sparse
-from tests._stats_run import TRAINING, train
 
+from _lab import command, config, only_run, refused
+from _report_runs import make_run, sparse
+from _stats_run import TRAINING, train
 from gradfilter.lab._run_files import DEEPEST, content_of, json_of, printable
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.stats._stats_files import join_ranges

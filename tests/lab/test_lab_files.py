@@ -5,8 +5,8 @@ import os
 import sys
 
 import pytest
-from tests._lab import command, config, metrics, numbers, only_run, process, refused
 
+from _lab import command, config, metrics, numbers, only_run, process, refused
 from gradfilter.lab._run_files import append_json_line, open_own, write_bytes
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.train._archive import add, checkpoints, recover

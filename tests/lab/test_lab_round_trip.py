@@ -4,7 +4,8 @@ import itertools
 import json
 
 import pytest
-from tests._lab import command, metrics, only_run
+
+from _lab import command, metrics, only_run
 
 EVERYDAY = ["resnet18_1", "cnn_1", "cnn5_1", "vit_8", "mlp_4", "wrn_10_1", "lenet"]
 LARGE = [

@@ -6,8 +6,8 @@ import typing
 from pathlib import Path
 
 import pytest
-from tests._lab import command, config, only_run, refused
 
+from _lab import command, config, only_run, refused
 from gradfilter.lab._demo_config import DemoConfig
 from gradfilter.lab.data import _sources as _cifar
 from gradfilter.lab.report._report_config import ReportConfig

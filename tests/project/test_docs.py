@@ -13,7 +13,7 @@ from docs import _architecture, _badges
 import gradfilter as gf
 from gradfilter import diagnostics, distributed, interop, testing
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 API = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
 PUBLIC = {
     f"{package.__name__}.{name}": thing

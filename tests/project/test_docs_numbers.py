@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from benchmarks.cited import citations, main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "notebooks").glob("*.ipynb"))]
 
 

@@ -5,7 +5,7 @@ import nbformat
 import pytest
 from notebooks.execute import executed
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
 def images(notebook):

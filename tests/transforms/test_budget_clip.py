@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_consensus import leave_one_out
 
 import gradfilter as gf
 from _naive import (
@@ -18,7 +19,6 @@ from _naive import (
     unflat,
     zeros,
 )
-from test_consensus import leave_one_out
 
 seeds = st.integers(0, 2**20)
 budgets = st.floats(0.01, 0.99)

@@ -7,12 +7,12 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from test_fused_groups import check, plain_rows, signed
 from torch import nn
 
 import gradfilter as gf
 from _zoo_case import Net, frozen, inputs, parameter, rows_of, wavy
 from _zoo_check import assert_trees_close
-from test_fused_groups import check, plain_rows, signed
 
 pytestmark = pytest.mark.usefixtures("float64")
 

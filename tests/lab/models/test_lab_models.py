@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tests._lab_models import CIFAR, DIGITS, NAMES, RESIDUAL, SMALL, images, made, weights
 
 import gradfilter as gf
+from _lab_models import CIFAR, DIGITS, NAMES, RESIDUAL, SMALL, images, made, weights
 from gradfilter.lab.models._build import (
     INITS,
     build_model,

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from tests._lab_models import NAMES, RESIDUAL, SMALL, made, weights
 
+from _lab_models import NAMES, RESIDUAL, SMALL, made, weights
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.models._build import residual_blocks
 

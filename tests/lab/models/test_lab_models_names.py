@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests._lab_models import images, made
 
+from _lab_models import images, made
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.models._build import FAMILIES, find_family
 

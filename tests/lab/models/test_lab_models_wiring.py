@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests._lab_models import DIGITS, images, made
 
+from _lab_models import DIGITS, images, made
 from gradfilter.lab.models._networks import resnet
 
 

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from test_report_spread import run_of
 
 from _report_page import Page, read
 from _report_runs import STEPS, evaluation, make_run, make_stats, sparse
@@ -13,7 +14,6 @@ from gradfilter.lab.report._report_config import ReportConfig
 from gradfilter.lab.report._runs import read_runs, usual_variant
 from gradfilter.lab.report._settings import Setting, band, groups_of, points
 from gradfilter.lab.train._record import METRICS
-from test_report_spread import run_of
 
 ONE = [sparse(STEPS)]
 

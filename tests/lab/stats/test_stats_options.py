@@ -5,9 +5,9 @@ from typing import get_args
 
 import pytest
 import torch
-from tests._lab import command, refused
-from tests._stats_run import train
 
+from _lab import command, refused
+from _stats_run import train
 from gradfilter.lab._options import parse
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.stats._measurement import Measurement

@@ -11,8 +11,8 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
-from tests._lab import command
 
+from _lab import command
 from gradfilter.lab._options import presets
 from gradfilter.lab.sweep import _queue as _outcome
 from gradfilter.lab.sweep._join import joined

@@ -7,9 +7,9 @@ import pytest
 import sqlalchemy
 import torch
 from optuna.trial import TrialState, create_trial
-from tests._lab import command
-from tests._sweep import states, studies_in
 
+from _lab import command
+from _sweep import states, studies_in
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.sweep import _queue as _outcome
 from gradfilter.lab.sweep import _storage

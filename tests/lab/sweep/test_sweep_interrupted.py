@@ -5,9 +5,9 @@ import signal
 import pytest
 from filelock import FileLock
 from optuna.trial import TrialState
-from tests._lab import command
-from tests._sweep import states, studies_in
 
+from _lab import command
+from _sweep import states, studies_in
 from gradfilter.lab._interrupt import interruptible
 from gradfilter.lab.sweep import _workers as _worker
 from gradfilter.lab.sweep._queue import Outcome, Unfinished, claim, left

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
-from tests._lab import command
 
+from _lab import command
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.sweep._join import HEARTBEAT, KEY, joined
 from gradfilter.lab.sweep._sweep_command import parse_sweep, rows_of

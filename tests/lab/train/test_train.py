@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests._lab import command, config, metrics, numbers, only_run, refused
 
 import gradfilter as gf
+from _lab import command, config, metrics, numbers, only_run, refused
 from gradfilter.lab._options import arguments, presets
 from gradfilter.lab.train import _train as _trackers
 from gradfilter.lab.train._archive import checkpoints, read_tensors

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests._lab import command, config, metrics, only_run, refused
 
+from _lab import command, config, metrics, only_run, refused
 from gradfilter.lab import _run_files as _rundir
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.train import _run_place as _place

@@ -6,9 +6,9 @@ import zipfile
 
 import pytest
 import torch
-from tests._lab import command, config, only_run, refused
-from tests.test_train_resume import BASE, assert_same, begin, files
+from test_train_resume import BASE, assert_same, begin, files
 
+from _lab import command, config, only_run, refused
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.train._archive import (
     ARCHIVE,

@@ -8,8 +8,8 @@ import random
 
 import pytest
 import torch
-from tests._lab import CLOCKS, command, metrics, only_run, refused
 
+from _lab import CLOCKS, command, metrics, only_run, refused
 from gradfilter.lab._options import presets, read_settings
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.train import _build_training as _begin

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests._lab import command, config, metrics, numbers, only_run, process, refused
 
+from _lab import command, config, metrics, numbers, only_run, process, refused
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.train import _archive
 from gradfilter.lab.train._archive import Checkpoint, add, checkpoints, keep_until, recover
