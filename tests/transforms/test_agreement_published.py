@@ -4,13 +4,16 @@ from functools import cache
 
 import pytest
 import torch
-from gradient_agreement_filtering import _filter_gradients_cosine_sim, step_GAF
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
 import gradfilter as gf
 from _naive import assert_close, random_matrix, run, unflat
+
+pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+pytest.importorskip("gradient_agreement_filtering", reason="the published package is not installed")
+from gradient_agreement_filtering import _filter_gradients_cosine_sim, step_GAF
+from sklearn.datasets import load_digits
 
 INF = float("inf")
 M, B, STEPS, LR = 4, 6, 30, 0.05
