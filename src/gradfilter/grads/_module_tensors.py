@@ -194,7 +194,7 @@ class ModuleTensors:
 
 
 def take_back(tables: list[tuple[dict[str, Any], int]]) -> list[str]:
-    """Take out tensors, and modules with tensors, that were registered since `tables`; their names."""
+    """Remove tensors, and modules with tensors, registered since `tables`; return their names."""
     taken = []
     for table, count in tables:
         for key in list(table)[count:] if len(table) > count else ():
