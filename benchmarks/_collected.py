@@ -7,7 +7,7 @@ itself. It keeps of every part the machine, and of every contender the ratio to 
 seconds and memory, as median and quartiles; what is left out are single values and extremes.
 
 The scripts' file names tell a CPU from a GPU, but not one GPU from another. So a GPU's parts have
-a folder named after it, beside the collected file.
+a folder named after it, next to the collected file.
 """
 
 import json

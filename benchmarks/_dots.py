@@ -1,6 +1,6 @@
 """Charts of the page: dots with quartiles on a logarithmic axis, and lines.
 
-A dot has its name beside it and its number behind it, so that no legend has to be looked up. What
+A dot has its name next to it and its number behind it, so that no legend has to be looked up. What
 is drawn depends on nothing but the data: the files say neither when nor by what they were made.
 """
 

@@ -1,4 +1,4 @@
-"""The rules that are compared on wrong labels: what each is, beside learning rate and seed."""
+"""The rules that are compared on wrong labels: all but learning rate and seed."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""The sections of the page about what is learnt: label noise and double descent."""
+"""The sections of the page about learning: label noise and double descent."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Per-sample gradients, their norms and their consensus: ours beside other libraries'.
+"""Per-sample gradients, their norms and their consensus: ours and those of other libraries.
 
 N samples, each a row of its own. Three things are asked: the squared norms of all rows, the
 gradient that the consensus filter makes of them (norms, cosines, weighted sum), and the rows
