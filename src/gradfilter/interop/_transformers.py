@@ -66,7 +66,9 @@ class FilteredTrainer(Trainer):
     ``compute_loss_func`` or label smoothing. It should return the loss and change nothing: it is
     evaluated for all microbatches at once where that is possible. ``num_items_in_batch`` is the
     number of items per row, so that the mean of all rows is the gradient a Trainer would have
-    computed. With ``gradient_accumulation_steps`` k the rows of k batches are filtered together.
+    computed. With ``gradient_accumulation_steps`` k the rows of k batches are filtered together,
+    and the mean is over all of them. A model that accepts ``num_items_in_batch`` and ignores it
+    (BERT for classification) is different in Trainer itself, which does not divide its loss by k.
 
     Logged with Trainer's own: ``keep`` and the metrics of the links, averaged over rows
     (``agree_filter/accepted`` is a fraction) and over the steps since the last log; likewise the
