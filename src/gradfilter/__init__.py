@@ -7,10 +7,13 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 from gradfilter._tree import select as select
+from gradfilter._types import Params as Params
 from gradfilter._types import Transform as Transform
+from gradfilter._types import Tree as Tree
 from gradfilter.grads._loss import extract as extract
 from gradfilter.grads._loss import insert as insert
 from gradfilter.grads._loss import model_loss as model_loss
+from gradfilter.grads._microbatch import Plan as Plan
 from gradfilter.grads._microbatch import microbatch_grads as microbatch_grads
 from gradfilter.grads._microbatch import per_sample_grads as per_sample_grads
 from gradfilter.grads._stack import DenseStack as DenseStack
@@ -50,32 +53,90 @@ from gradfilter.transforms._state_dict import state_dict as state_dict
 from gradfilter.transforms._train_step import TrainStep as TrainStep
 from gradfilter.transforms._train_step import train_step as train_step
 from gradfilter.transforms._transform import link as link
+from gradfilter.transforms._transform import transform as transform
 from gradfilter.transforms._update_rules import adam as adam
 from gradfilter.transforms._update_rules import adamw as adamw
 from gradfilter.transforms._update_rules import rmsprop as rmsprop
 from gradfilter.transforms._update_rules import sgd as sgd
 
+if TYPE_CHECKING:
+    from gradfilter import diagnostics as diagnostics
+    from gradfilter import distributed as distributed
+    from gradfilter import interop as interop
+    from gradfilter import testing as testing
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DenseStack",
+    "GradStack",
+    "Params",
+    "Plan",
+    "Schedule",
+    "TrainStep",
+    "Transform",
+    "Tree",
+    "__version__",
+    "adam",
+    "adamw",
+    "agc_clip",
+    "aggregate",
+    "agree_filter",
+    "budget_clip",
+    "capture",
+    "chain",
+    "clip_by_global_norm",
+    "clip_per_row",
+    "consensus_filter",
+    "constant",
+    "cosine",
+    "diagnostics",
+    "distributed",
+    "ema_of",
+    "ema_params",
+    "extract",
+    "finite_filter",
+    "freeze",
+    "gate",
+    "gsam_decompose",
+    "insert",
+    "interop",
+    "linear",
+    "link",
+    "load_state_dict",
+    "masked",
+    "mean_rows",
+    "microbatch_grads",
+    "model_loss",
+    "named",
+    "partition",
+    "per_sample_grads",
+    "plateau",
+    "poly",
+    "proportional",
+    "rmsprop",
+    "sam_perturb",
+    "scheduled",
+    "select",
+    "sgd",
+    "sign_agreement",
+    "state_dict",
+    "step",
+    "testing",
+    "train_step",
+    "transform",
+]
+
 _ON_DEMAND = ("diagnostics", "distributed", "interop", "testing")
 
-if TYPE_CHECKING:
-    import gradfilter.diagnostics as _diagnostics
-    import gradfilter.distributed as _distributed
-    import gradfilter.interop as _interop
-    import gradfilter.testing as _testing
-
-    diagnostics, distributed = _diagnostics, _distributed
-    interop, testing = _interop, _testing
-else:  # type checkers would take any name at all for one that this function knows
+if not TYPE_CHECKING:  # type checkers would take any name at all for one that this function knows
 
     def __getattr__(name: str) -> object:
-        """A subpackage, imported when it is first asked for."""
+        """Import a subpackage when it is first asked for."""
         if name in _ON_DEMAND:
             return _import_module(f"gradfilter.{name}")
         raise AttributeError(f"module 'gradfilter' has no attribute {name!r}")
 
     def __dir__() -> list[str]:
-        """What there is, imported already or not."""
-        return sorted({*globals(), *_ON_DEMAND})
-
-
-__version__ = "0.1.0"
+        """List the public names, whether imported already or not."""
+        return sorted(__all__)

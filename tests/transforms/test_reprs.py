@@ -1,7 +1,9 @@
 """What is seen when something is printed, and what is there when a name is asked for."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +59,7 @@ PARTS = {"diagnostics", "distributed", "interop", "testing"}
 def test_parts_are_imported_when_they_are_first_asked_for():
     code = f"""
 import sys
+from pathlib import Path
 import gradfilter as gf
 parts = {sorted(PARTS)}
 loaded = lambda: [name for name in parts if "gradfilter." + name in sys.modules]
@@ -75,3 +78,18 @@ def test_other_names_are_not_there():
         _ = gf.agree
     assert not hasattr(gf, "nonsense")
     assert "import_module" not in dir(gf)
+
+
+def test_nothing_is_shown_but_the_public_names():
+    assert dir(gf) == sorted(gf.__all__) and len(set(gf.__all__)) == len(gf.__all__)
+    assert all(hasattr(gf, name) for name in gf.__all__)
+    assert not [name for name in dir(gf) if name.startswith("_") and name != "__version__"]
+    assert set(dir(gf)) >= PARTS | {"GradStack", "Params", "Plan", "Schedule", "Tree"}
+    code = Path(gf.__file__).read_text()
+    assert set(re.findall(r"import \w+ as (\w+)$", code, re.MULTILINE)) - {"_import_module"} == {
+        *gf.__all__
+    } - {"__version__"}
+
+
+def test_a_transform_is_made_by_one_function_with_two_names():
+    assert gf.transform is gf.link and gf.transform.__name__ == "transform"

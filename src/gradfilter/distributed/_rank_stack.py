@@ -35,7 +35,7 @@ from gradfilter.grads._stack import (
 )
 from gradfilter.grads.fused._lift import untraced
 from gradfilter.transforms._fingerprint import described, shortened, whole_chain
-from gradfilter.transforms._transform import link
+from gradfilter.transforms._transform import transform
 
 # --- The rows of all ranks, before they are cut or scaled ---
 
@@ -561,4 +561,4 @@ def across_ranks(group: dist.ProcessGroup | None = None) -> Transform:
         check_same_chain(whole_chain(), ranks)
         return {}
 
-    return link("across_ranks", "rows -> rows", update, init=init)
+    return transform("across_ranks", "rows -> rows", update, init=init)

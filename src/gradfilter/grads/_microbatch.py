@@ -189,6 +189,7 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 Plan = Literal["auto", "loop", "vmap", "fused"]
+"""How rows are computed: the argument `plan` of `microbatch_grads` and `per_sample_grads`."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from gradfilter.grads._call_context import (
 from gradfilter.grads._module_attributes import Attributes
 from gradfilter.interop._host_loss import ModuleView, module_of
 from gradfilter.transforms._sharpness_aware import DELTA, sam_perturb
-from gradfilter.transforms._transform import link
+from gradfilter.transforms._transform import transform
 
 # --- One ordinary pass of a model, in place ---
 
@@ -567,4 +567,4 @@ def _sharpness_by_leaf(forms: dict[str, tuple[float, bool]]) -> Transform:
         with torch.enable_grad():
             return grad_fn(near), state, {"clean_grads": grads}
 
-    return link("sam_perturb", "tree -> tree", update, publishes=("clean_grads",))
+    return transform("sam_perturb", "tree -> tree", update, publishes=("clean_grads",))

@@ -92,12 +92,13 @@ def check_laws(
         >>> from gradfilter.testing import check_laws
         >>> def halve(grads, state, params, **extra):
         ...     return {name: g / 2 for name, g in grads.items()}, state, {}
-        >>> check_laws(gf.link("halve", "tree -> tree", halve))[:3]
+        >>> check_laws(gf.transform("halve", "tree -> tree", halve))[:3]
         ('mutates_nothing', 'is_reproducible', 'changes_something')
         >>> def hasty(grads, state, params, **extra):
         ...     scale = 1 / (1 + max(g.abs().max().item() for g in grads.values()))
         ...     return {name: scale * g for name, g in grads.items()}, state, {}
-        >>> check_laws(gf.link("hasty", "tree -> tree", hasty), skip=["compiles_whole_and_once"])
+        >>> transform = gf.transform("hasty", "tree -> tree", hasty)
+        >>> check_laws(transform, skip=["compiles_whole_and_once"])
         Traceback (most recent call last):
         AssertionError: hasty breaks 1 of 15 laws.
           never_waits: No step asks the host for the value of a tensor.

@@ -13,7 +13,7 @@ from gradfilter._made import remembered
 from gradfilter._readable import readable
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
-from gradfilter.transforms._transform import check_distance, check_number, link
+from gradfilter.transforms._transform import check_distance, check_number, transform
 
 # --- The running rule: each row against the mean of those accepted so far ---
 
@@ -185,7 +185,7 @@ def agree_filter(
         out = {"keep": keep, "weights": weights, "accepted": accepted, "cosine": cosine}
         return rows.combine(weights), state, out
 
-    return link(
+    return transform(
         "agree_filter",
         "rows -> tree",
         update,

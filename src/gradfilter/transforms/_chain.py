@@ -35,7 +35,7 @@ def no_link(found: Any, who: str = "chain") -> TypeError:
     elif inspect.isroutine(found):
         fix = "Call the factory: agree_filter(0.97), not agree_filter."
     else:
-        fix = "Factories such as agree_filter(0.97) make them, or link() for one of your own."
+        fix = "Factories such as agree_filter(0.97) make them, or transform() for one of your own."
     return TypeError(f"{who}: expected links, found {kind.__name__}. {fix}")
 
 

@@ -18,7 +18,7 @@ from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._blocks import blocks
 from gradfilter.transforms._consensus import cosines_with_others
-from gradfilter.transforms._transform import check_number, check_predicate, is_off, link
+from gradfilter.transforms._transform import check_number, check_predicate, is_off, transform
 
 # --- Units: the rows and filters of a weight that adaptive clipping treats one by one ---
 
@@ -185,7 +185,7 @@ def clip_per_row(max_norm: float) -> Transform:
         out = {"norm": norms, "clipped_fraction": (factors < 1).to(norms.dtype).mean()}
         return rows.scaled(factors), state, out
 
-    return link("clip_per_row", "rows -> rows", update, publishes=("norm", "clipped_fraction"))
+    return transform("clip_per_row", "rows -> rows", update, publishes=("norm", "clipped_fraction"))
 
 
 @remembered
@@ -229,7 +229,7 @@ def clip_by_global_norm(max_norm: float) -> Transform:
         }
         return clipped, state, out
 
-    return link(
+    return transform(
         "clip_by_global_norm", "tree -> tree", update, publishes=("norm", "clipped_fraction")
     )
 
@@ -338,7 +338,7 @@ def agc_clip(
             shrunk.append(fewer)
         return clipped, state, {"clipped_fraction": torch.cat(shrunk).to(torch.float32).mean()}
 
-    return link("agc_clip", "tree -> tree", update, publishes=("clipped_fraction",))
+    return transform("agc_clip", "tree -> tree", update, publishes=("clipped_fraction",))
 
 
 # --- Budget clipping: the rows of a batch share a limited sum of norms, by their agreement ---
@@ -425,7 +425,7 @@ def budget_clip(budget: float = 0.3, *, power: float = 3.0) -> Transform:
         }
         return rows.scaled(factors), {"first": first}, out
 
-    return link(
+    return transform(
         "budget_clip",
         "rows -> rows",
         update,

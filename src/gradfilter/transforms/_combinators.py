@@ -15,7 +15,7 @@ from gradfilter._types import GLOBAL_NAMES, Out, Params, State, Transform, Tree
 from gradfilter.grads._joined_stacks import choose, join
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._reducers import mean_weights
-from gradfilter.transforms._transform import admit, check_predicate, link
+from gradfilter.transforms._transform import admit, check_predicate, transform
 
 # --- Transforms for some of the leaves: masked and freeze ---
 
@@ -158,7 +158,7 @@ def freeze(names: Callable[[str], bool] | None = None) -> Transform:
         return {n: still[n] if names(n) else g for n, g in grads.items()}, state, {}
 
     # With a predicate the others need an update to keep, so only the place after a rule is left.
-    return link(
+    return transform(
         "freeze", (*alone, "update -> update") if every else "update -> update", update, init=init
     )
 
@@ -245,7 +245,7 @@ def partition(branches: Mapping[str, Transform], label: Callable[[str], str]) ->
     publishes = {"keep"} | {f"{key}/keep" for key in branches}
     for key, branch in branches.items():
         publishes |= {f"{key}/{branch.metric(name)}" for name in branch.publishes - GLOBAL_NAMES}
-    return link("partition", kinds, update, init=init, publishes=publishes)
+    return transform("partition", kinds, update, init=init, publishes=publishes)
 
 
 def _common_kinds(branches: Mapping[str, Transform]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradfilter._made import remembered
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
-from gradfilter.transforms._transform import check_distance, check_number, link
+from gradfilter.transforms._transform import check_distance, check_number, transform
 
 
 @remembered
@@ -81,7 +81,7 @@ def consensus_filter(
         }
         return rows.combine(weights), state, out
 
-    return link(
+    return transform(
         "consensus_filter",
         "rows -> tree",
         update,

@@ -7,7 +7,7 @@ from typing import Any
 from gradfilter import _tree
 from gradfilter._made import remembered
 from gradfilter._types import Out, Params, State, Transform, Tree
-from gradfilter.transforms._transform import check_number, link
+from gradfilter.transforms._transform import check_number, transform
 
 KEY = "ema_average"
 
@@ -52,7 +52,7 @@ def ema_params(decay: float = 0.999) -> Transform:
         }
         return updates, {KEY: average}, {}
 
-    return link("ema_params", "update -> update", update, init=init)
+    return transform("ema_params", "update -> update", update, init=init)
 
 
 def ema_of(state: State) -> Tree:

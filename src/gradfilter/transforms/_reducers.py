@@ -13,7 +13,7 @@ from gradfilter._made import remembered
 from gradfilter._shards import whole
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
-from gradfilter.transforms._transform import check_number, link
+from gradfilter.transforms._transform import check_number, transform
 
 # --- Reducers ---
 
@@ -46,7 +46,7 @@ def mean_rows() -> Transform:
         weights = mean_weights(rows)
         return rows.combine(weights), state, {"weights": weights}
 
-    return link("mean_rows", "rows -> tree", update, publishes=("weights",))
+    return transform("mean_rows", "rows -> tree", update, publishes=("weights",))
 
 
 @remembered
@@ -103,7 +103,7 @@ def aggregate(weighting: Callable[[Tensor], Tensor]) -> Transform:
             )
         return rows.combine(weights), state, {"weights": weights}
 
-    return link("aggregate", "rows -> tree", update, publishes=("weights",))
+    return transform("aggregate", "rows -> tree", update, publishes=("weights",))
 
 
 @remembered
@@ -151,7 +151,9 @@ def sign_agreement(fraction: float) -> Transform:
         grads = {n: torch.where(agree[n] | ~g.isfinite(), g, 0.0) for n, g in mean.items()}
         return grads, state, {"weights": weights, "kept_fraction": kept / total}
 
-    return link("sign_agreement", "rows -> tree", update, publishes=("weights", "kept_fraction"))
+    return transform(
+        "sign_agreement", "rows -> tree", update, publishes=("weights", "kept_fraction")
+    )
 
 
 # --- Guard against gradients that are not finite ---
@@ -187,7 +189,7 @@ def finite_filter() -> Transform:
         finite = torch.stack([whole(g.isfinite().all()) for g in grads.values()]).all()
         return grads, state, {"keep": finite, "finite": finite}
 
-    return link(
+    return transform(
         "finite_filter",
         ("rows -> rows", "tree -> tree"),
         update,

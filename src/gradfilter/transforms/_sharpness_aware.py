@@ -13,7 +13,7 @@ from gradfilter._made import remembered
 from gradfilter._readable import readable
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack, as_stack
-from gradfilter.transforms._transform import check_leaves, check_number, link
+from gradfilter.transforms._transform import check_leaves, check_number, transform
 
 DELTA = 1e-12  # keeps a zero gradient finite
 
@@ -132,7 +132,7 @@ def sam_perturb(
             return on_rows(grads, state, params, extra)
         return on_tree(grads, state, params, extra)
 
-    return link(
+    return transform(
         "sam_perturb",
         "rows -> rows" if per_microbatch else ("rows -> rows", "tree -> tree"),
         update,
@@ -229,6 +229,6 @@ def gsam_decompose(alpha: float) -> Transform:
         cosine = a / (b.sqrt() * g2.sqrt() + DELTA)
         return found, state, {"cosine": cosine}
 
-    return link(
+    return transform(
         "gsam_decompose", "tree -> tree", update, needs=("clean_grads",), publishes=("cosine",)
     )

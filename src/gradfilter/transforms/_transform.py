@@ -27,7 +27,7 @@ def no_state(params: Params) -> State:
 
 
 @remembered
-def link(
+def transform(
     name: str,
     kinds: str | Iterable[str],
     update: Callable[..., tuple[Any, State, Out]],
@@ -55,7 +55,7 @@ def link(
         >>> import torch, gradfilter as gf
         >>> def flip(grads, state, params, /, **extra):
         ...     return {name: -g for name, g in grads.items()}, state, {}
-        >>> ascent = gf.chain(gf.link("flip", "tree -> tree", flip), gf.sgd(0.5))
+        >>> ascent = gf.chain(gf.transform("flip", "tree -> tree", flip), gf.sgd(0.5))
         >>> params = {"w": torch.zeros(1)}
         >>> ascent(params, ascent.init(params), {"w": torch.ones(1)})[0]
         {'w': tensor([0.5000])}
@@ -87,6 +87,10 @@ def link(
         return grads, new_state, out
 
     return Transform(name, kinds, init, checked, frozenset(needs), frozenset(publishes))
+
+
+link = transform
+"""Another name of `transform`."""
 
 
 def _check_names(name: str, update: Callable[..., Any]) -> None:

@@ -15,7 +15,7 @@ from gradfilter._readable import followed
 from gradfilter._types import Applied, Offer, Out, Params, State, Transform, Tree
 from gradfilter.transforms._blocks import blocks
 from gradfilter.transforms._schedules import Schedule, as_schedule
-from gradfilter.transforms._transform import check_leaves, check_number, is_off, link
+from gradfilter.transforms._transform import check_leaves, check_number, is_off, transform
 
 # --- One fused kernel per update rule: every number is read and written once ---
 
@@ -169,7 +169,7 @@ def update_rule(
                 kept[buffer][leaf] = own[buffer]
         return updates, {**kept, "count": t, "lr": lr_state}, {"lr": value}
 
-    formulas = link(name, "tree -> update", update, init=init, publishes=("lr",))
+    formulas = transform(name, "tree -> update", update, init=init, publishes=("lr",))
     if kernel is None:
         return formulas
 
