@@ -27,8 +27,9 @@ to run when a part began, those of the part before it among them.
 
 This page is written by `python -m benchmarks`, which measures everything again. Its numbers are in
 {files}.
-With `--only NAME` a part is measured, with `--quick` everything in minutes and without meaning, and
-with `--page` nothing: the page is written from the files that are there.
+It needs the extra `bench` (`pip install -e ".[bench]"` in a clone), also for `--quick`, which
+measures everything in minutes and without meaning. With `--only NAME` a part is measured, and with
+`--page` nothing: the page is written from the files that are there.
 """
 
 
@@ -74,7 +75,8 @@ def _is_device(path: Path) -> bool:
 def _device(contents: Json, away: str) -> tuple[str, dict[str, Chart]]:
     """Everything about one device, and its charts by file name."""
     device, facts, parts = (contents[key] for key in ("device", "machine", "parts"))
-    title = facts["device_name"] + (f", {facts['cores']} cores" if device == "cpu" else "")
+    names = dict.fromkeys(part["machine"]["device_name"] for part in parts.values())
+    title = " and ".join(names) + (f", {facts['cores']} cores" if device == "cpu" else "")
     blocks, charts = [f"## {title}\n"], {}
 
     def picture(name: str, alt: str, chart: Chart) -> str:

@@ -224,6 +224,15 @@ def test_the_committed_page_is_what_its_files_give():
     assert pictures == charts.keys()
 
 
+def test_the_heading_names_every_processor_of_the_parts():
+    text, _ = page(RESULTS, DOCS)
+    (heading,) = (line for line in text.splitlines() if line.startswith("## "))
+    parts = json.loads((RESULTS / "cpu.json").read_text())["parts"].values()
+    assert {part["machine"]["device_name"] for part in parts} == set(
+        heading.removeprefix("## ").rpartition(", ")[0].split(" and ")
+    )
+
+
 def test_the_page_links_only_to_what_is_there():
     text, _ = page(RESULTS, DOCS)
     targets = {part.split(")")[0] for part in text.split("](")[1:]}

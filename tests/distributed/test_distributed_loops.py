@@ -46,7 +46,7 @@ def close(model, expected):
 
 
 def ddp_recipe():
-    """The loop of the README: local gradients under no_sync, filtered across the ranks."""
+    """Run the loop of docs/ideas/distributed.md: rows under no_sync, filtered across the ranks."""
     size = dist.get_world_size()
     ddp = DistributedDataParallel(network())
     optimizer = optimizer_of(ddp.module)

@@ -1,82 +1,95 @@
-"""The README's code runs, its table of links is complete, and its commands are what CI runs."""
+"""The README is short, its loop runs, and its test command is the one that CI runs."""
 
 import inspect
 import re
 from pathlib import Path
 
+import pytest
 import torch
-import torch.distributed as dist
+from torch import nn
 
 import gradfilter as gf
-from _world import World
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TRANSFORMS = (ROOT / "docs" / "transforms.md").read_text()
 
 
-def test_the_examples_run_in_order(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    blocks = [block for block in BLOCKS if not block.startswith("# torchrun")]
-    assert len(blocks) == 5
-    scope = {"__name__": __name__}  # of this project: their warnings are errors
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), scope)
-    assert (tmp_path / "run.pt").exists()
-    assert {"keep", "loss", "agree_filter/accepted", "agc_clip/clipped_fraction", "sgd/lr"} <= set(
-        scope["info"]
-    )
-    batch = scope["loader"][0]
-    _, info = scope["per_sample"](scope["per_sample"].init(scope["model"]), batch)
-    assert info["consensus_filter/accepted"].shape == (64,)
-    rows = scope["grads_of"](scope["params"], batch)
-    sharp = scope["sharp"]
-    assert (
-        "sam_perturb/surrogate_gap" in sharp(scope["params"], sharp.init(scope["params"]), rows)[2]
-    )
+def test_the_readme_is_read_in_a_minute():
+    assert len(README.splitlines()) <= 120
+    assert len(README.split()) <= 1000
 
 
-def on_ranks(blocks):
-    """What a rank of its own would run, where the process group is there already."""
-    torch.set_default_dtype(torch.float32)
-    torch.manual_seed(dist.get_rank())  # as under torchrun: another model, other samples
-    scope = {"__name__": __name__}  # of this project: their warnings are errors
-    for block in blocks:
-        code = block.replace("dist.init_process_group()", "assert dist.is_initialized()")
-        exec(compile(code, "README.md", "exec"), scope)
-    return [p.detach().tolist() for p in scope["model"].parameters()], bool(scope["out"]["keep"])
+def loop(sign):
+    """Return the loop before (``-``) or after (``+``) the change that the README shows."""
+    (diff,) = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
+    return "".join(line[1:] for line in diff.splitlines(True) if line[0] in (" ", sign))
 
 
-def test_the_examples_of_several_ranks_run_on_two(tmp_path, monkeypatch):
-    first = [block for block in BLOCKS if not block.startswith("# torchrun")]
-    blocks = [first[0], first[3], *(block for block in BLOCKS if block not in first)]
-    assert len(blocks) == 4
-    world = World(2)
-    try:
-        ours, theirs = world.run(on_ranks, blocks)
-    finally:
-        world.close()
-    assert ours == theirs  # parameters and decision
+def trained(code):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    loader = [(torch.randn(12, 6, dtype=torch.float64), torch.arange(12) % 3) for _ in range(4)]
+    scope = {"__name__": __name__, "torch": torch, "model": model, "loader": loader}
+    scope["criterion"] = nn.functional.cross_entropy
+    exec(compile(code, "README.md", "exec"), scope)
+    return [p.detach() for p in model.parameters()], scope
 
 
-def test_every_link_is_in_the_table():
-    links = {
+def test_the_loop_is_an_ordinary_one_before_the_change():
+    assert "gf" not in trained(loop("-"))[1]
+    same = loop("+").replace("gf.budget_clip()", "gf.clip_per_row(1e9)")  # bounds nothing
+    torch.testing.assert_close(trained(same)[0], trained(loop("-"))[0])
+
+
+def test_the_loop_is_filtered_after_the_change():
+    after, scope = trained(loop("+"))
+    info = scope["filtered"].step(*scope["loader"][0]).info
+    assert info["budget_clip/norm"].shape == (12,)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(after, trained(loop("-"))[0])
+
+
+def test_the_change_is_six_lines_and_what_they_replace():
+    (diff,) = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
+    changed = [line for line in diff.splitlines() if line[0] in "+-"]
+    assert len([line for line in changed if line[0] == "+"]) <= 6
+
+
+def test_every_transform_is_in_the_table():
+    names = {
         name
         for name, thing in vars(gf).items()
         if inspect.isfunction(thing) and inspect.signature(thing).return_annotation == "Transform"
     }
-    table = README.split("## Links")[1].split("## Keep your loop")[0]
-    missing = {name for name in links if not re.search(rf"`{name}\b", table)}
-    assert missing == set()
+    table = "\n".join(line for line in TRANSFORMS.splitlines() if line.startswith("| "))
+    missing = {name for name in names if not re.search(rf"`{name}\b", table)}
+    assert missing == {"chain"}  # which the table is about
+    assert "(docs/transforms.md)" in README
+
+
+def test_every_transform_of_the_families_exists():
+    table = README.split("## Transforms")[1].split("## When not")[0]
+    known = {*vars(gf), *dir(gf.distributed), "torch.optim"}
+    assert set(re.findall(r"`([\w.]+)`", table)) <= known
 
 
 def test_the_two_commands_are_there_and_ci_runs_the_second():
-    assert 'pip install -e ".[lab]" && gradfilter demo' in README
-    assert 'pip install -e ".[dev]" && pytest -n auto' in README
-    assert r'pip install -e "\.\[dev\]" && pytest -n auto' in (ROOT / ".ci" / "run").read_text()
+    first, second = re.findall(r"^```\n(pip install .*)\n```$", README, re.MULTILINE)
+    assert first == 'pip install -e ".[lab]" && gradfilter demo'
+    assert second == 'pip install -e ".[dev]" && pytest -n auto'
+    gate = (ROOT / ".ci" / "run").read_text()
+    assert f"\n{{ {second}; }} 2>&1 | tee" in gate  # as it is, not cut out of this file
+    assert "README.md" not in gate
 
 
 def test_links_to_files_lead_somewhere():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
         if not target.startswith("../../actions/"):  # the workflow's page, beside the files
             assert (ROOT / target).exists(), target
+
+
+def test_links_to_headings_lead_somewhere():
+    for page, anchor in re.findall(r"\]\(([^)#]+\.md)#([^)]+)\)", README):
+        headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(), re.MULTILINE)
+        assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, anchor
