@@ -67,7 +67,7 @@ def _differences(name: str, options: Options, bf16: bool) -> dict[str, float]:
 
 
 def captured(name: str, options: Options) -> dict[str, Any]:
-    """A whole step replayed from a CUDA graph, compared with the same step launched kernel by kernel."""
+    """A whole step replayed from a CUDA graph, and the same step launched kernel by kernel."""
     microbatches, samples = (2, 2) if options.quick else (8, 16)
     setting = Setting.of(TASKS[name], microbatches * samples, options.device)
     step = gf.train_step(setting.loss, UPDATE, microbatches=microbatches, plan="fused")

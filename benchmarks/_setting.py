@@ -56,7 +56,7 @@ class Setting:
         with self.autocast():
             loss = criterion(self.model(inputs), targets)
         loss.backward()
-        # Freed at the end, not the start, so that no contender runs next to the gradients of the others.
+        # Freed at the end, not the start, so that no contender holds the gradients of others.
         self.model.zero_grad(set_to_none=True)
 
     def rows(self, microbatches: int, plan: Plan, **options: Any) -> Callable[[], gf.GradStack]:
