@@ -16,6 +16,7 @@ from gradfilter.grads._loss import model_loss as model_loss
 from gradfilter.grads._microbatch import Plan as Plan
 from gradfilter.grads._microbatch import microbatch_grads as microbatch_grads
 from gradfilter.grads._microbatch import per_sample_grads as per_sample_grads
+from gradfilter.grads._stack import ComputedStack as ComputedStack
 from gradfilter.grads._stack import DenseStack as DenseStack
 from gradfilter.grads._stack import GradStack as GradStack
 from gradfilter.transforms._agreement import agree_filter as agree_filter
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ComputedStack",
     "DenseStack",
     "GradStack",
     "Params",

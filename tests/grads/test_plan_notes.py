@@ -62,6 +62,45 @@ def test_storage_is_asked_for_in_plain_words():
     assert "BatchedTensorImpl" not in str(caught[0].message)
 
 
+def test_a_stack_says_why_the_loop_was_taken(capsys):
+    import copy
+
+    def loss(params, x):
+        return (copy.deepcopy(params["w"].detach()) * params["w"] * x).sum()
+
+    with pytest.warns(UserWarning, match="Fell back") as caught:
+        stack = rows(loss, "auto")
+    why = str(caught[0].message).removeprefix('Fell back to plan "loop": ').split(". Pass plan")[0]
+    for asked in (stack, stack.first(1), stack.at({"w": torch.ones(3)})):
+        assert f'fell back to plan "loop": {why}' in asked.explain()
+    assert 'plan "loop"' in stack.explain() and "all rows are held" in stack.explain()
+    assert capsys.readouterr().out == ""
+    chosen = rows(lambda params, x: (params["w"] * x).sum(), "loop")
+    assert 'plan "loop"' in chosen.explain() and "fell back" not in chosen.explain()
+
+
+def test_a_stack_says_why_the_loop_was_taken_in_the_backward_pass():
+    """The rows are refused at the first question, when the stack is already there."""
+    asked = []
+
+    def refuse_once(grad):
+        asked.append(grad)
+        if len(asked) == 1:
+            raise RuntimeError("one row at a time")
+
+    def loss(params, x):
+        y = params["w"] * x
+        y.register_hook(refuse_once)
+        return y.square().sum()
+
+    stack = rows(loss, "auto")
+    assert "fell back" not in stack.explain()
+    with pytest.warns(UserWarning, match="Fell back") as caught:
+        stack.gram()
+    why = str(caught[0].message).removeprefix('Fell back to plan "loop": ').split(". Pass plan")[0]
+    assert f'fell back to plan "loop": {why}' in stack.explain()
+
+
 def test_vmap_names_what_asks_for_storage():
     import copy
 

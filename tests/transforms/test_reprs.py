@@ -38,7 +38,7 @@ def test_a_chain_shows_its_links_and_a_link_its_kinds():
     )
 
 
-@pytest.mark.parametrize("plan, name", [("fused", "FusedStack"), ("loop", "DenseStack")])
+@pytest.mark.parametrize("plan, name", [("fused", "FusedStack"), ("loop", "ComputedDenseStack")])
 def test_a_stack_shows_how_much_it_holds(plan, name):
     model, batch = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)), vectors(8)
     params, _ = gf.extract(model)

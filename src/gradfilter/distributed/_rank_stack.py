@@ -23,7 +23,7 @@ from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.distributed._ranks import Bucket, Ranks, added_up, combined, exchanged
 from gradfilter.grads._stack import (
     GRAM_UP_TO,
-    ComputedStack,
+    BaseStack,
     DenseStack,
     GradStack,
     as_stack,
@@ -221,7 +221,7 @@ def _described(stack: GradStack, keeps: bool) -> bytes:
     tensors: Mapping[str, Tensor] = {}
     if isinstance(stack, DenseStack):
         tensors = stack.rows
-    elif isinstance(stack, ComputedStack) and stack.origin is not None:
+    elif isinstance(stack, BaseStack) and stack.origin is not None:
         tensors = stack.origin.params
     leaves = [
         [name, list(shape), str(tensors[name].dtype) if name in tensors else "unknown"]
@@ -260,7 +260,7 @@ FEW = 2
 
 
 @copied("losses", "scale")
-class RankStack(ComputedStack):
+class RankStack(BaseStack):
     r"""Rows that live on different ranks, as one stack: row r·M + m is row m of rank r.
 
     Every rank gives its own M rows and asks the same questions in the same order; all get the same
@@ -413,6 +413,10 @@ class RankStack(ComputedStack):
         ranks = self._spread.ranks
         spread = GatheredRows(local, ranks, ranks.gather(per_row(local)))
         return self._like_this(spread, self.scale, self._count)
+
+    def explain(self) -> str:
+        """Return how the rows of this rank are computed and held."""
+        return f"{self!r}, of which this rank holds: {self._spread.local.explain()}"
 
     def release(self) -> None:
         """Let go of whatever can be computed, or exchanged, again."""

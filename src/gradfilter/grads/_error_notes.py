@@ -108,3 +108,9 @@ def stacklevel() -> int:
     while frame is not None and frame.f_globals.get("__name__", "").startswith(ours):
         level, frame = level + 1, frame.f_back
     return level + 1
+
+
+def reason_of(refusal: Exception) -> str:
+    """Return the first line of what a refused plan says, without a full stop and without advice."""
+    reason = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
+    return reason.rstrip(".").removesuffix('. Use plan="loop"')

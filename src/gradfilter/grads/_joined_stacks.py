@@ -44,6 +44,10 @@ class JoinedStack(GradStack):
         """If it is for every part."""
         return all(part.gram_is_cheap() for part in self.parts)
 
+    def explain(self) -> str:
+        """Part by part."""
+        return "\n".join(part.explain() for part in self.parts)
+
     def release(self) -> None:
         """Part by part."""
         for part in self.parts:
@@ -138,6 +142,10 @@ class SelectedStack(GradStack):
     def gram_is_cheap(self) -> bool:
         """If it is for both."""
         return self.new.gram_is_cheap() and self.old.gram_is_cheap()
+
+    def explain(self) -> str:
+        """Both."""
+        return f"one of two stacks:\n{self.new.explain()}\n{self.old.explain()}"
 
     def release(self) -> None:
         """Both."""

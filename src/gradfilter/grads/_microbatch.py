@@ -27,12 +27,12 @@ from gradfilter.grads._call_context import (
     random_state,
     random_state_restored,
 )
-from gradfilter.grads._error_notes import add_plan_note, note_anomaly, stacklevel
+from gradfilter.grads._error_notes import add_plan_note, note_anomaly, reason_of, stacklevel
 from gradfilter.grads._loop import Rows, loop_rows
 from gradfilter.grads._loss import ModelLoss, RefusedByAll
 from gradfilter.grads._module_attributes import CONTAINERS, same_value, tensors_in
 from gradfilter.grads._normalized_loss import NormalizedLoss
-from gradfilter.grads._stack import ComputedStack, DenseStack, StackOrigin
+from gradfilter.grads._stack import ComputedDenseStack, ComputedStack, StackOrigin
 from gradfilter.grads._vmap import vmap_rows
 from gradfilter.grads.fused._forward import BatchWritten, Forward, forward, forward_single
 from gradfilter.grads.fused._fused_stack import FusedStack, LazyRows, chunked_rows
@@ -257,6 +257,7 @@ class BatchPasses:
     _grouping: Grouping = field(init=False)
     _random_after: dict[str, Any] | None = None
     _copies: bool = False
+    _fallback: str = ""
 
     def __post_init__(self) -> None:
         """Note how often the parameters have been written."""
@@ -300,6 +301,7 @@ class BatchPasses:
             self._check_undrawn(refusal)
             # The loop says whether the loss or only vmap was at fault, on the same random numbers.
             self.context.rewind()
+            self._fallback = reason_of(refusal)
             try:
                 result = self._stack("loop", params, per_row)
             except Exception as fault:
@@ -320,7 +322,10 @@ class BatchPasses:
         except Exception as error:
             add_plan_note(error, plan)
             raise
-        return DenseStack(grads, losses, after, aux, origin=origin)
+        why = self._fallback if plan == "loop" else ""
+        return ComputedDenseStack(
+            grads, losses=losses, buffers=after, aux=aux, origin=origin, plan=plan, fallback=why
+        )
 
     def _rows(self, plan: Plan, params: Params, per_row: bool) -> Rows:
         try:
@@ -365,7 +370,9 @@ class BatchPasses:
             )
             if rows is not None:
                 grads, losses, after, aux = rows
-                return DenseStack(grads, losses, after, aux, origin=origin)
+                return ComputedDenseStack(
+                    grads, losses=losses, buffers=after, aux=aux, origin=origin, plan="fused"
+                )
         given = Versions((f"parameter {name!r}", p) for name, p in params.items())
         first = run(self.batch, params, self._grouping, True)
         losses = first.losses.detach()
@@ -427,8 +434,8 @@ class BatchPasses:
         before, after = self.context.random, self._random_after
         if after is not None and any(not torch.equal(after[kind], before[kind]) for kind in before):
             raise RuntimeError(
-                f"{_reason(refusal)}. The rows drew their random numbers all at once, and the loop "
-                'cannot draw them again. Pass plan="loop" from the start.'
+                f"{reason_of(refusal)}. The rows drew their random numbers all at once, and the "
+                'loop cannot draw them again. Pass plan="loop" from the start.'
             ) from refusal
 
 
@@ -454,15 +461,10 @@ def _check_repeated(losses: Tensor, again: Tensor) -> None:
         )
 
 
-def _reason(refusal: Exception) -> str:
-    reason = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
-    return reason.rstrip(".").removesuffix('. Use plan="loop"')
-
-
 def _warn(refusal: Exception) -> None:
     """Say that the loop was taken and why, at the caller's line."""
     warnings.warn(
-        f'Fell back to plan "loop": {_reason(refusal)}. Pass plan="loop" to choose it outright.',
+        f'Fell back to plan "loop": {reason_of(refusal)}. Pass plan="loop" to choose it outright.',
         stacklevel=stacklevel(),
     )
 
@@ -505,7 +507,7 @@ def microbatch_grads(
         memory_budget: What plan ``"fused"`` may hold between questions, beside what an ordinary
             backward pass takes: bytes (int), or a fraction of the device's memory (float, up to
             1). With less it streams, and in the end runs a backward pass for every question.
-            ``explain()`` of a stack prints what was chosen.
+            ``explain()`` of a stack says what was chosen.
 
     Raises:
         ValueError: M < 1; N not divisible by M; tensors of the batch disagree on N; the batch is

@@ -1,7 +1,7 @@
 """The GradStack protocol, and the stacks that implement it: computed and dense.
 
 A stack holds M gradients as the rows of a matrix J (M, P), which need not exist in memory. Every
-question that a transform asks is one of a few products with J. `ComputedStack` adds cutting,
+question that a transform asks is one of a few products with J. `BaseStack` adds cutting,
 scaling and evaluation at other parameters; `DenseStack` holds its rows.
 """
 
@@ -86,6 +86,12 @@ def scale_rows(values: Tensor, factors: Tensor | None) -> Tensor:
     # In half precision small factors would round to 0 before they meet large values.
     wide = _tree.at_least_float32(values)
     return torch.where(factors == 0, 0.0, factors.to(wide.dtype) * wide).to(values.dtype)
+
+
+def mean_of(losses: Tensor, live: Tensor) -> Tensor:
+    """The mean of the losses of the rows that take part; NaN where none does. ()."""
+    wide = _tree.at_least_float32(losses)
+    return (torch.where(live, wide, 0.0).sum() / live.sum()).to(losses.dtype)
 
 
 def first_rows(per_row: Any, count: int) -> Any:
@@ -231,10 +237,7 @@ class GradStack(ABC):
         NaN where no row takes part.
         """
         losses = self.losses
-        if losses is None:
-            return None
-        live, wide = self.live, _tree.at_least_float32(losses)
-        return (torch.where(live, wide, 0.0).sum() / live.sum()).to(losses.dtype)
+        return None if losses is None else mean_of(losses, self.live)
 
     @abstractmethod
     def gram(self) -> Tensor:
@@ -293,6 +296,10 @@ class GradStack(ABC):
         """Whether the Gram costs less than the norms, a `combine` and a `dot` together."""
         return len(self) <= GRAM_UP_TO
 
+    def explain(self) -> str:
+        """Return how the rows are computed and held, as text for a person."""
+        return repr(self)
+
     @abstractmethod
     def release(self) -> None:
         """Let go of whatever can be computed again; the stack stays answerable."""
@@ -317,7 +324,7 @@ class StackOrigin:
     evaluate: Callable[[Params, bool, Collection[str]], GradStack] = field(repr=False)
 
 
-class ComputedStack(GradStack):
+class BaseStack(GradStack):
     """What stacks that are computed from a batch share.
 
     Attributes:
@@ -426,12 +433,29 @@ class ComputedStack(GradStack):
         return stack if self.scale is None else stack.scaled(self.scale)
 
 
+class ComputedStack(BaseStack):
+    """The rows of `microbatch_grads` and `per_sample_grads`, by whatever plan.
+
+    Attributes:
+        losses: (M,).
+        origin: How to compute the rows again, for `at` and `at_rows`.
+    """
+
+    # Stacks are immutable: nobody may set what a subclass narrows.
+    losses: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
+    origin: StackOrigin  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def mean_loss(self) -> Tensor:
+        """The mean of the losses of the rows that take part. ()."""
+        return mean_of(self.losses, self.live)
+
+
 # --- The stack that holds its rows ---
 
 
 @copied("losses", "scale", "empty")
 @dataclass(frozen=True, eq=False, repr=False)
-class DenseStack(ComputedStack):
+class DenseStack(BaseStack):
     """A stack that holds its rows.
 
     Args:
@@ -500,6 +524,11 @@ class DenseStack(ComputedStack):
 
     def release(self) -> None:
         """Nothing to let go of: the rows are what the stack is."""
+
+    def explain(self) -> str:
+        """Return how many rows are held, and in how many bytes."""
+        size = sum(leaf.nbytes for leaf in self.rows.values())
+        return f"{self!r}: all rows are held, {size / 1e6:.1f} MB"
 
     def _check_unwritten(self) -> None:
         """Refuse to answer from rows that are no longer what they were."""
@@ -584,6 +613,33 @@ class DenseStack(ComputedStack):
         per_row = (self.rows, self.losses, self.aux, self.scale, self.empty)
         rows, losses, aux, scale, empty = first_rows(per_row, count)
         return replace(self, rows=rows, losses=losses, aux=aux, scale=scale, empty=empty)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ComputedDenseStack(DenseStack, ComputedStack):
+    """A stack of rows that `microbatch_grads` has computed and that are held.
+
+    Args:
+        plan: The plan that computed the rows.
+        fallback: Why another plan was refused; empty where none was.
+
+    The other arguments are those of `DenseStack`; ``losses`` and ``origin`` are required.
+    """
+
+    losses: Tensor = field(kw_only=True)
+    origin: StackOrigin = field(kw_only=True)
+    plan: str = "loop"
+    fallback: str = ""
+
+    def explain(self) -> str:
+        """Return the plan, the bytes that are held, and why the loop was taken, if it was."""
+        lines = [f'plan "{self.plan}"', super().explain()]
+        return "\n".join([*lines, *explain_fallback(self.fallback)])
+
+
+def explain_fallback(reason: str) -> list[str]:
+    """Return the line that says why the loop was taken; none without a reason."""
+    return [f'fell back to plan "loop": {reason}'] if reason else []
 
 
 def as_stack(grads: GradStack | Tree) -> GradStack:

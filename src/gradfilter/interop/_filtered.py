@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from gradfilter import _tree
 from gradfilter._types import GLOBAL_NAMES, Out, Params, Transform
 from gradfilter.grads._loss import extract, insert
 from gradfilter.grads._microbatch import GradFunction, Plan, microbatch_grads, per_sample_grads
-from gradfilter.grads._stack import ComputedStack, DenseStack, GradStack, StackOrigin
+from gradfilter.grads._stack import BaseStack, ComputedStack, DenseStack, GradStack, StackOrigin
 from gradfilter.interop._host_chain import (
     check_owned,
     filter_chain,
@@ -48,7 +48,7 @@ def held(rows: GradStack, factors: Tensor | None = None) -> DenseStack:
         rows: A stack that nothing has scaled yet.
         factors: (M,) to scale it with.
     """
-    origin = rows.origin if isinstance(rows, ComputedStack) else None
+    origin = rows.origin if isinstance(rows, BaseStack) else None
     dense = DenseStack(rows.stacked(), rows.losses, rows.buffers, rows.aux, factors, origin)
     rows.release()
     return dense
@@ -279,8 +279,8 @@ class Filtered:
             **extra: For the links: ``keep``, ``count``, ``value``.
         """
         check_owned(self._module, self.optimizer, "Filtered")
-        rows, factors = self._rows(inputs, targets)
-        buffers = rows.buffers
+        computed, factors = self._rows(inputs, targets)
+        rows, buffers = cast(GradStack, computed), computed.buffers
         if self._pending:
             rows, self._pending = joined([*self._pending, held(rows, factors)]), []
         elif factors is not None:

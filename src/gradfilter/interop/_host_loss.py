@@ -176,7 +176,6 @@ def with_own_losses(rows: ComputedStack) -> ComputedStack:
     The rows themselves stay those of the scaled losses, and ``aux`` is the criterion's own.
     """
     origin = rows.origin
-    assert origin is not None  # rows of a batch always have one
 
     def evaluate(params: Params, per_row: bool, kept: Collection[str]) -> GradStack:
         return with_own_losses(cast(ComputedStack, origin.evaluate(params, per_row, kept)))

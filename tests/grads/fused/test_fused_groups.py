@@ -222,11 +222,10 @@ def test_losses_aux_and_rows_come_in_the_order_of_the_batch():
     assert sorted(row for group in rows.groups for row in group) == list(range(7))
 
 
-def test_explain_says_which_rows_had_a_pass_of_their_own(capsys):
+def test_explain_says_which_rows_had_a_pass_of_their_own():
     model, batch = case("three groups", 7)
     rows = rows_of(model, batch, "fused", 7)
-    rows.explain()
-    assert "3 passes" in capsys.readouterr().out
+    assert "3 passes" in rows.explain()
 
 
 def test_rows_elsewhere_are_grouped_as_they_answer_there():

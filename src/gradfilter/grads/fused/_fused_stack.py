@@ -14,7 +14,7 @@ from gradfilter._readable import readable
 from gradfilter._types import Params, Tree
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._call_context import random_state, set_random_state
-from gradfilter.grads._error_notes import note_anomaly
+from gradfilter.grads._error_notes import note_anomaly, reason_of
 from gradfilter.grads._loop import Rows
 from gradfilter.grads._module_tensors import Hook, hooked
 from gradfilter.grads._stack import (
@@ -23,6 +23,7 @@ from gradfilter.grads._stack import (
     check_per_row,
     check_same_leaves,
     copied,
+    explain_fallback,
     first_rows,
     scale_rows,
     versions,
@@ -72,6 +73,7 @@ class LazyRows:
         hooks: dict[str, list[Hook]] | None = None,
     ) -> None:
         self._again, self._instead = again, instead
+        self.fallback = ""  # why the loop has computed the rows, once it has
         # Those of a single row are on its leaves.
         self._hooks = (hooks or {}) if first.tape.alone is None else {}
         self._linear = first.tape.linear
@@ -294,6 +296,7 @@ class LazyRows:
                 raise
             self._forward = None
             rows = self._instead(refusal)
+            self.fallback = reason_of(refusal)
             self._kept = {name: DenseFactor(leaf) for name, leaf in rows.items()}
             self._versions = versions(_held(self._kept))
             return False
@@ -363,14 +366,17 @@ class FusedStack(ComputedStack):
         """How each leaf's rows are treated."""
         return [self.run.modes.layers[name] for name in self.names]
 
-    def explain(self) -> None:
-        """Print the mode, the extra flops and the kept bytes of every leaf."""
-        print(self.run.modes)
+    def explain(self) -> str:
+        """Return the mode, the extra flops and the kept bytes of every leaf, one line per leaf."""
+        lines = [str(self.run.modes)]
         if self.groups:
             rows = "; ".join(", ".join(map(str, group)) for group in self.groups)
-            print(f"{len(self.groups)} passes, for the loss asks rows what they differ in: {rows}")
+            lines.append(
+                f"{len(self.groups)} passes, for the loss asks rows what they differ in: {rows}"
+            )
         if self.run.by_row:
-            print(f"row by row inside the pass: {', '.join(self.run.by_row)}")
+            lines.append(f"row by row inside the pass: {', '.join(self.run.by_row)}")
+        return "\n".join([*lines, *explain_fallback(self.run.fallback)])
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
