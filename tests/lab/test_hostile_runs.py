@@ -133,7 +133,7 @@ def test_a_point_that_is_far_larger_than_the_run_is_not_read(tmp_path):
     options = [*TRAINING, "--save-dir", tmp_path, "--save-checkpoint", 1]
     line = refused("train", *options, "--resume")
     assert "resume.pt' cannot be read: it has 1099511627776 bytes, more than any such file" in line
-    assert "resume.before.pt, is whole" in line
+    assert "resume.before.pt, is intact" in line
 
 
 def test_json_is_at_most_so_deep():
@@ -281,7 +281,7 @@ def test_checkpoints_of_other_names_are_none(tmp_path):
     content = archive.read_bytes()
     archive.write_bytes(content.replace(b"x" * 100, b"y" * 100))
     assert [checkpoint.entry for checkpoint in checkpoints(archive)] == [own]
-    with pytest.raises(UsageError, match=r"is damaged.*No checkpoint there is whole"):
+    with pytest.raises(UsageError, match=r"is damaged.*No checkpoint there is intact"):
         read_tensors(archive, own)
 
 

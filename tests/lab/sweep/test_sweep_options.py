@@ -51,7 +51,7 @@ def test_a_grid_given_twice_is_one_grid(tmp_path):
         (["--grid", "seed=0,1", "--", "--seed", "3"], "--seed: --grid says what it is"),
         (["--grid", "nesterov=true,false", "--", "--no-nesterov"], "--nesterov: --grid says"),
         (["--grid", "seed=0", "--sampler-seed", "0"], "--sampler-seed"),
-        (["--grid", "optimizer=sgd,sgd+nesterov", "nesterov=true,false"], "two answers"),
+        (["--grid", "optimizer=sgd,sgd+nesterov", "nesterov=true,false"], "contradict each other"),
         (["--grid", "seed=0", "--grid", "seed=1"], "seed is given twice"),
         ([*SEARCH, "train_split=0.5:500"], "fractions below 1, or whole numbers"),
         ([*SEARCH, "val_split=100.5:500"], "fractions below 1, or whole numbers"),
@@ -150,4 +150,4 @@ def test_fresh_trainings_of_a_sweep_are_not_told_that_they_are_none_to_go_on_wit
     shared = ["--epochs", "0.1", "--model", "mlp_2", "--save-dir", str(tmp_path)]
     assert command("sweep", "--grid", "seed=0", "--", *shared)[::2] == (0, "")
     _, _, err = command("train", *shared, "--resume")
-    assert "yet, one is begun" in err
+    assert "yet, a new one starts" in err

@@ -523,7 +523,7 @@ ALL_SKIPPED = {
         "--consensus is a cosine distance, 1 - cos; did you mean 0.99?"
     ),
     "--batch-size 2 --microbatches 2 --agree 0.5": (
-        "no rows agreed at --agree 0.5; a larger cosine distance, up to 2, takes more"
+        "no rows agreed at --agree 0.5; a larger distance, up to 2, accepts more"
     ),
 }
 

@@ -151,7 +151,7 @@ def test_a_directory_in_use_by_a_live_process_is_left_alone(tmp_path):
                 assert process.poll() is None
                 time.sleep(0.05)
             line = refused(*options, "--resume")
-            assert "at work in another process" in line and process.poll() is None
+            assert "in use by another process" in line and process.poll() is None
             process.send_signal(signal.SIGKILL)
             process.wait()
         finally:

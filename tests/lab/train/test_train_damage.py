@@ -186,9 +186,13 @@ def test_a_damaged_archive_is_refused_by_resume_and_by_stats(tmp_path):
     archive.write_bytes(flipped(whole, whole.rindex(weight) + 1))
     line = refused(*OPTIONS, "--save-dir", tmp_path, "--resume")
     assert f"{ARCHIVE}' is damaged: {saved[-1].entry}. " in line
-    assert f"whole is {saved[-2].id}, after step {saved[-2].step}." in line
+    assert f"intact checkpoint is {saved[-2].id}, after step {saved[-2].step}." in line
     line = refused("stats", run, "--last")
-    assert saved[-1].entry in line and "damaged" in line and f"whole is {saved[-2].id}," in line
+    assert (
+        saved[-1].entry in line
+        and "damaged" in line
+        and f"intact checkpoint is {saved[-2].id}," in line
+    )
     assert command("stats", run, "--checkpoint", saved[-2].id)[0] == 0
     # The name of the last one, in the archive's directory: it is no longer the last.
     at = whole.rindex(saved[-1].entry.encode())

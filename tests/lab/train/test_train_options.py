@@ -174,7 +174,7 @@ IGNORED = {
     "--schedule step": "--schedule: it would change nothing in a training that ends before",
     "--schedule step --lr-step 9 --epochs 9": "ends before the first drop. Give a smaller",
     "--schedule plateau --epochs 9": "ends before the first drop",
-    "--epochs 5 --steps 10": "--epochs: it would change nothing beside --steps, which says how",
+    "--epochs 5 --steps 10": "--epochs: it would change nothing with --steps, which sets the",
 }
 
 

@@ -216,9 +216,9 @@ def test_a_run_that_lost_its_record_or_its_points_is_not_written_over(tmp_path):
     for name in ("resume.pt", "resume.before.pt"):
         (place / name).unlink()
         del before[place / name]
-    assert "resume.pt to go on from is gone" in refused(*options)
+    assert "resume.pt to resume from is gone" in refused(*options)
     (place / "config.json").write_text(record)
-    assert "resume.pt to go on from is gone" in last_line(*options, "--resume")
+    assert "resume.pt to resume from is gone" in last_line(*options, "--resume")
     assert {path: path.read_bytes() for path in before} == before
     assert config(place)["status"] == "interrupted"
 

@@ -1,8 +1,8 @@
-"""The checkpoints of a run: one zip archive that grows, and is whole whenever the process dies.
+"""Write and read the checkpoints of a run: one zip archive that stays intact after any kill.
 
-Adding to a zip archive writes over the directory at its end. That directory is kept beside the
-archive while this happens, so that whoever comes after a kill puts it back: the archive is then
-what it was before. The moment at which the kept directory is removed is the moment of the commit.
+Adding to a zip archive overwrites the directory at its end. A copy of that directory is kept in a
+file next to the archive until the entry is written. After a kill, the next owner of the run
+restores the copy, and the archive is as before. Removing the copy commits the new entry.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ ARCHIVE = "checkpoints.zip"
 LABELS = "labels.pt"
 DIRECTORY = "the directory at its end"
 LENGTHS = range(26, 30)
-"""Where an entry's own header says how long its name and what follows are; they end the header."""
+"""Position of the lengths of name and extra field, which end an entry's own header."""
 CHUNK = 2**20
 PATIENCE = 10.0
-"""Seconds that a reader waits for an archive that is being written."""
+"""Time that a reader waits for an archive that is being written, in seconds."""
 _ENTRY = re.compile(r"(\d+)-step-(\d+)-epoch-([\d.]+)\.pt", re.ASCII)
 FOLDER = 0x10
-"""What marks an entry of a zip archive as a folder."""
+"""The mark of an entry that is a folder."""
 _COMPRESSED = (
     "is compressed, which gradfilter never does: a small file could fill the memory. Pack it again "
     "without compression, or train again."
@@ -56,7 +56,7 @@ class Checkpoint:
     """One entry of the archive.
 
     Attributes:
-        id: 0 is the start of the training, 1 the next that was saved, ...
+        id: 0 is the start of the training, 1 the next saved checkpoint, ...
         step: Steps done.
         epoch: Epochs done.
     """
@@ -67,19 +67,19 @@ class Checkpoint:
 
     @property
     def entry(self) -> str:
-        """Its name in the archive."""
+        """Return the name of the entry in the archive."""
         return f"{self.id:05d}-step-{self.step}-epoch-{self.epoch:.6f}.pt"
 
 
 def tensor_bytes(flat: Mapping[str, Tensor]) -> bytes:
-    """What ``torch.load(..., weights_only=True)`` reads on any machine."""
+    """Serialise tensors so that ``torch.load(..., weights_only=True)`` reads them anywhere."""
     buffer = io.BytesIO()
     torch.save({name: tensor.detach().cpu() for name, tensor in flat.items()}, buffer)
     return buffer.getvalue()
 
 
 def add(archive: Path, entry: str, content: bytes) -> None:
-    """Add an entry, as a whole or not at all; an entry of that name stays as it is."""
+    """Add an entry, completely or not at all; an existing entry of that name is kept."""
     recover(archive)
     if not archive.exists():
         first = io.BytesIO()
@@ -106,14 +106,14 @@ def add(archive: Path, entry: str, content: bytes) -> None:
 
 
 def recover(archive: Path) -> None:
-    """Undo what a killed process left half-written; only the owner of the run may."""
+    """Undo a write that a kill interrupted; only the owner of the run may call this."""
     kept = _kept(archive)
     if not kept.exists():
         return
     if not archive.exists():
         kept.unlink()
         return
-    with reading(kept, "what a killed run kept", "Remove it if the archive can be read without."):
+    with reading(kept, "what a killed run kept", "Remove it if the archive reads without it."):
         start, directory = _directory(content_of(kept), regular_size(archive))
     with open_own(archive, "r+b") as file:
         file.truncate(start)
@@ -124,11 +124,11 @@ def recover(archive: Path) -> None:
 
 
 def _directory(content: bytes, size: int) -> tuple[int, bytes]:
-    """Where the directory of an archive begins, and the directory.
+    """Return the position of an archive's directory, and the directory itself.
 
     Args:
-        content: As `add` keeps it.
-        size: Of the archive, which has grown since.
+        content: The copy that `add` keeps.
+        size: Size of the archive, which has grown since.
     """
     start, directory = int.from_bytes(content[:8], "big"), content[8:]
     with zipfile.ZipFile(_Behind(start, directory)) as alone:
@@ -140,11 +140,11 @@ def _directory(content: bytes, size: int) -> tuple[int, bytes]:
 
 
 class _Behind(io.BytesIO):
-    """A file of which only the end is here: what an archive's directory says counts from its start.
+    """A file of which only the end is in memory; positions count from the start of the whole file.
 
     Args:
-        start: Bytes before it.
-        content: From there on.
+        start: Number of bytes before the content.
+        content: The bytes from there to the end.
     """
 
     def __init__(self, start: int, content: bytes) -> None:
@@ -152,17 +152,15 @@ class _Behind(io.BytesIO):
         self.start = start
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As every file has it."""
         before = self.start if whence == io.SEEK_SET else 0
         return self.start + super().seek(offset - before, whence)
 
     def tell(self) -> int:
-        """As every file has it."""
         return self.start + super().tell()
 
 
 def keep_until(archive: Path, step: int) -> None:
-    """Drop the checkpoints after a step: a run that is resumed there makes them again."""
+    """Discard the checkpoints after a step: a run that resumes there repeats them."""
     recover(archive)
     late = {c.entry for c in checkpoints(archive) if c.step > step} if archive.exists() else set()
     if not late:
@@ -176,34 +174,34 @@ def keep_until(archive: Path, step: int) -> None:
 
 
 def checkpoints(archive: Path) -> list[Checkpoint]:
-    """What has been saved, in order, without what the directory of a damaged archive misnames.
+    """List the checkpoints in order, without entries that a damaged directory misnames.
 
     Raises:
-        UsageError: There is no archive, or it cannot be read.
+        UsageError: The archive is missing, or it cannot be read.
     """
     with _opened(archive) as opened, reading(archive, "the archive", "Train again."):
         there = [info.filename for info in opened.infolist() if _is_there(opened, info)]
         found = [_ENTRY.fullmatch(name) for name in there]
         saved = {m[0]: Checkpoint(int(m[1]), int(m[2]), float(m[3])) for m in found if m}
-        # Whoever reads one looks for it by the name that this package gives it.
+        # Readers find a checkpoint by the name that this package gives it.
         own = [checkpoint for name, checkpoint in saved.items() if checkpoint.entry == name]
     return sorted(own, key=lambda c: c.id)
 
 
 def misnamed(archive: Path) -> list[str]:
-    """Entries that the archive's directory calls by another name than they have, or misplaces.
+    """List entries whose name or position differs from that in the archive's directory.
 
     Raises:
-        UsageError: There is no archive, or it cannot be read.
+        UsageError: The archive is missing, or it cannot be read.
     """
     return _lost(archive, _is_there)
 
 
 def damaged(archive: Path) -> list[str]:
-    """Entries whose names or contents are not those that were written; reads the whole archive.
+    """List entries whose name or content has changed since it was written; reads everything.
 
     Raises:
-        UsageError: There is no archive, or it cannot be read.
+        UsageError: The archive is missing, or it cannot be read.
     """
     return _lost(archive, _is_whole)
 
@@ -215,10 +213,10 @@ def _lost(archive: Path, is_fine: Callable[[zipfile.ZipFile, zipfile.ZipInfo], b
 
 
 def newest_whole(archive: Path) -> Checkpoint | None:
-    """The last checkpoint that is as it was written.
+    """Return the last undamaged checkpoint.
 
     Raises:
-        UsageError: There is no archive, or it cannot be read.
+        UsageError: The archive is missing, or it cannot be read.
     """
     saved = checkpoints(archive)
     with _opened(archive) as opened:
@@ -227,24 +225,24 @@ def newest_whole(archive: Path) -> Checkpoint | None:
 
 
 def offer(archive: Path) -> str:
-    """What there is instead of a damaged entry, as a sentence."""
+    """Return which checkpoint to use instead of a damaged one, as a sentence."""
     newest = newest_whole(archive)
     if newest is None:
-        return "No checkpoint there is whole: train again."
-    return f"The newest checkpoint that is whole is {newest.id}, after step {newest.step}."
+        return "No checkpoint there is intact: train again."
+    return f"The newest intact checkpoint is {newest.id}, after step {newest.step}."
 
 
 def _is_there(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:
-    """Whether the entry is where the directory says, and has that name."""
+    """Return whether the entry has the position and the name that the directory says."""
     try:
         opened.open(info).close()
-    except Exception:  # what zipfile raises of damaged bytes has no common type
+    except Exception:  # errors of zipfile for damaged bytes have no common type
         return False
     return True
 
 
 def _is_covered(archive: Path, opened: zipfile.ZipFile) -> bool:
-    """Whether the entries lie one behind the other: then the directory leaves none out."""
+    """Return whether the entries are contiguous: then the directory omits none."""
     end = 0
     with archive.open("rb") as file:
         for info in sorted(opened.infolist(), key=lambda info: info.header_offset):
@@ -258,8 +256,8 @@ def _is_covered(archive: Path, opened: zipfile.ZipFile) -> bool:
 
 
 def _is_whole(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:
-    """Whether an entry is as it was written, by its checksum."""
-    if info.compress_type != zipfile.ZIP_STORED:  # and it might fill the memory
+    """Return whether an entry matches its checksum."""
+    if info.compress_type != zipfile.ZIP_STORED:  # it could also fill the memory
         return False
     try:
         with opened.open(info) as entry:
@@ -271,7 +269,7 @@ def _is_whole(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:
 
 
 def read_tensors(archive: Path, entry: Checkpoint | str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, or of another entry; pickles that are not tensors never run.
+    """Read the tensors of a checkpoint or of another entry, without running pickled code.
 
     Raises:
         UsageError: The entry is missing, damaged, or not what this package wrote.
@@ -283,10 +281,10 @@ def read_tensors(archive: Path, entry: Checkpoint | str) -> dict[str, Tensor]:
 
 
 def _content(archive: Path, opened: zipfile.ZipFile, name: str) -> bytes:
-    """What is in an entry of an archive.
+    """Read the bytes of an entry.
 
     Raises:
-        UsageError: There is no such entry, it is damaged, or it may be far larger than the archive.
+        UsageError: The entry is missing, damaged, or may be far larger than the archive.
     """
     what = f"checkpoint {name!r} in {str(archive)!r}"
     try:
@@ -294,7 +292,7 @@ def _content(archive: Path, opened: zipfile.ZipFile, name: str) -> bytes:
         content = opened.read(name) if entry.compress_type == zipfile.ZIP_STORED else None
     except KeyError:
         raise UsageError(f"{str(archive)!r} has no checkpoint {name!r}.") from None
-    except Exception as error:  # what zipfile raises of damaged bytes has no common type
+    except Exception as error:  # errors of zipfile for damaged bytes have no common type
         raise UsageError(f"{what} is damaged: {why(error)}. {offer(archive)}") from None
     if content is None:
         raise UsageError(f"{what} {_COMPRESSED}")
@@ -304,14 +302,14 @@ def _content(archive: Path, opened: zipfile.ZipFile, name: str) -> bytes:
 def tensors_of(
     content: bytes, what: str, fix: str = "Choose another, or train again."
 ) -> dict[str, Tensor]:
-    """Read tensors by name, and nothing else, if they are those that were written.
+    """Read tensors by name, and nothing else, after checking their checksums.
 
-    Every tensor has a checksum, which torch writes and does not compare.
+    Every tensor has a checksum, which torch writes and does not check.
 
     Args:
-        content: As `tensor_bytes` makes it.
-        what: What it is to a user.
-        fix: What to do if it is damaged.
+        content: The bytes that `tensor_bytes` made.
+        what: Its name in error messages.
+        fix: Advice in error messages if it is damaged.
 
     Raises:
         UsageError: It is damaged or holds something else.
@@ -320,11 +318,11 @@ def tensors_of(
         with zipfile.ZipFile(io.BytesIO(content)) as inside:
             entries = inside.infolist()
             inflates = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-            # Of entries that lie over each other the sum is more than there is.
+            # The sizes of overlapping entries sum to more than the file.
             overlaps = sum(entry.file_size for entry in entries) > len(content)
-            # To read so much would take as long as somebody likes.
+            # A forged size could make the read arbitrarily long.
             flipped = not (inflates or overlaps) and inside.testzip() is not None
-        # torch compares no checksums, and takes what is marked so for a folder without content.
+        # torch checks no checksums, and reads an entry marked as a folder as empty.
         damaged = flipped or overlaps or any(entry.external_attr & FOLDER for entry in entries)
         read = None if inflates or damaged else _loaded(content)
     except UnpicklingError:
@@ -332,7 +330,7 @@ def tensors_of(
             f"{what} holds more than tensors, and was not opened: loading it could run any code. "
             "Use a file that this program wrote."
         ) from None
-    except Exception:  # what torch's reader raises of damaged bytes has no common type
+    except Exception:  # errors of torch for damaged bytes have no common type
         raise UsageError(f"{what} is damaged. {fix}".rstrip()) from None
     if inflates:
         raise UsageError(f"{what} {_COMPRESSED}")
@@ -348,14 +346,14 @@ def tensors_of(
 
 def _loaded(content: bytes) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pickles that torch did not write
+        warnings.simplefilter("ignore")  # about pickles that torch did not write
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor has a number of its own in memory for each of its entries.
+    """Return whether every entry of a tensor has its own number in memory.
 
-    An expanded one may be as large as it likes, and a sparse or a meta tensor, too.
+    An expanded, sparse or meta tensor may have any size without that.
     """
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         return False
@@ -369,7 +367,7 @@ def _opened(archive: Path) -> zipfile.ZipFile:
         regular_size(archive)
     deadline = time.monotonic() + PATIENCE
     while True:
-        with suppress(Exception):  # perhaps it is just being written
+        with suppress(Exception):  # it may be being written just now
             if not _kept(archive).exists():
                 return zipfile.ZipFile(archive)
         if time.monotonic() > deadline or not _kept(archive).exists():

@@ -24,18 +24,18 @@ from gradfilter.lab.train._training import Training, no_totals
 def update_of(
     config: TrainConfig, total_steps: int, steps_per_epoch: float, crew: Crew = ALONE
 ) -> gf.Transform:
-    """Links in the order: rows, one gradient, sharpness, clipping, update rule.
+    """Build the chain in the order: rows, one gradient, sharpness, clipping, update rule.
 
     Args:
-        config: Checked.
+        config: Checked settings.
         total_steps: Length of the training, for schedules.
-        steps_per_epoch: For what is given in epochs.
-        crew: Whose rows are reduced.
+        steps_per_epoch: Converts settings in epochs to steps.
+        crew: The processes whose rows are reduced.
     """
     lr = schedule_of(config, total_steps, steps_per_epoch)
     reducer = reducer_of(config)
     if config.budget_clip is not None:
-        # Of all processes' rows together, for the budget is one of the whole batch.
+        # Taken over the rows of all processes: the budget belongs to the whole batch.
         limit = gf.budget_clip(config.budget_clip, power=config.budget_power)
         reducer = gf.chain(limit, reducer)
     links = [crew.spread(reducer)]
@@ -43,7 +43,7 @@ def update_of(
         links.insert(0, gf.clip_per_row(config.clip_per_row))
     if config.sam is not None:
         sharp = _perturbation(config, lr)
-        # A perturbation per row goes before the rows become one gradient.
+        # A perturbation per row comes before the rows are reduced to one gradient.
         links.insert(len(links) - 1 if config.m_sharpness else len(links), sharp)
     if config.gsam is not None:
         links.append(gf.gsam_decompose(config.gsam))
@@ -63,7 +63,7 @@ def update_of(
 
 
 def reducer_of(config: TrainConfig) -> gf.Transform:
-    """The link that makes one gradient of the rows."""
+    """Return the transform that reduces the rows to one gradient."""
     if config.agree is not None:
         return gf.agree_filter(config.agree, against=config.against, average=config.average)
     if config.consensus is not None:
@@ -72,12 +72,12 @@ def reducer_of(config: TrainConfig) -> gf.Transform:
 
 
 def schedule_of(config: TrainConfig, total_steps: int, steps_per_epoch: float) -> gf.Schedule:
-    """The learning rate by the number of applied steps.
+    """Return the learning rate as a function of the number of applied steps.
 
     Args:
-        config: Checked.
-        total_steps: Where linear and cosine end.
-        steps_per_epoch: For what is given in epochs.
+        config: Checked settings.
+        total_steps: The step at which linear and cosine end.
+        steps_per_epoch: Converts settings in epochs to steps.
     """
     lr = config.learning_rate
     warmup = round(config.lr_warmup_epochs * steps_per_epoch)
@@ -160,12 +160,12 @@ BATCH_SIZE = 80
 
 
 def build_training(config: TrainConfig, device: torch.device, crew: Crew = ALONE) -> Training:
-    """A training before its first step.
+    """Build a training before its first step.
 
     Args:
-        config: Checked by itself; what depends on data and model is checked here.
-        device: Where to train.
-        crew: Who trains together.
+        config: Settings that passed `check_values`; checks that need data or model are done here.
+        device: The device to train on.
+        crew: The processes that train together.
 
     Raises:
         UsageError: The data set is missing, or settings do not fit data, model or processes.
@@ -196,7 +196,7 @@ def build_training(config: TrainConfig, device: torch.device, crew: Crew = ALONE
         "--lr-warmup-epochs",
         "at least one step",
         f"{config.lr_warmup_epochs} (0 steps)",
-        "Warm up for longer, or leave it away.",
+        "Warm up for longer, or omit it.",
     )
     _check_patterns(config, model)
     loss = gf.model_loss(model, _criterion(config))
@@ -230,10 +230,10 @@ def build_training(config: TrainConfig, device: torch.device, crew: Crew = ALONE
 
 
 def data_of(config: TrainConfig, device: torch.device) -> Data:
-    """The data set with its wrong labels.
+    """Load the data set, with its wrong labels.
 
     Raises:
-        UsageError: It is missing, or the options do not fit it.
+        UsageError: The data set is missing, or the options do not fit it.
     """
     return load_data(
         config.data,
@@ -254,14 +254,14 @@ def data_of(config: TrainConfig, device: torch.device) -> Data:
 
 
 def _size(split: float | None) -> int | float | None:
-    """A whole number is a number of samples, what is below 1 a fraction of them; 0 is none."""
+    """Convert a split: 1 and above to a number of samples, below 1 to a fraction, 0 to None."""
     if not split:
         return None
     return int(split) if split.is_integer() else split
 
 
 def model_of(config: TrainConfig, data: Data) -> nn.Module:
-    """The model before training, on the CPU.
+    """Build the model before training, on the CPU.
 
     Raises:
         UsageError: There is no such model, or it does not fit the images.
@@ -293,7 +293,7 @@ def _model_arguments(config: TrainConfig) -> dict[str, int]:
 
 
 def _batching(config: TrainConfig, data: Data) -> tuple[int, Order]:
-    """How many samples a step has, and which."""
+    """Return the number of samples per step, and their order."""
     rows, n = config.microbatches, len(data.train)
     if config.samples_per_class is not None:
         order = class_balanced(
@@ -317,7 +317,7 @@ def _batching(config: TrainConfig, data: Data) -> tuple[int, Order]:
 
 
 def _rows(config: TrainConfig, size: int, crew: Crew) -> int | None:
-    """Rows of one process."""
+    """Return the number of rows per process."""
     check(
         size % crew.size == 0,
         "torchrun",
@@ -339,7 +339,7 @@ def _rows(config: TrainConfig, size: int, crew: Crew) -> int | None:
 
 
 def _check_rows(config: TrainConfig, model: nn.Module, data: Data, size: int) -> None:
-    """Refuse rows that the model cannot normalise, before anything is written."""
+    """Refuse rows that are too small for BatchNorm, before anything is written."""
     samples = 1 if config.per_sample else size // config.microbatches
     first = data.train.images.fetch(torch.arange(samples) % len(data.train))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}

@@ -31,16 +31,16 @@ FRACTIONS = ("label_noise", "label_smoothing", "alpha")
 
 IN_EPOCHS = ("epochs", "eval_every", "lr_step", "lr_warmup_epochs")
 LONGEST = 1e9
-"""Epochs, so that their steps can be counted."""
+"""Largest number of epochs whose steps can be counted."""
 MOST = 2**24
-"""Rows, and samples of a class in one."""
+"""Largest number of rows, and of samples per class in one row."""
 
 
 def check_values(config: TrainConfig) -> None:
-    """Refuse values that no data set and no model can make right.
+    """Refuse values that are wrong for every data set and model.
 
     Raises:
-        UsageError: A value is out of range, or two do not go together.
+        UsageError: A value is out of range, or two values exclude each other.
     """
     _check_ranges(config)
     _check_distances(config)
@@ -54,14 +54,14 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in POSITIVE_IF_GIVEN:
         value = getattr(config, name)
         fits = value is None or 0 < value < math.inf
-        check(fits, option(name), "a positive number", value, "Leave it away to have none.")
+        check(fits, option(name), "a positive number", value, "Omit it to switch it off.")
     for name in NOT_NEGATIVE:
         value = getattr(config, name)
         check(0 <= value < math.inf, option(name), "at least 0", value, "")
     for name in NOT_NEGATIVE_IF_GIVEN:
         value = getattr(config, name)
         fits = value is None or 0 <= value < math.inf
-        check(fits, option(name), "at least 0", value, "Leave it away to have none.")
+        check(fits, option(name), "at least 0", value, "Omit it to switch it off.")
     for name in FRACTIONS:
         value = getattr(config, name)
         check(0 <= value < 1, option(name), "a fraction in [0, 1)", value, "")
@@ -81,7 +81,7 @@ def _check_ranges(config: TrainConfig) -> None:
             option(name),
             "a fraction below 1, or a number of samples above 1",
             value,
-            "Leave it away to take what there is.",
+            "Omit it to take all samples.",
         )
     outside = Path(config.name).is_absolute() or ".." in Path(config.name).parts
     check(not outside, "--name", "a folder inside --save-dir", config.name, "")
@@ -112,7 +112,7 @@ def _check_ranges(config: TrainConfig) -> None:
         "--ema",
         "a decay in [0, 1)",
         config.ema,
-        "Leave it away to have none.",
+        "Omit it to switch it off.",
     )
     for epoch in config.save_checkpoint:
         fits = 0 < epoch <= LONGEST
@@ -170,7 +170,7 @@ def _check_together(config: TrainConfig) -> None:
         ),
         (
             config.gsam is not None and config.sam is None,
-            "--gsam: it decomposes the gradient that --sam takes. Give --sam 0.05, too.",
+            "--gsam: it decomposes the gradient that --sam takes. Also give --sam 0.05.",
         ),
         (
             config.sam is None
@@ -184,8 +184,7 @@ def _check_together(config: TrainConfig) -> None:
         ),
         (
             config.nesterov and (config.optimizer != "sgd" or config.momentum == 0),
-            "--nesterov: expected --optimizer sgd with momentum above 0. Leave it away, or change "
-            "those.",
+            "--nesterov: expected --optimizer sgd with momentum above 0. Omit it, or change those.",
         ),
         (
             config.lr_min > config.learning_rate,
@@ -215,41 +214,42 @@ def _rho_moves(config: TrainConfig) -> bool:
 
 
 def option(name: str) -> str:
-    """How a field is called on the command line."""
+    """Return the name of a field on the command line."""
     return f"--{name.replace('_', '-')}"
 
 
-# --- Options without effect: a user who types one expects that it has one ---
+# --- Options without effect: a user who types an option expects an effect ---
 
 
 @dataclass(frozen=True)
 class OptionUse:
-    """What makes an option count.
+    """A condition under which an option has an effect.
 
     Attributes:
-        beside: In the words of the command line; what it is without or beside.
-        counts: Whether it does.
-        fix: What to do where it does not.
+        reason: Why the option has no effect where the condition fails, in words of the command
+            line: "without --agree".
+        counts: Returns True where the option has an effect.
+        fix: Advice for the user where it has none.
     """
 
-    beside: str
+    reason: str
     counts: Callable[[TrainConfig], bool]
-    fix: str = "Leave it away, or give that, too."
+    fix: str = "Omit it, or also give that."
 
 
 def _moves(config: TrainConfig) -> bool:
-    """Whether the learning rate does."""
+    """Return whether the learning rate moves."""
     return config.schedule != "constant" or config.lr_warmup_epochs > 0
 
 
 def _drops(config: TrainConfig) -> bool:
-    """Whether a schedule that waits may come to its first drop; steps depend on the data set."""
+    """Return whether step or plateau may reach its first drop; steps depend on the data set."""
     waits = {"step": config.lr_step + config.lr_warmup_epochs, "plateau": config.lr_patience + 2}
     return config.steps is not None or waits.get(config.schedule, 0.0) < config.epochs
 
 
 def _splits(config: TrainConfig) -> bool:
-    """Whether samples are divided by chance."""
+    """Return whether samples are split at random."""
     return config.data == "digits" or bool(config.train_split) or bool(config.val_split)
 
 
@@ -331,26 +331,26 @@ USES: Mapping[str, tuple[OptionUse, ...]] = {
     "data_dir": (CIFAR,),
     "epochs": (
         OptionUse(
-            "beside --steps, which says how long the training is",
+            "with --steps, which sets the length of the training",
             lambda c: c.steps is None,
-            "Leave one of them away.",
+            "Omit one of them.",
         ),
     ),
 }
-"""What options are for; those of a preset may be left over from what was replaced."""
+"""Conditions by option. Options of a preset are not checked: others may have replaced them."""
 
 
 def refuse_ignored(config: TrainConfig, typed: Sequence[str], named: Collection[str] = ()) -> None:
-    """Refuse options that were given and do nothing.
+    """Refuse options that were given and have no effect.
 
     Args:
-        config: What came of them.
-        typed: On the command line.
-        named: Settings in a file of the user's own. A file may list all of them, so what is the
-            default there asks for nothing.
+        config: The settings that the options led to.
+        typed: Options on the command line.
+        named: Names of settings in the user's own file. A file may list all settings, so a default
+            value there is not refused.
 
     Raises:
-        UsageError: One is not used.
+        UsageError: An option has no effect.
     """
     options = (text.partition("=")[0] for text in typed if text.startswith("--"))
     names = {text.removeprefix("--").replace("-", "_") for text in options}
@@ -358,4 +358,4 @@ def refuse_ignored(config: TrainConfig, typed: Sequence[str], named: Collection[
     for name, uses in USES.items():
         for use in uses if name in names else ():
             if not use.counts(config):
-                raise UsageError(f"{option(name)}: it would change nothing {use.beside}. {use.fix}")
+                raise UsageError(f"{option(name)}: it would change nothing {use.reason}. {use.fix}")

@@ -20,41 +20,43 @@ from gradfilter.lab.data._samples import Data, Samples
 
 
 PIXELS = 3_072_000
-"""Numbers of the images in one forward pass: 1000 of CIFAR's, 20 of ImageNet's."""
+"""Numbers in the images of one forward pass: 1000 images of CIFAR, 20 of ImageNet."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """One line of ``metrics.jsonl``; fractions in [0, 1], NaN where there is nothing to measure.
 
-    The numbers of steps are those since the last end of an epoch before, so at the end of an epoch
-    those of that epoch: they do not depend on how often a run is evaluated.
+    Means over steps cover the steps since the previous end of an epoch. At the end of an epoch they
+    cover that epoch, so they do not depend on how often a run is evaluated.
 
     Attributes:
         step: Steps done.
         epoch: Epochs done.
         samples: Samples seen.
-        loss: Mean loss of the batches, by the labels trained on.
-        train_accuracy: On the training images without augmentation, by the labels trained on.
-        train_clean_accuracy: The same by the true labels.
-        memorised: Part of the wrong labels that the model predicts.
-        train_loss: On the training images without augmentation, by the labels trained on.
-        val_accuracy: On the validation split.
-        val_loss: On the validation split.
-        test_accuracy: On the test split.
-        test_loss: On the test split.
-        accepted: Part of the rows accepted.
+        loss: Mean loss of the batches, against the labels trained on.
+        train_accuracy: Accuracy on the training images without augmentation, against the labels
+            trained on.
+        train_clean_accuracy: The same accuracy, against the true labels.
+        memorised: Fraction of the wrong labels that the model predicts.
+        train_loss: Loss on the training images without augmentation, against the labels trained on.
+        val_accuracy: Accuracy on the validation split.
+        val_loss: Loss on the validation split.
+        test_accuracy: Accuracy on the test split.
+        test_loss: Loss on the test split.
+        accepted: Fraction of the rows that were accepted.
         cosine: Mean pairwise cosine of the rows of one batch.
-        noise_scale: Simple noise scale of that batch, in samples.
+        noise_scale: Simple noise scale of the same batch, in samples.
         skipped: Steps skipped since the start.
-        clipped_rows: Part of the rows that were clipped.
-        clipped_units: Part of the units that AGC clipped.
-        surrogate_gap: f(w + e) − f(w).
+        clipped_rows: Fraction of the rows that were clipped.
+        clipped_units: Fraction of the units that AGC clipped.
+        surrogate_gap: f(w + e) − f(w), the loss at the perturbed weights minus the loss.
         lr: Learning rate of the last step.
-        rho: Radius of the last step.
-        seconds: Spent in training steps since the start.
-        samples_per_second: In this epoch, training steps alone.
-        peak_memory: Bytes held during steps: on a GPU, else of the whole process.
+        rho: Radius of the perturbation in the last step.
+        seconds: Time spent in training steps since the start.
+        samples_per_second: Samples per second in this epoch, in training steps alone.
+        peak_memory: Largest number of bytes held during steps: on the GPU if the run uses one, else
+            by the whole process.
     """
 
     step: int
@@ -85,13 +87,13 @@ class Evaluation:
 
 @torch.no_grad()
 def accuracies(model: nn.Module, state: State, data: Data, workers: int = 0) -> dict[str, float]:
-    """Accuracy and loss on every split; waits for the device once.
+    """Compute accuracy and loss on every split; waits for the device once.
 
     Args:
-        model: Its training mode is put back afterwards; its own parameters are not used.
-        state: With the parameters and buffers to be measured.
-        data: To be measured on.
-        workers: Processes that load images which are not on the device.
+        model: The structure. Its training mode is restored, its own parameters are not used.
+        state: State with the parameters and buffers to measure.
+        data: Data set to measure on.
+        workers: Number of processes that load images which are not on the device.
     """
     training = model.training
     model.eval()
@@ -116,7 +118,7 @@ def accuracies(model: nn.Module, state: State, data: Data, workers: int = 0) -> 
 
 
 def _sums(model: nn.Module, state: State, samples: Samples, chunk: int, workers: int) -> Tensor:
-    """Right by label, right by true label, memorised, and loss, summed. (4,)."""
+    """Sum what is right by label, right by true label, and memorised, and the loss. (4,)."""
     total = samples.labels.new_zeros(4, dtype=_tree.wide(samples.labels))
     weights = {**state["params"], **state["buffers"]}
     for images, chosen in in_order(samples, chunk, workers=workers):
@@ -146,10 +148,10 @@ FIX = "Remove the line, with which its evaluation is lost, and repeat the comman
 
 
 def read_evaluations(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """The evaluations in a file, none if there is no file; and whether a last one was cut off.
+    """Read the evaluations in a file; also return whether the last line was cut off.
 
-    A kill may cut the line that is being written, which has no end of line then. What is before it
-    is whole.
+    Without a file there are no evaluations. A kill may cut the line that is being written, which
+    then has no end of line. All lines before it are complete.
 
     Raises:
         UsageError: The file cannot be read, or one of its other lines is not an evaluation.

@@ -1,4 +1,4 @@
-"""How a training shows that it goes on: a bar for a terminal, lines for a log."""
+"""Show the progress of a training: a bar on a terminal, lines in a log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger("gradfilter")
 
 
 class _Printable(logging.Formatter):
-    """Lines of a log, whose names cannot move the cursor."""
+    """Format log lines without control characters, so that names cannot move the cursor."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
@@ -26,7 +26,7 @@ class _Printable(logging.Formatter):
 
 @contextmanager
 def logging_to(level: str) -> Iterator[Console]:
-    """Let the package's log lines out on stderr, from this level on."""
+    """Write the package's log lines of this level and above to stderr."""
     console = Console(stderr=True)
     handler: logging.Handler = (
         RichHandler(console=console, show_path=False, show_level=False)
@@ -45,7 +45,7 @@ def logging_to(level: str) -> Iterator[Console]:
 
 
 def bars(console: Console, shown: bool = True) -> Progress:
-    """Room for bars, drawn on a terminal only: a log file wants none."""
+    """Return a display for bars, drawn on a terminal only: a log file needs none."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -60,16 +60,16 @@ def bars(console: Console, shown: bool = True) -> Progress:
 def progress_bar(
     console: Console, label: str, total: int, done: int
 ) -> Iterator[Callable[[], None]]:
-    """A bar, and the function that moves it by one."""
+    """Show a bar, and yield the function that moves it by one."""
     with bars(console) as progress:
         bar = progress.add_task(label, total=total, completed=done)
         yield lambda: progress.advance(bar)
 
 
 def shown(evaluation: Evaluation) -> str:
-    """An evaluation as a line for people."""
+    """Return an evaluation as a line for people."""
     parts = [f"train {100 * evaluation.train_accuracy:.1f} %"]
-    if evaluation.step:  # before the first one there were no batches
+    if evaluation.step:  # before the first step there were no batches
         parts.insert(0, f"loss {_loss(evaluation)}")
     for label, value in (
         ("memorised", evaluation.memorised),
@@ -85,7 +85,7 @@ def shown(evaluation: Evaluation) -> str:
 
 
 def _loss(evaluation: Evaluation) -> str:
-    """The mean of the batches, or nan as soon as that of the training set is no number."""
+    """Return the mean loss of the batches, or nan once the loss of the training set is NaN."""
     if not math.isfinite(evaluation.train_loss):
         return "nan"
     return f"{evaluation.loss:.4f}" if evaluation.loss < 1e6 else f"{evaluation.loss:.4g}"

@@ -1,7 +1,7 @@
 """Record a run: settings, metrics, checkpoints, and the snapshot to resume from.
 
-The snapshot holds all that the next step depends on, in one file. The one before it is kept in case
-the last one is damaged.
+The snapshot holds everything that the next step depends on, in one file. The previous snapshot is
+kept in case the last one is damaged.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ from gradfilter.lab.train._evaluation import Evaluation, read_evaluations
 from gradfilter.lab.train._run_place import plain_settings
 from gradfilter.lab.train._training import Training
 
-# --- Check that a data set is the one that a run began with ---
+# --- Check that a data set is the one that a run started with ---
 
 
 def check_same_data(run: Path, data: Data) -> None:
-    """Refuse a data set that is not the one that a run began with.
+    """Refuse a data set that differs from the one that a run started with.
 
     Raises:
         UsageError: Its labels or samples differ.
@@ -64,7 +64,7 @@ def check_same_data(run: Path, data: Data) -> None:
         if before.dtype != found.dtype or not torch.equal(found, before):
             raise UsageError(
                 f"the {name} of {data.name!r} are not those that the run in {str(run)!r} was "
-                "trained on. Look for the same data set, with --data-dir."
+                "trained on. Name the directory of that data set with --data-dir."
             )
 
 
@@ -74,12 +74,12 @@ def check_same_data(run: Path, data: Data) -> None:
 POINT = "resume.pt"
 POINT_BEFORE = "resume.before.pt"
 ROOM = 2**20
-"""Bytes of a point beside its tensors, at most."""
+"""Largest number of bytes of a point in addition to its tensors."""
 NUMBERS = ("done", "seconds", "epoch_seconds", "peak_memory")
 
 
 def write_point(place: Path, run: Training) -> None:
-    """Write the point where a run stands, as a whole or not at all."""
+    """Write the current point of a run, completely or not at all."""
     report = math.nan if run.report is None else run.report
     numbers = {name: getattr(run, name) for name in NUMBERS}
     numbers |= {"reports": run.report is not None, "report": report}
@@ -94,15 +94,15 @@ def write_point(place: Path, run: Training) -> None:
 
 
 def newest_point(place: Path) -> Path | None:
-    """The file of the last point; that of the one before where that is gone."""
+    """Return the file of the last point, or of the previous point if the last one is missing."""
     return next((path for name in (POINT, POINT_BEFORE) if (path := place / name).exists()), None)
 
 
 def resume(place: Path, run: Training) -> None:
-    """Put a run that has just begun where the newest point says.
+    """Set a new run to its newest point.
 
     Raises:
-        UsageError: There is no point, or it is damaged or one of another run.
+        UsageError: There is no point, or it is damaged or belongs to another run.
     """
     path = newest_point(place)
     if path is None:
@@ -121,7 +121,7 @@ def resume(place: Path, run: Training) -> None:
         done = _step(numbers["done"], run.total_steps)
         skipped = _like(run.skipped, flat["skipped"])
         finite_until = _like(run.finite_until, flat.get("finite_until", torch.tensor(done)))
-    except Exception as error:  # what is wrong with a foreign point has no common type
+    except Exception as error:  # errors of a foreign point have no common type
         said = str(error) if isinstance(error, ValueError) else f"{why(error)}."
         raise UsageError(
             f"--resume: {str(path)!r} does not fit this run: {said} "
@@ -136,10 +136,10 @@ def resume(place: Path, run: Training) -> None:
 
 
 def _like(expected: Tensor, found: Tensor) -> Tensor:
-    """A tensor in the place of another, of its kind, dtype and device."""
+    """Convert a tensor to replace another one: same shape, dtype and device."""
     kind = (found.shape, found.is_floating_point(), found.is_complex())
     if kind != (expected.shape, expected.is_floating_point(), False):
-        raise ValueError(f"it has {found.dtype} {tuple(found.shape)} where a number was.")
+        raise ValueError(f"it has {found.dtype} {tuple(found.shape)} instead of a number.")
     return found.to(expected)
 
 
@@ -150,28 +150,28 @@ def _step(done: float, last: int) -> int:
 
 
 def _read(path: Path, most: int) -> dict[str, Tensor]:
-    """The tensors of a point that has at most so many bytes."""
+    """Read the tensors of a point that has at most `most` bytes."""
     with reading(path, "the point", ""):
         return tensors_of(content_of(path, most), repr(str(path)), "")
 
 
 def _instead(path: Path, most: int) -> str:
-    """What to go on from where the newest point is damaged, as a sentence."""
+    """Return advice for a damaged newest point, as a sentence."""
     before = path.with_name(POINT_BEFORE)
     try:
         step = None if path == before else int(_read(before, most)["done"].item())
-    except Exception:  # that one is damaged or foreign, too
+    except Exception:  # the previous point is also damaged or foreign
         step = None
     if step is None:
-        return "No other point is whole: start anew under another --name."
+        return "No other point is intact: start anew under another --name."
     return (
-        f"The point before it, {POINT_BEFORE}, is whole: remove {POINT}, and the same command "
+        f"The point before it, {POINT_BEFORE}, is intact: remove {POINT}, and the same command "
         f"resumes after step {step}."
     )
 
 
 def keep_lines_until(path: Path, step: int) -> None:
-    """Drop the evaluations after a step: a run that is resumed there makes them again."""
+    """Discard the evaluations after a step: a run that resumes there repeats them."""
     kept = [line for line in read_evaluations(path)[0] if line["step"] <= step]
     write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
@@ -195,19 +195,19 @@ class RunRecord:
     """The files of a run, written by the process that owns its directory.
 
     Attributes:
-        place: The directory.
-        facts: What ``config.json`` says beside the status.
+        place: The run directory.
+        facts: Entries of ``config.json`` in addition to the status.
     """
 
     place: Path
     facts: Mapping[str, Any]
 
     def say(self, status: str) -> None:
-        """Write ``config.json``: running, interrupted, failed or finished."""
+        """Write ``config.json`` with a status: running, interrupted, failed or finished."""
         write_json(self.place / "config.json", {**self.facts, "status": status})
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
-        """Add a line to the metrics."""
+        """Append a line to the metrics."""
         append_json_line(self.place / METRICS, asdict(evaluation))
 
     def write_checkpoint(self, run: Training) -> None:
@@ -218,46 +218,46 @@ class RunRecord:
         add(archive, Checkpoint(number, run.done, run.epoch).entry, tensor_bytes(flat))
 
     def begin(self) -> None:
-        """Drop what a run wrote that was killed before there was a point to go on from.
+        """Discard the files of a run that was killed before it wrote a point to resume from.
 
         Raises:
-            UsageError: A run wrote more than that: it has lost its record, or its points.
+            UsageError: The run had written more: its record or its points are lost.
         """
         if newest_point(self.place) is not None:
             raise UsageError(
-                f"there is a run without its config.json in {str(self.place)!r}. Go on with "
+                f"there is a run without its config.json in {str(self.place)!r}. Continue it with "
                 "--resume, or give this one another --name or --seed."
             )
-        # A point follows what is written at any step but the first.
+        # A point is written after every evaluation except that of step 0.
         path = self.place / METRICS
         lines = [] if path.is_symlink() else read_evaluations(path)[0]  # a run writes no links
         steps = {line["step"] for line in lines} - {0}
         if len(steps) > 1:
             raise UsageError(
                 f"the run in {str(self.place)!r} was trained for {max(steps)} steps, and {POINT} "
-                "to go on from is gone. Move it away, or give this one another --name."
+                "to resume from is gone. Move it away, or give this one another --name."
             )
         self.clear()
 
     def clear(self) -> None:
-        """Drop everything but what ``config.json`` says."""
-        # The points first: without them whoever is killed here begins again.
+        """Delete every file except ``config.json``."""
+        # The points first: without them, a run that is killed here starts again.
         for name in (POINT, POINT_BEFORE, METRICS, ARCHIVE):
             (self.place / name).unlink(missing_ok=True)
         recover(self.place / ARCHIVE)
 
     def start(self, run: Training) -> None:
-        """Write what is known before the first step."""
+        """Write the files that are known before the first step."""
         samples = run.data.train
         labels = {name: getattr(samples, name) for name in ("labels", "clean", "wrong", "ids")}
         add(self.place / ARCHIVE, LABELS, tensor_bytes(labels))
         add(self.place / ARCHIVE, "config.json", json.dumps(dict(self.facts)).encode())
 
     def go_on(self, run: Training) -> None:
-        """Drop what was written after the point that the run was put to.
+        """Discard what was written after the point that the run was set to.
 
         Raises:
-            UsageError: Something is missing or damaged, or the data set is not what it was.
+            UsageError: Something is missing or damaged, or the data set has changed.
         """
         if not (self.place / ARCHIVE).exists():
             raise UsageError(
@@ -271,19 +271,19 @@ class RunRecord:
                 f"{offer(self.place / ARCHIVE)} Start anew under another --name."
             )
         check_same_data(self.place, run.data)
-        if run.done == 0:  # what is known before the first step is written again
+        if run.done == 0:  # write again what is known before the first step
             self.clear()
             return
         keep_lines_until(self.place / METRICS, run.done)
         keep_until(self.place / ARCHIVE, run.done)
 
     def save_point(self, run: Training) -> None:
-        """Write the point to go on from."""
+        """Write the point to resume from."""
         write_point(self.place, run)
 
 
 def facts_of(run: Training) -> dict[str, Any]:
-    """Everything that the numbers of a run depend on."""
+    """Return everything that the numbers of a run depend on."""
     data = run.data
     return {
         "command": "train",

@@ -1,4 +1,4 @@
-"""A checkpoint as it was: model, data and settings."""
+"""Restore a checkpoint: model, data and settings."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from gradfilter.lab.train._train_config import TrainConfig
 
 @dataclass(frozen=True)
 class Restored:
-    """A model where a training stood, in evaluation mode.
+    """A model at a checkpoint of its training, in evaluation mode.
 
     Attributes:
-        model: On the device.
-        data: With the labels that the run was trained on.
-        config: Of the run.
-        checkpoint: Where the training stood.
-        run: The directory.
+        model: The model, on the device.
+        data: The data set, with the labels that the run was trained on.
+        config: The settings of the run.
+        checkpoint: The checkpoint that was read.
+        run: The run directory.
     """
 
     model: nn.Module
@@ -50,15 +50,15 @@ def restored(
     Args:
         run: The run directory.
         checkpoint: One of `checkpoints`.
-        device: Where to.
-        data_dir: Where the data set is, if it is no longer where the run found it.
+        device: The device to load to.
+        data_dir: Directory of the data set, if it has moved since the training.
         data: The data set, if another checkpoint of the run has been read before.
 
     Raises:
-        UsageError: Something is missing or damaged, or the data set is not what it was.
+        UsageError: Something is missing or damaged, or the data set has changed.
     """
     config = config_of(read_config(run)["settings"], f"the run in {str(run)!r}")
-    # Who measures has not asked for a download, whatever the run was begun with.
+    # A measurement does not download, even if the run was started with --download.
     config = replace(config, download=False, data_dir=data_dir or config.data_dir)
     if data is None:
         data = data_of(config, device)

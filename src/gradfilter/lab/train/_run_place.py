@@ -28,10 +28,10 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def check_types(settings: Mapping[str, Any]) -> None:
-    """Refuse settings that are of another type than in this version.
+    """Refuse settings whose type differs from that in this version.
 
     Raises:
-        ForeignError: One is.
+        ForeignError: A setting has another type.
     """
     for name, value in settings.items():
         if name in HINTS:
@@ -39,11 +39,11 @@ def check_types(settings: Mapping[str, Any]) -> None:
 
 
 def config_of(settings: Mapping[str, Any], what: str) -> TrainConfig:
-    """Settings as they were recorded. They are not read as options: one could smuggle in another.
+    """Read recorded settings. They are not parsed as options: one could smuggle in another.
 
     Args:
-        settings: Of a ``config.json``.
-        what: Whose they are, for the error.
+        settings: Settings from a ``config.json``.
+        what: The name of their owner, for the error message.
 
     Raises:
         UsageError: They are not settings of this version.
@@ -61,10 +61,10 @@ def config_of(settings: Mapping[str, Any], what: str) -> TrainConfig:
 
 
 def _typed(name: str, hint: Any, value: Any) -> Any:
-    """A value of JSON as the type that a setting has.
+    """Convert a JSON value to the type of a setting.
 
     Raises:
-        ForeignError: It is none.
+        ForeignError: The value does not have that type.
     """
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):  # X | None
@@ -93,17 +93,18 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
 
 LOCK = "run.lock"
 LONGEST = 120
-"""Characters of a folder's name, where file systems allow 255 bytes."""
+"""Largest number of characters in a folder's name; file systems allow 255 bytes."""
 MOST = 200
-"""Characters of a folder that is named by one setting."""
+"""Largest number of characters in the name of a folder for one setting."""
 MOST_BYTES = 250
-"""Of either, however many a character has."""
+"""Largest number of bytes in either name."""
 
 
 def place_of(config: TrainConfig) -> Path:
-    """``SAVE_DIR/[NAME/]MODEL/DATA/SETTING/[noise-0.2000-]seed-S``.
+    """Return ``SAVE_DIR/[NAME/]MODEL/DATA/SETTING/[noise-0.2000-]seed-S``.
 
-    SETTING joins the settings that are not the defaults by hyphens; ``default`` if there are none.
+    SETTING joins all settings that differ from the defaults with hyphens; without any it is
+    ``default``.
     """
     parts = [
         name.replace("_", "-")
@@ -118,7 +119,7 @@ def place_of(config: TrainConfig) -> Path:
 
 
 def _short(name: str, longest: int) -> str:
-    """A name that differs from others also where it is cut."""
+    """Shorten a name; a hash keeps it different from other shortened names."""
     coded = os.fsencode(name)
     if len(name) <= longest and len(coded) <= MOST_BYTES:
         return name
@@ -127,7 +128,7 @@ def _short(name: str, longest: int) -> str:
 
 
 def _as_recorded_value(value: Any) -> str:
-    """A value as part of a file name."""
+    """Return a value as part of a file name."""
     text = repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
     if isinstance(value, tuple):
         text = "-".join(_as_recorded_value(part) for part in value)
@@ -135,20 +136,20 @@ def _as_recorded_value(value: Any) -> str:
 
 
 class BusyError(UsageError):
-    """Another process is at work where this one wanted to be."""
+    """Another process holds the lock of the directory."""
 
 
 @contextmanager
 def locked_run(place: Path) -> Iterator[None]:
-    """Make the directory and keep other processes out of it; a killed one leaves no lock behind.
+    """Make the run directory and lock it; the lock ends with the process.
 
     Raises:
-        BusyError: Another process is at work there.
+        BusyError: Another process holds the lock.
     """
     try:
         new = [folder for folder in (place, *place.parents) if not folder.exists()]
         place.mkdir(parents=True, exist_ok=True)
-        refuse_link(place / LOCK)  # older file locks empty what it leads to
+        refuse_link(place / LOCK)  # older versions of filelock empty the target of a link
         with FileLock(place / LOCK, timeout=0):
             try:
                 yield
@@ -156,15 +157,15 @@ def locked_run(place: Path) -> Iterator[None]:
                 _tidy(place, new)
     except Timeout:
         raise BusyError(
-            f"the run in {str(place)!r} is at work in another process. "
+            f"the run in {str(place)!r} is in use by another process. "
             "Wait for it, or give this one another --name or --seed."
         ) from None
 
 
 def _tidy(place: Path, new: list[Path]) -> None:
-    """Take back the directories that were made for a run of which nothing was written."""
+    """Remove the directories that were made for a run that wrote no file."""
     if new and {path.name for path in place.iterdir()} <= {LOCK}:
-        with suppress(OSError):  # somebody else is there meanwhile
+        with suppress(OSError):  # another process has used it meanwhile
             (place / LOCK).unlink(missing_ok=True)
             for folder in new:
                 folder.rmdir()
@@ -172,7 +173,7 @@ def _tidy(place: Path, new: list[Path]) -> None:
 
 @contextmanager
 def run_errors_as_usage(place: Path) -> Iterator[None]:
-    """Turn what the file system refuses into one line.
+    """Turn errors of the file system into a message of one line.
 
     Raises:
         UsageError: A file could not be written.
@@ -182,29 +183,29 @@ def run_errors_as_usage(place: Path) -> Iterator[None]:
     except OSError as error:
         raise UsageError(
             f"cannot write to {str(place)!r}: {error.strerror or error}. What was finished before "
-            "is whole; make room or name another --save-dir, and --resume."
+            "is intact; free space or name another --save-dir, then --resume."
         ) from None
 
 
 def is_finished(place: Path) -> bool:
-    """Whether there is a run that was trained to its end."""
+    """Return whether the directory holds a finished run."""
     exists = (place / "config.json").exists()
     return exists and read_config(place).get("status") == "finished"
 
 
 def refuse_what_is_there(config: TrainConfig, place: Path) -> None:
-    """Refuse to write over a run, and to go on with another one than was begun.
+    """Refuse to overwrite a run, and to resume a run that has other settings.
 
     Raises:
-        UsageError: There is one.
+        UsageError: The directory holds such a run.
     """
     if not (place / "config.json").exists():
         return
     found = read_config(place)
     if not config.resume:
         raise UsageError(
-            f"there is a run in {str(place)!r} ({found.get('status')}). Go on with --resume, or "
-            "give this one another --name or --seed."
+            f"there is a run in {str(place)!r} ({found.get('status')}). Continue it with "
+            "--resume, or give this one another --name or --seed."
         )
     own = plain_settings(config)
     others = [
@@ -220,7 +221,7 @@ def refuse_what_is_there(config: TrainConfig, place: Path) -> None:
 
 
 def plain_settings(config: TrainConfig) -> dict[str, Any]:
-    """Every setting, as JSON knows it."""
+    """Return every setting as a JSON value."""
     return {name: _jsonable(value) for name, value in asdict(config).items()}
 
 
@@ -231,15 +232,15 @@ def _jsonable(value: Any) -> Any:
 
 
 def read_config(place: Path) -> dict[str, Any]:
-    """What ``config.json`` of a run says.
+    """Read ``config.json`` of a run.
 
     Raises:
-        UsageError: There is none, or it cannot be read.
+        UsageError: The file is missing, or it cannot be read.
     """
     path = place / "config.json"
     if not path.exists():
         raise UsageError(f"no run in {str(place)!r}: it has no config.json.")
-    found = read_json(path, "the record of a run", "Look for it in another directory.", _record)
+    found = read_json(path, "the record of a run", "Name another directory.", _record)
     if found.get("command") == "demo":
         raise UsageError(
             f"{str(place)!r} is of gradfilter demo, which drew its own curves.png; this command is "
@@ -259,10 +260,10 @@ def _record(found: Any) -> dict[str, Any]:
 
 
 def find_runs(save_dir: Path, **wanted: Any) -> list[Path]:
-    """The run directories below a folder whose settings are those wanted.
+    """Find the run directories below a folder that have the wanted settings.
 
     Args:
-        save_dir: Searched as a whole.
+        save_dir: The folder to search, with all folders below it.
         **wanted: Fields of `TrainConfig` and their values.
     """
     found = []
@@ -270,7 +271,7 @@ def find_runs(save_dir: Path, **wanted: Any) -> list[Path]:
         try:
             record = read_config(path.parent)
         except UsageError:
-            continue  # something else, or half of something
+            continue  # not a run, or an incomplete one
         settings = record["settings"]
         if record.get("command") == "train" and all(
             settings.get(name) == value for name, value in wanted.items()

@@ -38,14 +38,14 @@ from gradfilter.lab.train._training import Training, advance, evaluation, no_tot
 
 
 def why_not_finite(run: Training, evaluation: Evaluation) -> str | None:
-    """Since when there is no loss, and what that may come from; None while there is one.
+    """Return since when the loss is not finite, and a likely cause; None while it is finite.
 
-    A batch whose loss is no number does not count where a filter has skipped it: what counts is the
-    loss of the parameters that were left.
+    A batch without a finite loss does not count if a filter skipped it. The loss of the resulting
+    parameters counts.
 
     Args:
-        run: Where it was evaluated.
-        evaluation: Made there.
+        run: The training at the evaluation.
+        evaluation: The evaluation.
     """
     if run.done == 0 or math.isfinite(evaluation.train_loss):
         return None
@@ -56,7 +56,7 @@ def why_not_finite(run: Training, evaluation: Evaluation) -> str | None:
 
 
 def why_all_skipped(run: Training) -> str | None:
-    """Why no step was applied; None where one was, or none has been done."""
+    """Return why no step was applied; None if one was applied, or none has been done."""
     if run.done == 0 or int(run.skipped) < run.done:
         return None
     if int(run.finite_until) < 0:
@@ -71,18 +71,18 @@ def _about_the_filter(config: TrainConfig) -> str:
         return "no gradient was accepted"
     if distance < 0.5:  # as small as a similarity is large
         return f"--{name} is a cosine distance, 1 - cos; did you mean {1 - distance:g}?"
-    return f"no rows agreed at --{name} {distance:g}; a larger cosine distance, up to 2, takes more"
+    return f"no rows agreed at --{name} {distance:g}; a larger distance, up to 2, accepts more"
 
 
 # --- Metrics for TensorBoard and for Weights & Biases, in addition to ``metrics.jsonl`` ---
 
 
 Track = Callable[[int, Mapping[str, float]], None]
-"""(step, numbers by name); what is not a number is left out."""
+"""A function of (step, numbers by name) that records the finite numbers."""
 
 
 def check_trackers(config: TrainConfig) -> None:
-    """Refuse what is asked for and not installed.
+    """Refuse a tracker whose package is not installed.
 
     Raises:
         UsageError: The package is missing.
@@ -95,7 +95,7 @@ def check_trackers(config: TrainConfig) -> None:
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package could be imported."""
+    """Return whether a package can be imported."""
     return importlib.util.find_spec(package) is not None
 
 
@@ -103,13 +103,13 @@ def is_installed(package: str) -> bool:
 def trackers(
     config: TrainConfig, place: Path, settings: Mapping[str, Any], first: int
 ) -> Iterator[Track]:
-    """Everything that was asked for, as one function.
+    """Open the trackers that the settings name, as one function.
 
     Args:
-        config: Says what is asked for.
+        config: Settings of the training; `tensorboard` and `wandb` are read.
         place: The run directory.
-        settings: Shown beside the metrics.
-        first: The first step that is told now.
+        settings: Settings to show next to the metrics.
+        first: The first step that is recorded now.
     """
     tracks: list[Track] = []
     with ExitStack() as stack:
@@ -129,7 +129,7 @@ def trackers(
 def _tensorboard(place: Path, first: int, stack: ExitStack) -> Track:
     from torch.utils.tensorboard import SummaryWriter
 
-    # What a killed run said after its last point is said again.
+    # A resumed run records the steps after its last point again.
     writer = stack.enter_context(SummaryWriter(str(place / "tensorboard"), purge_step=first))
 
     def track(step: int, numbers: Mapping[str, float]) -> None:
@@ -142,7 +142,7 @@ def _tensorboard(place: Path, first: int, stack: ExitStack) -> Track:
 def _wandb(place: Path, settings: Mapping[str, Any], stack: ExitStack) -> Track:
     import wandb
 
-    # The same run of theirs for the same directory, also when it goes on.
+    # The same directory is the same run of Weights & Biases, also after --resume.
     known = hashlib.sha256(str(place.resolve()).encode()).hexdigest()[:16]
     run = wandb.init(
         project="gradfilter",
@@ -160,11 +160,11 @@ def _wandb(place: Path, settings: Mapping[str, Any], stack: ExitStack) -> Track:
     return track
 
 
-# --- Marks: something is due after every so many epochs, counted in samples ---
+# --- Marks: steps at which something is due, by epochs counted in samples ---
 
 
 def next_mark(run: Training) -> int:
-    """The next step after which something is due: an epoch's end, an evaluation, ..."""
+    """Return the next step at which something is due: the end of an epoch, an evaluation, ..."""
     config = run.config
     marks = [
         run.total_steps,
@@ -179,17 +179,17 @@ def next_mark(run: Training) -> int:
 
 
 def is_epoch_end(run: Training) -> bool:
-    """Whether an epoch of samples has just been seen."""
+    """Return whether an epoch of samples has just ended."""
     return _is_multiple(run, 1.0)
 
 
 def evaluation_is_due(run: Training) -> bool:
-    """At the start, every ``eval_every`` epochs, and at the end."""
+    """Return True at the start, every ``eval_every`` epochs, and at the end."""
     return run.done in (0, run.total_steps) or _is_multiple(run, run.config.eval_every)
 
 
 def checkpoint_is_due(run: Training) -> bool:
-    """At the start, as ``save_checkpoint`` says, and at the end."""
+    """Return True at the start, at the epochs of ``save_checkpoint``, and at the end."""
     epochs: Sequence[float] = run.config.save_checkpoint
     if run.done in (0, run.total_steps):
         return True
@@ -203,8 +203,8 @@ def _is_multiple(run: Training, every: float) -> bool:
 
 
 def _next_multiple(run: Training, done: int, every: float) -> int:
-    """The first step after ``done`` at which a multiple of ``every`` epochs is complete."""
-    interval = Fraction(str(every))  # the number that the user wrote, not its binary neighbour
+    """Return the first step after ``done`` that completes a multiple of ``every`` epochs."""
+    interval = Fraction(str(every))  # the decimal number that was typed, not its binary rounding
     count = Fraction(done * run.batch_size, len(run.data.train)) // interval + 1
     while (step := run.steps_at(float(count * interval))) <= done:
         count += 1
@@ -220,13 +220,13 @@ def _nothing(*_: Any) -> None:
 
 @dataclass(frozen=True)
 class Watch:
-    """What else is done on the way; by default nothing.
+    """Functions that are called during a training; by default they do nothing.
 
     Attributes:
-        evaluated: Called with every evaluation.
+        evaluated: Called with each evaluation.
         checkpoint: Called when a checkpoint is due.
-        point: Called where a killed run may go on from.
-        tick: Called after every step.
+        point: Called at each step that a killed run may resume from.
+        tick: Called after each step.
     """
 
     evaluated: Callable[[Evaluation], None] = _nothing
@@ -239,12 +239,12 @@ def train_to_the_end(run: Training, watch: Watch, stopped: Callable[[], bool]) -
     """Train until the last step, or until ``stopped()``.
 
     Args:
-        run: New, or put where it was left.
-        watch: What else is done.
-        stopped: Asked before every step.
+        run: A new training, or one that was set to its last point.
+        watch: Functions to call during the training.
+        stopped: Called before each step; True stops the training.
 
     Returns:
-        Whether the training is over; else it can go on later.
+        Whether the training is over; otherwise it can be resumed.
     """
     if run.done == 0:
         watch.evaluated(evaluation(run))
@@ -262,7 +262,7 @@ def train_to_the_end(run: Training, watch: Watch, stopped: Callable[[], bool]) -
 
 
 def pass_mark(run: Training, watch: Watch) -> bool:
-    """Do what is due where a run stands.
+    """Do everything that is due at the current step.
 
     Returns:
         Whether the training is over.
@@ -274,7 +274,7 @@ def pass_mark(run: Training, watch: Watch) -> bool:
     measured = evaluation(run) if due or exits or watches else None
     over = run.done == run.total_steps
     if measured is not None:
-        # What is watched is not the test split, which may not steer a training.
+        # A plateau schedule never sees the test split: that would be training on it.
         watched = measured.loss if math.isnan(measured.val_loss) else measured.val_loss
         good, watched = run.crew.agreed([exits and _is_good_enough(run, measured), watched])
         over = over or bool(good)
@@ -287,7 +287,7 @@ def pass_mark(run: Training, watch: Watch) -> bool:
     if ended:
         run.totals = no_totals(run.device)
         run.epoch_seconds = 0.0
-    # After an early exit the point would be one from which a killed run trains on.
+    # No point after an early exit: a killed run would train on from there.
     if not over or run.done == run.total_steps:
         watch.point(run)
     return over
@@ -311,13 +311,13 @@ log = logging.getLogger("gradfilter.train")
 
 
 def train(config: TrainConfig) -> int:
-    """Train, or go on training.
+    """Run ``gradfilter train``: start a training, or resume it.
 
     Returns:
         The exit code: 0, 130 after Ctrl-C, or 143 after SIGTERM.
 
     Raises:
-        UsageError: A value is wrong, or the run is there already. Nothing has been changed then.
+        UsageError: A value is wrong, or the run already exists. No file has been changed then.
     """
     check_values(config)
     check_trackers(config)
@@ -326,8 +326,8 @@ def train(config: TrainConfig) -> int:
     refuse_what_is_there(config, place)
     begun = (place / "config.json").exists()
     if config.resume and not begun and config.log_level in ("debug", "info") and is_first_process():
-        # A mistyped setting names another directory; a sweep, which says less, has typed none.
-        print(f"--resume: no run in {printable(place)} yet, one is begun", file=sys.stderr)
+        # A mistyped setting names another directory. A sweep mistypes none, and logs less.
+        print(f"--resume: no run in {printable(place)} yet, a new one starts", file=sys.stderr)
     if is_finished(place):
         if is_first_process():
             print(f"finished already: {printable(place)}")
@@ -340,24 +340,24 @@ def train(config: TrainConfig) -> int:
         stop = stack.enter_context(interruptible())
         stopped = crew.together(stop)
         run = build_training(config, device, crew)
-        goes_on = config.resume and newest_point(place) is not None
-        if goes_on:
+        resumes = config.resume and newest_point(place) is not None
+        if resumes:
             resume(place, run)
-        crew.meet()  # nobody writes before everybody has looked
+        crew.meet()  # no process writes before all have looked
         if crew.is_first:
-            return 0 if recorded(run, place, goes_on, stopped) else stop.exit_code
-        # The others compute; what there is to say is said once.
+            return 0 if recorded(run, place, resumes, stopped) else stop.exit_code
+        # The other ranks only compute; messages are printed once.
         return 0 if train_to_the_end(run, Watch(), stopped) else stop.exit_code
 
 
-def recorded(run: Training, place: Path, goes_on: bool, stopped: Callable[[], bool]) -> bool:
-    """Train, and write and say what comes of it.
+def recorded(run: Training, place: Path, resumes: bool, stopped: Callable[[], bool]) -> bool:
+    """Train, write the files of the run, and print the result.
 
     Args:
-        run: Before its next step.
-        place: Its directory, owned by this process.
-        goes_on: Whether it was left at a point there, and has been put to it.
-        stopped: Asked before every step.
+        run: The training before its next step.
+        place: The run directory, locked by this process.
+        resumes: Whether the run was set to a point in the directory.
+        stopped: Called before each step; True stops the training.
 
     Returns:
         Whether the training is over.
@@ -368,9 +368,9 @@ def recorded(run: Training, place: Path, goes_on: bool, stopped: Callable[[], bo
     with ExitStack() as stack:
         console = stack.enter_context(logging_to(config.log_level))
         record = RunRecord(place, facts)
-        if goes_on:
+        if resumes:
             record.go_on(run)
-            log.info("going on after step %d: %s", run.done, printable(place))
+            log.info("resuming after step %d: %s", run.done, printable(place))
         else:
             record.begin()
             log.info("writing to %s", printable(place))
@@ -396,15 +396,15 @@ def recorded(run: Training, place: Path, goes_on: bool, stopped: Callable[[], bo
                 over = train_to_the_end(run, watch, stopped)
                 status = "finished" if over else "interrupted"
         except KeyboardInterrupt:
-            status = "interrupted"  # a second Ctrl-C, which does not wait for the step
+            status = "interrupted"  # after a second Ctrl-C, which does not wait for the step
             raise
         finally:
             record.say(status)
     if not over:
-        where = f"--resume goes on: {printable(place)}"
+        where = f"continue with --resume: {printable(place)}"
         print(f"interrupted after step {run.done} of {run.total_steps}; {where}")
     elif last:
-        # The log, which may be on the same screen, ends with the same numbers.
+        # The log ends with the same numbers, and may be on the same screen.
         print(f"last: {shown(last[0])}\nwrote {printable(place)}")
     if why := why_all_skipped(run):
         print(why, file=sys.stderr)

@@ -58,7 +58,7 @@ def train_command(options: Sequence[str]) -> int:
 
 
 def parse_train(options: Sequence[str], program: str = PROGRAM) -> TrainCommand:
-    """The settings of a preset, under those of a file, of the environment and of the options.
+    """Merge settings; later ones win: preset, file, environment, options.
 
     Raises:
         UsageError: An option, a file or a preset is wrong.
@@ -69,12 +69,12 @@ def parse_train(options: Sequence[str], program: str = PROGRAM) -> TrainCommand:
 
 
 ALONE = {"--consensus": "1.0", "--budget-clip": "0.3", "--adaptive": "asam", "--average": "mean"}
-"""What an option means that stands without a value."""
+"""The value of an option that is given without one."""
 NESTEROV = "sgd+nesterov"
 
 
 def spelt_out(options: Sequence[str]) -> list[str]:
-    """Options that may stand without a value with one, and an optimizer's other name.
+    """Add omitted values of options, and translate sgd+nesterov.
 
     Examples:
         >>> spelt_out(["--consensus", "--per-sample", "--optimizer", "sgd+nesterov"])

@@ -27,15 +27,15 @@ from gradfilter.lab.train._train_config import TrainConfig
 
 
 def watch_memory(device: torch.device) -> None:
-    """Begin to watch; a CPU's process has been watched from its start."""
+    """Start to record peak memory on a GPU; that of a process is always recorded."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> float:
-    """Bytes: the most that torch held on a GPU since `watch_memory`, or else the process did.
+    """Return the largest number of bytes held: on a GPU since `watch_memory`, else by the process.
 
-    NaN where the system does not say.
+    NaN if the operating system does not report it.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -55,28 +55,28 @@ CLIPPED_ROWS = ("clip_per_row/clipped_fraction", "budget_clip/clipped_fraction")
 LATEST = ("lr", "rho")
 
 Totals = dict[str, Tensor]
-"""One number per name, all of them on the device."""
+"""One number per name, all on the device."""
 
 
 def no_totals(device: torch.device) -> Totals:
-    """The totals before the first step of an epoch."""
+    """Return the totals before the first step of an epoch."""
     narrow = torch.zeros((), device=device)
     zero = narrow.to(_tree.wide(narrow))
     return dict.fromkeys((*SUMS, *LATEST), zero)
 
 
 def add_to_totals(totals: Totals, info: Mapping[str, Tensor]) -> Totals:
-    """The totals with one more step; nothing waits for the device.
+    """Add one step to the totals, without waiting for the device.
 
     Args:
-        totals: Before the step.
-        info: Of the step.
+        totals: Totals before the step.
+        info: Numbers that the step returned.
     """
     found = {name.split("/")[-1]: value for name, value in info.items()}
     accepted = found.get("accepted")
-    # A reducer that accepts nothing and rejects nothing takes every row.
+    # A reducer that does not publish "accepted" uses every row.
     one = torch.ones_like(totals["steps"])
-    # A loss that is no number is one of a step that a filter skipped, or the last of a training.
+    # A loss is not finite in a step that a filter skipped, or in the last step of a training.
     finite = info["loss"].isfinite()
     new = {
         "loss": torch.where(finite, info["loss"], 0.0),
@@ -96,16 +96,16 @@ def add_to_totals(totals: Totals, info: Mapping[str, Tensor]) -> Totals:
 
 
 def means_of_totals(totals: Mapping[str, float], config: TrainConfig) -> dict[str, float]:
-    """The numbers of an epoch for people; NaN for what the run does not have.
+    """Compute the means of an epoch; NaN for quantities that the run does not have.
 
     Args:
-        totals: As numbers.
-        config: Says what the run has.
+        totals: Totals of the epoch, as numbers.
+        config: Settings of the run, which decide what it has.
     """
     steps = totals["steps"] or math.nan
     rho = math.nan if config.sam is None else config.sam
     if config.rho_schedule != "constant":
-        rho = totals["rho"] * steps / steps  # of no step there is none
+        rho = totals["rho"] * steps / steps  # NaN without a step
     clipped = config.clip_per_row is not None or config.budget_clip is not None
     return {
         "loss": totals["loss"] / (totals["losses"] or math.nan),
@@ -127,30 +127,30 @@ def _if(has: bool, value: float) -> float:
 
 @dataclass
 class Training:
-    """A configuration at work. The state is replaced, never changed, so it is always whole.
+    """A training in progress. Its state is replaced, never changed, so it is always consistent.
 
     Attributes:
-        config: Checked.
-        data: On the device.
+        config: Checked settings.
+        data: The data set, on the device.
         model: The structure; the parameters of the training are in ``state``.
-        step: One step of the training.
-        all_rows: The rows of a whole batch, of which each process computes its part in a step;
-            None where there is one.
-        order: Which samples a step sees.
-        augment: What is done to the images of a step.
-        batch_size: Samples of a step, on all processes together.
-        total_steps: Length of the training.
-        crew: Who trains together.
-        state: After ``done`` steps.
+        step: The train step.
+        all_rows: Computes the rows of a whole batch, of which each process computes its part in a
+            step; None with one process.
+        order: Order of the samples.
+        augment: Augmentation of the images of a step, or None.
+        batch_size: Samples per step, over all processes.
+        total_steps: Length of the training, in steps.
+        crew: The processes that train together.
+        state: State after ``done`` steps.
         done: Steps done.
-        totals: Of the epoch at work.
+        totals: Totals of the current epoch.
         skipped: Steps skipped since the start, on the device.
-        finite_until: Steps after which the loss of a batch was last finite, on the device; −1 if it
+        finite_until: Step after which the loss of a batch was last finite, on the device; −1 if it
             never was.
-        report: What the next step tells a plateau schedule.
-        peak_memory: The most that was held during steps, in bytes.
-        seconds: Spent in steps since the start.
-        epoch_seconds: Spent in steps of this epoch.
+        report: Value that the next step reports to a plateau schedule.
+        peak_memory: Largest number of bytes held during steps.
+        seconds: Time spent in steps since the start.
+        epoch_seconds: Time spent in steps of this epoch.
     """
 
     config: TrainConfig
@@ -175,16 +175,16 @@ class Training:
 
     @property
     def device(self) -> torch.device:
-        """Where it trains."""
+        """Return the device of the training."""
         return self.data.train.labels.device
 
     def steps_at(self, epoch: float) -> int:
-        """Steps until this many epochs of samples have been seen."""
+        """Return the number of steps after which `epoch` epochs of samples have been seen."""
         return steps_until(epoch, len(self.data.train), self.batch_size)
 
     @property
     def measured(self) -> State:
-        """The parameters and buffers that are evaluated and saved: with --ema, averaged ones."""
+        """Return the parameters and buffers to evaluate and save: with --ema, the averaged ones."""
         params = self.state["params"]
         if self.config.ema is not None:
             params = _tree.in_dtypes_of(params, gf.ema_of(self.state))
@@ -192,12 +192,12 @@ class Training:
 
     @property
     def epoch(self) -> float:
-        """Epochs of samples that have been seen."""
+        """Return the number of epochs of samples that have been seen."""
         return self.done * self.batch_size / len(self.data.train)
 
 
 def precision(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
-    """The mixed precision that the configuration asks for."""
+    """Return a context manager for the configured mixed precision."""
     if config.amp == "none":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
@@ -213,10 +213,10 @@ def advance(
     """Train up to step ``until``, or until ``stopped()``; no step waits for the device.
 
     Args:
-        run: Changed: its state is replaced, step by step.
-        until: Not beyond the end of an epoch, whose totals would be mixed with the next one's.
-        stopped: Asked before every step.
-        tick: Called after every step.
+        run: The training; each step replaces its state.
+        until: Last step, not beyond the end of the epoch: totals must not mix two epochs.
+        stopped: Called before each step; True stops.
+        tick: Called after each step.
     """
     if run.done >= until:
         return
@@ -238,8 +238,8 @@ def advance(
                 break
             # The schedule follows the steps done, so that skipped ones do not stretch it.
             run.state, info = run.step(run.state, batch, count=run.done, value=run.report)
-            # A schedule forgets what it is told in a step that is skipped. To ask costs a look at
-            # the device, once after an epoch.
+            # A schedule ignores the report in a skipped step. Checking waits for the device, once
+            # per epoch.
             if run.report is not None and info["keep"]:
                 run.report = None
             run.totals = add_to_totals(run.totals, info)
@@ -257,10 +257,10 @@ def advance(
 
 
 def sync_ranks(run: Training) -> None:
-    """Make one of what several processes measured on their own rows: totals and running statistics.
+    """Combine what several processes measured on their own rows: totals and running statistics.
 
-    Parameters and transforms are the same bits on all at any time. BatchNorm's statistics are those
-    of a process's own samples until here, where each becomes their mean.
+    Parameters and transform states are always bitwise equal on all processes. The statistics of
+    BatchNorm come from the samples of one process; here each becomes the mean over processes.
     """
     if run.crew.size == 1:
         return
@@ -274,7 +274,7 @@ def sync_ranks(run: Training) -> None:
 
 
 def evaluation(run: Training) -> Evaluation:
-    """Measure a training where it stands; changes nothing. Several processes settle before."""
+    """Measure a training at its current step; changes nothing. Call `sync_ranks` before."""
     numbers = dict(zip(run.totals, torch.stack([*run.totals.values()]).tolist(), strict=True))
     seen = numbers["steps"] * run.batch_size
     with precision(run.config, run.device):
@@ -295,13 +295,13 @@ def evaluation(run: Training) -> Evaluation:
 
 
 def _agreement(run: Training) -> dict[str, float]:
-    """Who agrees with whom in the batch of the next step, without augmentation."""
+    """Compute the agreement of the rows in the next step's batch, without augmentation."""
     if run.all_rows is None:
         return {"cosine": math.nan, "noise_scale": math.nan}
     chosen = run.order(run.done, run.done + 1)[0]
     samples = run.data.train
     batch = samples.images.fetch(chosen), samples.labels[chosen.to(run.device)]
-    with random_state_restored(run.device):  # dropout as the next step will have it
+    with random_state_restored(run.device):  # the same dropout as in the next step
         set_random_state(run.state["random"], run.device)
         rows = run.all_rows(run.state["params"], batch, buffers=run.state["buffers"])
         scale = diagnostics.noise_scale(rows, run.batch_size // len(rows)).samples
