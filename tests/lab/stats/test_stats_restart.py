@@ -128,7 +128,7 @@ def test_a_stop_between_two_batches_is_clean(number, run, tmp_path, counted, mon
     with monkeypatch.context() as patch:
         patch.setattr(_measurement, "measure_of", interrupting)
         code, out, err = command("stats", run, "--last", "--batch-size", 30)
-    assert (code, err) == (128 + number, "") and "the same command goes on" in out
+    assert (code, err) == (128 + number, "") and "the same command continues" in out
     assert counted == [30, 30]
     found, _ = numbers(run, "--batch-size", 30)
     assert counted == [30, 30, 30, 10]

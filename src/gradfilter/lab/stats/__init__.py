@@ -1,1 +1,1 @@
-"""``gradfilter stats``: what the checkpoints of a run are like around every sample."""
+"""``gradfilter stats``: measure the checkpoints of a run around every sample."""

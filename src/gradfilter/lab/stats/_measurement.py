@@ -50,7 +50,7 @@ from gradfilter.lab.train._restore import Restored
 
 @contextmanager
 def progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar of samples, and the function that moves it on; a log file wants none."""
+    """Show a bar of samples, and yield the function that advances it; none in a log file."""
     console = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"),
@@ -65,12 +65,12 @@ def progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int]
 
 
 def listed(run: Path, saved: Sequence[Checkpoint], lost: Sequence[str] = ()) -> str:
-    """The checkpoints that there are, and how to choose one.
+    """List the checkpoints, and how to choose one.
 
     Args:
-        run: The directory.
-        saved: What there is, in order.
-        lost: Entries that a damaged archive has in the place of some.
+        run: The run directory.
+        saved: The checkpoints, in order.
+        lost: Entries of a damaged archive that are not usable checkpoints.
 
     Examples:
         >>> print(listed(Path("runs/a"), [Checkpoint(0, 0, 0.0), Checkpoint(1, 800, 12.5)]))
@@ -87,7 +87,7 @@ def listed(run: Path, saved: Sequence[Checkpoint], lost: Sequence[str] = ()) -> 
 
 
 def summary(paths: Sequence[Path]) -> str:
-    """A table of the means, and where the numbers are."""
+    """Return a table of the means, and the paths of the files with the numbers."""
     rows = []
     for path in paths:
         with reading(path, "the file of numbers", "Remove it, and measure again."):
@@ -107,7 +107,7 @@ def summary(paths: Sequence[Path]) -> str:
 
 @dataclass(frozen=True)
 class _Row:
-    """What the table says about a file of numbers."""
+    """One row of the table: a file of numbers."""
 
     title: str
     at: tuple[str, str, str]
@@ -132,19 +132,19 @@ def _row(content: Document) -> _Row:
 
 
 def _columns(about: dict[str, Any]) -> dict[str, Nested]:
-    """The aggregates of whole paths, by their headings."""
+    """Return the aggregates of whole paths, by column heading."""
     aggregate = about["aggregate"]
     mean, names = aggregate["mean"], about["columns"]
     if about["axes"][0] == "batch":
-        # What is better than a mean goes by the same name.
+        # Some aggregates replace a mean under the same name.
         by_name = {**dict(zip(names, mean, strict=True)), **aggregate}
         return {name.replace("_", " "): by_name[name] for name in names}
-    if "direction" in about["axes"]:  # values along paths: there is one at the image
+    if "direction" in about["axes"]:  # values along paths: the first is at the image
         return {"mean at the images": mean[0][0]}
     shown = {"mean": aggregate["mean"]}
     if "lipschitz" in aggregate:
         shown["Lipschitz"] = aggregate["lipschitz"]
-    if "anchor" in about["axes"]:  # running means, of which the last is the whole path's
+    if "anchor" in about["axes"]:  # running means: the last is that of the whole path
         return {name: numbers[-1] for name, numbers in shown.items()}
     return shown
 
@@ -157,23 +157,23 @@ def _number(value: float | None) -> str:
 
 
 Batch = tuple[int, int]
-"""Places in the split, from the first to the one after the last."""
+"""Positions in the split: the first, and the one after the last."""
 
 
 def missing(start: int, stop: int, done: Iterable[StatsRecord], batch_size: int) -> list[Batch]:
-    """The batches that are still to be measured.
+    """Return the batches that are still to be measured.
 
-    Batches are cut from ``start`` on, whatever is done already and however many processes there
-    are, so that every sample is measured in the same company as in an uninterrupted run.
+    Batches always start at ``start``, independently of what is done and of the number of processes.
+    So every sample is measured in the same batch as in an uninterrupted measurement.
 
     Args:
-        start: First sample.
-        stop: After the last.
-        done: What is there.
-        batch_size: Of every batch but the last.
+        start: Position of the first sample.
+        stop: Position after the last sample.
+        done: The records that exist.
+        batch_size: Number of samples of every batch except the last.
 
     Examples:
-        >>> missing(0, 10, [Record(4, 8, [], [], [], [])], 4)
+        >>> missing(0, 10, [StatsRecord(4, 8, [], [], [], [])], 4)
         [(0, 4), (8, 10)]
     """
     batches = []
@@ -189,7 +189,7 @@ def missing(start: int, stop: int, done: Iterable[StatsRecord], batch_size: int)
 
 
 def share(batches: Sequence[Batch], rank: int, size: int) -> Sequence[Batch]:
-    """One process's slice: as many whole batches as anyone's, one more or less.
+    """Return the batches of one process; the numbers of batches differ by at most one.
 
     Examples:
         >>> [share([(0, 4), (4, 8), (8, 10)], rank, 2) for rank in range(2)]
@@ -206,17 +206,17 @@ FOLDER = "stats"
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is to be measured, and where to.
+    """A measurement of one metric of one checkpoint, and its output file.
 
     Attributes:
-        config: What, and how.
-        model: A checkpoint.
-        samples: The split.
-        start: First sample.
-        stop: The one after the last.
-        whole: Name of the file for all samples of the split, without its ending.
-        path: The file that is made.
-        facts: What the numbers depend on.
+        config: Checked settings.
+        model: The restored checkpoint.
+        samples: Samples of the split.
+        start: Position of the first sample.
+        stop: Position after the last sample.
+        whole: Name of the file for all samples of the split, without its suffix.
+        path: The output file.
+        facts: Everything that the numbers depend on.
     """
 
     config: StatsConfig
@@ -230,10 +230,10 @@ class Measurement:
 
     @classmethod
     def of(cls, config: StatsConfig, model: Restored) -> Measurement:
-        """Of a checkpoint.
+        """Prepare the measurement of a checkpoint.
 
         Raises:
-            UsageError: There are no such samples.
+            UsageError: The split does not have these samples.
         """
         samples = getattr(model.data, config.dataset_split)
         start, stop = range_of(config, len(samples))
@@ -243,29 +243,29 @@ class Measurement:
         return cls(config, model, samples, start, stop, whole, path, origin(config, model))
 
     def carry_out(self, crew: Crew, stopped: Callable[[], bool]) -> bool:
-        """Measure what is not measured yet, together, and write the file.
+        """Measure the missing batches, together with other processes, and write the file.
 
         Args:
-            crew: With whom.
-            stopped: Asked before every batch.
+            crew: The processes that measure together.
+            stopped: Called before each batch; True stops the measurement.
 
         Returns:
-            Whether the file is there; else what is done is kept.
+            Whether the file is complete; otherwise the finished batches are kept.
 
         Raises:
-            UsageError: The file or parts of it were measured differently, another process is at
-                work on it, or something cannot be written or does not fit into memory.
+            UsageError: The file or parts of it were measured differently, another process is
+                writing it, a file cannot be written, or a batch does not fit into memory.
         """
         folder, name = self.path.parent, self.path.stem
         with locked(self.path, crew):
             if self.path.exists():
                 self._refuse_other()
                 if crew.is_first:
-                    self._clear()  # killed just after the file was there
+                    self._clear()  # a previous process was killed after it wrote the file
                 return True
             done = [r for part in parts(folder, name) for r in finished(part, self.facts)]
             todo = missing(self.start, self.stop, done, self.config.batch_size)
-            crew.meet()  # nobody writes before everybody has looked
+            crew.meet()  # no process writes before all have looked
             place = 0 if crew.ranks is None else crew.ranks.rank
             own = share(todo, place, crew.size)
             over = self._append(own, part_path(folder, name, place), crew.is_first, stopped)
@@ -283,14 +283,14 @@ class Measurement:
         differing = [name for name in names if before.get(name) != self.facts.get(name)]
         if differing:
             raise UsageError(
-                f"{str(self.path)!r} is there already, with other {', '.join(differing)}. Remove "
+                f"{str(self.path)!r} already exists, with other {', '.join(differing)}. Remove "
                 "it, or give --outname."
             )
 
     def _append(
         self, batches: Iterable[Batch], part: Path, shown: bool, stopped: Callable[[], bool]
     ) -> bool:
-        """Measure batches, one after the other; whether all of them."""
+        """Measure batches one after the other; return whether all were measured."""
         config, batches = self.config, list(batches)
         record = recorder(config, self.samples, measure_of(config, self.model))
         total = sum(stop - start for start, stop in batches)
@@ -311,7 +311,7 @@ class Measurement:
         return True
 
     def _merge(self) -> None:
-        """Make one file of all parts, which are then removed."""
+        """Merge all parts into one file, then remove them."""
         there = parts(self.path.parent, self.path.stem)
         records = [record for part in there for record in finished(part, self.facts)]
         write(self.path, document(joined(records, self.start, self.stop), self.facts))
@@ -327,14 +327,14 @@ class Measurement:
 
 
 def range_of(config: StatsConfig, total: int) -> tuple[int, int]:
-    """First sample and the one after the last.
+    """Return the position of the first sample and that after the last.
 
     Args:
-        config: With --skip and --num-samples.
-        total: Samples in the split.
+        config: Settings; `skip` and `num_samples` are read.
+        total: Number of samples in the split.
 
     Raises:
-        UsageError: There are not so many.
+        UsageError: The split has fewer samples.
     """
     split = f"--dataset-split {config.dataset_split}"
     if not total:

@@ -17,19 +17,19 @@ from gradfilter.lab.stats._recorder import Measure, Values
 from gradfilter.lab.stats._stats_config import MetricName, StatsConfig
 from gradfilter.lab.train._restore import Restored
 
-# --- Random numbers of a sample, whatever its batch, process or order ---
+# --- Random numbers per sample, independent of batch, process and order ---
 
 
 Purpose = Literal["jitter", "start", "probes"]
 
 
 def seeds(seed: int, purpose: Purpose, ids: Tensor) -> list[int]:
-    """A seed of one purpose for every sample.
+    """Return one seed per sample, for one purpose.
 
     Args:
-        seed: Of the whole measurement, >= 0.
-        purpose: What the numbers are for.
-        ids: Of the samples. (N,)
+        seed: Seed of the whole measurement, >= 0.
+        purpose: Purpose of the random numbers; each has its own stream.
+        ids: Indices of the samples. (N,)
     """
     return [
         int(_sequence(seed, purpose, sample).generate_state(1, np.uint64)[0] >> 1)
@@ -40,7 +40,7 @@ def seeds(seed: int, purpose: Purpose, ids: Tensor) -> list[int]:
 def uniform(
     seed: int, purpose: Purpose, ids: Tensor, shape: tuple[int, ...], low: float, high: float
 ) -> Tensor:
-    """Numbers U[low, high] for every sample. (N, *shape) float64, on the host."""
+    """Draw numbers U[low, high] for every sample. (N, *shape) float64, on the host."""
     draws = [
         np.random.default_rng(_sequence(seed, purpose, sample)).uniform(low, high, shape)
         for sample in ids.tolist()
@@ -58,26 +58,26 @@ def _sequence(seed: int, purpose: Purpose, sample: int) -> np.random.SeedSequenc
 COPIES = 4
 LOW, HIGH = 0.99, 1.01
 LUMA = (0.299, 0.587, 0.114)
-"""Of red, green and blue in a grey image."""
+"""Weights of red, green and blue in a grey image."""
 
 
 def jittered(images: Tensor, ids: Tensor, mean: Tensor, std: Tensor, seed: int) -> Tensor:
-    """Four copies of every image, with another brightness, contrast and saturation each.
+    """Return four copies of every image, with changed brightness, contrast and saturation.
 
     In raw colours r = x · std + mean, one after the other: r ← b r; r ← c r + (1 − c) grey mean of
-    the image; r ← s r + (1 − s) grey image, with b, c, s from U[0.99, 1.01]. After each, colours
-    stay in [0, 1], or in the image's own range where that is wider. Images without three channels
-    have no saturation; their grey is the mean of the channels.
+    the image; r ← s r + (1 − s) grey image, with b, c, s from U[0.99, 1.01]. After each step,
+    colours are clamped to [0, 1], or to the image's own range if that is wider. Images without
+    three channels have no saturation; their grey is the mean of the channels.
 
     Args:
-        images: Normalised. (N, c, h, w)
-        ids: The factors belong to these samples. (N,)
-        mean: Of the normalisation. (c, 1, 1)
-        std: The same. (c, 1, 1)
-        seed: Of the factors.
+        images: Normalised images. (N, c, h, w)
+        ids: Indices of the samples, which determine the factors. (N,)
+        mean: Mean of the normalisation. (c, 1, 1)
+        std: Standard deviation of the normalisation. (c, 1, 1)
+        seed: Seed of the factors.
 
     Returns:
-        Normalised. (4, N, c, h, w)
+        Normalised images. (4, N, c, h, w)
     """
     raw = images * std + mean
     bounds = raw.flatten(1).aminmax(dim=1)
@@ -97,7 +97,7 @@ def jittered(images: Tensor, ids: Tensor, mean: Tensor, std: Tensor, seed: int) 
 
 
 def grey(raw: Tensor) -> Tensor:
-    """The brightness of every pixel. (N, c, h, w) -> (N, 1, h, w)."""
+    """Return the brightness of every pixel. (N, c, h, w) -> (N, 1, h, w)."""
     if raw.shape[1] != len(LUMA):
         return raw.mean(1, keepdim=True)
     return (raw * raw.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
@@ -112,15 +112,15 @@ LEGACY_SCALE = 0.1
 def difference_quotient(
     function: Callable[[Tensor], Tensor], images: Tensor, copies: Tensor, legacy_scale: bool
 ) -> Tensor:
-    """√(mean_j ‖(h(x₀) − h(x_j))/δ_j‖²) with δ_j = ‖x₀ − x_j‖. (N,).
+    """Compute √(mean_j ‖(h(x₀) − h(x_j))/δ_j‖²) with δ_j = ‖x₀ − x_j‖. (N,).
 
-    An image that its copies equal, a black one, has no such number: it is NaN.
+    The result is NaN for an image that equals its copies, for example a black one.
 
     Args:
-        function: h, from images to anything (N, ...), sample by sample.
+        function: h, maps images to a tensor (N, ...), sample by sample.
         images: x₀. (N, c, h, w)
         copies: x_1, x_2, ... (copies, N, c, h, w)
-        legacy_scale: δ_j = 0.1 for every j instead.
+        legacy_scale: Use δ_j = 0.1 for every j.
     """
     base = function(images)
     squares = []
@@ -143,23 +143,23 @@ def _norm(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """The logits, in float32 or wider. (N, C)."""
+    """Return the logits, in float32 or wider. (N, C)."""
     logits: Tensor = model(images)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def crossentropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """−log p_y. (N,)."""
+    """Compute −log p_y. (N,)."""
     return F.cross_entropy(logits, labels, reduction="none")
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """1 where the largest logit is the label's, else 0. (N,)."""
+    """Return 1 where the largest logit is that of the label, else 0. (N,)."""
     return (logits.argmax(1) == labels).to(logits.dtype)
 
 
 def confidence(logits: Tensor, labels: Tensor) -> Tensor:
-    """How far the probabilities are from certainty, ‖p − onehot(y)‖. (N,)."""
+    """Compute the distance of the probabilities from certainty, ‖p − onehot(y)‖. (N,)."""
     apart = logits.softmax(1) - F.one_hot(labels, logits.shape[1])
     norms: Tensor = torch.linalg.vector_norm(apart, dim=1)
     return norms
@@ -168,13 +168,13 @@ def confidence(logits: Tensor, labels: Tensor) -> Tensor:
 def normalised(
     logits: Tensor, labels: Tensor, normalization: Normalization, target_logit_only: bool
 ) -> Tensor:
-    """g, what is differentiated elsewhere, itself. (N, C), or (N, 1) where one number is left.
+    """Return g, the function whose derivatives the metrics take. (N, C), or (N, 1) for one output.
 
     Args:
-        logits: (N, C).
-        labels: (N,).
-        normalization: Any but jacobian, which is none of the outputs.
-        target_logit_only: The label's entry only.
+        logits: Logits. (N, C)
+        labels: Labels. (N,)
+        normalization: Any except jacobian, which normalises derivatives and not outputs.
+        target_logit_only: Return only the entry of the label.
     """
     if normalization == "crossentropy":
         return crossentropy(logits, labels)[:, None]
@@ -189,10 +189,10 @@ def normalised(
 
 
 def agreement(config: StatsConfig, restored: Restored) -> Measure:
-    """Mean pairwise cosine of microbatch gradients, simple noise scale, and what that is made of.
+    """Measure mean pairwise cosine of microbatch gradients, simple noise scale, and its parts.
 
     B = batch size / M samples make a row. A last batch that is too short has fewer rows, and
-    leaves out samples that fill none; with fewer than two rows there are no numbers.
+    samples that do not fill a row are omitted. With fewer than two rows the numbers are NaN.
     """
     loss, (params, buffers) = (
         gf.model_loss(restored.model, F.cross_entropy),
@@ -214,7 +214,7 @@ def agreement(config: StatsConfig, restored: Restored) -> Measure:
 
 
 def sharpness(config: StatsConfig, restored: Restored) -> Measure:
-    """f(w + e) − f(w), and the top eigenvalue and the trace of the Hessian in the parameters."""
+    """Measure f(w + e) − f(w), and the top eigenvalue and the trace of the parameters' Hessian."""
     loss, (params, buffers) = (
         gf.model_loss(restored.model, F.cross_entropy),
         gf.extract(restored.model),
@@ -245,7 +245,7 @@ def sharpness(config: StatsConfig, restored: Restored) -> Measure:
 
 
 def measure_of(config: StatsConfig, restored: Restored) -> Measure:
-    """The metric that is asked for, at a checkpoint."""
+    """Return the configured metric, at a checkpoint."""
     return MEASURES[config.metric](config, restored)
 
 
@@ -342,7 +342,7 @@ def _loss_hessian_trace(config: StatsConfig, restored: Restored) -> Measure:
             images,
             labels,
             probes=config.num_probes,
-            iterations=1,  # the top eigenvalue comes with it
+            iterations=1,  # the top eigenvalue is computed as well
             seed=seeds(config.mc_sample_seed, "probes", ids),
         )
         return Values(found.traces)
@@ -356,7 +356,7 @@ def _loss_hessian_top(config: StatsConfig, restored: Restored) -> Measure:
             restored.model,
             images,
             labels,
-            probes=2,  # the trace comes with it
+            probes=2,  # the trace is computed as well
             iterations=config.num_power_iters,
             seed=seeds(config.mc_sample_seed, "start", ids),
         )

@@ -19,11 +19,11 @@ from gradfilter.lab.stats._surroundings import Anchors, strategy
 
 @dataclass(frozen=True)
 class Along:
-    """A metric at an image and at its anchors, and how far these are apart.
+    """A metric at an image and at its anchors, and the distances between them.
 
     Attributes:
         values: m(x), m(x_1), ..., m(x_n) in each of K directions. (N, K, n + 1) float64
-        distances: ‖x_1 − x‖, ‖x_2 − x_1‖, ..., of whole images. (N, K, n) float64
+        distances: ‖x_1 − x‖, ‖x_2 − x_1‖, ..., over whole images. (N, K, n) float64
     """
 
     values: Tensor
@@ -34,12 +34,12 @@ def along(measure: Callable[[Tensor], Tensor], images: Tensor, anchors: Anchors)
     """Evaluate a metric at images and at their anchors, 1 + K · n times.
 
     Args:
-        measure: Images (N, c, h, w) -> (N,); called once with the images themselves.
-        images: (N, c, h, w).
-        anchors: How K x n anchors are made of them.
+        measure: Maps images (N, c, h, w) to (N,); called once with the images themselves.
+        images: Images. (N, c, h, w)
+        anchors: Maps images to K x n anchors.
 
     Returns:
-        All of it on the host, in float64.
+        Values and distances, on the host, in float64.
     """
     base = measure(images)
     values, distances = [], []
@@ -56,17 +56,17 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def path_means(along: Along) -> Tensor:
-    """The mean over K paths of the metric's mean along each, up to every anchor.
+    """Compute the mean over K paths of the metric's mean along each, up to every anchor.
 
     A path's mean is the trapezoid rule over its segments, divided by its length,
     Σ_j ½ (m_j + m_{j+1}) d_j / Σ_j d_j, and m(x) where the length is 0. With one anchor it is
     ½ [m(x) + m(x_1)], the published Euclidean mean.
 
     Args:
-        along: n anchors in K directions.
+        along: Values at n anchors in K directions.
 
     Returns:
-        The running value at every anchor; the last one is that of whole paths. (N, n)
+        The running mean at every anchor; the last one covers the whole path. (N, n)
 
     Examples:
         >>> path = Along(torch.tensor([[[0.0, 1.0, 3.0]]]), torch.tensor([[[1.0, 2.0]]]))
@@ -86,11 +86,11 @@ def path_means(along: Along) -> Tensor:
 
 @dataclass(frozen=True)
 class Values:
-    """What a metric says about a batch.
+    """The numbers of a metric for a batch.
 
     Attributes:
-        numbers: One of every sample (N,), or all there is to say about the batch (1, columns).
-        residual: The relative error that an iteration left, or None. Any shape.
+        numbers: One number per sample (N,), or one row for the batch (1, columns).
+        residual: Remaining relative error of an iteration, or None. Any shape.
     """
 
     numbers: Tensor
@@ -98,17 +98,17 @@ class Values:
 
 
 Measure = Callable[[Tensor, Tensor, Tensor], Values]
-"""(images (N, c, h, w), labels (N,), ids (N,)) -> values; sample by sample where it can be."""
+"""(images (N, c, h, w), labels (N,), ids (N,)) -> values; sample by sample where possible."""
 
 
 def recorder(
     config: StatsConfig, samples: Samples, measure: Measure
 ) -> Callable[[int, int], StatsRecord]:
-    """The function that measures the samples start .. stop − 1 of a split.
+    """Return the function that measures the samples start .. stop − 1 of a split.
 
     Args:
-        config: Where around the images, and about which labels.
-        samples: The split.
+        config: Settings: where around the images, and against which labels.
+        samples: Samples of the split.
         measure: The metric.
     """
     anchors = strategy(config.gen_strategy, config.num_directions)

@@ -25,13 +25,13 @@ SHOWN = 3
 
 
 def find_run(config: StatsConfig) -> Path:
-    """The one run directory that fits.
+    """Find the one run directory that fits the settings.
 
     Raises:
-        UsageError: None does, or several do, which are then listed.
+        UsageError: No run fits, or several fit; the message lists them.
     """
     if config.run is not None:
-        read_config(config.run)  # says what is missing
+        read_config(config.run)  # its error says what is missing
         return config.run
     given = {name: getattr(config, name) for name in WANTED}
     wanted = {name: value for name, value in given.items() if value is not None}
@@ -47,24 +47,24 @@ def find_run(config: StatsConfig) -> Path:
     more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     listed = ", ".join(map(str, found[:SHOWN]))
     raise UsageError(
-        f"{len(found)} runs fit {asked or 'without anything asked for'}: {listed}{more}. "
-        f"Name one of the directories: gradfilter stats {found[0]} ..., or add what tells them "
-        "apart: --name, --seed, --label-noise."
+        f"{len(found)} runs fit {asked or 'without any option'}: {listed}{more}. "
+        f"Name one of the directories: gradfilter stats {found[0]} ..., or add options that "
+        "distinguish them: --name, --seed, --label-noise."
     )
 
 
 def chosen(
     config: StatsConfig, saved: Sequence[Checkpoint], lost: Sequence[str] = ()
 ) -> list[Checkpoint]:
-    """The checkpoints that are asked for; none if none is.
+    """Return the chosen checkpoints; none if no option chooses one.
 
     Args:
-        config: What is asked for.
-        saved: What there is, in order.
-        lost: Entries that a damaged archive has in the place of some.
+        config: Settings.
+        saved: The checkpoints of the run, in order.
+        lost: Entries of a damaged archive that are not usable checkpoints.
 
     Raises:
-        UsageError: There is no such checkpoint.
+        UsageError: The run does not have this checkpoint.
     """
     if config.last:
         if not saved:
@@ -72,7 +72,7 @@ def chosen(
         if lost:
             raise UsageError(
                 f"--last: the archive of the run is damaged: {', '.join(lost)}. The newest "
-                f"checkpoint that is in its place is --checkpoint {saved[-1].id}."
+                f"usable checkpoint is --checkpoint {saved[-1].id}."
             )
         return [saved[-1]]
     by_step = config.checkpoint_by_step
@@ -82,7 +82,7 @@ def chosen(
     for number in dict.fromkeys(config.checkpoint):
         place = number * factor if by_step else number
         if config.nsteps_per_epoch is not None and place not in known:
-            # Where the batches do not divide the samples, an epoch ends some steps before.
+            # If the batch size does not divide the samples, an epoch ends some steps earlier.
             ends = {round(c.epoch): c.step for c in saved if abs(c.epoch - number) < 0.5}
             place = ends.get(number, place)
         if place not in known:
@@ -103,14 +103,14 @@ def _damage(lost: Sequence[str]) -> str:
 
 
 def stats(config: StatsConfig) -> int:
-    """Measure checkpoints, or list them where none is asked for.
+    """Run ``gradfilter stats``: measure checkpoints, or list them if none is chosen.
 
     Returns:
         The exit code: 0, 130 after Ctrl-C, or 143 after SIGTERM.
 
     Raises:
-        UsageError: A value is wrong, or numbers are there that were measured differently. Nothing
-            that was there has been changed then.
+        UsageError: A value is wrong, or existing numbers were measured differently. Existing files
+            have not been changed then.
     """
     check_values(config)
     device = own_device(usable_device(config.device))
@@ -131,7 +131,7 @@ def stats(config: StatsConfig) -> int:
             model = restored(run, checkpoint, device=device, data_dir=config.data_dir, data=data)
             data = model.data
             if config.restored_targets and not data.train.wrong.any():
-                raise UsageError("--restored-targets: the run has no wrong labels. Leave it away.")
+                raise UsageError("--restored-targets: the run has no wrong labels. Omit it.")
             measurement = Measurement.of(config, model)
             if not measurement.carry_out(crew, stop):
                 break
@@ -140,5 +140,5 @@ def stats(config: StatsConfig) -> int:
             if finished:
                 print(summary(finished))
             if len(finished) < len(wanted):
-                print(f"interrupted; the same command goes on: {printable(measurement.path)}")
+                print(f"interrupted; the same command continues: {printable(measurement.path)}")
     return 0 if len(finished) == len(wanted) else stop.exit_code

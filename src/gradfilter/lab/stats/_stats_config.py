@@ -1,4 +1,4 @@
-"""The options of ``gradfilter stats``, the catalogue of metrics, and what is refused."""
+"""Define the options of ``gradfilter stats``, the catalogue of metrics, and checks of both."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ MetricName = Literal[
 
 @dataclass(frozen=True)
 class Metric:
-    """One of them.
+    """A metric.
 
     Attributes:
-        takes: The settings that change its numbers, beside those that every metric has.
-        columns: What its numbers are, where there are several.
-        per_batch: It has one row per batch, not one number per sample.
-        draws: It has random numbers, of its own for every sample (or batch).
-        chunked: It is computed class by class, in chunks unless there is memory enough.
-        lipschitz: √(mean m²) is the empirical Lipschitz constant.
+        takes: Settings that change its numbers, in addition to those of every metric.
+        columns: Names of its numbers, if there are several.
+        per_batch: Whether it has one row per batch instead of one number per sample.
+        draws: Whether it draws random numbers, separately for every sample (or batch).
+        chunked: Whether it is computed class by class, in chunks unless --bigmem is given.
+        lipschitz: Whether √(mean m²) is the empirical Lipschitz constant.
     """
 
     takes: tuple[str, ...] = ()
@@ -89,7 +89,7 @@ METRICS: dict[MetricName, Metric] = {
 class StatsConfig:
     """Measure the checkpoints of a run, sample by sample, in evaluation mode.
 
-    Without --checkpoint, --last or a step it lists what can be measured. The numbers are written
+    Without --checkpoint, --last or a step it lists the checkpoints. The numbers are written
     into the run's folder stats/, as METRIC-SPLIT[-SETTINGS]-checkpoint-ID.json. A measurement can
     be stopped at any moment, by Ctrl-C or kill -9; the same command continues it. In several
     processes (torchrun --nproc-per-node 2 -m gradfilter stats ...) each measures its part.
@@ -97,104 +97,103 @@ class StatsConfig:
 
     # Not an option: torchrun would take --run for one of its own.
     run: tyro.conf.Positional[Path | None] = None
-    """The run's directory; otherwise it is looked for by --data, --model, --label-noise, --seed
-    and --name in --save-dir."""
+    """Directory of the run. Without it, the run in --save-dir that fits --data, --model,
+    --label-noise, --seed and --name."""
     data: str | None = None
-    """Of the run that is looked for."""
+    """Find the run by its data set, such as digits."""
     model: str | None = None
-    """Of the run that is looked for."""
+    """Find the run by its model, such as mlp_256."""
     label_noise: float | None = None
-    """Of the run that is looked for."""
+    """Find the run by its fraction of wrong labels, in [0, 1)."""
     seed: int | None = None
-    """Of the run that is looked for."""
+    """Find the run by its seed."""
     name: str | None = None
-    """Of the run that is looked for (NAME)."""
+    """Find the run by its folder inside --save-dir (NAME)."""
     save_dir: Path = Path("runs")
-    """Where runs are kept (SAVE_DIR)."""
+    """Directory of all runs (SAVE_DIR)."""
     data_dir: Path | None = None
-    """Where torchvision keeps its data sets (DATA_DIR), if it is no longer where the run had it."""
+    """Directory of the data sets (DATA_DIR), if it has moved since the training."""
 
     preset: str | None = None
-    """What a published recipe measures: double-descent-cifar10, double-descent-digits. Options
-    given beside it count more."""
+    """Measurement of a published recipe: double-descent-cifar10 or double-descent-digits. Other
+    options override it."""
     config: Path | None = None
-    """A TOML file with a table [stats]; counts more than a preset, less than options."""
+    """TOML file with a table [stats]. It overrides a preset; options override both."""
 
     metric: MetricName = "crossentropy"
-    """What to measure."""
+    """Quantity to measure."""
     checkpoint: tuple[int, ...] = ()
-    """Which checkpoints: 0 is the start of the training, 1 the next that was saved, ..."""
+    """Checkpoints to measure: 0 is the start of the training, 1 the next saved one, ..."""
     last: bool = False
-    """The last checkpoint."""
+    """Measure the last checkpoint."""
     checkpoint_by_step: bool = False
-    """The numbers of --checkpoint are training steps, not ids."""
+    """Read the numbers of --checkpoint as training steps."""
     nsteps_per_epoch: int | None = None
-    """The numbers of --checkpoint are epochs of so many steps; needs --checkpoint-by-step."""
+    """Steps per epoch. Read the numbers of --checkpoint as epochs; needs --checkpoint-by-step."""
 
     dataset_split: Literal["train", "val", "test"] = "train"
-    """On which samples."""
+    """Samples to measure on."""
     num_samples: int | None = None
-    """How many of them, in the order of the split; None takes all from --skip on. Parts whose
-    sizes are multiples of --batch-size are joined once they cover the split."""
+    """Number of samples, in the order of the split; by default all after --skip. Parts whose sizes
+    are multiples of --batch-size are joined once they cover the split."""
     skip: int = 0
-    """How many of the first are left out."""
+    """Number of samples to skip at the start of the split."""
     batch_size: int = 64
     """Samples measured at once."""
     restored_targets: bool = False
-    """The true labels in place of the wrong ones that the run was trained on."""
+    """Use the true labels instead of the wrong ones that the run was trained on."""
 
     gen_strategy: StrategyName = "none"
-    """Around every image: moved by pixels, without singular values, or along paths of those."""
+    """Points around every image: shifted images, images without some singular values, or paths."""
     num_directions: int = 8
-    """Directions in which an image is left."""
+    """Number of directions around an image."""
     cumulative: bool = False
-    """The running mean at every anchor of a path instead of the whole path's."""
+    """Write the running mean at every anchor of a path instead of one mean per path."""
     raw_path: bool = False
-    """Every value along the paths, and the distances between them, instead of means."""
+    """Write every value along the paths, and their distances, instead of means."""
 
     normalization: Literal["none", "softmax", "logsoftmax", "crossentropy", "jacobian"] = "none"
-    """What is differentiated: logits, probabilities, their logarithms, the loss, or the logits
+    """Output to differentiate: logits, probabilities, their logarithms, the loss, or the logits
     with a Jacobian divided by its own Frobenius norm."""
     target_logit_only: bool = False
-    """Only the output of the target class."""
+    """Use only the output of the target class."""
     method: Literal["auto", "gram", "power"] = "auto"
-    """How an operator norm is found: from J J^T, by power iteration, or whichever is quicker."""
+    """Algorithm for operator norms: from J J^T, power iteration, or the faster of both."""
     num_power_iters: int = 50
-    """Largest number of iterations, for operator norms and top eigenvalues."""
+    """Largest number of power iterations, for operator norms and top eigenvalues."""
     num_probes: int = 32
-    """Random vectors for a Hessian's trace."""
+    """Number of random vectors for the trace of a Hessian."""
     legacy_scale: bool = False
-    """Tangent metrics divide by 0.1 instead of the distance to the jittered image."""
+    """Divide tangent metrics by 0.1 instead of the distance to the jittered image."""
     mc_sample_seed: int = 0
     """Seed of jittered images, starting vectors and probes."""
     microbatches: int = 8
-    """Rows per batch, for agreement."""
+    """Number of rows per batch, for agreement."""
     rho: float = 0.05
     """Radius of the perturbation, for sharpness."""
 
     bigmem: bool = False
-    """All classes at once instead of in chunks."""
+    """Compute all classes at once instead of in chunks."""
     outname: str = ""
-    """Put before the name of the file."""
+    """Prefix of the file name."""
     device: str = "cpu"
-    """Where to measure: cpu, cuda, cuda:1, mps, ... (DEVICE); each of several processes on its
-    own."""
+    """Device: cpu, cuda, cuda:1, mps, ... (DEVICE). With cuda, each process uses its own GPU."""
 
 
 # --- Options that are refused before anything is computed ---
 
 
 OF_SOME = sorted({name for metric in METRICS.values() for name in metric.takes} - {"batch_size"})
-"""Settings that count for some metrics only; the others may not ignore them silently."""
+"""Settings that only some metrics use. The other metrics refuse them."""
 AT_LEAST_ONE = ("batch_size", "num_directions", "num_power_iters")
 NOT_NEGATIVE = ("skip", "mc_sample_seed")
 
 
 def check_values(config: StatsConfig) -> None:
-    """Refuse values that no run can make right.
+    """Refuse values that are wrong for every run.
 
     Raises:
-        UsageError: A value is out of range, or two do not go together.
+        UsageError: A value is out of range, or two values exclude each other.
     """
     for name in AT_LEAST_ONE:
         value = getattr(config, name)
@@ -204,7 +203,7 @@ def check_values(config: StatsConfig) -> None:
         check(value >= 0, _option(name), "at least 0", value, f"{_default(name)} is the default.")
     for name in ("num_samples", "nsteps_per_epoch"):
         value = getattr(config, name)
-        check(value is None or value >= 1, _option(name), "at least 1", value, "Or leave it away.")
+        check(value is None or value >= 1, _option(name), "at least 1", value, "Or omit it.")
     for number in config.checkpoint:
         check(number >= 0, "--checkpoint", "numbers from 0 on", number, "0 is the start.")
     check(
@@ -226,7 +225,7 @@ def _check_metric(config: StatsConfig) -> None:
         if value != _default(name) and name not in metric.takes:
             users = ", ".join(m for m, other in METRICS.items() if name in other.takes)
             raise UsageError(
-                f"{_option(name)}: {config.metric} does not depend on it. Leave it away, or "
+                f"{_option(name)}: {config.metric} does not depend on it. Omit it, or "
                 f"choose a --metric that does: {users}."
             )
     if config.metric == "agreement":
@@ -255,8 +254,7 @@ def _check_together(config: StatsConfig) -> None:
     refusals = [
         (
             METRICS[config.metric].per_batch and not stands,
-            f"--gen-strategy: {config.metric} is measured on batches, not around images. "
-            "Leave it away.",
+            f"--gen-strategy: {config.metric} is measured on batches, not around images. Omit it.",
         ),
         (
             (config.cumulative or config.raw_path) and not on_path,
@@ -270,7 +268,7 @@ def _check_together(config: StatsConfig) -> None:
         ),
         (
             config.target_logit_only and config.normalization == "crossentropy",
-            "--target-logit-only: the cross-entropy is one output already. Leave it away, or "
+            "--target-logit-only: the cross-entropy is one output already. Omit it, or "
             "choose another --normalization.",
         ),
         (
@@ -298,7 +296,7 @@ def _check_together(config: StatsConfig) -> None:
                 for name in ("data", "model", "label_noise", "seed")
             ),
             "RUN and --data, --model, --label-noise, --seed: the directory says which run. "
-            "Leave the others away.",
+            "Omit the others.",
         ),
     ]
     for refused, line in refusals:
@@ -307,7 +305,7 @@ def _check_together(config: StatsConfig) -> None:
 
 
 def _refuse_ignored(config: StatsConfig) -> None:
-    """Refuse what would change nothing beside the other settings."""
+    """Refuse settings that have no effect together with the others."""
     metric = METRICS[config.metric]
     one_output = config.target_logit_only or config.normalization == "crossentropy"
     exact = ""
@@ -334,23 +332,23 @@ def _refuse_ignored(config: StatsConfig) -> None:
     }
     for name, (counts, why) in conditions.items():
         if getattr(config, name) != _default(name) and not counts:
-            raise UsageError(f"{_option(name)}: {why}. Leave it away.")
+            raise UsageError(f"{_option(name)}: {why}. Omit it.")
 
 
 def refuse_unread(config: StatsConfig, typed: Sequence[str]) -> None:
-    """Refuse options that say where a run is that has been named.
+    """Refuse options that search for a run when its directory is given.
 
     Args:
-        config: What came of the options.
-        typed: On the command line; the environment may say more than is asked for.
+        config: The settings that the options led to.
+        typed: Options on the command line; variables of the environment are not refused.
 
     Raises:
-        UsageError: There is one.
+        UsageError: There is such an option.
     """
     given = {option.partition("=")[0] for option in typed}
     for name in ("--name", "--save-dir"):
         if config.run is not None and name in given:
-            raise UsageError(f"RUN and {name}: the directory says which run. Leave {name} away.")
+            raise UsageError(f"RUN and {name}: the directory says which run. Omit {name}.")
 
 
 def _default(name: str) -> object:

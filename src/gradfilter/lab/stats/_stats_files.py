@@ -37,11 +37,11 @@ from gradfilter.lab.train._restore import Restored
 
 
 LONGEST = 240
-"""Bytes of a name; file systems allow 255, and what is written on the way has longer ones."""
+"""Largest number of bytes in a name; file systems allow 255, and temporary names are longer."""
 
 
 def relevant(config: StatsConfig) -> dict[str, Any]:
-    """The settings that the numbers of this metric depend on, whatever their values."""
+    """Return the settings that the numbers of this metric depend on, also defaults."""
     metric = METRICS[config.metric]
     names = ["metric", "dataset_split", "gen_strategy", *metric.takes, "restored_targets"]
     if config.gen_strategy != "none":
@@ -52,13 +52,14 @@ def relevant(config: StatsConfig) -> dict[str, Any]:
 
 
 def stem(config: StatsConfig, checkpoint: int) -> str:
-    """``[OUTNAME-]METRIC-SPLIT[-STRATEGY][-SETTING...]-checkpoint-ID``.
+    """Return ``[OUTNAME-]METRIC-SPLIT[-STRATEGY][-SETTING...]-checkpoint-ID``.
 
-    A setting is there if it is not the default: a switch by its name, ``target-logit-only``, a
-    word by itself, ``softmax``, a number with its name, ``num-directions-4``.
+    Settings that differ from their defaults are part of it: a switch by its name,
+    ``target-logit-only``, a word by itself, ``softmax``, a number with its name,
+    ``num-directions-4``.
 
     Raises:
-        UsageError: It would be too long.
+        UsageError: The name would be too long.
 
     Examples:
         >>> stem(StatsConfig(metric="jacobian", gen_strategy="svd-path", num_directions=4), 3)
@@ -87,7 +88,7 @@ def stem(config: StatsConfig, checkpoint: int) -> str:
 
 
 def with_range(stem: str, start: int, stop: int, total: int) -> str:
-    """``STEM``, or ``STEM-id-START-STOP`` where not all samples of the split are measured.
+    """Return ``STEM``, or ``STEM-id-START-STOP`` if not all samples of the split are measured.
 
     Examples:
         >>> with_range("accuracy-test-checkpoint-0", 100, 200, 540)
@@ -96,16 +97,16 @@ def with_range(stem: str, start: int, stop: int, total: int) -> str:
     return stem if (start, stop) == (0, total) else f"{stem}-id-{start}-{stop}"
 
 
-# --- Origin: all that the numbers depend on, written next to them ---
+# --- Origin: everything that the numbers depend on, written next to them ---
 
 
 OLD_AXES = ["sample", "column"]
 
 
 def origin(config: StatsConfig, restored: Restored) -> dict[str, Any]:
-    """Everything that the numbers depend on beside the samples themselves.
+    """Return everything that the numbers depend on, except the samples themselves.
 
-    Processes, batches and devices are not among it: they change nothing but the last digits.
+    Processes, batches and devices are not part of it: they change only the last digits.
     """
     trained = restored.config
     facts = {
@@ -121,12 +122,12 @@ def origin(config: StatsConfig, restored: Restored) -> dict[str, Any]:
         "weights": fingerprint(restored.model),
         "versions": {"gradfilter": gf.__version__, "torch": torch.__version__},
     }
-    read: dict[str, Any] = json.loads(json.dumps(facts))  # as it will be read again
+    read: dict[str, Any] = json.loads(json.dumps(facts))  # as JSON will return it
     return read
 
 
 def axes(config: StatsConfig) -> list[str]:
-    """What the nested lists of the numbers go over, from the outermost on."""
+    """Return the axes of the nested lists of numbers, from the outermost on."""
     if METRICS[config.metric].per_batch:
         return ["batch", "column"]
     if config.raw_path:
@@ -135,12 +136,12 @@ def axes(config: StatsConfig) -> list[str]:
 
 
 def modern(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What an older version wrote as it is written now: it had a list of one number per sample."""
+    """Convert the metadata of an older version, which had a list of one number per sample."""
     return {**facts, "axes": ["sample"]} if facts.get("axes") == OLD_AXES else dict(facts)
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Two models with the same one have the same parameters and buffers, bit for bit."""
+    """Return a hash of all parameters and buffers, bit for bit."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         plain = tensor.detach().cpu().contiguous()
@@ -154,14 +155,14 @@ def fingerprint(model: nn.Module) -> str:
 
 @contextmanager
 def locked(path: Path, crew: Crew) -> Iterator[None]:
-    """Keep other commands away from a file of numbers; a killed one leaves no lock behind.
+    """Lock a file of numbers against other commands; the lock ends with the process.
 
     Args:
-        path: The file that is going to be written.
-        crew: Who works on it together.
+        path: The file to write.
+        crew: The processes that write it together.
 
     Raises:
-        UsageError: Another command is at work on it, or its folder cannot be written to.
+        UsageError: Another command holds the lock, or the folder cannot be written to.
     """
     lock_path = path.with_name(f".{path.stem}.lock")
     lock = FileLock(lock_path, timeout=0)
@@ -169,20 +170,20 @@ def locked(path: Path, crew: Crew) -> Iterator[None]:
     if crew.is_first:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            refuse_link(lock_path)  # older file locks empty what it leads to
+            refuse_link(lock_path)  # older versions of filelock empty the target of a link
             lock.acquire()
         except Timeout:
             refusal = "another process is measuring the same. Wait for it, or give --outname"
         except OSError as error:
-            refusal = f"it cannot be written: {error.strerror or error}. Mend that, and repeat"
+            refusal = f"it cannot be written: {error.strerror or error}. Fix that, and repeat"
     try:
-        # Of several processes only the first one knows why, and it is the one that is heard.
+        # Only the first process knows the reason, and only its message is printed.
         if crew.together(lambda: bool(refusal))():
             raise UsageError(f"{str(path)!r}: {refusal}.")
         yield
     finally:
         if lock.is_locked:
-            # Whoever finds it later would wonder; who opened it just now sees that it is gone.
+            # A leftover lock file would puzzle users. A process that opened it sees it is gone.
             with suppress(OSError):
                 lock_path.unlink()
         lock.release()
@@ -190,7 +191,7 @@ def locked(path: Path, crew: Crew) -> Iterator[None]:
 
 @contextmanager
 def stats_errors_as_usage(path: Path) -> Iterator[None]:
-    """Turn what the file system refuses into one line.
+    """Turn errors of the file system into a message of one line.
 
     Raises:
         UsageError: A file could not be written.
@@ -200,7 +201,7 @@ def stats_errors_as_usage(path: Path) -> Iterator[None]:
     except OSError as error:
         raise UsageError(
             f"{str(path)!r} cannot be written: {error.strerror or error}. The batches that were "
-            "finished are kept; mend that, and the same command goes on."
+            "finished are kept; fix that, and repeat the command to continue."
         ) from None
 
 
@@ -208,22 +209,22 @@ def stats_errors_as_usage(path: Path) -> Iterator[None]:
 
 
 Nested = Any
-"""A number, None, or a list of those, as JSON has it."""
+"""A number, None, or a list of these, as in JSON."""
 
 
 @dataclass(frozen=True)
 class StatsRecord:
-    """What is known of the samples start .. stop − 1 of a split.
+    """The numbers of the samples start .. stop − 1 of a split.
 
     Attributes:
-        start: Place of the first one in the split, not its id.
-        stop: Place after the last one.
-        sample_ids: Their indices in the original data set.
-        targets: The labels that the numbers are about.
-        ground_truths: The true labels.
+        start: Position of the first sample in the split, not its id.
+        stop: Position after the last sample.
+        sample_ids: Indices of the samples in the original data set.
+        targets: Labels that the numbers were computed with.
+        ground_truths: True labels.
         stats: A number or a list per sample, or one list for all of them.
-        path_distances: As stats, or None where there is no path.
-        residual: The largest error that an iteration left, or None.
+        path_distances: Distances, nested like `stats`; None without a path.
+        residual: Largest remaining error of an iteration, or None.
     """
 
     start: int
@@ -236,15 +237,15 @@ class StatsRecord:
     residual: float | None = None
 
     def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the record as JSON values."""
         return asdict(self)
 
     @classmethod
     def of(cls, found: Any) -> StatsRecord:
-        """Read what `plain` wrote.
+        """Read the JSON values that `plain` returned.
 
         Raises:
-            ForeignError: It is something else.
+            ForeignError: They are not a record.
         """
         if not isinstance(found, dict) or not {*found} <= {field.name for field in fields(cls)}:
             raise ForeignError("it is not a record of measured samples")
@@ -268,7 +269,7 @@ class StatsRecord:
 
 
 MOST = 2**53
-"""More than any data set has samples."""
+"""Larger than the number of samples of any data set."""
 
 
 def _are_integers(found: Any) -> bool:
@@ -276,10 +277,10 @@ def _are_integers(found: Any) -> bool:
 
 
 def shape_of(numbers: Nested) -> tuple[int, ...]:
-    """The lengths of nested lists, from the outermost on; () for a number or None.
+    """Return the lengths of nested lists, from the outermost on; () for a number or None.
 
     Raises:
-        ForeignError: Lists of one level differ, or there is something else than numbers.
+        ForeignError: Lists of one level differ in length, or an entry is not a number.
 
     Examples:
         >>> shape_of([[1.0, None], [2.0, 3.0]])
@@ -297,7 +298,7 @@ def shape_of(numbers: Nested) -> tuple[int, ...]:
 
 
 def flat(numbers: Nested) -> Nested:
-    """A number per sample where there was a list of one.
+    """Replace a list of one number per sample by the number.
 
     Examples:
         >>> flat([[1.0], [None]])
@@ -307,7 +308,7 @@ def flat(numbers: Nested) -> Nested:
 
 
 def without_nan(numbers: Nested) -> Nested:
-    """Nested lists with None in place of what JSON does not know: NaN and infinities.
+    """Replace numbers that JSON does not have, NaN and infinities, by None.
 
     Examples:
         >>> without_nan([[1.0, float("nan")], [2.0, 3.0]])
@@ -319,7 +320,7 @@ def without_nan(numbers: Nested) -> Nested:
 
 
 def nulls(numbers: Nested) -> int:
-    """How many of the numbers are None.
+    """Return how many of the numbers are None.
 
     Examples:
         >>> nulls([[1.0, None], [None]])
@@ -329,10 +330,10 @@ def nulls(numbers: Nested) -> int:
 
 
 def joined(records: Iterable[StatsRecord], start: int, stop: int) -> list[StatsRecord]:
-    """Records in the order of the split, which together are exactly its samples start .. stop − 1.
+    """Sort records, and check that they cover the samples start .. stop − 1 exactly once.
 
     Raises:
-        UsageError: A sample is missing, or is there twice.
+        UsageError: A sample is missing or occurs twice.
     """
     ordered = sorted(records, key=lambda record: record.start)
     edges = [(start, start), *((r.start, r.stop) for r in ordered), (stop, stop)]
@@ -358,11 +359,11 @@ def joined(records: Iterable[StatsRecord], start: int, stop: int) -> list[StatsR
 
 
 def means(rows: Sequence[Nested], square: bool = False) -> Nested:
-    """The mean over rows of every entry, over the numbers that there are.
+    """Compute the mean over rows of every entry; None is omitted.
 
     Args:
         rows: Nested lists of one shape.
-        square: Take the root of the mean square instead.
+        square: Compute the root of the mean square instead.
 
     Examples:
         >>> means([[1.0, None], [3.0, 4.0]])
@@ -386,15 +387,15 @@ def means(rows: Sequence[Nested], square: bool = False) -> Nested:
 Document = dict[str, Any]
 
 OF_RECORDS = ("samples", "aggregate", "nulls", "largest_residual")
-"""What the metadata say about the numbers; the rest says where they come from."""
+"""Metadata about the numbers; the other metadata are their origin."""
 
 
 def document(records: Sequence[StatsRecord], origin: Mapping[str, Any]) -> Document:
-    """``{sample_ids, targets, ground_truths, stats, path_distances?, metadata}``.
+    """Build ``{sample_ids, targets, ground_truths, stats, path_distances?, metadata}``.
 
     Args:
-        records: In order, without gaps.
-        origin: What the numbers depend on: the metric, its settings, the checkpoint, ...
+        records: Records in order, without gaps.
+        origin: Everything that the numbers depend on: metric, settings, checkpoint, ...
     """
     columns: Document = {
         name: [entry for record in records for entry in getattr(record, name)]
@@ -422,7 +423,7 @@ def document(records: Sequence[StatsRecord], origin: Mapping[str, Any]) -> Docum
 
 
 def _noise_scale(settings: Mapping[str, Any], mean: Sequence[float | None]) -> float | None:
-    """B · trΣ / ‖G‖² of the means: far less noisy than the mean of the batches' quotients."""
+    """Compute B · trΣ / ‖G‖² of the means: far less noisy than the mean of the quotients."""
     trace, sq_norm = mean[-2:]
     if trace is None or sq_norm is None or sq_norm <= 0:
         return None
@@ -430,10 +431,10 @@ def _noise_scale(settings: Mapping[str, Any], mean: Sequence[float | None]) -> f
 
 
 def records_of(found: Document) -> list[StatsRecord]:
-    """What `document` was made of, in one piece.
+    """Return the records that `document` was made of, as one record.
 
     Raises:
-        ForeignError: It was made of something else.
+        ForeignError: The content is not such a document.
     """
     metadata = found["metadata"]
     start, stop = metadata["samples"]
@@ -448,21 +449,21 @@ def records_of(found: Document) -> list[StatsRecord]:
 
 
 def origin_of(found: Document) -> dict[str, Any]:
-    """The metadata that say where the numbers come from."""
+    """Return the metadata that are the origin of the numbers."""
     return {name: value for name, value in found["metadata"].items() if name not in OF_RECORDS}
 
 
 def write(path: Path, content: Document) -> None:
-    """Write a document as a whole or not at all, one entry a line."""
+    """Write a document completely or not at all, one entry per line."""
     lines = [f"{json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in content.items()]
     write_bytes(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
 def read(path: Path) -> Document:
-    """Read what `write` wrote.
+    """Read a file that `write` wrote.
 
     Raises:
-        UsageError: It is something else.
+        UsageError: The file has other content.
     """
     fix = "Remove it if it is not a file of numbers, or give --outname."
     return read_json(path, "the file of numbers", fix, _document)
@@ -481,27 +482,27 @@ def _document(found: Any) -> Document:
 
 
 def _only(numbers: Any) -> Any:
-    """The number that a list of one has."""
+    """Return the number of a list of one."""
     return numbers[0] if shape_of(numbers) == (1,) else numbers
 
 
 def join_ranges(folder: Path, stem: str, total: int) -> Path | None:
-    """Make one file of those that --skip and --num-samples made, once they cover the split.
+    """Join the files of --skip and --num-samples, once they cover the split.
 
     Args:
-        folder: Of the run's numbers.
-        stem: Of the whole file's name; the parts' go on with ``-id-START-STOP``.
-        total: Samples in the split.
+        folder: Folder of the run's numbers.
+        stem: Name of the whole file without suffix; the parts append ``-id-START-STOP``.
+        total: Number of samples in the split.
 
     Returns:
-        The whole file if it was made now: all parts are there and were measured in one way.
+        The whole file if it was made now: all parts exist and have one origin.
     """
     reach: dict[int, tuple[int, Path]] = {}
     for path in sorted(folder.glob(f"{glob.escape(stem)}-id-*.json")):
         start, _, stop = path.stem.removeprefix(f"{stem}-id-").partition("-")
-        # One that ends where it begins, or before, would lead round in circles.
+        # A part that does not end after its start would cause an endless loop.
         if start.isdecimal() and stop.isdecimal() and int(start) < int(stop):
-            # Of several that begin at one place the longest leads on.
+            # Of several parts with one start, use the longest.
             reach[int(start)] = max((int(stop), path), reach.get(int(start), (0, path)))
     chosen, place = [], 0
     while place in reach and place < total:
@@ -521,12 +522,12 @@ def join_ranges(folder: Path, stem: str, total: int) -> Path | None:
 
 
 def part_path(folder: Path, stem: str, rank: int) -> Path:
-    """Where a process keeps its finished batches."""
+    """Return the path of the file of a process's finished batches."""
     return folder / f"{stem}-id-{rank}.jsonl"
 
 
 def parts(folder: Path, stem: str) -> list[Path]:
-    """The parts that there are, also those of more processes than there are now."""
+    """Return the existing parts, also those of more processes than there are now."""
     return sorted(
         path
         for path in folder.glob(f"{glob.escape(stem)}-id-*.jsonl")
@@ -535,16 +536,16 @@ def parts(folder: Path, stem: str) -> list[Path]:
 
 
 def finished(path: Path, origin: Mapping[str, Any]) -> list[StatsRecord]:
-    """The batches in a part.
+    """Read the batches in a part.
 
-    A killed process may leave half of a last line; it does not count.
+    A killed process may leave an incomplete last line, which is ignored.
 
     Args:
-        path: Of the part.
-        origin: What the numbers depend on.
+        path: The file of the part.
+        origin: Everything that the numbers depend on.
 
     Raises:
-        UsageError: They depend on something else.
+        UsageError: The part has another origin.
     """
     with reading(path, "the part of a measurement", "Remove it, and measure again."):
         whole = _whole(path)
@@ -569,17 +570,17 @@ def finished(path: Path, origin: Mapping[str, Any]) -> list[StatsRecord]:
 
 
 def _whole(path: Path) -> bytes:
-    """The file up to its last end of line."""
+    """Return the file up to its last end of line."""
     content = content_of(path)
     return content[: content.rfind(b"\n") + 1]
 
 
 @contextmanager
 def appending(path: Path, origin: Mapping[str, Any]) -> Iterator[Callable[[StatsRecord], None]]:
-    """Open a part, and give the function that adds a finished batch to it.
+    """Open a part, and yield the function that appends a finished batch.
 
     Raises:
-        UsageError: It cannot be written; also by that function.
+        UsageError: The file cannot be written; that function raises it as well.
     """
     with ExitStack() as stack:
         with stats_errors_as_usage(path):
@@ -590,7 +591,7 @@ def appending(path: Path, origin: Mapping[str, Any]) -> Iterator[Callable[[Stats
         def line(value: Mapping[str, Any]) -> None:
             rest = (json.dumps(value, allow_nan=False) + "\n").encode()
             with stats_errors_as_usage(path):
-                while rest:  # a disk that is nearly full takes a part, and then refuses
+                while rest:  # a nearly full disk writes a part of the bytes before it fails
                     rest = rest[file.write(rest) :]
 
         if not keep:

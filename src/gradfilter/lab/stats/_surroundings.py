@@ -1,4 +1,4 @@
-"""Points around an image at which a metric is taken: shifts, and images without singular values."""
+"""Compute points around an image: shifted images, and images without some singular values."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ NAMED_FOR = 32
 
 
 def scaled(strength: int, side: int) -> int:
-    """A strength in pixels, or in singular values, of an image of another side; at least 1.
+    """Scale a strength in pixels, or in singular values, to the side of an image; at least 1.
 
-    strength · side / 32, rounded to the nearest integer (half to even). A strength that rounds to
-    nothing would give back the image, so 1 is the least: at 8 pixels both 1 and 4 pixels are 1.
+    strength · side / 32, rounded to the nearest integer (half to even). A strength of 0 would
+    return the image itself, so the minimum is 1: at 8 pixels, the strengths 1 and 4 are both 1.
 
     Args:
-        strength: At 32 pixels, >= 1.
-        side: The smaller one of the image's sides.
+        strength: Strength at 32 pixels, >= 1.
+        side: The smaller side of the image.
 
     Examples:
         >>> [scaled(4, side) for side in (8, 32, 64)]
@@ -37,13 +37,13 @@ def scaled(strength: int, side: int) -> int:
 
 
 def shift_offsets(radius: int, directions: int) -> list[tuple[int, int]]:
-    """Whole pixels, down and to the right, of the points on a circle.
+    """Return points on a circle, in whole pixels down and to the right.
 
     Direction k is the angle 2πk/K: (round(r sin 2πk/K), round(r cos 2πk/K)).
 
     Args:
-        radius: In pixels.
-        directions: K >= 1.
+        radius: Radius in pixels.
+        directions: Number of directions, K >= 1.
 
     Examples:
         >>> shift_offsets(4, 8)
@@ -61,7 +61,7 @@ def _nearest(number: float) -> int:
 
 
 def moved(images: Tensor, down: int, right: int) -> Tensor:
-    """Images moved by whole pixels; what comes in repeats the edge. (..., h, w).
+    """Shift images by whole pixels; the edge is repeated. (..., h, w).
 
     Examples:
         >>> moved(torch.tensor([[[1, 2, 3]]]), 0, 1)
@@ -74,12 +74,12 @@ def moved(images: Tensor, down: int, right: int) -> Tensor:
 
 
 def shift_anchors(images: Tensor, radii: Sequence[int], directions: int) -> Tensor:
-    """Every image moved in K directions by each of n radii.
+    """Shift every image in K directions by each of n radii.
 
     Args:
-        images: (N, c, h, w).
-        radii: In pixels of a 32 pixel image, see `scaled`.
-        directions: K.
+        images: Images. (N, c, h, w)
+        radii: Radii in pixels of a 32 pixel image, see `scaled`.
+        directions: Number of directions, K.
 
     Returns:
         (K, n, N, c, h, w)
@@ -98,16 +98,16 @@ def shift_anchors(images: Tensor, radii: Sequence[int], directions: int) -> Tens
 
 
 def svd_window(strength: int, direction: int, values: int) -> tuple[int, int]:
-    """The singular values that are zeroed, [l − s − i, l − i) of the l in falling order.
+    """Return the range of singular values to zero, [l − s − i, l − i) of l in falling order.
 
     Strength s and direction i are counted in singular values of a 32 pixel image; for another one
     both are multiplied by l/32 and rounded (half to even), s to at least 1. Directions are then no
-    longer all different where l < 32. What would lie before the first value is left out.
+    longer all different where l < 32. The part of the range before the first value is omitted.
 
     Args:
-        strength: s >= 1, at 32 pixels.
-        direction: i >= 0.
-        values: l, the smaller side of the image.
+        strength: Strength at 32 pixels, s >= 1.
+        direction: Index of the direction, i >= 0.
+        values: Number of singular values, l, the smaller side of the image.
 
     Examples:
         >>> svd_window(5, 0, 32), svd_window(25, 7, 32), svd_window(25, 7, 8)
@@ -118,12 +118,12 @@ def svd_window(strength: int, direction: int, values: int) -> tuple[int, int]:
 
 
 def svd_anchors(images: Tensor, strengths: Sequence[int], directions: int) -> Tensor:
-    """Every image, channel by channel, without the singular values of K x n windows.
+    """Remove the singular values of K x n windows from every image, channel by channel.
 
     Args:
-        images: (N, c, h, w), decomposed in float32 or wider.
-        strengths: n of them, see `svd_window`.
-        directions: K.
+        images: Images (N, c, h, w), decomposed in float32 or wider.
+        strengths: n strengths, see `svd_window`.
+        directions: Number of directions, K.
 
     Returns:
         (K, n, N, c, h, w)
@@ -134,7 +134,7 @@ def svd_anchors(images: Tensor, strengths: Sequence[int], directions: int) -> Te
 
     def without(strength: int, direction: int) -> Tensor:
         start, end = svd_window(strength, direction, values.shape[-1])
-        # Taking the window's part away changes nothing else; adding up the rest would round.
+        # Subtracting the window is exact for the rest; summing the rest would round.
         part = scaled_left[..., start:end] @ right[..., start:end, :]
         kept: Tensor = wide - part
         return kept.to(images.dtype)
@@ -166,11 +166,11 @@ Anchors = Callable[[Tensor], Tensor]
 
 
 def strategy(name: StrategyName, directions: int = 8) -> Anchors | None:
-    """How the anchors of images are made; None where the images themselves are all there is.
+    """Return the function that computes anchors of images; None for the images themselves.
 
     Args:
         name: One of ``StrategyName``; a path has n > 1 anchors in each direction.
-        directions: K >= 1.
+        directions: Number of directions, K >= 1.
 
     Examples:
         >>> import torch
@@ -186,7 +186,7 @@ def strategy(name: StrategyName, directions: int = 8) -> Anchors | None:
 
 
 def is_path(name: StrategyName) -> bool:
-    """Whether the anchors of a direction lie one behind the other."""
+    """Return whether the anchors of a direction form a path."""
     return name.endswith("-path")
 
 
