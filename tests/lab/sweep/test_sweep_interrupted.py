@@ -53,7 +53,7 @@ def test_a_polite_kill_of_a_sweep_puts_back_what_it_trains(tmp_path, monkeypatch
     finally:
         signal.signal(signal.SIGTERM, before)
     assert code == 143, err
-    assert "interrupted; 3 trainings are left; the same command goes on" in out
+    assert "interrupted; 3 trainings are left; the same command continues" in out
 
 
 def test_ctrl_c_between_two_trainings_puts_back_what_was_taken(begun, monkeypatch):

@@ -1,1 +1,1 @@
-"""Many trainings as one study, which any number of workers and machines share."""
+"""Train many times as one study, shared by any number of workers and machines."""

@@ -1,4 +1,4 @@
-"""A worker that another process started: it does not outlive that one."""
+"""End a worker when the process that started it ends."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from gradfilter.lab.sweep._workers import AGAIN
 
 
 def follow(pipe: int) -> Never:
-    """Press Ctrl-C in this process as soon as nobody holds the other end of a pipe.
+    """Interrupt this process as soon as the other end of a pipe is closed.
 
     Args:
-        pipe: File descriptor of this end.
+        pipe: File descriptor of this process's end.
     """
-    # Not sys.stdin: a daemon that waits in its lock is a fault when the process ends.
+    # Not sys.stdin: a daemon thread that waits for its lock aborts the exit of the process.
     while os.read(pipe, 1):
         pass
     while True:

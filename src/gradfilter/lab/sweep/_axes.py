@@ -1,4 +1,4 @@
-"""Settings that differ from training to training, as they are typed: ``NAME=VALUE,VALUE``."""
+"""Parse settings that differ from training to training: ``NAME=VALUE,VALUE``."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from gradfilter.lab.train._train_command import NESTEROV
 from gradfilter.lab.train._train_config import PLACE, WATCHING, TrainConfig
 
 Reader = Callable[[Sequence[str]], TrainConfig]
-"""From options of train to its settings."""
+"""A function from options of train to its settings."""
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 SPLITS = ("train_split", "val_split")
-"""Below 1 they are fractions, above it numbers of samples."""
+"""Settings that are fractions below 1 and numbers of samples above."""
 HINTS = typing.get_type_hints(TrainConfig)
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One setting and what it may be.
+    """A setting and its possible values.
 
     Attributes:
         name: A field of `TrainConfig`.
-        distribution: As optuna knows it.
+        distribution: Distribution of the values, for optuna.
         values: All values, or the two ends of a range.
     """
 
@@ -40,15 +40,15 @@ class Axis:
     values: tuple[Any, ...]
 
     def value(self, chosen: Any) -> Any:
-        """The setting that optuna's choice stands for."""
+        """Convert a choice of optuna to a value of the setting."""
         if isinstance(self.distribution, CategoricalDistribution):
             return self.values[self.distribution.choices.index(chosen)]
-        # As many digits as the name of a run directory has: one value, one directory.
+        # The number of digits in names of run directories: one value, one directory.
         plain = float(f"{chosen:g}") if isinstance(chosen, float) else chosen
         return type(self.values[0])(plain)
 
     def suggest(self, trial: Trial) -> None:
-        """Let a trial's sampler choose."""
+        """Let the sampler of a trial choose a value."""
         match self.distribution:
             case CategoricalDistribution(choices=choices):
                 trial.suggest_categorical(self.name, choices)
@@ -59,7 +59,7 @@ class Axis:
 
 
 def fields_of(name: str, value: Any) -> dict[str, Any]:
-    """The settings that one value of an axis says; sgd+nesterov says two.
+    """Return the settings of one value of an axis; sgd+nesterov stands for two.
 
     Examples:
         >>> fields_of("optimizer", "sgd+nesterov"), fields_of("seed", 1)
@@ -71,7 +71,7 @@ def fields_of(name: str, value: Any) -> dict[str, Any]:
 
 
 def axes_of(typed: Sequence[str], option: str, read: Reader) -> tuple[Axis, ...]:
-    """Axes as they were typed.
+    """Parse axes.
 
     Args:
         typed: ``NAME=VALUE,VALUE``, and for ``--sample`` also ``NAME=LOW:HIGH``.
@@ -79,7 +79,7 @@ def axes_of(typed: Sequence[str], option: str, read: Reader) -> tuple[Axis, ...]
         read: Reads options of train.
 
     Raises:
-        UsageError: There is no such setting, or it cannot have such a value.
+        UsageError: The setting does not exist, or it cannot have this value.
     """
     axes = []
     for text in typed:
@@ -101,14 +101,14 @@ def axes_of(typed: Sequence[str], option: str, read: Reader) -> tuple[Axis, ...]
             raise UsageError(f"{option}: {name} is given twice. Give all its values at once.")
     if "nesterov" in names and any(NESTEROV in axis.values for axis in axes):
         raise UsageError(
-            f"{option}: optimizer={NESTEROV} and nesterov are two answers to one question. "
-            "Leave nesterov away, or give optimizer=sgd."
+            f"{option}: optimizer={NESTEROV} and nesterov contradict each other. "
+            "Omit nesterov, or give optimizer=sgd."
         )
     return tuple(axes)
 
 
 def gathered(options: Sequence[str]) -> list[str]:
-    """Options with all that was given to --grid in one place, and so for --sample.
+    """Collect all values of --grid in one place, and those of --sample.
 
     Examples:
         >>> gathered(["--grid", "seed=0,1", "--jobs", "2", "--grid=agree=0.9,1"])
@@ -131,7 +131,7 @@ def gathered(options: Sequence[str]) -> list[str]:
 
 
 def as_typed(table: Any, key: str) -> list[str]:
-    """A table or list of a configuration file as it would be typed.
+    """Convert a table or list of a configuration file to options.
 
     Examples:
         >>> as_typed({"seed": [0, 1], "betas": [[0.9, 0.99], [0.5, 0.9]]}, "grid")
@@ -159,8 +159,8 @@ def _check_name(name: str, option: str) -> None:
         )
     if name in (*PLACE, *WATCHING):
         raise UsageError(
-            f"{option}: {name} says where, how or how closely a training is done, and makes it no "
-            "other one. Give it after --, for all trainings."
+            f"{option}: {name} says where, how or how closely a training runs, and does not "
+            "change it. Give it after --, for all trainings."
         )
 
 
@@ -173,7 +173,7 @@ def _choice(name: str, texts: Sequence[str], option: str, read: Reader) -> Axis:
 
 
 def plain_value(value: Any) -> Any:
-    """A setting as optuna and JSON know it."""
+    """Convert a setting to a value of optuna and JSON."""
     if isinstance(value, tuple):
         return " ".join(map(str, value))
     return str(value) if isinstance(value, Path) else value
@@ -210,7 +210,7 @@ def _range(name: str, text: str, read: Reader) -> Axis:
 
 
 def _value(name: str, text: str, option: str, read: Reader) -> Any:
-    """One value, read as train reads it."""
+    """Parse one value as train does."""
     plain: Any = text
     if typing.get_origin(HINTS[name]) is tuple:
         plain = text.split()

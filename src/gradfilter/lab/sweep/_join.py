@@ -1,4 +1,4 @@
-"""Start a study or join one, and check what it has recorded."""
+"""Start or join a study, and check its recorded trainings."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from gradfilter.lab.train._train_config import TrainConfig
 
 CLOSED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 FACTS = {"worker": str, "run": str, "reason": str, "evaluation": dict, "replaces": int}
-"""What is recorded beside state and value, where it is not None."""
+"""Facts recorded in addition to state and value, with their types unless None."""
 
 
 def reading_study(shown: str) -> AbstractContextManager[None]:
-    """Turn whatever is wrong with a study into one line: optuna has no list of what it raises.
+    """Turn any error of reading a study into one line: optuna documents no list of errors.
 
     Args:
-        shown: What people may see of the storage's name.
+        shown: Name of the storage, without the password.
     """
     return reading(shown, "--storage: the study in", AGAIN)
 
@@ -42,7 +42,7 @@ def check_trials(study: optuna.Study, plan: Plan) -> None:
     """Refuse trials that this command did not record.
 
     Raises:
-        ForeignError: There is one.
+        ForeignError: The study has such a trial.
     """
     for trial in study.get_trials(deepcopy=False):
         try:
@@ -87,21 +87,21 @@ def _same(value: float | None, recorded: Any) -> bool:
 
 
 KEY = "gradfilter"
-"""Where a study says what it is made of."""
+"""Attribute with the definition of a study."""
 HEARTBEAT = "gradfilter heartbeat"
-"""Where it says how often workers give signs of life."""
+"""Attribute with the heartbeat interval of its workers."""
 
 
 def folder_of(plan: Plan) -> Path:
-    """Where runs, tables and by default the study are kept."""
+    """Return the folder of runs, tables and, by default, the study."""
     return plan.base.save_dir / plan.base.name
 
 
 def _own_file(folder: Path) -> Path:
-    """Where the study of a folder is kept, unless --storage says so.
+    """Return the file of a folder's study, used without --storage.
 
     Raises:
-        UsageError: There is a link, also in the place of what a database keeps beside its file.
+        UsageError: It is a link, or a file that the database keeps next to it is one.
     """
     file = folder / "study.db"
     for ending in ("", "-journal", "-wal", "-shm"):
@@ -111,18 +111,18 @@ def _own_file(folder: Path) -> Path:
 
 @contextmanager
 def joined(plan: Plan, storage: str | None, heartbeat: int) -> Iterator[Queue]:
-    """The study of that name, begun if it is not there yet.
+    """Join the study of the plan's name, or start it.
 
     Args:
-        plan: What it is made of; its name is that of the runs.
+        plan: Definition of the study; its name is that of the runs.
         storage: A file or a URL; None for a file in the study's folder.
-        heartbeat: Seconds between two signs of life, if it is not there yet.
+        heartbeat: Interval in seconds, for a new study.
 
     Raises:
-        UsageError: The storage cannot be used, or has a study of that name that is made of
-            something else.
+        UsageError: The storage cannot be used, or has a study of that name with another
+            definition.
     """
-    # Its warnings repeat whatever is in the storage, on as many lines.
+    # Warnings of optuna repeat values from the storage, on any number of lines.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     opening = opened(storage or str(_own_file(folder_of(plan))), heartbeat)
     with closing(opening):
@@ -146,11 +146,11 @@ def _study(storage: Storage, plan: Plan, heartbeat: int) -> optuna.Study:
         elif found != own:
             raise UsageError(
                 f"a study {plan.base.name!r} exists in {storage.shown!r} with "
-                f"{_differences(found, own)}. Join it with the options that it was begun with, or "
+                f"{_differences(found, own)}. Join it with the options of its start, or "
                 "give this one another --name."
             )
         check_trials(study, plan)
-        # A worker with longer pauses than the others expect would look like a killed one.
+        # A worker with a longer interval than the others expect would look killed.
         agreed = study.user_attrs.get(HEARTBEAT)
         if agreed is None:
             study.set_user_attr(HEARTBEAT, agreed := heartbeat)
@@ -161,7 +161,7 @@ def _study(storage: Storage, plan: Plan, heartbeat: int) -> optuna.Study:
 
 
 def _filled_in(found: Any, own: dict[str, Any]) -> Any:
-    """What a study says of itself, with the settings that train did not have then."""
+    """Return a study's definition, completed by settings that train did not have then."""
     if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
         return found
     defaults = plain_settings(TrainConfig())
@@ -170,7 +170,7 @@ def _filled_in(found: Any, own: dict[str, Any]) -> Any:
 
 
 def _differences(found: Any, own: dict[str, Any]) -> str:
-    """In what a study is not the one that was asked for."""
+    """Describe how a study differs from the requested one."""
     if not isinstance(found, dict):
         return "trials that this command did not make"
     names = [

@@ -1,4 +1,4 @@
-"""The options and the plan of a study, checked as a whole before anything starts."""
+"""Define the options and the plan of a study, and check them before anything starts."""
 
 from __future__ import annotations
 
@@ -31,67 +31,67 @@ class SweepConfig:
     Options of train that all trainings have in common come after a lone --:
     gradfilter sweep --grid learning_rate=0.01,0.1 seed=0,1,2 -- --epochs 20 --label-noise 0.3
 
-    The same command given again, in another terminal or on another machine, joins the study and
-    shares the work; after Ctrl-C or kill -9 it goes on with it, and a training goes on where it
-    was stopped. Afterwards study.csv and study.json have a line per training. The exit code is 1
-    if a training failed.
+    The same command in another terminal or on another machine joins the study and shares the
+    work. After Ctrl-C or kill -9 it continues the study, and every training from its last point.
+    At the end study.csv and study.json have a line per training. The exit code is 1 if a training
+    failed.
     """
 
     grid: tuple[str, ...] = ()
-    """NAME=VALUE,VALUE,...: settings of train and their values; every combination is trained.
-    Several parts of one value are quoted: "betas=0.9 0.99,0.5 0.9"."""
+    """NAME=VALUE,VALUE,...: train every combination of these values of settings of train. Quote a
+    value that has several parts: "betas=0.9 0.99,0.5 0.9"."""
     sample: tuple[str, ...] = ()
-    """NAME=LOW:HIGH, NAME=log:LOW:HIGH or NAME=VALUE,VALUE,...: settings of train that are searched
-    by tree-structured Parzen estimators (TPE)."""
+    """NAME=LOW:HIGH, NAME=log:LOW:HIGH or NAME=VALUE,VALUE,...: search settings of train by
+    tree-structured Parzen estimators (TPE)."""
     trials: int | None = None
-    """Trainings of --sample, 20 unless given; more may be asked for later."""
+    """Number of trainings for --sample, by default 20; a larger number extends a study."""
     sampler_seed: int | None = None
-    """Seed of the search, 0 unless given."""
+    """Seed of the search, by default 0."""
 
     metric: str | None = None
-    """Which number of an evaluation counts: val_accuracy if there is a validation split, else, for
-    a grid, test_accuracy."""
+    """Number of an evaluation to compare: by default val_accuracy with a validation split, else,
+    for a grid, test_accuracy."""
     evaluation: Literal["last", "best"] = "last"
-    """Of which evaluation of a training."""
+    """Evaluation of a training to compare."""
     direction: Literal["maximize", "minimize"] | None = None
-    """Which values are better; None knows it from the metric."""
+    """Whether larger or smaller values are better; by default it follows from --metric."""
 
     name: str = ""
-    """Of the study, and of the folder inside train's --save-dir that its runs are kept in; sweep
-    unless given (NAME)."""
+    """Name of the study, and of the folder of its runs inside train's --save-dir; by default sweep
+    (NAME)."""
     storage: str | None = None
-    """Where the study is kept: a file, by default study.db in that folder, or for several machines
-    the URL of a database: postgresql://USER@HOST/NAME, mysql://..."""
+    """Storage of the study: a file, by default study.db in that folder, or for several machines the
+    URL of a database: postgresql://USER@HOST/NAME, mysql://..."""
     jobs: int = 1
-    """Workers that this command starts, on a GPU each if there are several."""
+    """Number of workers to start; each has its own GPU if there are several."""
     heartbeat: int = 30
-    """Seconds between two signs of life of a worker; after twice as many without one its training
-    is taken up by another. What the study was begun with counts for all who join it."""
+    """Seconds between two heartbeats of a worker. After twice as many without one, another worker
+    takes over the training. A study keeps the value that it was started with."""
     retry_failed: bool = False
-    """Train again what failed."""
+    """Repeat failed trainings."""
 
     preset: str | None = None
-    """The tables [sweep] and [train] of a published recipe: gaf-cifar100, gaf-cifar100n,
+    """Tables [sweep] and [train] of a published recipe: gaf-cifar100, gaf-cifar100n,
     agc-cifar10, gsam-cifar10, double-descent-cifar10 or double-descent-digits."""
     config: Path | None = None
-    """A TOML file with such tables; counts more than a preset, less than options."""
+    """TOML file with such tables. It overrides a preset; options override both."""
 
 
-# --- The extreme trainings of a study, which are checked for all those between them ---
+# --- Check a study by its extreme trainings, which stand for all trainings between them ---
 
 
 DATA = ("data", "noise_file", "image_size", "train_split", "val_split", "noise_type", "dtype")
-"""Which data set it is and whether it can be had, whatever the seeds."""
+"""Settings that determine the data set and whether it is available, without seeds."""
 MODEL = ("model", "model_additions", "model_arguments", "weight_init")
-"""Which model it is."""
+"""Settings that determine the model."""
 Values = tuple[Any, ...]
 
 
 def check_all(corners: Sequence[TrainConfig], option: str) -> None:
-    """Refuse values that no data set and no model can make right.
+    """Refuse values that are wrong for every data set and model.
 
     Raises:
-        UsageError: One of the trainings has such.
+        UsageError: One of the trainings has such a value.
     """
     for config in corners:
         try:
@@ -104,7 +104,7 @@ def check_places(corners: Sequence[TrainConfig]) -> None:
     """Refuse two trainings in one directory.
 
     Raises:
-        UsageError: There are two.
+        UsageError: Two trainings have the same run directory.
     """
     places = set()
     for config in corners:
@@ -120,16 +120,16 @@ def check_places(corners: Sequence[TrainConfig]) -> None:
 def refuse_unused(
     corners: Sequence[TrainConfig], axes: Sequence[Axis], typed: Sequence[str], own: str
 ) -> None:
-    """Refuse options and axes that change nothing in any training.
+    """Refuse options and axes that have no effect in any training.
 
     Args:
-        corners: Of the study.
-        axes: Of the study.
-        typed: Options of train that all trainings have in common.
+        corners: Extreme trainings of the study.
+        axes: Axes of the study.
+        typed: Options of train that all trainings share.
         own: ``--grid`` or ``--sample``.
 
     Raises:
-        UsageError: One does nothing.
+        UsageError: An option or axis has no effect.
     """
     names = {axis.name for axis in axes}
     plain = {
@@ -139,18 +139,16 @@ def refuse_unused(
     }
     said = plain | {name.removeprefix("no_") for name in plain}
     for name in sorted(said & names):
-        raise UsageError(
-            f"{option(name)}: {own} says what it is in every training. Give it in one place."
-        )
+        raise UsageError(f"{option(name)}: {own} sets it in every training. Give it in one place.")
     for name in sorted(plain | names):
         _refuse_if_never_used(corners, name, f"{own}: " if name in names else "")
 
 
 def check_there(corners: Sequence[TrainConfig], option: str) -> None:
-    """Read every data set and make every model once.
+    """Read every data set and build every model once.
 
     Raises:
-        UsageError: A data set is missing here, or there is no such model.
+        UsageError: A data set is missing on this machine, or a model does not exist.
     """
     device = torch.device("cpu")
     several: dict[Values, dict[Values, TrainConfig]] = {}
@@ -191,7 +189,7 @@ def _of_one(option: str, error: UsageError) -> UsageError:
 
 
 Params = Mapping[str, Any]
-"""What optuna chose, by setting."""
+"""Choices of optuna, by setting."""
 Evaluations = Literal["last", "best"]
 Direction = Literal["maximize", "minimize"]
 METRICS = tuple(field.name for field in fields(Evaluation) if field.name not in ("step", "epoch"))
@@ -205,13 +203,13 @@ class Plan:
     """A study before its first training.
 
     Attributes:
-        base: Settings that all trainings have in common.
-        axes: Those that differ.
-        points: All combinations of a grid, in order; None where they are searched for.
-        trials: How many trainings there are to be.
-        seed: Of the search.
-        metric: What counts of an evaluation.
-        evaluation: Of which, last or best.
+        base: Settings that all trainings share.
+        axes: Settings that differ.
+        points: All combinations of a grid, in order; None for a search.
+        trials: Number of trainings.
+        seed: Seed of the search.
+        metric: The number of an evaluation to compare.
+        evaluation: The evaluation to compare, last or best.
         direction: maximize or minimize.
     """
 
@@ -225,15 +223,15 @@ class Plan:
     direction: Direction
 
     def config_of(self, params: Params) -> TrainConfig:
-        """The settings of one training."""
+        """Return the settings of one training."""
         return _config_of(self.base, self.axes, params)
 
     def corners(self) -> list[TrainConfig]:
-        """All trainings of a grid; those at the ends of all ranges of a search."""
+        """Return all trainings of a grid, or those at the ends of all ranges of a search."""
         return _corners(self.base, self.axes, self.points)
 
     def definition(self) -> dict[str, Any]:
-        """What everybody who joins the study has to agree on, as JSON knows it."""
+        """Return what all workers of the study must agree on, as JSON values."""
         own = {axis.name for axis in self.axes} | {*PLACE, *WATCHING}
         shared = plain_settings(self.base)
         definition = {
@@ -250,12 +248,12 @@ class Plan:
 
 
 def plan_of(config: SweepConfig, base: TrainConfig, read: Reader) -> Plan:
-    """The study that was asked for.
+    """Plan the study that the options describe.
 
     Args:
         config: Options of sweep.
-        base: Settings that all trainings have in common.
-        read: Reads further options of train.
+        base: Settings that all trainings share.
+        read: Parses further options of train.
 
     Raises:
         UsageError: Something is wrong with one of its trainings, or with the study.
@@ -272,13 +270,13 @@ def plan_of(config: SweepConfig, base: TrainConfig, read: Reader) -> Plan:
     if config.grid:
         axes = axes_of(config.grid, "--grid", read)
         if config.trials is not None:
-            raise UsageError("--trials: a --grid says itself how many there are. Leave it away.")
+            raise UsageError("--trials: a --grid fixes the number of trainings. Omit it.")
         points = tuple(_points(axes))
         corners = _corners(base, axes, points)
         check_all(corners, "--grid")
         check_places(corners)
         if config.sampler_seed is not None:
-            raise UsageError("--sampler-seed: a --grid is not searched. Leave it away.")
+            raise UsageError("--sampler-seed: a --grid is not searched. Omit it.")
         return Plan(base, axes, points, len(points), 0, *_objective(config, corners))
     axes = axes_of(config.sample, "--sample", read)
     trials = TRIALS if config.trials is None else config.trials
@@ -289,7 +287,7 @@ def plan_of(config: SweepConfig, base: TrainConfig, read: Reader) -> Plan:
 
 
 def key_of(params: Params) -> str:
-    """Parameters as text that is the same for the same parameters."""
+    """Return parameters as text; equal parameters give equal text."""
     return json.dumps(dict(params), sort_keys=True)
 
 
@@ -321,14 +319,14 @@ def _with(base: TrainConfig, axes: tuple[Axis, ...], values: Sequence[Any]) -> T
 def _objective(
     config: SweepConfig, trainings: list[TrainConfig]
 ) -> tuple[str, Evaluations, Direction]:
-    """Metric, evaluation and direction."""
+    """Return metric, evaluation and direction."""
     validated = all(training.val_split for training in trainings)
     metric = config.metric
     if metric is None:
         if config.sample and not validated:
             raise UsageError(
-                "--sample: the search would be steered by the test labels. Give -- --val-split "
-                "0.2, or --metric test_accuracy if that is meant."
+                "--sample: the search would optimise the test accuracy. Give -- --val-split "
+                "0.2, or --metric test_accuracy if you want that."
             )
         metric = "val_accuracy" if validated else "test_accuracy"
     if metric not in METRICS:

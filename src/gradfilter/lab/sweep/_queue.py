@@ -1,10 +1,9 @@
-"""The queue of a study: which worker runs which training.
+"""Manage the queue of a study: which worker runs which training.
 
-Every change is made by one worker at a time and may be cut short by a kill. A kill may leave a
-trial that runs without a worker, an incomplete grid, or a failed trial that was not put into the
-queue again. The next worker in turn sees it and repairs it, so nothing has to happen at once. A
-given-up trial (FAIL without a reason) is replaced by one that names it; trainings themselves
-resume from their run directories.
+One worker at a time changes the queue, and a kill may interrupt a change. It may leave a trial that
+runs without a worker, an incomplete grid, or a failed trial that was not queued again. The next
+worker that locks the queue repairs this, so changes need not be atomic. An abandoned trial (FAIL
+without a reason) is replaced by one that names it; trainings resume from their run directories.
 """
 
 from __future__ import annotations
@@ -46,27 +45,27 @@ MACHINE_FAULTS: tuple[type[Exception], ...] = (
     torch.OutOfMemoryError,
     *((torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()),
 )
-"""What a machine raises where another one might train."""
-LATER = "The training waits for another worker; the same command goes on."
+"""Errors of one machine; another machine may still be able to train."""
+LATER = "The training waits for another worker; repeat the command to continue."
 
 
 class Unfinished(Enum):
-    """Why a training has no outcome yet."""
+    """The reason why a training has no outcome yet."""
 
     INTERRUPTED = "interrupted by Ctrl-C"
-    BUSY = "at work in another process"
+    BUSY = "in use by another process"
     TAKEN = "taken over by another worker meanwhile, whose result counts"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a training.
+    """The outcome of a training.
 
     Attributes:
         state: COMPLETE; PRUNED if it diverged; FAIL if it raised.
-        value: Of the metric, if it is complete.
-        run: The directory, in --save-dir.
-        reason: Why there is no value.
+        value: Value of the metric, if the training is complete.
+        run: The run directory, inside --save-dir.
+        reason: The reason why there is no value.
         evaluation: The evaluation that counts.
     """
 
@@ -77,25 +76,25 @@ class Outcome:
     evaluation: dict[str, Any] | None = None
 
     def facts(self) -> dict[str, Any]:
-        """What is recorded beside state and value."""
+        """Return what is recorded in addition to state and value."""
         facts = {"run": self.run, "reason": self.reason, "evaluation": self.evaluation}
         return {name: fact for name, fact in facts.items() if fact is not None}
 
 
 def outcome_of(plan: Plan, config: TrainConfig) -> Outcome | Unfinished:
-    """Train, or go on training.
+    """Start or resume a training, and return its outcome.
 
     Args:
-        plan: Says what counts.
+        plan: Plan of the study, with its metric.
         config: Settings of the training.
 
     Raises:
-        UsageError: Nothing can be trained here, which is no fault of the training.
+        UsageError: This machine cannot train; the training itself did not fail.
     """
     place = place_of(config)
     run = str(place.relative_to(config.save_dir))
     try:
-        with redirect_stdout(io.StringIO()):  # the study says it in one line
+        with redirect_stdout(io.StringIO()):  # the study prints one line itself
             interrupted = train(replace(config, resume=True)) != 0
     except BusyError:
         return Unfinished.BUSY
@@ -106,23 +105,23 @@ def outcome_of(plan: Plan, config: TrainConfig) -> Outcome | Unfinished:
     except MACHINE_FAULTS as error:
         raise UsageError(f"{_line(error).rstrip('.')}. {LATER}") from None
     except Exception as error:
-        # Whatever it was, it is recorded, and the other trainings go on.
+        # Any error is recorded, and the other trainings continue.
         return Outcome(TrialState.FAIL, None, run, _line(error))
     finally:
         if config.device != "cpu":
-            gc.collect()  # what a training leaves in cycles is a model's worth of device memory
+            gc.collect()  # reference cycles of a training hold the device memory of its model
     if interrupted:
         return Unfinished.INTERRUPTED
     return measured(plan, read_evaluations(place / METRICS)[0], run)
 
 
 def measured(plan: Plan, lines: list[dict[str, Any]], run: str) -> Outcome:
-    """What the evaluations of a finished training say.
+    """Compute the outcome of a finished training from its evaluations.
 
     Args:
-        plan: Says what counts.
+        plan: Plan of the study, with its metric.
         lines: The evaluations, in order.
-        run: The directory.
+        run: The run directory.
     """
     if not lines:
         return Outcome(TrialState.FAIL, None, run, f"the run has no {METRICS}")
@@ -134,7 +133,7 @@ def measured(plan: Plan, lines: list[dict[str, Any]], run: str) -> Outcome:
     value, step = counting.get(plan.metric), lines[-1].get("step")
     reason = None
     if not _is_number(lines[-1].get("train_loss")):
-        # An accuracy is a number even where the parameters are none.
+        # An accuracy is a number even if the parameters are NaN.
         reason = f"diverged: the training loss at step {step} is not a number"
     elif not _is_number(value):
         reason = f"{plan.metric} is not a number at step {step}"
@@ -149,7 +148,7 @@ def _line(error: Exception) -> str:
 
 
 def _has_data(config: TrainConfig) -> bool:
-    """Whether the data set is here, whatever is made of it."""
+    """Return whether the data set is on this machine."""
     plain = replace(config, train_split=None, val_split=None, label_noise=0.0)
     try:
         data_of(plain, torch.device("cpu"))
@@ -173,9 +172,9 @@ class Queue:
     """A study that was joined.
 
     Attributes:
-        study: As optuna knows it.
-        storage: Where it is kept.
-        plan: What it is made of.
+        study: The study in optuna.
+        storage: The storage of the study.
+        plan: The plan of the study.
     """
 
     study: optuna.Study
@@ -183,20 +182,20 @@ class Queue:
     plan: Plan
 
     def trials(self) -> list[FrozenTrial]:
-        """The trials that count, one for every training that is to be done or was."""
+        """Return the valid trials, one for every training that is planned or done."""
         everything = self.study.get_trials(deepcopy=False)
         replaced = _replaced(everything)
         return [t for t in everything if t.number not in replaced and not _given_up(t)]
 
     @property
     def heartbeat(self) -> int:
-        """Seconds between two signs of life, the same for all workers."""
+        """Return the heartbeat interval in seconds, the same for all workers."""
         seconds = self.storage.rdb.get_heartbeat_interval()
         assert seconds is not None
         return seconds
 
     def trial_id(self, number: int) -> int:
-        """What the storage calls a trial."""
+        """Return the id of a trial in the storage."""
         rdb = self.storage.rdb
         study = rdb.get_study_id_from_name(self.study.study_name)
         return rdb.get_trial_id_from_study_id_trial_number(study, number)
@@ -206,15 +205,15 @@ def claim(queue: Queue, worker: str, avoid: Container[int] = ()) -> FrozenTrial 
     """Take the next trial.
 
     Args:
-        queue: To take it from.
-        worker: Whose it is.
-        avoid: Numbers of trials that others should take.
+        queue: The queue.
+        worker: Name of the worker that takes it.
+        avoid: Numbers of trials to leave to other workers.
 
     Returns:
-        The trial; None if there is none to take now.
+        The trial, or None if none is available now.
     """
     with queue.storage.turn():
-        _mend(queue)
+        _repair(queue)
         trials = queue.trials()
         waiting = [
             t.number for t in trials if t.state == TrialState.WAITING and t.number not in avoid
@@ -234,13 +233,13 @@ def claim(queue: Queue, worker: str, avoid: Container[int] = ()) -> FrozenTrial 
 
 
 def left(queue: Queue) -> int:
-    """How many trials are at work or wait for somebody."""
+    """Return how many trials are running or waiting."""
     with queue.storage.turn():
         return sum(trial.state in OPEN for trial in queue.trials())
 
 
 def put_back(queue: Queue, number: int, worker: str) -> None:
-    """Let a trial wait for somebody else, unless it was taken away meanwhile."""
+    """Return a trial to the queue, unless another worker has taken it over."""
     with queue.storage.turn():
         if _is_mine(queue, number, worker):
             trial_id = queue.trial_id(number)
@@ -250,10 +249,10 @@ def put_back(queue: Queue, number: int, worker: str) -> None:
 
 
 def finish(queue: Queue, number: int, worker: str, outcome: Outcome) -> bool:
-    """Record what came of a trial.
+    """Record the outcome of a trial.
 
     Returns:
-        False if it was taken away meanwhile: whoever has it now finds the finished run.
+        False if another worker has taken it over; that worker then finds the finished run.
     """
     with queue.storage.turn():
         if not _is_mine(queue, number, worker):
@@ -266,27 +265,27 @@ def finish(queue: Queue, number: int, worker: str, outcome: Outcome) -> bool:
 
 
 def enqueue(queue: Queue, *, retry_failed: bool) -> None:
-    """Put into the queue whatever is not there yet.
+    """Add the missing trials to the queue.
 
     Args:
-        queue: Of a study that was joined.
-        retry_failed: Also what failed.
+        queue: Queue of a joined study.
+        retry_failed: Also queue failed trials again.
     """
     with queue.storage.turn():
-        _mend(queue)
+        _repair(queue)
         if retry_failed:
             for trial in queue.trials():
                 if trial.state == TrialState.FAIL:
                     _add(queue, trial.params, replaces=trial.number)
 
 
-def _mend(queue: Queue) -> None:
-    """Take trials from workers that are gone, and put back what nobody works on."""
+def _repair(queue: Queue) -> None:
+    """Take trials from killed workers, and queue trials without a worker again."""
     study = queue.study
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        # Nobody else has a turn, so whoever told a reason was stopped before it was final.
+        # This worker holds the lock, so the writer of the reason was killed before the state.
         _forget_reason(queue, queue.trial_id(trial.number))
-        # Nobody else has a turn, so whoever took it and did not sign was killed in the act.
+        # This worker holds the lock, so a worker that took a trial unsigned was killed.
         if trial.user_attrs.get("worker") is None:
             study.tell(trial.number, state=TrialState.FAIL)
     with warnings.catch_warnings():
@@ -319,16 +318,15 @@ def _add(queue: Queue, params: Params, **facts: Any) -> None:
 
 
 def _sampled(queue: Queue) -> int:
-    """A new trial where the search expects most, running."""
-    # The next proposal follows from the history alone, however many workers there are and however
-    # often they were started.
+    """Start the trial that the search proposes, and return its number."""
+    # The next proposal depends on the history alone, not on the number of workers or restarts.
     name, rdb = queue.study.study_name, queue.storage.rdb
     history = len(queue.study.get_trials(deepcopy=False))
     seed = int(np.random.SeedSequence([queue.plan.seed, history]).generate_state(1)[0])
-    # Several workers propose before the first of them has a result: what is at work counts as bad.
+    # Several workers propose before the first result: running trials count as bad ones.
     sampler = TPESampler(seed=seed, constant_liar=True)
     study = optuna.load_study(study_name=name, storage=rdb, sampler=sampler)
-    # Study.ask would take what waits, also what this worker is to avoid.
+    # Study.ask would take a waiting trial, also one that this worker has to avoid.
     trial = Trial(study, rdb.create_new_trial(rdb.get_study_id_from_name(name)))
     for axis in queue.plan.axes:
         axis.suggest(trial)
@@ -345,7 +343,7 @@ def _given_up(trial: FrozenTrial) -> bool:
 
 
 def _forget_reason(queue: Queue, trial_id: int) -> None:
-    """With a reason a stale trial would look like one that failed by itself."""
+    """Delete the reason; with it, a stale trial would look like a failed one."""
     if queue.storage.rdb.get_trial(trial_id).user_attrs.get("reason") is not None:
         queue.storage.rdb.set_trial_user_attr(trial_id, "reason", None)
 

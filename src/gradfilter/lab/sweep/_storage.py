@@ -1,4 +1,4 @@
-"""The storage of a study: one writer at a time, and the heartbeat of its workers."""
+"""Open the storage of a study: one writer at a time, and the heartbeat of its workers."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from gradfilter.lab._usage import UsageError
 
 
 FAULTS = (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError)
-"""What a storage raises when it is out of reach."""
+"""Errors of a storage that is out of reach."""
 UNREACHED = (sqlite3.OperationalError, sqlite3.InterfaceError)
 PATIENCE = 60
-"""Seconds that a writer waits for others who write into the same file."""
+"""Time that a writer waits for other writers of the same file, in seconds."""
 ATTEMPTS = 3
-AGAIN = "Move it away, and the same command makes it anew of the runs that are there."
+AGAIN = "Move it away; the same command rebuilds it from the existing runs."
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A database.
+    """The database of a study.
 
     Attributes:
-        rdb: As optuna knows it.
-        file: Where it is, unless it is a server's.
-        shown: What people may see of its name.
+        rdb: The storage in optuna.
+        file: Its file, or None for a server.
+        shown: Its name without the password.
     """
 
     rdb: RDBStorage
@@ -48,10 +48,11 @@ class Storage:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Let one worker at a time decide who does what; a killed one leaves no lock behind.
+        """Lock the queue, so that one worker at a time changes it; the lock ends with the process.
 
-        SQLite cannot lock a row that it reads, and optuna's look-then-write is two steps there. A
-        server locks the one row of the table that optuna itself writes only when it migrates.
+        SQLite cannot lock a row for reading, and optuna reads and writes in two steps there, so a
+        file is locked. On a server, the lock is the one row of a table that optuna writes only
+        when it migrates.
         """
         if self.file is not None:
             with _lock(self.file):
@@ -62,20 +63,20 @@ class Storage:
             yield
 
     def close(self) -> None:
-        """Give its connections back."""
+        """Close the connections."""
         self.rdb.remove_session()
         self.rdb.engine.dispose()
 
 
 def opened(where: str, heartbeat: int) -> Storage:
-    """Open a storage; make it if it is a file that is not there.
+    """Open a storage; a file that does not exist is created.
 
     Args:
         where: A file or the URL of a database.
-        heartbeat: Seconds between two signs of life.
+        heartbeat: Heartbeat interval in seconds.
 
     Raises:
-        UsageError: It cannot be reached, or is something else.
+        UsageError: The storage cannot be reached, or is not the storage of a study.
     """
     shown = where
     try:
@@ -84,10 +85,10 @@ def opened(where: str, heartbeat: int) -> Storage:
         if url.get_backend_name() != "sqlite":
             return Storage(_attempted(url, heartbeat), None, shown)
         if url.database in (None, "", ":memory:"):
-            raise UsageError(f"--storage: {shown!r} is gone with the process. Name a file.")
+            raise UsageError(f"--storage: {shown!r} is lost when the process ends. Name a file.")
         file = Path(str(url.database))
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(file):  # two who make the same tables would be in each other's way
+        with _lock(file):  # two processes must not create the same tables at once
             storage = Storage(_rdb(url, heartbeat), file, shown)
             _check_pages(storage)
             return storage
@@ -99,29 +100,29 @@ def opened(where: str, heartbeat: int) -> Storage:
         raise UsageError(f"--storage: {shown!r} needs a driver: {_line(error)}") from None
     except UsageError:
         raise
-    except Exception as error:  # what is raised of damaged tables has no common type
+    except Exception as error:  # errors of damaged tables have no common type
         fix = f" {AGAIN}" if _is_damage(error) else ""
         raise UsageError(f"--storage: {shown!r} cannot be used: {_line(error)}{fix}") from None
 
 
 @contextmanager
 def storage_errors_as_usage() -> Iterator[None]:
-    """Turn the faults of a storage that was reached before into one line.
+    """Turn errors of a storage that was reached before into one line.
 
     Raises:
-        UsageError: It is out of reach.
+        UsageError: The storage is out of reach.
     """
     try:
         yield
     except FAULTS as error:
         raise UsageError(
-            f"--storage: out of reach: {_line(error)} What was trained is kept; the same command "
-            "goes on."
+            f"--storage: out of reach: {_line(error)} Finished trainings are kept; repeat the "
+            "command to continue."
         ) from None
 
 
 def _attempted(url: sqlalchemy.URL, heartbeat: int) -> RDBStorage:
-    """Servers may be asked by several workers at once to make the same tables."""
+    """Connect, and retry: several workers may create the same tables on a server at once."""
     for _ in range(ATTEMPTS - 1):
         try:
             return _rdb(url, heartbeat)
@@ -134,11 +135,11 @@ def _rdb(url: sqlalchemy.URL, heartbeat: int) -> RDBStorage:
     sqlite = url.get_backend_name() == "sqlite"
     template = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
     with warnings.catch_warnings():
-        # Heartbeats are experimental in optuna: its version is what the tests ran with.
+        # Heartbeats are experimental in optuna; the tests cover the installed version.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return RDBStorage(
             template,  # which optuna fills in
-            # A server closes what was idle for as long as a training takes.
+            # A server closes a connection that is idle for as long as a training takes.
             engine_kwargs={"connect_args": {"timeout": PATIENCE}}
             if sqlite
             else {"pool_pre_ping": True},
@@ -163,12 +164,12 @@ def _url(file: Path) -> str:
 
 def _lock(file: Path) -> FileLock:
     path = file.with_name(f"{file.name}.lock")
-    refuse_link(path)  # older file locks empty what it leads to
+    refuse_link(path)  # older versions of filelock empty the target of a link
     return FileLock(path, poll_interval=0.01)
 
 
 def _is_damage(error: BaseException) -> bool:
-    """Whether it is the file that is wrong, and not the way to it."""
+    """Return whether the file itself is damaged, and not merely unreachable."""
     while error.__cause__ is not None:
         error = error.__cause__
     own = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, UNREACHED)
@@ -176,7 +177,7 @@ def _is_damage(error: BaseException) -> bool:
 
 
 def _line(error: BaseException) -> str:
-    """The innermost cause, on one line."""
+    """Return the innermost cause, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     told = str(error).strip().splitlines() or [type(error).__name__]
@@ -191,7 +192,7 @@ log = logging.getLogger("gradfilter.sweep")
 
 @contextmanager
 def beating(rdb: RDBStorage, trial_id: int, seconds: float) -> Iterator[None]:
-    """Tell the storage every so many seconds that a trial is alive; it was told just before."""
+    """Record a heartbeat of a trial every `seconds` seconds; the first was just recorded."""
     over = threading.Event()
 
     def beat() -> None:
@@ -200,8 +201,8 @@ def beating(rdb: RDBStorage, trial_id: int, seconds: float) -> Iterator[None]:
                 try:
                     rdb.record_heartbeat(trial_id)
                 except FAULTS as error:
-                    # A storage that is away for a while costs at most a takeover, which the lock
-                    # of the run directory stops.
+                    # A storage that is briefly out of reach causes at most a takeover, which the
+                    # lock of the run directory refuses.
                     log.warning("no heartbeat: %s", error)
         finally:
             rdb.remove_session()

@@ -57,13 +57,13 @@ STATES = {
 
 @dataclass(frozen=True)
 class TrialGroup:
-    """Trainings that differ in nothing but the seed.
+    """Trainings that differ only in the seed.
 
     Attributes:
-        settings: What they have in common.
-        values: Of the metric, of those that are complete.
-        tested: Their test accuracies.
-        trainings: How many there are.
+        settings: Settings that they share.
+        values: Values of the metric, of the complete trainings.
+        tested: Test accuracies of the complete trainings.
+        trainings: Number of trainings.
     """
 
     settings: dict[str, Any]
@@ -73,12 +73,12 @@ class TrialGroup:
 
     @property
     def mean(self) -> float:
-        """Mean of the metric."""
+        """Return the mean of the metric."""
         return statistics.mean(self.values) if self.values else math.nan
 
 
 def settings_of(plan: Plan, trial: FrozenTrial) -> dict[str, Any]:
-    """The settings in which a training differs from the others; {} while they are being chosen."""
+    """Return the settings that distinguish a training; {} while they are being chosen."""
     return {
         axis.name: axis.value(trial.params[axis.name])
         for axis in plan.axes
@@ -87,7 +87,7 @@ def settings_of(plan: Plan, trial: FrozenTrial) -> dict[str, Any]:
 
 
 def rows_of(plan: Plan, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
-    """One row per training: number, state, value, settings, evaluation, run and reason."""
+    """Return one row per training: number, state, value, settings, evaluation, run and reason."""
     rows = []
     for trial in trials:
         evaluation = trial.user_attrs.get("evaluation") or {}
@@ -106,9 +106,9 @@ def rows_of(plan: Plan, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
 
 
 def groups_of(plan: Plan, trials: Sequence[FrozenTrial]) -> list[TrialGroup]:
-    """Trainings by their settings without the seed, best first; those without a value last.
+    """Group trainings by their settings without the seed, best first, without a value last.
 
-    A run counts once, however often a search proposed it.
+    A run counts once, even if a search proposed it several times.
     """
     collected: dict[str, dict[str, FrozenTrial]] = {}
     for trial in trials:
@@ -137,8 +137,8 @@ def groups_of(plan: Plan, trials: Sequence[FrozenTrial]) -> list[TrialGroup]:
 
 
 def write_results(queue: Queue, folder: Path) -> None:
-    """Write ``study.csv`` and ``study.json``, each as a whole, with a line per training."""
-    with queue.storage.turn():  # several workers may end at the same moment
+    """Write ``study.csv`` and ``study.json`` atomically, with a line per training."""
+    with queue.storage.turn():  # several workers may end at the same time
         rows = rows_of(queue.plan, queue.trials())
         names = [axis.name for axis in queue.plan.axes]
         text = io.StringIO()
@@ -154,7 +154,7 @@ def write_results(queue: Queue, folder: Path) -> None:
 
 
 def _cell_text(value: Any) -> Any:
-    """What a file in UTF-8 may say, which knows no other names of files."""
+    """Convert a value for a file in UTF-8, where names of files may be other bytes."""
     return printable(value) if isinstance(value, str) else value
 
 
@@ -173,11 +173,11 @@ MOST_ROWS = 20
 
 
 def table_of(plan: Plan, groups: Sequence[TrialGroup]) -> Table:
-    """One line per setting, best first: mean ± sd over seeds, where there are several.
+    """Build a table, best setting first, with mean ± sd over seeds if there are several.
 
     Args:
-        plan: Of the study.
-        groups: Best first.
+        plan: Plan of the study.
+        groups: Groups, best first.
     """
     seeds = any(axis.name == "seed" for axis in plan.axes)
     shown = groups[:MOST_ROWS]
@@ -209,10 +209,10 @@ def table_of(plan: Plan, groups: Sequence[TrialGroup]) -> Table:
 
 
 def _mean_sd_text(values: Sequence[float]) -> str:
-    """``mean ± sd``; the sample deviation needs two values.
+    """Return ``mean ± sd``; the sample deviation needs two values.
 
     Examples:
-        >>> spread([0.9, 0.92]), spread([0.9]), spread([])
+        >>> _mean_sd_text([0.9, 0.92]), _mean_sd_text([0.9]), _mean_sd_text([])
         ('0.9100 ± 0.0141', '0.9000', '-')
     """
     if not values:
@@ -259,7 +259,7 @@ def sweep_command(options: Sequence[str]) -> int:
             enqueue(queue, retry_failed=config.retry_failed)
         print(f"study {plan.base.name!r}: {plan.trials} trainings in {printable(folder)}")
         if queue.heartbeat != config.heartbeat:
-            print(f"--heartbeat {queue.heartbeat} counts, which the study was begun with")
+            print(f"--heartbeat {queue.heartbeat} is used: the study has it")
         with interruptible() as stop:
             try:
                 if config.jobs == 1:
@@ -273,7 +273,7 @@ def sweep_command(options: Sequence[str]) -> int:
 
 
 def parse_sweep(options: Sequence[str]) -> tuple[SweepConfig, Plan]:
-    """The options of sweep and the study that they ask for, checked as a whole.
+    """Parse the options of sweep, and plan and check the study.
 
     Raises:
         UsageError: An option, a file, a preset or one of the trainings is wrong.
@@ -291,7 +291,7 @@ def parse_sweep(options: Sequence[str]) -> tuple[SweepConfig, Plan]:
         raise UsageError(f"{error} Options of train come after a lone --.") from None
     recipe = {"preset": config.preset, "config": config.config}
     shared = [
-        *("--log-level", "warning"),  # a line per training is enough, unless asked for
+        *("--log-level", "warning"),  # by default, one line per training is enough
         *arguments({name: value for name, value in recipe.items() if value is not None}),
         *rest,
     ]
@@ -299,25 +299,27 @@ def parse_sweep(options: Sequence[str]) -> tuple[SweepConfig, Plan]:
     def read(more: Sequence[str]) -> TrainConfig:
         command = parse_train([*shared, *more])
         if command.print_config:
-            raise UsageError("--print-config: a sweep prints none. Use gradfilter train.")
+            raise UsageError("--print-config: a sweep does not print it. Use gradfilter train.")
         return command.settings
 
     given_twice = {option.partition("=")[0] for option in rest}
     if "--resume" in given_twice or "--no-resume" in given_twice:
-        raise UsageError("--resume: a sweep always goes on with what was begun. Leave it away.")
+        raise UsageError("--resume: a sweep always resumes its trainings. Omit it.")
     if config.name and "--name" in given_twice:
         raise UsageError("--name: it is given before and after the lone --. Give it once.")
     base = read(())
     named = replace(base, name=config.name or base.name or NAME)
     plan = plan_of(config, named, read)
     corners = plan.corners()
-    if plan.points is not None or len(corners) < MOST_CORNERS:  # else some are not among them
+    if (
+        plan.points is not None or len(corners) < MOST_CORNERS
+    ):  # otherwise some corners were not computed
         refuse_unused(corners, plan.axes, rest, "--sample" if plan.points is None else "--grid")
     return config, plan
 
 
 def _summed_up(queue: Queue, folder: Path, over: bool) -> int:
-    """Say what has come of the study; the exit code if nobody stopped it."""
+    """Print the results of the study; return the exit code of a study that was not stopped."""
     plan, trials = queue.plan, queue.trials()
     groups = groups_of(plan, trials)
     if groups:
@@ -332,7 +334,7 @@ def _summed_up(queue: Queue, folder: Path, over: bool) -> int:
     left = sum(trial.state in OPEN for trial in trials) + max(0, plan.trials - len(trials))
     if left:
         why = "" if over else "interrupted; "
-        print(f"{why}{left} trainings are left; the same command goes on")
+        print(f"{why}{left} trainings are left; the same command continues")
     failed = [trial for trial in without if STATES[trial.state] == "failed"]
     if failed:
         print(f"{len(failed)} failed; --retry-failed trains them again")

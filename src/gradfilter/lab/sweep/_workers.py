@@ -1,4 +1,4 @@
-"""The workers of a study: one training after the other, several processes on one machine."""
+"""Run the workers of a study: one training after the other, in one or several processes."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ from gradfilter.lab.train._progress import progress_bar
 
 
 QUEUE_POLL = 5.0
-"""Longest time in seconds from one look at what others do to the next."""
+"""Longest time between two checks of the other workers, in seconds."""
 
 
 def work(queue: Queue, say: Callable[[str], None]) -> bool:
-    """Train until nothing is left, waiting for what others train: they may be killed.
+    """Train until no training is left; wait for those of other workers, which may be killed.
 
     Args:
-        queue: Of the study.
-        say: Is told what comes of every training.
+        queue: Queue of the study.
+        say: Called with a line per finished training.
 
     Returns:
-        False after Ctrl-C; the training at work then waits for somebody to go on with it.
+        False after Ctrl-C; the interrupted training then waits in the queue.
 
     Raises:
         UsageError: This machine cannot train.
@@ -57,7 +57,7 @@ def work(queue: Queue, say: Callable[[str], None]) -> bool:
     worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     busy: set[int] = set()
     silent = False
-    # Asked here, too: a training that was at its last evaluation has no step left to stop before.
+    # Also checked here: a training in its last evaluation has no step left to stop at.
     with interruptible() as stopped:
         while not stopped():
             try:
@@ -73,7 +73,7 @@ def work(queue: Queue, say: Callable[[str], None]) -> bool:
                     busy.clear()
                     continue
             except KeyboardInterrupt:
-                return False  # what was taken just now is not signed, or goes stale
+                return False  # a trial that was just taken is unsigned, or becomes stale
             found = _trained(queue, trial, worker, stopped)
             if found is Unfinished.BUSY:
                 busy.add(trial.number)
@@ -94,7 +94,7 @@ def _wait(seconds: float, stopped: Callable[[], bool]) -> None:
 def _trained(
     queue: Queue, trial: FrozenTrial, worker: str, stopped: Callable[[], bool]
 ) -> Outcome | Unfinished:
-    """Train; without an outcome the trial waits again."""
+    """Train; without an outcome, return the trial to the queue."""
     found: Outcome | Unfinished = Unfinished.INTERRUPTED
     try:
         if not stopped():
@@ -103,7 +103,7 @@ def _trained(
         if isinstance(found, Outcome) and not finish(queue, trial.number, worker, found):
             found = Unfinished.TAKEN
     except KeyboardInterrupt:
-        # A second Ctrl-C. The run goes on from its last point.
+        # A second Ctrl-C. The run resumes from its last point later.
         found = Unfinished.INTERRUPTED
     finally:
         if isinstance(found, Unfinished):
@@ -112,7 +112,7 @@ def _trained(
 
 
 def _told(queue: Queue, trial: FrozenTrial, found: Outcome | Unfinished) -> str:
-    """What came of a training, in one line."""
+    """Return the outcome of a training in one line."""
     settings = ", ".join(
         f"{axis.name} {axis.value(trial.params[axis.name])}" for axis in queue.plan.axes
     )
@@ -128,25 +128,25 @@ def _told(queue: Queue, trial: FrozenTrial, found: Outcome | Unfinished) -> str:
 
 Worker = subprocess.Popen[bytes]
 AGAIN = 10.0
-"""Seconds after which a Ctrl-C is repeated: one that comes while Python starts may be lost."""
+"""Seconds until Ctrl-C is repeated: one that arrives while Python starts may be lost."""
 
 COMMAND = (sys.executable, "-m", "gradfilter.lab.sweep._attended")
 JOB_POLL = 0.5
 LAST_WORDS = 30.0
-"""Seconds that workers have after Ctrl-C to put their trainings back."""
+"""Seconds that workers have after Ctrl-C to return their trainings to the queue."""
 
 
 def run_workers(queue: Queue, options: Sequence[str], jobs: int, folder: Path) -> bool:
     """Start workers and wait for them.
 
     Args:
-        queue: Of the study.
-        options: Of this command.
-        jobs: How many workers.
-        folder: For what they say.
+        queue: Queue of the study.
+        options: Options of this command.
+        jobs: Number of workers.
+        folder: Folder of the log files.
 
     Returns:
-        False after Ctrl-C, which every worker is told.
+        False after Ctrl-C, which is passed to every worker.
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = _done(queue)
@@ -161,11 +161,11 @@ def run_workers(queue: Queue, options: Sequence[str], jobs: int, folder: Path) -
             said = stack.enter_context(open_own(log, "ab"))
             worker = subprocess.Popen(
                 [*COMMAND, *worker_options(options, device_of(queue.plan.base.device, index))],
-                stdin=subprocess.PIPE,  # whose end tells it that this process is gone
+                stdin=subprocess.PIPE,  # closed when this process ends, which ends the worker
                 stdout=said,
                 stderr=subprocess.STDOUT,
                 env=_environment(jobs),
-                # The terminal's Ctrl-C is for this process, which tells them.
+                # The terminal sends Ctrl-C to this process, which passes it on.
                 start_new_session=True,
             )
             workers.append(worker)
@@ -178,7 +178,7 @@ def run_workers(queue: Queue, options: Sequence[str], jobs: int, folder: Path) -
                         pass
                     return False
                 time.sleep(JOB_POLL)
-                with suppress(*FAULTS):  # a database may be away for a moment
+                with suppress(*FAULTS):  # a database may be briefly out of reach
                     for _ in range(_done(queue) - done):
                         tick()
                         done += 1
@@ -190,7 +190,7 @@ def run_workers(queue: Queue, options: Sequence[str], jobs: int, folder: Path) -
 
 
 def worker_options(options: Sequence[str], device: str) -> list[str]:
-    """The same command with one job, on its own device.
+    """Return the same command with one job, on its own device.
 
     Examples:
         >>> worker_options(["--grid", "seed=0,1", "--", "--epochs", "5"], "cuda:1")[2:]
@@ -201,7 +201,7 @@ def worker_options(options: Sequence[str], device: str) -> list[str]:
 
 
 def split(options: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Options of sweep, and those of train after a lone ``--``.
+    """Split options of sweep from those of train, after a lone ``--``.
 
     Examples:
         >>> split(["--jobs", "2", "--", "--epochs", "5"])
@@ -212,7 +212,7 @@ def split(options: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def device_of(name: str, index: int) -> str:
-    """The device of a worker: a GPU of its own, where there are several of the kind asked for."""
+    """Return the device of a worker: its own GPU, if there are several of that kind."""
     device = torch.device(name)
     several = device.type != "cpu" and torch.accelerator.device_count() > 1
     if not several or ":" in name:
@@ -221,12 +221,12 @@ def device_of(name: str, index: int) -> str:
 
 
 def _environment(jobs: int) -> dict[str, str]:
-    """Workers share the cores instead of starting a thread for each of them."""
+    """Return the environment of workers, which share the cores."""
     return {"OMP_NUM_THREADS": str(max(1, _cores() // jobs)), **os.environ}
 
 
 def _cores() -> int:
-    """How many this process may use, which a scheduler or taskset limits."""
+    """Return how many cores this process may use; a scheduler or taskset may limit them."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -237,10 +237,10 @@ def _done(queue: Queue) -> int:
 
 
 def _leave_politely(stack: ExitStack) -> None:
-    """Let a scheduler's polite kill and a closed terminal reach the workers, too."""
+    """Pass a scheduler's SIGTERM and a closed terminal on to the workers."""
     for number in (signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ())):
         before = signal.getsignal(number)
-        if before is not signal.SIG_IGN:  # which nohup asks for
+        if before is not signal.SIG_IGN:  # nohup ignores it
             signal.signal(number, _leave)
             stack.callback(signal.signal, number, before or signal.SIG_DFL)
 
@@ -250,10 +250,10 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def _interrupted(workers: Sequence[Worker], seconds: float) -> bool:
-    """Press Ctrl-C in all workers, and wait at most so long for their end."""
+    """Interrupt all workers, and wait at most `seconds` seconds for their end."""
     for worker in workers:
         if worker.poll() is None:
-            # Windows knows no Ctrl-C for one process.
+            # Windows has no Ctrl-C for a single process.
             worker.send_signal(signal.SIGTERM if sys.platform == "win32" else signal.SIGINT)
     end = time.monotonic() + seconds
     for worker in workers:
@@ -263,7 +263,7 @@ def _interrupted(workers: Sequence[Worker], seconds: float) -> bool:
 
 
 def _end(workers: Sequence[Worker]) -> None:
-    """Leave no worker behind, whatever ended this one."""
+    """Kill the remaining workers, for any reason that ended this process."""
     if not _interrupted(workers, LAST_WORDS):
         for worker in workers:
             worker.kill()
