@@ -205,7 +205,7 @@ def test_of_too_many_curves_those_are_drawn_that_validation_prefers(tmp_path):
     groups, _ = groups_in(tmp_path)
     assert shortlist(groups, most=3) == (groups, [])
     kept, why = shortlist(groups, most=2)
-    assert kept == groups[1:] and why[0].startswith("Curves of 1 more settings")
+    assert kept == groups[1:] and why[0].startswith("Not drawn: 1 more settings")
     make_run(tmp_path, learning_rate=9.0, evaluations=[evaluation(1, val_accuracy=math.nan)])
     groups, _ = groups_in(tmp_path)
     assert shortlist(groups, most=2)[0] == groups[:2]

@@ -1,1 +1,1 @@
-"""The command ``gradfilter report``: tables and figures of trainings, on one page."""
+"""``gradfilter report``: write tables and figures of trainings on one page."""

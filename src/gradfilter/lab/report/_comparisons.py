@@ -1,4 +1,4 @@
-"""Sections of the report: accuracy, label noise, batch size, sharpness-aware rules."""
+"""Build the sections accuracy, label noise, batch size, and sharpness-aware rules."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ Number = Callable[[RecordedRun], float]
 
 
 def last(name: str) -> Number:
-    """The number of the last evaluation."""
+    """Return the function that reads a number of the last evaluation."""
     return lambda run: run.last(name)
 
 
 def best(run: RecordedRun) -> float:
-    """The highest test accuracy of all evaluations."""
+    """Return the highest test accuracy of all evaluations."""
     return float(run.metrics["test_accuracy"].max())
 
 
@@ -58,14 +58,14 @@ AT_END: Columns = {
 }
 NOTE = (
     "Mean ± standard deviation over seeds. Best test: the highest of all evaluations, picked with "
-    "the test labels, so an upper bound and no result. Clean train: training images by their true "
+    "the test labels, so an upper bound and no result. Clean train: training images with true "
     "labels. Memorised: wrong labels that the model predicts. Accepted and clipped: in the last "
-    "epoch. Seconds: training steps alone."
+    "epoch. Seconds: in training steps alone."
 )
 
 
 def accuracy(groups: Sequence[Setting]) -> Section:
-    """The tables of accuracies."""
+    """Build the tables of accuracies."""
     parts = [group_table("accuracy", "At the end of the training", AT_END, groups, note=NOTE)]
     left_out = []
     tasks = apart_from(finished(groups), *_beside_the_task(groups))
@@ -75,11 +75,11 @@ def accuracy(groups: Sequence[Setting]) -> Section:
     if not equal:
         left_out.append("At equal time: needs two or more finished settings, and their times.")
     parts += equal
-    return Section("accuracy", "Accuracy", "A line per setting, over its seeds.", parts, left_out)
+    return Section("accuracy", "Accuracy", "One line per setting, over its seeds.", parts, left_out)
 
 
 def _beside_the_task(groups: Sequence[Setting]) -> list[str]:
-    """Settings other than those of which the same time buys something else altogether."""
+    """Return settings other than the task; equal time compares one task only."""
     return [name for name in groups[0].settings if name not in ("data", "model", "device")]
 
 
@@ -116,9 +116,9 @@ NOISE = "label_noise"
 
 
 def noise(groups: Sequence[Setting]) -> Section:
-    """A line per rule and a column per noise."""
+    """Build a table with a line per rule and a column per noise."""
     name, title = "label-noise", "Label noise"
-    lead = "Final test accuracy, by the part of the training labels that is wrong."
+    lead = "Final test accuracy, by the fraction of wrong training labels."
     rules = [r for r in apart_from(finished(groups), NOISE) if len(r) > 1]
     if not rules:
         why = "Needs finished runs that differ in --label-noise alone."
@@ -178,13 +178,13 @@ def _names(rules: Sequence[Sequence[Setting]]) -> list[str]:
 SIZE = "batch_size"
 COMPARED = (SIZE, "optimizer", "agc", "agc_eps", "agc_exclude")
 BATCH_LEAD = (
-    "A line joins the batch sizes of one setting: after as many epochs, or, where --steps was "
-    "given, after as many steps, that is, different numbers of samples."
+    "A line joins the batch sizes of one setting: after the same number of epochs, or, with "
+    "--steps, after the same number of steps, that is, different numbers of samples."
 )
 
 
 def seconds_per_epoch(run: RecordedRun) -> float:
-    """Time of the training steps alone."""
+    """Return the time of the training steps alone, per epoch."""
     return run.last("seconds") / (run.last("epoch") or math.nan)
 
 
@@ -207,7 +207,7 @@ COLUMNS: Columns = {
 
 
 def batches(groups: Sequence[Setting]) -> Section:
-    """With and without AGC, one figure per model."""
+    """Compare trainings with and without AGC, one figure per model."""
     name, title = "batch-size", "AGC, optimizer and batch size"
     sets = [s for s in apart_from(finished(groups), *COMPARED) if len(s) > 1]
     if not sets:
@@ -225,7 +225,7 @@ def batches(groups: Sequence[Setting]) -> Section:
 
 
 def _by_model(sets: Sequence[Sequence[Setting]]) -> list[list[list[Setting]]]:
-    """For every data set and model the lines: groups that differ in their batch size alone."""
+    """Return the lines of every data set and model: groups that differ only in batch size."""
     found: dict[tuple[object, object], list[list[Setting]]] = {}
     for alike in sets:
         for line in apart_from(alike, SIZE):
@@ -272,7 +272,7 @@ def _label(group: Setting, names: Sequence[str]) -> str:
 
 
 def _stems(sets: Sequence[str]) -> dict[str, str]:
-    """What data sets are called in names of files.
+    """Return short names of data sets, for names of files.
 
     Examples:
         >>> _stems(["folder:/a/cats", "digits", "folder:/b/dogs"])
@@ -291,8 +291,8 @@ def _stems(sets: Sequence[str]) -> dict[str, str]:
 
 TASK = ("data", "model", "label_noise", "noise_type", "epochs", "steps", "batch_size")
 SHARPNESS_LEAD = (
-    "Plain and sharpness-aware trainings of the same task. A SAM step takes two gradients: compare "
-    "the seconds, too. The surrogate gap is f(w + e) − f(w)."
+    "Plain and sharpness-aware trainings of the same task. A SAM step takes two gradients: also "
+    "compare the seconds. The surrogate gap is f(w + e) − f(w)."
 )
 GAP = PlotAxis("surrogate gap", "surrogate_gap")
 
@@ -322,7 +322,7 @@ def _columns(groups: Sequence[Setting]) -> Columns:
 
 
 def sharpness(groups: Sequence[Setting]) -> Section:
-    """The table of rules, and the surrogate gap over the training."""
+    """Build the table of rules, and figures of the surrogate gap over the training."""
     name, title = "sharpness", "SAM and GSAM"
     tasks = {_task(group) for group in finished(groups) if _is_sharpness_aware(group)}
     compared = [group for group in finished(groups) if _task(group) in tasks]

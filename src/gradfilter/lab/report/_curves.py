@@ -1,4 +1,4 @@
-"""Sections of the report: training curves, and agreement of rows."""
+"""Build the sections training curves, and agreement of rows."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ QUANTITIES = {
 }
 NOTE = (
     "Lines: mean over seeds; bands: one standard deviation to each side. A line ends where the "
-    "first of its runs does. The first tenth may reach beyond a figure."
+    "first of its runs ends. The first tenth may exceed the range of a figure."
 )
 
 
 def curves(groups: Sequence[Setting]) -> Section:
-    """Test accuracy, loss and memorisation on the way."""
+    """Draw test accuracy, loss and memorisation during the training."""
     parts: list[Plot] = []
     groups, left_out = shortlist(groups)
     for name, (title, axis) in QUANTITIES.items():
@@ -52,20 +52,20 @@ def over(
     against: str,
     said: Sequence[str] = (),
 ) -> list[Plot]:
-    """A quantity of the metrics against samples or time; several figures if there are many groups.
+    """Draw a quantity against samples or time; several figures if there are many groups.
 
     Args:
-        groups: Those without the quantity are left out.
-        name: Of the quantity in the metrics.
-        title: What it is called.
-        y: Its axis.
-        x: The axis of samples or seconds.
-        by: For the file's name.
-        against: For the title.
-        said: Settings that are said of every line, also where all have the same.
+        groups: Groups of runs; those without the quantity are omitted.
+        name: Name of the quantity in the metrics.
+        title: Name of the quantity in titles.
+        y: Axis of the quantity.
+        x: Axis of samples or seconds.
+        by: Part of the file name.
+        against: Part of the title.
+        said: Settings that are part of every label, even if all lines share them.
     """
     bands = [band(group.runs, x.name, name) for group in groups]
-    if y.log is not None:  # which has no place for what is not positive
+    if y.log is not None:  # a logarithmic axis holds only positive numbers
         bands = [data[data["mean"] > 0] for data in bands]
     shown = [i for i, data in enumerate(bands) if len(data)]
     found = []
@@ -82,20 +82,20 @@ def over(
 
 
 def _because(name: str) -> str:
-    return ", for no label is wrong" if name == "memorised" else ""
+    return ", because no label is wrong" if name == "memorised" else ""
 
 
 # --- Agreement of rows, and how many are accepted ---
 
 
 LEAD = (
-    "Of one batch per evaluation. The noise scale is the batch size at which the gradient's noise "
-    "equals the gradient; where its estimate is not positive there is no point."
+    "Measured on one batch per evaluation. The noise scale is the batch size at which the "
+    "gradient's noise equals the gradient; estimates that are not positive are omitted."
 )
 
 
 def agreement(groups: Sequence[Setting]) -> Section:
-    """Cosine, noise scale and accepted rows over the training."""
+    """Draw cosine, noise scale and accepted rows over the training."""
     several, left_out = shortlist([group for group in groups if _has_rows(group)])
     filtering = [group for group in several if _filters(group)]
     if not several:

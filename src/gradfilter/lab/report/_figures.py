@@ -1,4 +1,4 @@
-"""Figures of curves with bands, split into several where one would be unreadable."""
+"""Draw figures of curves with bands, split into several if one would be unreadable."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from gradfilter.lab._plot import GREY
 from gradfilter.lab.report._parts import Plot
 from gradfilter.lab.report._settings import Setting, mean_and_sd, order, wording
 
-# --- The most informative of too many curves ---
+# --- Choose curves if there are too many ---
 
 
 MOST_SETTINGS = 42
-"""Settings whose curves are drawn; tables have all of them."""
+"""Largest number of settings with curves; tables have all settings."""
 
 
 def shortlist(
     groups: Sequence[Setting], most: int = MOST_SETTINGS
 ) -> tuple[Sequence[Setting], list[str]]:
-    """The settings whose curves are drawn, and a line about the others if there are any.
+    """Choose the settings whose curves are drawn; also return a line about the others.
 
-    Those with the highest validation accuracy; where that was not measured everywhere the first
-    ones, for a choice by test accuracy would be no fair one.
+    Choose those with the highest validation accuracy, or the first ones if it was not measured
+    everywhere: a choice by test accuracy would not be fair.
     """
     if len(groups) <= most:
         return groups, []
@@ -43,24 +43,26 @@ def shortlist(
         places.sort(key=lambda place: -validation[place])
     why = "the highest validation accuracy" if measured else "the first places in the table"
     kept = [groups[place] for place in sorted(places[:most])]
-    return kept, [f"Curves of {len(groups) - most} more settings; drawn are the {most} with {why}."]
+    return kept, [
+        f"Not drawn: {len(groups) - most} more settings; drawn are the {most} with {why}."
+    ]
 
 
 # --- One figure ---
 
 
-# Okabe and Ito's colours without the yellow, told apart by everyone; dashes for print in grey.
+# Okabe and Ito's colours without yellow, for all kinds of colour vision; dashes for grey print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 MOST = len(COLOURS)
-"""Curves that can be told apart in one figure."""
+"""Largest number of curves that can be distinguished in one figure."""
 DPI = 150
 WIDTH = 6.4
 MOST_TICKS = 12
 LARGEST = 1e100
-"""A number beyond this is not drawn."""
+"""Largest number that is drawn."""
 LEGEND = 58
-"""Characters that fit beside each other below a figure."""
+"""Characters per line below a figure."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,12 @@ class Curve:
     """A line with a band.
 
     Attributes:
-        label: In the legend.
+        label: Label in the legend.
         data: Columns x, mean, sd and runs.
-        settings: What the numbers belong to, for the CSV.
-        style: Which colour and dashes.
-        dashed: Dashes that say something, in place of those of the style.
-        runs: How many it is of, if that is known.
+        settings: Settings of the runs, for the CSV.
+        style: Index of colour and dashes.
+        dashed: Dashes with a meaning of their own, instead of those of the style.
+        runs: Number of runs, if it is known.
     """
 
     label: str
@@ -86,11 +88,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Mark:
-    """A place on the x axis.
+    """A marked position on the x axis.
 
     Attributes:
-        place: In the units of the data.
-        style: Which colour, None for grey.
+        place: Position in the units of the data.
+        style: Index of the colour, None for grey.
     """
 
     place: float
@@ -99,13 +101,13 @@ class Mark:
 
 @dataclass(frozen=True)
 class PlotAxis:
-    """What is along one side of a figure.
+    """An axis of a figure.
 
     Attributes:
-        label: With the unit.
-        factor: From the numbers to the unit: 100 for per cent.
-        log: Its base, if it is logarithmic.
-        name: The numbers' name in the CSV.
+        label: Label with the unit.
+        factor: Converts the numbers to the unit: 100 for per cent.
+        log: Base of a logarithmic axis, or None.
+        name: Name of the numbers in the CSV.
     """
 
     label: str
@@ -126,21 +128,21 @@ def plot(
     points: bool = False,
     focus: bool = False,
 ) -> Plot:
-    """Draw curves, and keep the numbers.
+    """Draw curves, and keep their numbers.
 
     Args:
-        name: Of the files.
-        title: Above the figure.
-        curves: Some; those without numbers are left out.
-        x: Along the bottom.
-        y: Along the side.
-        note: Below the figure.
-        marks: Places on the x axis that are marked by a vertical line, by what to call them.
-        points: Mark the measured places, of which there are few.
-        focus: Let the first tenth reach beyond the figure, which else may squeeze the rest.
+        name: Name of the files, without suffix.
+        title: Title above the figure.
+        curves: The curves; those without numbers are omitted.
+        x: Horizontal axis.
+        y: Vertical axis.
+        note: Text below the figure.
+        marks: Positions to mark by a vertical line, by label.
+        points: Mark the measured points, for curves with few of them.
+        focus: Ignore the first tenth of the curves for the range of the y axis.
     """
     shown = [curve for curve in curves if len(curve.data)]
-    # Not through pyplot, which would keep the figure and choose a back end for the whole process.
+    # Not pyplot: it would keep the figure and choose a back end for the whole process.
     rows = _legend_rows([*(curve.label for curve in shown), *(marks or {})])
     figure = Figure(figsize=(WIDTH, 4.2 + 0.27 * sum(rows)), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
@@ -167,10 +169,10 @@ def plot(
         handlelength=2.6,
     )
     for text in legend.get_texts():
-        text.set_parse_math(False)  # a $ in the name of a directory is no formula
+        text.set_parse_math(False)  # a $ in the name of a directory does not start a formula
     fewer = [c.label for c in shown if c.runs is not None and (c.data["runs"] < c.runs).any()]
     if fewer:
-        note = f"{note} Not all runs have this number: {'; '.join(fewer)}.".strip()
+        note = f"{note} Only some runs have this number: {'; '.join(fewer)}.".strip()
     image = io.BytesIO()
     figure.savefig(image, format="png", metadata={"Software": None})
     return Plot(
@@ -185,7 +187,7 @@ def plot(
 
 
 def _drawable(data: pd.DataFrame) -> pd.DataFrame:
-    """The numbers without those that no axis can hold: a range of them is not a finite number."""
+    """Drop numbers that are too large for an axis, whose range would not be finite."""
     columns = ["x", "mean", "sd"]
     return data.assign(**{name: data[name].where(data[name].abs() <= LARGEST) for name in columns})
 
@@ -205,7 +207,7 @@ def _draw(axes: Axes, curve: Curve, x: PlotAxis, y: PlotAxis, points: bool) -> N
     )
     sd = y.factor * curve.data["sd"]
     if sd.notna().any():
-        # Below 0 there is nothing on a logarithmic axis.
+        # A logarithmic axis has no numbers below 0.
         low = mean - sd if y.log is None else np.maximum(mean - sd, mean / 1e3)
         axes.fill_between(places, low, mean + sd, color=colour, alpha=0.18, linewidth=0)
 
@@ -216,7 +218,7 @@ def _focus(axes: Axes, curves: Sequence[Curve], y: PlotAxis) -> None:
     late = everything[everything["x"] >= first + (last - first) / 10]
     sd = late["sd"].fillna(0)
     high = y.factor * (late["mean"] + sd).max()
-    if y.log is not None:  # a band that reaches down to 0 would have no end
+    if y.log is not None:  # a band down to 0 would have an infinite range
         low = y.factor * late["mean"][late["mean"] > 0].min()
         if low < high:
             axes.set_ylim(low / 2, high * 1.5)
@@ -242,7 +244,7 @@ def _dress(axes: Axes, x: PlotAxis, y: PlotAxis) -> None:
 
 
 def _ticks_at(axes: Axes, places: Sequence[float]) -> None:
-    if len(places) > MOST_TICKS:  # as many as can be read: powers of two
+    if len(places) > MOST_TICKS:  # too many to read: use powers of two
         places = [place for place in places if place > 0 and math.log2(place).is_integer()]
     axes.set_xticks(places)
     axes.xaxis.set_minor_locator(NullLocator())
@@ -254,7 +256,7 @@ def _ticks_at(axes: Axes, places: Sequence[float]) -> None:
 
 
 def _legend_rows(labels: Sequence[str]) -> list[int]:
-    """Lines of text in every row of a legend of one column, or of two if all labels are short."""
+    """Return the lines of text per row of a legend: two columns if all labels are short."""
     lines = [len(textwrap.wrap(label, LEGEND)) or 1 for label in labels]
     if len(labels) > 2 and max(map(len, labels)) <= LEGEND // 2 - 4:
         return [1] * ((len(labels) + 1) // 2)
@@ -289,19 +291,19 @@ def _alt(
 
 Settings = Mapping[str, Any]
 FEW = 2
-"""So few curves share a figure with those of the next value."""
+"""Largest number of curves that share a figure with those of the next value."""
 
 
 @dataclass(frozen=True)
 class Facet:
-    """Curves of one figure.
+    """The curves of one figure.
 
     Attributes:
-        common: What they have in common and others have not.
-        place: ``(2 of 3)`` if there are others.
-        suffix: For the name of the file.
-        members: Their places in the whole sequence.
-        names: The settings in which they differ.
+        common: Settings that only these curves share.
+        place: ``(2 of 3)`` if there are several figures.
+        suffix: Suffix of the file name.
+        members: Indices of the curves in the whole sequence.
+        names: Names of the settings in which the curves differ.
     """
 
     common: str
@@ -311,17 +313,17 @@ class Facet:
     names: tuple[str, ...]
 
     def titled(self, title: str) -> str:
-        """A figure's title, and which of several it is."""
+        """Return the title of the figure, with its number if there are several."""
         named = ": ".join(part for part in (title, self.common) if part)
         return f"{named} {self.place}".strip()
 
 
 def facets(settings: Sequence[Settings], most: int = MOST) -> list[Facet]:
-    """Cut into parts of at most so many curves, along the first setting that cuts them.
+    """Split curves into figures of at most `most`, by the first setting that divides them.
 
     Args:
-        settings: Of every curve; all have the same names.
-        most: Curves that can be told apart in one figure.
+        settings: Settings of every curve; all have the same names.
+        most: Largest number of curves in one figure.
 
     Examples:
         >>> many = [{"model": f"mlp_{w}", "agc": a} for w in (8, 16) for a in (None, 0.1)]
@@ -353,7 +355,7 @@ def _cut(
         return [members[i : i + most] for i in range(0, len(members), most)]
     values = sorted({settings[i][name] for i in members}, key=order)
     parts: list[list[int]] = []
-    room = 0  # in the last part, for whole values only
+    room = 0  # free places in the last part; a value is never split
     for value in values:
         of_value = [i for i in members if settings[i][name] == value]
         if len(of_value) <= min(FEW, room):

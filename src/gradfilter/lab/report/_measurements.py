@@ -1,4 +1,4 @@
-"""Sections of the report: measurements of checkpoints, and double descent over widths."""
+"""Build the sections measurements of checkpoints, runs, and double descent over widths."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def measurements(groups: Sequence[Setting]) -> Section:
     """What ``gradfilter stats`` found, at the last checkpoint that it measured."""
     name, title = "measurements", "Measurements of checkpoints"
     lead = (
-        "What gradfilter stats found at the last step that was measured in every run of a setting; "
-        "where they ended at different ones, at their ends."
+        "Results of gradfilter stats at the last step that was measured in every run of a setting; "
+        "at the ends of the runs if these differ."
     )
     rows, left_out = [], []
     for group in groups:
@@ -60,7 +60,7 @@ def measurements(groups: Sequence[Setting]) -> Section:
 
 
 def _rows(group: Setting) -> tuple[list[Row], list[str]]:
-    """A row per way of measuring, and which have none."""
+    """Return a row per variant of a measurement, and the variants without one."""
     by_way: dict[tuple[str, str], dict[int, dict[int, Measure]]] = {}
     for number, run in enumerate(group.runs):
         for measure in run.measures:
@@ -82,7 +82,7 @@ def _rows(group: Setting) -> tuple[list[Row], list[str]]:
 
 
 def _comparable(group: Setting, of_runs: dict[int, dict[int, Measure]]) -> list[Measure]:
-    """Of every run that was measured, where they stood alike: one step, or their ends."""
+    """Return one measurement per run, all at one step, or all at the ends of the runs."""
     common = set.intersection(*(set(by_step) for by_step in of_runs.values()))
     if common:
         return [by_step[max(common)] for by_step in of_runs.values()]
@@ -91,7 +91,7 @@ def _comparable(group: Setting, of_runs: dict[int, dict[int, Measure]]) -> list[
 
 
 def overview(groups: Sequence[Setting]) -> Section:
-    """Every run, its state and where it is."""
+    """List every run, with its state and directory."""
     rows, numbers = [], []
     for group in groups:
         for run in group.runs:
@@ -128,18 +128,18 @@ def overview(groups: Sequence[Setting]) -> Section:
     ]
     note = "The CSV has every setting, and every number of the last evaluation."
     listed = Table("runs", "All of them", note, headings, rows, pd.DataFrame(numbers))
-    return Section("runs", "Runs", "What this page is made of.", [listed])
+    return Section("runs", "Runs", "The runs on this page.", [listed])
 
 
 # --- Double descent: error and Lipschitz constant against the width of one family of models ---
 
 
 FEWEST = 3
-"""Widths that make a curve."""
+"""Smallest number of widths for a curve."""
 SPLITS = {"train": "--", "test": "-", "val": ":"}
 LEAD = (
-    "The interpolation threshold is the first width whose training error, by the labels trained "
-    "on, is 0 in every run."
+    "The interpolation threshold is the first width whose training error, against the labels "
+    "trained on, is 0 in every run."
 )
 
 
@@ -148,8 +148,8 @@ class WidthFamily:
     """Models of one kind in several widths, the same in all other settings.
 
     Attributes:
-        name: Without the width.
-        groups: In the order of the widths.
+        name: Name of the models without the width.
+        groups: Groups in the order of the widths.
     """
 
     name: str
@@ -157,13 +157,13 @@ class WidthFamily:
 
     @property
     def threshold(self) -> Setting | None:
-        """The first width that fits all of its training labels."""
+        """Return the first width that fits all of its training labels."""
         fits = (g for g in self.groups if all(r.last("train_accuracy") == 1 for r in g.runs))
         return next(fits, None)
 
 
 def widths(groups: Sequence[Setting]) -> Section:
-    """Errors, Lipschitz constants and Jacobians against width and parameters."""
+    """Draw errors, Lipschitz constants and Jacobians against width and parameters."""
     title, parts, left_out = "Width and double descent", [], []
     by_name: dict[str, list[WidthFamily]] = {}
     for family in families(finished(groups)):
@@ -183,7 +183,7 @@ def widths(groups: Sequence[Setting]) -> Section:
 
 
 def families(groups: Sequence[Setting]) -> Iterator[WidthFamily]:
-    """Families of models with at least `FEWEST` widths."""
+    """Find families of models with at least `FEWEST` widths."""
     for alike in apart_from(groups, "model"):
         by_name: dict[str, list[Setting]] = {}
         for group in alike:
@@ -195,7 +195,7 @@ def families(groups: Sequence[Setting]) -> Iterator[WidthFamily]:
 
 
 def family_and_width(model: str) -> tuple[str, int]:
-    """What a model is called without its width, and the width; no name if it has none.
+    """Split the name of a model into family and width; an empty name if it has no width.
 
     Examples:
         >>> family_and_width("resnet18_16"), family_and_width("vgg11")
@@ -215,7 +215,7 @@ def _parameters(group: Setting) -> float:
 
 Place = Callable[[Setting], float]
 Line = tuple[str, Callable[[RecordedRun], float], str]
-"""What to call it, the number, and its dashes."""
+"""A label, the number to draw, and its dashes."""
 
 
 def _errors(name: str, members: Sequence[WidthFamily], place: Place) -> list[Plot]:

@@ -1,4 +1,4 @@
-"""The parts of a report, and its tables: one line per setting."""
+"""Define the parts of a report, and build its tables: one line per setting."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Plot:
     """A figure, and the numbers in it.
 
     Attributes:
-        name: Of the files, without their endings.
-        title: Above it.
-        note: Below it, for what the title does not say.
-        alt: What it shows, for those who cannot see it.
+        name: Name of the files, without suffix.
+        title: Title above the figure.
+        note: Text below the figure, in addition to the title.
+        alt: Text in place of the image, for screen readers.
         png: The image.
-        size: Its width and height in pixels.
-        data: All that was drawn, in full precision.
+        size: Width and height of the image in pixels.
+        data: All numbers that were drawn, in full precision.
     """
 
     name: str
@@ -43,12 +43,12 @@ class Table:
     """A table, and the numbers in it.
 
     Attributes:
-        name: Of the file, without its ending.
-        title: Above it.
-        note: Below it.
-        headings: One per column; the first is that of the settings.
-        rows: As they are shown.
-        data: The same in full precision.
+        name: Name of the file, without suffix.
+        title: Title above the table.
+        note: Text below the table.
+        headings: One heading per column; the first is that of the settings.
+        rows: Cells as text.
+        data: The numbers in full precision.
     """
 
     name: str
@@ -64,11 +64,11 @@ class Section:
     """Figures and tables about one question.
 
     Attributes:
-        name: For links within the page.
-        title: Its heading.
-        lead: What it is about.
-        parts: Nothing if it is left out.
-        left_out: What is not shown, and why.
+        name: Anchor of links within the page.
+        title: Heading of the section.
+        lead: First sentence, which states the question.
+        parts: Figures and tables; empty if the section is omitted.
+        left_out: Parts that are not shown, with the reason.
     """
 
     name: str
@@ -83,13 +83,13 @@ class Section:
 
 @dataclass(frozen=True)
 class Column:
-    """What stands below a heading.
+    """A column of a table.
 
     Attributes:
-        name: In the CSV.
-        heading: On the page, with the unit.
-        factor: From the number to the unit on the page.
-        digits: Behind the point, on the page; None for four that count.
+        name: Name in the CSV.
+        heading: Heading on the page, with the unit.
+        factor: Converts the number to the unit on the page.
+        digits: Decimals on the page; None for four significant digits.
     """
 
     name: str
@@ -103,10 +103,10 @@ class Row:
     """A line of a table.
 
     Attributes:
-        label: What it is about.
-        settings: The same, for the CSV.
-        values: For every column those of the runs; NaN where a run has none.
-        runs: How many there are, if that is shown.
+        label: Label of the row.
+        settings: Settings of the row, for the CSV.
+        values: Values of the runs, for every column; NaN if a run has none.
+        runs: Number of runs, or None if it is not shown.
     """
 
     label: str
@@ -116,13 +116,13 @@ class Row:
 
 
 Columns = Mapping[Column, Callable[[RecordedRun], float]]
-"""Columns, and where a run has their numbers."""
+"""Columns, with the functions that read their numbers of a run."""
 
 
 def group_table(
     name: str, title: str, columns: Columns, groups: Sequence[Setting], *, note: str = ""
 ) -> Table:
-    """A line per group."""
+    """Build a table with a line per group."""
     rows = [
         Row(
             group.label(),
@@ -144,10 +144,10 @@ def table(
     note: str = "",
     first: str = "setting",
 ) -> Table:
-    """Mean ± sd over runs.
+    """Build a table of mean ± sd over runs.
 
-    Columns without any number are in the CSV and not on the page, which says so. A number that
-    only some of the runs have, because others diverged, is shown with how many they are.
+    Columns without any number are in the CSV only, and a note says so. A number that only some runs
+    have, because others diverged, is shown with the number of runs.
     """
     cells = [[mean_and_sd(values) for values in row.values] for row in rows]
     kept = [i for i in range(len(columns)) if any(not math.isnan(row[i].mean) for row in cells)]
@@ -185,7 +185,7 @@ def _shown(cell: Spread, column: Column, runs: int) -> str:
 
 
 def state(group: Setting) -> dict[str, Any]:
-    """Which seeds a group has, and how far they are, for the CSV."""
+    """Return the seeds of a group and their progress, for the CSV."""
     return {
         "runs": len(group.runs),
         "seeds": " ".join(str(run.settings["seed"]) for run in group.runs),

@@ -1,4 +1,4 @@
-"""``gradfilter report``: one HTML page with all images and numbers in it."""
+"""``gradfilter report``: write one HTML page that contains all images and numbers."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def page(
     sections: Sequence[Section],
     skipped: Sequence[str],
 ) -> str:
-    """The page.
+    """Render the page.
 
     Args:
-        config: What was asked for.
-        out: Where it is going to be.
-        groups: At least one.
-        sections: In their order.
-        skipped: Which files could not be read, and why.
+        config: Options of the report.
+        out: Directory of the report.
+        groups: Groups of runs, at least one.
+        sections: Sections in their order.
+        skipped: Files that could not be read, with the reason.
     """
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -82,13 +82,13 @@ def page(
 
 
 def csv(part: Plot | Table) -> bytes:
-    """The numbers of a figure or table; what was not measured is empty."""
+    """Return the numbers of a figure or table as CSV; cells that were not measured are empty."""
     content: str = part.data.to_csv(index=False, lineterminator="\n")
     return content.encode()
 
 
 def counted(number: int, what: str) -> str:
-    """A number of things.
+    """Return a number with a noun, in the plural if needed.
 
     Examples:
         >>> counted(1, "run"), counted(2, "run")
@@ -98,7 +98,7 @@ def counted(number: int, what: str) -> str:
 
 
 def embedded(content: bytes, kind: str) -> str:
-    """As a URL that contains what it points to.
+    """Return a URL that contains the content itself.
 
     Examples:
         >>> embedded(b"a,b", "text/csv")
@@ -108,12 +108,12 @@ def embedded(content: bytes, kind: str) -> str:
 
 
 def _alike(parts: Sequence[Plot | Table]) -> list[list[Plot | Table]]:
-    """Neighbours of one kind together: figures stand side by side."""
+    """Group neighbours of one kind: figures stand side by side."""
     return [list(members) for _, members in itertools.groupby(parts, type)]
 
 
 def _common(groups: Sequence[Setting]) -> str:
-    """What all runs have in common, as far as it is worth saying."""
+    """Describe the settings that all runs share, without defaults."""
     settings = groups[0].runs[0].settings
     names = [name for name in STATED if name not in groups[0].settings]
     everywhere = [
@@ -131,7 +131,7 @@ def _common(groups: Sequence[Setting]) -> str:
 
 PAGE = "index.html"
 MANIFEST = "report.json"
-"""Which files are a report's, so that the next one can replace them."""
+"""The list of a report's files, which the next report replaces."""
 KINDS = (".html", ".png", ".csv")
 SECTIONS = (accuracy, curves, noise, widths, batches, sharpness, agreement, measurements, overview)
 
@@ -139,13 +139,13 @@ log = logging.getLogger("gradfilter.report")
 
 
 def report(config: ReportConfig) -> int:
-    """Write tables, figures and the page.
+    """Run ``gradfilter report``: write tables, figures and the page.
 
     Returns:
         The exit code.
 
     Raises:
-        UsageError: There is no training, or the report cannot be written.
+        UsageError: No training was found, or the report cannot be written.
     """
     if not config.dirs:
         raise UsageError("DIR: expected a directory with trainings, found none. Name one.")
@@ -155,7 +155,7 @@ def report(config: ReportConfig) -> int:
         if not runs:
             raise UsageError(
                 f"no training that can be read below {', '.join(map(str, config.dirs))}"
-                f"{_because(skipped)}. gradfilter train makes some."
+                f"{_because(skipped)}. Run gradfilter train first."
             )
         groups, doubles = groups_of(runs)
         for line in doubles:
@@ -189,10 +189,10 @@ def _files(sections: Sequence[Section]) -> dict[str, bytes]:
 
 
 def _write(out: Path, files: Mapping[str, bytes]) -> None:
-    """Replace an earlier report; the page comes last, when all that it names is there.
+    """Replace an earlier report; the page is written last, after all files that it names.
 
     Raises:
-        UsageError: There is something else, or it cannot be written.
+        UsageError: The directory has other files, or it cannot be written to.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -213,17 +213,17 @@ def _write(out: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _names(found: Any) -> list[str]:
-    """The files that a report says are its own, as far as one writes such files."""
+    """Read the list of a report's files; names that no report writes are dropped."""
     names = [Path(name).name for name in found["files"] if found["command"] == "report"]
     return [name for name in names if Path(name).suffix in KINDS]
 
 
 def _earlier(out: Path) -> list[str]:
-    """The files of the report that is there."""
+    """Return the files of an earlier report in the directory."""
     names: list[str] = []
-    with suppress(UsageError):  # no list of files is that of an earlier report
+    with suppress(UsageError):  # without a valid list there is no earlier report
         names = read_json(out / MANIFEST, "the list of a report's files", "", _names)
-    # A report that was killed in its first moment leaves half a file, which is nobody's.
+    # A report that was killed at its start leaves a temporary file, which may be removed.
     others = [p for p in out.iterdir() if not (p.name.startswith(".") and p.suffix == ".part")]
     if not names and others:
         raise UsageError(

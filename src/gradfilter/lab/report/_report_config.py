@@ -10,15 +10,15 @@ from tyro.conf import Positional
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Tables and figures of the trainings in some directories, on one page.
+    """Write tables and figures of the trainings in some directories on one page.
 
-    Trainings that differ only in their seeds are one line: mean ± standard deviation. What is not
-    finished is marked, and what the trainings have no numbers for is left out; the page says why.
-    Writes index.html, which needs no other file, and a PNG and a CSV of every figure.
+    Trainings that differ only in their seeds are one line: mean ± standard deviation. Unfinished
+    trainings are marked. Parts without numbers are omitted, and the page says why. The report is
+    index.html, which needs no other file, and a PNG and a CSV of every figure.
     """
 
     dirs: Positional[tuple[Path, ...]] = (Path("runs"),)
     """Directories with trainings, at any depth."""
     out: Path | None = None
-    """A new or empty directory, or an earlier report, which is replaced; otherwise the folder
-    report in the first of the directories."""
+    """Directory of the report: new, empty, or with an earlier report, which is replaced. By default
+    the folder report in the first of the directories."""

@@ -25,10 +25,10 @@ from gradfilter.lab.train._train_config import TrainConfig
 
 
 def read_metrics(path: Path) -> tuple[pd.DataFrame, list[str]]:
-    """The evaluations of a run, what was not measured as NaN; and whether a last one was cut off.
+    """Read the evaluations of a run, with NaN for missing numbers; also note a cut last line.
 
     Raises:
-        UsageError: There are none, or a line is none.
+        UsageError: There are no evaluations, or a line is not an evaluation.
     """
     evaluations, half = read_evaluations(path)
     cut = [f"{str(path)!r}: its last line is cut off."] if half else []
@@ -40,10 +40,10 @@ def read_metrics(path: Path) -> tuple[pd.DataFrame, list[str]]:
 
 
 def number(value: Any) -> float:
-    """A number of a JSON file; null is NaN.
+    """Convert a value of a JSON file to a number; null is NaN.
 
     Raises:
-        TypeError: It is something else.
+        TypeError: The value is not a number.
     """
     if value is not None and not isinstance(value, int | float):
         raise TypeError(value)
@@ -62,18 +62,18 @@ class Measure:
     """One column of one file of numbers.
 
     Attributes:
-        metric: What was measured.
-        column: Which of its numbers, where there are several.
-        split: On which samples.
-        variant: The file's name without checkpoint and range: it names the settings.
-        plain: Of the images themselves, differentiating the logits.
-        checkpoint: Its id.
-        step: Where the training stood.
-        samples: How many there are.
-        mean: Over them.
+        metric: Name of the metric.
+        column: Name of the number, if the metric has several.
+        split: Split of the data set.
+        variant: Name of the file without checkpoint and range, which states the settings.
+        plain: Whether it is measured at the images themselves, on the logits.
+        checkpoint: Id of the checkpoint.
+        step: Training step of the checkpoint.
+        samples: Number of samples.
+        mean: Mean over the samples.
         lipschitz: √(mean m²) for operator norms; otherwise NaN.
-        wrong: The mean over the samples with wrong labels; NaN if there are none.
-        right: The mean over the others.
+        wrong: Mean over the samples with wrong labels; NaN without any.
+        right: Mean over the samples with right labels.
     """
 
     metric: str
@@ -91,9 +91,9 @@ class Measure:
 
 
 def read_measures(run: Path) -> tuple[tuple[Measure, ...], list[str]]:
-    """The measurements of a run, and why others cannot be read.
+    """Read the measurements of a run; also return why others cannot be read.
 
-    Of files that measure parts of a split the largest counts.
+    Of several files for parts of a split, use the one with most samples.
     """
     chosen: dict[tuple[str, str, int], Measure] = {}
     unreadable = []
@@ -115,7 +115,7 @@ def _measures(path: Path, document: Document) -> list[Measure]:
     facts = document["metadata"]
     settings: Mapping[str, Any] = facts["settings"]
     if facts["axes"][-1] not in ("sample", "column"):
-        return []  # running values along a path, which have no one mean
+        return []  # running means along a path, not a single mean
     words = (settings["metric"], settings["dataset_split"], *facts["columns"])
     if not all(isinstance(word, str) for word in words):
         raise ForeignError("it does not say what was measured")
@@ -148,7 +148,7 @@ def _measures(path: Path, document: Document) -> list[Measure]:
 
 
 def _of_all(facts: Mapping[str, Any], column: str, values: np.ndarray) -> float:
-    """The mean; of noise scales, which may be infinite, the quotient of means that stats wrote."""
+    """Return the mean; for noise scales, which may be infinite, the quotient of means of stats."""
     whole = facts["aggregate"].get(column)
     return float(whole) if isinstance(whole, int | float) else _mean(values)
 
@@ -168,16 +168,16 @@ log = logging.getLogger("gradfilter.report")
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """One training.
+    """A training on disk.
 
     Attributes:
-        path: Its directory.
+        path: The run directory.
         status: running, interrupted, finished or failed.
-        settings: Every field of `TrainConfig`; the batch size as it was.
-        parameters: Of the model; NaN if that was not recorded.
-        versions: Of what trained it.
+        settings: Every field of `TrainConfig`, with the actual batch size.
+        parameters: Number of parameters of the model; NaN if it was not recorded.
+        versions: Versions of the software that trained it.
         metrics: One row per evaluation, in the order of the steps; a column per `Evaluation` field.
-        measures: What ``gradfilter stats`` found.
+        measures: Results of ``gradfilter stats``.
     """
 
     path: Path
@@ -190,19 +190,19 @@ class RecordedRun:
 
     @property
     def finished(self) -> bool:
-        """Whether it was trained to its end."""
+        """Return whether the training has finished."""
         return self.status == "finished"
 
     def last(self, name: str) -> float:
-        """A number of the last evaluation."""
+        """Return a number of the last evaluation."""
         return float(self.metrics[name].iloc[-1])
 
     def measured(self, metric: str, split: str) -> list[Measure]:
-        """What was measured of the images themselves at the last step.
+        """Return the measurements at the images themselves and the last step.
 
         Args:
-            metric: Of ``gradfilter stats``.
-            split: On which samples.
+            metric: Name of a metric of ``gradfilter stats``.
+            split: Split of the data set.
         """
         return [
             measure
@@ -213,12 +213,12 @@ class RecordedRun:
         ]
 
     def at_end(self, variant: str, number: str = "mean", column: str = "") -> float:
-        """A number of a measurement at the last step; NaN if it was not measured in this way.
+        """Return a number of a measurement at the last step; NaN if this variant was not measured.
 
         Args:
-            variant: One of `usual_variant`.
+            variant: A variant, such as that of `usual_variant`.
             number: An attribute of `Measure`.
-            column: Which number of a metric that has several; the metric's name otherwise.
+            column: Name of a number of a metric that has several; by default that of the metric.
         """
         for measure in self.measures:
             if (
@@ -231,16 +231,16 @@ class RecordedRun:
 
 
 def usual_variant(runs: Iterable[RecordedRun], metric: str, split: str) -> str:
-    """The way of measuring that most of these runs share, of several the shortest name; or none.
+    """Return the variant of a metric that most runs share; of several, the shortest name.
 
-    Numbers that were measured with different settings are not to be compared.
+    Numbers of different variants cannot be compared. Without a measurement the name is empty.
     """
     ways = Counter(way for run in runs for way in {m.variant for m in run.measured(metric, split)})
     return min(ways, key=lambda way: (-ways[way], len(way)), default="")
 
 
 def read_runs(dirs: Sequence[Path]) -> tuple[list[RecordedRun], list[str]]:
-    """The trainings below some directories, each once, and why others were skipped.
+    """Read the trainings below some directories, each once; also return why others were skipped.
 
     Raises:
         UsageError: A directory does not exist.
@@ -250,7 +250,7 @@ def read_runs(dirs: Sequence[Path]) -> tuple[list[RecordedRun], list[str]]:
         try:
             record = read_config(place)
         except UsageError as error:
-            # Many programs write a config.json; only one of a training is missed.
+            # Many programs write a config.json; only those of trainings are reported as skipped.
             if (place / METRICS).exists():
                 skipped.append(str(error))
             continue
@@ -285,7 +285,7 @@ def _places(dirs: Sequence[Path]) -> Iterator[Path]:
 def _without_record(dirs: Sequence[Path]) -> list[str]:
     found = {path.resolve() for folder in dirs for path in folder.rglob(METRICS)}
     lost = sorted(path for path in found if not path.with_name("config.json").exists())
-    return [f"{str(path)!r} has no config.json beside it." for path in lost]
+    return [f"{str(path)!r} has no config.json next to it." for path in lost]
 
 
 def _run(
@@ -293,11 +293,11 @@ def _run(
 ) -> RecordedRun:
     known = {name: value for name, value in record["settings"].items() if name in DEFAULTS}
     settings = DEFAULTS | known
-    with reading(place / "config.json", "the record of a run", "It is left out."):
+    with reading(place / "config.json", "the record of a run", "The report omits it."):
         if "batch_size" in record:
             settings["batch_size"] = record["batch_size"]
             check_types({"batch_size": settings["batch_size"]})
-        # Which of several devices it was is chance, as with a seed.
+        # The index of the device is arbitrary, like a seed.
         settings["device"] = settings["device"].split(":")[0]
         if settings["steps"] is not None:
             settings["epochs"] = None
@@ -314,7 +314,7 @@ def _run(
 
 
 def _shown(value: Any) -> Any:
-    """A setting as it may be a key, and be printed."""
+    """Convert a setting to a value that can be a key and be printed."""
     if isinstance(value, list | tuple):
         return tuple(map(_shown, value))
     if isinstance(value, int) and not isinstance(value, bool):

@@ -20,25 +20,25 @@ from gradfilter.lab.train._train_config import PLACE, WATCHING
 
 
 CHANCE = ("seed", "label_seed", "data_split_seed")
-"""Settings that only draw again."""
+"""Settings that only change random numbers."""
 FIRST = ("data", "model")
-"""Settings that are said before the others."""
+"""Settings that come first in a label."""
 STATED = ("data", "model", "label_noise", "optimizer", "learning_rate", "batch_size", "epochs")
-"""Settings that are said also where they are the defaults."""
+"""Settings that are part of a label even if they are defaults."""
 WORDS = {"agc": "AGC", "sam": "SAM", "gsam": "GSAM"}
-"""What settings are called, where that is not their name."""
+"""Labels of settings that differ from their names."""
 BARE = ("data", "model", "optimizer")
-"""Settings whose values say what they are."""
+"""Settings whose values need no name in a label."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The trainings of one setting; finished ones and others are never one group.
+    """The trainings of one setting; finished and unfinished ones are separate groups.
 
     Attributes:
-        settings: Those in which the groups differ.
-        runs: At least one.
-        finished: Whether they are.
+        settings: The settings in which groups differ.
+        runs: The trainings, at least one.
+        finished: Whether they are finished.
     """
 
     settings: Mapping[str, Any]
@@ -46,10 +46,10 @@ class Setting:
     finished: bool
 
     def label(self, names: Iterable[str] | None = None) -> str:
-        """What it is called among others, by the settings in which they differ.
+        """Return a label from the settings in which groups differ.
 
         Args:
-            names: These settings; None for all.
+            names: Names of settings to use; None for all.
         """
         chosen = self.settings if names is None else names
         said = ", ".join(said for n in chosen if (said := wording(n, self.settings[n])))
@@ -57,11 +57,10 @@ class Setting:
 
 
 def groups_of(runs: Sequence[RecordedRun]) -> tuple[list[Setting], list[str]]:
-    """Runs by their settings, in an order that people expect, and which runs were left out.
+    """Group runs by their settings, in natural order; also return which runs were omitted.
 
-    A kind of device counts as a setting because it changes the seconds; --name counts only for
-    settings of which two runs differ in nothing else. Of runs that are the same in everything the
-    first counts.
+    The kind of device is a setting because it changes the seconds. --name is a setting only where
+    two runs differ in nothing else. Of equal runs, only the first is used.
     """
     unimportant = {*CHANCE, *PLACE, *WATCHING, "save_checkpoint"} - {"device"}
     names = [*FIRST, *(name for name in DEFAULTS if name not in {*unimportant, *FIRST})]
@@ -86,18 +85,18 @@ def groups_of(runs: Sequence[RecordedRun]) -> tuple[list[Setting], list[str]]:
 
 
 def finished(groups: Iterable[Setting]) -> list[Setting]:
-    """Those that were trained to their end."""
+    """Return the finished groups."""
     return [group for group in groups if group.finished]
 
 
 def differing(groups: Sequence[Setting]) -> list[str]:
-    """The settings in which these groups differ."""
+    """Return the settings in which these groups differ."""
     names = groups[0].settings if groups else ()
     return [n for n in names if len({group.settings[n] for group in groups}) > 1]
 
 
 def apart_from(groups: Iterable[Setting], *names: str) -> list[list[Setting]]:
-    """Groups that are the same in all other settings, together."""
+    """Collect groups that agree in all other settings."""
     found: dict[tuple[Any, ...], list[Setting]] = {}
     for group in groups:
         key = tuple(value for name, value in group.settings.items() if name not in names)
@@ -106,7 +105,7 @@ def apart_from(groups: Iterable[Setting], *names: str) -> list[list[Setting]]:
 
 
 def wording(name: str, value: Any) -> str:
-    """A setting in a few words; nothing if it is off, or what it usually is.
+    """Describe a setting in a few words; empty if it is off or usual.
 
     Examples:
         >>> wording("model", "mlp_8"), wording("agree", 0.9), wording("agree", None)
@@ -126,7 +125,7 @@ def wording(name: str, value: Any) -> str:
 
 
 def order(value: Any) -> tuple[Any, ...]:
-    """A key that sorts what is unset first, numbers by size, also those inside of names.
+    """Return a sort key: None first, numbers by size, also numbers inside names.
 
     Examples:
         >>> sorted(["mlp_16", "mlp_8", None, "cnn_32"], key=order)
@@ -152,12 +151,12 @@ def _as_json_value(value: Any) -> str:
 
 
 class Spread(NamedTuple):
-    """Of the numbers that there are.
+    """Mean and standard deviation of the finite numbers.
 
     Attributes:
-        mean: NaN if there are none.
-        sd: Sample standard deviation; NaN if there are fewer than two.
-        runs: How many there are.
+        mean: Mean; NaN without numbers.
+        sd: Sample standard deviation; NaN for fewer than two numbers.
+        runs: Number of finite numbers.
     """
 
     mean: float
@@ -165,15 +164,15 @@ class Spread(NamedTuple):
     runs: int
 
     def shown(self, factor: float = 1.0, digits: int | None = 1) -> str:
-        """For people.
+        """Return the numbers as text.
 
         Args:
-            factor: From the number to the unit.
-            digits: Behind the point; None for four that count, however small the number is.
+            factor: Converts the number to the unit.
+            digits: Number of decimals; None for four significant digits.
 
         Examples:
-            >>> spread([0.91, 0.93]).shown(100), spread([0.5]).shown(), spread([]).shown()
-            ('92.0 ± 1.4', '0.5', '–')
+            >>> [mean_and_sd(v).shown(100) for v in ([0.91, 0.93], [0.5], [])]
+            ['92.0 ± 1.4', '50.0', '–']
         """
         if math.isnan(self.mean):
             return "–"
@@ -183,23 +182,23 @@ class Spread(NamedTuple):
 
 
 def mean_and_sd(values: Iterable[float]) -> Spread:
-    """Mean, sample standard deviation and number of what is finite."""
+    """Compute mean, sample standard deviation and number of the finite values."""
     known = [value for value in values if math.isfinite(value)]
     mean = statistics.fmean(known) if known else math.nan
     return Spread(mean, statistics.stdev(known) if len(known) > 1 else math.nan, len(known))
 
 
 def band(runs: Sequence[RecordedRun], x: str, y: str) -> pd.DataFrame:
-    """Mean and standard deviation of a curve over runs, where all of them have it.
+    """Compute mean and standard deviation of a curve over runs, where all of them have it.
 
-    Between its evaluations a run is interpolated linearly, because times differ from seed to seed;
-    at equal numbers of samples nothing is interpolated. Where a run was evaluated and had no such
-    number, there is a gap.
+    A run is interpolated linearly between its evaluations, because times differ from seed to seed;
+    at equal numbers of samples nothing is interpolated. An evaluation without the number leaves a
+    gap.
 
     Args:
-        runs: Those that have no such number at all do not count.
-        x: A column of the metrics that grows.
-        y: Another.
+        runs: The runs; those without any such number are ignored.
+        x: Name of an increasing column of the metrics.
+        y: Name of the column to average.
 
     Returns:
         Columns x, mean, sd (NaN for one run), runs. Empty if no run has such numbers.
@@ -222,7 +221,7 @@ def _curve(run: RecordedRun, x: str, y: str) -> pd.DataFrame:
 
 
 def _at(places: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """A curve at these places; NaN outside, and next to a point that has no number."""
+    """Interpolate a curve at these positions; NaN outside and next to a missing number."""
     right = np.searchsorted(x, places).clip(max=len(x) - 1)
     exact = x[right] == places
     left = np.where(exact, right, right - 1).clip(min=0)
@@ -232,7 +231,7 @@ def _at(places: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def at_time(run: RecordedRun, seconds: float, name: str) -> float:
-    """A number of the last evaluation within so many seconds of training; NaN before the first."""
+    """Return a number of the last evaluation within `seconds` of training; NaN before the first."""
     until = run.metrics[run.metrics["seconds"] <= seconds]
     return float(until[name].iloc[-1]) if len(until) else math.nan
 
@@ -242,10 +241,10 @@ def points(
     place: Callable[[Setting], float],
     number: Callable[[RecordedRun], float],
 ) -> pd.DataFrame:
-    """Mean and standard deviation of one number per run, at a place for every group.
+    """Compute mean and standard deviation of one number per run, at one position per group.
 
     Returns:
-        As `band`, in the order of the places; groups without the number are left out.
+        Columns as of `band`, ordered by position; groups without the number are omitted.
     """
     found = [(place(group), *mean_and_sd(map(number, group.runs))) for group in groups]
     data = pd.DataFrame(found, columns=["x", "mean", "sd", "runs"])
