@@ -1,1 +1,1 @@
-"""Data for the experiments: sets, label noise, splits, sampling, augmentation, batches."""
+"""Load data for experiments: sets, label noise, splits, sampling, augmentation, batches."""

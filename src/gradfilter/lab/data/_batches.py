@@ -1,4 +1,4 @@
-"""Batches of a run: a pure function of (seed, step), augmented, from the device or from workers."""
+"""Make batches, as a pure function of (seed, step), with augmentation and loader processes."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ from gradfilter.lab._usage import UsageError, check
 from gradfilter.lab.data._random import Purpose, random_for
 from gradfilter.lab.data._samples import Data, Images, Samples, Source, on_device
 
-# --- Epochs: n samples seen, however they are drawn ---
+# --- Epochs: n samples, for every kind of sampling ---
 
 
 def steps_until(epochs: float, n: int, batch_size: int) -> int:
-    """Steps until ``epochs`` · n samples are seen: ⌈epochs · n / batch_size⌉.
+    """Return the steps until ``epochs`` · n samples are seen: ⌈epochs · n / batch_size⌉.
 
     Every step counts batch_size samples, so that trainings with one batch size are equally long for
     every number of microbatches and every kind of sampling.
 
     Args:
-        epochs: At least 0; parts of an epoch are fine.
-        n: Samples of the training split.
-        batch_size: Samples of one step.
+        epochs: Number of epochs, at least 0, also a fraction.
+        n: Number of samples in the training split.
+        batch_size: Number of samples per step.
 
     Raises:
         UsageError: ``epochs`` is negative or not finite.
 
     Examples:
-        >>> steps_until(2, 1257, 80)  # 2 514 samples: 31 whole batches and a part of one
+        >>> steps_until(2, 1257, 80)  # 2 514 samples: 31 full batches and a partial one
         32
-        >>> steps_until(1.1, 10, 1)  # 1.1 · 10 is a little more than 11 in floating point
+        >>> steps_until(1.1, 10, 1)  # 1.1 · 10 is slightly more than 11 in floating point
         11
     """
     fix = "100 is usual, 0.5 is half an epoch."
     check(isfinite(epochs) and epochs >= 0, "--epochs", "a number of at least 0", epochs, fix)
-    # The number that the user wrote, not the binary one next to it.
+    # The decimal number that was typed, not its binary rounding.
     return -(-Fraction(str(epochs)) * n // batch_size)
 
 
@@ -60,21 +60,21 @@ Order = Callable[[int, int], Tensor]
 
 
 def shuffled(n: int, *, batch_size: int, seed: int) -> Order:
-    """Batches of a shuffled training set; what fills no batch at a pass's end is left out.
+    """Return shuffled batches of full size; samples left at the end of a pass are omitted.
 
-    Pass p has a permutation of its own, from (seed, p); a pass is ⌊n / batch_size⌋ steps.
+    Pass p has its own permutation, from (seed, p); a pass is ⌊n / batch_size⌋ steps.
 
     Args:
-        n: Samples.
+        n: Number of samples.
         batch_size: N in 1 .. n.
-        seed: At least 0.
+        seed: Seed of the permutations, at least 0.
 
     Raises:
         UsageError: No batch can be filled.
 
     Examples:
         >>> indices = shuffled(7, batch_size=3, seed=0)
-        >>> indices(0, 2).flatten().unique().numel()  # one pass, of which one sample is left out
+        >>> indices(0, 2).flatten().unique().numel()  # one pass, which omits one sample
         6
         >>> torch.equal(indices(5, 6)[0], indices(0, 6)[5])  # a pure function of the step
         True
@@ -93,18 +93,18 @@ def shuffled(n: int, *, batch_size: int, seed: int) -> Order:
 def class_balanced(
     labels: Tensor, *, classes: int, microbatches: int, per_class: int, seed: int
 ) -> Order:
-    """Batches whose microbatches hold ``per_class`` samples of every class.
+    """Return batches whose microbatches hold ``per_class`` samples of every class.
 
-    Every class goes through its own samples in shuffled order and shuffles anew when it is through
-    (round r of class c from (seed, c, r)), so small classes come round more often than large ones.
+    Every class visits its own samples in shuffled order, and shuffles again after each round (round
+    r of class c from (seed, c, r)). So samples of small classes are seen more often.
     N = M · C · m; microbatch i is entries i·C·m .. (i + 1)·C·m − 1, sorted by class.
 
     Args:
         labels: The labels that the run trains on. (n,)
-        classes: C; labels are 0 .. C − 1.
-        microbatches: M.
-        per_class: m samples of every class in every microbatch.
-        seed: At least 0.
+        classes: Number of classes, C; labels are 0 .. C − 1.
+        microbatches: Number of microbatches, M.
+        per_class: Number of samples per class in every microbatch, m.
+        seed: Seed of the order, at least 0.
 
     Raises:
         UsageError: A class has no sample.
@@ -124,7 +124,7 @@ def class_balanced(
         if not len(own):
             raise UsageError(
                 f"--samples-per-class: expected samples of every class, found none of class {label}"
-                ". Use less label noise or more data, or leave the option out."
+                ". Use less label noise or more data, or omit the option."
             )
 
     def indices(start: int, stop: int) -> Tensor:
@@ -147,7 +147,7 @@ def _rounds(
     purpose: Purpose,
     *counters: int,
 ) -> NDArray[np.int64]:
-    """Draws start .. stop − 1 of shuffled rounds, each the first ``used`` of its permutation."""
+    """Return draws start .. stop − 1 of rounds, each the first ``used`` of a permutation."""
     first, last = start // used, -(-stop // used)
     rounds = [
         random_for(seed, purpose, *counters, r).permutation(members)[:used]
@@ -173,12 +173,12 @@ PADDING = 4
 def augmentation(
     data: Data, *, flipped_only: bool = False, part: tuple[int, int] = (0, 1)
 ) -> Augment:
-    """How this data set is augmented; see `crop_and_flip`.
+    """Return the augmentation of a data set; see `crop_and_flip`.
 
     Raises:
-        UsageError: Cropping and flipping would make other things of its images.
+        UsageError: Cropping and flipping would change the class of its images.
     """
-    fix = "Leave it out; natural images can be augmented."
+    fix = "Omit it; natural images can be augmented."
     check(data.augmentable, "--augmentation", f"none for {data.name}", "it", fix)
     return partial(crop_and_flip, flipped_only=flipped_only, part=part)
 
@@ -191,18 +191,18 @@ def crop_and_flip(
     flipped_only: bool = False,
     part: tuple[int, int] = (0, 1),
 ) -> Tensor:
-    """Pad with 4 pixels of 0, crop back to the size at random, flip every second one on average.
+    """Pad with 4 pixels of 0, crop to the size at random, flip with probability 1/2.
 
-    On raw pixels, before normalisation: what comes in at the border is black, not the mean colour.
-    A pure function of (seed, step) and the batch size, the same on every device.
+    Applied to raw pixels, before normalisation: the border is black, not the mean colour. A pure
+    function of (seed, step) and the batch size, equal on every device.
 
     Args:
-        images: (N, channels, height, width), any dtype.
-        seed: At least 0.
-        step: At least 0, the step of the training.
-        flipped_only: Crop only the images that are flipped, and leave the others as they are.
-        part: (i, k) where these images are the i-th of k equal parts of a batch: they are then
-            augmented as they would be in the whole.
+        images: Raw images (N, channels, height, width), any dtype.
+        seed: Seed of the augmentation, at least 0.
+        step: Training step, at least 0.
+        flipped_only: Crop only the images that are flipped, and do not change the others.
+        part: (i, k) if these images are the i-th of k equal parts of a batch: they are augmented as
+            in the whole batch.
     """
     n, channels, height, width = images.shape
     random = random_for(seed, "augment", step)
@@ -218,7 +218,7 @@ def crop_and_flip(
     padded = pad(images, [PADDING] * 4)
     pixels = rows[:, :, None] * padded.shape[3] + columns[:, None]  # (N, height, width)
     pixels = pixels.flatten(1)[:, None].expand(n, channels, -1)
-    # One flat index per pixel: four times as fast on a CPU as an index per dim.
+    # One flat index per pixel is four times as fast on a CPU as one index per dim.
     return padded.flatten(2).gather(2, pixels).view_as(images)
 
 
@@ -228,12 +228,12 @@ def crop_and_flip(
 def raw_batches(
     images: Images, rows: Sequence[Tensor], workers: int
 ) -> Generator[Tensor, None, None]:
-    """Raw pixels on the device, a batch for each row; resident images need no workers.
+    """Yield raw pixels on the device, one batch per row; resident images need no workers.
 
     Args:
-        images: n images.
-        rows: (k,) int64 each.
-        workers: At least 0, processes; they end with the generator.
+        images: The images.
+        rows: Indices of each batch, (k,) int64.
+        workers: Number of processes, at least 0; they end with the generator.
 
     Raises:
         UsageError: ``workers`` < 0, or an image cannot be read.
@@ -249,7 +249,7 @@ def raw_batches(
         num_workers=min(workers, len(rows)),
         worker_init_fn=_unasked,
         pin_memory=images.device.type == "cuda",
-        generator=torch.Generator(),  # otherwise it would draw from everybody's random numbers
+        generator=torch.Generator(),  # otherwise it would draw from the global generator
     )
     for loaded in loader:
         if isinstance(loaded, str):
@@ -258,9 +258,9 @@ def raw_batches(
 
 
 def _unasked(worker: int) -> None:
-    """Leave Ctrl-C and a polite kill, which every process is sent, to the one that loads.
+    """Ignore Ctrl-C and SIGTERM, which all processes receive, in a loader process.
 
-    That one ends its loaders itself, and they end when it is gone.
+    The main process ends its loaders, and they end when it is gone.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -268,7 +268,7 @@ def _unasked(worker: int) -> None:
 
 @dataclass(frozen=True)
 class _Rows(Dataset[Tensor | str]):
-    """Batch k of a source. Arrays, as tensors would take a file descriptor each on their way."""
+    """Return batch k of a source. Rows are arrays: each tensor would use a file descriptor."""
 
     source: Source
     rows: Sequence[NDArray[Any]]
@@ -280,7 +280,7 @@ class _Rows(Dataset[Tensor | str]):
         try:
             return self.source[torch.from_numpy(self.rows[step])]
         except UsageError as error:
-            # As a value: an exception of another process arrives with that one's traceback.
+            # Returned as a value: an exception would arrive with the traceback of the process.
             return str(error)
 
 
@@ -296,18 +296,18 @@ def batches(
     seed: int = 0,
     first_step: int = 0,
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Normalised images and the labels to train on, step by step, on the device.
+    """Yield normalised images and the labels to train on, step by step, on the device.
 
-    The same bits for every number of workers and wherever the images are kept; no random numbers
-    are taken from anybody. Workers end with the iterator: let it run out, or close it.
+    Results are bitwise equal for every number of workers and every place of the images, and the
+    global random state is not used. Workers end with the iterator: exhaust or close it.
 
     Args:
-        samples: A split.
-        indices: (steps, N) int64, or a row for each step.
-        workers: Processes that load images which are not on the device.
-        augment: Applied to raw pixels; `augmentation` gives it.
-        seed: Of the augmentation.
-        first_step: The training's step of the first row, which the augmentation depends on.
+        samples: Samples of a split.
+        indices: Indices (steps, N) int64, or one row per step.
+        workers: Number of processes that load images which are not on the device.
+        augment: Augmentation of raw pixels, from `augmentation`.
+        seed: Seed of the augmentation.
+        first_step: Training step of the first row; the augmentation depends on it.
 
     Yields:
         x (N, channels, height, width), y (N,)
@@ -320,7 +320,7 @@ def batches(
     """
     images, device = samples.images, samples.labels.device
     rows = list(indices)
-    # A table of indices goes there in one piece.
+    # A table of indices is copied at once.
     there = list(on_device(indices, device) if isinstance(indices, Tensor) else indices)
     with closing(raw_batches(images, there if images.resident else rows, workers)) as loaded:
         for step, (raw, row) in enumerate(zip(loaded, there, strict=True), first_step):
@@ -331,17 +331,17 @@ def batches(
 def in_order(
     samples: Samples, size: int, *, workers: int = 0, start: int = 0, stop: int | None = None
 ) -> Generator[tuple[Tensor, slice], None, None]:
-    """All samples in order, as they are, in chunks of ``size``; the last one may be smaller.
+    """Yield all samples in order, without augmentation, in chunks of ``size`` or less.
 
     Args:
-        samples: A split, which may be empty.
-        size: At least 1.
-        workers: As in `batches`.
-        start: The first sample.
-        stop: The sample after the last; None for all.
+        samples: Samples of a split, which may be empty.
+        size: Number of samples per chunk, at least 1.
+        workers: Number of loader processes, as in `batches`.
+        start: Position of the first sample.
+        stop: Position after the last sample; None for all.
 
     Yields:
-        x (<= size, channels, height, width), and where they are: ``samples.clean[where]``.
+        x (<= size, channels, height, width), and their positions: ``samples.clean[where]``.
 
     Examples:
         >>> from gradfilter.lab.data._load import load_data

@@ -17,7 +17,7 @@ from gradfilter.lab.data._random import random_for
 from gradfilter.lab.data._samples import Data, Images, Normalise, Samples
 from gradfilter.lab.data._sources import HUMAN, FolderSource, Labels, Part, find
 
-# --- Training and validation samples, stratified, with a seed of their own ---
+# --- Training and validation samples, stratified, with their own seed ---
 
 
 Size = int | float | None
@@ -27,18 +27,18 @@ Size = int | float | None
 def split(
     labels: NDArray[np.int64], train: Size, val: Size, *, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Places of the training and of the validation samples, disjoint, each part stratified.
+    """Return disjoint positions of training and validation samples, each part stratified.
 
-    The samples are put in one order in which every beginning and every end is stratified, also
-    those smaller than the number of classes: sample k of a class of size s, shuffled, stands at
-    (k + u) / s, one u in [0, 1) per class. Validation is the beginning, training the end, so that
-    the size of one changes nothing for the other.
+    The samples are sorted so that every beginning and every end is stratified, even one smaller
+    than the number of classes: shuffled sample k of a class of size s has the key (k + u) / s, with
+    one u in [0, 1) per class. Validation is the beginning and training the end, so the size of one
+    part does not change the other.
 
     Args:
         labels: True labels. (n,)
-        train: None takes what validation leaves.
-        val: None takes nothing.
-        seed: At least 0.
+        train: Size of the training part; None takes all samples that validation leaves.
+        val: Size of the validation part; None takes no sample.
+        seed: Seed of the split, at least 0.
 
     Raises:
         UsageError: A size is out of range, or both together are more than n.
@@ -79,11 +79,11 @@ def _count(option: str, size: float, n: int) -> int:
         return round(size * n)
     raise UsageError(
         f"{option}: expected a whole number of samples of at least 1, or a fraction in (0, 1) of "
-        f"{n}, found {size}. Leave it out for the default."
+        f"{n}, found {size}. Omit it for the default."
     )
 
 
-# --- Label noise: exactly round(ρ · n) labels are wrong, whatever the type ---
+# --- Label noise: exactly round(ρ · n) labels are wrong, for every type ---
 
 
 NoiseType = Literal["symmetric", "pairflip", "class-concentrated"]
@@ -94,7 +94,7 @@ CONCENTRATION = 8
 
 
 def check_noise(noise: float, kind: str) -> None:
-    """Refuse what is no fraction or no type.
+    """Refuse a noise that is not a fraction, or an unknown type.
 
     Raises:
         UsageError: ``noise`` is outside [0, 1), or ``kind`` is unknown.
@@ -107,26 +107,26 @@ def check_noise(noise: float, kind: str) -> None:
 
 
 def corrupted(clean: LabelArray, noise: float, kind: str, *, classes: int, seed: int) -> LabelArray:
-    """The labels with exactly m = round(ρ · n) of them changed, none onto its true class.
+    """Change exactly m = round(ρ · n) of the labels, none to its true class.
 
     | type | which samples | new class of class c |
     |---|---|---|
-    | symmetric | m of all | any other, all alike |
+    | symmetric | m of all | any other, uniformly |
     | pairflip | m of all | c + 1 mod C |
     | class-concentrated | 80 % of class 0, of class 1, ..., the rest from the next | any other |
 
-    A pure function of its arguments: every part of an experiment that knows them knows the noise.
+    A pure function of its arguments, so every part of an experiment can recompute the noise.
 
     Args:
         clean: The true labels, 0 .. C − 1. (n,)
-        noise: ρ in [0, 1). m is rounded as Python does it: a half to the even neighbour.
+        noise: Fraction of wrong labels, ρ in [0, 1). m is rounded half to even.
         kind: One of the types above.
-        classes: C.
-        seed: At least 0.
+        classes: Number of classes, C.
+        seed: Seed of the noise, at least 0.
 
     Raises:
         UsageError: A value is out of range, m > 0 with a single class, or m is more than 80 % of
-            every class adds up to.
+            every class, summed.
 
     Examples:
         >>> clean = np.array([0, 1, 2, 0, 1, 2])
@@ -137,14 +137,14 @@ def corrupted(clean: LabelArray, noise: float, kind: str, *, classes: int, seed:
     check_noise(noise, kind)
     check(seed >= 0, "--label-seed", "at least 0", seed, "0 is a seed like any other.")
     count = round(noise * len(clean))
-    fix = "With one class no label can be wrong; use 0."
+    fix = "With one class every label is right; use 0."
     check(count == 0 or classes > 1, "--label-noise", "0 for one class", noise, fix)
     random = random_for(seed, "noise")
     if kind == "class-concentrated":
         chosen = _concentrated(clean, count, classes, random)
     else:
         chosen = random.choice(len(clean), count, replace=False)
-    # An offset from 1 on can never lead back onto the true class.
+    # An offset of at least 1 never leads back to the true class.
     offsets = 1 if kind == "pairflip" else random.integers(1, max(classes, 2), count)
     noisy = clean.copy()
     noisy[chosen] = (clean[chosen] + offsets) % classes
@@ -170,14 +170,14 @@ def _concentrated(
     return np.concatenate(parts)
 
 
-# --- Labels made by people, read from a file that need not be trusted ---
+# --- Human labels, read from an untrusted file ---
 
 
 NOISY, CLEAN = "noisy_label", "clean_label"
 PUBLISHED = "CIFAR-100_human.pt of https://github.com/UCSC-REAL/cifar-10-100n"
 
-# What a pickled array of integers is made of, under the names of NumPy 1 and 2; nothing else is let
-# in. NumPy's own reduction is where the private function can be had from without a private import.
+# The parts of a pickled array of integers, under the names of NumPy 1 and 2; nothing else is
+# allowed. NumPy's own reduction gives the private function without a private import.
 _RECONSTRUCT = np.zeros(0).__reduce__()[0]
 _INTEGERS = [type(np.dtype(code)) for code in "bBhHiIlLqQ"]
 _ALLOWED: list[Any] = [
@@ -190,18 +190,18 @@ _ALLOWED: list[Any] = [
 
 
 def human_labels(path: Path, clean: LabelArray, *, classes: int) -> LabelArray:
-    """The labels in the file, one for every sample of the training set in its original order.
+    """Read the labels in a file, one per sample of the training set in its original order.
 
     A torch file (a dict with ``noisy_label`` and ``clean_label``, as published), an .npz with the
-    same names, an .npy, or a text file with one label a line. Nothing in the file is executed.
+    same names, an .npy, or a text file with one label per line. No code in the file is executed.
 
     Args:
         path: The file.
         clean: The true labels of the whole training set. (n,)
-        classes: C; labels are 0 .. C − 1.
+        classes: Number of classes, C; labels are 0 .. C − 1.
 
     Raises:
-        UsageError: The file is not there, holds something else, or belongs to another data set.
+        UsageError: The file is missing, has other content, or belongs to another data set.
 
     References:
         Wei et al., "Learning with Noisy Labels Revisited: A Study Using Real-World Human
@@ -227,22 +227,22 @@ def _read(path: Path) -> dict[str, Any]:
         if path.suffix == ".npy":
             return {NOISY: np.load(path, allow_pickle=False)}
         if path.suffix == ".npz":
-            # Opened here, for NumPy leaves a broken archive open.
+            # Opened here, because NumPy does not close a broken archive.
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return dict(arrays)
         with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
-            # What torch says of a foreign pickle before it refuses it would be a second message.
+            # A warning of torch about a foreign pickle would be a second message.
             warnings.simplefilter("ignore")
             found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _refusal(path, "a pickle of something else, which was not executed") from error
-    except Exception as error:  # what readers raise of damaged bytes has no common type
+    except Exception as error:  # errors of readers for damaged bytes have no common type
         raise _refusal(path, f"a file that cannot be read ({type(error).__name__})") from error
     return found if isinstance(found, dict) else {NOISY: found}
 
 
 def _whole(path: Path, name: str, labels: Any) -> LabelArray:
-    """A list, array or tensor as int64."""
+    """Convert a list, array or tensor to int64."""
     if labels is None:
         raise _refusal(path, f"no {name!r}")
     try:
@@ -254,7 +254,7 @@ def _whole(path: Path, name: str, labels: Any) -> LabelArray:
     return array.astype(np.int64)
 
 
-def _refusal(path: Path, found: str, expected: str = "one whole number a sample") -> UsageError:
+def _refusal(path: Path, found: str, expected: str = "one whole number per sample") -> UsageError:
     return UsageError(
         f"--noise-file: expected {expected}, found {found} in {str(path)!r}. Give it {PUBLISHED}."
     )
@@ -280,34 +280,34 @@ def load_data(
     dtype: torch.dtype = torch.float32,
     resident: bool = True,
 ) -> Data:
-    """A data set by its name, the same whenever it is asked for.
+    """Load a data set by its name; equal arguments give an equal data set.
 
-    Samples are in the order of the original data set, whatever the splits. Only training labels are
-    corrupted, by (their true values, noise, type, label seed) and nothing else. Nothing is
-    downloaded unless that is asked for.
+    Samples are in the order of the original data set, for all splits. Only training labels are
+    corrupted, as a function of (true labels, noise, type, label seed). Nothing is downloaded unless
+    `download` is True.
 
     Args:
         name: digits, cifar10, cifar100, cifar100n-fine (with ``noise_file``, or as
             cifar100n-fine:FILE), synthetic-uniform (or synthetic), synthetic-normal,
             synthetic-hypersphere, folder:PATH.
-        data_dir: Where downloaded data sets are.
-        download: Fetch CIFAR if it is not there.
-        data_split_seed: Of train and validation, and of the test split of digits.
+        data_dir: Directory of downloaded data sets.
+        download: Download CIFAR if it is missing.
+        data_split_seed: Seed of train and validation, and of the test split of digits.
         train_split: A count (int >= 1) or a fraction of the training part (float in (0, 1)); None
             takes all that validation leaves.
-        val_split: The same; None takes none. Taken from the training part.
-        label_noise: ρ in [0, 1).
+        val_split: A count or a fraction, taken from the training part; None takes no sample.
+        label_noise: Fraction of wrong training labels, ρ in [0, 1).
         noise_type: symmetric, pairflip or class-concentrated; see `corrupted`.
-        label_seed: Of the noise.
-        noise_file: Human labels; see `human_labels`.
+        label_seed: Seed of the noise.
+        noise_file: File of human labels; see `human_labels`.
         image_size: Height and width of images from folders, in pixels.
-        device: Where images are computed with, and labels are.
-        dtype: Of normalised images.
-        resident: Keep raw pixels on the device; else on the host, for loader processes. Images from
-            folders are never resident.
+        device: Device of labels and normalised images.
+        dtype: Dtype of normalised images.
+        resident: Keep raw pixels on the device; otherwise on the host, for loader processes. Images
+            from folders are never resident.
 
     Raises:
-        UsageError: A value is out of range, or the data set is not there.
+        UsageError: A value is out of range, or the data set is missing.
 
     Examples:
         >>> data = load_data("digits", label_noise=0.3, device=torch.device("cpu"))
@@ -316,13 +316,13 @@ def load_data(
     """
     check_noise(label_noise, noise_type)
     for option, seed in (("--data-split-seed", data_split_seed), ("--label-seed", label_seed)):
-        check(seed >= 0, option, "at least 0", seed, "Any whole number from 0 on will do.")
+        check(seed >= 0, option, "at least 0", seed, "Use any whole number from 0 on.")
     kind, _, path = name.partition(":")
     people = None
     if kind == HUMAN:
         people = _human_file(path, noise_file, label_noise)
     else:
-        fix = f"Only {HUMAN} has one; leave it out."
+        fix = f"Only {HUMAN} has one; omit it."
         check(noise_file is None, "--noise-file", f"none for {kind}", repr(str(noise_file)), fix)
     origin = find(
         kind,
@@ -339,7 +339,7 @@ def load_data(
         places, held_out = split(origin.train.labels, train_split, val_split, seed=data_split_seed)
         val = origin.train.take(held_out)
     else:
-        fix = "Leave it out, or move the images."
+        fix = "Omit it, or move the images."
         check(val_split is None, "--val-split", "none: there is a folder val", val_split, fix)
         places, _ = split(origin.train.labels, train_split, None, seed=data_split_seed)
         val = origin.val
@@ -370,7 +370,7 @@ def _human_file(path: str, noise_file: Path | None, label_noise: float) -> Path:
     fix = f"Add --noise-file with the {PUBLISHED}."
     check(bool(path) or noise_file is not None, "--data", f"a file for {HUMAN}", "none", fix)
     check(not path or noise_file is None, "--noise-file", "one file", "two", "Name it once.")
-    fix = "Leave --label-noise out, or take cifar100."
+    fix = "Omit --label-noise, or use cifar100."
     check(label_noise == 0, "--label-noise", f"0 for {HUMAN}", label_noise, fix)
     return Path(path) if path else Path(noise_file or "")
 

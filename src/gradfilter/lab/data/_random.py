@@ -1,4 +1,4 @@
-"""Random numbers by purpose: more draws for one change nothing for another."""
+"""Make random numbers by purpose: draws for one purpose do not change another."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Purpose = Literal["split", "noise", "images", "shuffled", "balanced", "augment"]
 
 
 def random_for(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:
-    """A generator of its own for a purpose and, say, a step: the same whenever it is asked for.
+    """Return the generator of a purpose and, for example, a step; equal arguments, equal numbers.
 
     Args:
-        seed: At least 0.
-        purpose: What the numbers are for.
-        counters: Each >= 0: a step, an epoch, a class.
+        seed: Seed, at least 0.
+        purpose: Purpose of the numbers.
+        counters: Numbers >= 0: a step, an epoch, a class.
 
     Examples:
         >>> numbers = random_for(0, "augment", 7).random(3)  # step 7 needs no steps 0 to 6

@@ -1,4 +1,4 @@
-"""The samples that a run trains and is measured on: raw pixels, normalised on access."""
+"""Hold the samples of a run: raw pixels, normalised on access."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ class Source(Protocol):
     """Raw pixels by index, on one device; a tensor (n, channels, height, width) is one."""
 
     def __len__(self) -> int:
-        """How many images."""
+        """Return the number of images."""
 
     def __getitem__(self, indices: Tensor, /) -> Tensor:
-        """Raw pixels of the images at these indices (k,) int64: (k, channels, height, width)."""
+        """Return raw pixels (k, channels, height, width) of the images at indices (k,) int64."""
 
 
 @dataclass(frozen=True)
 class Normalise:
-    """Raw pixels to what a model sees: (raw / full − mean) / std, on the device, in the dtype.
+    """Normalise raw pixels: (raw / full − mean) / std, on the device, in the dtype.
 
     Attributes:
-        full: The raw value of white: 255 for bytes.
-        mean: Of every channel, in raw / full. (channels, 1, 1), on the device.
-        std: The same. (channels, 1, 1)
+        full: Raw value of white: 255 for bytes.
+        mean: Mean of every channel, in raw / full. (channels, 1, 1), on the device.
+        std: Standard deviation of every channel. (channels, 1, 1)
     """
 
     full: float
@@ -36,17 +36,17 @@ class Normalise:
     std: Tensor
 
     def __call__(self, raw: Tensor) -> Tensor:
-        """Normalised images (k, channels, height, width)."""
+        """Return normalised images (k, channels, height, width)."""
         return (raw.to(self.mean.dtype) / self.full - self.mean) / self.std
 
 
 @dataclass(frozen=True)
 class Images:
-    """n images by index, in memory or on disk.
+    """Images by index, in memory or on disk.
 
     Attributes:
-        source: Raw pixels: a tensor on the device if resident, else something on the host.
-        normalise: Applied to what is fetched.
+        source: Raw pixels: a tensor on the device if resident, else a source on the host.
+        normalise: Normalisation of fetched images.
         resident: Whether the source is a tensor on the device, so that no loader is needed.
     """
 
@@ -55,19 +55,19 @@ class Images:
     resident: bool
 
     def __len__(self) -> int:
-        """How many images."""
+        """Return the number of images."""
         return len(self.source)
 
     @property
     def device(self) -> torch.device:
-        """Where fetched images are."""
+        """Return the device of fetched images."""
         return self.normalise.mean.device
 
     def fetch(self, indices: Tensor) -> Tensor:
-        """Normalised images (k, channels, height, width) on the device.
+        """Return normalised images (k, channels, height, width) on the device.
 
         Args:
-            indices: (k,) int64, on any device.
+            indices: Indices (k,) int64, on any device.
         """
         if self.resident:
             return self.normalise(self.source[on_device(indices, self.device)])
@@ -75,7 +75,7 @@ class Images:
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor there; the host does not wait for a copy onto an accelerator."""
+    """Copy a tensor to a device; the host does not wait for an accelerator."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
         return pinned.to(device, non_blocking=True)
@@ -87,12 +87,12 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Samples:
-    """One split: image, label, clean label and place in the original data set of every sample.
+    """One split: image, label, clean label and original index of every sample.
 
     Attributes:
-        images: n images by index.
-        labels: What a run trains on, some of it wrong. (n,) int64, on the device
-        clean: The true labels. (n,)
+        images: The images by index.
+        labels: Labels to train on, some of them wrong. (n,) int64, on the device
+        clean: True labels. (n,)
         ids: Index in the original data set, in ascending order. (n,)
     """
 
@@ -102,12 +102,12 @@ class Samples:
     ids: Tensor
 
     def __len__(self) -> int:
-        """How many samples."""
+        """Return the number of samples."""
         return len(self.labels)
 
     @property
     def wrong(self) -> Tensor:
-        """Which labels are wrong. (n,) bool."""
+        """Return which labels are wrong. (n,) bool."""
         return self.labels != self.clean
 
 
@@ -116,15 +116,15 @@ class Data:
     """A data set, split.
 
     Attributes:
-        name: As users say it; without a path.
-        classes: C.
-        shape: Of one image: (channels, height, width).
-        train: Its labels may be wrong on purpose; those of val and test are clean.
-        val: May be empty.
-        test: Not used for any choice.
-        mean: Images are (raw in [0, 1] − mean) / std. (channels, 1, 1)
-        std: The same. (channels, 1, 1)
-        augmentable: Whether cropping and flipping leaves the class as it is.
+        name: Name as users type it, without a path.
+        classes: Number of classes, C.
+        shape: Shape of one image: (channels, height, width).
+        train: Training split; only its labels may be wrong on purpose.
+        val: Validation split, may be empty.
+        test: Test split, not used for any choice.
+        mean: Mean of every channel; images are (raw in [0, 1] − mean) / std. (channels, 1, 1)
+        std: Standard deviation of every channel. (channels, 1, 1)
+        augmentable: Whether cropping and flipping keep the class.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Data sets in their original form, by name: CIFAR, digits, synthetic images, folders."""
+"""Find data sets in their original form: CIFAR, digits, synthetic images, folders."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ from gradfilter.lab.data._random import random_for
 
 @dataclass(frozen=True)
 class FolderSource:
-    """Image files, decoded to bytes of one size: shorter side to 8/7 of it, then the centre.
+    """Image files, decoded to bytes of one size: shorter side to 8/7 of it, then a centre crop.
 
-    That is the usual 256 and 224 of ImageNet's evaluation, in training as well: random crops and
-    flips come afterwards, for the whole batch at once.
+    These are the usual 256 and 224 of ImageNet's evaluation, also in training: random crops and
+    flips follow, for the whole batch at once.
 
     Attributes:
-        paths: Of the files. (n)
-        size: Height and width of what comes out, in pixels.
+        paths: Paths of the files. (n)
+        size: Height and width of decoded images, in pixels.
     """
 
     paths: Sequence[str]
     size: int
 
     def __len__(self) -> int:
-        """How many files."""
+        """Return the number of files."""
         return len(self.paths)
 
     def __getitem__(self, indices: Tensor, /) -> Tensor:
-        """Bytes (k, 3, size, size) of the files at these indices.
+        """Return bytes (k, 3, size, size) of the files at these indices.
 
         Raises:
-            UsageError: A file is no image.
+            UsageError: A file is not an image.
         """
         empty = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
         decoded = [self._decoded(self.paths[i]) for i in indices.tolist()]
         return torch.stack(decoded) if decoded else empty
 
     def take(self, places: NDArray[np.int64]) -> FolderSource:
-        """The files at these places."""
+        """Return the files at these positions."""
         return FolderSource([self.paths[i] for i in places], self.size)
 
     def _decoded(self, path: str) -> Tensor:
@@ -86,8 +86,8 @@ class Part:
 
     Attributes:
         source: Raw pixels on the host, (n, channels, height, width) or files.
-        labels: (n,)
-        ids: (n,)
+        labels: True labels. (n,)
+        ids: Original indices. (n,)
     """
 
     source: Tensor | FolderSource
@@ -95,7 +95,7 @@ class Part:
     ids: NDArray[np.int64]
 
     def take(self, places: NDArray[np.int64]) -> Part:
-        """The samples at these places, in ascending order."""
+        """Return the samples at these positions, in ascending order."""
         places = np.sort(places)
         if isinstance(self.source, FolderSource):
             source: Tensor | FolderSource = self.source.take(places)
@@ -109,15 +109,15 @@ class OriginalData:
     """A data set whose test split is fixed.
 
     Attributes:
-        name: Without a path.
-        classes: C.
-        train: What train and val splits are made of.
-        val: Where the makers gave one.
-        test: As it is.
-        full: The raw value of white.
-        mean: Of every channel, in raw / full.
-        std: The same.
-        augmentable: Whether cropping and flipping leaves the class as it is.
+        name: Name without a path.
+        classes: Number of classes, C.
+        train: Samples for the train and val splits.
+        val: Published validation split, or None.
+        test: Test split.
+        full: Raw value of white.
+        mean: Mean of every channel, in raw / full.
+        std: Standard deviation of every channel, in raw / full.
+        augmentable: Whether cropping and flipping keep the class.
     """
 
     name: str
@@ -135,10 +135,10 @@ class OriginalData:
 
 
 def torchvision_datasets(name: str) -> Any:
-    """The module ``torchvision.datasets``.
+    """Return the module ``torchvision.datasets``.
 
     Args:
-        name: The data set that needs it.
+        name: Name of the data set that needs it.
 
     Raises:
         UsageError: torchvision is not installed.
@@ -147,8 +147,8 @@ def torchvision_datasets(name: str) -> Any:
         return importlib.import_module("torchvision.datasets")
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"--data: expected torchvision for {name}, found no such package. "
-            'pip install "gradfilter[lab]" brings it.'
+            f"--data: expected torchvision for {name}, which is not installed. "
+            'Run pip install "gradfilter[lab]".'
         ) from error
 
 
@@ -162,15 +162,15 @@ NORMALISATION = {
 
 
 def cifar(name: Literal["cifar10", "cifar100"], data_dir: Path, *, download: bool) -> OriginalData:
-    """The 50 000 training and 10 000 test images, bytes, 3 x 32 x 32.
+    """Read the 50 000 training and 10 000 test images, bytes, 3 x 32 x 32.
 
     Args:
-        name: Which of the two.
-        data_dir: Where ``cifar-10-batches-py`` or ``cifar-100-python`` is or goes.
-        download: Fetch what is not there; without it nothing ever is.
+        name: One of the two names.
+        data_dir: Directory of ``cifar-10-batches-py`` or ``cifar-100-python``.
+        download: Download missing files.
 
     Raises:
-        UsageError: The data set is not there, damaged, or cannot be fetched.
+        UsageError: The data set is missing, damaged, or cannot be downloaded.
     """
     datasets = torchvision_datasets(name)
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
@@ -209,10 +209,10 @@ TEST_FRACTION = 0.3
 
 
 def digits(seed: int) -> OriginalData:
-    """A stratified 70/30 split by ``seed``, standardised with one mean and one deviation.
+    """Split stratified 70/30 by ``seed``, and standardise with one mean and one deviation.
 
-    Both are those of all pixels of the training part, before validation samples are taken from it,
-    so that images do not change with the size of the validation split.
+    Both are taken over all pixels of the training part, before validation samples are split off, so
+    images do not change with the size of the validation split.
     """
     pixels, labels = load_digits(return_X_y=True)
     ids = train_test_split(
@@ -241,16 +241,16 @@ TRAIN, TEST = 1000, 200
 
 
 def synthetic(kind: Kind) -> OriginalData:
-    """1000 training and 200 test images of 3 x 32 x 32, 10 classes; the same in every run.
+    """Make 1000 training and 200 test images of 3 x 32 x 32, 10 classes, equal in every run.
 
-    There is nothing to learn but by heart: test accuracy is chance. Normalised, every kind has
-    about mean 0 and standard deviation 1 per pixel:
+    Labels can only be memorised: test accuracy is chance. After normalisation, every kind has about
+    mean 0 and standard deviation 1 per pixel:
 
     | kind | raw pixels |
     |---|---|
     | uniform | U[0, 1), normalised with mean 1/2 and deviation 1/√12 |
     | normal | N(0, 1) |
-    | hypersphere | uniform on the sphere of radius √3072 around 0: all images are equally long |
+    | hypersphere | uniform on the sphere of radius √3072 around 0: all images have one norm |
     """
     random = random_for(KINDS.index(kind), "images")
     n, d = TRAIN + TEST, int(np.prod(SHAPE))
@@ -277,14 +277,14 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def folder(path: Path, *, size: int) -> OriginalData:
-    """``path/train/CLASS/*``, ``path/val/CLASS/*`` and perhaps ``path/test/CLASS/*``.
+    """Read ``path/train/CLASS/*``, ``path/val/CLASS/*`` and optionally ``path/test/CLASS/*``.
 
-    Without ``test`` the folder ``val`` is the test split, as is the custom with ImageNet, and
-    validation samples are taken from ``train`` when they are asked for.
+    Without ``test`` the folder ``val`` is the test split, as usual for ImageNet, and --val-split
+    takes validation samples from ``train``.
 
     Args:
         path: The folder.
-        size: Height and width of the images, in pixels; ImageNet's mean and deviation normalise.
+        size: Height and width of the images, in pixels. ImageNet's mean and deviation are used.
 
     Raises:
         UsageError: A folder is missing or empty, or classes differ.
@@ -349,18 +349,18 @@ NAMES = (
 def find(
     kind: str, path: str, *, data_dir: Path, download: bool, split_seed: int, image_size: int
 ) -> OriginalData:
-    """The data set as its makers left it.
+    """Find a data set in its original form.
 
     Args:
-        kind: Its name up to a colon.
-        path: What follows the colon.
-        data_dir: See `cifar`, like ``download``.
-        download: Fetch it if it is not there.
-        split_seed: Of the test split of digits.
-        image_size: See `folder`.
+        kind: Name before the colon.
+        path: Text after the colon.
+        data_dir: Directory of CIFAR, see `cifar`.
+        download: Download CIFAR if it is missing.
+        split_seed: Seed of the test split of digits.
+        image_size: Size of images, see `folder`.
 
     Raises:
-        UsageError: There is no such name, or the data set is not there.
+        UsageError: The name is unknown, or the data set is missing.
     """
     match kind, path:
         case "folder", path if path:

@@ -1,1 +1,1 @@
-"""The models that a run can train."""
+"""Build the models that a run can train."""

@@ -32,13 +32,13 @@ from gradfilter.lab.models._networks import (
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """Models that one function makes.
+    """Models that one function builds.
 
     Attributes:
         build: ``build(*sizes, classes=, shape=, **additions, **options) -> nn.Module``.
-        pattern: Of the name, with a group for each of the sizes.
-        examples: Names, for a user who misspelt one.
-        additions: What ``--model-additions`` may name, "dropout" for dropout-P.
+        pattern: Pattern of the name, with one group per size.
+        examples: Names to suggest after a misspelt one.
+        additions: Possible ``--model-additions``, "dropout" for dropout-P.
         options: Keyword arguments that are whole numbers >= 1.
     """
 
@@ -68,14 +68,14 @@ FAMILIES = {
     "wrn_D_W": ModelFamily(wide_resnet, f"wrn_{_SIZE}_{_SIZE}", ("wrn_28_10",), ("dropout",)),
     "lenet": ModelFamily(lenet, "lenet", ("lenet",)),
 }
-"""Every family, under the names that a user is told."""
+"""Every family, under the names that messages show."""
 
 
 def find_family(name: str) -> tuple[ModelFamily, list[int]]:
-    """The family of a model and the sizes in its name.
+    """Return the family of a model and the sizes in its name.
 
     Raises:
-        UsageError: No family has such names.
+        UsageError: No family has this name.
 
     Examples:
         >>> family, sizes = find_family("wrn_28_10")
@@ -91,7 +91,7 @@ def find_family(name: str) -> tuple[ModelFamily, list[int]]:
 
 
 def _nearest(name: str) -> str | None:
-    """The example that looks most like a name, as it is or with other sizes, if any does."""
+    """Return the example most similar to a name, with or without its sizes, or None."""
     examples = [example for family in FAMILIES.values() for example in family.examples]
 
     def likeness(example: str) -> float:
@@ -112,10 +112,10 @@ def _without_sizes(name: str) -> str:
 def as_arguments(
     name: str, family: ModelFamily, additions: Sequence[str], kwargs: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Additions and keyword arguments, checked, as the family's function takes them.
+    """Check additions and keyword arguments, and return keyword arguments of the family's function.
 
     Raises:
-        UsageError: The family does not have it; a value is out of range.
+        UsageError: The family does not have the argument, or a value is out of range.
 
     Examples:
         >>> from gradfilter.lab.models._build import FAMILIES
@@ -126,12 +126,12 @@ def as_arguments(
     for option, value in kwargs.items():
         check(option in family.options, "model keyword", some, option, f"{name} has no other.")
         fair = is_whole(value) and 1 <= value <= 1000
-        check(fair, option, "a whole number from 1 to 1000", value, "Leave it away.")
+        check(fair, option, "a whole number from 1 to 1000", value, "Omit it.")
     return {**_additions(name, family, additions), **kwargs}
 
 
 def _additions(name: str, family: ModelFamily, additions: Sequence[str]) -> dict[str, Any]:
-    """The additions as keyword arguments of the family's function."""
+    """Return the additions as keyword arguments of the family's function."""
     found: dict[str, Any] = {}
     for addition in additions:
         kind, _, amount = addition.partition("-")
@@ -139,7 +139,7 @@ def _additions(name: str, family: ModelFamily, additions: Sequence[str]) -> dict
             some = ", ".join("dropout-P" if a == "dropout" else a for a in family.additions)
             raise UsageError(
                 f"--model-additions: expected {some or 'none'} for {name}, found {addition!r}. "
-                "Leave it away, or take another model."
+                "Omit it, or use another model."
             )
         fix = "Name it once."
         check(kind not in found, "--model-additions", f"{kind} once", list(additions), fix)
@@ -158,7 +158,7 @@ def _probability(addition: str, amount: str) -> float:
 
 
 def is_whole(value: object) -> bool:
-    """Whether a value is an int, and no bool."""
+    """Return whether a value is an int and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -169,12 +169,12 @@ SMALL = 1e-6
 
 
 def initialise(model: nn.Module, init: str) -> None:
-    """Give a model, fresh from its constructor, the weights of an initialisation.
+    """Initialise the weights of a newly constructed model.
 
     ========== ====================================================================================
-    pytorch    What the layers' constructors do.
+    pytorch    The initialisation of the layers' constructors.
     nkaiming   Convolutions and hidden linear layers: weight N(0, std = √(2 / fan-out)), bias 0.
-               The last linear layer keeps its own: its fan-out, the classes, says nothing of it.
+               The last linear layer keeps its own: its fan-out is the number of classes.
     fixup      In each of the L residual blocks: first convolution N(0, std = √(2/(9·out)) / √L)
                with bias 0; second convolution 0, weight and bias. Last linear layer 0, weight and
                bias. The rest keeps its own.
@@ -183,15 +183,16 @@ def initialise(model: nn.Module, init: str) -> None:
     ========== ====================================================================================
 
     fixup and mfixup are for networks with residual blocks of two convolutions: resnet18_K,
-    resnet18, resnet34, tv_resnet18, tv_resnet34 and wrn_D_W. They were made to do without batch
-    norm; with it they are allowed.
+    resnet18, resnet34, tv_resnet18, tv_resnet34 and wrn_D_W. They are meant for networks without
+    batch norm, but work with it.
 
     Args:
-        model: Changed in place, with random numbers of torch's default generator.
+        model: The model, changed in place with random numbers of torch's default generator.
         init: One of the four names.
 
     Raises:
-        UsageError: Another name; fixup or mfixup and the model has no residual blocks.
+        UsageError: The name is unknown, or fixup or mfixup is given for a model without residual
+            blocks.
 
     Examples:
         >>> from gradfilter.lab.models._networks import resnet
@@ -211,9 +212,9 @@ def initialise(model: nn.Module, init: str) -> None:
 
 
 def residual_blocks(model: nn.Module) -> list[tuple[nn.Conv2d, nn.Conv2d]]:
-    """The two convolutions of every block that has a ``conv1`` and a ``conv2``.
+    """Return the two convolutions of every block that has a ``conv1`` and a ``conv2``.
 
-    Theirs are torchvision's names, and here no other module has both.
+    These are torchvision's names, and no other module here has both.
     """
     pairs = ((getattr(m, "conv1", None), getattr(m, "conv2", None)) for m in model.modules())
     return [
@@ -224,7 +225,7 @@ def residual_blocks(model: nn.Module) -> list[tuple[nn.Conv2d, nn.Conv2d]]:
 
 
 def _pytorch(model: nn.Module) -> None:
-    del model  # its constructors have done it
+    del model  # the constructors have initialised it
 
 
 def _nkaiming(model: nn.Module) -> None:
@@ -249,7 +250,7 @@ def _scale_blocks(model: nn.Module, std: float) -> None:
     if not blocks:
         raise UsageError(
             "--weight-init: expected a model with residual blocks of convolutions for fixup and "
-            "mfixup, found one without. Take pytorch or nkaiming, or a resnet18_K or wrn_D_W."
+            "mfixup, found one without. Use pytorch or nkaiming, or a resnet18_K or wrn_D_W."
         )
     for first, second in blocks:
         fan_out = math.prod(first.kernel_size) * first.out_channels
@@ -266,7 +267,7 @@ def _almost_zero(layer: nn.Conv2d | nn.Linear, std: float) -> None:
 
 
 def _head(model: nn.Module) -> nn.Linear:
-    """The last linear layer, which gives the logits."""
+    """Return the last linear layer, which computes the logits."""
     return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
 
 
@@ -294,28 +295,29 @@ def build_model(
     seed: int = 0,
     **kwargs: int,
 ) -> nn.Module:
-    """Make a model, on the CPU and in training mode: (B, channels, h, w) to (B, classes).
+    """Build a model, on the CPU and in training mode: (B, channels, h, w) to (B, classes).
 
-    The same arguments give the same parameters, whichever device they are moved to; torch's own
-    random numbers are left where they were.
+    Equal arguments give equal parameters on every device; the global random state of torch is not
+    changed.
 
     Args:
         name: ``resnet18_K``, ``resnet18``, ``resnet34``, ``tv_resnet18``, ``tv_resnet34``,
             ``cnn_K``, ``cnn5_K``, ``vgg8`` .. ``vgg19``, ``vit_D``, ``mlp_H``, ``wrn_D_W``,
             ``lenet``.
-        classes: C >= 2.
-        shape: Of one image, (channels, height, width).
+        classes: Number of classes, C >= 2.
+        shape: Shape of one image, (channels, height, width).
         additions: ``batchnorm`` for resnet, cnn, cnn5 and vgg; ``dropout-P``, 0 < P < 1, for
             mlp, vit and wrn.
         init: ``pytorch``, ``nkaiming``, ``fixup`` or ``mfixup``; the last two need residual
             blocks.
-        seed: Of the parameters.
+        seed: Seed of the parameters.
         **kwargs: ``width`` of vgg (64), ``patch`` (4) and ``depth`` (6) of vit, ``depth`` (2) of
             mlp.
 
     Raises:
-        UsageError: An unknown model, initialisation, addition or keyword; a value out of range;
-            images too small for the model's pools; more than 2 · 10⁹ parameters.
+        UsageError: The model, initialisation, addition or keyword is unknown, a value is out of
+            range, images are too small for the model's pools, or the model has more than 2 · 10⁹
+            parameters.
 
     Examples:
         >>> build_model("mlp_16", classes=10, shape=(1, 8, 8))(torch.ones(2, 1, 8, 8)).shape
@@ -333,7 +335,7 @@ def build_model(
     settings = as_arguments(name, family, additions, kwargs)
     make = partial(family.build, *sizes, classes=classes, shape=tuple(shape), **settings)
     _check_count(name, make)
-    # Seeding all generators, as torch.manual_seed does, would reach those of other devices.
+    # torch.manual_seed would also seed the generators of other devices.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         model = make()
@@ -351,9 +353,9 @@ def model_arguments(
     seed: int = 0,
     **kwargs: int,
 ) -> dict[str, Any]:
-    """What a checkpoint keeps: ``build_model(**model_arguments(...))`` is the model again.
+    """Return what a checkpoint stores: ``build_model(**model_arguments(...))`` is the same model.
 
-    The arguments of `build_model`, as JSON and ``torch.load(..., weights_only=True)`` know them.
+    The arguments of `build_model`, as types of JSON and ``torch.load(..., weights_only=True)``.
 
     Examples:
         >>> model_arguments("vit_8", classes=10, shape=(1, 8, 8), depth=2)  # doctest: +ELLIPSIS
@@ -371,7 +373,7 @@ def model_arguments(
 
 
 def parameter_count(model: nn.Module) -> int:
-    """How many numbers a model learns.
+    """Return the number of parameters of a model.
 
     Examples:
         >>> parameter_count(nn.Linear(8, 10))
@@ -381,7 +383,7 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def _check_count(name: str, make: Callable[[], nn.Module]) -> None:
-    """Count before anything is allocated: no memory error helps who typed a digit too many."""
+    """Refuse too many parameters before memory is allocated, with a clear message."""
     with torch.device("meta"):
         count = parameter_count(make())
     check(
@@ -389,5 +391,5 @@ def _check_count(name: str, make: Callable[[], nn.Module]) -> None:
         "--model",
         f"at most {MOST_PARAMETERS:.0e} parameters",
         f"{count:.1e} in {name}",
-        "Take a narrower one.",
+        "Use a narrower one.",
     )

@@ -1,4 +1,4 @@
-"""The networks: MLP, LeNet, small CNNs, VGG, ResNet, Wide ResNet and ViT."""
+"""Define the networks: MLP, LeNet, small CNNs, VGG, ResNet, Wide ResNet and ViT."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Shape = tuple[int, int, int]
 
 
 def check_side(model: str, shape: Shape, least: int) -> None:
-    """Refuse images of which the model's pools would leave nothing.
+    """Refuse images that are too small for the model's pools.
 
     Args:
-        model: What to call it.
-        shape: Of one image.
-        least: Pixels that each side needs.
+        model: Name of the model.
+        shape: Shape of one image.
+        least: Smallest side in pixels.
 
     Raises:
         UsageError: A side is smaller.
@@ -44,14 +44,14 @@ def check_side(model: str, shape: Shape, least: int) -> None:
 
 
 def conv(inside: int, out: int, batchnorm: bool) -> list[nn.Module]:
-    """A 3 x 3 convolution, without bias if batch norm follows, and ReLU."""
+    """Return a 3 x 3 convolution, without bias if batch norm follows, and ReLU."""
     layer = nn.Conv2d(inside, out, 3, 1, 1, bias=not batchnorm)
     norm = [nn.BatchNorm2d(out)] if batchnorm else []
     return [layer, *norm, nn.ReLU()]
 
 
 def with_head(features: list[nn.Module], head: nn.Linear) -> nn.Module:
-    """The layers one after the other, the last one by the name that all models give it."""
+    """Return the layers in sequence; the last one has the name that all models use."""
     return nn.Sequential(OrderedDict(features=nn.Sequential(*features), head=head))
 
 
@@ -61,14 +61,14 @@ def with_head(features: list[nn.Module], head: nn.Linear) -> nn.Module:
 def mlp(
     hidden: int, *, classes: int, shape: Shape, dropout: float = 0.0, depth: int = 2
 ) -> nn.Module:
-    """The image as one row of numbers, hidden layers of h with ReLU, Linear.
+    """Build an MLP: flattened image, hidden layers of h units with ReLU, Linear.
 
     Args:
-        hidden: h, units of each hidden layer.
-        classes: C.
-        shape: Of one image.
-        dropout: After every hidden layer.
-        depth: Hidden layers.
+        hidden: Number of units per hidden layer, h.
+        classes: Number of classes, C.
+        shape: Shape of one image.
+        dropout: Probability of dropout after every hidden layer.
+        depth: Number of hidden layers.
 
     Examples:
         >>> from gradfilter.lab.models._build import parameter_count
@@ -89,11 +89,11 @@ def mlp(
 
 
 def lenet(*, classes: int, shape: Shape) -> nn.Module:
-    """LeNet-5 with ReLU and max-pools: two convolutions of 5 x 5, linear layers of 120 and 84.
+    """Build LeNet-5 with ReLU and max-pools: two 5 x 5 convolutions, linear layers of 120 and 84.
 
     Args:
-        classes: C.
-        shape: Of one image, at least 16 x 16.
+        classes: Number of classes, C.
+        shape: Shape of one image, at least 16 x 16.
 
     Raises:
         UsageError: The image is too small.
@@ -123,14 +123,13 @@ def lenet(*, classes: int, shape: Shape) -> nn.Module:
 
 
 def cnn(width: int, *, classes: int, shape: Shape, batchnorm: bool = False) -> nn.Module:
-    """Convolutions of k, 2k, 4k and 8k channels, max-pools of 2 after all but the first, then of 4.
+    """Build convolutions of k, 2k, 4k, 8k channels, max-pools of 2 after all but the first, then 4.
 
     Args:
-        width: k.
-        classes: C.
-        shape: Of one image, at least 32 x 32. The Linear takes what the pools leave of it: 8k
-            numbers for 32 x 32.
-        batchnorm: After every convolution, which has no bias then.
+        width: Number of channels, k.
+        classes: Number of classes, C.
+        shape: Shape of one image, at least 32 x 32. The Linear has 8k inputs for 32 x 32.
+        batchnorm: Add batch norm after every convolution, which then has no bias.
 
     Raises:
         UsageError: The image is too small.
@@ -154,13 +153,13 @@ def cnn(width: int, *, classes: int, shape: Shape, batchnorm: bool = False) -> n
 
 
 def cnn5(width: int, *, classes: int, shape: Shape, batchnorm: bool = False) -> nn.Module:
-    """The channels of `cnn`; average pools of 2 after the 2nd and 3rd convolution, then global.
+    """Build the convolutions of `cnn` with average pools of 2 after the 2nd and 3rd, then global.
 
     Args:
-        width: k.
-        classes: C.
-        shape: Of one image, at least 4 x 4.
-        batchnorm: After every convolution, which has no bias then.
+        width: Number of channels, k.
+        classes: Number of classes, C.
+        shape: Shape of one image, at least 4 x 4.
+        batchnorm: Add batch norm after every convolution, which then has no bias.
 
     Raises:
         UsageError: The image is too small.
@@ -189,19 +188,19 @@ STAGES = {
     16: (2, 2, 3, 3, 3),
     19: (2, 2, 4, 4, 4),
 }
-"""Convolutions of each of the five stages of a VGG; its name counts three linear layers more."""
+"""Convolutions per stage of a VGG; its name also counts three linear layers."""
 
 
 def vgg(
     depth: int, *, classes: int, shape: Shape, batchnorm: bool = False, width: int = 64
 ) -> nn.Module:
-    """Five stages of convolutions, each ended by a max-pool of 2, global average pool, Linear.
+    """Build five stages of convolutions, each with a max-pool of 2, global average pool, Linear.
 
     Args:
-        depth: 8, 11, 13, 16 or 19.
-        classes: C.
-        shape: Of one image, at least 32 x 32.
-        batchnorm: After every convolution, which has no bias then.
+        depth: Depth in the name: 8, 11, 13, 16 or 19.
+        classes: Number of classes, C.
+        shape: Shape of one image, at least 32 x 32.
+        batchnorm: Add batch norm after every convolution, which then has no bias.
         width: k; the stages have k, 2k, 4k, 8k and 8k channels.
 
     Raises:
@@ -260,14 +259,14 @@ class BasicBlock(nn.Module):
 def resnet(
     depth: int, width: int = 64, *, classes: int, shape: Shape, batchnorm: bool = False
 ) -> nn.Module:
-    """A convolution of stride 1, four stages of basic blocks, global average pool, Linear.
+    """Build a convolution of stride 1, four stages of basic blocks, global average pool, Linear.
 
     Args:
         depth: 18 or 34, which sets the blocks of the four stages.
         width: k; the stages have k, 2k, 4k and 8k channels.
-        classes: C.
-        shape: Of one image; of any size.
-        batchnorm: After every 3 x 3 convolution, which has no bias then.
+        classes: Number of classes, C.
+        shape: Shape of one image; of any size.
+        batchnorm: Add batch norm after every 3 x 3 convolution, which then has no bias.
 
     Examples:
         >>> from gradfilter.lab.models._build import parameter_count
@@ -333,17 +332,17 @@ class WideBlock(nn.Module):
 def wide_resnet(
     depth: int, widen: int, *, classes: int, shape: Shape, dropout: float = 0.0
 ) -> nn.Module:
-    """A WideResNet: three groups of 16w, 32w and 64w channels, batch norm before every activation.
+    """Build a WideResNet: groups of 16w, 32w and 64w channels, batch norm before every activation.
 
     Args:
         depth: 6n + 4 layers, n >= 1 blocks in each group: 10, 16, 22, 28, 40 ...
         widen: w, the widening factor.
-        classes: C.
-        shape: Of one image; of any size.
-        dropout: Between the two convolutions of a block.
+        classes: Number of classes, C.
+        shape: Shape of one image; of any size.
+        dropout: Probability of dropout between the two convolutions of a block.
 
     Raises:
-        UsageError: There is no WideResNet of this depth.
+        UsageError: A WideResNet cannot have this depth.
 
     Examples:
         >>> from gradfilter.lab.models._build import parameter_count
@@ -384,17 +383,17 @@ def wide_resnet(
 
 
 def torchvision_resnet(depth: int, *, classes: int, shape: Shape) -> nn.Module:
-    """The ResNet of torchvision, without weights: made for images of 224 pixels, with batch norm.
+    """Build the ResNet of torchvision, untrained: made for images of 224 pixels, with batch norm.
 
-    Its weight initialisation "pytorch" is torchvision's. Images that do not have three channels
-    get a first convolution of theirs.
+    Its weight initialisation "pytorch" is that of torchvision. For images without three channels
+    the first convolution is replaced.
 
     Args:
         depth: 18 or 34.
-        classes: C.
-        shape: Of one image; of any size.
+        classes: Number of classes, C.
+        shape: Shape of one image; of any size.
     """
-    # Imported where it is asked for: it takes a second, and is of no use to other models.
+    # Imported on use: the import takes a second, and no other model needs it.
     models = importlib.import_module("torchvision.models")
     model: nn.Module = getattr(models, f"resnet{depth}")(weights=None, num_classes=classes)
     if shape[0] != 3:
@@ -413,8 +412,8 @@ HEADS = 8
 class Attention(nn.Module):
     """softmax(Q Kᵀ / √size) V for each head, and a linear layer of all heads.
 
-    Written out, because the fused kernels of torch know neither second nor forward derivatives,
-    which curvature and Jacobians need; images of a few dozen patches do not miss them.
+    Written out, because the fused kernels of torch have neither second nor forward derivatives,
+    which curvature and Jacobians need. For a few dozen patches they would not be faster.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -495,20 +494,20 @@ def vit(
     patch: int = 4,
     depth: int = 6,
 ) -> nn.Module:
-    """A vision transformer with norms before the layers, hidden layers of 4d, GELU.
+    """Build a vision transformer with norms before the layers, hidden layers of 4d, GELU.
 
-    It has 8 heads, or as many as divide d: gcd(d, 8).
+    It has gcd(d, 8) heads.
 
     Args:
-        width: d.
-        classes: C.
-        shape: Of one image; its sides are multiples of ``patch``.
-        dropout: Of the embedding and of what every layer adds.
-        patch: Pixels of a patch's side.
-        depth: Encoder blocks.
+        width: Width of the tokens, d.
+        classes: Number of classes, C.
+        shape: Shape of one image; its sides are multiples of ``patch``.
+        dropout: Probability of dropout in the embedding and in the output of every layer.
+        patch: Side of a patch in pixels.
+        depth: Number of encoder blocks.
 
     Raises:
-        UsageError: The image is not made of whole patches.
+        UsageError: The image does not divide into patches.
 
     References:
         Dosovitskiy et al., "An Image is Worth 16x16 Words", 2020,
