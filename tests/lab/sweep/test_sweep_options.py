@@ -48,8 +48,8 @@ def test_a_grid_given_twice_is_one_grid(tmp_path):
     [
         (["--grid", "betas=0.9 0.99,0.5 0.9"], "--grid: --betas: it would change nothing"),
         (["--grid", "seed=0", "--", "--lr-step", "3"], "--lr-step: it would change nothing"),
-        (["--grid", "seed=0,1", "--", "--seed", "3"], "--seed: --grid says what it is"),
-        (["--grid", "nesterov=true,false", "--", "--no-nesterov"], "--nesterov: --grid says"),
+        (["--grid", "seed=0,1", "--", "--seed", "3"], "--seed: --grid sets it"),
+        (["--grid", "nesterov=true,false", "--", "--no-nesterov"], "--nesterov: --grid sets"),
         (["--grid", "seed=0", "--sampler-seed", "0"], "--sampler-seed"),
         (["--grid", "optimizer=sgd,sgd+nesterov", "nesterov=true,false"], "contradict each other"),
         (["--grid", "seed=0", "--grid", "seed=1"], "seed is given twice"),

@@ -165,10 +165,10 @@ def test_two_damaged_points_are_refused(tmp_path):
         content = (run / name).read_bytes()
         (run / name).write_bytes(flipped(content, content.index(b"PK", 4) - 20))
     line = refused(*OPTIONS, "--save-dir", tmp_path, "--resume")
-    assert "resume.pt' is damaged. No other point is whole: start anew" in line
+    assert "resume.pt' is damaged. No other point is intact: start anew" in line
     (run / "resume.pt").unlink()
     line = refused(*OPTIONS, "--save-dir", tmp_path, "--resume")
-    assert "resume.before.pt' is damaged. No other point is whole: start anew" in line
+    assert "resume.before.pt' is damaged. No other point is intact: start anew" in line
 
 
 def test_a_kill_between_the_two_points_loses_neither(tmp_path, expected):
