@@ -1,8 +1,8 @@
-"""Experiments and the command line; needs the extra ``lab``."""
+"""Run experiments and the command line; needs the extra ``lab``."""
 
 import importlib.util
 
-# Asked for at once, which costs nothing, and not when the part that needs it is loaded.
+# Checked here, which costs nothing, and not when the part that needs it is loaded.
 for _name in ("filelock", "matplotlib", "numpy", "rich", "sklearn", "tyro"):
     if importlib.util.find_spec(_name) is None:
         raise ModuleNotFoundError(f"No module named {_name!r}", name=_name)

@@ -1,4 +1,4 @@
-"""The command line: subcommands, and one line for whatever is wrong with their options."""
+"""Run the command line: subcommands, and one line for any error in their options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run a command line; exit code 2 after a bad value, 130 after Ctrl-C.
 
     Args:
-        args: Without the program's name; None for those of the process.
+        args: Arguments without the program's name; None for those of the process.
     """
     args = sys.argv[1:] if args is None else args
     text = answer(args)
@@ -32,7 +32,7 @@ def main(args: Sequence[str] | None = None) -> None:
             raise UsageError(f"unknown command {command!r}.{hint} The commands are: {known}.")
     except UsageError as error:
         name = f"gradfilter {command}" if command in COMMANDS else "gradfilter"
-        if is_first_process():  # of several one says it
+        if is_first_process():  # only one of several processes prints it
             print(printable(f"{name}: {error}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -85,7 +85,7 @@ def _report(options: Sequence[str]) -> int:
     return report(parse(ReportConfig, "gradfilter report", options))
 
 
-# Each imports what it needs when it is asked for: --help needs nothing.
+# Each command imports its modules when it runs, so that --help imports none of them.
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "demo": _demo,
     "train": _train,

@@ -1,4 +1,4 @@
-"""The processes that torchrun started for one command, or this process alone."""
+"""Connect the processes that torchrun started for one command, if there are several."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from gradfilter.lab._processes import started_processes
 
 @dataclass(frozen=True)
 class Crew:
-    """Who trains together; each takes its part of every batch.
+    """The processes that train together; each computes its part of every batch.
 
     Attributes:
-        ranks: All of them, or None where one process does everything.
+        ranks: All ranks, or None for a single process.
     """
 
     ranks: Ranks | None = None
@@ -35,42 +35,42 @@ class Crew:
 
     @property
     def rank(self) -> int:
-        """Which of them this process is, 0 .. W − 1."""
+        """Return the rank of this process, 0 .. W − 1."""
         return 0 if self.ranks is None else self.ranks.rank
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes and prints."""
+        """Return whether this process writes and prints."""
         return self.rank == 0
 
     def spread(self, reducer: gf.Transform) -> gf.Transform:
-        """A reducer of the rows of all processes, under its own name in metrics and state."""
+        """Return a reducer of the rows of all processes, with its own name in metrics and state."""
         return reducer if self.ranks is None else gf.chain(across_ranks(), reducer)
 
     def share(self, batches: Tensor) -> Tensor:
-        """This process's part of every batch, rank by rank. (steps, N) -> (steps, N/W)."""
+        """Return this process's part of every batch, rank by rank. (steps, N) -> (steps, N/W)."""
         if self.ranks is None:
             return batches
         return batches.reshape(len(batches), self.size, -1)[:, self.ranks.rank]
 
     def mean(self, number: Tensor) -> Tensor:
-        """The mean over the processes."""
+        """Return the mean over the processes."""
         return number if self.ranks is None else self.ranks.total(number) / self.size
 
     def meet(self) -> None:
-        """Wait until all are here."""
+        """Wait until all processes reach this call."""
         if self.ranks is not None:
             dist.barrier()
 
     def agreed(self, numbers: Sequence[float]) -> list[float]:
-        """The first process's numbers, for decisions that all have to take alike."""
+        """Return the first process's numbers, for decisions that all processes must share."""
         if self.ranks is None:
             return list(numbers)
         found: list[float] = self.ranks.gather_on_host(torch.tensor(numbers).double())[0].tolist()
         return found
 
     def together(self, asked: Callable[[], bool]) -> Callable[[], bool]:
-        """A question that is true for all as soon as it is for one, so that none waits for ever."""
+        """Return a function that is True on all processes once it is on one, so that none waits."""
         ranks = self.ranks
         if ranks is None:
             return asked
@@ -81,7 +81,7 @@ ALONE = Crew()
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The device of this process, where each of several has its own."""
+    """Return the device of this process; each of several processes has its own GPU."""
     if device.type == "cpu" or started_processes() == 1:
         return device
     return torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
@@ -92,7 +92,7 @@ def connected(device: torch.device) -> Iterator[Crew]:
     """Connect the processes, if there are several.
 
     Args:
-        device: Where this one computes.
+        device: Device of this process.
     """
     if started_processes() == 1:
         yield ALONE
@@ -101,10 +101,10 @@ def connected(device: torch.device) -> Iterator[Crew]:
     crew = Crew(Ranks.of(None))
     try:
         yield crew
-        dist.barrier()  # nobody leaves while another one still writes
+        dist.barrier()  # no process leaves while another one still writes
     except LostRanksError as error:
         if crew.is_first:
             raise
-        sys.exit(f"gradfilter: {error}")  # where to look is not here
+        sys.exit(f"gradfilter: {error}")  # without a traceback: the error is in another process
     finally:
         dist.destroy_process_group()

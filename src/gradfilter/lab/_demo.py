@@ -1,4 +1,4 @@
-"""``gradfilter demo``: three trainings on digits with wrong labels, and their table."""
+"""``gradfilter demo``: run three trainings on digits with wrong labels, and print a table."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from gradfilter.lab.train._training import Training, advance, evaluation, no_tot
 # --- The table: one line per method, mean ± sd over seeds ---
 
 
-# Heading, and the field of the last evaluation it shows; fractions are shown as per cent.
+# Heading, and the field of the last evaluation to show; fractions become per cent.
 COLUMNS = {
     "final\ntest %": "test_accuracy",
     "best test %\n(oracle)": "best",
@@ -50,17 +50,17 @@ COUNTS = {"skipped", "seconds"}
 
 CAPTION = (
     "final test: the result. best test: the highest of all evaluations, picked with the test "
-    "labels, so an upper bound and no result. clean train: training images by their true labels. "
+    "labels, so an upper bound and no result. clean train: training images with true labels. "
     "memorised: wrong labels that the model predicts. seconds: training steps alone."
 )
 
 
 def comparison(measured: Sequence[Measured], labels: Mapping[str, str]) -> Table:
-    """One line per method from the last evaluation of every seed, and the best of all.
+    """Build a table with a line per method, from the last evaluations of all seeds and the best.
 
     Args:
-        measured: Those to be shown, in the order they were made.
-        labels: What every method is, by the name that the other files call it by too.
+        measured: The evaluations to show, in the order they were made.
+        labels: Description of every method, by its name in the other files.
     """
     legend = " ".join(f"{name}: {label}." for name, label in labels.items())
     table = Table(
@@ -79,7 +79,7 @@ def comparison(measured: Sequence[Measured], labels: Mapping[str, str]) -> Table
             if one.run == name:
                 by_seed.setdefault(one.seed, []).append(one.evaluation)
         best = [max(e.test_accuracy for e in of_seed) for of_seed in by_seed.values()]
-        # Evaluations are equally far apart, so that their mean is that of all steps.
+        # Evaluations have equal distances, so that their mean is that of all steps.
         accepted = [_mean([e.accepted for e in of_seed]) for of_seed in by_seed.values()]
         last = [of_seed[-1] for of_seed in by_seed.values()]
         found = {"best": best, "accepted": accepted}
@@ -97,7 +97,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _spread(values: Sequence[float], factor: float) -> str:
-    """``mean ± sd`` of what was measured; the sample deviation needs two values."""
+    """Return ``mean ± sd`` of the finite values; the sample deviation needs two values."""
     measured = [factor * v for v in values if not math.isnan(v)]
     if not measured:
         return "-"
@@ -111,11 +111,11 @@ def _spread(values: Sequence[float], factor: float) -> str:
 
 @dataclass(frozen=True)
 class Method:
-    """How the rows of a batch become one gradient.
+    """A method that reduces the rows of a batch to one gradient.
 
     Attributes:
-        name: Short, for files and metrics; its preset is demo-NAME.
-        label: For people.
+        name: Short name for files and metrics; the preset is demo-NAME.
+        label: Label for people.
     """
 
     name: str
@@ -131,7 +131,7 @@ LABELS = {method.name: method.label for method in METHODS}
 
 
 def train_config(method: Method, config: DemoConfig, seed: int) -> TrainConfig:
-    """What this training is, as ``gradfilter train --preset demo-NAME`` would have it."""
+    """Return the settings of a training, equal to ``gradfilter train --preset demo-NAME``."""
     settings = read_settings(f"demo-{method.name}", None, "train")
     preset = parse(TrainConfig, "gradfilter demo", arguments(settings))
     return replace(
@@ -149,7 +149,7 @@ def train_config(method: Method, config: DemoConfig, seed: int) -> TrainConfig:
 
 
 def settings(config: DemoConfig) -> dict[str, Any]:
-    """Everything that the numbers depend on."""
+    """Return everything that the numbers depend on."""
     return {
         "command": "demo",
         **asdict(config),
@@ -173,26 +173,26 @@ def settings(config: DemoConfig) -> dict[str, Any]:
 
 
 def demo(config: DemoConfig) -> int:
-    """Run the comparison.
+    """Run ``gradfilter demo``.
 
     Returns:
         The exit code: 0, 130 after Ctrl-C, or 143 after SIGTERM.
 
     Raises:
-        UsageError: A value is out of range. Nothing has been done then.
+        UsageError: A value is out of range. No file has been changed then.
     """
     device = own_device(checked(config))
     with connected(device) as crew, interruptible() as stop:
         train = partial(_train_all, config, device, crew, crew.together(stop))
         if crew.is_first:
             return 0 if _recorded(config, train) else stop.exit_code
-        # The others compute; what there is to say is said once.
+        # The other ranks only compute; messages are printed once.
         finished = _finished_seeds(config, train(None))
         return 0 if len(finished) == config.seeds else stop.exit_code
 
 
 def _recorded(config: DemoConfig, train: Callable[[Path], list[Measured]]) -> bool:
-    """Train, and write and print what came of it; whether everything was done."""
+    """Train, write and print the results; return whether all trainings were finished."""
     folder = directory(config)
     record, status = settings(config), "interrupted"
     write_json(folder / "config.json", {**record, "status": "running"})
@@ -212,21 +212,21 @@ def _train_all(
     stopped: Callable[[], bool],
     folder: Path | None,
 ) -> list[Measured]:
-    """Train every method with every seed, or as much of it as there is time for.
+    """Train every method with every seed, until `stopped` returns True.
 
     Args:
-        config: What to do.
-        device: Where.
-        crew: With whom.
-        stopped: Whether to stop.
-        folder: For metrics and checkpoints; None to write nothing.
+        config: Options of the demo.
+        device: Device to train on.
+        crew: The processes that train together.
+        stopped: Returns whether to stop.
+        folder: Folder of metrics and checkpoints; None to write nothing.
     """
     measured: list[Measured] = []
 
     def log(name: str, run: Training) -> None:
         sync_ranks(run)
         measured.append(Measured(name, run.config.seed, evaluation(run)))
-        run.totals = no_totals(device)  # what comes next is measured from here on
+        run.totals = no_totals(device)  # the next evaluation covers the steps from here on
         run.epoch_seconds = 0.0
         if folder is not None:
             append_json_line(folder / "metrics.jsonl", as_line(measured[-1]))
@@ -257,7 +257,7 @@ def _train_all(
 def _begun(config: TrainConfig, device: torch.device, crew: Crew) -> Training:
     run = build_training(config, device, crew)
     state, totals, skipped = run.state, run.totals, run.skipped
-    # What is loaded at a first step is not what a step costs; its results are not used.
+    # The first step also loads code, so it is not timed; its results are discarded.
     advance(run, 1)
     run.state, run.totals, run.skipped = state, totals, skipped
     run.done, run.seconds, run.epoch_seconds = 0, 0.0, 0.0
@@ -272,7 +272,7 @@ def _take_turns(
     tick: Callable[[str], None],
     log: Callable[[str, Training], None],
 ) -> None:
-    """Take turns from one evaluation to the next, so that whenever it ends all are about as far."""
+    """Train in turns from evaluation to evaluation, so that an interrupt finds all about equal."""
     every = evaluate_every(steps)
     for until in range(every, steps + every, every):
         for name, run in runs.items():
@@ -283,15 +283,15 @@ def _take_turns(
 
 
 def _report(config: DemoConfig, folder: Path, measured: Sequence[Measured]) -> bool:
-    """Draw and print what there is; say whether that is everything."""
+    """Draw and print the results; return whether all trainings were finished."""
     last = {(m.run, m.seed): m.evaluation.step for m in measured}
     finished = _finished_seeds(config, measured)
-    # Half-trained seeds would make means of unlike things; alone they are better than nothing.
+    # Unfinished seeds would distort the means; without finished ones they are shown alone.
     shown = [m for m in measured if m.seed in finished] if finished else measured
     title = _title(config, len(finished), sorted(last.values()))
     write_bytes(folder / "curves.png", curves(shown, LABELS, title))
     print(title)
-    # A file or pipe has no width of its own, and 80 columns would break the lines.
+    # A file or pipe has no width, and 80 columns would break the lines.
     Console(width=None if sys.stdout.isatty() else 120).print(comparison(shown, LABELS))
     checkpoints = len(list(folder.glob("*.pt")))
     print(
@@ -302,7 +302,7 @@ def _report(config: DemoConfig, folder: Path, measured: Sequence[Measured]) -> b
 
 
 def _finished_seeds(config: DemoConfig, measured: Sequence[Measured]) -> set[int]:
-    """The seeds with which every method was trained to the end."""
+    """Return the seeds for which every method has finished."""
     last = {(m.run, m.seed): m.evaluation.step for m in measured}
     return {seed for _, seed in last if all(last[n, seed] == config.steps for n in LABELS)}
 

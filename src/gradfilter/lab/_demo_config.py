@@ -1,4 +1,4 @@
-"""What ``gradfilter demo`` can be told, what it refuses, and what it records."""
+"""Define and check the options of ``gradfilter demo``, and make its directory."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class DemoConfig:
     """Train one network in three ways on digits with wrong labels, side by side.
 
     Plain SGD, microbatches that have to agree, and a consensus of per-sample gradients start from
-    the same parameters and see the same batches. Prints a table and writes metrics, settings, a
-    checkpoint of each run and a plot. Nothing is tuned on the test split. In 2, 4 or 8 processes
-    (torchrun --nproc-per-node 2 -m gradfilter demo) each takes its part of every batch, and the
-    training is the same.
+    the same parameters and see the same batches. The demo prints a table and writes metrics,
+    settings, a checkpoint of each run and a plot. Nothing is tuned on the test split. In 2, 4 or 8
+    processes (torchrun --nproc-per-node 2 -m gradfilter demo) each computes its part of every
+    batch, and the training is the same.
     """
 
     noise: float = 0.3
@@ -32,21 +32,21 @@ class DemoConfig:
     threshold: float = 0.9
     """Largest cosine distance at which microbatches agree, in [0, 2]."""
     steps: int = 800
-    """Steps of each training, of 80 samples each."""
+    """Number of steps of each training, of 80 samples each."""
     seed: int = 0
     """Seed of the split, the noise, the initial parameters and the batches."""
     seeds: int = 1
-    """How many seeds, from --seed on; two or more give mean ± standard deviation."""
+    """Number of seeds, from --seed on; two or more give mean ± standard deviation."""
     device: str = "cpu"
-    """Where to train: cpu, cuda, cuda:1, mps, ...; each of several processes on its own."""
+    """Device: cpu, cuda, cuda:1, mps, ... With cuda, each process uses its own GPU."""
     dtype: Literal["float32", "float64"] = "float32"
-    """Of parameters and images."""
+    """Dtype of parameters and images."""
     out: Path | None = None
-    """A new or empty directory for the results; otherwise one is made in runs/."""
+    """Directory of the results, new or empty. By default a new one in runs/."""
 
 
 def checked(config: DemoConfig) -> torch.device:
-    """The device to train on.
+    """Check the options, and return the device to train on.
 
     Raises:
         UsageError: A value is out of range.
@@ -82,7 +82,7 @@ def directory(config: DemoConfig) -> Path:
     """Make the directory for the results.
 
     Raises:
-        UsageError: It cannot be written to, or results would be mixed with what is there.
+        UsageError: The directory cannot be written to, or it holds other files.
     """
     if config.out is not None:
         return named_directory(config.out)
@@ -95,5 +95,5 @@ def directory(config: DemoConfig) -> Path:
 
 
 def evaluate_every(steps: int) -> int:
-    """Steps from one evaluation to the next."""
+    """Return the number of steps between two evaluations."""
     return max(1, steps // EVALUATIONS)

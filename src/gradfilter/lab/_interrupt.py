@@ -1,4 +1,4 @@
-"""Ctrl-C and a polite kill as a question that a loop asks between two steps."""
+"""Turn Ctrl-C and SIGTERM into a flag that a loop checks between two steps."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from types import FrameType
 
 POLITE = ("SIGTERM", "SIGHUP")
-"""What a scheduler, ``kill`` and a closed terminal send; Windows knows the first."""
+"""Signals of a scheduler, ``kill`` and a closed terminal; Windows has only the first."""
 
 
 class Stop:
-    """Whether this process was asked to stop; call it to ask.
+    """A flag that a signal sets; calling it returns whether to stop.
 
     Attributes:
-        number: The signal that asked first, or None.
+        number: The first signal, or None.
     """
 
     def __init__(self) -> None:
@@ -27,15 +27,15 @@ class Stop:
 
     @property
     def exit_code(self) -> int:
-        """What a shell says of a process that such a signal ended: 130 after Ctrl-C."""
+        """Return the exit code that a shell reports for this signal: 130 after Ctrl-C."""
         return 128 + (signal.SIGINT if self.number is None else self.number)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Take note of a signal.
+        """Handle a signal.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C was pressed before. A polite kill may come twice, from a
-                scheduler and from torchrun; whoever cannot wait has another one.
+            KeyboardInterrupt: A second Ctrl-C. A second SIGTERM is ignored: a scheduler and
+                torchrun may both send one, and SIGKILL is always possible.
         """
         if self.number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -45,18 +45,17 @@ class Stop:
 
 @contextmanager
 def interruptible() -> Iterator[Stop]:
-    """Give a question that is true once Ctrl-C was pressed, or a polite kill has come.
+    """Yield a flag that is True once Ctrl-C was pressed, or SIGTERM has arrived.
 
-    A second Ctrl-C interrupts at once. What is ignored, as nohup asks for, stays ignored. Inside
-    another one it is the same question: whoever asks outside learns of a signal that came too late
-    for the loop inside.
+    A second Ctrl-C interrupts immediately. Ignored signals, as under nohup, stay ignored. A nested
+    call yields the same flag, so the outer loop sees a signal that came too late for the inner one.
 
     Examples:
         >>> with interruptible() as stopped:
         ...     stopped()
         False
     """
-    # Only the main thread may handle signals; elsewhere they stay whatever they were.
+    # Only the main thread can handle signals; in other threads nothing is changed.
     if threading.current_thread() is not threading.main_thread():
         yield Stop()
         return

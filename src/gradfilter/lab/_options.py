@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
-# --- Messages of tyro in plain words ---
+# --- Help and messages of tyro in plain words ---
 
 
 WIDTH = 79
@@ -39,11 +39,11 @@ NOT_READ = {
     r"Could not find valid parse for arguments: \[(.*)\]": "numbers",
     r"Could not parse arguments \[(.*)\] into tuple type .*": "numbers",
 }
-"""What is said of an option whose value has another type, and what was expected of it."""
+"""Errors of tyro for a value of another type, and what was expected."""
 
 
 def plainly(said: str) -> str:
-    """An error without the names that Python has for types.
+    """Rewrite an error without names of Python types.
 
     Examples:
         >>> plainly("Error parsing --seed: invalid literal for int() with base 10: 'x'")
@@ -57,14 +57,14 @@ def plainly(said: str) -> str:
 
 
 def hints(said: str, text: str) -> str:
-    """For every option that is not known the nearest that is, each in a sentence after a space.
+    """Suggest the nearest known option for every unknown one, each in a sentence after a space.
 
     Args:
-        said: The error.
+        said: The error message.
         text: The help, which names all options.
 
     Examples:
-        >>> hints("Unrecognized options: --sed, 3, --colour", "  --seed INT   Of the training.")
+        >>> hints("Unrecognized options: --sed, 3, --colour", "  --seed INT   Random seed.")
         ' Did you mean --seed?'
     """
     prefix = "Unrecognized options: "
@@ -72,20 +72,20 @@ def hints(said: str, text: str) -> str:
         return ""
     typed = re.findall(r"(?:^|, )--([\w-]+)", said.removeprefix(prefix))
     known = {*_options(text)}
-    # Each once, in the order in which they were typed.
+    # Each once, in the order of the command line.
     return "".join(dict.fromkeys(did_you_mean(name, known, "--{}") for name in typed))
 
 
 def _options(text: str) -> Iterator[str]:
-    """Names that begin a line; further to the right they are in somebody's description."""
+    """Yield option names at the start of a line; others are part of a description."""
     for names in re.findall(r"(?m)^ {1,4}(?:-h, )?(--[\w-]+(?:, --[\w-]+)*)", text):
         yield from (name.removeprefix("--") for name in names.split(", "))
 
 
 def wrapped(text: str) -> str:
-    """Help with its paragraphs filled, whose lines tyro leaves as long as it finds them.
+    """Wrap the paragraphs of a help text, which tyro does not wrap.
 
-    The usage before them and the tables after them stay as they are.
+    The usage before them and the tables after them are unchanged.
     """
     head, table, rest = text.partition(found[0]) if (found := _find_table(text)) else (text, "", "")
     usage, *paragraphs = re.split(r"\n\s*\n", head.rstrip())
@@ -98,7 +98,7 @@ def wrapped(text: str) -> str:
 
 
 def _find_table(text: str) -> re.Match[str] | None:
-    """The heading of the first table, above its rule."""
+    """Find the heading of the first table, above its rule."""
     return re.search(r"(?m)^ \S.*\n -{3,}", text)
 
 
@@ -109,16 +109,16 @@ Config = TypeVar("Config")
 
 
 def parse(config: type[Config], program: str, options: Sequence[str]) -> Config:
-    """Read options into a dataclass; of an option that is given twice the last value counts.
+    """Parse options into a dataclass; the last value of a repeated option is used.
 
     Raises:
-        UsageError: tyro refuses them; what it says, on one line.
+        UsageError: tyro refuses the options; its message, on one line.
         SystemExit: With code 0, after ``--help``.
     """
     shown, refused = StringIO(), StringIO()
     try:
-        # Both are caught because tyro draws a plain box, and no coloured one, when stdout is not
-        # a terminal.
+        # Both are redirected: tyro draws a plain box instead of a coloured one when stdout is
+        # not a terminal.
         with redirect_stdout(shown), redirect_stderr(refused):
             parsed = tyro.cli(config, prog=program, args=options)
     except SystemExit as stop:
@@ -133,7 +133,7 @@ def parse(config: type[Config], program: str, options: Sequence[str]) -> Config:
 
 
 def _help(config: type[Config], program: str) -> str:
-    """The help as tyro has it."""
+    """Return the help text of tyro."""
     shown = StringIO()
     with redirect_stdout(shown), suppress(SystemExit):
         tyro.cli(config, prog=program, args=["--help"])
@@ -141,7 +141,7 @@ def _help(config: type[Config], program: str) -> str:
 
 
 def one_line(box: str) -> str:
-    """What tyro's error box says, without title, rules, and advice below the second rule."""
+    """Return the message in tyro's error box, without title, rules, and advice below the rule."""
     lines = [line.strip() for line in box.splitlines()]
     parts: list[list[str]] = [[]]
     for line in lines:
@@ -160,7 +160,7 @@ FROM_ENVIRONMENT = ("device", "name", "save_dir", "data_dir", "workers")
 
 
 def arguments(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as they would be typed.
+    """Convert settings to options of the command line.
 
     Examples:
         >>> arguments({"learning_rate": 0.1, "betas": [0.9, 0.95], "nesterov": True, "agc": None})
@@ -174,15 +174,15 @@ def arguments(settings: Mapping[str, Any]) -> list[str]:
         elif isinstance(value, list | tuple):
             typed += [f"--{option}", *map(str, value)]
         else:
-            typed.append(f"--{option}={value}")  # also where the value begins with a hyphen
+            typed.append(f"--{option}={value}")  # also for a value that begins with a hyphen
     return typed
 
 
 def environment_arguments(config: type[DataclassInstance]) -> list[str]:
-    """What DEVICE, NAME, SAVE_DIR, DATA_DIR and WORKERS say; an empty one says nothing.
+    """Convert DEVICE, NAME, SAVE_DIR, DATA_DIR and WORKERS to options; empty ones are ignored.
 
     Args:
-        config: Whose options they may be.
+        config: The dataclass of options; variables of other options are ignored.
     """
     names = {field.name for field in fields(config)}
     known = (name for name in FROM_ENVIRONMENT if name in names)
@@ -190,15 +190,15 @@ def environment_arguments(config: type[DataclassInstance]) -> list[str]:
 
 
 def from_files(options: Sequence[str], command: str, config: type[DataclassInstance]) -> list[str]:
-    """What the --preset and the --config among the options say, as it would be typed.
+    """Read the preset and the file that --preset and --config name, as options.
 
     Args:
-        options: As they were typed.
-        command: Whose table is read.
-        config: Whose options may be in it.
+        options: Options of the command line.
+        command: Name of the table to read.
+        config: The dataclass whose options may be in the table.
 
     Raises:
-        UsageError: There is no such preset or file, it is not TOML, or says something unknown.
+        UsageError: The preset or file does not exist, is not TOML, or has an unknown setting.
     """
     if {"-h", "--help"} & set(options):
         return []
@@ -212,7 +212,7 @@ def from_files(options: Sequence[str], command: str, config: type[DataclassInsta
 
 
 def value_of(option: str, options: Sequence[str]) -> str | None:
-    """The last value that an option is given.
+    """Return the last value of an option.
 
     Examples:
         >>> value_of("--preset", ["--preset", "a", "--seed", "1", "--preset=b"])
@@ -228,22 +228,22 @@ def value_of(option: str, options: Sequence[str]) -> str | None:
 
 
 def presets() -> dict[str, Traversable]:
-    """The configurations that come with the package, by name."""
+    """Return the configuration files of the package, by name."""
     folder = resources.files("gradfilter.lab") / "presets"
     files = (file for file in folder.iterdir() if file.name.endswith(".toml"))
     return {file.name.removesuffix(".toml"): file for file in sorted(files, key=lambda f: f.name)}
 
 
 def read_settings(preset: str | None, file: Path | None, command: str) -> dict[str, Any]:
-    """The table of a command in a preset, and over it that in a file.
+    """Read the table of a command in a preset, updated by that in a file.
 
     Args:
-        preset: Its name, or None.
+        preset: Name of the preset, or None.
         file: A TOML file, or None.
-        command: The name of the table: train, stats or sweep.
+        command: Name of the table: train, stats or sweep.
 
     Raises:
-        UsageError: There is no such preset or file, or it is not TOML.
+        UsageError: The preset or file does not exist, or it is not TOML.
     """
     settings: dict[str, Any] = {}
     if preset is not None:
@@ -251,7 +251,7 @@ def read_settings(preset: str | None, file: Path | None, command: str) -> dict[s
         if preset not in known:
             raise UsageError(
                 f"--preset: expected one of {', '.join(known)}, found {preset!r}. "
-                "--config reads a file of your own."
+                "--config reads your own file."
             )
         settings |= _read_table(known[preset], command, {})
     if file is not None:
@@ -260,10 +260,10 @@ def read_settings(preset: str | None, file: Path | None, command: str) -> dict[s
 
 
 def as_toml(settings: Mapping[str, Any], command: str) -> str:
-    """Settings as a configuration file; what is None is left out, for TOML has no word for it.
+    """Return settings as a configuration file; None is omitted, because TOML has no null.
 
     Raises:
-        UsageError: One is the name of a file that is not UTF-8, which TOML always is.
+        UsageError: A setting is a file name that is not UTF-8, as TOML requires.
     """
     lines = [f"{name} = {_toml(value)}" for name, value in settings.items() if value is not None]
     for line in lines:
@@ -272,7 +272,7 @@ def as_toml(settings: Mapping[str, Any], command: str) -> str:
         except UnicodeEncodeError:
             raise UsageError(
                 f"--print-config: expected names in UTF-8, as such a file is, found {line!r:.200}. "
-                "Leave that option away, and give it beside --config."
+                "Omit that option, and give it together with --config."
             ) from None
     return "\n".join([f"[{command}]", *lines, ""])
 
@@ -297,5 +297,5 @@ def _read_table(file: Path | Traversable, command: str, missing: object = None) 
     settings = {name.replace("-", "_"): value for name, value in table.items()}
     odd = {"preset", "config", "print_config"} & settings.keys()
     if odd:
-        raise UsageError(f"--config: {', '.join(sorted(odd))} in {str(file)!r} is no setting.")
+        raise UsageError(f"--config: {', '.join(sorted(odd))} in {str(file)!r} is not a setting.")
     return settings

@@ -20,12 +20,12 @@ from gradfilter.lab.train._evaluation import Evaluation
 
 @dataclass(frozen=True)
 class Measured:
-    """An evaluation and whose it is.
+    """An evaluation of one training.
 
     Attributes:
         run: Name of the method.
-        seed: Of split, noise, initial parameters and batches.
-        evaluation: What was measured; of steps since the evaluation before.
+        seed: Seed of split, noise, initial parameters and batches.
+        evaluation: The evaluation; its means cover the steps since the previous one.
     """
 
     run: str
@@ -34,29 +34,29 @@ class Measured:
 
 
 def as_line(measured: Measured) -> dict[str, Any]:
-    """What a line of the metrics says."""
+    """Return an evaluation as a line of the metrics."""
     return {"run": measured.run, "seed": measured.seed, **asdict(measured.evaluation)}
 
 
 # --- The figure ---
 
 
-# Okabe and Ito's colours, told apart by everyone; the dashes serve those who print in grey.
+# Okabe and Ito's colours, for all kinds of colour vision; dashes for prints in grey.
 STYLES = [("#D55E00", "--"), ("#0072B2", "-."), ("#009E73", "-")]
 GREY = "#595959"
 
 
 def curves(measured: Sequence[Measured], labels: Mapping[str, str], title: str) -> bytes:
-    """A PNG of test accuracy and memorised wrong labels against the step.
+    """Draw a PNG of test accuracy and memorised wrong labels against the step.
 
-    With several seeds the line is their mean and the band one standard deviation to each side.
+    With several seeds, lines are means and bands one standard deviation to each side.
 
     Args:
-        measured: Those to be shown.
-        labels: What to call every method, by name.
-        title: Says what was run.
+        measured: The evaluations to show.
+        labels: Label of every method, by name.
+        title: Title of the figure.
     """
-    # Not through pyplot, which would keep the figure and choose a back end for the whole process.
+    # Not pyplot: it would keep the figure and choose a back end for the whole process.
     figure = Figure(figsize=(10, 4.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
@@ -83,7 +83,7 @@ def curves(measured: Sequence[Measured], labels: Mapping[str, str], title: str) 
 
 
 def _by_step(measured: Sequence[Measured], field: str) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """Steps, and the mean and standard deviation in per cent over the seeds at each."""
+    """Return steps, and mean and standard deviation over seeds at each, in per cent."""
     values: dict[int, list[float]] = {}
     for one in measured:
         value = 100 * getattr(one.evaluation, field)

@@ -1,4 +1,4 @@
-"""What torchrun tells a process about the others it started."""
+"""Read from the environment which processes torchrun started."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 
 
 def started_processes() -> int:
-    """How many processes torchrun started, 1 without it; known before they are connected."""
-    given = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # one alone is something else
+    """Return how many processes torchrun started, 1 without it; needs no connection."""
+    given = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets all of them
     if not all(os.environ.get(name) for name in given) or not os.environ["WORLD_SIZE"].isdigit():
         return 1
     return int(os.environ["WORLD_SIZE"])
 
 
 def is_first_process() -> bool:
-    """Whether this is the first of them, or alone."""
+    """Return whether this process is the first or the only one."""
     return started_processes() == 1 or os.environ["RANK"] == "0"

@@ -1,8 +1,8 @@
 """Read and write the files of a run directory.
 
-A file may be cut, changed, hostile, or of another program. What the readers of JSON, zip archives
-and pickles raise has no common type and no complete list, so all use of a file's content belongs
-inside `reading`, which turns every error into one line. Files that are written are valid whenever
+A file may be cut, changed, hostile, or written by another program. Errors of readers of JSON,
+zip archives and pickles have no common type and no complete list. So all use of a file's content
+belongs inside `reading`, which turns every error into one line. Written files are valid whenever
 the process stops.
 """
 
@@ -28,26 +28,26 @@ from gradfilter.lab._usage import UsageError
 T = TypeVar("T")
 
 DEEPEST = 32
-"""Levels of lists and objects in JSON; what this package writes has at most 8."""
+"""Largest depth of lists and objects in JSON; this package writes at most 8 levels."""
 LARGEST = 2**31
-"""Bytes of a file of JSON."""
+"""Largest number of bytes in a JSON file."""
 
 
 class ForeignError(ValueError):
-    """A file holds something else than this package writes; the message says what."""
+    """A file has content that this package does not write; the message says which."""
 
 
 @contextmanager
 def reading(path: Path | str, what: str, fix: str) -> Iterator[None]:
-    """Turn whatever is wrong with a file into one line: which file, what, and what to do.
+    """Turn any error of reading a file into one line: which file, the error, and the fix.
 
     Args:
-        path: The file, or how people know what is read.
-        what: What it is to a user, such as ``"the record of a run"``.
-        fix: What to do about it, as a sentence.
+        path: The file, or another name of the content for people.
+        what: The kind of file, such as ``"the record of a run"``.
+        fix: Advice for the user, as a sentence.
 
     Raises:
-        UsageError: Anything was raised inside, except a `UsageError`, which says enough.
+        UsageError: Any exception was raised inside. A `UsageError` is passed on unchanged.
 
     Examples:
         >>> with reading(Path("a.json"), "the record", "Train again."):
@@ -68,41 +68,41 @@ def reading(path: Path | str, what: str, fix: str) -> Iterator[None]:
 
 
 def read_json(path: Path, what: str, fix: str, build: Callable[[Any], T]) -> T:
-    """What is made of a file of JSON.
+    """Read a JSON file, and convert it.
 
     Args:
         path: The file.
-        what: What it is to a user.
-        fix: What to do if it is not that.
-        build: Makes it of the JSON; may raise whatever it likes.
+        what: The kind of file, for error messages.
+        fix: Advice for the user, for error messages.
+        build: Converts the JSON; may raise any exception.
 
     Raises:
-        UsageError: The file is missing, is not JSON, or nothing can be made of it.
+        UsageError: The file is missing, is not JSON, or cannot be converted.
     """
     with reading(path, what, fix):
         return build(json_of(content_of(path)))
 
 
 def content_of(path: Path, largest: int = LARGEST) -> bytes:
-    """What is in a regular file; another kind could wait for ever, or have no end.
+    """Read a regular file; a pipe could block forever, and a device could have no end.
 
     Args:
         path: The file.
-        largest: More bytes are not read.
+        largest: Largest number of bytes; a larger file is refused.
     """
     size = regular_size(path)
     if size > largest:
         raise ForeignError(f"it has {size} bytes, more than any such file")
     with path.open("rb") as file:
-        return file.read(size)  # of what the system makes up, such as /proc, there may be no end
+        return file.read(size)  # generated files, as in /proc, may have no end
 
 
 def regular_size(path: Path) -> int:
-    """The bytes of a regular file.
+    """Return the size of a regular file in bytes.
 
     Raises:
         ForeignError: It is a directory, a pipe or a device.
-        OSError: There is none, or it cannot be reached.
+        OSError: The file is missing, or it cannot be reached.
     """
     found = path.stat()
     if stat.S_ISDIR(found.st_mode):
@@ -113,7 +113,7 @@ def regular_size(path: Path) -> int:
 
 
 def json_of(content: bytes) -> Any:
-    """JSON in UTF-8, at most `DEEPEST` levels deep so that whoever walks through it may recurse.
+    """Parse JSON in UTF-8, at most `DEEPEST` levels deep, so that callers may recurse.
 
     Examples:
         >>> json_of(b'{"a": [1, null]}')
@@ -129,17 +129,17 @@ def json_of(content: bytes) -> Any:
 
 
 def _parts(whole: Any) -> Iterator[Any]:
-    """The lists and objects in a list or an object."""
+    """Yield the lists and objects in a list or an object."""
     values = whole.values() if isinstance(whole, dict) else whole
     if isinstance(whole, dict | list):
         yield from (value for value in values if isinstance(value, dict | list))
 
 
 def why(error: Exception) -> str:
-    """What is wrong with a file, without a full stop.
+    """Describe an error of a file, without a full stop.
 
     Args:
-        error: That its reader raised.
+        error: The exception that its reader raised.
 
     Examples:
         >>> why(IsADirectoryError(21, "Is a directory")), why(KeyError("step"))
@@ -169,12 +169,12 @@ def why(error: Exception) -> str:
 
 
 def printable(text: object) -> str:
-    r"""Text for a terminal: control characters, which could move its cursor, are spelt out.
+    r"""Escape control characters, which could move the cursor of a terminal.
 
-    Names of directories that are not UTF-8 are spelt out, too.
+    Bytes of names that are not UTF-8 are also escaped.
 
     Args:
-        text: One line.
+        text: One line of text.
 
     Examples:
         >>> print(printable("a\x1b[2Jb ±\n"))
@@ -186,7 +186,7 @@ def printable(text: object) -> str:
 
 
 def _spelt(character: str) -> str:
-    byte = ord(character) - 0xDC00  # of a name that is not UTF-8
+    byte = ord(character) - 0xDC00  # a byte of a name that is not UTF-8
     if 0x80 <= byte <= 0xFF:
         return f"\\x{byte:02x}"
     return character.encode("unicode_escape").decode()
@@ -196,27 +196,27 @@ def _spelt(character: str) -> str:
 
 
 def named_directory(path: Path) -> Path:
-    """Make the directory that the user named: new or empty, for the results are looked for there.
+    """Make the directory that the user named, which must be new or empty.
 
     Raises:
-        UsageError: It is a file, has something in it, or cannot be written to.
+        UsageError: It is a file, is not empty, or cannot be written to.
     """
     with _file_errors_as_usage(path):
         path.mkdir(parents=True, exist_ok=True)
         if any(path.iterdir()):
             raise UsageError(
                 f"--out: expected a new or empty directory, found files in {str(path)!r}. "
-                "Results of two runs are not mixed: name another, or leave --out away."
+                "Results of two runs are not mixed: name another, or omit --out."
             )
         _probe(path)
     return path
 
 
 def numbered_directory(path: Path) -> Path:
-    """Make a directory that was not there before: ``path``, or ``path-2``, ``path-3``, ...
+    """Make a new directory: ``path``, or ``path-2``, ``path-3``, ...
 
     Raises:
-        UsageError: It cannot be written to.
+        UsageError: The directory cannot be written to.
     """
     for number in itertools.count(1):
         candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
@@ -224,7 +224,7 @@ def numbered_directory(path: Path) -> Path:
             candidate.mkdir(parents=True)  # fails if another process was faster
             _probe(candidate)
             return candidate
-    raise AssertionError  # the numbers do not end
+    raise AssertionError  # the loop does not end
 
 
 def _probe(path: Path) -> None:
@@ -243,16 +243,16 @@ def _file_errors_as_usage(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: Path, content: bytes, *, before: Path | None = None) -> None:
-    """Write a file as a whole or not at all.
+    """Write a file completely or not at all.
 
     Args:
         path: The file.
-        content: What is in it afterwards.
-        before: Where the file that was there is kept. Whoever is killed between two moments leaves
-            that one alone, and no file at `path`.
+        content: New content of the file.
+        before: Path to which the old file is moved. A kill between both renames leaves the old file
+            there, and no file at `path`.
     """
     half = path.with_name(f".{path.name}.part")
-    half.unlink(missing_ok=True)  # of a killed process, or a link that somebody planted
+    half.unlink(missing_ok=True)  # left by a killed process, or a planted link
     try:
         with open_own(half, "xb") as file:
             file.write(content)
@@ -265,26 +265,25 @@ def write_bytes(path: Path, content: bytes, *, before: Path | None = None) -> No
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file as a whole or not at all."""
+    """Write a JSON file completely or not at all."""
     write_bytes(path, (json.dumps(_finite(value), indent=2) + "\n").encode())
 
 
 def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Append one line of JSON as a whole, or leave the file as it was."""
+    """Append one line of JSON completely, or do not change the file."""
     append_line(path, json.dumps(_finite(value)))
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line as a whole, or leave the file as it was.
+    """Append one line completely, or do not change the file.
 
-    A disk that is nearly full, a quota or a limit on the size of files takes a part of what is
-    written, and refuses the rest.
+    A nearly full disk, a quota or a limit on the size of files may accept only a part of the line.
 
     Raises:
         OSError: The line was not written.
     """
     rest = f"{line}\n".encode()
-    # Without a buffer: it is one system call, and nothing is left to be written after a failure.
+    # Without a buffer it is one system call, and no data is left to write after a failure.
     with open_own(path, "ab", buffering=0) as file:
         before = os.fstat(file.fileno()).st_size
         try:
@@ -298,19 +297,19 @@ def append_line(path: Path, line: str) -> None:
 
 @contextmanager
 def open_own(path: Path, mode: str, buffering: int = -1) -> Iterator[IO[bytes]]:
-    """Open a file of a run for writing: a file of its own, and nothing that a link leads to.
+    """Open a file of a run for writing, without following links.
 
-    Directories that come from elsewhere may hold links in the places of a run's files; whoever
-    writes through one destroys what it points to.
+    A directory from another source may contain links instead of a run's files. Writing through a
+    link would destroy its target.
 
     Args:
         path: The file.
-        mode: As `open` has it, for bytes.
-        buffering: As `open` has it.
+        mode: Binary mode of `open`.
+        buffering: Buffering of `open`.
 
     Raises:
         OSError: The file cannot be opened.
-        UsageError: There is a link, or something else that is not a file.
+        UsageError: The path is a link, or not a regular file.
     """
     refuse_link(path)
     with open(path, mode, buffering, opener=_no_link) as file:
@@ -320,36 +319,36 @@ def open_own(path: Path, mode: str, buffering: int = -1) -> Iterator[IO[bytes]]:
 
 
 def refuse_link(path: Path) -> None:
-    """Refuse a link in the place of a file that is about to be written.
+    """Refuse a link at the path of a file to write.
 
     Raises:
-        UsageError: There is one.
+        UsageError: The path is a link.
     """
     if path.is_symlink():
         raise _foreign(path, "a symbolic link")
 
 
 def _no_link(path: str, flags: int) -> int:
-    """Open without following a link that was planted a moment ago, or waiting at a pipe."""
+    """Open without following a link that was just planted, and without blocking on a pipe."""
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     return os.open(path, flags, 0o666)
 
 
 def _foreign(path: Path, what: str) -> UsageError:
     return UsageError(
-        f"{str(path)!r} is {what}, and what it leads to is not written to. Remove it, or put a "
-        "file in its place."
+        f"{str(path)!r} is {what}, and its target is not written to. Remove it, or replace it "
+        "by a file."
     )
 
 
 def settle(file: IO[bytes]) -> None:
-    """Wait until the disk has what was written: some refuse it as late as then."""
+    """Wait until the data is on disk; some file systems report errors only then."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def _finite(value: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: what is not a number becomes null."""
+    """Replace NaN and infinities by null, because JSON has neither."""
     return {
         key: None if isinstance(v, float) and not math.isfinite(v) else v
         for key, v in value.items()

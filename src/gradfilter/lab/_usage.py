@@ -1,4 +1,4 @@
-"""What a user may ask for, and the one line that says what was wrong with it."""
+"""Check values of options, and report a bad value in one line."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 LARGEST = 2**62
-"""What torch's and numpy's integers can hold, with room to count on."""
+"""Largest integer for torch and numpy, with room for counting."""
 LONGEST = 120
-"""Characters of a value that are shown; numbers may have any number of digits."""
+"""Largest number of characters of a value in a message; numbers may have any length."""
 
 
 class UsageError(ValueError):
-    """A bad value: its message is one line that says what, why and how to mend it."""
+    """A bad value: its message is one line that says what, why and how to fix it."""
 
 
 def check(condition: bool, option: str, expected: str, found: object, fix: str) -> None:
@@ -36,14 +36,14 @@ def check(condition: bool, option: str, expected: str, found: object, fix: str) 
 
 
 def refuse_odd(value: object, option: str = "") -> None:
-    """Refuse whole numbers that no counter holds, and text that no file system takes.
+    """Refuse whole numbers that are too large, and text that no file system accepts.
 
     Args:
         value: A dataclass of options, or the value of one.
-        option: How that one is called on the command line.
+        option: Name of the option on the command line.
 
     Raises:
-        UsageError: There is one.
+        UsageError: A value is refused.
     """
     if is_dataclass(value):
         for field in fields(value):
@@ -70,12 +70,12 @@ def _refuse_odd_text(text: str, option: str) -> None:
 
 
 def did_you_mean(typed: str, known: Iterable[str], written: str = "{}") -> str:
-    """A sentence with the nearest of some names, after a space; nothing where none is near.
+    """Return a sentence with the nearest of some names, after a space; empty if none is near.
 
     Args:
-        typed: What is no name.
-        known: The names.
-        written: How one is written in a sentence.
+        typed: The unknown name.
+        known: The known names.
+        written: Format of a name in the sentence.
 
     Examples:
         >>> did_you_mean("label-nose", ["label-noise", "seed"], "--{}")
@@ -83,23 +83,23 @@ def did_you_mean(typed: str, known: Iterable[str], written: str = "{}") -> str:
         >>> did_you_mean("colour", ["label-noise", "seed"])
         ''
     """
-    # Sorted, so that of two that are equally near it is always the same.
+    # Sorted, so that the result for two equally near names is deterministic.
     near = difflib.get_close_matches(typed, sorted(known), n=1)
     return f" Did you mean {written.format(near[0])}?" if near else ""
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of this name, if torch knows it and this machine has it.
+    """Return the device of this name.
 
     Raises:
-        UsageError: It does not.
+        UsageError: torch does not know the device, or this machine does not have it.
     """
     here = ["cpu", *_accelerators()]
     expected, fix = "a device of this machine", f"Available: {', '.join(here)}."
     try:
         device = torch.device(name)
     except RuntimeError:
-        # What torch says here lists every back end that it was ever compiled for.
+        # The message of torch lists every back end that exists.
         device = None
     check(device is not None and str(device) in here, "--device", expected, repr(name), fix)
     assert device is not None
