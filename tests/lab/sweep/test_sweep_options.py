@@ -126,7 +126,7 @@ def test_all_who_join_have_the_heartbeat_of_the_first(tmp_path):
     with joined(plan, None, 7):
         pass
     _, out, _ = command("sweep", *options, *shared, "--name", "told")
-    assert "--heartbeat 7 counts" in out
+    assert "--heartbeat 7 is used" in out
 
 
 @pytest.mark.parametrize(
