@@ -56,7 +56,7 @@ def check_budget(budget: int | float) -> None:
 
 
 def bytes_of(budget: int | float, device: torch.device) -> int:
-    """A budget in bytes."""
+    """Return a budget in bytes."""
     if not isinstance(budget, float):
         return budget
     if device.type == "cuda":
@@ -140,7 +140,7 @@ def _counts(before: Any, now: Any) -> bool:
 
 
 def _hold_the_same(before: Any, now: Any) -> bool:
-    """Whether only the container is new: recurrent modules list their weights again."""
+    """Return whether only the container is new: recurrent modules list their weights again."""
     return all(
         a is b for a, b in itertools.zip_longest(tensors_in(before), tensors_in(now), fillvalue=now)
     )
@@ -153,7 +153,7 @@ def _has_tensors(value: Any) -> bool:
 def _answers_differ(
     loss: NormalizedLoss, params: Params, batch: Batch, context: CallContext, place: int
 ) -> bool:
-    """Whether a row has another loss with the attributes as they are than as they were."""
+    """Return whether a row has another loss with the attributes as they are than as they were."""
     after = context.attributes.present()
     row = batch.rebuild(t[place].clone() for t in batch.tensors)
 
@@ -207,7 +207,7 @@ class GradFunction:
     def __call__(
         self, params: Params, batch: Any, *more: Any, buffers: Tree | None = None
     ) -> ComputedStack:
-        """The gradients of one batch.
+        """Return the gradients of one batch.
 
         Args:
             params: ``dict[str, Tensor]``, floating point, all that is to be differentiated.
@@ -265,7 +265,7 @@ class BatchPasses:
         self._given = Versions((f"parameter {name!r}", p) for name, p in self.params.items())
 
     def first(self) -> ComputedStack:
-        """The stack of the call."""
+        """Return the stack of the call."""
         plan = self.settings.plan
         try:
             if plan == "auto":
@@ -275,7 +275,7 @@ class BatchPasses:
             self.loss.first = False
 
     def _elsewhere(self, plan: Plan, params: Params, per_row: bool, kept: Collection[str]) -> Any:
-        """The stack at other parameters, ``kept`` of them as they were given."""
+        """Return the stack at other parameters, ``kept`` of them as they were given."""
         return untraced(self._pass_elsewhere)(plan, params, per_row, kept)
 
     def _pass_elsewhere(
@@ -310,7 +310,7 @@ class BatchPasses:
             return result
 
     def _stack(self, plan: Plan, params: Params, per_row: bool) -> ComputedStack:
-        """The rows by one plan, as random state and settings are at present."""
+        """Return the rows by one plan, as random state and settings are at present."""
         at = {name: p.detach() for name, p in params.items()}
         origin = StackOrigin(
             len(self.batch), params if per_row else at, partial(self._elsewhere, plan)
@@ -382,20 +382,20 @@ class BatchPasses:
             if self._random_after is None:
                 self._random_after = random_state(self.context.device)
 
-        def again() -> Forward:
+        def rerun() -> Forward:
             given.check()
             with self.context.restored():
                 found = run(self.batch, params, self._grouping)
             _check_repeated(losses, found.losses.detach())
             return found
 
-        def instead(refusal: Exception) -> Tree:
+        def fallback(refusal: Exception) -> Tree:
             given.check()
             return self._instead(params, per_row, refusal)
 
         budget = bytes_of(self.settings.memory_budget, self.context.device)
         return FusedStack(
-            LazyRows(again, first, budget, instead, self.loss.hooks),
+            LazyRows(rerun, first, budget, fallback, self.loss.hooks),
             tuple(params),
             len(losses),
             losses,
@@ -415,7 +415,7 @@ class BatchPasses:
         return forward(self.loss, params, copies, per_row, by_row, own_batch=True)
 
     def _instead(self, params: Params, per_row: bool, refusal: Exception) -> Tree:
-        """The rows by the loop, where the backward pass over all rows was refused."""
+        """Return the rows by the loop, where the backward pass over all rows was refused."""
         if self.settings.plan != "auto" or len(self.batch) == 1:
             add_plan_note(refusal, self.settings.plan)
             raise refusal
@@ -481,7 +481,7 @@ def microbatch_grads(
     chunk_size: int | None = None,
     memory_budget: int | float = 0.25,
 ) -> GradFunction:
-    """One gradient per microbatch: a function ``(params, batch, *, buffers) -> GradStack``.
+    """Return one gradient per microbatch: a function ``(params, batch, *, buffers) -> GradStack``.
 
     Row m is ∇f over samples m·B .. (m + 1)·B − 1 of the batch, N = M·B.
 
@@ -538,7 +538,7 @@ def per_sample_grads(
     chunk_size: int | None = None,
     memory_budget: int | float = 0.25,
 ) -> GradFunction:
-    """One gradient per sample: `microbatch_grads` with M = N, B = 1.
+    """Return one gradient per sample: `microbatch_grads` with M = N, B = 1.
 
     The loss sees batches of one sample, leading axis kept. As there, without ``buffers=``, every
     call starts from the module's own.

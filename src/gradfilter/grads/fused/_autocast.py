@@ -1,9 +1,9 @@
-"""Autocast for what vmap takes apart before autocast sees it.
+"""Apply autocast to operations that vmap decomposes before autocast sees them.
 
-Autocast acts on operations: a matrix product is taken in half precision, a loss in float32. vmap
-runs some of them as several others, which autocast then treats otherwise, and the result has
-another dtype, or another precision, than outside. So their operands are cast here, as torch's own
-lists say, and autocast is kept out of the pieces.
+Autocast acts on operations: a matrix product runs in half precision, a loss in float32. vmap
+replaces some operations by several others. Autocast treats those differently, and the result has
+another dtype or precision than outside of vmap. So the operands are cast here, following torch's
+own lists, and autocast is disabled for the parts.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ LOW = {
     *("gru_cell", "linalg_vecdot", "linear", "lstm_cell", "matmul", "prelu", "rnn_relu_cell"),
     *("rnn_tanh_cell", "scaled_dot_product_attention"),
 }
-"""What autocast takes in half precision, on devices where it knows the operation at all."""
+"""Operations that autocast runs in half precision, on devices where it knows them."""
 
 WIDEST = {"dot", "vdot"}
-"""What it takes in the widest dtype among the operands."""
+"""Operations that autocast runs in the widest dtype among the operands."""
 
 BUILT_IN = {
     *("addcdiv", "addcmul", "atan2", "bilinear", "cat", "cross", "index_copy", "index_put"),
@@ -43,25 +43,25 @@ BUILT_IN = {
     *("cudnn_convolution", "cudnn_convolution_transpose"),
     "grid_sampler",
 }
-"""What it knows and vmap runs whole."""
+"""Operations that autocast knows and that vmap does not decompose."""
 
 UNKNOWN = {"addmv", "addr", "dot", "mv", "vdot"}
-"""What vmap makes a matrix product of; where autocast does not know them, they are none."""
+"""Operations that vmap turns into matrix products; not cast where autocast does not know them."""
 
 LIKE_INPUT = {"batch_norm", "group_norm", "instance_norm", "layer_norm"}
-"""Their results have the dtype of the first operand, where autocast does not know them."""
+"""Operations whose result has the dtype of the first operand if autocast does not know them."""
 
 FULL = {"inner", "tensordot"}
-"""What may be a `dot` of all there is, which autocast may not know, or a matrix product."""
+"""Operations that are a `dot` (autocast may not know it) or a matrix product, by their shapes."""
 
 PIECES = ("linear_cross_entropy", "native_group_norm", "native_layer_norm")
-"""What vmap takes to pieces of which some are cast, and torch offers no other way to say."""
+"""Operations that vmap decomposes into parts of which autocast casts only some."""
 
 OTHER_NAMES = {"cross_entropy_loss": F.cross_entropy}
 
 
 def under_autocast(function: Function) -> Function:
-    """The function, run with the operands that autocast would give it outside of vmap."""
+    """Return the function, which casts its operands as autocast would outside of vmap."""
     if not autocast_any():
         return function
 
@@ -83,7 +83,7 @@ def _treatments(device: str) -> dict[Function, Callable[..., Any]]:
     found: dict[Function, Callable[..., Any]] = {}
     for name in known - BUILT_IN:
         if name == "binary_cross_entropy" and device != "cpu":
-            continue  # refused there
+            continue  # autocast refuses it on accelerators
         treat = _low if name in LOW else _widest if name in WIDEST else _wide
         found |= dict.fromkeys(_everywhere(name), treat)
     for name in UNKNOWN - known:
@@ -109,7 +109,7 @@ def _everywhere(name: str) -> list[Function]:
 
 
 def _cast(value: Any, cast: Callable[[Tensor], Tensor]) -> Any:
-    """What autocast casts: floating point, but not float64."""
+    """Cast the tensors that autocast casts: floating point, but not float64."""
     return _tree.tree_map(
         lambda t: (
             cast(t)
@@ -155,17 +155,17 @@ def _full(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any
         count = len(count[0]) if isinstance(count[0], (list, tuple)) else len(count)
     inner = function.__name__.startswith("inner")
     whole = a.ndim <= 1 and b.ndim <= 1 if inner else a.ndim == b.ndim == count
-    return (_without if whole else _plainly)(function, dtype, args, kwargs)
+    return (_without if whole else _unchanged)(function, dtype, args, kwargs)
 
 
-def _plainly(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
+def _unchanged(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
 def _interpolate(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
     x = args[0] if args else kwargs["input"]
     area = kwargs.get("mode", args[3] if len(args) > 3 else "nearest") == "area"
-    return (_wide if area and x.ndim == 5 else _plainly)(function, dtype, args, kwargs)
+    return (_wide if area and x.ndim == 5 else _unchanged)(function, dtype, args, kwargs)
 
 
 def _refuse_mixed(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:

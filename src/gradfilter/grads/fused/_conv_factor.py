@@ -1,4 +1,4 @@
-"""Rows of the weight of a convolution: how its Gram, norms and sums are computed."""
+"""Compute the Gram, norms and sums of the rows of a convolution's weight."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gradfilter.grads.fused._factors import (
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a convolution does beside its weight; sizes are one number per dim."""
+    """All settings of a convolution except its weight; sizes are one number per dim."""
 
     dims: int
     stride: tuple[int, ...]
@@ -38,7 +38,7 @@ class Geometry:
     groups: int
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution of (N, channels, ...)."""
+        """Apply the convolution to inputs (N, channels, ...)."""
         y: Tensor = torch.ops.aten.convolution(
             x,
             weight,
@@ -68,12 +68,12 @@ class Geometry:
         )
 
     def input_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """The gradient of the input."""
+        """Return the gradient of the input."""
         found: Tensor = self._backward(grad, x, weight, [True, False, False])[0]
         return found
 
     def weight_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """The gradient of the weight, summed over N."""
+        """Return the gradient of the weight, summed over N."""
         found: Tensor = self._backward(grad, x, weight, [False, True, False])[1]
         return found
 
@@ -97,7 +97,7 @@ class ConvFactor(Divisible):
         self.unit = len(self.weight) // groups if groups > 1 else 1
 
     def rows(self, low: int = 0, high: int | None = None) -> Tensor:
-        """Microbatch by microbatch: no kernel takes a batch of weight gradients."""
+        """Compute the rows one after another: no kernel takes a batch of weight gradients."""
         weight, inputs, outputs = self.weight[low:high], self.inputs, self.outputs
         geometry = self.geometry
         if len(weight) < len(self.weight):
@@ -110,14 +110,14 @@ class ConvFactor(Divisible):
         return rows
 
     def _as_groups(self, inputs: Tensor, outputs: Tensor, weight: Tensor) -> Tensor:
-        """Rows of one sample each, as the groups of one convolution: nothing has to be moved."""
+        """Compute rows of one sample each as the groups of one convolution, without copies."""
         geometry = replace(self.geometry, groups=self.count)
         every = weight.expand(self.count, *weight.shape).flatten(0, 1)
         x, grad = (t.reshape(1, -1, *t.shape[3:]) for t in (inputs, outputs))
         return geometry.weight_grad(grad, x, every).view(self.count, *weight.shape)
 
     def _tile(self, low: int, high: int) -> tuple[Tensor, Tensor, Geometry]:
-        """Inputs, output gradients and geometry of the units from low to high."""
+        """Return inputs, output gradients and geometry of the units from low to high."""
         g = self.geometry
         units, fan = len(self.weight) // g.groups, self.inputs.shape[2] // g.groups
         if g.transposed:  # dim 0 runs over the inputs
@@ -132,22 +132,22 @@ class ConvFactor(Divisible):
         return self.inputs[:, :, groups], self.outputs[:, :, low:high], geometry
 
     def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
-        """One ordinary weight gradient, output gradients weighted."""
+        """Compute one ordinary weight gradient from weighted output gradients."""
         outputs, inputs = weigh(self.outputs, weights, live), mask(self.inputs, live)
         return self.geometry.weight_grad(outputs.flatten(0, 1), inputs.flatten(0, 1), self.weight)
 
     def dot(self, leaf: Tensor) -> Tensor:
-        """A convolution with the leaf, paired with the output gradients."""
+        """Convolve the inputs with the leaf, and pair the result with the output gradients."""
         leaf = leaf.to(self.inputs.dtype)
         moved = self.geometry.forward(self.inputs.flatten(0, 1), leaf, None)
         return paired(moved.view(self.outputs.shape), self.outputs)
 
     def part(self, low: int, high: int) -> Self:
-        """The same for some of the M rows."""
+        """Return the factor of some of the M rows."""
         return replace(self, inputs=self.inputs[low:high], outputs=self.outputs[low:high])
 
     def gram(self) -> Tensor:
-        """The ghost Gram of its windows, or from the rows where that takes less."""
+        """Compute the ghost Gram of the windows, or the Gram of the rows if that is cheaper."""
         n, p, d = self._sizes()
         if not self._has_ghost or ghost_flops(self.count, n, p, d) is None:
             return tiled_gram(self)
@@ -155,7 +155,7 @@ class ConvFactor(Divisible):
         if step >= self.count:
             own = self._unfolded()
             return ghost_gram(own.inputs, own.outputs)
-        # Windows are many times the inputs: those of some rows with those of some others.
+        # Windows are many times as large as the inputs, so only some rows are unfolded at a time.
         gram = torch.empty(self.count, self.count, dtype=_tree.wide(self.outputs))
         gram = gram.to(self.outputs.device)
         for low in range(0, self.count, step):
@@ -168,7 +168,7 @@ class ConvFactor(Divisible):
         return gram
 
     def sq_norms(self) -> Tensor:
-        """From the windows where maps are small, else from the rows."""
+        """Compute the norms from the windows if maps are small, else from the rows."""
         n, p, d = self._sizes()
         if self._has_ghost and 2 * n * n <= p * d:
             return by_rows(self, 4 * n * (2 * n + d), ConvFactor._sq_norms_of_windows)
@@ -185,20 +185,20 @@ class ConvFactor(Divisible):
         return self.geometry.groups == 1 and not self.geometry.transposed
 
     def _sizes(self) -> tuple[int, int, int]:
-        """Positions per row, and the two sides of the weight as a matrix: n, p, d."""
+        """Return the positions per row, and the two sides of the weight as a matrix: n, p, d."""
         n = self.outputs.numel() // (self.count * self.outputs.shape[2])
         return n, self.shape[0], self.shape[1:].numel()
 
     def _unfolded(self) -> OuterFactor:
-        """The same rows as those of a product, columns in another order."""
+        """Return the same rows as the factor of a product, with columns in another order."""
         outputs = self.outputs.movedim(2, -1).flatten(1, -2)  # (M, n, out)
         return OuterFactor(self._windows(), outputs, self.shape)
 
     def _windows(self) -> Tensor:
-        """Every window of the padded input as a row, channels last. (M, n, taps * in)."""
+        """Return all windows of the padded input, channels last. (M, n, taps * in)."""
         g, kernel = self.geometry, self.shape[2:]
         sides = [side for p in reversed(g.padding) for side in (p, p)]
-        # Channels last, so that a window is copied in runs of whole pixels.
+        # Channels last, so that all channels of a pixel are copied at once.
         x = F.pad(self.inputs.flatten(0, 1), sides).movedim(1, -1).contiguous()
         steps = x.stride()[1:-1]
         size = (len(x), *self.outputs.shape[3:], *kernel, x.shape[-1])

@@ -1,4 +1,4 @@
-"""Rows of a leaf, represented by the factors of which they are products.
+"""Represent the rows of a leaf by the factors whose products they are.
 
 The microbatch gradients of a layer are products of its inputs and of its output gradients. A factor
 holds these two and computes from them the answers of a stack, without the rows.
@@ -17,34 +17,35 @@ from torch import Tensor
 from gradfilter import _products, _tree
 from gradfilter._types import Tree
 
-# --- The factor of a linear layer, and what every factor answers ---
+# --- The interface of a factor, and the factor of a linear layer ---
 
 
 LARGE_SUM = 2.5
-"""Ghost products pay while they take up to this many times the flops of the rows themselves.
+"""The ghost Gram is used while it takes at most this many times the flops of the rows themselves.
 
-Rows also cost memory: written, read for the Gram, read again to be combined. Measured for every
-layer of ResNet18 at (2, 100), (8, 16) and (16, 8) on two cores; from 1.5 to 2.5 it hardly matters.
+Rows also cost memory traffic: they are written, read for the Gram, and read to be combined.
+Measured for every layer of ResNet18 at (2, 100), (8, 16) and (16, 8) on two cores; values from 1.5
+to 2.5 hardly differ.
 """
 
 
 TILE = 2**24
-"""Bytes of rows that are held at a time."""
+"""The bytes of rows that are held at a time."""
 
 LARGEST = 2**26
-"""Bytes of products, windows or rows that an answer may take for a moment."""
+"""The bytes of products, windows or rows that an answer may allocate temporarily."""
 
 
 F = TypeVar("F", bound="Divisible")
 
 
 class Factor(ABC):
-    """The M gradients of one leaf from one of its uses, in some cheaper form.
+    """The M gradients of one leaf from one of its uses, in a cheaper form.
 
     Attributes:
         shape: The shape of the leaf.
         count: M.
-        unit: `rows` may be asked for multiples of so many units.
+        unit: The bounds given to `rows` must be multiples of this number of units.
     """
 
     shape: torch.Size
@@ -53,40 +54,40 @@ class Factor(ABC):
 
     @abstractmethod
     def rows(self, low: int = 0, high: int | None = None) -> Tensor:
-        """The rows on the leaf's units (its dim 0) from low to high. (M, high - low, ...)."""
+        """Return the rows on the leaf's units (dim 0) from low to high. (M, high - low, ...)."""
 
     @abstractmethod
     def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
-        """Σ_m w_m row_m, w = 1 when not given; nothing of a row that is not live. The leaf's shape.
+        """Compute Σ_m w_m row_m, with w = 1 by default; rows that are not live count as zero.
 
         Args:
             weights: (M,).
-            live: (M,) bool; None says that no row has to be kept out.
+            live: (M,) bool; None means that all rows are live.
         """
 
     @abstractmethod
     def dot(self, leaf: Tensor) -> Tensor:
-        """The product of every row with a leaf. (M,) float64."""
+        """Return the product of every row with a leaf. (M,) float64."""
 
     @abstractmethod
     def gram(self) -> Tensor:
-        """The Gram of these rows, of this one use of the leaf alone. (M, M) float64."""
+        """Return the Gram of these rows, for this one use of the leaf. (M, M) float64."""
 
     @abstractmethod
     def sq_norms(self) -> Tensor:
-        """The diagonal of `gram`. (M,)."""
+        """Return the diagonal of `gram`. (M,)."""
 
 
 class Divisible(Factor):
-    """A factor whose rows can be taken apart."""
+    """A factor that can be split into groups of rows."""
 
     @abstractmethod
     def part(self, low: int, high: int) -> Self:
-        """The same for some of the M rows."""
+        """Return the factor of some of the M rows."""
 
 
 def tiles(factor: Factor) -> Iterator[Tensor]:
-    """The rows (M, ...) of a factor, some of the leaf's units at a time."""
+    """Yield the rows (M, ...) of a factor, some of the leaf's units at a time."""
     if not factor.shape:
         yield factor.rows().reshape(factor.count, 1)
         return
@@ -98,7 +99,7 @@ def tiles(factor: Factor) -> Iterator[Tensor]:
 
 
 def tiled_gram(factor: Factor) -> Tensor:
-    """The Gram, tile by tile. (M, M) float64."""
+    """Compute the Gram tile by tile. (M, M) float64."""
     total: Tensor | None = None
     for tile in tiles(factor):
         products = _products.inner(tile, tile)
@@ -108,7 +109,7 @@ def tiled_gram(factor: Factor) -> Tensor:
 
 
 def tiled_sq_norms(factor: Factor) -> Tensor:
-    """Its diagonal, tile by tile. (M,)."""
+    """Compute the diagonal of the Gram tile by tile. (M,)."""
     return torch.stack([_products.row_sq_norms(tile) for tile in tiles(factor)]).sum(0)
 
 
@@ -128,36 +129,36 @@ class OuterFactor(Divisible):
         self.count = len(self.inputs)
 
     def rows(self, low: int = 0, high: int | None = None) -> Tensor:
-        """D_mᵀ A_m, one batched product."""
+        """Compute D_mᵀ A_m for all m by one batched product."""
         columns = self.outputs[..., low:high].mT
-        # Of one position each it is an outer product, bound by memory alone.
+        # With one position per row it is an outer product, limited by memory bandwidth.
         single = self.inputs.shape[1] == 1
         rows = columns * self.inputs if single else torch.bmm(columns, self.inputs)
         return rows.view(self.count, -1, *self.shape[1:])
 
     def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
-        """Dᵀ A over all rows, output gradients weighted."""
+        """Compute Dᵀ A over all rows, with weighted output gradients."""
         outputs, inputs = weigh(self.outputs, weights, live), mask(self.inputs, live)
         return (outputs.flatten(0, 1).T @ inputs.flatten(0, 1)).view(self.shape)
 
     def dot(self, leaf: Tensor) -> Tensor:
-        """Σ_t ⟨d_mt, V a_mt⟩, a product like the forward one."""
+        """Compute Σ_t ⟨d_mt, V a_mt⟩ by a product like that of the forward pass."""
         moved = self.inputs @ leaf.reshape(len(leaf), -1).T.to(self.inputs.dtype)
         return paired(moved, self.outputs)
 
     def part(self, low: int, high: int) -> Self:
-        """The same for some of the M rows."""
+        """Return the factor of some of the M rows."""
         return replace(self, inputs=self.inputs[low:high], outputs=self.outputs[low:high])
 
     def gram(self) -> Tensor:
-        """The ghost Gram, or from the rows where that takes less."""
+        """Compute the ghost Gram, or the Gram of the rows if that is cheaper."""
         (n, p), d = self.outputs.shape[1:], self.inputs.shape[2]
         if not n or ghost_flops(self.count, n, p, d) is None:
             return tiled_gram(self)
         return ghost_gram(self.inputs, self.outputs)
 
     def sq_norms(self) -> Tensor:
-        """The ghost Gram's diagonal, block by block, or from the rows where they are fewer."""
+        """Compute the ghost Gram's diagonal in blocks, or from the rows if they are smaller."""
         (n, p), d = self.outputs.shape[1:], self.inputs.shape[2]
         return by_rows(self, 4 * min(2 * n * n, p * d), OuterFactor._sq_norms)
 
@@ -175,7 +176,7 @@ class OuterFactor(Divisible):
 
 
 def by_rows(factor: F, bytes_of_row: int, answer: Callable[[F], Tensor]) -> Tensor:
-    """An answer (M, ...) that takes so many bytes for each of the M rows, for some at a time."""
+    """Compute an answer (M, ...) for some rows at a time, given the bytes that one row takes."""
     step = max(1, LARGEST // max(bytes_of_row, 1))
     if step >= factor.count:
         return answer(factor)
@@ -184,7 +185,7 @@ def by_rows(factor: F, bytes_of_row: int, answer: Callable[[F], Tensor]) -> Tens
 
 
 def ghost_flops(count: int, n: int, p: int, d: int) -> int | None:
-    """The flops of the ghost Gram of (M, n, p) and (M, n, d); None where holding rows is cheaper.
+    """Return the flops of the ghost Gram of (M, n, p) and (M, n, d), or None if rows are cheaper.
 
     Ghost products take N (p + d), N = M n, where rows and their Gram take p d (n + M).
     """
@@ -193,10 +194,10 @@ def ghost_flops(count: int, n: int, p: int, d: int) -> int | None:
 
 
 def ghost_gram(inputs: Tensor, outputs: Tensor) -> Tensor:
-    """Σ_tt' ⟨a_mt, a_m't'⟩ ⟨d_mt, d_m't'⟩ for (M, n, d) and (M, n, p). (M, M) float64.
+    """Compute Σ_tt' ⟨a_mt, a_m't'⟩ ⟨d_mt, d_m't'⟩ for (M, n, d) and (M, n, p). (M, M) float64.
 
-    From 256 positions on the lower half only, in four steps, or as many as keep products small;
-    below that, further calls cost more than half of the work.
+    From 256 positions on, only the lower half is computed, in four steps or more, so that the
+    products stay small. With fewer positions, the extra calls cost more than they save.
     """
     count, n = inputs.shape[:2]
     step = -(-count // min(max(count * n // 128, 1), 4))
@@ -214,18 +215,18 @@ def ghost_gram(inputs: Tensor, outputs: Tensor) -> Tensor:
 
 
 def ghost_between(own: OuterFactor, other: OuterFactor) -> Tensor:
-    """The products of the rows of two factors, from inputs and output gradients. (k, l) float64."""
+    """Compute the products of the rows of two factors without the rows. (k, l) float64."""
     tensors = (own.inputs, own.outputs, other.inputs, other.outputs)
     return _ghost_products(*map(_tree.at_least_float32, tensors))
 
 
 def _ghost_block(a: Tensor, d: Tensor, width: int) -> Tensor:
-    """The first columns of the ghost Gram."""
+    """Compute the first columns of the ghost Gram."""
     return _ghost_products(a, d, a[:width], d[:width])
 
 
 def _ghost_products(a: Tensor, d: Tensor, b: Tensor, e: Tensor) -> Tensor:
-    """Σ_tt' ⟨a_mt, b_m't'⟩ ⟨d_mt, e_m't'⟩. (k, l) float64."""
+    """Compute Σ_tt' ⟨a_mt, b_m't'⟩ ⟨d_mt, e_m't'⟩. (k, l) float64."""
     (count, n), width = a.shape[:2], len(b)
     with _tree.no_autocast(a):
         products = (a.flatten(0, 1) @ b.flatten(0, 1).T).mul_(d.flatten(0, 1) @ e.flatten(0, 1).T)
@@ -236,7 +237,7 @@ def _ghost_products(a: Tensor, d: Tensor, b: Tensor, e: Tensor) -> Tensor:
 
 
 def weigh(tensor: Tensor, weights: Tensor | None, live: Tensor | None) -> Tensor:
-    """Every row of (M, ...) times its weight, exactly 0 where it is not live."""
+    """Multiply every row of (M, ...) by its weight; rows that are not live become exactly 0."""
     if weights is not None:
         wide = _tree.at_least_float32(tensor)
         tensor = (wide * _along_rows(weights.to(wide.dtype), wide)).to(tensor.dtype)
@@ -244,12 +245,12 @@ def weigh(tensor: Tensor, weights: Tensor | None, live: Tensor | None) -> Tensor
 
 
 def mask(tensor: Tensor, live: Tensor | None) -> Tensor:
-    """Rows of (M, ...) that are not live replaced by 0."""
+    """Replace the rows of (M, ...) that are not live by 0."""
     return tensor if live is None else torch.where(_along_rows(live, tensor), tensor, 0.0)
 
 
 def paired(a: Tensor, b: Tensor) -> Tensor:
-    """The inner product of every row of (M, ...) with the same row of another. (M,) float64."""
+    """Compute the inner products of equal rows of two tensors (M, ...). (M,) float64."""
     product = _tree.at_least_float32(a) * _tree.at_least_float32(b)
     return product.flatten(1).sum(1, dtype=_tree.wide(product))
 
@@ -258,7 +259,7 @@ def _along_rows(values: Tensor, tensor: Tensor) -> Tensor:
     return values.view(-1, *[1] * (tensor.ndim - 1))
 
 
-# --- Rows that are held, because they are small ---
+# --- Rows that are held because they are small ---
 
 
 @dataclass(eq=False)
@@ -274,11 +275,11 @@ class DenseFactor(Factor):
         return self.held.reshape(self.count, -1)
 
     def rows(self, low: int = 0, high: int | None = None) -> Tensor:
-        """A slice of them."""
+        """Return a slice of the rows."""
         return self.held if self.held.ndim == 1 else self.held[:, low:high]
 
     def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
-        """One weighted sum."""
+        """Compute one weighted sum."""
         if weights is None:
             if live is None:
                 return self.held.sum(0) if self.count > 1 else self.held[0]
@@ -291,24 +292,24 @@ class DenseFactor(Factor):
         return _products.weighted_sum(weights, self._matrix()).view(self.shape).to(self.held.dtype)
 
     def dot(self, leaf: Tensor) -> Tensor:
-        """One product."""
+        """Compute the answer by one product."""
         return _products.inner(self._matrix(), leaf.reshape(1, -1))[:, 0]
 
     def gram(self) -> Tensor:
-        """One product."""
+        """Compute the answer by one product."""
         return _products.inner(self._matrix(), self._matrix())
 
     def sq_norms(self) -> Tensor:
-        """Norms of the rows."""
+        """Compute the squared norms of the rows."""
         return _products.row_sq_norms(self._matrix())
 
 
 JOINED = ""
-"""The name of what is made of several leaves."""
+"""The name of the factor that joins several leaves."""
 
 
 def small_dense(factors: Mapping[str, Factor], names: Collection[str]) -> list[str]:
-    """The leaves among some whose few rows are held."""
+    """Return those of the named leaves whose rows are held and small."""
     return [
         name
         for name, factor in factors.items()
@@ -319,7 +320,7 @@ def small_dense(factors: Mapping[str, Factor], names: Collection[str]) -> list[s
 
 
 def join_dense(factors: Mapping[str, Factor], names: list[str]) -> dict[str, Factor]:
-    """Leaves whose rows are held, as one."""
+    """Join leaves whose rows are held into one factor."""
     if not names:
         return {}
     matrices = [factors[name].rows().reshape(factors[name].count, -1) for name in names]
@@ -327,7 +328,7 @@ def join_dense(factors: Mapping[str, Factor], names: list[str]) -> dict[str, Fac
 
 
 def split_joined(total: Tensor, names: list[str], shapes: Mapping[str, torch.Size]) -> Tree:
-    """A combination of joined rows, leaf by leaf."""
+    """Split a combination of joined rows into its leaves."""
     parts = torch.split_with_sizes(total, [shapes[name].numel() for name in names])
     return {name: part.view(shapes[name]) for name, part in zip(names, parts, strict=True)}
 
@@ -340,7 +341,7 @@ class TiledFactor(Factor):
     """The sum of the rows of several factors of one leaf.
 
     The Gram of a sum is not the sum of the Grams: a weight that is used twice has cross terms. So
-    the rows are made after all, for some of the leaf's units at a time, and dropped.
+    the rows are computed for some of the leaf's units at a time, and discarded.
 
     Attributes:
         parts: One factor for each use of the leaf.
@@ -353,35 +354,35 @@ class TiledFactor(Factor):
         self.unit = max(part.unit for part in self.parts)
 
     def rows(self, low: int = 0, high: int | None = None) -> Tensor:
-        """The sum of the parts' rows."""
+        """Return the sum of the parts' rows."""
         rows = self.parts[0].rows(low, high)
         for part in self.parts[1:]:
             rows = rows + part.rows(low, high)
         return rows
 
     def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
-        """Of all parts."""
+        """Sum the answers of all parts."""
         total = self.parts[0].total(weights, live)
         for part in self.parts[1:]:
             total = total + part.total(weights, live)
         return total
 
     def dot(self, leaf: Tensor) -> Tensor:
-        """Of all parts."""
+        """Sum the answers of all parts."""
         return torch.stack([part.dot(leaf) for part in self.parts]).sum(0)
 
     def gram(self) -> Tensor:
-        """Tile by tile."""
+        """Compute the Gram tile by tile."""
         return tiled_gram(self)
 
     def sq_norms(self) -> Tensor:
-        """Tile by tile, or of the only part."""
+        """Compute the norms tile by tile, or take those of the only part."""
         if len(self.parts) == 1:
             return self.parts[0].sq_norms()
         return tiled_sq_norms(self)
 
 
-# --- Rows of the table of an embedding ---
+# --- The rows of an embedding table ---
 
 
 @dataclass(eq=False)
@@ -396,7 +397,7 @@ class EmbeddingFactor(Divisible):
         self.count = len(self.index)
 
     def rows(self, low: int = 0, high: int | None = None) -> Tensor:
-        """Scattered into the table's units from low to high."""
+        """Scatter the output gradients into the table's units from low to high."""
         units = len(range(self.shape[0])[low:high])
         index, grads = self.index - low, self.grads
         if units < self.shape[0]:
@@ -408,20 +409,20 @@ class EmbeddingFactor(Divisible):
         return table.view(self.count, units, self.shape[1])
 
     def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
-        """Scattered into one table, weighted."""
+        """Scatter the weighted output gradients into one table."""
         grads = weigh(self.grads, weights, live).flatten(0, 1)
         return grads.new_zeros(self.shape).index_add_(0, self.index.flatten(), grads)
 
     def dot(self, leaf: Tensor) -> Tensor:
-        """The leaf looked up, paired with the output gradients."""
+        """Look up the leaf, and pair the result with the output gradients."""
         return paired(leaf[self.index].to(self.grads.dtype), self.grads)
 
     def part(self, low: int, high: int) -> Self:
-        """The same for some of the M rows."""
+        """Return the factor of some of the M rows."""
         return replace(self, index=self.index[low:high], grads=self.grads[low:high])
 
     def gram(self) -> Tensor:
-        """Products wherever two positions share a unit, or from the rows where that takes less."""
+        """Sum products of positions that share a unit, or use the rows if that is cheaper."""
         n = self.index.shape[1]
         if n * n > self.shape[0]:
             return tiled_gram(self)
@@ -432,13 +433,13 @@ class EmbeddingFactor(Divisible):
                 own = slice(m * n, (m + 1) * n)
                 products = grads[own] @ grads[: (m + 1) * n].T
                 same = index[own, None] == index[None, : (m + 1) * n]
-                # Not a product with 0: what is not finite elsewhere does not belong here.
+                # torch.where, because 0 times a non-finite number of another unit is NaN.
                 shared = torch.where(same, products, 0.0).view(n, m + 1, n)
                 gram[m, : m + 1] = gram[: m + 1, m] = shared.sum((0, 2), dtype=gram.dtype)
         return gram
 
     def sq_norms(self) -> Tensor:
-        """As `gram`, for each row with itself; of many positions from their sums per unit."""
+        """Compute the diagonal of `gram`; with many positions, from the sums per unit."""
         n, width = self.grads.shape[1:]
         if n <= width:
             return by_rows(self, 12 * n * n, EmbeddingFactor._sq_norms_of_pairs)
@@ -453,11 +454,11 @@ class EmbeddingFactor(Divisible):
         return norms.clamp(min=0)
 
     def _sq_norms_of_sums(self) -> Tensor:
-        """Positions sorted by unit, those of one unit summed: never more than there are grads."""
+        """Sort the positions by unit and sum those of one unit: no more sums than positions."""
         index, order = self.index.sort(1)
         begins = torch.ones_like(index, dtype=torch.bool)
         torch.ne(index[:, 1:], index[:, :-1], out=begins[:, 1:])
-        place = begins.flatten().cumsum(0) - 1  # of the unit a position belongs to
+        place = begins.flatten().cumsum(0) - 1  # the unit that a position belongs to
         grads = _tree.at_least_float32(self.grads)
         grads = grads.gather(1, order[..., None].expand_as(grads)).flatten(0, 1)
         sums = torch.zeros_like(grads).index_add_(0, place, grads)

@@ -1,4 +1,4 @@
-"""Plan "fused": the forward pass over all rows, and the special case of one row."""
+"""Run the forward pass of plan "fused" over all rows, and the special case of one row."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from gradfilter.grads.fused._lift import Level, repeated
 from gradfilter.grads.fused._modules_by_row import ByRow
 from gradfilter.grads.fused._row_questions import GRAPH, VALUES
 from gradfilter.grads.fused._tape import Tape
-from gradfilter.grads.fused.overrides._registry import RULES
+from gradfilter.grads.fused.overrides._registry import OVERRIDES
 from gradfilter.grads.fused.overrides._spellings import spellings
 from gradfilter.grads.fused.overrides._vmap_faults import refuse_nested
 
 # --- Embeddings with padding in modules that run row by row: masked here, not by torch. ---
 #
-# An embedding that torch itself masks is refused in the graph of a pass over all rows, where
-# vmap's own rule would mask the padding of the first row only. Outside of vmap it is right, and
-# nothing in the graph tells the two apart.
+# A pass over all rows refuses an embedding that torch itself masks: vmap would mask the padding of
+# the first row only. Outside of vmap torch is correct, but the graph does not show which of the two
+# ran.
 
 
 def _embedding(
     input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """`F.embedding`, with its padding masked by hand."""
+    """Replace `F.embedding`, and mask the padding here."""
     found = F.embedding(input, weight, None, *args, **kwargs)
     if padding_idx is None:
         return found
@@ -54,7 +54,7 @@ def _embedding(
 def _embedding_of(
     weight: Tensor, indices: Tensor, padding_idx: int = -1, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """`torch.embedding`, with its padding masked by hand."""
+    """Replace `torch.embedding`, and mask the padding here."""
     found = torch.embedding(weight, indices, -1, *args, **kwargs)
     return torch.where((indices == padding_idx)[..., None], found.detach(), found)
 
@@ -63,7 +63,7 @@ MASKED_BY_HAND: dict[Callable[..., Any], Callable[..., Any]] = {
     F.embedding: _embedding,
     **dict.fromkeys(spellings("embedding"), _embedding_of),
 }
-"""For what runs row by row, outside of vmap: right without any rule, and not to be refused."""
+"""Overrides for modules that run row by row, outside of vmap, where torch itself is correct."""
 
 
 # --- The pass over all rows ---
@@ -81,14 +81,14 @@ class Forward:
 
     Attributes:
         losses: (M,), with the graph of the pass.
-        tape: Where a backward pass leaves the gradients.
-        buffers: After all rows, in order.
-        aux: What the loss returned beside its value, stacked.
-        run_backward: Runs a backward pass in the surroundings it needs.
-        groups: The rows of each pass, where rows that answer the host differently have their own.
+        tape: The tape on which a backward pass leaves the gradients.
+        buffers: The buffers after all rows, in order.
+        aux: The second value that the loss returned, stacked over the rows.
+        run_backward: Runs a backward pass with the modules and modes that it needs.
+        groups: The rows of each pass, if rows that answer the host differently ran separately.
         by_row: The classes of the modules that ran row by row.
-        used: The tensors in attributes of modules that were computed with, by name.
-        changed: Whether attributes of modules have changed.
+        used: The tensors in attributes of modules that the loss used, by name.
+        changed: True if attributes of modules have changed.
     """
 
     losses: Tensor
@@ -103,31 +103,31 @@ class Forward:
 
 
 BATCH = ""
-"""The batch among what may not be written into."""
+"""The name of the batch among the guarded tensors."""
 
 STATISTICS = {F.batch_norm, F.instance_norm, *spellings("batch_norm"), *spellings("instance_norm")}
-"""Functions whose rules note by themselves what they do with buffers."""
+"""Functions whose overrides record their use of buffers themselves."""
 
 
 class Overrides(TorchFunctionMode):
-    """Hands functions that have a rule to it."""
+    """Call the operation override of every function that has one."""
 
     def __init__(self, host: Host, guarded: dict[int, str]) -> None:
-        """For one host; what may not be written into, by where it lies in memory."""
+        """Take the host, and the names of the guarded tensors by their address in memory."""
         super().__init__()
         self.host, self._guarded = host, guarded
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Try the rule, else run the function as it is."""
+        """Try the override, else run the function as it is."""
         kwargs = kwargs or {}
         for tensor in written(func, args, kwargs):
             self._refuse_writing(tensor)
-        rule = RULES.get(func) or VALUES.get(func) or GRAPH.get(func)
-        if rule is not None:
+        override = OVERRIDES.get(func) or VALUES.get(func) or GRAPH.get(func)
+        if override is not None:
             if self.host.level.is_innermost():
-                result = rule(self.host, *args, **kwargs)
+                result = override(self.host, *args, **kwargs)
                 if result is not NotImplemented:
                     if func not in STATISTICS:
                         self.host.running.watch.note(func, args, kwargs)
@@ -162,12 +162,12 @@ class Overrides(TorchFunctionMode):
 
 
 def _is_checkpoint(function: Any = None, *_: Any) -> bool:
-    # In torch 2.11 checkpointing shows vmap a Function of its own before it hooks on anything.
+    # In torch 2.11 vmap sees the autograd function of a checkpoint before any hook is registered.
     return isinstance(function, type) and function.__module__ == "torch.utils.checkpoint"
 
 
 class BatchWritten(RuntimeError):
-    """The loss is about to write into the batch: it has to be given a copy."""
+    """Raised before the loss writes into the batch: the loss needs a copy."""
 
 
 def forward(
@@ -185,9 +185,9 @@ def forward(
         loss: The loss.
         params: The parameters; with ``per_row`` each with a leading axis M.
         batch: The rows.
-        per_row: Row m has its own parameters.
+        per_row: True if every row has its own parameters.
         by_row: The modules that run row by row.
-        own_batch: The batch is a copy, which the loss may write into.
+        own_batch: True if the batch is a copy that the loss may write into.
 
     Raises:
         BatchWritten: Before the loss writes into the batch.
@@ -210,7 +210,7 @@ def forward(
         Level.entered(count) as level,
     ):
         guarded = _guarded([] if own_batch else batch.tensors, leaves, loss)
-        host = Host(level, tape, running, partial(_again, guarded))
+        host = Host(level, tape, running, partial(_reenter, guarded))
         overrides = Overrides(host, guarded)
         inside = {name: as_parameter(level.wrap(leaf)) for name, leaf in leaves.items()}
         row = batch.rebuild(level.wrap(t) for t in batch.tensors)
@@ -229,21 +229,21 @@ def forward(
         )
     ends = loss.check_reaches(losses, leaves.values())
     if ends.padded_lookup:
-        # vmap's own rule joins the tables of all rows into one, and masks the first table alone.
-        # The override does it right for every function that Python calls.
+        # vmap joins the tables of all rows into one, and masks only the first table. The override
+        # is correct for every function that Python calls.
         raise RuntimeError(
             "embedding with padding_idx cannot run over all rows at once in a scripted or "
             "traced function, or inside a transform of the loss's own: vmap would mask the "
             "padding of the first row alone."
         )
     for name, counter in after.items():
-        # Counted once, for all rows.
+        # Count the module once for all rows.
         if name.endswith("num_batches_tracked") and name not in handed.buffers:
             before = batch.buffers[name]
             after[name] = before + count * (counter - before)
     after |= {**running.finish(), **handed.buffers}
     aux = None if aux is None else _tree.tree_map(torch.Tensor.detach, aux)
-    # What a module does to a gradient row by row need not be linear in it.
+    # A module that runs row by row may change its gradient in a way that is not linear.
     tape.linear = tape.linear and not (handed.modules or ends.custom)
     looped = tuple(sorted({type(module).__name__ for module in handed.modules}))
     return Forward(
@@ -252,7 +252,7 @@ def forward(
 
 
 def _refuse_backward_hooks(loss: NormalizedLoss) -> None:
-    """Refuse hooks that torch runs by autograd functions which know nothing of rows."""
+    """Refuse module hooks that torch runs in autograd functions without support for rows."""
     for name, module in loss.modules.items():
         if module._backward_hooks or module._backward_pre_hooks:
             raise RuntimeError(
@@ -261,8 +261,8 @@ def _refuse_backward_hooks(loss: NormalizedLoss) -> None:
             )
 
 
-def _again(guarded: dict[int, str], host: Host, run: Callable[[], Any]) -> Any:
-    """Run something under the level and the rules of a forward pass that is over."""
+def _reenter(guarded: dict[int, str], host: Host, run: Callable[[], Any]) -> Any:
+    """Run a function under the level and the overrides of a forward pass that has ended."""
     with Level.entered(host.level.rows) as level:
         if level.number != host.level.number:
             raise RuntimeError(
@@ -273,16 +273,16 @@ def _again(guarded: dict[int, str], host: Host, run: Callable[[], Any]) -> Any:
 
 
 def _last_row(level: Level, tensor: Tensor) -> Tensor:
-    """What a module remembers after M passes in order: the tensor of the last."""
+    """Return the tensor that a module holds after M passes in order: that of the last row."""
     return level.lower(tensor).detach()[-1] if level.batched(tensor) else tensor
 
 
 def _guarded(batch: list[Tensor], leaves: Params, loss: NormalizedLoss) -> dict[int, str]:
-    """What the loss may not write into, by where it lies in memory."""
+    """Return the names of tensors that the loss must not write into, by address in memory."""
     found = {memory(t): name for name, t in loss.attribute_tensors()}
     found |= {memory(leaf): name for name, leaf in leaves.items()}
     found |= {memory(t): BATCH for t in batch}
-    found.pop(0, None)  # of tensors without elements
+    found.pop(0, None)  # the address of tensors without elements
     return found
 
 
@@ -296,25 +296,29 @@ def forward_single(
     per_row: bool,
     modes: Callable[[], AbstractContextManager[None]],
 ) -> Forward:
-    """Evaluate the loss of a single row, which asks for no vmap.
+    """Evaluate the loss of a single row, without vmap.
 
     Args:
         loss: The loss.
         params: The parameters; with ``per_row`` each with a leading axis of 1.
         batch: The row.
-        per_row: Whether they have it.
-        modes: Puts the modules into the modes of this pass.
+        per_row: True if the parameters have that axis.
+        modes: Sets the modes (training, evaluation) that the modules have in this pass.
     """
     leaves = {name: loss.leaf(name, p.squeeze(0) if per_row else p) for name, p in params.items()}
     loss.hook(leaves)
-    hooked: list[str] = []
+    hooked_tensors: list[str] = []
     handles = RemovableHandle.next_id
-    with torch.enable_grad(), one_image(batch, loss.modules), untouched(loss, leaves, hooked):
-        # A copy: a first layer that works in place would write into the batch.
+    with (
+        torch.enable_grad(),
+        one_image(batch, loss.modules),
+        untouched(loss, leaves, hooked_tensors),
+    ):
+        # Copy, because a first layer that works in place would write into the batch.
         row = batch.rebuild(t.squeeze(0).clone() for t in batch.tensors)
         value, after, aux = loss.settling(leaves, row, batch.buffers)
         losses = value.unsqueeze(0)
-    # A hook on a node is seen by nobody, but every hook has a handle, and every handle a number.
+    # torch does not list the hooks of a node, but every hook takes a new number for its handle.
     hooked_nodes = RemovableHandle.next_id != handles
     ends = loss.check_reaches(value, leaves.values())
     loss.settle(leaves)
@@ -326,19 +330,19 @@ def forward_single(
             "runs in every plan"
         )
 
-    def inside(backward: Callable[[], None]) -> None:
+    def run_backward(backward: Callable[[], None]) -> None:
         with modes(), one_image(batch, loss.modules):
             loss.with_module_state(leaves, batch.buffers, backward)
 
-    # What a hook makes of the gradient need not be linear in it.
+    # The result of a hook need not be linear in the gradient.
     tape = Tape({name: leaf.detach().unsqueeze(0) for name, leaf in leaves.items()}, leaves)
-    seen = hooked or hooked_nodes or loss.hooks or ends.custom or any(_backward_hooks(loss))
+    seen = hooked_tensors or hooked_nodes or loss.hooks or ends.custom or any(_backward_hooks(loss))
     tape.linear = not seen
     after = {name: b.detach() for name, b in after.items()}
     aux = None if aux is None else _tree.tree_map(lambda t: t.detach().unsqueeze(0), aux)
-    return Forward(losses, tape, after, aux, inside)
+    return Forward(losses, tape, after, aux, run_backward)
 
 
 def _backward_hooks(loss: NormalizedLoss) -> Iterator[bool]:
-    """Whether each module has hooks that see its gradients."""
+    """Yield for each module whether it has hooks that see its gradients."""
     return (bool(m._backward_hooks or m._backward_pre_hooks) for m in loss.modules.values())

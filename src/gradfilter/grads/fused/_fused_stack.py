@@ -1,9 +1,10 @@
-"""The stack of the fused plan: a lazy backward pass whose factors answer every question."""
+"""The stack of the fused plan: a lazy backward pass, and factors that answer every question."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -49,35 +50,67 @@ from gradfilter.grads.fused._tape import Layer, Modes, choose_modes
 Question = Callable[[Factor, str], Tensor]
 
 
+class State(Enum):
+    """The state of `LazyRows`: what of its pass is in memory."""
+
+    GRAPH = "graph"
+    FACTORS = "factors"
+    RELEASED = "released"
+
+
 class LazyRows:
     """The rows of one forward pass, computed when they are asked for.
 
-    The first question runs the backward pass, which leaves a factor for every leaf; all further
-    ones are answered from those. A combination that is asked first of all is one ordinary backward
-    pass with weighted losses. Who has asked enough lets go; whoever asks again pays for a new pass.
+    The object is a state machine. A *question* is a call of `gram`, `sq_norms`, `dot`, `rows` or
+    `total`; Grams and norms are cached, and a cached answer changes no state::
+
+        start --> GRAPH --question--> FACTORS --question--> FACTORS
+                    |                    |
+                    |                    | release, or the user wrote into the rows
+                    |                    v
+                    +----------------> RELEASED --question--> as from GRAPH,
+              release, or `total` of             after a new forward pass
+              all leaves
+
+    GRAPH: The forward pass has run, and its graph is held. A question runs the backward pass, which
+    leaves one factor for every leaf. A `total` of all leaves takes one ordinary backward pass with
+    weighted losses instead, and leaves nothing.
+
+    FACTORS: The factors answer every question without a further pass.
+
+    RELEASED: Nothing is held. The next question runs the forward pass again.
+
+    Two cases differ. If the factors exceed the budget (``modes.keeps`` is False), every question
+    takes a backward pass of its own and the state stays GRAPH; only a `total` of all leaves
+    releases the graph, unless ``expect_more`` is set. If the backward pass is refused, ``fallback``
+    gives the rows, which become the factors.
 
     Args:
-        again: Runs the forward pass once more, on the same random numbers.
-        first: The forward pass that was run already.
-        budget: Bytes that may be held between questions.
-        instead: Gives the rows in another way where the backward pass is refused, or raises.
-        hooks: What the user registered on parameters, to be run on every row.
+        rerun: Runs the forward pass again, with the same random numbers.
+        first: The forward pass that has run.
+        budget: The bytes that may be held between questions.
+        fallback: Computes the rows in another way if the backward pass is refused, or raises.
+        hooks: The hooks that the user registered on parameters, to be run on every row.
+
+    Attributes:
+        state: The present state.
+        expect_more: True while norms, and no Gram, have been answered: clips ask for norms first
+            and for several combinations later, so a combination must not free the graph.
     """
 
     def __init__(
         self,
-        again: Callable[[], Forward],
+        rerun: Callable[[], Forward],
         first: Forward,
         budget: int,
-        instead: Callable[[Exception], Tree] | None = None,
+        fallback: Callable[[Exception], Tree] | None = None,
         hooks: dict[str, list[Hook]] | None = None,
     ) -> None:
-        self._again, self._instead = again, instead
-        self.fallback = ""  # why the loop has computed the rows, once it has
-        # Those of a single row are on its leaves.
+        self._rerun, self._fallback_rows = rerun, fallback
+        self.fallback = ""  # the reason why the loop has computed the rows
+        # With a single row, autograd runs the hooks on the leaves themselves.
         self._hooks = (hooks or {}) if first.tape.alone is None else {}
         self._linear = first.tape.linear
-        self._forward: Forward | None = first
         self.shapes = {name: leaf.shape[1:] for name, leaf in first.tape.leaves.items()}
         self._dtypes = {name: leaf.dtype for name, leaf in first.tape.leaves.items()}
         self.modes: Modes = choose_modes(first.tape.leaves, first.tape.uses, budget)
@@ -90,18 +123,29 @@ class LazyRows:
         self._half = autocast_dtype(self.device) is not None or any(
             dtype.itemsize < 4 for dtype in self._dtypes.values()
         )
-        self._kept: dict[str, Factor] | None = None
-        self._versions: dict[str, int] | None = None
         self._grams: dict[frozenset[str], Tensor] = {}
         self._norms: dict[frozenset[str], Tensor] = {}
+        self.expect_more = False
+        self._enter_graph(first)
+
+    def _enter_graph(self, forward: Forward) -> None:
+        self.state = State.GRAPH
+        self._forward: Forward | None = forward
+        self._kept: dict[str, Factor] = {}
+        self._versions: dict[str, int] | None = None
+
+    def _enter_factors(self, kept: dict[str, Factor]) -> None:
+        self.state = State.FACTORS
+        self._forward, self._kept = None, kept
+        self._versions = versions(_held(kept))
 
     def release(self) -> None:
-        """Let go of the graph and of everything that another pass can bring back."""
-        self._forward = None
-        self._kept = None
+        """Free the graph and the factors; another pass can compute them again."""
+        self.state = State.RELEASED
+        self._forward, self._kept, self._versions = None, {}, None
 
     def empty(self) -> Tensor | None:
-        """Which rows have a NaN loss and gradient zero; None where none has. (M,) bool."""
+        """Find the rows with a NaN loss and a zero gradient, or None. (M,) bool."""
         lost, every = self._losses.isnan(), frozenset(self.shapes)
         if readable(lost):
             if not any(lost.tolist()):
@@ -109,36 +153,38 @@ class LazyRows:
             return lost & (self.sq_norms(every) == 0)
         if every in self._norms:
             return lost & (self._norms[every] == 0)
-        # Norms would cost a backward pass more than most chains take.
+        # The norms would cost one more backward pass than most chains need.
         return None if self._ignored is None else lost & self._ignored
 
     def gram(self, names: Collection[str]) -> Tensor:
-        """The Gram over some leaves. (M, M)."""
+        """Return the Gram over some leaves. (M, M)."""
         key = frozenset(names)
         if key not in self._grams:
             self._grams[key] = self._sum(
                 names, lambda factor, _: factor.gram(), (self.count, self.count), join=True
             )
-            # Signed terms that cancel leave a little less than nothing of a row that is zero.
+            # Signed terms that cancel can leave a small negative number for a row that is zero.
             self._grams[key].diagonal().clamp_(min=0)
             self._norms[key] = self._grams[key].diagonal()
+            self.expect_more = False
         return self._grams[key]
 
     def sq_norms(self, names: Collection[str]) -> Tensor:
-        """Squared norms over some leaves. (M,)."""
+        """Return the squared norms over some leaves. (M,)."""
         key = frozenset(names)
         if key not in self._norms:
             self._norms[key] = self._sum(
                 names, lambda factor, _: factor.sq_norms(), (self.count,), join=True
             )
+            self.expect_more = not self._grams
         return self._norms[key]
 
     def dot(self, tree: Tree) -> Tensor:
-        """Products with a tree of some leaves. (M,)."""
+        """Return the products with a tree of some leaves. (M,)."""
         return self._sum(tree, lambda factor, name: factor.dot(tree[name]), (self.count,))
 
     def rows(self, names: Collection[str]) -> Tree:
-        """The rows on some leaves."""
+        """Return the rows on some leaves."""
         found = self._ask(names, lambda factor, name: factor.rows().to(self._dtypes[name]))
         return {
             name: found[name]
@@ -150,8 +196,8 @@ class LazyRows:
         }
 
     def total(self, names: Collection[str], weights: Tensor) -> Tree:
-        """Σ_m w_m row_m on some leaves, nothing of a row of weight 0."""
-        if self._half:  # which holds the numbers of a mean: smaller weights would underflow
+        """Compute Σ_m w_m row_m on some leaves; rows of weight 0 are masked."""
+        if self._half:  # half precision holds the numbers of a mean; small weights would underflow
             size = weights.abs().sum()
             size = torch.where(size > 0, size, 1.0)
             total = self._total(names, weights / size)
@@ -167,11 +213,16 @@ class LazyRows:
         }
 
     def _total(self, names: Collection[str], weights: Tensor) -> Tree:
-        """The same of the leaves that have a gradient, as it was computed."""
-        # Of losses in half precision, which would round the weights, the rows are weighed.
+        """Compute `total` for the leaves that have a gradient, in the dtype of the computation."""
+        # Losses in half precision would round the weights, so the rows are weighted instead.
         wide = self._losses.element_size() >= 4
         found = None
-        if wide and self._linear and self._kept is None and set(names) == set(self.shapes):
+        if (
+            wide
+            and self._linear
+            and self.state is not State.FACTORS
+            and set(names) == set(self.shapes)
+        ):
             found = self._weighted(weights)
         if found is None:
             live = self._live(names, weights)
@@ -182,17 +233,17 @@ class LazyRows:
         return found
 
     def _live(self, names: Collection[str], weights: Tensor) -> Tensor | None:
-        """Which rows to mask: None where no row of weight 0 has a non-finite number in it."""
+        """Find the rows not to mask; None if all rows of weight 0 are known to be finite."""
         live = harmless = weights != 0
         if frozenset(names) in self._norms:
             harmless = live | self._norms[frozenset(names)].isfinite()
-        # Masking copies all that was kept.
+        # Masking copies the factors.
         return None if readable(harmless) and all(harmless.tolist()) else live
 
     def _weighted(self, weights: Tensor) -> Tree | None:
-        """One backward pass with the losses weighted, or None where that was refused."""
+        """Run one backward pass with weighted losses. Return None if it was refused."""
         found: Tree = {}
-        # Where a row is dead, its finite norm says nothing: 0 times an infinite derivative is NaN.
+        # The finite norm of a dead row does not help: 0 times an infinite derivative is NaN.
         live = self._live((), weights)
 
         def visit(name: str, factors: list[Factor], grad: Tensor | None) -> None:
@@ -201,9 +252,7 @@ class LazyRows:
                 parts.append(DenseFactor(grad).total(None, live))
             found[name] = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
-        # A combination that comes first, or behind a Gram, is the last question of most filters:
-        # the pass frees activations as it goes, as any other does. Norms announce a few more.
-        done = self._backward(weights, visit, last=bool(self._grams) or not self._norms)
+        done = self._backward(weights, visit, retain=self.expect_more)
         return found if done else None
 
     def _sum(
@@ -214,7 +263,7 @@ class LazyRows:
         *,
         join: bool = False,
     ) -> Tensor:
-        """The sum of a question's answers over some leaves."""
+        """Sum the answers to a question over some leaves."""
         answers = list(self._ask(names, question, join=join).values())
         dtype = _tree.wide(torch.empty(0, device=self.device))
         if not answers:
@@ -222,8 +271,8 @@ class LazyRows:
         return torch.stack(answers).sum(0)
 
     def _ask(self, names: Collection[str], question: Question, *, join: bool = False) -> Tree:
-        """The answers of all leaves that have a gradient."""
-        if not self.modes.keeps and self._kept is None:
+        """Return the answers of the named leaves that have a gradient."""
+        if not self.modes.keeps and self.state is not State.FACTORS:
             found: Tree = {}
 
             def visit(name: str, factors: list[Factor], grad: Tensor | None) -> None:
@@ -242,29 +291,27 @@ class LazyRows:
             return {name: question(factor, name) for name, factor in chosen.items()}
 
     def _factors(self) -> dict[str, Factor]:
-        """What the backward pass left of each leaf, after running it if need be."""
-        if self._kept is not None and written(_held(self._kept), self._versions):
-            self._kept = None  # `rows` gives what is held, and somebody has written to it
-        if self._kept is None:
+        """Return the factor of each leaf; run the backward pass first if they are not held."""
+        if self.state is State.FACTORS and written(_held(self._kept), self._versions):
+            self.release()  # `rows` returns what is held, and the user has written into it
+        if self.state is not State.FACTORS:
             kept: dict[str, Factor] = {}
 
             def visit(name: str, factors: list[Factor], grad: Tensor | None) -> None:
                 kept[name] = self._as_factor(name, factors, grad)
 
             if self._backward(None, visit):
-                self._kept = kept
-            assert self._kept is not None  # a refused pass leaves the rows of another
-            self._versions = versions(_held(self._kept))
+                self._enter_factors(kept)
         return self._kept
 
     def _as_factor(self, name: str, factors: list[Factor], grad: Tensor | None) -> Factor:
-        """The one factor of a complete leaf, in the leaf's mode."""
+        """Return the one factor of a complete leaf, in the leaf's mode."""
         parts = [*factors] if grad is None else [*factors, DenseFactor(grad)]
         if name in self._hooks:
             rows = parts[0].rows() if len(parts) == 1 else TiledFactor(parts).rows()
             rows, first = rows.to(self._dtypes[name]), parts[0]
             if len(parts) == 1 and isinstance(first, GroupedFactor):
-                # Where a row does not use a parameter, there is no gradient to hook on.
+                # A row that does not use a parameter has no gradient for its hooks.
                 using = torch.cat(first.places)
                 return DenseFactor(
                     rows.index_copy(0, using, hooked(rows[using], self._hooks[name]))
@@ -277,28 +324,32 @@ class LazyRows:
         return DenseFactor(tiled.rows()) if mode == "store" else tiled
 
     def _backward(
-        self, weights: Tensor | None, visit: Callable[..., None], *, last: bool = False
+        self, weights: Tensor | None, visit: Callable[..., None], *, retain: bool = True
     ) -> bool:
-        """Run one backward pass; False where it was refused, and the rows are kept instead."""
-        run = self._forward or self._again()
-        # With nothing kept the next question needs the graph again.
-        retain = not self.modes.keeps and not last
-        self._forward = run if retain else None
+        """Run one backward pass. Return False if it was refused: the fallback's rows are then held.
+
+        The graph is retained only if ``retain`` is set and factors are not kept.
+        """
+        run = self._forward or self._rerun()
+        retain = retain and not self.modes.keeps
+        if retain:
+            self._enter_graph(run)
+        else:  # the pass frees the activations while it runs
+            self.release()
         losses = run.losses
         cotangent = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
         try:
-            # Autocast has done its work in the forward pass; what is asked, is asked exactly.
+            # Autocast applies to the forward pass only; the answers are computed exactly.
             with self._no_autocast():
                 run.run_backward(lambda: run.tape.backward(losses, cotangent, visit, retain=retain))
         except Exception as refusal:
             note_anomaly(refusal)
-            if self._instead is None:
+            if self._fallback_rows is None:
                 raise
-            self._forward = None
-            rows = self._instead(refusal)
+            self.release()
+            rows = self._fallback_rows(refusal)
             self.fallback = reason_of(refusal)
-            self._kept = {name: DenseFactor(leaf) for name, leaf in rows.items()}
-            self._versions = versions(_held(self._kept))
+            self._enter_factors({name: DenseFactor(leaf) for name, leaf in rows.items()})
             return False
         return True
 
@@ -307,7 +358,7 @@ class LazyRows:
 
 
 def _held(kept: dict[str, Factor]) -> dict[str, Tensor]:
-    """The rows among what is kept."""
+    """Return the rows among the factors that are held."""
     return {name: factor.held for name, factor in kept.items() if isinstance(factor, DenseFactor)}
 
 
@@ -315,17 +366,17 @@ def _held(kept: dict[str, Factor]) -> dict[str, Tensor]:
 
 
 LARGEST_GRAM = 2048
-"""Rows from which a Gram is too large to be made where something else will do."""
+"""The number of rows above which a Gram is avoided if there is another way."""
 
 
 @copied("losses", "scale")
 @dataclass(frozen=True, eq=False, repr=False)
 class FusedStack(ComputedStack):
-    """The rows of a `Pass`, cut to some leaves and to the first ones, and scaled.
+    """The rows of a `LazyRows`, cut to some leaves and to the first rows, and scaled.
 
-    Each question is answered by the cheapest way there is, and what it took is shared with the
-    next: the Gram and the combination that a filter asks for cost one backward pass and the
-    products of the Gram; the rows themselves are made by `stacked` alone.
+    Each question is answered in the cheapest way, and later questions reuse the work: the Gram and
+    the combination that a filter asks for cost one backward pass and the products of the Gram.
+    Only `stacked` computes the rows themselves.
     """
 
     run: LazyRows
@@ -338,7 +389,7 @@ class FusedStack(ComputedStack):
     scale: Tensor | None = None
 
     def __len__(self) -> int:
-        """M."""
+        """Return M."""
         return self.count
 
     @property
@@ -348,22 +399,22 @@ class FusedStack(ComputedStack):
 
     @property
     def device(self) -> torch.device:
-        """Where the rows are."""
+        """The device of the rows."""
         return self.run.device
 
     def _empty(self) -> Tensor | None:
-        """Rows with a NaN loss and gradient zero. (M,) bool."""
+        """Find the rows with a NaN loss and a zero gradient. (M,) bool."""
         empty = untraced(self.run.empty)()
         return None if empty is None else empty[: self.count]
 
     @property
     def overrides(self) -> Mapping[str, int]:
-        """How often each rule ran for all rows at once, by its name."""
+        """The number of times each operation override ran for all rows at once, by name."""
         return dict(self.run.overrides)
 
     @property
     def layers(self) -> list[Layer]:
-        """How each leaf's rows are treated."""
+        """The treatment of each leaf's rows."""
         return [self.run.modes.layers[name] for name in self.names]
 
     def explain(self) -> str:
@@ -380,35 +431,35 @@ class FusedStack(ComputedStack):
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """The rows of each pass, where rows that answer the host differently have their own."""
+        """The rows of each pass, if rows that answer the host differently ran separately."""
         return self.run.groups
 
     def gram_is_cheap(self) -> bool:
-        """By the flops of both ways, as long as M x M numbers are few."""
+        """Compare the flops of both ways; False if M x M numbers are too many."""
         return self.run.modes.gram_is_cheap and self.run.count <= LARGEST_GRAM
 
     def release(self) -> None:
-        """Let go of the pass."""
+        """Free the graph and the factors of the pass."""
         self.run.release()
 
     def gram(self) -> Tensor:
-        """K = J Jᵀ. (M, M)."""
+        """Compute K = J Jᵀ. (M, M)."""
         gram, scale = untraced(self.run.gram)(self.names)[: self.count, : self.count], self.scale
-        # The pass keeps its Gram: of few numbers everybody gets a copy.
+        # `LazyRows` caches its Gram, so every caller gets a copy of these few numbers.
         return gram.clone() if scale is None else scale_rows(scale_rows(gram, scale).T, scale).T
 
     def sq_norms(self) -> Tensor:
-        """Squared norms of the rows. (M,)."""
+        """Return the squared norms of the rows. (M,)."""
         norms, scale = untraced(self.run.sq_norms)(self.names)[: self.count], self.scale
         return norms.clone() if scale is None else scale_rows(scale_rows(norms, scale), scale)
 
     def dot(self, tree: Mapping[str, Tensor]) -> Tensor:
-        """J v. (M,)."""
+        """Compute J v. (M,)."""
         check_same_leaves(self.shapes, tree, "dot")
         return scale_rows(untraced(self.run.dot)(dict(tree))[: self.count], self.scale)
 
     def combine(self, weights: Tensor) -> Tree:
-        """Wᵀ J, with rows of weight 0 masked."""
+        """Compute Wᵀ J, with rows of weight 0 masked."""
         check_per_row("weight", weights, self.count)
         weights = scale_rows(_tree.at_least_float32(weights), self.scale)
         if self.count < self.run.count:
@@ -416,7 +467,7 @@ class FusedStack(ComputedStack):
         return untraced(self.run.total)(self.names, weights)
 
     def stacked(self) -> Tree:
-        """The rows, leaf by leaf."""
+        """Return the rows, leaf by leaf."""
         rows = untraced(self.run.rows)(self.names)
         return {n: scale_rows(leaf[: self.count], self.scale) for n, leaf in rows.items()}
 
@@ -437,9 +488,9 @@ class FusedStack(ComputedStack):
 def chunked_rows(
     run: Callable[[Batch, Params], Forward], batch: Batch, params: Params, size: int
 ) -> Rows | None:
-    """Rows (M, *shape), ``size`` of them at a time, or None where the loss draws random numbers.
+    """Compute rows (M, *shape), ``size`` at a time; None if the loss draws random numbers.
 
-    Those are drawn for all rows together, so that a chunk alone would draw others.
+    Random numbers are drawn for all rows together, so a chunk alone would draw different ones.
     """
     device = _tree.device_of(params)
     before = random_state(device)

@@ -1,4 +1,4 @@
-"""The state that an operation override works with while a loss runs over all rows."""
+"""The state that operation overrides use while a loss runs over all rows."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from gradfilter.grads._buffer_watch import RunningUpdates
 from gradfilter.grads.fused._lift import Level, autocast_dtype, shared
 from gradfilter.grads.fused._tape import Tape, Use, Weight
 
-Rule = Callable[..., Any]
-"""``rule(host, *args, **kwargs)`` of the function it stands for; NotImplemented where it cannot."""
+Override = Callable[..., Any]
+"""``override(host, *args, **kwargs)`` replaces a function, or returns NotImplemented."""
 
 
 @dataclass
 class Host:
-    """The forward pass over all rows, as the rules see it."""
+    """The forward pass over all rows, as operation overrides see it."""
 
     level: Level
     tape: Tape
@@ -28,14 +28,14 @@ class Host:
     reenter: Callable[[Host, Callable[[], Any]], Any] = lambda host, run: run()
 
     def run_in_pass(self, run: Callable[[], Any]) -> Any:
-        """Run something under the level and the rules once more, in a hook of the backward pass."""
+        """Run a function in a hook of the backward pass, under the level and the overrides."""
         return self.reenter(self, run)
 
     drew: bool = False
-    """Whether a single random number was drawn for each row, on which answers may depend."""
+    """True if a single random number was drawn for each row; answers may depend on it."""
 
     def __post_init__(self) -> None:
-        """Know the leaves by identity."""
+        """Index the leaves by identity."""
         self._leaves = {
             id(rows): Weight(rows.detach()[0], rows, name)
             for name, rows in self.tape.leaves.items()
@@ -43,19 +43,19 @@ class Host:
         }
 
     def batched(self, *values: Any) -> bool:
-        """Whether some value differs from row to row, as far as types can tell."""
+        """Return whether some value differs between rows, judged by its type."""
         return any(self.level.batched(value) for value in values)
 
     def wanted(self, x: Tensor, *weights: Tensor | None) -> bool:
-        """Whether a layer needs its rule: frozen ones do only for what autocast makes of them."""
+        """Return whether a layer needs its override; a frozen one only under autocast."""
         if self.batched(*weights):
             return True
         return self.level.batched(x) and autocast_dtype(x.device) is not None
 
     def weight(self, value: Tensor) -> Weight | None:
-        """A parameter that all rows share, or None if every row has its own.
+        """Return a parameter that all rows share, or None if every row has its own.
 
-        What a rule is given may be a leaf, a view or function of leaves, or frozen.
+        The value that an override gets may be a leaf, a view or function of leaves, or frozen.
         """
         if not self.level.batched(value):
             return Weight(value, None, None)
@@ -65,20 +65,20 @@ class Host:
         return Weight(rows.detach()[0], rows, None) if shared(rows) else None
 
     def weights(self, *values: Tensor | None) -> tuple[Weight | None, ...] | None:
-        """`weight` of each that is there; None if a row has its own of any."""
+        """Apply `weight` to every value that is not None; None if rows have their own of any."""
         found = [None if value is None else self.weight(value) for value in values]
         if any(w is None and v is not None for w, v in zip(found, values, strict=True)):
             return None
         return tuple(found)
 
     def run(self, name: str, compute: Callable[..., Any], *args: Any) -> Any:
-        """Count an override, and run it on the tensors of all rows."""
+        """Count an override, and run ``compute`` on the tensors of all rows."""
         self.tape.overrides[name] += 1
         return self.level.lift_call(compute, *args)
 
     def used(
         self,
-        rule: str,
+        override: str,
         weight: Weight | None,
         flops: int,
         kept: int = 0,
@@ -86,11 +86,11 @@ class Host:
     ) -> None:
         """Note one use of a leaf for the choice of modes."""
         if weight is not None and weight.leaf is not None:
-            self.tape.uses.append(Use(weight.leaf, rule, flops, kept, ghost_flops))
+            self.tape.uses.append(Use(weight.leaf, override, flops, kept, ghost_flops))
 
 
 def in_autocast(x: Tensor, *weights: Weight | None) -> tuple[Any, ...]:
-    """What autocast makes of the operands of a matrix product, and a context without autocast."""
+    """Cast the operands of a matrix product as autocast does; add a context without autocast."""
     dtype = autocast_dtype(x.device)
     if dtype is None or x.dtype == torch.float64:
         return (x, *weights, nullcontext())
@@ -102,12 +102,12 @@ def in_autocast(x: Tensor, *weights: Weight | None) -> tuple[Any, ...]:
 
 
 def rows_of(weight: Weight | None) -> Tensor | None:
-    """Where autograd expects the gradient of a weight."""
+    """Return the tensor of all rows where autograd expects the gradient of a weight."""
     return None if weight is None else weight.rows
 
 
-def owned(output: Tensor) -> Tensor:
-    """An output that is no view: an in-place operation on a view made by a Function is refused."""
+def without_view(output: Tensor) -> Tensor:
+    """Return an output that is not a view: torch refuses to write into a Function's view."""
     if not output._is_view():
         return output
     found: Tensor = torch.ops.aten._unsafe_view(output, output.shape)

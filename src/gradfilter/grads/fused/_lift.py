@@ -1,10 +1,10 @@
-"""From one row's view of a tensor to the tensor of all rows, and back.
+"""Convert one row's view of a tensor to the tensor of all rows, and back.
 
-Inside ``torch.func.vmap`` a tensor of all rows (M, ...) shows itself as one row (...). A rule that
-wants to run one kernel over all rows steps down to the tensors of all rows, computes there under
-ordinary autograd, and steps up again. An ``autograd.Function`` with a ``vmap`` staticmethod can do
-the same by documented means, at 95 µs a call against 15: half a millisecond on an MLP whose whole
-step takes eight. Everything that torch does not document stands in this file.
+Inside ``torch.func.vmap`` a tensor of all rows (M, ...) looks like one row (...). An override
+that runs one kernel over all rows unwraps the tensors of all rows, computes with them under
+ordinary autograd, and wraps the result again. An ``autograd.Function`` with a ``vmap`` staticmethod
+can do the same by documented means, but takes 95 µs per call instead of 15: half a millisecond on
+an MLP whose whole step takes eight. All use of undocumented parts of torch's vmap is in this file.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ class Level:
             yield cls(rows, number)
 
     def is_innermost(self) -> bool:
-        """Whether no transform of the loss's own runs inside this level."""
+        """Return whether the loss runs no torch.func transform of its own inside this level."""
         top = _functorch.peek_interpreter_stack()
         return top is not None and top.level() == self.number
 
     def is_left(self) -> bool:
-        """Whether what runs now runs outside of this level, on the tensors of the rows."""
+        """Return whether the present call runs outside of this level, on tensors of all rows."""
         return _functorch.peek_interpreter_stack() is None
 
     def batched(self, value: Any) -> bool:
-        """Whether a value is a tensor that has rows at this level."""
+        """Return whether a value is a tensor that has rows at this level."""
         return (
             isinstance(value, Tensor)
             and _functorch.is_batchedtensor(value)
@@ -59,7 +59,7 @@ class Level:
         )
 
     def lower(self, value: Tensor) -> Tensor:
-        """The tensor of all rows, (M, ...); one that all rows share gets stride 0."""
+        """Return the tensor of all rows, (M, ...); a tensor that all rows share gets stride 0."""
         if not self.batched(value):
             return value.expand(self.rows, *value.shape)
         tensor = _functorch.get_unwrapped(value)
@@ -67,13 +67,13 @@ class Level:
         return tensor if place == 0 else tensor.movedim(place, 0)
 
     def wrap(self, value: Any) -> Any:
-        """The row's view of a tensor (M, ...), or of a tuple of them."""
+        """Return the row's view of a tensor (M, ...), or of a tuple of them."""
         if isinstance(value, tuple):
             return tuple(self.wrap(item) for item in value)
         return _functorch._add_batch_dim(value, 0, self.number)
 
     def lift_call(self, compute: Callable[..., Any], *args: Any) -> Any:
-        """Run ``compute`` on the tensors of all rows; what it returns is raised again."""
+        """Run ``compute`` on the tensors of all rows, and wrap the result for one row."""
         return self.wrap(self.on_all_rows(compute, *args))
 
     def on_all_rows(self, compute: Callable[..., Any], *args: Any) -> Any:
@@ -83,20 +83,20 @@ class Level:
 
 
 def shared(rows: Tensor) -> bool:
-    """Whether all rows of (M, ...) are one and the same tensor, repeated by a stride of 0."""
+    """Return whether all rows of (M, ...) are the same tensor, repeated by a stride of 0."""
     return rows.stride(0) == 0
 
 
 def repeated(value: Tensor, count: int) -> Tensor:
-    """The tensor that all of so many rows share, (M, ...) with a stride of 0, also for one row."""
+    """Repeat a tensor for ``count`` rows, (M, ...) with a stride of 0, also for one row."""
     return value.as_strided((count, *value.shape), (0, *value.stride()))
 
 
 def untraced(function: F) -> F:
-    """The function, kept out of ``torch.compile``: traced, it may give wrong gradients silently.
+    """Exclude a function from ``torch.compile``: traced, it may silently give wrong gradients.
 
-    What calls it may run as it is, because the compiler gave it up, while the compiler still waits
-    to trace whatever is called there.
+    The caller may run untraced, after the compiler gave up on it, and the compiler would still
+    trace the functions that it calls.
     """
     if torch.compiler.is_compiling():
         disable: Callable[[F], F] = torch.compiler.disable
@@ -108,7 +108,7 @@ def untraced(function: F) -> F:
 
 @cache
 def _call_untraced() -> Callable[..., Any]:
-    """One function for all, as wrapping each takes ten times as long as a call."""
+    """Return one shared wrapper, because wrapping takes ten times as long as a call."""
 
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
@@ -118,20 +118,20 @@ def _call_untraced() -> Callable[..., Any]:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of an enabled autocast, or None."""
+    """Return the dtype of an enabled autocast, or None."""
     if not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
 
 def autocast_any() -> bool:
-    """Whether autocast is enabled for some device."""
+    """Return whether autocast is enabled for some device."""
     enabled: bool = torch._C._is_any_autocast_enabled()
     return enabled
 
 
 def autocast_names(device: str) -> set[str]:
-    """The operations that autocast on a device knows, which differ from version to version."""
+    """Return the operations that autocast knows on a device in this version of torch."""
     key = f"Autocast{'CPU' if device == 'cpu' else device.upper()}"
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return {

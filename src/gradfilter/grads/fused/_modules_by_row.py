@@ -1,12 +1,13 @@
 """Run the modules that vmap refuses row by row, inside a pass over all rows.
 
-Routing by ``nonzero``, an ``autograd.Function`` of the old style, a buffer that every row writes:
-vmap refuses these, and a whole model would take the loop because of one small part. The smallest
-module around the refused operation runs row by row, under ordinary autograd and on the row's own
-tensors; the rest runs over all rows at once. The rows of its parameters are held.
+vmap refuses routing by ``nonzero``, an ``autograd.Function`` of the old style, or a buffer that
+every row writes, and a whole model would take the loop because of one small part. Instead the
+smallest module around the refused operation runs row by row, under ordinary autograd and on the
+row's own tensors. The rest runs over all rows at once. The rows of that module's parameters are
+held.
 
-What such a module is given and returns must be visible: tensors and plain values in tuples, lists
-and dicts. A tensor of all rows that reaches it in another way is refused by torch.
+The arguments and results of such a module must be tensors and plain values, in tuples, lists and
+dicts. torch refuses a tensor of all rows that reaches the module in another way.
 """
 
 from __future__ import annotations
@@ -26,38 +27,38 @@ from gradfilter.grads.fused._host import Host
 from gradfilter.grads.fused._lift import Level
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-"""What a module may be given and return in addition to tensors."""
+"""The types that a module may take and return in addition to tensors."""
 
 
 class ByRow:
-    """The modules of one loss that run row by row, as refused passes have shown."""
+    """The modules of one loss that run row by row, learned from refused passes."""
 
     def __init__(self, others: ByRow | None = None) -> None:
-        """With none, or those of others."""
+        """Begin with no modules, or with those of another object."""
         self._modules: set[nn.Module] = set(others._modules if others else ())
 
     def __reduce__(self) -> Any:
-        """What was learned stays here."""
+        """Pickle without the modules."""
         return (ByRow, ())
 
     def update(self, others: ByRow) -> None:
-        """Take what others have learned."""
+        """Add the modules of another object."""
         self._modules |= others._modules
 
     def learn(self, refusal: BaseException, modules: Mapping[str, nn.Module]) -> bool:
-        """Find the smallest module around what was refused; false where there is none to be had.
+        """Find the smallest module around the refused operation. Return False if there is none.
 
-        A part that is most of the model is left to the loop.
+        If that module is most of the model, the whole model takes the loop.
 
         Args:
-            refusal: What was raised.
-            modules: Those of the model, by name.
+            refusal: The exception that was raised.
+            modules: The modules of the model, by name.
         """
         around = _modules_around(refusal)
         if isinstance(refusal, Unreplayable) and not around:
             owner = modules.get(refusal.buffer.rpartition(".")[0])
             around = [owner, modules[""]] if owner is not None else []
-        if not around or _is_torchs(around[0]):  # whose refusals are meant
+        if not around or _is_torchs(around[0]):  # torch refuses these on purpose
             return False
         whole = around[-1]
         for module in around[:-1]:
@@ -78,12 +79,12 @@ class ByRow:
 
 
 def _modules_around(error: BaseException) -> list[nn.Module]:
-    """The modules whose methods an error came through, the innermost first."""
+    """Return the modules whose methods are in an error's traceback, the innermost first."""
     found: dict[int, nn.Module] = {}
     step = error.__traceback__
     while step is not None:
         owner = step.tb_frame.f_locals.get("self")
-        # Of torch's modules methods such as `to` are tools, which say nothing of the module.
+        # Methods of torch's base class, such as `to`, do not show that the module was running.
         runs = step.tb_frame.f_code.co_name == "forward"
         if isinstance(owner, nn.Module) and (runs or not _is_torchs(owner)):
             found.pop(id(owner), None)
@@ -97,7 +98,7 @@ def _is_torchs(module: nn.Module) -> bool:
 
 
 def _may(module: nn.Module) -> bool:
-    """Whether ordinary autograd on the rows of its parameters gives their gradients."""
+    """Return whether ordinary autograd on the rows of its parameters gives their gradients."""
     return not any(
         getattr(m, "sparse", False)
         or getattr(m, "max_norm", None) is not None
@@ -108,7 +109,7 @@ def _may(module: nn.Module) -> bool:
 
 @contextmanager
 def _replaced(module: nn.Module, handed: HandedOn) -> Iterator[None]:
-    """Give a module a forward pass that goes row by row."""
+    """Make the forward pass of a module run row by row."""
     forward, before = module.forward, module.__dict__.get("forward")
 
     def by_row(*args: Any, **kwargs: Any) -> Any:
@@ -127,22 +128,22 @@ def _replaced(module: nn.Module, handed: HandedOn) -> Iterator[None]:
 
 
 class HandedOn:
-    """The calls row by row of one pass, and the buffers that they hand from row to row.
+    """The row-by-row calls of one pass, and the buffers that are passed from row to row.
 
     Attributes:
-        buffers: Those that were written, as the last row leaves them, by name.
-        modules: What ran row by row, a module for each call.
+        buffers: The buffers that were written, with their values after the last row, by name.
+        modules: The modules that ran row by row, one entry for each call.
     """
 
     def __init__(self, host: Host) -> None:
-        """Of one pass."""
+        """Take the host of one pass."""
         self.host = host
         self.buffers: Tree = {}
         self.modules: list[nn.Module] = []
         self._seen: set[str] = set()
 
     def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """One call."""
+        """Run one call of a module row by row."""
         level = self.host.level
         self.modules.append(module)
         values, rebuild = _tree.flatten((args, kwargs))
@@ -173,7 +174,7 @@ class HandedOn:
                 table.update(tensors)
         if any(v._version != version for v, version in zip(shared, versions, strict=True)):
             raise _cannot(module, "writes into a tensor that all rows share")
-        # Row after row, what one call writes would meet what another call reads.
+        # Row by row, one call would read what another call wrote for an earlier row.
         if (set(written) & self._seen) or (set(self.buffers) & buffers.names):
             raise _cannot(module, "writes a buffer that is used more than once in a pass")
         self._seen |= buffers.names
@@ -182,18 +183,18 @@ class HandedOn:
 
 
 def _tables(module: nn.Module) -> list[dict[str, Any]]:
-    """Where a module and its submodules keep their tensors."""
+    """Return the dicts in which a module and its submodules keep their tensors."""
     return [table for part in module.modules() for table in (part._parameters, part._buffers)]
 
 
 def _rows_of_parameters(module: nn.Module, level: Level) -> Iterator[Callable[[], None]]:
-    """For every row, a function that puts the row's own tensors in their places."""
+    """Yield, for every row, a function that sets the module's parameters to the row's tensors."""
     unbound: dict[int, tuple[Tensor, ...]] = {}
     places = []
     for table in _tables(module):
         for key, tensor in table.items():
             if level.batched(tensor):
-                # All at once: the gradient of a single row would be as large as that of all.
+                # All rows at once: the gradient of one row would be as large as that of all.
                 rows = unbound.setdefault(id(tensor), level.lower(tensor).unbind())
                 if isinstance(tensor, nn.Parameter):
                     rows = tuple(as_parameter(row) for row in rows)
@@ -208,9 +209,9 @@ def _rows_of_parameters(module: nn.Module, level: Level) -> Iterator[Callable[[]
 
 
 class _Buffers:
-    """The buffers of a module, handed from row to row: each row has copies of its own.
+    """The buffers of a module, passed from row to row: each row has copies of its own.
 
-    Whether they were written is seen by their values: kernels of BatchNorm write without a trace.
+    Writes are detected by value, because the kernels of BatchNorm do not change the version.
     """
 
     def __init__(self, module: nn.Module, host: Host) -> None:
@@ -227,7 +228,7 @@ class _Buffers:
         self.names = {str(name) for name in self._names}
 
     def to_next_row(self) -> None:
-        """Give the next row what the last one left."""
+        """Give the next row the buffers as the last row left them."""
         with torch._C.DisableTorchFunction():  # no use of the buffers by the loss
             for table, key in self._places:
                 left = table[key]
@@ -236,7 +237,7 @@ class _Buffers:
                 table[key] = left.detach().clone()
 
     def finish(self) -> Tree:
-        """What the last row left of the buffers that were written, by name."""
+        """Return the buffers that were written, with their values after the last row, by name."""
         found: Tree = {}
         with torch._C.DisableTorchFunction():
             for (table, key), before, name in zip(
@@ -258,13 +259,13 @@ def _check_plain(module: nn.Module, values: list[Any]) -> None:
 
 
 def _check_kept(module: nn.Module, given: list[Any], found: list[Any]) -> None:
-    """Refuse containers that were changed: those were copies."""
+    """Refuse a module that changed the containers of its arguments, because those are copies."""
     if len(given) != len(found) or any(a is not b for a, b in zip(given, found, strict=True)):
         raise _cannot(module, "changes the containers it is given")
 
 
 def _stacked(module: nn.Module, outputs: list[Any]) -> Any:
-    """What a module returned for every row, with all rows in every tensor."""
+    """Stack the results of a module for every row, tensor by tensor."""
     flat = [_tree.flatten(output) for output in outputs]
     if len({len(values) for values, _ in flat}) > 1:
         raise _cannot(module, "returns more for some rows than for others")

@@ -1,9 +1,9 @@
-"""Run one pass for each group of rows that answer the host alike, and merge the results.
+"""Run one pass for each group of rows that give the host the same answers; merge the results.
 
-A loss may ask its tensors for a value of Python: ``if mask.all():`` in a model for padded text is
-true for the longest rows and false for the others. One pass can take one branch only, so rows that
-answer differently run in different groups. The results are merged factor by factor, in the order of
-the rows: the stack looks as if it came from one pass.
+A loss may convert a tensor to a Python value: ``if mask.all():`` in a model for padded text is
+true for the longest rows and false for the others. One pass can take only one branch, so rows with
+different answers run in different groups. The results are merged factor by factor, in the order of
+the rows. The stack then looks as if it came from one pass.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from gradfilter.grads.fused._tape import Tape, Use, Visit
 
 @dataclass(frozen=True)
 class FactorPart:
-    """What a pass over some rows left of one leaf: a factor for each use.
+    """The factors of one leaf from a pass over some rows, one for each use.
 
     Attributes:
-        rows: Which rows. (k,) int64.
+        rows: The numbers of the rows. (k,) int64.
         factors: One per use.
     """
 
@@ -51,12 +51,12 @@ class FactorPart:
 
 
 def merged(parts: list[FactorPart], count: int) -> list[Factor]:
-    """The factors of a leaf for all rows; a row that is in no part has a gradient of zero."""
+    """Merge the factors of a leaf for all rows; rows in no part have a gradient of zero."""
     if len({len(part.factors) for part in parts}) == 1:
         rows = [part.rows for part in parts]
         uses = zip(*(part.factors for part in parts), strict=True)
         return [_merged_use(list(use), rows, count) for use in uses]
-    # A leaf that some rows use more often than others: there are no uses to pair.
+    # Some rows use the leaf more often than others, so the uses cannot be paired.
     sums = [
         part.factors[0] if len(part.factors) == 1 else TiledFactor(part.factors) for part in parts
     ]
@@ -69,11 +69,11 @@ FIELDS: dict[type[Factor], tuple[str, ...]] = {
     EmbeddingFactor: ("index", "grads"),
     OuterFactor: ("inputs", "outputs"),
 }
-"""The tensors (M, ...) of factors that can be put together."""
+"""The attributes with a row axis (M, ...) of the factors that can be merged."""
 
 
 def _merged_use(factors: list[Factor], rows: list[Tensor], count: int) -> Factor:
-    """One factor for all rows, of the same kind where the tensors of the parts fit together."""
+    """Merge factors into one for all rows, of the same kind if the tensors of the parts fit."""
     first: Any = factors[0]
     one_kind = len({type(factor) for factor in factors}) == 1
     names = FIELDS.get(type(first), ()) if one_kind else ()
@@ -88,7 +88,7 @@ def _merged_use(factors: list[Factor], rows: list[Tensor], count: int) -> Factor
 
 
 def gathered(tensors: list[Tensor], rows: list[Tensor]) -> Tensor:
-    """Tensors (k, ...) of groups of rows as one of all rows, in their order. (M, ...)."""
+    """Merge tensors (k, ...) of groups of rows into one, in the order of the rows. (M, ...)."""
     found = tensors[0].new_empty(sum(map(len, rows)), *tensors[0].shape[1:])
     for tensor, places in zip(tensors, rows, strict=True):
         found[places] = tensor
@@ -97,11 +97,11 @@ def gathered(tensors: list[Tensor], rows: list[Tensor]) -> Tensor:
 
 @dataclass(eq=False)
 class GroupedFactor(Factor):
-    """Factors of groups of rows that are made differently, held as they are.
+    """Factors of groups of rows that cannot be merged into one factor of their kind.
 
     Attributes:
         parts: One factor for each group.
-        places: The rows of each group. (k,) int64.
+        places: The numbers of the rows of each group. (k,) int64.
         count: M.
     """
 
@@ -114,7 +114,7 @@ class GroupedFactor(Factor):
         self.unit = max(part.unit for part in self.parts)
 
     def _each(self, answer: Callable[[Factor], Tensor]) -> Tensor:
-        """The parts' answers (k, ...), in the order of the rows. (M, ...)."""
+        """Return the parts' answers (k, ...), in the order of the rows. (M, ...)."""
         answers = [answer(part) for part in self.parts]
         dtype = reduce(torch.promote_types, (found.dtype for found in answers))
         rows = answers[0].new_zeros((self.count, *answers[0].shape[1:]), dtype=dtype)
@@ -123,11 +123,11 @@ class GroupedFactor(Factor):
         return rows
 
     def rows(self, low: int = 0, high: int | None = None) -> Tensor:
-        """Of each group."""
+        """Collect the answers of the groups."""
         return self._each(lambda part: part.rows(low, high))
 
     def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
-        """Of all groups."""
+        """Sum the answers of the groups."""
 
         def own(values: Tensor | None, places: Tensor) -> Tensor | None:
             return None if values is None else values[places]
@@ -139,15 +139,15 @@ class GroupedFactor(Factor):
         return reduce(torch.add, totals)
 
     def dot(self, leaf: Tensor) -> Tensor:
-        """Of each group."""
+        """Collect the answers of the groups."""
         return self._each(lambda part: part.dot(leaf))
 
     def sq_norms(self) -> Tensor:
-        """Of each group."""
+        """Collect the answers of the groups."""
         return self._each(lambda part: part.sq_norms())
 
     def gram(self) -> Tensor:
-        """Each group's own, and between two groups the rows of the smaller one with the other."""
+        """Compute each group's Gram, and the products of the rows of every two groups."""
         some = self.places[0]
         gram = torch.zeros(self.count, self.count, dtype=_tree.wide(some), device=some.device)
         groups = list(zip(self.parts, self.places, strict=True))
@@ -161,7 +161,7 @@ class GroupedFactor(Factor):
 
 
 def _between(a: Factor, b: Factor) -> Tensor:
-    """The products of every row of one factor with every row of another."""
+    """Compute the products of every row of one factor with every row of another."""
     if a.count > b.count:
         return _between(b, a).T
     return torch.stack([b.dot(row) for row in a.rows()])
@@ -171,12 +171,12 @@ def _between(a: Factor, b: Factor) -> Tensor:
 
 
 MOST_GROUPS = 8
-"""With more groups than these the loop is hardly slower: every group begins its pass anew."""
+"""The largest number of groups; with more, the loop is hardly slower, as each takes a pass."""
 
 
 @dataclass
 class Grouping:
-    """How the rows of a batch run: what its first pass has shown, and further ones begin with.
+    """The way the rows of a batch run, learned in the first pass and used by further passes.
 
     Attributes:
         by_row: The modules that run row by row.
@@ -197,22 +197,22 @@ def forward_in_groups(
     modules: Callable[[], Mapping[str, nn.Module]],
     check: Callable[[Forward, list[int]], None] | None = None,
 ) -> Forward:
-    """Run a forward pass over all rows, in as many groups as their answers to the host make.
+    """Run a forward pass over all rows, with one group for each set of answers to the host.
 
     Args:
         run: The pass over some rows.
         batch: All rows.
         params: The parameters; with ``per_row`` each with a leading axis M.
-        per_row: Row m has its own parameters.
-        grouping: How to begin; the first pass leaves there how it ended.
-        context: The random state is at its start.
-        modules: Lists those of the model, by name.
-        check: Refuses what one group leaves in the modules for rows of the others, while it is
-            there. None where that has been checked.
+        per_row: True if every row has its own parameters.
+        grouping: The grouping to begin with; the first pass stores its result there.
+        context: The context of the call, with the random state at its start.
+        modules: Lists the modules of the model, by name.
+        check: Refuses module state that one group leaves for the rows of others. None if it has
+            been checked.
 
     Raises:
-        RuntimeError: Rows that have to be taken apart cannot be: there are too many groups, they
-            write into buffers, or random numbers would not be those of the first pass.
+        RuntimeError: The rows cannot be split into groups: there are too many groups, they write
+            into buffers, or random numbers would differ from those of the first pass.
     """
     begin = [list(range(len(batch)))] if grouping.groups is None else grouping.groups
     ahead, start = [*begin], context.random
@@ -224,13 +224,13 @@ def forward_in_groups(
         whole = len(rows) == len(batch)
         own = params if whole or not per_row else {name: p[rows] for name, p in params.items()}
         some = batch if whole else replace(batch, tensors=[t[rows] for t in batch.tensors])
-        if attempts:  # each attempt, and each group, finds the modules as all rows would
+        if attempts:  # each attempt and each group finds the modules in their first state
             context.attributes.restore()
         attempts += 1
         try:
             part = run(some, own)
         except RuntimeError as refusal:
-            # With other random numbers rows may answer otherwise, and those of a group draw others.
+            # A group would draw other random numbers, and with those rows may answer differently.
             groups: list[list[int]] = []
             if isinstance(refusal, Disagreement) and not _drew(start, context):
                 groups = _apart(rows, refusal.answers)
@@ -238,7 +238,7 @@ def forward_in_groups(
             if groups and (count == 2 or count < len(batch)) and count <= MOST_GROUPS:
                 ahead[:1] = groups
             elif grouping.by_row.learn(refusal, modules()):
-                # Groups may have been those of questions that are now asked row by row.
+                # The groups may come from questions that are now answered row by row.
                 ahead, parts, left, start = [*begin], [], [], context.random
             else:
                 raise
@@ -262,7 +262,7 @@ def forward_in_groups(
 
 
 def _apart(rows: list[int], answers: list[str]) -> list[list[int]]:
-    """Rows by their answers, last those of the last row: what modules remember is its pass."""
+    """Group rows by answer; the group of the last row runs last, as modules keep its state."""
     groups: dict[str, list[int]] = {}
     for row, answer in zip(rows, answers, strict=True):
         groups.setdefault(answer, []).append(row)
@@ -270,13 +270,13 @@ def _apart(rows: list[int], answers: list[str]) -> list[list[int]]:
 
 
 def _drew(start: dict[str, Any], context: CallContext) -> bool:
-    """Whether random numbers have been drawn since a start."""
+    """Return whether random numbers have been drawn since ``start``."""
     now = random_state(context.device)
     return any(not torch.equal(now[kind], before) for kind, before in start.items())
 
 
 def _check_left(left: list[set[str]]) -> None:
-    """Refuse groups of which some leave something that the last one does not."""
+    """Refuse groups that change an attribute which the last group does not change."""
     lost = set[str]().union(*left) - left[-1] if left else ()
     if lost:
         raise RuntimeError(
@@ -295,7 +295,7 @@ def _check_draws(context: CallContext) -> None:
 
 
 def _together(parts: list[tuple[list[int], Forward]], batch: Batch) -> Forward:
-    """The passes over groups of rows as one."""
+    """Merge the passes over groups of rows into one."""
     for _, part in parts:
         for name, buffer in part.buffers.items():
             if not torch.equal(buffer, batch.buffers[name]):
@@ -339,14 +339,14 @@ def _together(parts: list[tuple[list[int], Forward]], batch: Batch) -> Forward:
 
 
 def _ignored(tapes: list[Tape], places: list[Tensor]) -> Tensor | None:
-    """Which rows had only ignored labels, if all passes took note."""
+    """Return the rows that had only ignored labels, if all passes recorded them."""
     noted = [tape.ignored for tape in tapes if tape.ignored is not None]
     return gathered(noted, places) if len(noted) == len(tapes) else None
 
 
 def _uses(tapes: list[Tape], count: int) -> list[Use]:
-    """The uses of leaves by rules as if all rows had been in one pass."""
-    paths = {tuple((use.leaf, use.rule) for use in tape.uses) for tape in tapes}
+    """Return the uses of leaves by overrides as if all rows had been in one pass."""
+    paths = {tuple((use.leaf, use.override) for use in tape.uses) for tape in tapes}
     if len(paths) > 1:
         return [replace(use, ghost_flops=None) for tape in tapes for use in tape.uses]
     rows = [len(next(iter(tape.leaves.values()))) for tape in tapes]
@@ -370,8 +370,8 @@ def _uses(tapes: list[Tape], count: int) -> list[Use]:
 class GroupedTape(Tape):
     """The tapes of passes over groups of rows as one.
 
-    A backward pass runs through group after group. What it leaves of a leaf is known when the last
-    one is through, so the factors of all leaves are held until then.
+    A backward pass runs group after group. A leaf is complete when the last group has run, so the
+    factors of all leaves are held until then.
 
     Attributes:
         parts: The rows of each group, and the pass over them.
@@ -380,10 +380,10 @@ class GroupedTape(Tape):
     parts: list[tuple[Tensor, Forward]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Leave the leaves alone: those of the parts are heard of."""
+        """Register no hooks on the leaves; those of the parts have them."""
 
     def backward(self, losses: Tensor, cotangent: Tensor, visit: Visit, *, retain: bool) -> None:
-        """Run the backward passes of all groups, each in the surroundings it needs."""
+        """Run the backward passes of all groups, each with the modules and modes that it needs."""
         found: dict[str, list[FactorPart]] = {}
         for rows, part in self.parts:
             _backward(part, rows, cotangent[rows], found, retain)

@@ -1,7 +1,7 @@
-"""Answer what a loss asks about one row: values on the host, and attributes of autograd.
+"""Answer a loss that asks about one row: values on the host, and attributes of autograd.
 
-A question to the host has an answer where all rows give the same. Otherwise the rows are split into
-groups by `gradfilter.grads.fused._row_groups`.
+A question has one answer if all rows agree. Otherwise `gradfilter.grads.fused._row_groups` splits
+the rows into groups.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from torch._C import _functorch
 from gradfilter.grads._loop import hooked_parameter
 from gradfilter.grads._writes import tensor_property
 from gradfilter.grads.fused._autocast import under_autocast
-from gradfilter.grads.fused._host import Host, Rule
+from gradfilter.grads.fused._host import Host, Override
 
 # --- Random numbers that decide a branch, such as a layer that is sometimes skipped. ---
 #
 # Each row draws its own. A pass over all rows continues only where the answers agree, and answers
-# that agree by chance are not those of M passes in order: layers would be skipped too seldom. So a
-# loss that has drawn a single number per row may ask no more questions.
+# that agree by chance are not those of M passes in order: layers would be skipped too rarely. So a
+# loss that has drawn a single number per row must not ask further questions.
 
 
-def _drawn(function: Callable[..., Any]) -> Rule:
-    def rule(host: Host, *args: Any, **kwargs: Any) -> Any:
+def _drawn(function: Callable[..., Any]) -> Override:
+    def override(host: Host, *args: Any, **kwargs: Any) -> Any:
         found = function(*args, **kwargs)
         if isinstance(found, Tensor) and found.numel() == 1:
             host.drew = True
         return found
 
-    return rule
+    return override
 
 
-DRAWS: dict[Callable[..., Any], Rule] = {
+DRAWS: dict[Callable[..., Any], Override] = {
     function: _drawn(function)
     for function in (
         *(torch.rand, torch.randn, torch.randint, torch.bernoulli, torch.normal),
@@ -56,18 +56,18 @@ SHORTCUTS = {
     ("transformers.masking_utils", "_ignore_causal_mask_sdpa"),
     ("transformers.masking_utils", "create_recurrent_attention_mask"),
 }
-"""Functions that leave a mask out where nothing is masked.
+"""Functions that omit a mask if nothing is masked.
 
-They are read, not guessed: each asks whether all of a padding mask is true, and where it is,
-returns that the mask may be omitted. Where it is told no, the mask is made, and masks nothing of a
-row that is full. `tests/test_transformers_padded.py` asks the installed ones.
+Each of them was read: it asks whether all of a padding mask is true, and if so returns that the
+mask may be omitted. If the answer is no, the mask is created, and masks nothing of a full row.
+`tests/grads/test_transformers_padded.py` asks the installed ones.
 """
 
 OURS = {"gradfilter", "torch"}
 
 
 def asks_for_a_shortcut() -> bool:
-    """Whether the question that is being answered comes from one of `SHORTCUTS`."""
+    """Return whether the present question comes from one of `SHORTCUTS`."""
     frame = sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in OURS:
         frame = frame.f_back
@@ -78,14 +78,14 @@ def asks_for_a_shortcut() -> bool:
 
 
 class Disagreement(RuntimeError):
-    """Rows that answer the host differently.
+    """Raised if rows answer the host differently.
 
     Attributes:
-        answers: What each row answers, as text: nan is equal to nan, and 0.0 is not -0.0.
+        answers: The answer of each row as text: nan equals nan, and 0.0 differs from -0.0.
     """
 
     def __init__(self, question: str, answers: list[str]) -> None:
-        """Of one question."""
+        """Take one question and its answers."""
         super().__init__(
             f"{question} cannot run over all rows at once: the loss asks for a value that differs "
             "from row to row"
@@ -93,10 +93,10 @@ class Disagreement(RuntimeError):
         self.answers = answers
 
 
-def value_of(convert: Callable[..., Any]) -> Rule:
-    """The rule of `torch.Tensor.__bool__`, `item` and their like."""
+def value_of(convert: Callable[..., Any]) -> Override:
+    """Return the override of `torch.Tensor.__bool__`, `item` and their like."""
 
-    def rule(host: Host, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def override(host: Host, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not host.level.batched(tensor) or host.batched(*args):
             return NotImplemented
         if host.drew:
@@ -116,7 +116,7 @@ def value_of(convert: Callable[..., Any]) -> Rule:
             raise Disagreement(convert.__name__, texts)
         return answers[0]
 
-    return rule
+    return override
 
 
 def _text(answer: Any) -> str:
@@ -127,20 +127,20 @@ def _text(answer: Any) -> str:
     return repr(answer)
 
 
-def places_of(convert: Callable[..., Any]) -> Rule:
-    """The rule of functions that return places: tensors whose shape is an answer of the host."""
-    rule = value_of(convert)
+def indices_of(convert: Callable[..., Any]) -> Override:
+    """Return the override of a function that returns indices, whose number the host must know."""
+    override = value_of(convert)
 
-    def places(host: Host, *args: Any, **kwargs: Any) -> Any:
-        # Of three arguments torch.where chooses between two tensors.
+    def indices(host: Host, *args: Any, **kwargs: Any) -> Any:
+        # With three arguments torch.where selects between two tensors.
         if len(args) != 1 or not isinstance(args[0], Tensor) or kwargs.keys() - {"as_tuple"}:
             return NotImplemented
-        return rule(host, *args, **kwargs)
+        return override(host, *args, **kwargs)
 
-    return places
+    return indices
 
 
-VALUES: dict[Callable[..., Any], Rule] = {
+VALUES: dict[Callable[..., Any], Override] = {
     **{
         convert: value_of(convert)
         for convert in (
@@ -153,7 +153,7 @@ VALUES: dict[Callable[..., Any], Rule] = {
         )
     },
     **{
-        convert: places_of(convert)
+        convert: indices_of(convert)
         for convert in (
             torch.Tensor.nonzero,
             torch.nonzero,
@@ -172,13 +172,13 @@ VALUES: dict[Callable[..., Any], Rule] = {
 
 
 class RowNode:
-    """What ``grad_fn`` is to a row: the node of all rows, without a way to hook on it."""
+    """The ``grad_fn`` of a row: the node of all rows, without registering hooks."""
 
     def __init__(self, node: Any) -> None:
         self._node = node
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else as the node has it."""
+        """Return the attribute of the node; refuse to register hooks."""
         if name in ("register_hook", "register_prehook"):
             raise RuntimeError(
                 f"grad_fn.{name} cannot run over all rows at once: use the tensor's own "
@@ -187,13 +187,13 @@ class RowNode:
         return getattr(self._node, name)
 
 
-def _answer(read: Callable[[Tensor], Any]) -> Rule:
-    def rule(host: Host, tensor: Tensor, *_: Any) -> Any:
+def _answer(read: Callable[[Tensor], Any]) -> Override:
+    def override(host: Host, tensor: Tensor, *_: Any) -> Any:
         if not host.level.batched(tensor):
             return NotImplemented
         return host.level.on_all_rows(read, _functorch.get_unwrapped(tensor))
 
-    return rule
+    return override
 
 
 def _node(tensor: Tensor) -> RowNode | None:
@@ -201,7 +201,7 @@ def _node(tensor: Tensor) -> RowNode | None:
 
 
 def _require_grad(host: Host, tensor: Tensor, requires_grad: bool = True) -> Any:
-    """`torch.Tensor.requires_grad_` and its attribute."""
+    """Replace `torch.Tensor.requires_grad_` and the attribute's setter."""
     if not host.level.batched(tensor):
         return NotImplemented
     rows = _functorch.get_unwrapped(tensor)
@@ -210,7 +210,7 @@ def _require_grad(host: Host, tensor: Tensor, requires_grad: bool = True) -> Any
 
 
 def _register_hook(host: Host, tensor: Tensor, hook: Callable[[Tensor], Any]) -> Any:
-    """`torch.Tensor.register_hook`: the hook sees the gradient of a row."""
+    """Replace `torch.Tensor.register_hook`: the hook sees the gradient of a row."""
     if not host.level.batched(tensor):
         return NotImplemented
     rows = _functorch.get_unwrapped(tensor)
@@ -218,7 +218,7 @@ def _register_hook(host: Host, tensor: Tensor, hook: Callable[[Tensor], Any]) ->
         if leaf is rows:
             raise hooked_parameter(name)
     place = _functorch.maybe_get_bdim(tensor)
-    # What is not linear in the gradient must see that of every row as it is.
+    # A hook need not be linear, so it must see the unweighted gradient of every row.
     host.tape.linear = False
 
     def on_rows(grad: Tensor) -> Tensor | None:
@@ -237,18 +237,18 @@ def _register_hook(host: Host, tensor: Tensor, hook: Callable[[Tensor], Any]) ->
     return host.level.on_all_rows(rows.register_hook, on_rows)
 
 
-def _refused(name: str) -> Rule:
-    def rule(host: Host, *args: Any, **kwargs: Any) -> Any:
+def _refused(name: str) -> Override:
+    def override(host: Host, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(
             f"{name} inside the loss cannot run over all rows at once: the graph is that of all "
             'rows. Use plan="loop"'
         )
 
-    return rule
+    return override
 
 
 def _linear_cross_entropy(host: Host, *args: Any, options: Any = None, **kwargs: Any) -> Any:
-    """`torch.nn.functional.linear_cross_entropy`: in chunks it asks what requires a gradient."""
+    """Replace `torch.nn.functional.linear_cross_entropy`, whose chunks ask for requires_grad."""
     function: Any = under_autocast(F.linear_cross_entropy)
     return NotImplemented if options is None else function(*args, options=None, **kwargs)
 
@@ -258,7 +258,7 @@ def _set(host: Host, tensor: Tensor, value: bool) -> Any:
     return NotImplemented if found is NotImplemented else None
 
 
-GRAPH: dict[Callable[..., Any], Rule] = {
+GRAPH: dict[Callable[..., Any], Override] = {
     tensor_property("requires_grad").__get__: _answer(lambda t: t.requires_grad),
     tensor_property("is_leaf").__get__: _answer(lambda t: t.is_leaf),
     tensor_property("grad_fn").__get__: _answer(_node),

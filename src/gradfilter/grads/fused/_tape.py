@@ -1,4 +1,4 @@
-"""The leaves of a fused pass, the factors of their gradients, and how each leaf answers."""
+"""The leaves of a fused pass, the factors of their gradients, and the mode of each leaf."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Visit = Callable[[str, list[Factor], Tensor | None], None]
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter as a rule sees it.
+    """A parameter as an operation override sees it.
 
     Attributes:
-        value: What all rows share, without a leading axis.
-        rows: (M, *shape), where autograd expects its gradient; None for a frozen parameter.
-        leaf: The name of the leaf it is; None where it was computed from leaves, or is frozen.
+        value: The value that all rows share, without a leading axis.
+        rows: The tensor (M, *shape) where autograd expects the gradient; None if frozen.
+        leaf: The name of the leaf; None if the value was computed from leaves, or is frozen.
     """
 
     value: Tensor
@@ -37,18 +37,18 @@ class Weight:
 
 @dataclass(frozen=True)
 class Use:
-    """One use of a leaf by a rule in the forward pass, from which its mode is chosen.
+    """One use of a leaf by an override in the forward pass; the mode is chosen from it.
 
     Attributes:
         leaf: The leaf's name.
-        rule: The rule's name.
-        flops: Of the leaf's ordinary weight gradient over all rows.
-        kept: Bytes of the factor, inputs and output gradients; 0 where rows come for free.
-        ghost_flops: Of the ghost Gram; None where there is none or it does not pay.
+        override: The override's name.
+        flops: The flops of the leaf's ordinary weight gradient over all rows.
+        kept: The bytes of the factor, inputs and output gradients; 0 if the rows cost nothing.
+        ghost_flops: The flops of the ghost Gram; None if there is none or rows are cheaper.
     """
 
     leaf: str
-    rule: str
+    override: str
     flops: int
     kept: int = 0
     ghost_flops: int | None = None
@@ -56,20 +56,20 @@ class Use:
 
 @dataclass
 class Tape:
-    """The leaves of one forward pass, (M, *shape) each, and where their gradients go.
+    """The leaves of one forward pass, (M, *shape) each, which collects their gradients.
 
-    A leaf is complete when the backward pass is through with every use of it. Then ``visit`` gets
-    its name, the factors that rules recorded, and the gradient (M, *shape) that came by autograd.
+    A leaf is complete when the backward pass has finished every use of it. Then ``visit`` gets its
+    name, the factors that overrides recorded, and the gradient (M, *shape) from autograd.
 
     Attributes:
-        leaves: (M, *shape) each.
-        alone: Of a single row, the same tensors as the loss had them, without a leading axis.
-        visit: Hears of complete leaves during a backward pass.
-        uses: What the rules noted.
-        overrides: How often each rule ran.
-        ignored: Which rows had only ignored labels in every class loss; None where nobody took
-            note, as where the losses can be looked at. (M,) bool.
-        linear: Whether the backward pass is linear in the cotangent: no hook changes it.
+        leaves: The leaves, (M, *shape) each.
+        alone: For a single row, the leaves as the loss used them, without a leading axis.
+        visit: The function that gets complete leaves during a backward pass.
+        uses: The uses of leaves that overrides recorded.
+        overrides: The number of times each override ran.
+        ignored: The rows that had only ignored labels in every class loss; None if not recorded,
+            because the losses can be read. (M,) bool.
+        linear: True if the backward pass is linear in the cotangent: no hook changes it.
     """
 
     leaves: Tree
@@ -82,14 +82,14 @@ class Tape:
     _factors: dict[str, list[Factor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Hear of every leaf as soon as it is complete, so that nothing has to wait for the end."""
+        """Register hooks that finish every leaf as soon as it is complete."""
         for name, leaf in (self.alone or self.leaves).items():
             on_completion: Callable[..., Any] = leaf.register_post_accumulate_grad_hook
             on_completion(self._completion(name))
 
     def _completion(self, name: str) -> Callable[[Tensor], None]:
-        # The leaf holds its hook, and the tape the leaf. A cycle through a tensor's hooks is not
-        # always found by the garbage collector: it would keep the parameters of every step.
+        # The leaf holds its hook, and the tape holds the leaf. The garbage collector may not find a
+        # cycle through a tensor's hooks, which would keep the parameters of every step.
         weak = weakref.ref(self)
 
         def complete(leaf: Tensor) -> None:
@@ -109,7 +109,7 @@ class Tape:
             self.visit(name, factors, grad)
 
     def record(self, weight: Weight, factor: Factor) -> Tensor | None:
-        """Take the gradient of a weight; what is returned is what autograd is to be given."""
+        """Record the gradient of a weight, and return the gradient that autograd gets."""
         if weight.leaf is None:
             return factor.rows()
         self._factors.setdefault(weight.leaf, []).append(factor)
@@ -136,17 +136,17 @@ Mode = Literal["store", "stream", "ghost"]
 
 @dataclass(frozen=True)
 class Layer:
-    """A leaf and how its rows are treated.
+    """A leaf and the mode in which its rows are computed.
 
     Attributes:
-        leaf: Its name.
-        shape: Its shape.
-        rules: The rules that used it, in order; none where autograd alone was at work.
+        leaf: The leaf's name.
+        shape: The leaf's shape.
+        rules: The overrides that used it, in order; none if only autograd did.
         mode: ``"store"``: the M rows are held, for Gram and combination. ``"stream"``: rows are
-            made for the Gram, some units at a time, and dropped; combinations come from inputs and
-            output gradients. ``"ghost"``: the Gram, too, comes from those.
-        flops: Beyond an ordinary backward pass: for the Gram, and for combining.
-        bytes: Held until the stack lets go.
+            computed for the Gram, some units at a time, and discarded; combinations come from
+            inputs and output gradients. ``"ghost"``: the Gram also comes from those.
+        flops: The flops in addition to a backward pass, for the Gram and for combining.
+        bytes: The bytes held until the stack is released.
     """
 
     leaf: str
@@ -159,13 +159,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Modes:
-    """The choice for all leaves.
+    """The modes of all leaves.
 
     Attributes:
-        layers: Leaf by leaf.
-        gram_is_cheap: Whether the Gram takes fewer flops than combining once and one `dot`.
-        keeps: Whether factors and rows are kept between questions. If not, because even that takes
-            more than the budget, every question takes a backward pass of its own over the graph.
+        layers: The mode of each leaf, by name.
+        gram_is_cheap: True if the Gram takes fewer flops than combining once and one `dot`.
+        keeps: True if factors and rows are kept between questions. False if they exceed the budget:
+            then every question takes a backward pass of its own over the graph.
     """
 
     layers: dict[str, Layer]
@@ -174,11 +174,11 @@ class Modes:
 
     @property
     def bytes(self) -> int:
-        """What all leaves hold together."""
+        """The bytes that all leaves hold together."""
         return sum(layer.bytes for layer in self.layers.values()) if self.keeps else 0
 
     def __str__(self) -> str:
-        """A table, one line per leaf."""
+        """Return a table with one line per leaf."""
         kept = f"{self.bytes / 1e6:.1f} MB kept between questions"
         how = kept if self.keeps else "nothing kept: a backward pass per question"
         lines = [("leaf", "shape", "rules", "mode", "Mflop", "kB")]
@@ -203,7 +203,7 @@ class Modes:
 
 
 def choose_modes(leaves: Tree, uses: list[Use], budget: int) -> Modes:
-    """The fastest modes, and where those hold more than the budget, the leanest."""
+    """Choose the fastest modes, and for leaves beyond the budget those that hold least."""
     by_leaf: dict[str, list[Use]] = {name: [] for name in leaves}
     for use in uses:
         by_leaf[use.leaf].append(use)
@@ -222,7 +222,7 @@ def choose_modes(leaves: Tree, uses: list[Use], budget: int) -> Modes:
 def _save(
     layers: dict[str, Layer], leaves: Tree, by_leaf: dict[str, list[Use]], excess: int
 ) -> int:
-    """Choose leaner modes until nothing is in excess; the bytes that still are."""
+    """Choose modes that hold less until the budget suffices. Return the bytes still missing."""
     leaner = {
         name: _layer(name, leaves[name].shape, by_leaf[name], leaves[name].element_size(), "stream")
         for name, layer in layers.items()
@@ -254,4 +254,4 @@ def _layer(name: str, rows: tuple[int, ...], uses: list[Use], size: int, mode: M
     else:
         flops = 2 * count * numbers + 2 * numbers
     held = numbers * size if mode == "store" else sum(use.kept for use in uses)
-    return Layer(name, tuple(rows[1:]), tuple(use.rule for use in uses), mode, flops, held)
+    return Layer(name, tuple(rows[1:]), tuple(use.override for use in uses), mode, flops, held)

@@ -28,7 +28,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """`torch.nn.functional.scaled_dot_product_attention`, which vmap would run row by row."""
+    """Replace `torch.nn.functional.scaled_dot_product_attention`, which vmap runs row by row."""
     rank = query.ndim
     if not host.batched(query, key, value) or not rank == key.ndim == value.ndim >= 3:
         return NotImplemented
@@ -48,7 +48,7 @@ def scaled_dot_product_attention(
 
 
 def _mask(host: Host, mask: Tensor, rank: int, samples: int) -> Tensor:
-    """A mask that broadcasts against (M B, ...)."""
+    """Return a mask that broadcasts against (M B, ...)."""
     if not host.level.batched(mask) and (mask.ndim < rank or mask.shape[0] == 1):
         return mask
     rows = host.level.lower(mask)
@@ -94,7 +94,7 @@ def multi_head_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> Any:
-    """`torch.nn.functional.multi_head_attention_forward` on (T, B, embed), or (T, embed)."""
+    """Replace `torch.nn.functional.multi_head_attention_forward`: (T, B, embed) or (T, embed)."""
     if static_k is not None or static_v is not None:
         if autocast_dtype(query.device):
             raise RuntimeError(
@@ -109,7 +109,7 @@ def multi_head_attention(
     project = functools.partial(linear_or_vmap, host)
     alone = query.ndim == 2
     if alone:
-        three = {id(t): t.unsqueeze(1) for t in (query, key, value)}  # what is one, stays one
+        three = {id(t): t.unsqueeze(1) for t in (query, key, value)}  # one tensor stays one tensor
         query, key, value = (three[id(t)] for t in (query, key, value))
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
     weights: tuple[Any, ...] = (q_proj_weight, k_proj_weight, v_proj_weight)
@@ -123,7 +123,7 @@ def multi_head_attention(
         biases: tuple[Any, ...] = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
         q, k, v = map(project, (query, key, value), weights, biases)
     length, samples, width = query.shape
-    # Positions beside the keys' own that may always be attended to.
+    # Added positions that attention is always allowed to use.
     more: list[tuple[Any, Any]] = [] if bias_k is None else [(bias_k, bias_v)]
     for key_part, value_part in more + [(0.0, 0.0)] * add_zero_attn:
         k = torch.cat([k, torch.zeros_like(k[:1]) + key_part])
@@ -154,7 +154,7 @@ def multi_head_attention(
 def _merged(
     mask: Tensor | None, padding: Tensor | None, samples: int, heads: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """Both masks as one that is added to the scores, broadcasting to (B, heads, T, S)."""
+    """Merge both masks into one that is added to the scores; it broadcasts to (B, heads, T, S)."""
     mask, padding = (_added(m, dtype) for m in (mask, padding))
     if mask is not None and mask.ndim == 3:
         mask = mask.view(samples, heads, *mask.shape[1:])
@@ -165,7 +165,7 @@ def _merged(
 
 
 def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A bool mask, true where attention is forbidden, as 0 and −inf."""
+    """Convert a bool mask, true where attention is forbidden, to 0 and −inf."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)

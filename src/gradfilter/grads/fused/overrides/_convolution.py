@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradfilter.grads.fused._conv_factor import ConvFactor, Geometry
 from gradfilter.grads.fused._factors import DenseFactor, ghost_flops
-from gradfilter.grads.fused._host import Host, Rule, in_autocast, owned, rows_of
+from gradfilter.grads.fused._host import Host, Override, in_autocast, rows_of, without_view
 from gradfilter.grads.fused._tape import Tape, Weight
 
 # --- Convolutions ---
@@ -20,10 +20,10 @@ from gradfilter.grads.fused._tape import Tape, Weight
 Sizes = int | Sequence[int]
 
 
-def conv(dims: int) -> Rule:
-    """The rule of `torch.nn.functional.conv1d`, `conv2d` or `conv3d`."""
+def conv(dims: int) -> Override:
+    """Return the override of `torch.nn.functional.conv1d`, `conv2d` or `conv3d`."""
 
-    def rule(
+    def override(
         host: Host,
         input: Tensor,
         weight: Tensor,
@@ -42,7 +42,7 @@ def conv(dims: int) -> Rule:
             return NotImplemented
         stride, dilation = _sizes(stride, dims), _sizes(dilation, dims)
         if isinstance(padding, str):
-            # "same" needs one more on the right where the total is odd.
+            # "same" pads one more on the right if the total is odd.
             total = [0] * dims if padding == "valid" else _same(weight.shape[2:], dilation)
             if any(t % 2 for t in total):
                 sides = [side for t in reversed(total) for side in (0, t % 2)]
@@ -53,13 +53,13 @@ def conv(dims: int) -> Rule:
         )
         return host.run("conv", _apply, host, host.level.lower(input), *weights, geometry)
 
-    return rule
+    return override
 
 
-def conv_transpose(dims: int) -> Rule:
-    """The rule of `torch.nn.functional.conv_transpose1d`, `2d` or `3d`."""
+def conv_transpose(dims: int) -> Override:
+    """Return the override of `torch.nn.functional.conv_transpose1d`, `2d` or `3d`."""
 
-    def rule(
+    def override(
         host: Host,
         input: Tensor,
         weight: Tensor,
@@ -82,7 +82,7 @@ def conv_transpose(dims: int) -> Rule:
         geometry = Geometry(dims, stride, padding, dilation, True, output_padding, groups)
         return host.run("conv", _apply, host, host.level.lower(input), *weights, geometry)
 
-    return rule
+    return override
 
 
 def _sizes(value: Sizes, dims: int) -> tuple[int, ...]:
@@ -97,7 +97,7 @@ def _same(kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
 def _apply(
     host: Host, x: Tensor, weight: Weight, bias: Weight | None, geometry: Geometry
 ) -> Tensor:
-    if x.ndim == geometry.dims + 2:  # a row of one sample, without an axis for it
+    if x.ndim == geometry.dims + 2:  # a row of one sample, without a sample axis
         return _apply(host, x.unsqueeze(1), weight, bias, geometry).squeeze(1)
     x, weight, bias, no_autocast = in_autocast(x, weight, bias)
     with no_autocast:
@@ -130,7 +130,7 @@ class _Conv(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.weight, ctx.bias, ctx.geometry, ctx.tape = weight, bias, geometry, tape
         y = geometry.forward(x.flatten(0, 1), weight.value, None if bias is None else bias.value)
-        return owned(y.view(*x.shape[:2], *y.shape[1:]))
+        return without_view(y.view(*x.shape[:2], *y.shape[1:]))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -150,22 +150,22 @@ class _Conv(torch.autograd.Function):
         return (*grads, None, None, None, None)
 
 
-# --- Memory formats, which do not change values: inside vmap a row has none of its own ---
+# --- Memory formats do not change values, and inside vmap a row has no format of its own ---
 
 
-def without_format(function: Callable[..., Tensor]) -> Rule:
-    """The rule of `torch.Tensor.to` and its like, which vmap refuses where a format is named."""
+def without_format(function: Callable[..., Tensor]) -> Override:
+    """Return the override of `torch.Tensor.to` and similar, which vmap refuses with a format."""
 
-    def rule(host: Host, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def override(host: Host, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         named = kwargs.pop("memory_format", torch.contiguous_format)
         if named is torch.contiguous_format or not host.level.batched(input):
             return NotImplemented
         return function(input, *args, **kwargs)
 
-    return rule
+    return override
 
 
-FORMATS: dict[Callable[..., Any], Rule] = {
+FORMATS: dict[Callable[..., Any], Override] = {
     function: without_format(function)
     for function in (torch.Tensor.contiguous, torch.Tensor.to, torch.Tensor.clone, torch.clone)
 }

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from gradfilter._readable import readable
-from gradfilter.grads.fused._host import Host, Rule
+from gradfilter.grads.fused._host import Host, Override
 from gradfilter.grads.fused._tape import Tape
 
 
-def class_loss(function: Callable[..., Tensor]) -> Rule:
-    """The rule of `torch.nn.functional.cross_entropy` or `torch.nn.functional.nll_loss`."""
+def class_loss(function: Callable[..., Tensor]) -> Override:
+    """Return the override of `torch.nn.functional.cross_entropy` or `nll_loss`."""
 
-    def rule(
+    def override(
         host: Host,
         input: Tensor,
         target: Tensor,
@@ -36,7 +36,7 @@ def class_loss(function: Callable[..., Tensor]) -> Rule:
         rows, targets = host.level.lower(input), host.level.lower(target)
 
         def losses(rows: Tensor, targets: Tensor) -> Tensor:
-            if input.ndim == 1:  # a row of one sample, without an axis for it
+            if input.ndim == 1:  # a row of one sample, without a sample axis
                 rows, targets = rows.unsqueeze(1), targets.unsqueeze(1)
             _note_ignored(host.tape, targets, ignore_index)
             each = function(rows.flatten(0, 1), targets.flatten(0, 1), **options, reduction="none")
@@ -45,11 +45,11 @@ def class_loss(function: Callable[..., Tensor]) -> Rule:
 
         return host.run(function.__name__, losses, rows, targets)
 
-    return rule
+    return override
 
 
 def _note_ignored(tape: Tape, targets: Tensor, ignored: int) -> None:
-    """Note which rows have nothing but ignored labels, where losses cannot be looked at."""
+    """Record the rows that have only ignored labels, if the losses cannot be read."""
     if not readable(targets):
         nothing = (targets == ignored).flatten(1).all(1)
         tape.ignored = nothing if tape.ignored is None else tape.ignored & nothing
@@ -58,10 +58,10 @@ def _note_ignored(tape: Tape, targets: Tensor, ignored: int) -> None:
 def _reduced(
     losses: Tensor, targets: Tensor, weight: Tensor | None, ignored: int, reduction: str
 ) -> Tensor:
-    """The losses of every row put together as torch does: a mean is over what is not left out."""
+    """Reduce the losses of every row as torch does; a mean is over the labels not ignored."""
     if reduction == "none":
         return losses
-    wide = torch.promote_types(losses.dtype, torch.float32)  # as torch's own kernels add up
+    wide = torch.promote_types(losses.dtype, torch.float32)  # torch's own kernels sum in this dtype
     total = losses.flatten(1).sum(1, dtype=wide)
     if reduction == "mean":
         counts = targets != ignored

@@ -24,23 +24,23 @@ LOOKUPS: dict[Callable[..., Any], tuple[int, int]] = {
     **dict.fromkeys(spellings("embedding"), (0, 4)),
     **dict.fromkeys(spellings("embedding_bag"), (0, 5)),
 }
-"""Where each function takes its weight, and where it is told that gradients shall be sparse."""
+"""The positions of the arguments ``weight`` and ``sparse`` of each function."""
 
 
 def refuse_options(name: str, sparse: bool, max_norm: float | None) -> None:
-    """Refuse what leaves no dense rows behind."""
+    """Refuse options that do not give dense rows."""
     if sparse or max_norm is not None:
         option = "sparse=True" if sparse else "max_norm"
         raise RuntimeError(
             f"{name} with {option} cannot run over all rows at once: "
-            + ("its gradients are no dense rows." if sparse else "it writes into its weight.")
+            + ("its gradients are not dense rows." if sparse else "it writes into its weight.")
         )
 
 
 def refuse_sparse(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Refuse sparse gradients of a weight that is trained, under ``vmap(grad(loss))``."""
+    """Refuse sparse gradients of a trained weight under ``vmap(grad(loss))``."""
     weight_at, sparse_at = LOOKUPS[function]
     weight = args[weight_at] if len(args) > weight_at else kwargs.get("weight")
     sparse = args[sparse_at] if len(args) > sparse_at else kwargs.get("sparse", False)
@@ -61,7 +61,7 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    """`torch.nn.functional.embedding`; vmap's own rule would mask padding in the first row only."""
+    """Replace `torch.nn.functional.embedding`; vmap would mask padding in the first row only."""
     if not host.batched(weight):
         return NotImplemented
     refuse_options("embedding", sparse, max_norm)
@@ -82,7 +82,7 @@ def embedding_of(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    """`torch.embedding` and `torch.ops.aten.embedding`, where −1 stands for no padding."""
+    """Replace `torch.embedding` and `torch.ops.aten.embedding`, where −1 means no padding."""
     padding = padding_idx if padding_idx >= 0 else None
     return embedding(
         host, indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse
@@ -90,11 +90,11 @@ def embedding_of(
 
 
 def _own_tables(index: Tensor, tables: Tensor, padding: int, by_frequency: bool) -> Tensor:
-    """Every row looks up in its own table (M, units, width), all of them in one lookup."""
+    """Look up every row in its own table (M, units, width), all rows in one lookup."""
     count, units = tables.shape[:2]
     first = torch.arange(count, device=index.device) * units
     places = index + first.view(-1, *[1] * (index.ndim - 1))
-    # Counted per table: no two rows share a place.
+    # Frequencies are counted per table, because no two rows share a unit.
     found = F.embedding(places, tables.flatten(0, 1), scale_grad_by_freq=by_frequency)
     if padding < 0:
         return found
@@ -105,7 +105,7 @@ def _apply(host: Host, index: Tensor, weight: Weight, padding: int, by_frequency
     width = weight.value.shape[1]
     kept = index.nbytes + index.numel() * width * weight.value.element_size()
     n = index.numel() // len(index)
-    # A row touches n of the table's units: their products are compared with the whole table's.
+    # A row uses n of the table's units: compare their products with those of the whole table.
     ghost = ghost_flops(len(index), n, width, len(weight.value)) if n else None
     host.used("embedding", weight, index.numel() * width, kept, ghost)
     y: Tensor = _Embedding.apply(index, rows_of(weight), weight, padding, by_frequency, host.tape)
@@ -134,7 +134,7 @@ class _Embedding(torch.autograd.Function):
         index, grad = index.flatten(1), grad.reshape(len(grad), -1, shape[1])
         if ctx.padding >= 0:
             grad = torch.where((index == ctx.padding)[..., None], 0.0, grad)
-        if ctx.by_frequency:  # within the row, as its own backward pass would count
+        if ctx.by_frequency:  # counted within the row, as in its own backward pass
             ones = torch.ones_like(index, dtype=grad.dtype)
             counts = grad.new_zeros(len(index), shape[0]).scatter_add_(1, index, ones)
             grad = grad / counts.gather(1, index)[..., None]
@@ -159,14 +159,14 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Any:
-    """`torch.nn.functional.embedding_bag` on bags of one length, (B, length)."""
+    """Replace `torch.nn.functional.embedding_bag` for bags of one length, (B, length)."""
     if not host.batched(weight) or not weight.is_floating_point():
         return NotImplemented
     refuse_options("embedding_bag", sparse, max_norm)
     if input.ndim != 2 or not input.shape[1] or scale_grad_by_freq or offsets is not None:
         return NotImplemented
     if per_sample_weights is not None and mode != "sum":
-        return NotImplemented  # torch says what is wrong
+        return NotImplemented  # torch raises the error
     host.tape.overrides["embedding_bag"] += 1
     found = embedding(host, input, weight, padding_idx)
     if per_sample_weights is not None:
@@ -193,7 +193,7 @@ def embedding_bag_of(
     *_: Any,
     **__: Any,
 ) -> Any:
-    """`torch.embedding_bag`, whose bags may differ in length: refused where there are no rows."""
+    """Replace `torch.embedding_bag`; bags that differ in length have no rows and are refused."""
     if host.batched(weight):
         refuse_options("embedding_bag", sparse, None)
     return NotImplemented

@@ -11,14 +11,14 @@ from torch import Tensor
 from gradfilter import _tree
 from gradfilter.grads.fused._autocast import under_autocast
 from gradfilter.grads.fused._factors import DenseFactor, OuterFactor, ghost_flops
-from gradfilter.grads.fused._host import Host, in_autocast, owned, rows_of
+from gradfilter.grads.fused._host import Host, in_autocast, rows_of, without_view
 from gradfilter.grads.fused._tape import Tape, Weight
 
 # --- Linear layers: one product over all rows, weight gradients kept as factors ---
 
 
 def linear(host: Host, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    """`torch.nn.functional.linear` for inputs of any rank."""
+    """Replace `torch.nn.functional.linear` for inputs of any rank."""
     weights = host.weights(weight, bias)
     if weights is None or not host.wanted(x, weight, bias) or weight.ndim != 2:
         return NotImplemented
@@ -26,7 +26,7 @@ def linear(host: Host, x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 
 
 def linear_or_vmap(host: Host, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The rule where it applies, else what vmap makes of it."""
+    """Apply the override if it can, else run the function under vmap."""
     found = linear(host, x, weight, bias)
     if found is NotImplemented:
         found = under_autocast(F.linear)(x, weight, bias)
@@ -60,7 +60,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x if weight_rows is not None else None)
         ctx.weight, ctx.bias, ctx.tape = weight, bias, tape
-        return owned(F.linear(x, weight.value, None if bias is None else bias.value))
+        return without_view(F.linear(x, weight.value, None if bias is None else bias.value))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -82,7 +82,7 @@ class _Linear(torch.autograd.Function):
 
 
 def weight_norm(host: Host, v: Tensor, g: Tensor, dim: int = 0) -> Any:
-    """`torch._weight_norm`, w = g v / ‖v‖, the norm over all dims but one (−1: over all)."""
+    """Replace `torch._weight_norm`: w = g v / ‖v‖, norm over all dims but one (−1: over all)."""
     weights = host.weights(v, g)
     if weights is None or not host.batched(v, g):
         return NotImplemented

@@ -12,11 +12,11 @@ from torch import Tensor
 from gradfilter import _tree
 from gradfilter.grads._one_image import straight
 from gradfilter.grads.fused._factors import DenseFactor
-from gradfilter.grads.fused._host import Host, owned, rows_of
+from gradfilter.grads.fused._host import Host, rows_of, without_view
 from gradfilter.grads.fused._lift import autocast_dtype, shared
 from gradfilter.grads.fused._tape import Tape, Weight
 
-# --- BatchNorm: every microbatch by its own statistics, running statistics updated in order ---
+# --- BatchNorm: each microbatch has its own statistics; running statistics update in order ---
 
 
 def batch_norm(
@@ -30,12 +30,12 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    """`torch.nn.functional.batch_norm`."""
+    """Replace `torch.nn.functional.batch_norm`."""
     if not host.level.batched(input) or input.ndim < 2 or host.batched(running_mean, running_var):
         return NotImplemented
     x = host.level.lower(input)
     if shared(x):
-        return NotImplemented  # weight standardisation: the input is a weight
+        return NotImplemented  # the input is a weight, as in weight standardisation
     if training and input.numel() == input.shape[1]:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {input.shape}"
@@ -44,14 +44,14 @@ def batch_norm(
     if weights is None:
         args = (running_mean, running_var, None, None, training, momentum, eps)
         y = batch_norm(host, input, *args)
-        if y is NotImplemented:  # nothing of a row but its input: vmap's own rule will do
+        if y is NotImplemented:  # only the input has rows: vmap is correct and fast
             host.running.read(running_mean, running_var)
             y = F.batch_norm(input, *args)
         return own_affine(y, weight, bias)
     if not training:
         if running_mean is None or running_var is None:
             return NotImplemented
-        # vmap mixes no dtypes.
+        # vmap does not mix dtypes.
         if not host.batched(weight, bias) and input.dtype == running_mean.dtype:
             return NotImplemented
         host.running.read(running_mean, running_var)
@@ -61,7 +61,7 @@ def batch_norm(
 
 
 def own_affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Gains and shifts that every row has of its own, in the dtype of what they are applied to."""
+    """Apply gains and shifts that differ between rows, in the dtype of their input."""
     per_channel = (1, -1, *[1] * (y.ndim - 2))
     found = y if weight is None else y * weight.view(per_channel)
     found = found if bias is None else found + bias.view(per_channel)
@@ -92,14 +92,17 @@ class _BatchNorm(torch.autograd.Function):
         tape: Tape,
     ) -> Tensor:
         w, b = (None if p is None else p.value for p in (weight, bias))
-        wide = x.dtype in (torch.float32, torch.float64)  # else statistics in torch's own choice
+        wide = x.dtype in (
+            torch.float32,
+            torch.float64,
+        )  # else torch chooses the dtype of the statistics
         if x.ndim == 5 and wide and _is_plain(x[0]):
             means, inverses = x.new_empty(2, len(x), x.shape[2])
             y = torch.empty_like(x)
             for m in range(len(x)):
                 out, (mean, var, rate) = (y[m], means[m], inverses[m]), update(m)
                 torch.native_batch_norm(x[m], w, b, mean, var, True, rate, eps, out=out)
-        else:  # what is written into a given output is laid out, and rounded, in another way
+        else:  # torch lays out and rounds differently when it writes into a given output
             found = [
                 torch.native_batch_norm(x[m], w, b, mean, var, True, rate, eps)
                 for m, (mean, var, rate) in enumerate(map(update, range(len(x))))
@@ -174,7 +177,7 @@ class _GivenStatistics(torch.autograd.Function):
         ctx.save_for_backward(x, mean.clone(), (var + eps).rsqrt())
         ctx.weight, ctx.bias, ctx.tape = weight, bias, tape
         flat = torch.native_batch_norm(x.flatten(0, 1), w, b, mean, var, False, 0.0, eps)[0]
-        return owned(flat.view(x.shape))
+        return without_view(flat.view(x.shape))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -194,7 +197,7 @@ class _GivenStatistics(torch.autograd.Function):
 
 
 def _is_plain(row: Tensor) -> bool:
-    """Whether a row is contiguous, in either memory format."""
+    """Return whether a row is contiguous, in either memory format."""
     channels_last = row.ndim == 4 and row.is_contiguous(memory_format=torch.channels_last)
     return row.is_contiguous() or channels_last
 
@@ -210,7 +213,7 @@ def group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:
-    """`torch.nn.functional.group_norm`."""
+    """Replace `torch.nn.functional.group_norm`."""
     weights = host.weights(weight, bias)
     if weights is None or not host.batched(input, weight, bias) or input.ndim < 2:
         return NotImplemented
@@ -218,7 +221,7 @@ def group_norm(
     if not host.batched(weight, bias) and not mixed:
         return NotImplemented
     if autocast_dtype(input.device) and input.device.type != "cpu":
-        return NotImplemented  # there it computes in float32
+        return NotImplemented  # torch computes it in float32
     x = host.level.lower(input)
     return host.run("group_norm", _apply, host, "group_norm", x, num_groups, *weights, eps)
 
@@ -234,7 +237,7 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    """`torch.nn.functional.instance_norm`: with its own statistics, a group norm of one channel."""
+    """Replace `torch.nn.functional.instance_norm`, a group norm with groups of one channel."""
     if not use_input_stats:
         statistics = (running_mean, running_var)
         return batch_norm(host, input, *statistics, weight, bias, False, momentum, eps)
@@ -264,15 +267,15 @@ def _update(x: Tensor, mean: Tensor | None, var: Tensor | None, momentum: float)
 
 def _apply(
     host: Host,
-    rule: str,
+    override: str,
     x: Tensor,
     groups: int,
     weight: Weight | None,
     bias: Weight | None,
     eps: float,
 ) -> Tensor:
-    host.used(rule, weight, x.numel())
-    host.used(rule, bias, x.numel())
+    host.used(override, weight, x.numel())
+    host.used(override, bias, x.numel())
     args = (rows_of(weight), rows_of(bias), groups, weight, bias, eps, host.tape)
     y: Tensor = _GroupNorm.apply(x.contiguous(), *args)
     return y
@@ -299,7 +302,7 @@ class _GroupNorm(torch.autograd.Function):
         )
         ctx.save_for_backward(x, mean, inverse)
         ctx.weight, ctx.bias, ctx.tape = weight, bias, tape
-        return owned(y.view(x.shape))
+        return without_view(y.view(x.shape))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -322,7 +325,7 @@ class _GroupNorm(torch.autograd.Function):
                 [True, False, False],
             )[0]
             grads[0] = flat.view(x.shape)
-        # Σ over positions first: two numbers per sample and channel carry all that is wanted.
+        # Sum over positions first: the rest needs only two numbers per sample and channel.
         shift = grad.view(count, samples, channels, positions).sum(3)
         if wanted[1]:
             per_group = (count, samples, groups, 1)
@@ -340,7 +343,7 @@ class _GroupNorm(torch.autograd.Function):
 
 
 LARGE_ROW = 2**13
-"""From so many numbers on a row is worth a kernel call of its own."""
+"""The number of elements from which a row gets a kernel call of its own."""
 
 
 def layer_norm(
@@ -351,14 +354,14 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:
-    """`torch.nn.functional.layer_norm`."""
+    """Replace `torch.nn.functional.layer_norm`."""
     weights = host.weights(weight, bias)
     if weights is None or not host.batched(input, weight, bias):
         return NotImplemented
     if not host.batched(weight, bias) and not _mixed(input, weight):
         return NotImplemented
     if autocast_dtype(input.device) and input.device.type != "cpu":
-        return NotImplemented  # there it computes in float32
+        return NotImplemented  # torch computes it in float32
     x = host.level.lower(input)
     return host.run("layer_norm", _layer_norm, host, x, list(normalized_shape), *weights, eps)
 
@@ -370,18 +373,18 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Any:
-    """`torch.nn.functional.rms_norm`."""
+    """Replace `torch.nn.functional.rms_norm`."""
     weights = host.weights(weight)
     if weights is None or not host.batched(weight) or _mixed(input, weight):
         return NotImplemented
-    if eps is None:  # that of the dtype in which the mean is taken
+    if eps is None:  # the eps of the dtype in which the mean is computed
         eps = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps
     x = host.level.lower(input)
     return host.run("rms_norm", _rms_norm, host, x, len(normalized_shape), *weights, eps)
 
 
 def _mixed(input: Tensor, weight: Tensor | None) -> bool:
-    """Whether autocast has left input and weight in two dtypes."""
+    """Return whether input and weight have two dtypes under autocast."""
     different = weight is not None and input.dtype != weight.dtype
     return different and autocast_dtype(input.device) is not None
 
@@ -446,7 +449,7 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def _sums(products: Tensor, shape: Sequence[int]) -> Tensor:
-    """Per row, the sum over all but the normalised dims. (M, *shape)."""
+    """Sum over all dims but the normalised ones, row by row. (M, *shape)."""
     return products.reshape(len(products), -1, *shape).sum(1)
 
 
@@ -480,7 +483,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        # With u = x r: dw = Σ g u, and dx = r (w g − u mean(w g u)). Few passes over the memory.
+        # With u = x r: dw = Σ g u, and dx = r (w g − u mean(w g u)). Few memory passes.
         x, inverse = ctx.saved_tensors
         w = _tree.at_least_float32(ctx.weight.value)
         unit, grad = _tree.at_least_float32(x) * inverse, _tree.at_least_float32(grad)

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradfilter.grads.fused._host import Host, Rule
+from gradfilter.grads.fused._host import Host, Override
 from gradfilter.grads.fused._lift import autocast_dtype
 from gradfilter.grads.fused.overrides._linear import linear_or_vmap
 
-# --- LSTM, GRU and RNN: the ordinary kernel, row after row; vmap has no rule for them ---
+# --- LSTM, GRU and RNN: the ordinary kernel, row by row; vmap does not support them ---
 
 
-def recurrent(kernel: Callable[..., Any]) -> Rule:
-    """The rule of `torch.lstm`, `torch.gru`, `torch.rnn_tanh` or `torch.rnn_relu`."""
+def recurrent(kernel: Callable[..., Any]) -> Override:
+    """Return the override of `torch.lstm`, `torch.gru`, `torch.rnn_tanh` or `torch.rnn_relu`."""
 
-    def rule(host: Host, input: Tensor, *args: Any) -> Any:
+    def override(host: Host, input: Tensor, *args: Any) -> Any:
         packed = len(args) > 0 and isinstance(args[2], (list, tuple))
         if packed:  # (data, batch_sizes, hidden, weights, ...)
             raise RuntimeError(
@@ -37,11 +37,11 @@ def recurrent(kernel: Callable[..., Any]) -> Rule:
 
         return host.run("rnn", _each, one, tensors)
 
-    return rule
+    return override
 
 
 def _each(one: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    # unbind, and not an index per row: its backward pass stacks the rows' gradients once.
+    # unbind instead of indexing, because its backward pass stacks the rows' gradients once.
     rows = zip(*(t.unbind() for t in tensors), strict=True)
     return tuple(torch.stack(parts) for parts in zip(*(one(row) for row in rows), strict=True))
 
@@ -53,10 +53,10 @@ Gates = Callable[[Tensor, Tensor, Any], Any]
 """(from the input, from the hidden state, the states) -> the new states."""
 
 
-def cell(gates: Gates) -> Rule:
-    """The rule of `torch.lstm_cell` and its like."""
+def cell(gates: Gates) -> Override:
+    """Return the override of `torch.lstm_cell` and its like."""
 
-    def rule(
+    def override(
         host: Host,
         input: Tensor,
         hx: Tensor | Sequence[Tensor],
@@ -69,31 +69,33 @@ def cell(gates: Gates) -> Rule:
         if not host.batched(input, *states, w_ih, w_hh):
             return NotImplemented
         dtype = autocast_dtype(input.device)
-        if dtype is not None and input.device.type != "cpu":  # there it knows the cell itself
+        if (
+            dtype is not None and input.device.type != "cpu"
+        ):  # autocast knows the cell on accelerators
             states = tuple(s.to(dtype) for s in states)
         host.tape.overrides["cell"] += 1
         from_input = linear_or_vmap(host, input, w_ih, b_ih)
         from_hidden = linear_or_vmap(host, states[0], w_hh, b_hh)
         return gates(from_input, from_hidden, states[0] if len(states) == 1 else states)
 
-    return rule
+    return override
 
 
 def lstm(x: Tensor, h: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """i, f, g, o: c' = σ(f) c + σ(i) tanh(g), h' = σ(o) tanh(c')."""
+    """Compute c' = σ(f) c + σ(i) tanh(g) and h' = σ(o) tanh(c') from the gates i, f, g, o."""
     i, f, g, o = (x + h).chunk(4, -1)
     c = f.sigmoid() * states[1] + i.sigmoid() * g.tanh()
     return o.sigmoid() * c.tanh(), c
 
 
 def gru(x: Tensor, h: Tensor, state: Tensor) -> Tensor:
-    """r, z, n: h' = n + σ(z) (h − n), n = tanh(n_x + σ(r) n_h)."""
+    """Compute h' = n + σ(z) (h − n) with n = tanh(n_x + σ(r) n_h) from the gates r, z, n."""
     (r_x, z_x, n_x), (r_h, z_h, n_h) = x.chunk(3, -1), h.chunk(3, -1)
     new = (n_x + (r_x + r_h).sigmoid() * n_h).tanh()
     return new + (z_x + z_h).sigmoid() * (state - new)
 
 
-CELLS: dict[str, Rule] = {
+CELLS: dict[str, Override] = {
     "lstm_cell": cell(lstm),
     "gru_cell": cell(gru),
     "rnn_tanh_cell": cell(lambda x, h, _: torch.tanh(x + h)),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from gradfilter.grads.fused._host import Rule
+from gradfilter.grads.fused._host import Override
 from gradfilter.grads.fused.overrides._attention import (
     multi_head_attention,
     scaled_dot_product_attention,
@@ -34,7 +34,7 @@ from gradfilter.grads.fused.overrides._vmap_faults import FAULTS
 
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
-RULES: dict[Callable[..., Any], Rule] = {
+OVERRIDES: dict[Callable[..., Any], Override] = {
     **{f: conv(d) for d in (1, 2, 3) for f in spellings(f"conv{d}d")},
     **{f: conv_transpose(d) for d in (1, 2, 3) for f in spellings(f"conv_transpose{d}d")},
     F.batch_norm: batch_norm,
@@ -58,8 +58,8 @@ RULES: dict[Callable[..., Any], Rule] = {
     **below("scaled_dot_product_attention", scaled_dot_product_attention),
     F.multi_head_attention_forward: multi_head_attention,
     **{f: recurrent(f) for name in RECURRENT for f in spellings(name)},
-    **{f: rule for name, rule in CELLS.items() for f in spellings(name)},
+    **{f: override for name, override in CELLS.items() for f in spellings(name)},
     **FORMATS,
     **FAULTS,
 }
-"""Everything else runs under vmap as it is: exact, and slower."""
+"""The override of each function. All other functions run under vmap: exact, but slower."""

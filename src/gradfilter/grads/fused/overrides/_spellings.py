@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from gradfilter.grads.fused._host import Host, Rule
+from gradfilter.grads.fused._host import Host, Override
 
-# torch.f takes what F.f takes in another order, or with an argument more that changes no number.
+# torch.f takes the arguments of F.f in another order, or one more that does not change the result.
 RUNNING = ("input", "weight", "bias", "running_mean", "running_var")
 ORDERS: dict[str, tuple[str, ...]] = {
     "batch_norm": (*RUNNING, "training", "momentum", "eps", "cudnn_enabled"),
@@ -21,7 +21,7 @@ WITHOUT_EFFECT = ("cudnn_enable", "cudnn_enabled")
 
 
 def spellings(name: str) -> list[Callable[..., Any]]:
-    """Everything below `torch.nn.functional` that runs one operation of torch's."""
+    """List the functions below `torch.nn.functional` that run one operation of torch."""
     homes = (torch, torch.Tensor, torch._C._nn)
     found = [getattr(home, name) for home in homes if hasattr(home, name)]
     packet = getattr(torch.ops.aten, name)
@@ -29,13 +29,13 @@ def spellings(name: str) -> list[Callable[..., Any]]:
     return [*found, packet, *(getattr(packet, overload) for overload in overloads)]
 
 
-def below(name: str, rule: Rule) -> dict[Callable[..., Any], Rule]:
-    """The rule of `torch.nn.functional.f`, for `torch.f` and all other spellings."""
+def below(name: str, override: Override) -> dict[Callable[..., Any], Override]:
+    """Return the override of `torch.nn.functional.f`, for `torch.f` and all other spellings."""
     order = ORDERS.get(name)
 
     def reordered(host: Host, *args: Any, **kwargs: Any) -> Any:
         assert order is not None
         given = dict(zip(order, args, strict=False)) | kwargs
-        return rule(host, **{k: v for k, v in given.items() if k not in WITHOUT_EFFECT})
+        return override(host, **{k: v for k, v in given.items() if k not in WITHOUT_EFFECT})
 
-    return dict.fromkeys(spellings(name), rule if order is None else reordered)
+    return dict.fromkeys(spellings(name), override if order is None else reordered)

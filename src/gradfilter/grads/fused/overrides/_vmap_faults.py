@@ -16,12 +16,12 @@ from gradfilter.grads.fused.overrides._spellings import spellings
 
 
 def roll(input: Tensor, *_: Any, **__: Any) -> Any:
-    """`torch.roll` of a number, which vmap would roll along the rows."""
+    """Replace `torch.roll` of a 0-d tensor, which vmap would roll along the rows."""
     return NotImplemented if input.ndim else input.clone()
 
 
 def select_scatter(host: Host, input: Tensor, src: Tensor, dim: int, index: int) -> Any:
-    """`torch.select_scatter`, whose gradient with respect to ``src`` would count twice."""
+    """Replace `torch.select_scatter`; vmap counts the gradient of ``src`` twice."""
     if not host.batched(input, src):
         return NotImplemented
     units = torch.arange(input.shape[dim], device=input.device)
@@ -30,7 +30,7 @@ def select_scatter(host: Host, input: Tensor, src: Tensor, dim: int, index: int)
 
 
 def index_fill(host: Host, input: Tensor, dim: int, index: Tensor, value: Any) -> Any:
-    """`torch.index_fill` of what all rows share by what they do not: gradients come out wrong."""
+    """Replace `torch.index_fill` of a shared tensor by a value per row: wrong gradients."""
     if host.batched(input) or not host.batched(value):
         return NotImplemented
     units = torch.zeros(input.shape[dim], dtype=torch.bool, device=input.device)
@@ -49,7 +49,7 @@ def as_strided(
     stride: Sequence[int],
     storage_offset: int | None = None,
 ) -> Any:
-    """`torch.as_strided`: strides of a parameter that all rows share say nothing of its own."""
+    """Replace `torch.as_strided`: inside vmap a shared parameter has other strides."""
     rows = host.level.lower(input) if host.batched(input) else None
     if rows is None or not shared(rows):
         return NotImplemented
@@ -63,19 +63,18 @@ def as_strided(
 
 
 def as_strided_(host: Host, input: Tensor, *_: Any, **__: Any) -> Any:
-    """`torch.Tensor.as_strided_`, for which vmap takes the rows as one tensor."""
+    """Refuse `torch.Tensor.as_strided_`, which vmap applies to the rows as one tensor."""
     if not host.batched(input):
         return NotImplemented
     raise RuntimeError("as_strided_ cannot run over all rows at once. Use as_strided.")
 
 
 def group_norm(function: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Group norms under `torch.func.grad`: of half precision in float32.
+    """Run group norms of half precision in float32 under `torch.func.grad`.
 
-    What `torch.func.grad` differentiates can be differentiated again, so torch computes the
-    gradient by a formula, in the dtype of the numbers, where a plain backward pass runs a kernel
-    with float32 inside. The formula takes 1/σ to the third power: in float16 that is infinite for
-    σ < 0.025.
+    `torch.func.grad` allows a second derivative, so torch computes the gradient by a formula in
+    the dtype of the input, where a plain backward pass runs a kernel that uses float32. The formula
+    contains 1/σ³, which in float16 is infinite for σ < 0.025.
     """
     if input.element_size() >= 4:
         return NotImplemented
@@ -91,7 +90,7 @@ UNDER_ANY_VMAP: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys(spellings("roll"), roll),
     **{norm: partial(group_norm, norm) for norm in (F.group_norm, *spellings("group_norm"))},
 }
-"""Faults of the vmap plan; without a host."""
+"""Overrides for the vmap plan, which take no host."""
 
 FAULTS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys(spellings("roll"), lambda host, *args, **kwargs: roll(*args, **kwargs)),
@@ -104,7 +103,7 @@ FAULTS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def refuse_nested(function: Callable[..., Any]) -> None:
-    """Refuse a fault inside a transform of the loss's own, where no rule applies."""
+    """Refuse such an operation inside a torch.func transform, where no override runs."""
     if function in FAULTS and function not in UNDER_ANY_VMAP:
         raise RuntimeError(
             f"{function.__name__} inside a transform of the loss's own cannot run over all rows at "
