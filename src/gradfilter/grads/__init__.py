@@ -1,1 +1,1 @@
-"""Where gradients come from: pure losses, and stacks of microbatch or per-sample gradients."""
+"""Compute gradients: pure losses, and stacks of microbatch or per-sample gradients."""

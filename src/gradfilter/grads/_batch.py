@@ -20,12 +20,12 @@ Rebuild = Callable[[Iterable[Tensor]], Any]
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch cut into rows, and the buffers that the first of them meets.
+    """A batch cut into rows, and the buffers before the first row.
 
     Attributes:
-        tensors: (M, B, ...) each.
+        tensors: The cut tensors, (M, B, ...) each.
         rebuild: Puts the tensors of one microbatch into the structure the loss expects.
-        buffers: Before the first row.
+        buffers: The buffers before the first row.
     """
 
     tensors: list[Tensor]
@@ -33,7 +33,7 @@ class Batch:
     buffers: Tree
 
     def __len__(self) -> int:
-        """M."""
+        """Return M."""
         return self.tensors[0].shape[0]
 
 
@@ -85,7 +85,7 @@ def split(batch: Any, microbatches: int | None) -> tuple[list[Tensor], Rebuild]:
 
 
 def _not_dense(value: Tensor) -> str:
-    """What is said of a sparse or nested tensor in a batch."""
+    """Return the error text for a sparse or nested tensor in a batch."""
     if value.is_nested:
         return (
             "Expected dense tensors in the batch, found a nested one, whose samples have different "
@@ -99,13 +99,13 @@ def _not_dense(value: Tensor) -> str:
 
 
 def check_constant(params: Params, tensors: list[Tensor]) -> None:
-    """Refuse what torch.func differentiates: rows are detached, and would count as constants."""
+    """Refuse tensors that torch.func differentiates: detached rows would count as constants."""
     if torch.compiler.is_compiling():
         return
     for tensor in (*params.values(), *tensors):
         if torch._C._functorch.is_gradtrackingtensor(tensor):
             raise ValueError(
-                "Expected parameters and a batch that nobody differentiates, found some inside "
+                "Expected parameters and a batch that are not differentiated, found some inside "
                 "torch.func.grad, vjp or jvp, for which these rows would be constants. Compute the "
                 "rows there with torch.func.vmap(torch.func.grad(loss), ...), and give the update "
                 "the stacked dict."
@@ -113,11 +113,11 @@ def check_constant(params: Params, tensors: list[Tensor]) -> None:
 
 
 def check_device(params: Params, tensors: list[Tensor]) -> None:
-    """Refuse a batch that lies on another device than the parameters."""
+    """Refuse a batch that is on another device than the parameters."""
     check_constant(params, tensors)
     home = _tree.device_of(params)
     strangers = [t for t in tensors if t.device != home]
-    # Integer tensors may stay behind on the CPU (sequence lengths must), but not the whole batch.
+    # Integer tensors may stay on the CPU (sequence lengths must), but not the whole batch.
     lengths_only = len(strangers) < len(tensors) and all(
         t.device.type == "cpu" and not t.is_floating_point() for t in strangers
     )
@@ -130,7 +130,7 @@ def check_device(params: Params, tensors: list[Tensor]) -> None:
 
 
 def more_than_a_batch(expected: str, fix: str, more: tuple[Any, ...]) -> TypeError:
-    """What is said of inputs and targets given as two arguments."""
+    """Return the error for inputs and targets given as two arguments."""
     found = ", ".join(type(value).__name__ for value in more)
     return TypeError(
         f"Expected {expected}, found {len(more)} more: {found}. A batch is one argument: {fix}."
@@ -167,7 +167,7 @@ def check_params(params: Params) -> None:
 
 
 def plain(batch: Any) -> Any:
-    """The batch with dicts for all mappings: torch takes a tokenizer's output for one leaf."""
+    """Replace all mappings in a batch by dicts: for torch a tokenizer's output is one leaf."""
     if isinstance(batch, Mapping):
         return {key: plain(value) for key, value in batch.items()}
     if type(batch) in (tuple, list):
@@ -194,9 +194,9 @@ def _leading_axis(tensors: list[Tensor]) -> int:
 
 
 def _holds_tensors(value: Any, depth: int) -> bool:
-    """Whether an object that is no branch of a tree has tensors or arrays in it."""
+    """Return whether an object that is not a tree node contains tensors or arrays."""
     if isinstance(value, Tensor) or hasattr(value, "__array__"):
-        return depth < 3  # a leaf of the tree itself is one row's own
+        return depth < 3  # a leaf of the tree itself belongs to one row
     if depth == 0 or value is None or isinstance(value, (int, float, complex, str, bytes, type)):
         return False
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Watch the buffers during a pass over all rows, and update running statistics row after row."""
+"""Watch the buffers during a pass over all rows, and update running statistics row by row."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ COUNTER = "num_batches_tracked"
 DATA = tensor_property("data").__get__
 
 VIEWS = {tensor_property(name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag", "data")}
-"""Properties that give a tensor's values; others say only what it is like."""
+"""Properties that give access to a tensor's values; all others give only its description."""
 
 HANDED_OUT = {"numpy", "__array__", "untyped_storage", "data_ptr", "__dlpack__", "set_"}
-"""Methods that hand a buffer's memory out, to be written without a trace."""
+"""Methods that expose a buffer's memory, so that writes to it cannot be detected."""
 
 ADDITIONS = {
     torch.add,
@@ -37,14 +37,14 @@ ADDITIONS = {
 class BufferWatch:
     """Follows buffers, known by identity, through one forward pass.
 
-    All rows run at once, so a buffer cannot be handed from row to row. BatchNorm's running
-    statistics and counters are made up for afterwards; every other write is refused, and so is
-    every other use of statistics and counters that were written.
+    All rows run at once, so a buffer cannot be passed from row to row. BatchNorm's running
+    statistics and counters are updated afterwards. Every other write is refused, and every other
+    use of statistics and counters that were written.
 
     Args:
-        buffers: Those of this pass.
-        cumulative: Running means with momentum None, whose counters torch's own BatchNorm reads.
-        attributes: Other tensors, of which it is noted whether they are used.
+        buffers: The buffers of this pass.
+        cumulative: The running means with momentum None, whose counters torch's BatchNorm reads.
+        attributes: Other tensors whose use is recorded.
     """
 
     def __init__(
@@ -64,16 +64,16 @@ class BufferWatch:
         self.used_attributes: set[str] = set()
 
     def name(self, value: Any) -> str | None:
-        """The name of the buffer that a value is."""
+        """Return the name of a buffer, or None for another value."""
         return self._names.get(id(value))
 
     def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note which buffers a function is given, and refuse writes that leave no trace."""
+        """Record the buffers that a function uses, and refuse writes that cannot be detected."""
         if not self._names and not self._attributes:
             return
         name = getattr(func, "__name__", "")
         if name == "__get__":
-            if func not in VIEWS:  # asking a tensor for its shape is no use of its values
+            if func not in VIEWS:  # reading a tensor's shape does not use its values
                 return
             if func == DATA and (exposed := self.name(args[0])) is not None:
                 raise Unreplayable(exposed, "or may write through .data")
@@ -89,11 +89,11 @@ class BufferWatch:
         if name in HANDED_OUT and found:
             raise Unreplayable(str(found.pop()), f"or may write through .{name}()")
         self._used |= {str(b) for b in found if not self._counts(str(b), func, args, kwargs)}
-        if name.startswith("_foreach") and found:  # raises no version
+        if name.startswith("_foreach") and found:  # does not raise the version
             raise Unreplayable(str(found.pop()), f"by {name}")
 
     def _counts(self, name: str, func: Any, args: Any, kwargs: Any) -> bool:
-        """Whether a function only adds a number to a counter, or is BatchNorm's reading of it."""
+        """Return whether a function only adds to a counter, or is BatchNorm's reading of it."""
         if not name.endswith(COUNTER):
             return False
         if func in ADDITIONS and not kwargs and len(args) == 2:
@@ -101,16 +101,16 @@ class BufferWatch:
         return name in self._read_by_torch and func is torch.Tensor.__float__
 
     def read(self, *buffers: str) -> None:
-        """Note that running statistics were read."""
+        """Record that running statistics were read."""
         self._used |= set(buffers)
 
     def check(self, after: Tree, updated: set[str], handed: Collection[str] = ()) -> None:
-        """Refuse what cannot be made up for.
+        """Refuse changes of buffers that cannot be repeated afterwards.
 
         Args:
             after: The buffers after the forward pass.
-            updated: The running statistics that were due an update.
-            handed: Buffers that were handed from row to row.
+            updated: The running statistics that the pass should update.
+            handed: The buffers that were passed from row to row.
         """
         for name, buffer in self._buffers.items():
             if name in handed:
@@ -127,10 +127,10 @@ class BufferWatch:
 
 
 class Unreplayable(RuntimeError):
-    """A buffer stops rows from running at once.
+    """Raised if a buffer prevents rows from running at once.
 
     Attributes:
-        buffer: Its name.
+        buffer: The buffer's name.
     """
 
     def __init__(self, buffer: str, how: str) -> None:
@@ -141,15 +141,15 @@ class Unreplayable(RuntimeError):
         self.buffer = buffer
 
 
-# --- Running statistics in the fused plan: the kernel of the loop, row after row ---
+# --- Running statistics in the fused plan: the kernel of the loop, row by row ---
 
 
 Update = Callable[[int], tuple[Tensor | None, Tensor | None, float]]
-"""Row m -> the statistics to update in place and the momentum to do it with."""
+"""``update(m)`` returns the statistics to update in place for row m, and the momentum."""
 
 
 Kernel = Callable[[Tensor, Tensor | None, Tensor | None, float], Any]
-"""Updates a running mean and variance, in place, by one row."""
+"""``kernel(x, mean, var, momentum)`` updates the running mean and variance in place."""
 
 
 @dataclass(frozen=True)
@@ -165,14 +165,14 @@ class _Call:
 class RunningUpdates:
     """Running statistics after all rows, bit for bit as after M forward passes in order.
 
-    A BatchNorm that is used once in a pass updates them while its rows are computed. For one that
-    is used more often the order would be wrong, call by call instead of row by row: its statistics
-    are taken once more in the end.
+    A BatchNorm that is used once in a pass updates them while its rows are computed. If it is used
+    more often, the order would be wrong (call by call instead of row by row), so its statistics are
+    computed again at the end.
 
     Attributes:
-        watch: Knows the buffers by identity.
-        buffers: The buffers as the model sees them, which stay as they came.
-        cumulative: Running means with momentum None: averages over all passes, a = 1/t.
+        watch: The watch, which finds buffers by identity.
+        buffers: The buffers as the model sees them; they are not changed.
+        cumulative: The running means with momentum None: averages over all passes, a = 1/t.
         updated: The running statistics so far.
     """
 
@@ -183,7 +183,7 @@ class RunningUpdates:
     _calls: list[_Call] = field(default_factory=list)
 
     def read(self, *statistics: Tensor | None) -> None:
-        """Note that statistics were used as they are."""
+        """Record that statistics were used without an update."""
         self.watch.read(*(name for s in statistics if (name := self.watch.name(s)) is not None))
 
     def start(
@@ -200,7 +200,7 @@ class RunningUpdates:
         names = self.watch.name(mean), self.watch.name(var)
         if names[0] is None or names[1] is None:
             raise RuntimeError(
-                "batch_norm updates running statistics that are no buffers of the model"
+                "batch_norm updates running statistics that are not buffers of the model"
             )
         call = _Call(names[0], names[1], momentum, x.detach(), kernel)
         self._calls.append(call)
@@ -210,15 +210,15 @@ class RunningUpdates:
         return lambda m: (*own, self._momentum(call, m, 1))
 
     def finish(self) -> Tree:
-        """The updated statistics."""
+        """Return the updated statistics."""
         for mean in {call.mean for call in self._calls}:
             calls = [call for call in self._calls if call.mean == mean]
             if len(calls) > 1:
-                self._again(calls)
+                self._repeat_in_order(calls)
         self._calls.clear()
         return self.updated
 
-    def _again(self, calls: list[_Call]) -> None:
+    def _repeat_in_order(self, calls: list[_Call]) -> None:
         own = self.buffers[calls[0].mean].clone(), self.buffers[calls[0].var].clone()
         for m in range(len(calls[0].x)):
             for call in calls:
@@ -229,5 +229,5 @@ class RunningUpdates:
     def _momentum(self, call: _Call, m: int, uses: int) -> float:
         if call.mean not in self.cumulative:
             return call.momentum
-        # The module counts one pass where there are M, and gives 1/t of the first.
+        # The module counts one pass instead of M, and its momentum is 1/t of the first row.
         return 1 / (round(1 / call.momentum) + m * uses)

@@ -1,7 +1,7 @@
-"""Record and restore all that a forward pass depends on in addition to its arguments.
+"""Record and restore everything that a forward pass depends on in addition to its arguments.
 
-Random numbers, autocast, training modes, attributes of modules, and the versions of tensors that
-must not be written between two passes.
+These are random numbers, autocast, training modes, attributes of modules, and the versions of
+tensors that must not be written between two passes.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from torch import Tensor, nn
 
 from gradfilter.grads._module_attributes import Attributes
 
-# --- Versions of tensors: were they written since a pass read them ---
+# --- Versions of tensors: detect writes after a pass has read them ---
 
 
 class Versions:
-    """Tensors, and how often each had been written in place at one moment.
+    """Tensors, and the number of in-place writes to each at one moment.
 
     Args:
-        tensors: Each with what to call it in an error.
+        tensors: Pairs of a name for errors and a tensor.
     """
 
     def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        # Tensors of inference mode count nothing.
+        # Tensors of inference mode have no version counter.
         self._noted = [(n, t, t._version) for n, t in tensors if not t.is_inference()]
 
     def written(self) -> str | None:
-        """What to call a tensor that has been written since, or None."""
+        """Return the name of a tensor that has been written since, or None."""
         return next((n for n, t, version in self._noted if t._version != version), None)
 
     def check(self, names: Collection[str] | None = None) -> None:
         """Refuse to compute with tensors that have been written since.
 
         Args:
-            names: Only those called so; None for all.
+            names: The names to check; None for all.
         """
         for name, tensor, version in self._noted:
             if tensor._version != version and (names is None or name in names):
@@ -59,15 +59,15 @@ class Versions:
 
 
 Generator = tuple[str, Callable[[], Any], Callable[[Any], None]]
-"""What to call it in an error; how to read and how to set its state."""
+"""The name in errors, and the functions that read and set the state."""
 
 
 class HostRandom:
     """The states of the generators at one moment.
 
     Args:
-        own: Generators in attributes of modules, by name.
-        everywhere: Python's and NumPy's generators, which anybody may draw from, too.
+        own: The generators in attributes of modules, by name.
+        everywhere: True to include Python's and NumPy's global generators.
     """
 
     def __init__(self, own: Iterable[tuple[str, Any]], *, everywhere: bool = True) -> None:
@@ -78,7 +78,7 @@ class HostRandom:
         self._states = [get() for _, get, _ in self._generators]
 
     def present(self) -> HostRandom:
-        """The states of the same generators now."""
+        """Return the states of the same generators now."""
         found = object.__new__(HostRandom)
         found._generators = self._generators
         found._states = [get() for _, get, _ in self._generators]
@@ -90,9 +90,9 @@ class HostRandom:
             put(state)
 
     def moved(self) -> str | None:
-        """The name of a generator that has drawn since; torch's own are left out.
+        """Return the name of a generator that has drawn since; torch's own are omitted.
 
-        Those draw for every row, also in a pass over all rows at once.
+        torch's generators draw for every row, also in a pass over all rows at once.
         """
         for (name, get, _), state in zip(self._generators, self._states, strict=True):
             if not isinstance(state, torch.Tensor) and not _equal(get(), state):
@@ -102,7 +102,7 @@ class HostRandom:
 
 def _global() -> list[Generator]:
     found: list[Generator] = [("Python's random", random.getstate, random.setstate)]
-    numpy = sys.modules.get("numpy")  # who has not imported it draws nothing with it
+    numpy = sys.modules.get("numpy")  # a program that has not imported NumPy does not draw from it
     if numpy is not None:
         found.append(("numpy.random", numpy.random.get_state, numpy.random.set_state))
     return found
@@ -135,15 +135,15 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 class Rewinds:
-    """Random numbers of one device for steps that are captured in a CUDA graph.
+    """The random numbers of one device for steps that are captured in a CUDA graph.
 
     Inside a capture a generator's state can be neither read nor set, but the generator can be
-    pointed at another state. So every return to the start of the step takes a clone of its own,
-    made by the runs before the capture: ``main`` is drawn from first, then one spare per return.
+    pointed at another state. So every return to the start of the step uses its own clone, made by
+    the runs before the capture: first ``main``, then one spare per return.
 
     Args:
-        generator: The one that the computation draws from; left as it was found.
-        start: Its state at the start of the step.
+        generator: The generator of the computation; its state is the same afterwards.
+        start: The generator's state at the start of the step.
     """
 
     def __init__(self, generator: torch.Generator, start: Tensor) -> None:
@@ -154,14 +154,14 @@ class Rewinds:
         self.align(start)
 
     def align(self, start: Tensor) -> None:
-        """Let the next step, run or replayed, draw from ``start`` on."""
+        """Let the next step, run or replayed, draw from the state ``start``."""
         self._start = start
         for state in self.states:
             state.set_state(start)
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """One step drawing from these states."""
+        """Run one step that draws from these states."""
         before = self.generator.graphsafe_get_state()
         token = _REWINDS.set(self)
         self._taken = self._moments = 0
@@ -182,7 +182,7 @@ class Rewinds:
         self.generator.graphsafe_set_state(self.states[self._taken])
 
     def moment(self) -> None:
-        """Refuse a moment that may not be the start of the step: nothing leads back to it."""
+        """Refuse to record a moment after the start of the step: it cannot be restored."""
         self._moments += 1
         if self._moments > 1:
             raise RuntimeError(
@@ -195,7 +195,7 @@ _REWINDS: ContextVar[Rewinds | None] = ContextVar("rewinds", default=None)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of the generators a computation on ``device`` draws from."""
+    """Return the state of the generators that a computation on ``device`` draws from."""
     rewinds = _REWINDS.get()
     if rewinds is not None:
         return {"cuda": rewinds.generator.graphsafe_get_state()}
@@ -206,9 +206,9 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put the generators into a state that `random_state` returned.
+    """Set the generators to a state that `random_state` returned.
 
-    In a captured step the only such state is the one at its start.
+    In a captured step this must be the state at the step's start.
     """
     rewinds = _REWINDS.get()
     if rewinds is not None:
@@ -221,7 +221,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 @contextmanager
 def random_state_restored(device: torch.device) -> Iterator[None]:
-    """Leave the generators as they were on entry."""
+    """Restore the state of the generators on exit."""
     rewinds = _REWINDS.get()
     before = random_state(device)
     try:
@@ -235,16 +235,16 @@ def random_state_restored(device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class CallContext:
-    """All that a moment's forward pass depends on in addition to its arguments.
+    """Everything that a forward pass depends on in addition to its arguments, at one moment.
 
     Attributes:
-        device: Where the computation runs.
+        device: The device of the computation.
         random: The state of torch's generators.
         host: The state of Python's, NumPy's and the modules' own generators.
-        autocast: Device type, dtype, and whether it is on.
-        training: Every module, and whether it is in training mode.
+        autocast: The device type, the dtype, and whether autocast is enabled.
+        training: Every module with its training mode.
         attributes: The attributes of the modules.
-        versions: Tensors that a pass reads, and how often each had been written.
+        versions: The tensors that a pass reads, with their versions.
     """
 
     device: torch.device
@@ -265,14 +265,14 @@ class CallContext:
         *,
         everywhere: bool = True,
     ) -> CallContext:
-        """Note the present state.
+        """Record the present state.
 
         Args:
-            device: Where the computation runs.
-            modules: What it calls, by name.
-            tensors: What else it reads, each with what to call it in an error.
-            attributes: Those of the modules, where they are known already.
-            everywhere: Python's and NumPy's generators may be drawn from.
+            device: The device of the computation.
+            modules: The modules that it calls, by name.
+            tensors: Other tensors that it reads, each with a name for errors.
+            attributes: The attributes of the modules, if they are known already.
+            everywhere: True if Python's and NumPy's generators may be used.
         """
         kinds = sorted({"cpu", device.type})
         rewinds = _REWINDS.get()
@@ -295,25 +295,25 @@ class CallContext:
 
     @contextmanager
     def modes(self) -> Iterator[None]:
-        """Give every module the mode it was in."""
+        """Set every module to the recorded mode, and restore its present mode on exit."""
         present = [(module, module.training) for module, _ in self.training]
         try:
             for module, training in self.training:
                 module.training = training
             yield
         finally:
-            for module, training in present:  # a forward pass may have set other ones
+            for module, training in present:  # a forward pass may have changed modes
                 module.training = training
 
     def rewind(self) -> None:
-        """Set random numbers and attributes back to that moment, for another attempt at a pass."""
+        """Reset random numbers and attributes to that moment, for another attempt at a pass."""
         set_random_state(self.random, self.device)
         self.host.restore()
         self.attributes.restore()
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Compute as if it were that moment; nothing outside notices.
+        """Compute in the recorded state, and restore the present state on exit.
 
         Raises:
             RuntimeError: A tensor that the pass reads has been written since.

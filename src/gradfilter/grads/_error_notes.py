@@ -1,4 +1,4 @@
-"""Notes added to errors of torch: the likely cause and the fix, where the message has neither."""
+"""Add notes to errors of torch: the likely cause and the fix, if the message has neither."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
 def add_notes(error: Exception, params: Params, batch: Any) -> None:
-    """Say below an error what in the batch is its likely cause.
+    """Add a note to an error that names its likely cause in the batch.
 
-    A note and no refusal: batches that mix dtypes may be meant, and many losses take them.
+    It is only a note, because batches that mix dtypes can be intended, and many losses take them.
     """
     text = str(error)
     tensors = _tensors(batch)
@@ -47,7 +47,7 @@ def add_notes(error: Exception, params: Params, batch: Any) -> None:
 
 
 def note_anomaly(error: Exception) -> None:
-    """Say what to do about anomaly mode, which refuses rows that a filter would take out."""
+    """Add a note about anomaly mode, which refuses rows that a filter would reject."""
     if torch.is_anomaly_enabled() and "returned nan values" in str(error):
         error.add_note(
             "Anomaly mode raises at a NaN in any row, before finite_filter or another filter can "
@@ -57,9 +57,9 @@ def note_anomaly(error: Exception) -> None:
 
 
 def add_plan_note(error: Exception, plan: str) -> None:
-    """Say below an error of a plan that runs all rows at once which plan does not.
+    """Add a note to an error of a plan that runs all rows at once: name the plan "loop".
 
-    Of torch's own errors and the loss's, which know of no plan, and have no other note.
+    Only errors of torch and of the loss get the note, and only if they have no other note.
     """
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
@@ -85,9 +85,9 @@ def _note_dtypes(error: Exception, params: Params, batch: Any) -> None:
 
 
 def _strangers(text: str, own: list[torch.dtype], batch: Any) -> list[torch.dtype]:
-    """The dtypes of the batch that an error about dtypes may be about."""
+    """Return the dtypes of the batch that an error about dtypes may refer to."""
     floating = [t.dtype for t in _tensors(batch) if t.is_floating_point() and t.dtype not in own]
-    # Whoever asks for integers (an embedding, class labels) wants no other float.
+    # An operation that expects integers (an embedding, class labels) does not need another float.
     if floating and not re.search(r"\bLong\b|\bint(32|64)\b", text):
         return floating
     inputs = _tensors(batch if isinstance(batch, Mapping) else batch[:1])
@@ -102,8 +102,8 @@ def _tensors(batch: Any) -> list[Tensor]:
 
 
 def stacklevel() -> int:
-    """The ``stacklevel`` of a warning that is to point at the first line outside of gradfilter."""
-    ours = ("gradfilter.", "torch._dynamo.")  # which stands around what the compiler leaves alone
+    """Return the ``stacklevel`` of a warning at the first line outside of gradfilter."""
+    ours = ("gradfilter.", "torch._dynamo.")  # its frames surround functions that are not compiled
     level, frame = 0, cast(FrameType | None, sys._getframe(1))
     while frame is not None and frame.f_globals.get("__name__", "").startswith(ours):
         level, frame = level + 1, frame.f_back

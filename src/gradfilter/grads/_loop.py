@@ -25,13 +25,13 @@ Rows = tuple[Tree, Tensor, Tree, Any]
 
 
 def loop_rows(loss: NormalizedLoss, params: Params, batch: Batch, per_row: bool) -> Rows:
-    """Row m from an ordinary backward pass over microbatch m, buffers handed from row to row.
+    """Compute row m by an ordinary backward pass over microbatch m; pass buffers from row to row.
 
     Args:
         loss: The loss.
         params: The parameters; with ``per_row`` each with a leading axis M.
         batch: The rows.
-        per_row: Row m has its own parameters.
+        per_row: True if every row has its own parameters.
     """
     with one_image(batch, loss.modules):
         return _rows(loss, params, batch, per_row)
@@ -40,7 +40,7 @@ def loop_rows(loss: NormalizedLoss, params: Params, batch: Batch, per_row: bool)
 def _rows(loss: NormalizedLoss, params: Params, batch: Batch, per_row: bool) -> Rows:
     count, buffers = len(batch), batch.buffers
     shapes = {name: p.shape[1:] if per_row else p.shape for name, p in params.items()}
-    # Written row by row: stacking M finished gradients would hold all of them twice.
+    # Write row by row, because stacking M finished gradients would hold all of them twice.
     rows = {name: p.new_empty((count, *shapes[name])) for name, p in params.items()}
     losses, aux, reached = [], [], False
     for m in range(count):
@@ -48,9 +48,9 @@ def _rows(loss: NormalizedLoss, params: Params, batch: Batch, per_row: bool) -> 
         loss.hook(leaves)
         before = buffers
         with torch.enable_grad(), untouched(loss, leaves):
-            # A copy: a first layer that works in place would write into the batch.
+            # Copy, because a first layer that works in place would write into the batch.
             row = batch.rebuild(t[m].clone() for t in batch.tensors)
-            value, buffers, extra = loss.settling(leaves, row, before)
+            value, buffers, extra = loss.pure_and_clean(leaves, row, before)
         grads = _gradients(loss, value, leaves, before)
         for name, grad in zip(leaves, grads, strict=True):
             reached = reached or grad is not None
@@ -61,7 +61,7 @@ def _rows(loss: NormalizedLoss, params: Params, batch: Batch, per_row: bool) -> 
         losses.append(value.detach())
         aux.append(extra if extra is None else _tree.tree_map(torch.Tensor.detach, extra))
         buffers = {name: b.detach() for name, b in buffers.items()}
-        loss.settle(leaves)
+        loss.clean_attributes(leaves)
         if not per_row:
             params = {**params, **loss.renormalised(params, leaves)}
     if not reached:
@@ -73,8 +73,8 @@ def _rows(loss: NormalizedLoss, params: Params, batch: Batch, per_row: bool) -> 
 def _gradients(
     loss: NormalizedLoss, value: Tensor, leaves: Params, buffers: Tree
 ) -> Sequence[Tensor | None]:
-    """The gradient of one row with respect to every leaf, None where the loss does not use it."""
-    # A row may be constant, as where there is nothing to learn from; all of them may not.
+    """Compute the gradient of one row for every leaf; None if the loss does not use it."""
+    # One row may be constant, for example without labels, but not all of them.
     if not value.requires_grad:
         return (None,) * len(leaves)
     ends = loss.ends(value, leaves.values())
@@ -88,7 +88,7 @@ def _gradients(
 def _reentrant(
     loss: NormalizedLoss, value: Tensor, leaves: Params, buffers: Tree, ends: Ends
 ) -> list[Tensor | None]:
-    """The same through a reentrant checkpoint, which only runs where gradients are accumulated."""
+    """Compute the same through a reentrant checkpoint, which needs accumulated gradients."""
     own = {} if loss.places is None else loss.places.trainable
     bystanders = [*own.values(), *ends.others]
     kept = [p.grad for p in bystanders]
@@ -107,36 +107,36 @@ def _reentrant(
 
 @contextmanager
 def untouched(
-    loss: NormalizedLoss, leaves: Params, hooked: list[str] | None = None
+    loss: NormalizedLoss, leaves: Params, hook_methods: list[str] | None = None
 ) -> Iterator[None]:
     """Refuse a forward pass that writes into the parameters it is given, or hooks on them.
 
     Args:
         loss: The loss.
-        leaves: What it is given.
-        hooked: Is filled with the names of methods by which it hooks on other tensors.
+        leaves: The parameters that it is given.
+        hook_methods: A list that gets the names of methods that hook on other tensors.
     """
     guarded = list(loss.untouchable(leaves))
     versions = Versions(guarded)
     with WriteWatch(guarded, written_parameter) as watch:
         yield
-    if hooked is not None:
-        hooked.extend(watch.hooked)
-    name = versions.written()  # where no function of Python shows it
+    if hook_methods is not None:
+        hook_methods.extend(watch.hook_methods)
+    name = versions.written()  # writes that no Python function shows
     if name is not None:
         raise written_parameter(name)
-    refuse_hooked(leaves, loss.hooks)
+    refuse_new_hooks(leaves, loss.hooks)
 
 
-def refuse_hooked(leaves: Params, hooks: Mapping[str, list[Hook]] | None = None) -> None:
-    """Refuse leaves with more hooks than those that were there before the forward pass."""
+def refuse_new_hooks(leaves: Params, hooks: Mapping[str, list[Hook]] | None = None) -> None:
+    """Refuse leaves that got new hooks in the forward pass."""
     for name, leaf in leaves.items():
         if len(leaf._backward_hooks or ()) > len((hooks or {}).get(name, ())):
             raise hooked_parameter(name)
 
 
 def hooked_parameter(name: str) -> RefusedByAll:
-    """Why the loss may not register a hook on a parameter."""
+    """Return the error for a loss that registers a hook on a parameter."""
     return RefusedByAll(
         f"Expected a loss that registers no hook on a parameter, found one on {name!r} registered "
         "in the forward pass: one more at every pass. Register it once, before training."
@@ -144,7 +144,7 @@ def hooked_parameter(name: str) -> RefusedByAll:
 
 
 def written_parameter(name: str) -> RefusedByAll:
-    """Why a parameter may not be written while the loss is computed."""
+    """Return the error for a loss that writes into a parameter."""
     return RefusedByAll(
         f"Expected a loss that leaves its parameters as they are, found the {name} written in "
         "place in the forward pass. A gradient is taken at the parameters that are given: write "

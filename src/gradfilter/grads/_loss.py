@@ -13,20 +13,20 @@ from torch.nn.parameter import is_lazy
 from gradfilter import _tree
 from gradfilter._types import Params, Tree
 from gradfilter.grads._error_notes import add_notes
-from gradfilter.grads._module_tensors import ModuleTensors, take_back
+from gradfilter.grads._module_tensors import ModuleTensors, remove_new_parts
 
 # --- Checks of the result of a loss ---
 
 
 class RefusedByAll(ValueError):
-    """A loss that no plan can differentiate: none is tried after the one that found out."""
+    """Raised for a loss that no plan can differentiate, so that no other plan is tried."""
 
 
 def split_aux(result: Any) -> tuple[Any, Any]:
-    """What a loss returned that promised ``(loss, aux)``.
+    """Split the result of a loss that returns ``(loss, aux)``.
 
     Raises:
-        TypeError: It is not a pair.
+        TypeError: The result is not a pair.
     """
     if not isinstance(result, (tuple, list)) or len(result) != 2:
         size = f" of {len(result)}" if isinstance(result, (tuple, list)) else ""
@@ -38,7 +38,7 @@ def split_aux(result: Any) -> tuple[Any, Any]:
 
 
 def check_value(value: Any, aux: Any) -> None:
-    """Refuse a loss that is no scalar tensor, and an aux that is no tree of tensors."""
+    """Refuse a loss that is not a scalar tensor, and an aux that is not a tree of tensors."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"Expected the loss to be a scalar tensor, found {type(value).__name__}. A loss that "
@@ -64,7 +64,7 @@ def check_differentiable(value: Tensor) -> None:
 
 
 def unreached() -> ValueError:
-    """What is said of a loss that no parameter has a part in."""
+    """Return the error for a loss that depends on no parameter."""
     return ValueError(
         "Expected a loss that depends on the parameters, found one without a gradient with "
         "respect to any of them. Is it detached, computed under no_grad or inference_mode, or are "
@@ -81,9 +81,9 @@ class ModelLoss:
     """The pure loss of a module: ``(params, batch, buffers) -> (loss, new buffers)``.
 
     Made by `model_loss`. With ``has_aux`` the criterion returns ``(loss, aux)`` and the call
-    returns ``(loss, new buffers, aux)``. ``in_place`` says that a training loop writes into the
-    module: it runs the hooks on parameters on the combined gradient, where they would otherwise run
-    on every row, and renormalises embeddings.
+    returns ``(loss, new buffers, aux)``. ``in_place`` means that a training loop writes into the
+    module: hooks on parameters then run on the combined gradient instead of on every row, and
+    embeddings are renormalised.
     """
 
     model: nn.Module
@@ -92,7 +92,7 @@ class ModelLoss:
     in_place: bool = False
 
     def __call__(self, params: Params, batch: Any, buffers: Tree) -> tuple[Any, ...]:
-        """Evaluate on copies of the buffers; neither they nor the module are changed."""
+        """Evaluate on copies of the buffers; the buffers and the module are not changed."""
         places = ModuleTensors.of(self.model)
         check_names("buffers", buffers, places.buffers)
         return self.run(params, batch, {name: b.clone() for name, b in buffers.items()}, places)
@@ -100,7 +100,7 @@ class ModelLoss:
     def run(
         self, params: Params, batch: Any, buffers: Tree, places: ModuleTensors
     ) -> tuple[Any, ...]:
-        """Like a call, but let the model write into the given buffers."""
+        """Evaluate as a call does, but let the model write into the given buffers."""
         try:
             return self._run(params, batch, buffers, places)
         except Exception as error:
@@ -111,17 +111,17 @@ class ModelLoss:
         self, params: Params, batch: Any, buffers: Tree, places: ModuleTensors
     ) -> tuple[Any, ...]:
         empty, tables = places.still_empty(), places.tables()
-        # The criterion, too, sees the given tensors in the module: it may penalise parameters, or
+        # The criterion also sees the given tensors in the module: it may penalise parameters, or
         # call the model again.
         with places.filled({**params, **buffers}) as after:
             try:
                 result = self._evaluate(batch)
             except BaseException:
                 places.empty_again(empty)
-                take_back(tables)
+                remove_new_parts(tables)
                 raise
             places.refuse_new_buffers(empty)
-            _refuse_new_parts(take_back(tables))
+            _refuse_new_parts(remove_new_parts(tables))
         _refuse_lost_buffers(buffers.keys() - after.keys())
         new_buffers = {name: after[name] for name in buffers}
         if self.has_aux:
@@ -130,7 +130,7 @@ class ModelLoss:
         return result, new_buffers
 
     def _evaluate(self, batch: Any) -> Any:
-        """The loss as the user wrote it, of the module as it is."""
+        """Evaluate the user's loss with the tensors that are in the module."""
         if isinstance(batch, Mapping):
             output = self.model(**batch)
             return _own_loss(output) if self.criterion is None else self.criterion(output, batch)
@@ -163,7 +163,7 @@ def model_loss(
             parameters (``requires_grad=False``) keep their values in the module.
         criterion: ``criterion(output, targets) -> scalar``. None for models that return their own
             ``.loss``, as Hugging Face models do.
-        has_aux: The criterion returns ``(scalar, aux)``, aux any tree of tensors.
+        has_aux: True if the criterion returns ``(scalar, aux)``, with aux any tree of tensors.
 
     Batches: ``(x, y)`` calls ``criterion(model(x), y)``, where x may be a tuple of positional or a
     dict of keyword arguments. A dict calls ``model(**batch)`` and takes ``.loss`` if criterion is
@@ -195,7 +195,7 @@ def model_loss(
 
 
 def refuse_class(criterion: Any, who: str = "") -> None:
-    """Refuse the class of a criterion: it is callable too, and takes outputs for its options."""
+    """Refuse the class of a criterion: a call would take the outputs as its options."""
     if isinstance(criterion, type):
         name, expected = criterion.__name__, f"{who}: expected" if who else "Expected"
         raise TypeError(f"{expected} a criterion, found the class {name}. Call it: {name}().")
@@ -205,13 +205,13 @@ def extract(model: nn.Module) -> tuple[Params, Tree]:
     """Copy a module's trainable parameters and its buffers into plain dicts.
 
     Args:
-        model: Any module. Frozen parameters are left out; a tied weight appears once.
+        model: Any module. Frozen parameters are omitted; a tied weight appears once.
 
     Returns:
         ``(params, buffers)``, each ``dict[str, Tensor]`` under the module's own dotted names.
 
     Raises:
-        ValueError: A lazy module that has not run yet.
+        ValueError: The model has a lazy module that has not run yet.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -227,17 +227,16 @@ def extract(model: nn.Module) -> tuple[Params, Tree]:
 def insert(model: nn.Module, params: Params, buffers: Tree | None = None) -> None:
     """Write parameters and buffers back into a module, in place.
 
-    A buffer of another shape than the module's own, as a forward pass may leave one, takes its
-    place.
+    A forward pass may give a buffer another shape; such a buffer replaces the module's own.
 
     Args:
-        model: The module they were extracted from, or one of the same structure.
-        params: ``dict[str, Tensor]``; names that are left out stay as they are.
+        model: The module that they were extracted from, or one of the same structure.
+        params: ``dict[str, Tensor]``; parameters that are omitted stay as they are.
         buffers: ``dict[str, Tensor]`` or None.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``params`` no dict.
-        ValueError: A name is unknown or a parameter's shape differs; nothing has been written then.
+        TypeError: ``model`` is not a module, or ``params`` is not a dict.
+        ValueError: A name is unknown or a parameter's shape differs; nothing is written.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -263,8 +262,8 @@ def insert(model: nn.Module, params: Params, buffers: Tree | None = None) -> Non
                 f"Expected parameter {name!r} of shape {tuple(parameters[name].shape)}, found "
                 f"{tuple(value.shape)}."
             )
-    # A forward pass may have put a buffer of another shape in the place of one (a table of
-    # positions for images of another size): such a buffer cannot be written into.
+    # A forward pass may have replaced a buffer by one of another shape (a table of positions for
+    # images of another size), which cannot be written into the module's own.
     replaced = {
         id(target): value.detach().clone() for target, value in pairs if target.shape != value.shape
     }
@@ -291,7 +290,7 @@ def _targets(
 
 
 def check_names(what: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Refuse parameters or buffers that are not those of the model: others would be its own."""
+    """Refuse missing or unknown names: the model would use its own tensors instead."""
     missing, extra = sorted(set(own) - set(given)), sorted(set(given) - set(own))
     if missing or extra:
         raise ValueError(
@@ -330,7 +329,7 @@ def refuse_lazy(model: nn.Module) -> None:
     """Refuse a module whose tensors have no shape before its first forward pass.
 
     Raises:
-        ValueError: It has such a tensor.
+        ValueError: The module has such a tensor.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):

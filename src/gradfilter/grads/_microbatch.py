@@ -44,10 +44,10 @@ from gradfilter.grads.fused._row_groups import Grouping, forward_in_groups
 
 
 def check_budget(budget: int | float) -> None:
-    """Refuse what is neither a number of bytes nor a fraction of the device's memory."""
+    """Refuse a budget that is neither a number of bytes nor a fraction of the memory."""
     fraction = isinstance(budget, float)
     number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
-    if not number or not 0 <= budget <= (1 if fraction else math.inf):  # nan is in no range
+    if not number or not 0 <= budget <= (1 if fraction else math.inf):  # also refuses nan
         raise ValueError(
             "Expected memory_budget as bytes (int >= 0) or as a fraction of the device's memory "
             f"(float from 0 to 1), found {budget!r}. Write 10**9 for a gigabyte; the "
@@ -66,9 +66,9 @@ def bytes_of(budget: int | float, device: torch.device) -> int:
 
 # --- Attributes that a pass changes. ---
 #
-# After M passes in order, row m has seen what row m - 1 left in the attributes of the modules. In
-# a pass over all rows no row has. That is right for an activation that is only stored, and wrong
-# for a counter or a recurrent state.
+# After M passes in order, row m has seen the attributes that row m - 1 left in the modules. In a
+# pass over all rows no row sees them. That is correct for an activation that is only stored, and
+# wrong for a counter or a recurrent state.
 
 
 def check_remembered(
@@ -79,19 +79,19 @@ def check_remembered(
     used: set[str] | None,
     rows: Sequence[int] = (-1,),
 ) -> None:
-    """Refuse a pass over all rows that a pass row by row would not have equalled.
+    """Refuse a pass over all rows whose result would differ from that of a loop over rows.
 
     Args:
         loss: The loss.
         params: The parameters, the same for all rows.
         batch: The rows.
-        context: The moment before the pass.
-        used: The tensors in attributes that the pass computed with, by name; None where it has
-            changed no attribute.
-        rows: Those that are asked again where nothing else tells.
+        context: The context before the pass.
+        used: The tensors in attributes that the pass used, by name; None if it has changed no
+            attribute.
+        rows: The rows that run again if there is no other way to decide.
 
     Raises:
-        RuntimeError: A number on the host was drawn, or an attribute changes what rows answer.
+        RuntimeError: A number was drawn on the host, or an attribute changes the loss of rows.
     """
     moved = context.host.moved()
     if moved is not None:
@@ -114,7 +114,7 @@ def check_remembered(
             )
         if not (_has_tensors(before) and _has_tensors(now)):
             unsure = name
-    # What was not there before cannot have been used, but a branch may ask whether it is there.
+    # A new attribute cannot have been used, but a branch may ask whether it exists.
     if unsure is not None and any(
         _answers_differ(loss, params, batch, context, row) for row in rows
     ):
@@ -140,7 +140,7 @@ def _counts(before: Any, now: Any) -> bool:
 
 
 def _hold_the_same(before: Any, now: Any) -> bool:
-    """Return whether only the container is new: recurrent modules list their weights again."""
+    """Return whether only the container is new; recurrent modules rebuild their weight list."""
     return all(
         a is b for a, b in itertools.zip_longest(tensors_in(before), tensors_in(now), fillvalue=now)
     )
@@ -153,7 +153,7 @@ def _has_tensors(value: Any) -> bool:
 def _answers_differ(
     loss: NormalizedLoss, params: Params, batch: Batch, context: CallContext, place: int
 ) -> bool:
-    """Return whether a row has another loss with the attributes as they are than as they were."""
+    """Return whether the new attributes change the loss of a row."""
     after = context.attributes.present()
     row = batch.rebuild(t[place].clone() for t in batch.tensors)
 
@@ -173,7 +173,7 @@ def _at(context: CallContext, moment: Any, value: Callable[[], Tensor]) -> Tenso
         try:
             return value()
         except Exception:
-            return None  # a pass that fails differs from one that does not
+            return None  # a pass that fails differs from one that succeeds
         finally:
             present.restore()
             drawn.restore()
@@ -210,11 +210,11 @@ class GradFunction:
         """Return the gradients of one batch.
 
         Args:
-            params: ``dict[str, Tensor]``, floating point, all that is to be differentiated.
+            params: ``dict[str, Tensor]``, floating point, the parameters to differentiate.
             batch: Any tree of tensors with leading axis N.
-            *more: Refused.
-            buffers: What the module's buffers are before the first row; the stack's ``buffers``
-                are what they are after the last. None takes the module's own, at every call.
+            *more: Not allowed; for the error message.
+            buffers: The module's buffers before the first row; the stack's ``buffers`` are those
+                after the last row. None takes the module's own, at every call.
         """
         if more:
             raise more_than_a_batch("grads_of(params, batch)", "grads_of(params, (x, y))", more)
@@ -239,14 +239,14 @@ class GradFunction:
 
 @dataclass(eq=False)
 class BatchPasses:
-    """One batch, its loss and the moment it was met: what all passes over it have in common.
+    """One batch, its loss and the context of the call, shared by all passes over the batch.
 
     Attributes:
-        settings: Of the function that was called.
+        settings: The settings of the function that was called.
         loss: The loss.
         batch: The rows.
-        context: The moment of the call.
-        params: As they were given.
+        context: The context of the call.
+        params: The parameters as they were given.
     """
 
     settings: GradFunction
@@ -260,7 +260,7 @@ class BatchPasses:
     _fallback: str = ""
 
     def __post_init__(self) -> None:
-        """Note how often the parameters have been written."""
+        """Record the versions of the parameters."""
         self._grouping = Grouping(ByRow(self.settings.by_row))
         self._given = Versions((f"parameter {name!r}", p) for name, p in self.params.items())
 
@@ -275,7 +275,7 @@ class BatchPasses:
             self.loss.first = False
 
     def _elsewhere(self, plan: Plan, params: Params, per_row: bool, kept: Collection[str]) -> Any:
-        """Return the stack at other parameters, ``kept`` of them as they were given."""
+        """Return the stack at other parameters; those in ``kept`` are as they were given."""
         return untraced(self._pass_elsewhere)(plan, params, per_row, kept)
 
     def _pass_elsewhere(
@@ -295,11 +295,11 @@ class BatchPasses:
         try:
             return self._stack("fused", params, per_row)
         except RefusedByAll:
-            self.context.rewind()  # what was left in the modules is of no use to anybody
+            self.context.rewind()  # discard the state that the failed pass left in the modules
             raise
         except Exception as refusal:
             self._check_undrawn(refusal)
-            # The loop says whether the loss or only vmap was at fault, on the same random numbers.
+            # The loop shows whether the loss or only vmap fails, with the same random numbers.
             self.context.rewind()
             self._fallback = reason_of(refusal)
             try:
@@ -310,7 +310,7 @@ class BatchPasses:
             return result
 
     def _stack(self, plan: Plan, params: Params, per_row: bool) -> ComputedStack:
-        """Return the rows by one plan, as random state and settings are at present."""
+        """Compute the rows by one plan, in the present random state and settings."""
         at = {name: p.detach() for name, p in params.items()}
         origin = StackOrigin(
             len(self.batch), params if per_row else at, partial(self._elsewhere, plan)
@@ -391,7 +391,7 @@ class BatchPasses:
 
         def fallback(refusal: Exception) -> Tree:
             given.check()
-            return self._instead(params, per_row, refusal)
+            return self._loop_instead(params, per_row, refusal)
 
         budget = bytes_of(self.settings.memory_budget, self.context.device)
         return FusedStack(
@@ -414,8 +414,8 @@ class BatchPasses:
         copies = replace(batch, tensors=[t.clone() for t in batch.tensors])
         return forward(self.loss, params, copies, per_row, by_row, own_batch=True)
 
-    def _instead(self, params: Params, per_row: bool, refusal: Exception) -> Tree:
-        """Return the rows by the loop, where the backward pass over all rows was refused."""
+    def _loop_instead(self, params: Params, per_row: bool, refusal: Exception) -> Tree:
+        """Compute the rows by the loop, after the backward pass over all rows was refused."""
         if self.settings.plan != "auto" or len(self.batch) == 1:
             add_plan_note(refusal, self.settings.plan)
             raise refusal
@@ -430,7 +430,7 @@ class BatchPasses:
         return rows
 
     def _check_undrawn(self, refusal: Exception) -> None:
-        """Refuse the loop where it would draw other random numbers than the pass before it."""
+        """Refuse the loop if it would draw other random numbers than the pass before it."""
         before, after = self.context.random, self._random_after
         if after is not None and any(not torch.equal(after[kind], before[kind]) for kind in before):
             raise RuntimeError(
@@ -440,17 +440,17 @@ class BatchPasses:
 
 
 def _read(loss: NormalizedLoss, batch: Batch) -> Iterator[tuple[str, Tensor]]:
-    """What a pass reads in addition to the parameters."""
+    """Yield the tensors that a pass reads in addition to the parameters."""
     yield from (("batch", t) for t in batch.tensors)
     yield from ((f"buffer {name!r}", b) for name, b in batch.buffers.items())
     yield from loss.criterion_buffers()
 
 
 def _check_repeated(losses: Tensor, again: Tensor) -> None:
-    """Refuse another pass that is not the same: something was written that nobody can watch."""
-    if losses.device.type != "cpu":  # asking would wait for the device
+    """Refuse a repeated pass with other losses: something was written unnoticed."""
+    if losses.device.type != "cpu":  # the comparison would wait for the device
         return
-    tolerance = 64 * torch.finfo(losses.dtype).eps  # other numbers of threads sum in other orders
+    tolerance = 64 * torch.finfo(losses.dtype).eps  # threads change the order of sums
     size = float(losses[losses.isfinite()].abs().max()) if losses.isfinite().any() else 0.0
     if not torch.allclose(again, losses, tolerance, tolerance * size, equal_nan=True):
         raise RuntimeError(
@@ -462,7 +462,7 @@ def _check_repeated(losses: Tensor, again: Tensor) -> None:
 
 
 def _warn(refusal: Exception) -> None:
-    """Say that the loop was taken and why, at the caller's line."""
+    """Warn at the caller's line that the loop is used, and why."""
     warnings.warn(
         f'Fell back to plan "loop": {reason_of(refusal)}. Pass plan="loop" to choose it outright.',
         stacklevel=stacklevel(),
@@ -481,32 +481,33 @@ def microbatch_grads(
     chunk_size: int | None = None,
     memory_budget: int | float = 0.25,
 ) -> GradFunction:
-    """Return one gradient per microbatch: a function ``(params, batch, *, buffers) -> GradStack``.
+    """Return a function ``(params, batch, *, buffers) -> GradStack``: one gradient per microbatch.
 
     Row m is ∇f over samples m·B .. (m + 1)·B − 1 of the batch, N = M·B.
 
-    To carry running statistics (BatchNorm) from batch to batch, pass on what the stack gives:
-    ``grads_of(params, batch, buffers=rows.buffers)``; without ``buffers=``, every call starts from
+    To carry running statistics (BatchNorm) from batch to batch, pass the buffers of the last stack:
+    ``grads_of(params, batch, buffers=rows.buffers)``. Without ``buffers=``, every call starts from
     the module's own.
 
     Args:
-        loss: ``loss(params, batch) -> scalar``, pure, or what `model_loss` returns. Each row's
-            loss should be the mean over its samples.
-        microbatches: M >= 1; has to divide N.
-        has_aux: ``loss`` returns ``(scalar, aux)``, aux any tree of tensors.
-        plan: How the rows are computed. ``"fused"``: one forward pass over all rows, one backward
-            pass when the first question is asked, and rows made only where that is the cheaper
+        loss: ``loss(params, batch) -> scalar``, a pure function, or the result of `model_loss`.
+            Each row's loss should be the mean over its samples.
+        microbatches: M >= 1; must divide N.
+        has_aux: True if ``loss`` returns ``(scalar, aux)``, with aux any tree of tensors.
+        plan: The way the rows are computed. ``"fused"``: one forward pass over all rows, one
+            backward pass when the first question is asked, and rows only if they are the cheaper
             way to the answer; for M = 1 an ordinary forward and backward pass. ``"loop"``: M
             backward passes, always possible. ``"vmap"``: all rows at once by
-            ``torch.func.vmap(grad)``. ``"auto"``, the default, is ``"fused"``, and goes back to
-            the loop with a warning where the loss cannot run over all rows at once. Plans
+            ``torch.func.vmap(grad)``. ``"auto"``, the default, is ``"fused"``, and falls back
+            to the loop with a warning if the loss cannot run over all rows at once. Plans
             differ by rounding, and in which random numbers a dropout layer draws.
-        chunk_size: Rows computed at a time, to bound memory, by plan ``"vmap"``. Plan ``"fused"``
-            heeds it where every row has its own parameters (`GradStack.at_rows`), unless the loss
-            draws random numbers.
-        memory_budget: What plan ``"fused"`` may hold between questions, beside what an ordinary
-            backward pass takes: bytes (int), or a fraction of the device's memory (float, up to
-            1). With less it streams, and in the end runs a backward pass for every question.
+        chunk_size: The number of rows computed at a time by plan ``"vmap"``, to limit memory. Plan
+            ``"fused"`` uses it if every row has its own parameters (`GradStack.at_rows`), unless
+            the loss draws random numbers.
+        memory_budget: The memory that plan ``"fused"`` may hold between questions, in addition to
+            an ordinary backward pass: bytes (int), or a fraction of the device's memory (float, up
+            to 1). If it is too small, the plan streams rows, and at last runs a backward pass for
+            every question.
             ``explain()`` of a stack says what was chosen.
 
     Raises:
@@ -538,17 +539,17 @@ def per_sample_grads(
     chunk_size: int | None = None,
     memory_budget: int | float = 0.25,
 ) -> GradFunction:
-    """Return one gradient per sample: `microbatch_grads` with M = N, B = 1.
+    """Return a function like that of `microbatch_grads` with M = N, B = 1: a gradient per sample.
 
-    The loss sees batches of one sample, leading axis kept. As there, without ``buffers=``, every
-    call starts from the module's own.
+    The loss gets batches of one sample with the leading axis. Without ``buffers=``, every call
+    starts from the module's own buffers.
 
     Args:
-        loss: As in `microbatch_grads`.
-        has_aux: As in `microbatch_grads`.
-        plan: As in `microbatch_grads`.
-        chunk_size: As in `microbatch_grads`.
-        memory_budget: As in `microbatch_grads`.
+        loss: See `microbatch_grads`.
+        has_aux: See `microbatch_grads`.
+        plan: See `microbatch_grads`.
+        chunk_size: See `microbatch_grads`.
+        memory_budget: See `microbatch_grads`.
 
     Examples:
         >>> import torch, gradfilter as gf

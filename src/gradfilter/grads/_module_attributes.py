@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 
 STANDARD = frozenset(nn.Module().__dict__)
-"""What every module has of its own: parameters, buffers, submodules, hooks, the mode."""
+"""The attributes of every module: parameters, buffers, submodules, hooks, the mode."""
 
 CONTAINERS: tuple[type, ...] = (list, dict, set, deque, OrderedDict, defaultdict)
 
 TREES = (Tensor, dict, list, tuple, set, deque)
 
 PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None)))
-"""Types of values that hold nothing."""
+"""Types of values that contain no other values."""
 
 Attribute = tuple[str, Any, Any]
-"""Its dotted name, what was there before, what is there now; `MISSING` for nothing."""
+"""The dotted name, the value before and the value now; `MISSING` if there is none."""
 
 MISSING: Any = object()
 
@@ -35,15 +35,15 @@ FOREIGN = sys.stdlib_module_names | {
     *("torch", "numpy", "gradfilter", "lightning", "pytorch_lightning", "lightning_fabric"),
     *("transformers", "accelerate"),
 }
-"""Packages whose objects are not looked into."""
+"""Packages whose objects are not searched for attributes."""
 
 
 class Attributes:
     """The attributes of modules at one moment.
 
     Args:
-        modules: By name; each once.
-        more: Other dicts of values, each with the name of what holds it.
+        modules: The modules by name, each once.
+        more: Other dicts of values, each with the name of its owner.
 
     Attributes:
         tensors: The tensors in them, with their names.
@@ -64,7 +64,7 @@ class Attributes:
             *((kind.__name__, _OfClass(kind), none) for kind in _kinds(modules.values())),
         ]
         seen: set[int] = set()
-        for name, table, skipped in tables:  # which grows by the objects that are found on the way
+        for name, table, skipped in tables:  # grows while objects are found
             held: dict[str, tuple[Any, Any]] = {}
             for key, value in table.items():
                 if key in skipped:
@@ -84,7 +84,7 @@ class Attributes:
             self._held.append(_Held(name, table, skipped, held, len(table)))
 
     def changes(self) -> Iterator[Attribute]:
-        """What differs from that moment, the content of lists, dicts and sets included."""
+        """Yield the changes since that moment, also inside lists, dicts and sets."""
         for name, now, skipped, before, size in self._held:
             for key, (value, content) in before.items():
                 present = now.get(key, MISSING)
@@ -95,11 +95,11 @@ class Attributes:
                     yield f"{name}.{key}" if name else key, MISSING, now[key]
 
     def present(self) -> Attributes:
-        """The attributes of the same modules now."""
+        """Return the attributes of the same modules now."""
         return Attributes(self._modules, self._more)
 
     def restore(self) -> None:
-        """Put back what was there at that moment."""
+        """Restore the attributes of that moment."""
         for _, now, skipped, before, _ in self._held:
             for key in now.keys() - before.keys() - skipped:
                 del now[key]
@@ -109,11 +109,11 @@ class Attributes:
                 if content is not value:
                     _refill(value, content)
 
-    def settle(self, convert: Callable[[Tensor], Tensor]) -> bool:
-        """Put ``convert(tensor)`` in place of every tensor in attributes that have changed.
+    def convert_changed(self, convert: Callable[[Tensor], Tensor]) -> bool:
+        """Replace every tensor in changed attributes by ``convert(tensor)``.
 
         Returns:
-            Whether any has.
+            True if any attribute has changed.
         """
         changed = [
             held
@@ -130,7 +130,7 @@ class Attributes:
 
 
 class _OfClass(MutableMapping[str, Any]):
-    """The values of a class that its objects share; its methods and the like are left out."""
+    """The values of a class that its objects share; methods and the like are omitted."""
 
     def __init__(self, kind: type) -> None:
         self._kind = kind
@@ -154,7 +154,7 @@ class _OfClass(MutableMapping[str, Any]):
 
 
 def _kinds(modules: Iterable[nn.Module]) -> Iterable[type]:
-    """The users' own classes of modules, and what they inherit from."""
+    """Return the user's own classes of modules, and their base classes."""
     own = {type(module) for module in modules if _home(type(module)) not in FOREIGN}
     return dict.fromkeys(k for kind in own for k in kind.__mro__ if _home(k) not in FOREIGN)
 
@@ -164,10 +164,10 @@ def _home(kind: type) -> str:
 
 
 def _has_attributes(value: Any) -> bool:
-    """Whether a value is an object of the user's own, whose attributes a loss may change.
+    """Return whether a value is an object of the user's own, whose attributes a loss may change.
 
-    Those of the standard library and of frameworks (loggers, trainers, configurations) change for
-    reasons of their own.
+    Objects of the standard library and of frameworks (loggers, trainers, configurations) change for
+    other reasons.
     """
     return (
         hasattr(value, "__dict__")
@@ -177,7 +177,7 @@ def _has_attributes(value: Any) -> bool:
 
 
 class _Held(NamedTuple):
-    """The values of one dict at one moment: each with a copy of what it contained."""
+    """The values of one dict at one moment, each with a copy of its content."""
 
     name: str
     table: MutableMapping[str, Any]
@@ -187,14 +187,14 @@ class _Held(NamedTuple):
 
 
 def same_value(before: Any, now: Any) -> bool:
-    """Whether two values are the same one, or plain ones that are equal."""
+    """Return whether two values are the same object, or equal plain values."""
     if before is now:
         return True
     return type(before) in PLAIN and type(now) is type(before) and bool(before == now)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in a value, and in lists, tuples, dicts and sets of it."""
+    """Yield the tensors in a value, and in its lists, tuples, dicts and sets."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
@@ -214,7 +214,7 @@ def _differ(before: dict[str, tuple[Any, Any]], now: Mapping[str, Any]) -> bool:
 
 
 def _content(value: Any) -> Any:
-    """A copy of a container, or the value itself."""
+    """Return a copy of a container, or the value itself."""
     if type(value) not in CONTAINERS:
         return value
     found = copy.copy(value)
@@ -230,7 +230,7 @@ def _content(value: Any) -> Any:
 
 
 def _same(content: Any, now: Any) -> bool:
-    """Whether a container holds the very same things; anything else was compared before."""
+    """Return whether a container holds the same objects; other values were compared before."""
     if type(content) not in CONTAINERS:
         return True
     if type(content) is not type(now) or len(content) != len(now):
@@ -249,10 +249,10 @@ def _same_item(item: Any, now: Any) -> bool:
 
 
 def _refill(value: Any, content: Any) -> None:
-    """Give a container the content it had."""
+    """Restore the content of a container."""
     if _same(content, value):
         return
-    content = _content(content)  # the module will write into the containers in it, too
+    content = _content(content)  # the module will also write into the containers in it
     value.clear()
     if isinstance(value, (dict, set)):
         value.update(content)

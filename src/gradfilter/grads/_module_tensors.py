@@ -1,4 +1,4 @@
-"""Find the parameters and buffers of a module, and replace them for the time of a call."""
+"""Find the parameters and buffers of a module, and replace them during a call."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Hook = Callable[[Tensor], Tensor | None]
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
-# Threads that compute with one module share nothing but the module, and a lock that is kept in it
-# could be neither copied nor pickled with it.
+# Threads that compute with one module share only the module, and a lock inside the module would
+# prevent copying and pickling it.
 
 
 def _locks_of(modules: list[nn.Module]) -> list[threading.RLock]:
-    """One lock per module, in an order that is the same for all threads."""
+    """Return one lock per module, in an order that is the same for all threads."""
     with _LOCKS_LOCK:
         found = [_LOCKS.setdefault(module, threading.RLock()) for module in modules]
     return sorted(found, key=id)
@@ -32,7 +32,7 @@ def _locks_of(modules: list[nn.Module]) -> list[threading.RLock]:
 
 @contextmanager
 def locked(locks: list[threading.RLock]) -> Iterator[None]:
-    """Hold all locks."""
+    """Hold all locks inside the context."""
     held: list[threading.RLock] = []
     try:
         for lock in locks:
@@ -49,17 +49,17 @@ class ModuleTensors:
     """The places of parameters and buffers in a module, found in one walk through it.
 
     Attributes:
-        canonical: Place -> the name under which ``named_parameters`` or ``named_buffers`` lists
-            what is there. A tied tensor has several places; a submodule registered under two
+        canonical: Maps a place to the name under which ``named_parameters`` or ``named_buffers``
+            lists its tensor. A tied tensor has several places; a submodule registered under two
             names has its places once.
-        holders: Place -> the dict of a module that holds it, and its key there.
+        holders: Maps a place to the module's dict that holds it, and the key there.
         trainable: The parameters that are not frozen, by those names.
         buffers: The buffers, by those names.
-        empty: Buffers registered as None, which a forward pass could fill behind our back.
-        renormalised: Embeddings with max_norm, which a forward pass writes into.
+        empty: The buffers registered as None, which a forward pass could fill unnoticed.
+        renormalised: The embeddings with max_norm, which a forward pass writes into.
         hooks: The gradient hooks of trainable parameters (``p.register_hook``), by those names.
         modules: Every module once, by its name.
-        locks: Of the modules that hold tensors.
+        locks: The locks of the modules that hold tensors.
     """
 
     canonical: dict[str, str]
@@ -74,7 +74,7 @@ class ModuleTensors:
 
     @classmethod
     def of(cls, model: nn.Module) -> ModuleTensors:
-        """The places of a module."""
+        """Return the places of a module."""
         named = list(model.named_modules())
         holding = [module for _, module in named if module._parameters or module._buffers]
         locks = _locks_of(holding)
@@ -118,16 +118,16 @@ class ModuleTensors:
 
     @contextmanager
     def filled(self, tensors: Mapping[str, Tensor]) -> Iterator[Tree]:
-        """Put tensors in the module's places, for as long as this lasts.
+        """Replace the module's tensors inside the context.
 
-        No other thread can do the same meanwhile, and the module's own tensors are back
-        afterwards whatever happens.
+        No other thread can do the same at that time. The module's own tensors are restored
+        afterwards, also after an error.
 
         Args:
-            tensors: By name; places whose name is not given keep what is there.
+            tensors: The tensors by name; places whose name is not given keep their tensor.
 
         Yields:
-            A dict that holds, afterwards, what the module held under each of these names.
+            A dict that holds, after the context, the tensors that the module held by name.
         """
         if parametrize._cache_enabled and any(map(parametrize.is_parametrized, self._all())):
             raise RuntimeError(
@@ -146,7 +146,7 @@ class ModuleTensors:
                     holder[key] = tensors[name]
                 yield after
             finally:
-                # A module may have put other tensors into its places.
+                # A module may have replaced its tensors.
                 for (holder, key, name), tensor in zip(filled, own, strict=False):
                     if key in holder and holder[key] is not None:
                         found = cast(Tensor, holder[key])
@@ -163,7 +163,7 @@ class ModuleTensors:
         return iter(self.modules.values())
 
     def tables(self) -> list[tuple[dict[str, Any], int]]:
-        """The dicts in which modules register their parts, and how many there are in each."""
+        """Return the dicts in which modules register their parts, and their sizes."""
         found: list[dict[str, Any]] = []
         for module in self._all():
             parts: Any = module._parameters, module._buffers, module._modules
@@ -171,18 +171,18 @@ class ModuleTensors:
         return [(table, len(table)) for table in found]
 
     def still_empty(self) -> list[tuple[nn.Module, str]]:
-        """The buffers that are None at present: the user may have filled some since."""
+        """Return the buffers that are None at present, as the user may have filled some since."""
         return [(module, key) for module, key in self.empty if module._buffers.get(key) is None]
 
     def empty_again(self, empty: list[tuple[nn.Module, str]]) -> list[tuple[nn.Module, str]]:
-        """Take back what a forward pass put where there was no buffer before it."""
+        """Remove buffers that a forward pass put where there was none."""
         filled = [(module, key) for module, key in empty if module._buffers.get(key) is not None]
         for module, key in filled:
             module._buffers[key] = None
         return filled
 
     def refuse_new_buffers(self, empty: list[tuple[nn.Module, str]]) -> None:
-        """Take back and refuse what a forward pass put where there was no buffer before it."""
+        """Remove and refuse buffers that a forward pass put where there was none."""
         filled = self.empty_again(empty)
         if filled:
             module, key = filled[0]
@@ -193,7 +193,7 @@ class ModuleTensors:
             )
 
 
-def take_back(tables: list[tuple[dict[str, Any], int]]) -> list[str]:
+def remove_new_parts(tables: list[tuple[dict[str, Any], int]]) -> list[str]:
     """Remove tensors, and modules with tensors, registered since `tables`; return their names."""
     taken = []
     for table, count in tables:
@@ -206,12 +206,12 @@ def take_back(tables: list[tuple[dict[str, Any], int]]) -> list[str]:
 
 
 def _gradient_hooks(trainable: Tree) -> dict[str, list[Hook]]:
-    """What the user registered on the module's own parameters."""
+    """Return the hooks that the user registered on the module's own parameters."""
     return {n: list(p._backward_hooks.values()) for n, p in trainable.items() if p._backward_hooks}
 
 
-def hooked(rows: Tensor, hooks: list[Hook]) -> Tensor:
-    """What the hooks of a parameter make of its gradient in every row. (M, *shape)."""
+def apply_hooks(rows: Tensor, hooks: list[Hook]) -> Tensor:
+    """Apply the hooks of a parameter to its gradient in every row. (M, *shape)."""
     found = []
     for row in rows.unbind():
         for hook in hooks:

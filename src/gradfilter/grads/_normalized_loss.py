@@ -36,21 +36,21 @@ from gradfilter.grads._running_stats import cumulative_means
 REENTRANT = "CheckpointFunctionBackward"
 LOOKUP = "EmbeddingBackward0"
 NO_PADDING = 2**63
-"""Up to here an index: torch keeps −1, no padding, as a number without a sign."""
+"""Smaller values are indices: torch stores −1, no padding, as an unsigned number."""
 
 
 @dataclass(frozen=True)
 class Ends:
-    """Where the graph of a loss ends.
+    """The leaves at which the graph of a loss ends.
 
     Attributes:
-        reached: Whether it ends in one of the leaves.
+        reached: True if the graph ends in one of the given leaves.
         bypassed: The name of a module's own parameter that it ends in, and the parameter.
         others: All other tensors that it ends in.
-        reentrant: Whether it holds a reentrant checkpoint, which hides where its part ends.
-        padded_lookup: Whether it holds an embedding with ``padding_idx`` as torch itself runs it.
-        custom: Whether it holds an ``autograd.Function`` of the user's, whose backward pass may do
-            anything with a gradient.
+        reentrant: True if it holds a reentrant checkpoint, which hides the end of its part.
+        padded_lookup: True if it holds an embedding with ``padding_idx`` that torch itself runs.
+        custom: True if it holds an ``autograd.Function`` of the user, whose backward pass may
+            change a gradient in any way.
     """
 
     reached: bool
@@ -62,11 +62,11 @@ class Ends:
 
 
 def ends_of(value: Tensor, leaves: Iterable[Tensor], own: Mapping[str, Tensor]) -> Ends:
-    """Walk through the whole graph of a loss.
+    """Find the ends of the whole graph of a loss.
 
     Args:
         value: The loss, or the losses of all rows.
-        leaves: What is differentiated.
+        leaves: The tensors to differentiate.
         own: The module's trainable parameters, by name.
     """
     wanted = {id(leaf) for leaf in leaves}
@@ -75,7 +75,7 @@ def ends_of(value: Tensor, leaves: Iterable[Tensor], own: Mapping[str, Tensor]) 
         return Ends(id(value) in wanted, None, [], False)
     seen = {value.grad_fn}
     ahead: list[Any] = [value.grad_fn]
-    kinds: set[Any] = set()  # far fewer than nodes: what a name tells is asked once
+    kinds: set[Any] = set()  # far fewer than nodes, so each kind is examined once
     reached = padded = False
     stranger: tuple[str, Any] | None = None
     others: list[Tensor] = []
@@ -112,7 +112,7 @@ def _is_custom(kind: Any) -> bool:
 def bypassed(
     name: str, parameter: Any, modules: Mapping[str, nn.Module], criterion: Any
 ) -> RefusedByAll:
-    """What is said of a parameter that the loss uses as it is in the module."""
+    """Return the error for a loss that uses a module's own parameter."""
     way = next(_ways(parameter, modules, criterion), "a reference that no attribute holds")
     return RefusedByAll(
         f"Expected a loss that finds the parameters in the module, found {name!r} reached by "
@@ -140,7 +140,7 @@ def _ways(parameter: Any, modules: Mapping[str, nn.Module], criterion: Any) -> I
 
 
 def _closed_over(criterion: Any) -> Iterator[tuple[str, Any]]:
-    """The values that a criterion refers to: closed over, global, or of its own."""
+    """Yield the values that a criterion refers to: closed over, global, or its attributes."""
     function = getattr(criterion, "__func__", criterion)
     if inspect.isfunction(function):
         found = inspect.getclosurevars(function)
@@ -171,13 +171,13 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class NormalizedLoss:
-    """A module's loss or a plain one, as they are when a batch is met.
+    """A module's loss or a plain one, with its module as it is when a batch is given.
 
     Attributes:
-        loss: What `model_loss` returned, or a plain ``loss(params, batch)``.
-        has_aux: A plain loss returns ``(scalar, aux)``.
-        places: Those of the module, found once; None for a plain loss.
-        first: At the parameters from which an update will start, not at others nearby.
+        loss: The result of `model_loss`, or a plain ``loss(params, batch)``.
+        has_aux: True if a plain loss returns ``(scalar, aux)``.
+        places: The tensors of the module, found once; None for a plain loss.
+        first: True at the parameters from which an update will start, not at others nearby.
     """
 
     loss: Any
@@ -187,7 +187,7 @@ class NormalizedLoss:
 
     @classmethod
     def of(cls, loss: Any, has_aux: bool) -> NormalizedLoss:
-        """The loss, its module as it is now."""
+        """Return the normalized form of a loss, with its module as it is now."""
         places = ModuleTensors.of(loss.model) if isinstance(loss, ModelLoss) else None
         if places is not None and not loss.in_place:
             refuse_late_hooks(places.trainable)
@@ -200,14 +200,14 @@ class NormalizedLoss:
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
-        """Every module that takes part, by name: those of the model, and of the criterion."""
+        """All modules of the model and of the criterion, by name."""
         if self.places is None:
             return {}
         return {**self.places.modules, **self._criterion_modules}
 
     @cached_property
     def _criterion_modules(self) -> dict[str, nn.Module]:
-        """Those of a criterion that are not the model's, by names that the model has none of."""
+        """Return the modules of a criterion that are not the model's, by new names."""
         criterion = getattr(self.loss, "criterion", None)
         if self.places is None or not isinstance(criterion, nn.Module):
             return {}
@@ -220,10 +220,10 @@ class NormalizedLoss:
 
     @cached_property
     def may_draw_on_host(self) -> bool:
-        """Whether anything but torch's own modules and functions runs.
+        """True if the loss runs anything but torch's own modules and functions.
 
-        Torch's own draw from torch's generators alone, and reading the states of the others takes
-        a part of a millisecond.
+        Those draw only from torch's generators, and reading the states of the others takes a
+        fraction of a millisecond.
         """
         modules = self.modules.values()
         if self.places is None or any(
@@ -236,10 +236,10 @@ class NormalizedLoss:
 
     @cached_property
     def attributes(self) -> Attributes:
-        """The attributes of the modules, as they are when this is first asked for.
+        """The attributes of the modules, recorded at the first access.
 
-        Among them the buffers of a criterion, which are handed to nobody, and the attributes of one
-        that is an object but no module.
+        They include the buffers of a criterion, which are not passed to anything, and the
+        attributes of a criterion that is an object but not a module.
         """
         criterion = getattr(self.loss, "criterion", None)
         more = [(name, module._buffers) for name, module in self._criterion_modules.items()]
@@ -260,47 +260,47 @@ class NormalizedLoss:
         return self.places.hooks
 
     def hook(self, leaves: Tree) -> None:
-        """Register the hooks of the module's parameters on the leaves that stand for them."""
+        """Register the hooks of the module's parameters on the leaves that replace them."""
         for name, hooks in self.hooks.items():
             register: Any = leaves[name].register_hook
             for hook in hooks:
                 register(hook)
 
     def ends(self, value: Tensor, leaves: Iterable[Tensor]) -> Ends:
-        """Where the graph of a loss ends; a parameter of the module's own is refused."""
+        """Find the ends of the graph of a loss; refuse a parameter of the module itself."""
         ends = ends_of(value, leaves, {} if self.places is None else self.places.trainable)
         if ends.bypassed is not None:
             raise self.bypassed(*ends.bypassed)
         return ends
 
     def bypassed(self, name: str, parameter: Tensor) -> ValueError:
-        """What is said of a parameter of the module's own that the loss uses."""
+        """Return the error for a loss that uses a module's own parameter."""
         return bypassed(name, parameter, self.modules, getattr(self.loss, "criterion", None))
 
     def criterion_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """The buffers of a criterion that is a module, by name: they are no part of the state."""
+        """Yield the buffers of a criterion that is a module; they are not part of the state."""
         for prefix, module in self._criterion_modules.items():
             for key, buffer in module._buffers.items():
                 if buffer is not None:
                     yield f"{prefix}.{key}", buffer
 
     def attribute_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors in attributes of the modules, and the criterion's buffers, by name."""
+        """Yield the tensors in module attributes and the criterion's buffers, with names."""
         return iter(self.attributes.tensors)
 
-    def settle(
+    def clean_attributes(
         self, leaves: Tree, convert: Callable[[Tensor], Tensor] = lambda tensor: tensor
     ) -> bool:
-        """Leave nothing of a pass in the attributes of the modules.
+        """Remove the tensors of a pass from the attributes of the modules.
 
-        Modules that remember their weights (LSTM does) get back their own.
+        Modules that store their weights (LSTM does) get their own back.
 
         Args:
-            leaves: What was in the places of the parameters.
-            convert: Gives another tensor in place of one that is of no use after the pass.
+            leaves: The tensors that replaced the parameters.
+            convert: Replaces a tensor that must not be used after the pass.
 
         Returns:
-            Whether the pass has changed any attribute.
+            True if the pass has changed any attribute.
         """
         if self.places is None:
             return False
@@ -309,10 +309,10 @@ class NormalizedLoss:
         def settled(tensor: Tensor) -> Tensor:
             return own[id(tensor)] if id(tensor) in own else convert(tensor)
 
-        return self.attributes.settle(settled)
+        return self.attributes.convert_changed(settled)
 
     def check_reaches(self, value: Tensor, leaves: Iterable[Tensor]) -> Ends:
-        """Refuse a loss whose graph leads to none of the leaves; one of them is enough."""
+        """Refuse a loss whose graph reaches none of the leaves."""
         check_differentiable(value)
         ends = self.ends(value, leaves)
         if not ends.reached and not ends.reentrant:
@@ -325,7 +325,7 @@ class NormalizedLoss:
             check_names("parameters", params, self.places.trainable)
 
     def incoming(self, buffers: Tree | None) -> Tree:
-        """The buffers before the first row: those given, or the module's own."""
+        """Return the buffers before the first row: the given ones, or the module's own."""
         if self.places is None and buffers:
             raise TypeError(
                 "Expected no buffers with a plain loss(params, batch), which cannot take them. "
@@ -339,20 +339,20 @@ class NormalizedLoss:
         return {name: b.detach() for name, b in buffers.items()}
 
     def leaf(self, name: str, value: Tensor) -> Tensor:
-        """A parameter to differentiate with respect to, with memory of its own if need be."""
+        """Return a leaf to differentiate, with its own memory if the loss may write into it."""
         written = self.places is not None and name in self.places.renormalised
         return as_parameter((value.clone() if written else value).detach().requires_grad_())
 
     def untouchable(self, leaves: Tree) -> Iterator[tuple[str, Tensor]]:
-        """The leaves that share memory with what was given, each with what to call it."""
+        """Yield the leaves that share memory with the given parameters, each with a name."""
         own = () if self.places is None else self.places.renormalised
         return ((f"parameter {n!r}", leaf) for n, leaf in leaves.items() if n not in own)
 
     def renormalised(self, params: Tree, leaves: Tree) -> Tree:
-        """The parameters that the forward pass of a row renormalised, as the next row finds them.
+        """Return the parameters after a row's forward pass has renormalised some of them.
 
         Raises:
-            RefusedByAll: A pure update would start from what was given instead.
+            RefusedByAll: A pure update would start from the given parameters instead.
         """
         names = () if self.places is None else self.places.renormalised & leaves.keys()
         found = {n: leaves[n].detach() for n in names if not torch.equal(leaves[n], params[n])}
@@ -366,9 +366,9 @@ class NormalizedLoss:
         return found
 
     def with_module_state(self, params: Params, buffers: Tree, compute: Callable[[], T]) -> T:
-        """Run something with the module's tensors replaced, as they are in a forward pass.
+        """Run a function with the module's tensors replaced, as in a forward pass.
 
-        A backward pass is to run so: activation checkpointing then calls the module again.
+        Backward passes need this, because activation checkpointing calls the module again.
         """
         if self.places is None:
             return compute()
@@ -376,21 +376,21 @@ class NormalizedLoss:
             return compute()
 
     def pure(self, params: Params, batch: Any, buffers: Tree) -> tuple[Tensor, Tree, Any]:
-        """The loss, with nothing it is given changed."""
+        """Evaluate the loss without changing its arguments."""
         if self.places is not None:
             buffers = {name: b.clone() for name, b in buffers.items()}
         return self.writing(params, batch, buffers)
 
-    def settling(self, leaves: Params, batch: Any, buffers: Tree) -> tuple[Tensor, Tree, Any]:
-        """Like `pure`; modules hold nothing of the leaves where it raises."""
+    def pure_and_clean(self, leaves: Params, batch: Any, buffers: Tree) -> tuple[Tensor, Tree, Any]:
+        """Evaluate as `pure` does; if it raises, remove the leaves from the modules."""
         try:
             return self.pure(leaves, batch, buffers)
         except BaseException:
-            self.settle(leaves)
+            self.clean_attributes(leaves)
             raise
 
     def writing(self, params: Params, batch: Any, buffers: Tree) -> tuple[Tensor, Tree, Any]:
-        """The loss; a module writes into the buffers it is given."""
+        """Evaluate the loss; a module writes into the given buffers."""
         aux = None
         if isinstance(self.loss, ModelLoss) and self.places is not None:
             value, buffers, *rest = self.loss.run(params, batch, buffers, self.places)
@@ -404,21 +404,21 @@ class NormalizedLoss:
 
 
 def _home(kind: Any) -> str:
-    """The module of Python that a class or a function is from; of an object that of its class."""
+    """Return the Python module that defines a class, a function, or an object's class."""
     return str(getattr(kind, "__module__", None))
 
 
 def as_parameter(tensor: Tensor) -> Tensor:
-    """The tensor, which from now on answers to ``isinstance(tensor, nn.Parameter)``.
+    """Mark a tensor so that ``isinstance(tensor, nn.Parameter)`` is true, and return it.
 
-    It stands where a module has a parameter, and modules may ask (`nn.Module.get_parameter` does).
+    It replaces a module's parameter, and modules may check this (`nn.Module.get_parameter` does).
     """
     tensor._is_param = True
     return tensor
 
 
 def refuse_late_hooks(trainable: Tree) -> None:
-    """Refuse hooks that wait for ``p.grad``, which is not written here."""
+    """Refuse hooks that run after ``p.grad`` is written, which does not happen here."""
     for name, p in trainable.items():
         if p._post_accumulate_grad_hooks:
             raise ValueError(

@@ -1,9 +1,9 @@
-"""BatchNorm of one image on a CPU, whose backward kernel may take one memory format for another.
+"""Correct BatchNorm of one image on a CPU, whose backward kernel may confuse memory formats.
 
-The strides of one image (1, C, H, W) leave its format open: the first may be any number. What came
-from tokens, (1, H W, C) transposed and unfolded, counts as channels last by one of torch's tests
-and as contiguous by another. Where input and gradient differ in that, torch 2.11 to 2.15 return
-gradients that are wrong altogether, in any plain backward pass. So here neither is left open.
+The strides of one image (1, C, H, W) do not determine its format, because the first may be any
+number. An image made from tokens, (1, H W, C) transposed and unfolded, is channels last by one of
+torch's tests and contiguous by another. If input and gradient differ in this, torch 2.11 to 2.15
+return completely wrong gradients in any plain backward pass. So both get unambiguous strides here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gradfilter.grads.fused.overrides._spellings import spellings
 
 
 def straight(x: Tensor) -> Tensor:
-    """One image with the strides of its format; anything else as it is."""
+    """Return one image with the strides of its format; return other tensors unchanged."""
     if x.ndim < 4 or x.shape[0] != 1 or x.is_contiguous() or x.stride(0) == x[0].numel():
         return x
     return x.contiguous()
@@ -52,7 +52,7 @@ NORMS: list[Callable[..., Any]] = [
 STRAIGHTENED: dict[Callable[..., Any], Callable[..., Any]] = {
     function: functools.partial(_straightened, function) for function in NORMS
 }
-"""What is run instead of each function."""
+"""The replacement of each function."""
 
 
 class _Straighten(TorchFunctionMode):
@@ -63,9 +63,9 @@ class _Straighten(TorchFunctionMode):
 
 
 def one_image(batch: Batch, modules: Mapping[str, nn.Module]) -> AbstractContextManager[Any]:
-    """A context for passes over single samples on a CPU, forward and backward.
+    """Return a context for passes over single samples on a CPU, forward and backward.
 
-    It costs every call of torch a few microseconds: models without such a layer go without.
+    It costs a few microseconds per call of torch, so models without such a layer do not use it.
     """
     first = batch.tensors[0]
     if first.shape[1] > 1 or first.device.type != "cpu" or torch.compiler.is_compiling():

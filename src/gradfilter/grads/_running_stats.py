@@ -1,8 +1,8 @@
-"""Running statistics of BatchNorm in plan "vmap": record those of each row, then replay them.
+"""Record the batch statistics of each row in plan "vmap", then replay them in order.
 
 Under vmap the M rows run at once, while running statistics are a recurrence over the rows,
 r ← (1 − a) r + a s_m. Within one training-mode forward pass nothing reads r, so the pass can run
-without it; the batch statistics s_m are kept, and the recurrence is run afterwards.
+without it. The batch statistics s_m are kept, and the recurrence runs afterwards.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gradfilter.grads.fused.overrides._vmap_faults import UNDER_ANY_VMAP
 
 @dataclass
 class Recorded:
-    """What one forward pass did to its buffers: tensors, and what was known without them."""
+    """The changes of buffers in one forward pass: tensors, and values known without them."""
 
     # Per call of batch_norm: (name of the mean, name of the variance, momentum), (s_mean, s_var).
     calls: list[tuple[str, str, float]] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Recorded:
 
 
 class RecordRunningStats(TorchFunctionMode):
-    """Lets batch_norm leave its running statistics alone, and writes down what they were due."""
+    """Run batch_norm without its running statistics, and record their updates."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class RecordRunningStats(TorchFunctionMode):
         cumulative: set[str],
         attributes: Iterable[tuple[str, Tensor]] = (),
     ) -> None:
-        """Watch the given tensors."""
+        """Take the tensors to watch."""
         super().__init__()
         self._watch = BufferWatch(buffers, cumulative, attributes)
         self.recorded = Recorded()
@@ -50,7 +50,7 @@ class RecordRunningStats(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Intercept batch_norm; note which buffers everything else uses."""
+        """Intercept batch_norm; record the buffers that other functions use."""
         kwargs = kwargs or {}
         if func is F.batch_norm:
             return self._batch_norm(*args, **kwargs)
@@ -91,22 +91,22 @@ class RecordRunningStats(TorchFunctionMode):
 
     @property
     def used_attributes(self) -> set[str]:
-        """The names of the attributes that were computed with."""
+        """Return the names of the attributes that were used."""
         return self._watch.used_attributes
 
     def check(self, after: Tree) -> None:
-        """Refuse what cannot be replayed, given the buffers after the forward pass."""
+        """Refuse changes that cannot be replayed, given the buffers after the forward pass."""
         self._watch.check(after, {name for call in self.recorded.calls for name in call[:2]})
 
 
 def cumulative_means(model: nn.Module) -> set[str]:
-    """The names of running means whose momentum is None: cumulative averages, a = 1/t."""
+    """Return the names of running means whose momentum is None: cumulative averages, a = 1/t."""
     return {
         f"{prefix}.running_mean" if prefix else "running_mean"
         for prefix, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm)
         and module.momentum is None
-        # A forward pass of a subclass's own has its own use for the counter.
+        # A subclass with its own forward pass may use the counter differently.
         and type(module).forward is nn.modules.batchnorm._BatchNorm.forward
     }
 
@@ -118,14 +118,14 @@ def replay(
     moments: list[tuple[Tensor, Tensor]],
     cumulative: set[str],
 ) -> Tree:
-    """The buffers after M forward passes in order.
+    """Return the buffers after M forward passes in order.
 
     Args:
-        buffers: Before the first row.
-        counters: Every ``num_batches_tracked`` after one forward pass, stacked (M,).
-        recorded: What was known while the rows ran.
-        moments: Mean and unbiased variance of each call, (M, C) each.
-        cumulative: Running means with momentum None.
+        buffers: The buffers before the first row.
+        counters: All ``num_batches_tracked`` after one forward pass, stacked (M,).
+        recorded: The record of the pass.
+        moments: The mean and unbiased variance of each call, (M, C) each.
+        cumulative: The running means with momentum None.
     """
     after = dict(buffers)
     if moments:

@@ -1,7 +1,7 @@
 """The GradStack protocol, and the stacks that implement it: computed and dense.
 
-A stack holds M gradients as the rows of a matrix J (M, P), which need not exist in memory. Every
-question that a transform asks is one of a few products with J. `BaseStack` adds cutting,
+A stack holds M gradients as the rows of a matrix J (M, P), which need not be in memory. A
+transform asks only for a few kinds of products with J. `BaseStack` adds cutting,
 scaling and evaluation at other parameters; `DenseStack` holds its rows.
 """
 
@@ -24,7 +24,7 @@ from gradfilter._types import Params, Tree
 
 
 def check_per_row(what: str, values: Tensor, count: int) -> None:
-    """Refuse anything but one real number per row."""
+    """Refuse values that are not one real number per row."""
     if not isinstance(values, Tensor) or values.is_complex():
         found = values.dtype if isinstance(values, Tensor) else type(values).__name__
         raise TypeError(
@@ -41,7 +41,7 @@ def check_per_row(what: str, values: Tensor, count: int) -> None:
 def check_same_leaves(
     own: Mapping[str, torch.Size], given: Mapping[str, Tensor], question: str
 ) -> None:
-    """Refuse a tree whose leaves, or their shapes, are not those of the rows."""
+    """Refuse a tree whose leaves or shapes differ from those of the rows."""
     if not isinstance(given, Mapping):
         raise TypeError(
             f"Expected a dict[str, Tensor] in `{question}`, found {type(given).__name__}. Name "
@@ -58,13 +58,13 @@ def check_same_leaves(
 def check_shapes(
     own: Mapping[str, torch.Size], given: Mapping[str, Tensor], question: str, rows: int = 0
 ) -> None:
-    """Refuse leaves of other shapes: as many numbers in another order would be taken for them.
+    """Refuse leaves of other shapes; values in another order could pass unnoticed.
 
     Args:
         own: The shape of every leaf of a row.
         given: Some of the leaves.
-        question: Who asks.
-        rows: The leading axis that all leaves have in addition; 0 for none.
+        question: The name of the calling method, for the error.
+        rows: The size of the leading axis that all leaves have in addition; 0 for none.
     """
     for name, leaf in given.items():
         found = leaf.shape if isinstance(leaf, Tensor) else type(leaf).__name__
@@ -79,11 +79,11 @@ def check_shapes(
 
 
 def scale_rows(values: Tensor, factors: Tensor | None) -> Tensor:
-    """``factors`` (M,) times ``values`` (M, ...), exactly 0 where the factor is 0."""
+    """Multiply ``values`` (M, ...) by ``factors`` (M,), exactly 0 where the factor is 0."""
     if factors is None:
         return values
     factors = factors.reshape(-1, *[1] * (values.ndim - 1))
-    # In half precision small factors would round to 0 before they meet large values.
+    # In half precision small factors would round to 0 before the product.
     wide = _tree.at_least_float32(values)
     return torch.where(factors == 0, 0.0, factors.to(wide.dtype) * wide).to(values.dtype)
 
@@ -95,22 +95,22 @@ def mean_of(losses: Tensor, live: Tensor) -> Tensor:
 
 
 def first_rows(per_row: Any, count: int) -> Any:
-    """The first rows of every tensor of a tree; None stays None."""
+    """Return the first rows of every tensor of a tree; None stays None."""
     return _tree.tree_map(lambda leaf: leaf if leaf is None else leaf[:count], per_row)
 
 
 # --- Immutable answers. ---
 #
-# Losses, factors, Grams and norms are few numbers: the caller gets a copy. A copy of the rows
-# would take as much memory again, so they are given as they are, and writes are detected by
-# torch's version counters.
+# Losses, factors, Grams and norms are small: the caller gets a copy. A copy of the rows would
+# double the memory, so the rows themselves are returned, and writes are detected by torch's version
+# counters.
 
 
 T = TypeVar("T")
 
 
 def copied(*names: str) -> Callable[[type[T]], type[T]]:
-    """Let whoever reads one of these attributes of a class have a copy of the tensor in it."""
+    """Make the named attributes of a class return copies of their tensors."""
 
     def decorated(cls: type[T]) -> type[T]:
         for name in names:
@@ -121,26 +121,26 @@ def copied(*names: str) -> Callable[[type[T]], type[T]]:
 
 
 class _Copied:
-    """An attribute of few numbers, of which everybody gets a copy."""
+    """A descriptor of a small tensor; every access returns a copy."""
 
     def __init__(self, name: str) -> None:
-        # Another name than that of the attribute: torch 2.11's compiler mixes up the two.
+        # Use another name than the attribute's, because torch 2.11's compiler confuses them.
         self._place = f"_own_{name}"
 
     def __get__(self, stack: Any, owner: type | None = None) -> Any:
-        """A copy, or None."""
+        """Return a copy, or None."""
         if stack is None:
             return self
         held = getattr(stack, self._place)
         return held if held is None else held.clone()
 
     def __set__(self, stack: Any, value: Tensor | None) -> None:
-        """Take a copy, which stays as it is whatever the caller does."""
+        """Store a copy, which the caller cannot change."""
         object.__setattr__(stack, self._place, value if value is None else value.clone())
 
 
 def versions(tensors: Mapping[str, Tensor]) -> dict[str, int] | None:
-    """How often each tensor was written to so far; None where nobody counts."""
+    """Return the version of each tensor; None if torch does not count writes."""
     if torch.compiler.is_compiling():
         return None
     return {
@@ -149,19 +149,19 @@ def versions(tensors: Mapping[str, Tensor]) -> dict[str, int] | None:
 
 
 def written(tensors: Mapping[str, Tensor], before: dict[str, int] | None) -> list[str]:
-    """The names of those that were written to since `versions`."""
+    """Return the names of the tensors that were written since `versions`."""
     if before is None or torch.compiler.is_compiling():
         return []
     return [name for name, version in before.items() if _writes(tensors[name]) != version]
 
 
 def _writes(tensor: Tensor) -> int:
-    """How often a tensor was written to; of a sharded one by its own name or as the shard."""
+    """Return the version of a tensor; for a sharded one, the sum with that of its shard."""
     return tensor._version + (local(tensor)._version if is_sharded(tensor) else 0)
 
 
 def _wrapped(tensor: Tensor) -> bool:
-    """Whether a transform of ``torch.func`` wraps it, and counts for itself."""
+    """Return whether a transform of ``torch.func`` wraps the tensor and counts separately."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
@@ -169,36 +169,35 @@ def _wrapped(tensor: Tensor) -> bool:
 
 
 GRAM_UP_TO = 32
-"""Rows up to which the Gram of rows that are held costs less than three passes over them."""
+"""The number of rows up to which the Gram of held rows costs less than three passes."""
 
 
 class GradStack(ABC):
     """M microbatch (or per-sample) gradients, as a linear operator J of M rows.
 
-    Nearly everything a filter asks of its rows is one of four questions, ``gram()`` = J Jᵀ,
-    ``combine(w)`` = wᵀ J, ``dot(v)`` = J v and ``sq_norms()`` = diag(J Jᵀ), and a stack that
-    answers these does not have to store J. Stacks are immutable; `scaled`, `columns`, `first`,
-    `at` and `at_rows` give new ones.
+    Transforms need almost only four questions: ``gram()`` = J Jᵀ, ``combine(w)`` = wᵀ J,
+    ``dot(v)`` = J v and ``sq_norms()`` = diag(J Jᵀ). A stack can answer these without storing J.
+    Stacks are immutable; `scaled`, `columns`, `first`, `at` and `at_rows` return new ones.
 
-    An answer is whoever asked for it to write to: the next answer is the same. `stacked` alone may
-    give the tensors the stack holds, since a copy of M gradients takes as much memory again. If
-    they are written to, a stack that can compute them again does, and a `DenseStack` refuses all
+    The caller may write into an answer: the next answer is not affected. Only `stacked` may return
+    the tensors that the stack holds, because a copy of M gradients would double the memory. If they
+    are written into, a stack that can compute them again does so, and a `DenseStack` refuses all
     further questions.
 
-    A row is **empty** where its loss is NaN though its gradient is exactly zero. So torch's losses
-    are where all labels are ignored (a mean over nothing is 0/0): there is nothing to learn from,
-    and nothing has gone wrong. It takes no part, like a row with the factor 0. A row that diverged
-    has NaN or Inf in its gradient. On a device that would have to be waited for, plan "fused"
-    takes for empty the rows with a NaN loss all of whose class labels (in
+    A row is **empty** if its loss is NaN but its gradient is exactly zero. torch's losses return
+    this if all labels are ignored (a mean over nothing is 0/0): the row has nothing to learn from,
+    and this is not a fault. It takes no part, like a row with the factor 0. A row that diverged has
+    NaN or Inf in its gradient. On an accelerator, where reading the gradient would wait for the
+    device, plan "fused" treats a row with a NaN loss as empty if all of its class labels (in
     `torch.nn.functional.cross_entropy` or ``nll_loss``) are ignored.
 
     Grams, norms, dots and weights are float64 (float32 on devices without it), whatever the dtype
-    of the gradients; trees come back in the dtype of the parameters.
+    of the gradients; trees have the dtype of the parameters.
 
     Attributes:
-        losses: (M,), or None when the rows came without losses.
+        losses: The losses (M,), or None if they are not known.
         buffers: The buffers after all M microbatches, in order. No answer depends on them.
-        aux: What the loss returned beside its value, stacked along a leading axis M, or None. No
+        aux: The second value that the loss returned, stacked along a leading axis M, or None. No
             answer depends on it.
     """
 
@@ -208,10 +207,10 @@ class GradStack(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """The number of rows, M."""
+        """Return the number of rows, M."""
 
     def __repr__(self) -> str:
-        """How many rows and leaves: the numbers may still be on their way."""
+        """Return the numbers of rows and leaves, without computing anything."""
         rows, leaves = len(self), len(self.shapes)
         return (
             f"{type(self).__name__}({rows} row{'s' * (rows != 1)}, "
@@ -226,74 +225,74 @@ class GradStack(ABC):
     @property
     @abstractmethod
     def live(self) -> Tensor:
-        """Which rows take part: not those to which `scaled` gave the factor 0, nor empty ones.
+        """A mask of the rows that take part: not empty, and without a factor 0 of `scaled`.
 
         (M,) bool.
         """
 
     def mean_loss(self) -> Tensor | None:
-        """The mean of the losses of the rows that take part, or None without losses. ().
+        """Return the mean of the losses of the rows that take part, or None without losses. ().
 
-        NaN where no row takes part.
+        The mean is NaN if no row takes part.
         """
         losses = self.losses
         return None if losses is None else mean_of(losses, self.live)
 
     @abstractmethod
     def gram(self) -> Tensor:
-        """K = J Jᵀ. (M, M)."""
+        """Compute K = J Jᵀ. (M, M)."""
 
     @abstractmethod
     def combine(self, weights: Tensor) -> Tree:
-        """Wᵀ J for ``weights`` (M,); a row of weight 0 is masked, for 0 · NaN is NaN.
+        """Compute wᵀ J for ``weights`` (M,); rows of weight 0 are masked, because 0 · NaN is NaN.
 
-        The leaves are new: nobody else holds their memory, and no two of them share any.
+        The leaves are new tensors that share memory with nothing else.
         """
 
     @abstractmethod
     def dot(self, tree: Mapping[str, Tensor]) -> Tensor:
-        """J v for a tree v. (M,)."""
+        """Compute J v for a tree v. (M,)."""
 
     @abstractmethod
     def sq_norms(self) -> Tensor:
-        """Squared norms of the rows, diag(J Jᵀ). (M,)."""
+        """Compute the squared norms of the rows, diag(J Jᵀ). (M,)."""
 
     @abstractmethod
     def stacked(self) -> Tree:
-        """J itself, leaf by leaf with a leading axis M."""
+        """Return J itself, leaf by leaf with a leading axis M."""
 
     @abstractmethod
     def scaled(self, factors: Tensor) -> GradStack:
-        """diag(c) J for ``factors`` c (M,); a factor 0 removes the row even where it is NaN."""
+        """Return diag(c) J for ``factors`` c (M,); a factor 0 also removes a row of NaN."""
 
     @abstractmethod
     def columns(self, names: Collection[str]) -> GradStack:
-        """The same rows on some of the leaves."""
+        """Return the same rows on some of the leaves."""
 
     @abstractmethod
     def first(self, count: int) -> GradStack:
-        """The first ``count`` rows."""
+        """Return the first ``count`` rows."""
 
     @abstractmethod
     def like(self, stack: GradStack) -> GradStack:
-        """What `scaled`, `columns` and `first` made of this stack, made of another one.
+        """Apply the `scaled`, `columns` and `first` of this stack to another one.
 
-        The other one holds the same microbatches, whole, with gradients taken elsewhere.
+        The other stack holds the same microbatches, complete, with other gradients.
         """
 
     @abstractmethod
     def at(self, params: Params) -> GradStack:
-        """The same batch, random numbers and incoming buffers at other parameters.
+        """Return a stack of the same batch, random numbers and buffers at other parameters.
 
-        Leaves that ``params`` leaves out stay as they were.
+        Leaves that ``params`` omits keep their values.
         """
 
     @abstractmethod
     def at_rows(self, params: Tree) -> GradStack:
-        """Like `at`, but row m at its own parameters: leaves of shape (M, *shape)."""
+        """Return a stack like `at`, with row m at its own parameters: leaves (M, *shape)."""
 
     def gram_is_cheap(self) -> bool:
-        """Whether the Gram costs less than the norms, a `combine` and a `dot` together."""
+        """Return whether the Gram costs less than the norms, a `combine` and a `dot` together."""
         return len(self) <= GRAM_UP_TO
 
     def explain(self) -> str:
@@ -302,7 +301,7 @@ class GradStack(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Let go of whatever can be computed again; the stack stays answerable."""
+        """Free everything that can be computed again; the stack still answers questions."""
 
 
 # --- Stacks that can be cut, scaled and computed again ---
@@ -310,13 +309,13 @@ class GradStack(ABC):
 
 @dataclass(frozen=True)
 class StackOrigin:
-    """How to compute a stack again.
+    """The function and parameters to compute a stack again.
 
     Attributes:
-        rows: How many there are.
-        params: The parameters it was computed at.
-        evaluate: ``(params, per_row, kept) -> stack``, ``kept`` the names of the parameters that
-            are still those of the stack, which nobody may have written since.
+        rows: The number of rows.
+        params: The parameters at which the stack was computed.
+        evaluate: ``(params, per_row, kept) -> stack``. ``kept`` names the parameters that are
+            still those of the stack; they must not have been written since.
     """
 
     rows: int
@@ -325,11 +324,11 @@ class StackOrigin:
 
 
 class BaseStack(GradStack):
-    """What stacks that are computed from a batch share.
+    """The base class of stacks that are computed from a batch.
 
     Attributes:
-        scale: (M,) factors, applied where the rows are used, or None.
-        origin: How to compute the rows again; without it `at` and `at_rows` raise.
+        scale: The factors (M,), applied where the rows are used, or None.
+        origin: The way to compute the rows again; without it `at` and `at_rows` raise.
     """
 
     scale: Tensor | None
@@ -338,7 +337,7 @@ class BaseStack(GradStack):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where the rows are."""
+        """The device of the rows."""
 
     @abstractmethod
     def _scaled(self, scale: Tensor) -> Self: ...
@@ -350,12 +349,12 @@ class BaseStack(GradStack):
     def _first(self, count: int) -> Self: ...
 
     def _empty(self) -> Tensor | None:
-        """Which rows are empty, as `GradStack.live` has it; None where none is. (M,) bool."""
+        """Find the empty rows as defined in `GradStack`; None if there are none. (M,) bool."""
         return None
 
     @property
     def live(self) -> Tensor:
-        """Which rows take part. (M,) bool."""
+        """A mask of the rows that take part. (M,) bool."""
         scale, empty = self.scale, self._empty()
         if scale is not None:
             return scale != 0 if empty is None else (scale != 0) & ~empty
@@ -364,14 +363,14 @@ class BaseStack(GradStack):
         return torch.ones(len(self), dtype=torch.bool, device=self.device)
 
     def scaled(self, factors: Tensor) -> Self:
-        """diag(c) J, applied where the rows are used."""
+        """Return diag(c) J; the factors are applied where the rows are used."""
         check_per_row("factor", factors, len(self))
-        # A copy, which stays as it is whatever happens to the factors.
+        # Copy, so that later writes into the factors have no effect.
         factors = _tree.at_least_float32(factors).clone()
         return self._scaled(scale_rows(factors, self.scale))
 
     def columns(self, names: Collection[str]) -> Self:
-        """The same rows on some of the leaves."""
+        """Return the same rows on some of the leaves."""
         if isinstance(names, str):
             raise TypeError(
                 f"Expected names of leaves, found the string {names!r}. Use [{names!r}]."
@@ -385,24 +384,24 @@ class BaseStack(GradStack):
         return self._columns(set(names))
 
     def first(self, count: int) -> Self:
-        """The first ``count`` rows."""
+        """Return the first ``count`` rows."""
         if not 1 <= count <= len(self):
             raise ValueError(f"Expected 1 <= count <= M = {len(self)}, found count={count}.")
         return self._first(count)
 
     def at(self, params: Params) -> GradStack:
-        """The same rows at other parameters."""
+        """Return the same rows at other parameters."""
         origin = self._origin("at", params)
         check_shapes({name: p.shape for name, p in origin.params.items()}, params, "at")
         kept = origin.params.keys() - params.keys()
         return self.like(origin.evaluate({**origin.params, **params}, False, kept))
 
     def at_rows(self, params: Tree) -> GradStack:
-        """The same rows, row m at its own parameters."""
+        """Return the same rows, with row m at its own parameters."""
         origin = self._origin("at_rows", params)
         shapes = {name: p.shape for name, p in origin.params.items()}
         check_shapes(shapes, params, "at_rows", rows=len(self))
-        # A stack cut short by `first` is computed whole, so that its random numbers stay the same.
+        # A stack cut by `first` is computed with all rows: its random numbers stay the same.
         whole = {name: p.expand(origin.rows, *p.shape) for name, p in origin.params.items()}
         given = {name: torch.cat([leaf, whole[name][len(self) :]]) for name, leaf in params.items()}
         kept = origin.params.keys() - params.keys()
@@ -425,7 +424,7 @@ class BaseStack(GradStack):
         return self.origin
 
     def like(self, stack: GradStack) -> GradStack:
-        """The given stack, cut and scaled as this one was."""
+        """Return the given stack, cut and scaled as this one was."""
         if len(self) < len(stack):
             stack = stack.first(len(self))
         if set(self.shapes) < set(stack.shapes):
@@ -461,17 +460,17 @@ class DenseStack(BaseStack):
     Args:
         rows: One tensor per leaf with leading axis M, for example the output of
             ``torch.func.vmap(torch.func.grad(f), ...)``.
-        losses: (M,), if known.
-        buffers: Buffers after the M microbatches.
+        losses: The losses (M,), if known.
+        buffers: The buffers after the M microbatches.
         aux: A tree of tensors with leading axis M.
-        scale: (M,) factors, applied where the rows are used.
-        origin: How to compute the rows again; without it `at` and `at_rows` raise.
-        empty: (M,) bool, if known; else found from losses and rows.
+        scale: The factors (M,), applied where the rows are used.
+        origin: The way to compute the rows again; without it `at` and `at_rows` raise.
+        empty: The mask (M,) of empty rows, if known; else computed from losses and rows.
 
     Raises:
         TypeError: ``rows`` is not a dict of tensors.
         ValueError: The leaves disagree on M, or there are none.
-        RuntimeError: At a question, some of the rows were written to in the meantime.
+        RuntimeError: At a question, if rows have been written into since.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -509,7 +508,7 @@ class DenseStack(BaseStack):
         object.__setattr__(self, "_versions", versions(self.rows))
 
     def __len__(self) -> int:
-        """The number of rows, M."""
+        """Return the number of rows, M."""
         return int(next(iter(self.rows.values())).shape[0])
 
     @property
@@ -519,11 +518,11 @@ class DenseStack(BaseStack):
 
     @property
     def device(self) -> torch.device:
-        """Where the rows are."""
+        """The device of the rows."""
         return _tree.device_of(self.rows)
 
     def release(self) -> None:
-        """Nothing to let go of: the rows are what the stack is."""
+        """Do nothing, because the rows cannot be computed again."""
 
     def explain(self) -> str:
         """Return how many rows are held, and in how many bytes."""
@@ -531,7 +530,7 @@ class DenseStack(BaseStack):
         return f"{self!r}: all rows are held, {size / 1e6:.1f} MB"
 
     def _check_unwritten(self) -> None:
-        """Refuse to answer from rows that are no longer what they were."""
+        """Refuse to answer from rows that have been written into."""
         names = written(self.rows, self.__dict__["_versions"])
         if names:
             raise RuntimeError(
@@ -541,12 +540,12 @@ class DenseStack(BaseStack):
             )
 
     def _matrices(self) -> list[Tensor]:
-        """The leaves as matrices (M, p)."""
+        """Return the leaves as matrices (M, p)."""
         self._check_unwritten()
         return [leaf.reshape(len(self), -1) for leaf in self.rows.values()]
 
     def _empty(self) -> Tensor | None:
-        """Rows with a NaN loss and gradient zero. (M,) bool."""
+        """Find the rows with a NaN loss and a zero gradient. (M,) bool."""
         known, losses = self.empty, self.losses
         if known is not None or losses is None:
             return known
@@ -557,16 +556,16 @@ class DenseStack(BaseStack):
         return lost & (unscaled.sq_norms() == 0)
 
     def _total(self, per_leaf: list[Tensor]) -> Tensor:
-        """The sum over leaves."""
+        """Sum over leaves."""
         return torch.stack(per_leaf).sum(0)
 
     def gram(self) -> Tensor:
-        """K = J Jᵀ, leaf by leaf. (M, M)."""
+        """Compute K = J Jᵀ leaf by leaf. (M, M)."""
         gram, scale = self._total([_products.inner(g, g) for g in self._matrices()]), self.scale
         return gram if scale is None else scale_rows(scale_rows(gram, scale).T, scale).T
 
     def dot(self, tree: Mapping[str, Tensor]) -> Tensor:
-        """J v. (M,)."""
+        """Compute J v. (M,)."""
         check_same_leaves(self.shapes, tree, "dot")
         parts = [
             _products.inner(matrix, tree[name].reshape(1, -1))[:, 0]
@@ -575,13 +574,13 @@ class DenseStack(BaseStack):
         return scale_rows(self._total(parts), self.scale)
 
     def sq_norms(self) -> Tensor:
-        """Squared norms of the rows. (M,)."""
+        """Compute the squared norms of the rows. (M,)."""
         norms = self._total([_products.row_sq_norms(g) for g in self._matrices()])
         scale = self.scale
         return norms if scale is None else scale_rows(scale_rows(norms, scale), scale)
 
     def combine(self, weights: Tensor) -> Tree:
-        """Wᵀ J, with rows of weight 0 masked."""
+        """Compute wᵀ J, with rows of weight 0 masked."""
         check_per_row("weight", weights, len(self))
         weights = scale_rows(_tree.at_least_float32(weights), self.scale)
 
@@ -593,7 +592,7 @@ class DenseStack(BaseStack):
         return {name: weigh(leaf, matrix) for (name, leaf), matrix in pairs}
 
     def stacked(self) -> Tree:
-        """The rows, leaf by leaf: the tensors held, or scaled copies of them."""
+        """Return the rows leaf by leaf: the tensors themselves, or scaled copies."""
         self._check_unwritten()
         scale = self.scale
         return {name: scale_rows(leaf, scale) for name, leaf in self.rows.items()}
@@ -605,7 +604,7 @@ class DenseStack(BaseStack):
     def _columns(self, names: Collection[str]) -> DenseStack:
         self._check_unwritten()
         rows = {n: leaf for n, leaf in self.rows.items() if n in names}
-        # A row is empty as a whole.
+        # Emptiness is a property of the whole row.
         return replace(self, rows=rows, empty=self._empty())
 
     def _first(self, count: int) -> DenseStack:
@@ -643,5 +642,5 @@ def explain_fallback(reason: str) -> list[str]:
 
 
 def as_stack(grads: GradStack | Tree) -> GradStack:
-    """A GradStack as it is; a plain stacked dict as a `DenseStack`."""
+    """Return a GradStack unchanged; wrap a plain stacked dict in a `DenseStack`."""
     return grads if isinstance(grads, GradStack) else DenseStack(grads)

@@ -1,4 +1,4 @@
-"""Plan "vmap": all rows at once with ``torch.func.vmap(torch.func.grad_and_value(loss))``."""
+"""Compute all rows at once with ``torch.func.vmap(torch.func.grad_and_value(loss))``."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.func import grad_and_value, vmap
 from gradfilter._types import Params, Tree
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._call_context import Versions
-from gradfilter.grads._loop import Rows, refuse_hooked, written_parameter
+from gradfilter.grads._loop import Rows, refuse_new_hooks, written_parameter
 from gradfilter.grads._loss import check_differentiable
-from gradfilter.grads._module_tensors import hooked
+from gradfilter.grads._module_tensors import apply_hooks
 from gradfilter.grads._normalized_loss import NormalizedLoss, as_parameter
 from gradfilter.grads._running_stats import Recorded, RecordRunningStats, replay
 from gradfilter.grads._writes import WriteWatch
@@ -28,15 +28,15 @@ def vmap_rows(
     chunk_size: int | None,
     used: set[str],
 ) -> Rows:
-    """Rows as in plan "loop", computed together.
+    """Compute the rows of plan "loop" together.
 
     Args:
         loss: The loss.
         params: The parameters; with ``per_row`` each with a leading axis M.
         batch: The rows.
-        per_row: Row m has its own parameters.
-        chunk_size: Rows computed at a time; None for all of them.
-        used: Is filled with the names of the tensors in attributes that the loss computes with.
+        per_row: True if every row has its own parameters.
+        chunk_size: The number of rows computed at a time; None for all of them.
+        used: A set that gets the names of the tensors in attributes that the loss uses.
     """
     recorded = Recorded()
 
@@ -46,17 +46,17 @@ def vmap_rows(
         for p in params.values():
             as_parameter(p)
         with RecordRunningStats(own, loss.cumulative, loss.attribute_tensors()) as mode:
-            inside.update(params)
+            row_leaves.update(params)
             value, after, aux = loss.writing(params, batch.rebuild(tensors), own)
         check_differentiable(value)
-        refuse_hooked(params)
+        refuse_new_hooks(params)
         recorded = mode.recorded
         used.update(mode.used_attributes)
         mode.check(after)
         counters = {name: b for name, b in after.items() if name.endswith("num_batches_tracked")}
         return value, (counters, recorded.moments, () if aux is None else (aux,))
 
-    inside: Tree = {}
+    row_leaves: Tree = {}
     guarded = [(f"parameter {name!r}", p) for name, p in params.items()]
     versions = Versions(guarded)
     try:
@@ -75,22 +75,22 @@ def vmap_rows(
             'holds all rows. Use plan="loop".'
         ) from error
     finally:
-        loss.settle(inside, _last_row)
+        loss.clean_attributes(row_leaves, _last_row)
     if (name := versions.written()) is not None:
         raise written_parameter(name)
-    if losses.requires_grad:  # of something else than the parameters that were given
+    if losses.requires_grad:  # the graph of another tensor than the given parameters
         loss.ends(losses, ())
     after = replay(batch.buffers, counters, recorded, moments, loss.cumulative)
     for name, hooks in loss.hooks.items():
         if name in rows:
-            rows[name] = hooked(rows[name], hooks)
-    # Of something else than the parameters, say a module that the loss holds, there is a graph.
+            rows[name] = apply_hooks(rows[name], hooks)
+    # The loss has a graph of another tensor than the parameters, such as a module that it holds.
     rows = {name: leaf.detach() for name, leaf in rows.items()}
     return rows, losses.detach(), after, aux[0] if aux else None
 
 
 def _last_row(tensor: Tensor) -> Tensor:
-    """What a module remembers after M passes in order: the tensor of the last."""
+    """Return the tensor that a module holds after M passes in order: that of the last row."""
     if not _functorch.is_functorch_wrapped_tensor(tensor):
         return tensor
     while _functorch.is_functorch_wrapped_tensor(tensor):

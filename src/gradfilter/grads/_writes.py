@@ -1,4 +1,4 @@
-"""Which functions write into a tensor they are given, seen before they run."""
+"""Find the tensors that a function writes into, before it runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def tensor_property(name: str) -> Any:
-    """A property of `torch.Tensor` itself, whose getter a function mode is handed."""
+    """Return a property of `torch.Tensor` itself; function modes get its getter."""
     return getattr(torch.Tensor, name)  # torch's stubs give the type of its value
 
 
@@ -36,11 +36,11 @@ def _in_place_argument(function: Any) -> tuple[Any, int] | None:
 _OPTIONAL: dict[Callable[..., Any], int] = dict(
     filter(None, map(_in_place_argument, vars(F).values()))
 )
-"""Functions that write where ``inplace`` says so, and which argument that is."""
+"""Functions with an argument ``inplace``, and its position."""
 
 
 def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Tensor]:
-    """The tensors that a call would write into."""
+    """Return the tensors that a call would write into."""
     if _may_write(func) or (kwargs and "out" in kwargs):
         return _written(func, args, kwargs)
     return ()
@@ -48,7 +48,7 @@ def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterabl
 
 @lru_cache(4096)
 def _may_write(func: Any) -> bool:
-    """Whether a function writes, or does if it is told to by an argument other than ``out``."""
+    """Return whether a function can write into an argument other than ``out``."""
     name = getattr(func, "__name__", "")
     if func in _OPTIONAL or name in _OPERATORS or name in ("__set__", "__setitem__"):
         return True
@@ -71,14 +71,14 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
 
 
 class WriteWatch(TorchFunctionMode):
-    """Refuses a function that is about to write into guarded tensors.
+    """Refuse a function that is about to write into guarded tensors.
 
     Args:
-        guarded: Each with what to call it.
-        refuse: Makes the error from that.
+        guarded: Pairs of a name and a tensor.
+        refuse: Makes the error from the name.
 
     Attributes:
-        hooked: The methods by which something hooked on a tensor.
+        hook_methods: The methods that registered hooks on tensors.
     """
 
     def __init__(
@@ -86,19 +86,19 @@ class WriteWatch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._guarded = {memory(tensor): name for name, tensor in guarded}
-        self._guarded.pop(0, None)  # of tensors without elements
+        self._guarded.pop(0, None)  # the address of tensors without elements
         self._refuse = refuse
-        self.hooked: set[str] = set()
+        self.hook_methods: set[str] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Look at what the function would write into, and run it."""
+        """Check the tensors that the function would write into, and run it."""
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # a traced tensor has no memory yet
             return func(*args, **kwargs)
         if func is torch.Tensor.register_hook:
-            self.hooked.add("register_hook")
+            self.hook_methods.add("register_hook")
         for tensor in written(func, args, kwargs):
             name = self._guarded.get(memory(tensor))
             if name is not None:
@@ -113,7 +113,7 @@ def _tensors(value: Any) -> Iterable[Tensor]:
 
 
 def _is_same(tensor: Tensor, other: Tensor) -> bool:
-    """Whether the numbers of two tensors outside of functorch are the same, but for their dtype."""
+    """Return whether two tensors have the same values except for their dtype."""
     if any(map(_functorch.is_functorch_wrapped_tensor, (tensor, other))):
         return tensor is other
     if tensor.shape != other.shape or tensor.device != other.device:
@@ -125,7 +125,7 @@ def _is_same(tensor: Tensor, other: Tensor) -> bool:
 
 
 def memory(tensor: Tensor) -> int:
-    """Where a tensor's numbers lie; the same for its views, and through any functorch level."""
+    """Return the address of a tensor's memory, also for its views and at any functorch level."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor.untyped_storage().data_ptr()

@@ -218,13 +218,13 @@ def forward(
             try:
                 value, after, aux = loss.writing(inside, row, own)
             finally:
-                changed = loss.settle(inside, partial(_last_row, level))
+                changed = loss.clean_attributes(inside, partial(_last_row, level))
         watch.check(after, set(running.updated), handed.buffers)
         losses = level.lower(value)
         aux = None if aux is None else _tree.tree_map(level.lower, aux)
     if given.written() is not None:
         raise RuntimeError(
-            "The loss writes into the batch where nobody can see it coming. Let it work on a copy "
+            "The loss writes into the batch in a way that is not detected. Let it work on a copy "
             "(x = x.clone()), or use inplace=False"
         )
     ends = loss.check_reaches(losses, leaves.values())
@@ -316,12 +316,12 @@ def forward_single(
     ):
         # Copy, because a first layer that works in place would write into the batch.
         row = batch.rebuild(t.squeeze(0).clone() for t in batch.tensors)
-        value, after, aux = loss.settling(leaves, row, batch.buffers)
+        value, after, aux = loss.pure_and_clean(leaves, row, batch.buffers)
         losses = value.unsqueeze(0)
     # torch does not list the hooks of a node, but every hook takes a new number for its handle.
     hooked_nodes = RemovableHandle.next_id != handles
     ends = loss.check_reaches(value, leaves.values())
-    loss.settle(leaves)
+    loss.clean_attributes(leaves)
     if not per_row:
         loss.renormalised(params, leaves)
     if ends.reentrant:

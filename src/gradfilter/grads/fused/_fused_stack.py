@@ -17,7 +17,7 @@ from gradfilter.grads._batch import Batch
 from gradfilter.grads._call_context import random_state, set_random_state
 from gradfilter.grads._error_notes import note_anomaly, reason_of
 from gradfilter.grads._loop import Rows
-from gradfilter.grads._module_tensors import Hook, hooked
+from gradfilter.grads._module_tensors import Hook, apply_hooks
 from gradfilter.grads._stack import (
     ComputedStack,
     StackOrigin,
@@ -314,9 +314,9 @@ class LazyRows:
                 # A row that does not use a parameter has no gradient for its hooks.
                 using = torch.cat(first.places)
                 return DenseFactor(
-                    rows.index_copy(0, using, hooked(rows[using], self._hooks[name]))
+                    rows.index_copy(0, using, apply_hooks(rows[using], self._hooks[name]))
                 )
-            return DenseFactor(hooked(rows, self._hooks[name]))
+            return DenseFactor(apply_hooks(rows, self._hooks[name]))
         mode = self.modes.layers[name].mode
         if len(parts) == 1 and (mode == "ghost" or isinstance(parts[0], DenseFactor)):
             return parts[0]
