@@ -6,9 +6,9 @@ import sys
 
 
 def main() -> None:
-    """Run the command line of the lab, or say which extra is missing.
+    """Run the command line of the lab, or name the missing extra.
 
-    What it says of itself needs no extra.
+    Help and version need no extra.
     """
     from gradfilter._about import answer
 
@@ -19,7 +19,7 @@ def main() -> None:
     try:
         from gradfilter.lab._cli import main as lab_main
 
-        lab_main()  # commands import what they need when they are asked for
+        lab_main()  # commands import their requirements when they run
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("gradfilter"):
             raise

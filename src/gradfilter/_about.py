@@ -1,4 +1,4 @@
-"""What `python -m gradfilter` says of itself, with or without the extras."""
+"""Print help and version of `python -m gradfilter`, with or without the extras."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ options:
 
 
 def answer(args: Sequence[str]) -> str | None:
-    """What needs no extra: the program itself, its help, its version; None for a command."""
+    """Return the text for no arguments, help or version; None for a command."""
     match list(args):
         case []:
             return about()
@@ -40,7 +40,7 @@ def answer(args: Sequence[str]) -> str | None:
 
 
 def about() -> str:
-    """What this is, what it found here, and what to type next; one screen."""
+    """Describe the program, the installation and the next steps on one screen."""
     here = f"torch {torch.__version__}, Python {platform.python_version()}, {_device()}"
     return "\n".join(
         [
@@ -63,10 +63,10 @@ def _device() -> str:
 
 
 def _extras() -> list[str]:
-    """Which extras are complete, as far as the package's metadata say."""
+    """Return the extras that are complete according to the package's metadata."""
     try:
         requirements = metadata.requires("gradfilter") or []
-    except metadata.PackageNotFoundError:  # run from a source tree
+    except metadata.PackageNotFoundError:  # the program runs from a source tree
         return []
     needs: dict[str, list[str]] = {"lab": [], "interop": []}
     for requirement in requirements:

@@ -1,7 +1,7 @@
-"""How a transform or a schedule was made, so that another process can make it again.
+"""Record how a transform or a schedule was made, so that another process can make it again.
 
-Both consist of functions that close over hyperparameters, which pickle refuses. The call of the
-factory that made them says as much: pickle gets that one.
+Both consist of functions that close over hyperparameters, which pickle refuses. So the call of the
+factory that made them is pickled instead.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Made:
 
     Attributes:
         factory: A function of a module.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-        core: What came out, as its functions.
+        args: The arguments.
+        kwargs: The keyword arguments.
+        core: The functions of the result.
     """
 
     factory: Callable[..., Any]
@@ -35,38 +35,38 @@ class Made:
 
 
 class Remade:
-    """What is pickled as the call that made it, and copied by not copying: it never changes."""
+    """An immutable object that is pickled as the call that made it; a copy is the object itself."""
 
     made: Made | None
 
     @property
     def core(self) -> Any:
-        """The functions without which this would be something else."""
+        """The functions that define the object."""
         raise NotImplementedError
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """The call, unless somebody has changed what it made."""
+        """Return the call, unless the object differs from the result of the call."""
         made = self.made
         if made is None or made.core != self.core:
             return super().__reduce_ex__(protocol)
         return _make, (made.factory, made.args, made.kwargs)
 
     def __copy__(self) -> Any:
-        """The same."""
+        """Return the object itself."""
         return self
 
     def __deepcopy__(self, memo: Any) -> Any:
-        """The same."""
+        """Return the object itself."""
         return self
 
 
 def remembered(factory: Callable[P, R]) -> Callable[P, R]:
-    """Let what a factory makes know how it was made."""
+    """Decorate a factory so that its results record the call."""
 
     @wraps(factory)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         made = factory(*args, **kwargs)
-        if torch.compiler.is_compiling():  # made anew in every step, and for that step alone
+        if torch.compiler.is_compiling():  # the object is made in every step, for that step only
             return made
         given: Any = made
         remembers: R = replace(given, made=Made(call, args, kwargs, made.core))
@@ -76,10 +76,10 @@ def remembered(factory: Callable[P, R]) -> Callable[P, R]:
 
 
 def unremembered(factory: Callable[P, R]) -> Callable[P, R]:
-    """The factory that `remembered` was given; decorators of others are part of what they make."""
+    """Return the factory inside `remembered`; other decorators stay in place."""
     given: Any = factory
     remembering: Any = remembered(Remade)
-    code = remembering.__code__  # that of every function `remembered` returns, and of no other
+    code = remembering.__code__  # shared by exactly the functions that `remembered` returns
     same = getattr(given, "__code__", None) is code
     plain: Callable[P, R] = given.__wrapped__ if same else factory
     return plain

@@ -1,4 +1,4 @@
-"""Whether tensors that are about to be written to share memory."""
+"""Check whether tensors that will be written share memory."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from gradfilter._readable import followed
 from gradfilter._shards import is_sharded, local
 
 Span = tuple[str, int, int, Tensor]
-"""Device, first and last address, and the tensor."""
+"""The device, the first and last address, and the tensor."""
 
 
 def refuse_shared_memory(params: Any, state: Any) -> None:
-    """Refuse to write results into tensors that share memory: it would be updated twice.
+    """Refuse to write results into tensors that share memory, which would be updated twice.
 
     Raises:
-        ValueError: Two of them do; it names both.
+        ValueError: Two tensors share memory; the error names both.
     """
     if followed():
         return
@@ -33,12 +33,12 @@ def refuse_shared_memory(params: Any, state: Any) -> None:
     raise ValueError(
         f"Expected parameters and state in memory of their own with donate=True, found "
         f"{names[0]!r} and {names[1]!r} in the same, which would be updated twice. Give a tied "
-        "parameter once (named_parameters does), or leave donate out."
+        "parameter once (named_parameters does), or omit donate."
     )
 
 
 def _sharing(tensors: Iterable[Any]) -> tuple[Tensor, Tensor] | None:
-    """The first two among some tensors that share memory."""
+    """Return the first two among some tensors that share memory."""
     spans = sorted(_spans(tensors), key=lambda span: span[:3])
     open_: list[Span] = []
     for span in spans:
@@ -51,7 +51,7 @@ def _sharing(tensors: Iterable[Any]) -> tuple[Tensor, Tensor] | None:
 
 
 def _spans(tensors: Iterable[Any]) -> Iterable[Span]:
-    """Where tensors lie; nothing of those that have no memory, or not in one place."""
+    """Yield the spans of tensors, except those without memory or with several parts."""
     for tensor in tensors:
         known = type(tensor) in (Tensor, nn.Parameter) or (
             isinstance(tensor, Tensor) and is_sharded(tensor)
@@ -64,7 +64,7 @@ def _spans(tensors: Iterable[Any]) -> Iterable[Span]:
 
 
 def _extent(tensor: Tensor) -> int:
-    """Bytes from the first to behind the last number."""
+    """Return the bytes from the first to the end of the last element."""
     if tensor.is_contiguous():
         return tensor.numel() * tensor.element_size()
     steps = zip(tensor.shape, tensor.stride(), strict=True)
@@ -72,7 +72,7 @@ def _extent(tensor: Tensor) -> int:
 
 
 def _share(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors whose spans overlap have a number in common: views may interlock."""
+    """Return whether two tensors with overlapping spans share an element: views may interlock."""
     size = a.element_size()
     first = min(a.data_ptr(), b.data_ptr())
     offsets = [t.data_ptr() - first for t in (a, b)]

@@ -1,4 +1,4 @@
-"""Inner products, norms and weighted sums, in float32 or wider, of rows and of whole trees."""
+"""Compute inner products, norms and weighted sums of rows and trees, in float32 or wider."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from gradfilter import _tree
 from gradfilter._readable import differentiated, readable
 from gradfilter._shards import parts
 
-# Columns per partial product. Short float32 sums lose little, and their totals are added up in
-# float64: at 11 million columns the Gram is off by 3e-7 instead of 3e-3, and twice as fast.
+# The columns per partial product. Short float32 sums lose little, and their totals are added in
+# float64: at 11 million columns the error of the Gram is 3e-7 instead of 3e-3, at twice the speed.
 BLOCK = 1024
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """``a bᵀ`` for (m, n) and (k, n): products in float32 or wider, totals in float64. (m, k)."""
+    """Compute ``a bᵀ`` for (m, n) and (k, n) in float32 or wider, with float64 totals. (m, k)."""
     n, width = a.shape[1], max(BLOCK, 4 * len(a))
-    # Of a few blocks the sum in float32 is as good, and one product has less overhead.
+    # With few blocks a float32 sum is as accurate, and one product has less overhead.
     whole = n - n % width if n > 4 * BLOCK else 0
     a, b = _tree.at_least_float32(a), _tree.at_least_float32(b)
     with _tree.no_autocast(a):
@@ -37,7 +37,7 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def row_sq_norms(a: Tensor) -> Tensor:
-    """Squared 2-norms of the rows of (m, n), totals in float64. (m,)."""
+    """Compute the squared 2-norms of the rows of (m, n), with float64 totals. (m,)."""
     dtype = torch.promote_types(a.dtype, torch.float32)
     n = a.shape[1]
     whole = n - n % BLOCK
@@ -51,10 +51,10 @@ def row_sq_norms(a: Tensor) -> Tensor:
 
 
 def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
-    """``Σ_m w_m rows_m`` for (M,) and (M, n), nothing of a row of weight 0. (n,)."""
+    """Compute ``Σ_m w_m rows_m`` for (M,) and (M, n); rows of weight 0 are masked. (n,)."""
     rows = _tree.at_least_float32(rows)
     live = weights != 0
-    # The sum of rows by index below has no derivative forward, and no second one.
+    # The sum of rows by index below has no forward and no second derivative.
     if rows.device.type != "cpu" or not rows.numel() or differentiated():
         masked = torch.where(live[:, None], rows, 0.0)
         with _tree.no_autocast(rows):
@@ -62,12 +62,12 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
     if readable(weights):
         places = live.nonzero().flatten().tolist()
         first, last = (places[0], places[-1] + 1) if places else (0, 0)
-        if len(places) == last - first:  # nothing dead in between: a product, 1.5 to 3 times faster
+        if len(places) == last - first:  # no dead row in between: a product, 1.5 to 3 times faster
             with _tree.no_autocast(rows):
                 return weights[first:last].to(rows.dtype) @ rows[first:last]
     # Masking copies every row. embedding_bag sums rows by index instead, so a dead row is never
-    # read: a live one stands in for it, with weight 0. 6 to 10 times faster from 8 rows of
-    # 1.6 million columns on. Cut into pieces, because it shares out sums among the cores.
+    # read: a live row replaces it, with weight 0. This is 6 to 10 times faster from 8 rows of
+    # 1.6 million columns on. The columns are cut into pieces, which run on different cores.
     count, n = rows.shape
     pieces = math.gcd(n, 64)
     chosen = torch.where(live, torch.arange(count, device=live.device), live.int().argmax())
@@ -81,7 +81,7 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
 
 
 def sq_norm(tree: Mapping[str, Tensor]) -> Tensor:
-    """The squared 2-norm of a tree. ()."""
+    """Return the squared 2-norm of a tree. ()."""
     sums = [
         part.summed(
             torch.stack([row_sq_norms(v)[0] for v in _vectors(part.leaves, part.leaves)]).sum()
@@ -92,11 +92,11 @@ def sq_norm(tree: Mapping[str, Tensor]) -> Tensor:
 
 
 CACHED = 2**18
-"""Numbers of two float32 vectors that stay in a core's cache while they are used three times."""
+"""The length of two float32 vectors that stay in a core's cache for three uses."""
 
 
 def products(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
-    """``⟨a, a⟩``, ``⟨a, b⟩`` and ``⟨b, b⟩``, on a CPU in one pass over the memory. (3,)."""
+    """Compute ``⟨a, a⟩``, ``⟨a, b⟩`` and ``⟨b, b⟩``, on a CPU in one pass over memory. (3,)."""
     pairs = zip(parts(a), parts({name: b[name] for name in a}), strict=True)
     sums = [x.summed(_products(x.leaves, y.leaves)) for x, y in pairs]
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
@@ -115,11 +115,11 @@ def _products(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
 
 
 SMALL = 2**16
-"""Leaves of fewer numbers are put side by side for one product: each product has its overhead."""
+"""The size below which leaves are joined for one product, as each product has an overhead."""
 
 
 def _vectors(tree: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> list[Tensor]:
-    """The leaves as rows (1, n), in the order of another tree, the small ones as one row."""
+    """Return the leaves as rows (1, n) in the order of another tree; join the small ones."""
     rows = [tree[name].reshape(1, -1) for name in like]
     small = [_tree.at_least_float32(row) for row in rows if row.shape[1] < SMALL]
     large = [row for row in rows if row.shape[1] >= SMALL]
@@ -127,5 +127,5 @@ def _vectors(tree: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> list[Ten
 
 
 def norm(tree: Mapping[str, Tensor]) -> Tensor:
-    """The 2-norm of a tree over all leaves together. ()."""
+    """Return the 2-norm of a tree over all leaves together. ()."""
     return sq_norm(tree).sqrt()

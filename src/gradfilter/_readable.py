@@ -1,4 +1,4 @@
-"""Whether the numbers in a tensor may be looked at."""
+"""Decide whether the values of a tensor may be read on the host."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from torch._C._functorch import TransformType, get_interpreter_stack
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether reading a tensor's numbers waits for nothing and hides nothing.
+    """Return whether a tensor's values can be read without waiting and without side effects.
 
-    So it is on a CPU, where a few numbers are had sooner than any operation on them, as long as
-    nobody follows the operations: no autograd, no compiler or tracer, no transform, no dispatch
-    mode.
+    This holds on a CPU, where reading a few numbers is faster than any operation on them, if no
+    autograd, compiler, tracer, torch.func transform or dispatch mode follows the operations.
     """
     return (
         tensor.device.type == "cpu"
@@ -24,14 +23,14 @@ def readable(tensor: Tensor) -> bool:
 
 
 def followed() -> bool:
-    """Whether a compiler, a tracer or a transform of ``torch.func`` follows the operations."""
+    """Return whether a compiler, tracer or ``torch.func`` transform follows the operations."""
     return torch.compiler.is_compiling() or torch._C._is_tracing() or transformed()
 
 
 def differentiated() -> bool:
-    """Whether a transform of ``torch.func`` such as grad or jvp takes derivatives.
+    """Return whether a transform of ``torch.func`` such as grad or jvp takes derivatives.
 
-    Unknown to a compiler.
+    A compiler cannot tell.
     """
     if not transformed():
         return False
@@ -40,9 +39,9 @@ def differentiated() -> bool:
 
 
 def transformed() -> bool:
-    """Whether a transform of ``torch.func``, such as vmap, follows the operations.
+    """Return whether a transform of ``torch.func``, such as vmap, follows the operations.
 
-    Unknown to a compiler, for which operations are what they are.
+    A compiler cannot tell.
     """
     if torch.compiler.is_compiling():
         return False

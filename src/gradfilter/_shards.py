@@ -1,4 +1,4 @@
-"""Tensors sharded over ranks (DTensor): their local parts, and numbers summed over all of them."""
+"""Access the local parts of sharded tensors (DTensor), and sum numbers over the ranks."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a `torch.distributed.tensor.DTensor`."""
-    # Asked of every leaf in every step, and torch.distributed.tensor is slow to import.
+    """Return whether a tensor is a `torch.distributed.tensor.DTensor`."""
+    # This runs for every leaf in every step, and torch.distributed.tensor is slow to import.
     return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "placements")
 
 
 def _is_cut(placement: Any) -> bool:
-    """Whether ranks along a dim of the mesh hold different pieces, in order or interleaved."""
-    # is_shard() denies it of the interleaved pieces that FSDP makes of tensor-parallel ones.
+    """Return whether ranks along a mesh dim hold different pieces, in order or interleaved."""
+    # is_shard() is false for the interleaved pieces that FSDP makes from tensor-parallel ones.
     return not (placement.is_replicate() or placement.is_partial())
 
 
 @dataclass(frozen=True, eq=False)
 class ShardPart:
-    """The leaves of a tree that lie alike over the ranks, as this rank has them.
+    """The leaves of a tree with the same placement over the ranks, as this rank holds them.
 
     Attributes:
         leaves: Plain tensors: the leaves themselves, or the local shards.
-        like: One of the leaves as it was, if they are sharded.
+        like: One of the original leaves, if they are sharded.
     """
 
     leaves: dict[str, Tensor]
     like: Any = None
 
     def summed(self, number: Tensor, over: Collection[int] | None = None) -> Tensor:
-        """A sum over the numbers in local leaves, summed over the ranks that hold others.
+        """Add up a sum over local leaves over the ranks that hold the other pieces.
 
         Args:
-            number: The sum of this rank, or several.
-            over: The dims of the mesh to sum over; None for all that cut the leaves up.
+            number: The sum of this rank, or several sums.
+            over: The dims of the mesh to sum over; None for all along which the leaves are cut.
         """
         if self.like is None:
             return number
@@ -56,7 +56,7 @@ class ShardPart:
 
 
 def parts(tree: Mapping[str, Tensor]) -> Iterator[ShardPart]:
-    """A tree as parts, each of which is summed over the ranks in its own way; one as a rule."""
+    """Yield the parts of a tree with one placement each; usually there is only one."""
     if not any(is_sharded(leaf) for leaf in tree.values()):
         yield ShardPart(dict(tree))
         return
@@ -70,7 +70,7 @@ def parts(tree: Mapping[str, Tensor]) -> Iterator[ShardPart]:
 
 
 def local(tensor: Any) -> Tensor:
-    """This rank's shard of a tensor, or a plain one itself; refuses unfinished sums of ranks."""
+    """Return this rank's shard, or a plain tensor itself; refuse unfinished sums of ranks."""
     if not is_sharded(tensor):
         plain: Tensor = tensor
         return plain
@@ -85,16 +85,16 @@ def local(tensor: Any) -> Tensor:
 
 
 def whole(number: Any) -> Tensor:
-    """A number taken from sharded tensors, the same on every rank; a plain one as it is."""
+    """Return a number from sharded tensors, equal on all ranks; return a plain one unchanged."""
     full: Tensor = number.full_tensor() if is_sharded(number) else number
     return full
 
 
 def resharded(shard: Tensor, like: Any, dropped: int = 0) -> Tensor:
-    """A shard as part of a DTensor that lies as ``like``, less some first dims or behind new ones.
+    """Return a shard as part of a DTensor placed like ``like``, with some first dims less or more.
 
     Args:
-        shard: What this rank has of it.
+        shard: The piece of this rank.
         like: A DTensor; a plain tensor gives the shard itself.
         dropped: Number of first dims of ``like`` that the shard lacks; negative for new ones.
     """
@@ -116,7 +116,7 @@ def resharded(shard: Tensor, like: Any, dropped: int = 0) -> Tensor:
 
 
 def _without(placement: Any, dropped: int) -> Any:
-    """How a tensor lies without its first dims."""
+    """Return the placement of a tensor without its first dims."""
     if not (dropped and _is_cut(placement)):
         return placement
     kind, dim = type(placement), placement.dim - dropped
@@ -126,7 +126,7 @@ def _without(placement: Any, dropped: int) -> Any:
 
 
 def cuts(tensor: Any) -> dict[int, int]:
-    """The dims of the mesh among whose ranks a tensor is cut up, and along which of its dims."""
+    """Map the mesh dims along which a tensor is cut to the dims of the tensor."""
     if not is_sharded(tensor):
         return {}
     return {d: p.dim for d, p in enumerate(tensor.placements) if _is_cut(p)}

@@ -18,18 +18,18 @@ def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 
 def leaves(tree: Any) -> list[Any]:
-    """The leaves of a tree, in a fixed order."""
+    """Return the leaves of a tree, in a fixed order."""
     return list(pytree.tree_leaves(tree))
 
 
 def flatten(tree: Any) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
-    """The leaves, and a function that puts other leaves into the same structure."""
+    """Return the leaves, and a function that puts other leaves into the same structure."""
     values, spec = pytree.tree_flatten(tree)
     return list(values), lambda new: pytree.tree_unflatten(list(new), spec)
 
 
 def flatten_with_names(tree: Any) -> tuple[dict[str, Any], Callable[[Iterable[Any]], Any]]:
-    """The leaves under dotted names such as ``sgd.momentum.fc.weight``, and the way back."""
+    """Return the leaves under dotted names such as ``sgd.momentum.fc.weight``, and a rebuilder."""
     pairs, spec = pytree.tree_flatten_with_path(tree)
     named: dict[str, Any] = {}
     for path, value in pairs:
@@ -44,7 +44,7 @@ def flatten_with_names(tree: Any) -> tuple[dict[str, Any], Callable[[Iterable[An
 
 
 def _key_text(key: Any) -> str:
-    """The text of one step of a path: a dict key, an index or an attribute name."""
+    """Return the text of one step of a path: a dict key, an index or an attribute name."""
     for attribute in ("key", "idx", "name"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
@@ -52,27 +52,27 @@ def _key_text(key: Any) -> str:
 
 
 def wide(tensor: Tensor) -> torch.dtype:
-    """The dtype in which sums over parameters are kept: float64 wherever the device has it."""
+    """Return the dtype of sums over parameters: float64 if the device supports it."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor itself, or its float32 copy when it is a half-precision one."""
-    if tensor.dtype in (torch.float32, torch.float64):  # asked of every factor, at every question
+    """Return the tensor itself, or a float32 copy of a half-precision one."""
+    if tensor.dtype in (torch.float32, torch.float64):  # runs for every factor at every question
         return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def no_autocast(tensor: Tensor) -> torch.autocast:
-    """Keeps a user's autocast from taking these products in half precision."""
+    """Return a context in which the user's autocast does not apply to these products."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def select(keep: Tensor | bool, new: T, old: T) -> T:
-    """``new`` where ``keep`` is true, else ``old``, bit for bit and without asking the host.
+    """Return ``new`` if ``keep`` is true, else ``old``, bit for bit and without waiting.
 
-    ``torch.where`` leaf by leaf: a product with 0 or 1 would lose the sign of −0.0 and turn
-    0 · NaN into NaN.
+    It uses ``torch.where`` leaf by leaf, because a product with 0 or 1 would lose the sign of −0.0
+    and turn 0 · NaN into NaN.
 
     Args:
         keep: A bool, or a bool tensor of shape ().
@@ -80,7 +80,7 @@ def select(keep: Tensor | bool, new: T, old: T) -> T:
         old: A tree of the same structure.
 
     Returns:
-        A tree of the same structure. Leaves that are one and the same object pass unchanged.
+        A tree of the same structure. Leaves that are the same object in both pass unchanged.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -98,7 +98,7 @@ def select(keep: Tensor | bool, new: T, old: T) -> T:
 
 
 def as_bool_tensor(value: Tensor | bool, device: torch.device) -> Tensor:
-    """A bool as a tensor of shape () on a device, made there rather than copied there."""
+    """Return a bool as a tensor of shape () that is created on the device, without a copy."""
     if isinstance(value, Tensor):
         if value.dtype != torch.bool or value.ndim:
             raise ValueError(
@@ -115,7 +115,7 @@ def donate_into(old: Any, new: Any) -> Any:
 
 
 def in_dtypes_of(model: Any, tree: Any) -> Any:
-    """The tree with the dtypes, and the order, of another one of the same structure.
+    """Convert a tree to the dtypes and the order of another one of the same structure.
 
     A half-precision leaf of shape () times a float64 scalar is promoted, unlike all other shapes.
     """
@@ -123,24 +123,24 @@ def in_dtypes_of(model: Any, tree: Any) -> Any:
 
 
 def zeros_like(tree: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A tree of zeros."""
+    """Return a tree of zeros."""
     return {name: torch.zeros_like(leaf) for name, leaf in tree.items()}
 
 
 def no_update(tree: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The update that changes no bit: −0.0, because p + 0.0 would turn −0.0 into +0.0."""
+    """Return an update that changes no bit: −0.0, because p + 0.0 would turn −0.0 into +0.0."""
     return {name: torch.full_like(leaf, -0.0) for name, leaf in tree.items()}
 
 
 def device_of(tree: Mapping[str, Tensor]) -> torch.device:
-    """The device of the first leaf."""
+    """Return the device of the first leaf."""
     if not tree:
         raise ValueError("Expected at least one parameter, found none. Are all of them frozen?")
     return next(iter(tree.values())).device
 
 
 def scalar(value: Any, like: Tensor) -> Tensor:
-    """A number or tensor as a wide 0-d tensor on the device of ``like``."""
+    """Return a number or tensor as a wide 0-d tensor on the device of ``like``."""
     if isinstance(value, Tensor):
         return value.to(device=like.device, dtype=wide(like))
     # `full` runs on the device; `tensor` would copy from the host and wait for it.

@@ -1,4 +1,4 @@
-"""The vocabulary: what a gradient tree is, and what a link of a chain is."""
+"""Define the basic types: gradient trees, states, and the transforms of a chain."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ Params = Tree
 """The trainable parameters. Frozen ones are absent."""
 
 State = Any
-"""What a link remembers between steps: nested dicts whose leaves are tensors."""
+"""The memory of a transform between steps: nested dicts whose leaves are tensors."""
 
 Out = dict[str, Any]
-"""What a link publishes: some of the global names, and metrics."""
+"""The published values of a transform: some of the global names, and metrics."""
 
 GLOBAL_NAMES = frozenset({"keep", "weights", "rows", "clean_grads"})
-"""Published names that later links may use. Every other published name is a metric."""
+"""Published names that later transforms may use. Every other published name is a metric."""
 
 
 @dataclass(frozen=True, eq=False)
 class Offer:
-    """The extra keyword ``offer``: the link with this ``update`` may apply its updates itself.
+    """The extra keyword ``offer``: the transform with this ``update`` may apply its updates itself.
 
-    It is made to the last link, whose updates nobody else sees. A rule that accepts heeds ``keep``
-    and returns new parameters and its new state, both as `Applied`; if they are donated, in the old
-    tensors. All others ignore it, and so does a rule inside another link, which has another
-    ``update`` than that link.
+    It is made to the last transform, whose updates no other transform sees. An update rule that
+    accepts follows ``keep`` and returns new parameters and its new state, both as `Applied`; if
+    they are donated, in the old tensors. All others ignore it. An update rule inside another
+    transform also ignores it, because its ``update`` is not the offered one.
     """
 
     update: Callable[..., Any]
@@ -47,33 +47,33 @@ class Offer:
 
 @dataclass(frozen=True, eq=False)
 class Applied:
-    """New values, where updates or a state that still has to be gated are expected."""
+    """New values in place of updates or of a state that must still be gated."""
 
     tree: Any
 
 
 @dataclass(frozen=True, eq=False)
 class Transform(Remade):
-    """One link: two pure functions and what is known of them before they run.
+    """One transform: two pure functions and their description.
 
     ``init(params) -> state`` and ``update(grads, state, params, **extra) -> (grads, state, out)``.
 
-    The contract. The caller passes gradients of the kind the link takes, the state of the step
-    before, and the parameters at which the gradients were taken. The link returns new objects and
-    mutates nothing; it ignores every extra keyword it does not know; it never asks the host for
-    the value of a tensor. It does not look at ``keep``: whoever applies the update does, once, for
-    the parameters and for every state together. (The exception is a rule that takes an `Offer`.)
+    The contract. The caller passes gradients of the kind the transform takes, the state of the step
+    before, and the parameters at which the gradients were taken. The transform returns new objects
+    and mutates nothing; it ignores every unknown extra keyword; it never reads the value of a
+    tensor on the host. It does not use ``keep``: the caller that applies the update does, once, for
+    the parameters and all states together. (The exception is an update rule that takes an `Offer`.)
 
     Attributes:
-        name: How metrics, state dictionaries and errors call this link. Empty for a chain.
-        kinds: The signatures the link has, ``"in -> out"`` with in and out among ``rows``,
-            ``tree`` and ``update``. Most links have one; some take whatever their place offers.
+        name: The name in metrics, state dictionaries and errors. Empty for a chain.
+        kinds: The signatures the transform has, ``"in -> out"`` with in and out among ``rows``,
+            ``tree`` and ``update``. Most transforms have one; some take several inputs.
         init: Makes the first state from the parameters.
-        update: The link itself.
-        needs: Global names some earlier link has to publish.
-        publishes: Every name in ``out``: global names and metrics.
-        links: The parts, when this is a chain.
-        made: The call of the factory that made it, by which it is pickled.
+        update: The transform itself.
+        needs: The global names that an earlier transform must publish.
+        publishes: All names in ``out``: global names and metrics.
+        links: The transforms of a chain; empty for all others.
+        made: The call of the factory that made it, used for pickling.
 
     Calling a transform that ends in an update applies it:
     ``transform(params, state, grads, **extra) -> (params, state, info)``.
@@ -90,11 +90,11 @@ class Transform(Remade):
 
     @property
     def core(self) -> Any:
-        """What it is called and what it does."""
+        """The name and the functions."""
         return self.name, self.update, self.init
 
     def __repr__(self) -> str:
-        """A chain by its links, a link by its kinds."""
+        """Return a chain by its transforms, a transform by its kinds."""
         if self.links:
             return f"chain({', '.join(link.name for link in self.links)})"
         return f"<{self.name}: {self.kind}>"
@@ -105,30 +105,30 @@ class Transform(Remade):
         return " or ".join(self.kinds)
 
     def metric(self, name: str) -> str:
-        """The key under which ``info`` shows a metric of this link."""
+        """Return the key under which ``info`` shows a metric of this transform."""
         return f"{self.name}/{name}" if self.name else name
 
     def __call__(
         self, params: Params, state: State, grads: Any, *, donate: bool = False, **extra: Any
     ) -> tuple[Params, State, Out]:
-        """Apply one step; a step whose ``keep`` is false changes nothing, bit for bit.
+        """Apply one step; if ``keep`` is false, the step changes no bit.
 
         Args:
             params: The parameters, ``dict[str, Tensor]``.
-            state: What ``init`` or the last call returned.
-            grads: A GradStack or a stacked dict where the first link takes rows, else a tree.
-            donate: Write the results into the tensors of ``params`` and ``state``, which keep
-                their storage. The only case in which an input is mutated. No two of them may share
-                memory.
-            **extra: ``keep`` (a bool tensor to AND with what the links publish), ``count``,
-                ``value``, ``grad_fn``, and whatever own links ask for.
+            state: The result of ``init`` or of the last call.
+            grads: A GradStack or a stacked dict if the first transform takes rows, else a tree.
+            donate: True to write the results into the tensors of ``params`` and ``state``, which
+                keep their storage. Only then are inputs mutated. No two of them may share memory.
+            **extra: ``keep`` (a bool tensor to AND with what the transforms publish), ``count``,
+                ``value``, ``grad_fn``, and keywords for your own transforms.
 
         Returns:
-            The new parameters, the new state and ``info``: ``keep`` and every metric, tensors all.
-            They are part of no autograd graph, unless ``torch.func.grad`` (or another derivative of
-            torch.func) runs around the call: it differentiates the step with respect to
-            parameters, state, gradients and hyperparameters given as tensors. Rows that a function
-            of `microbatch_grads` computes inside are refused: they would count as constants.
+            The new parameters, the new state and ``info``: ``keep`` and every metric, all of them
+            tensors. They are not part of an autograd graph, unless ``torch.func.grad`` (or another
+            derivative of torch.func) runs around the call: it differentiates the step with respect
+            to parameters, state, gradients and hyperparameters given as tensors. Rows that a
+            function of `microbatch_grads` computes inside are refused: they would count as
+            constants.
         """
         if not all(kind.endswith("-> update") for kind in self.kinds):
             raise TypeError(
@@ -138,8 +138,8 @@ class Transform(Remade):
         offer = Offer((self.links or (self,))[-1].update, donate)
         if donate:
             refuse_shared_memory(params, state)
-        # Parameters may come with requires_grad; a step is not part of an ordinary graph. Whoever
-        # differentiates with torch.func asks for the derivative by name.
+        # Parameters may have requires_grad, but a step is not part of an ordinary graph. With
+        # torch.func the derivative is requested explicitly.
         with nullcontext() if differentiated() else torch.no_grad():
             updates, new_state, out = self.update(grads, state, params, offer=offer, **extra)
             gated = "keep" in out or "keep" in extra
@@ -158,7 +158,7 @@ class Transform(Remade):
             if donate:
                 new_params = donate_into(params, new_params)
                 new_state = donate_into(state, new_state)
-        # Whoever keeps a stack should not keep the activations it was computed from.
+        # A stack that is kept should not hold the activations it was computed from.
         release = getattr(grads, "release", None)
         if release is not None:
             release()

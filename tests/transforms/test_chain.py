@@ -23,18 +23,18 @@ def call(update, grads=ROWS, params=PARAMS, **extra):
         (
             lambda: [gf.mean_rows(), gf.gsam_decompose(0.4), sgd()],
             ValueError,
-            r"link 2, 'gsam_decompose', needs 'clean_grads'.*Put sam_perturb\(rho\) before it",
+            r"transform 2, 'gsam_decompose', needs 'clean_grads'.*Put sam_perturb\(rho\) before it",
         ),
         (
             lambda: [gf.clip_per_row(1.0), sgd()],
             TypeError,
-            r"link 2, 'sgd', takes one gradient tree, but rows reach it from 'clip_per_row'"
+            r"transform 2, 'sgd', takes one gradient tree, but rows reach it from 'clip_per_row'"
             r".*Insert a reducer before it: mean_rows\(\)",
         ),
         (
             lambda: [gf.agc_clip(), gf.ema_params(0.9)],
             TypeError,
-            r"link 2, 'ema_params', takes an update, found a tree. Put it after sgd",
+            r"transform 2, 'ema_params', takes an update, found a tree. Put it after sgd",
         ),
         (lambda: [gf.agree_filter, sgd()], TypeError, r"found function. Call the factory"),
         (lambda: [[gf.mean_rows(), sgd()]], TypeError, r"found list. Unpack it: chain\(\*links\)"),
@@ -45,11 +45,11 @@ def call(update, grads=ROWS, params=PARAMS, **extra):
         ),
         (lambda: [gf.mean_rows(), torch.optim.Adam], TypeError, r"found Adam. Use sgd\(lr\)"),
         (lambda: [gf.mean_rows(), None], TypeError, r"found NoneType. Factories such as"),
-        (lambda: [], ValueError, r"at least one link"),
+        (lambda: [], ValueError, r"at least one transform"),
         (
             lambda: [gf.agc_clip(), gf.agc_clip(), gf.named("agc_clip_2", gf.agc_clip()), sgd()],
             ValueError,
-            r"two links are called 'agc_clip_2'",
+            r"two transforms are called 'agc_clip_2'",
         ),
     ],
 )
@@ -105,7 +105,7 @@ MISPLACED = {
     ),
     "m-sharpness behind the reducer": (
         lambda: [gf.mean_rows(), per_row_sam(), sgd()],
-        r"link 2, 'sam_perturb', takes rows, .*Move 'sam_perturb' before 'mean_rows'",
+        r"transform 2, 'sam_perturb', takes rows, .*Move 'sam_perturb' before 'mean_rows'",
         lambda mean, sam, rule: [sam, mean, rule],
     ),
     "rows behind a clip, the reducer last": (
@@ -125,17 +125,17 @@ MISPLACED = {
     ),
     "a second rule": (
         lambda: [gf.mean_rows(), sgd(), gf.adam(0.1)],
-        r"link 3, 'adam', is a second update rule after 'sgd'. Keep one of the two",
+        r"transform 3, 'adam', is a second update rule after 'sgd'. Keep one of the two",
         lambda mean, first, second: [mean, second],
     ),
     "a second rule behind an average": (
         lambda: [sgd(), gf.ema_params(), gf.adam(0.1)],
-        r"link 3, 'adam', is a second update rule after 'sgd'",
+        r"transform 3, 'adam', is a second update rule after 'sgd'",
         lambda first, average, second: [first, average],
     ),
     "a clip behind the rule": (
         lambda: [sgd(), gf.agc_clip()],
-        r"link 2, 'agc_clip', stands after the update rule 'sgd'.*Move it before 'sgd'",
+        r"transform 2, 'agc_clip', stands after the update rule 'sgd'.*Move it before 'sgd'",
         lambda rule, clip: [clip, rule],
     ),
     "a clip behind the average": (
@@ -155,12 +155,12 @@ MISPLACED = {
     ),
     "an average before the rule": (
         lambda: [gf.ema_params(), sgd()],
-        r"link 1, 'ema_params', takes an update, found none before it. Put it after sgd",
+        r"transform 1, 'ema_params', takes an update, found none before it. Put it after sgd",
         lambda average, rule: [rule, average],
     ),
     "an average before rows": (
         lambda: [gf.clip_per_row(1.0), gf.ema_params(), gf.mean_rows(), sgd()],
-        r"link 2, 'ema_params', takes an update, found rows. Put it after sgd",
+        r"transform 2, 'ema_params', takes an update, found rows. Put it after sgd",
         lambda each, average, mean, rule: [each, mean, rule, average],
     ),
     "a rule of rows behind a reducer": (

@@ -212,9 +212,9 @@ def test_a_step_takes_one_chain():
         gf.train_step(loss, gf.agree_filter(), gf.sgd(0.1))
     with pytest.raises(TypeError, match=r"Write microbatches=8"):
         gf.train_step(loss, UPDATE, 8)
-    with pytest.raises(TypeError, match=r"train_step: expected links, found function\. Call the"):
+    with pytest.raises(TypeError, match=r"train_step: expected transforms, found function\. Call"):
         gf.train_step(loss, gf.agree_filter)
-    with pytest.raises(TypeError, match=r"train_step: expected links, found SGD\. Use sgd\(lr\)"):
+    with pytest.raises(TypeError, match=r"train_step: expected transforms, found SGD\. Use sgd\("):
         gf.train_step(loss, torch.optim.SGD([X.requires_grad_(False)], lr=0.1))
 
 

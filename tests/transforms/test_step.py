@@ -160,7 +160,7 @@ def test_a_state_that_is_none(wrong, error, found):
     model = Dropped()
     step = new_step(model)
     state = step.init(model)
-    begin = r"Begin with state = step.init\(model\), and go on with state, info = step\("
+    begin = r"Begin with state = step.init\(model\), then write state, info = step\("
     with pytest.raises(error, match=f"^train_step: expected the state .*{found}.*{begin}"):
         step(wrong(state, model, step), vectors())
 

@@ -1,7 +1,7 @@
 """The stack whose rows are on different ranks, and `across_ranks`, the transform that makes it.
 
 All ranks check first that they hold the same leaves, the same number of rows, the same parameters
-and the same chain: a rank that differs would otherwise block the others for ever.
+and the same chain: a rank that differs would otherwise block the others forever.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from gradfilter.transforms._transform import transform
 
 
 def per_row(stack: GradStack, keep: Tensor | bool = True) -> Tensor:
-    """Whether rows take part, their losses if known, and whether their rank skips. (3, M)."""
+    """Return the mask of live rows, their losses if known, and the rank's keep flag. (3, M)."""
     live = stack.live.to(_tree.wide(stack.live))
     losses = live if stack.losses is None else stack.losses.detach().to(live.dtype)
     return torch.stack(
@@ -55,9 +55,9 @@ class GatheredRows:
 
     Attributes:
         local: The M rows of this rank.
-        ranks: Where the rows are.
-        numbers: What `per_row` says on every rank, gathered at once: later only some ranks may ask.
-            (W, 3, M)
+        ranks: The ranks that hold the rows.
+        numbers: The result of `per_row` on every rank, gathered at the start, because later only
+            some ranks may ask. (W, 3, M)
     """
 
     local: GradStack
@@ -68,41 +68,41 @@ class GatheredRows:
 
     @property
     def live(self) -> Tensor:
-        """Which rows take part, rank-major. (M·W,) bool."""
+        """A mask of the rows that take part, rank by rank. (M·W,) bool."""
         return self.numbers[:, 0].flatten() != 0
 
     @property
     def losses(self) -> Tensor | None:
-        """Of all rows, if they are known. (M·W,)."""
+        """The losses of all rows, if they are known. (M·W,)."""
         if self.local.losses is None:
             return None
         return self.numbers[:, 1].flatten().to(self.local.losses.dtype)
 
     @property
     def keep(self) -> Tensor:
-        """Whether no rank skips the step. () bool."""
+        """True if no rank skips the step. () bool."""
         return (self.numbers[:, 2] != 0).all()
 
     def __len__(self) -> int:
-        """M·W."""
+        """Return M·W."""
         return len(self.local) * self.ranks.size
 
     def mine(self, per_row: Tensor) -> Tensor:
-        """This rank's part of a tensor with one entry per row. (M, ...)."""
+        """Return this rank's part of a tensor with one entry per row. (M, ...)."""
         start = len(self.local) * self.ranks.rank
         return per_row[start : start + len(self.local)]
 
     def columns(self, names: Collection[str]) -> GatheredRows:
-        """The same rows on some of the leaves."""
+        """Return the same rows on some of the leaves."""
         return GatheredRows(self.local.columns(names), self.ranks, self.numbers)
 
     @property
     def is_exchanged(self) -> bool:
-        """Whether every rank holds a shard of all rows, or their Gram."""
+        """True if every rank holds a shard of all rows, or their Gram."""
         return self._gram is not None
 
     def gram(self) -> Tensor:
-        """J Jᵀ, the same bits on every rank. (M·W, M·W)."""
+        """Compute J Jᵀ, with the same bits on every rank. (M·W, M·W)."""
         if self._gram is None:
             buckets, parts = [], []
             for bucket in exchanged(self.local.stacked(), self.ranks):
@@ -110,35 +110,35 @@ class GatheredRows:
                 buckets.append(bucket)
             self._buckets = buckets
             self._gram = self.ranks.total(torch.stack(parts).sum(0))
-        return self._gram.clone()  # the caller's, who may write to it
+        return self._gram.clone()  # the caller may write into the copy
 
     def combine(self, weights: Tensor) -> Tree:
-        """Wᵀ J for weights (M·W,), the same bits on every rank."""
+        """Compute wᵀ J for weights (M·W,), with the same bits on every rank."""
         weights = weights.detach()
         if self._buckets is not None:
             buckets = self._buckets
             if len(self.local) == 1:
-                self._buckets = None  # their memory will hold the sum
+                self._buckets = None  # the sum is written into their memory
             return combined(buckets, weights, self.ranks)
-        # Without shards of all rows, the sum of the local ones is all that has to travel.
+        # Without shards of all rows, only the sum of the local rows must be sent.
         return added_up(self.local.combine(self.mine(weights)), self.ranks)
 
     def dot(self, tree: Mapping[str, Tensor]) -> Tensor:
-        """J v. (M·W,)."""
+        """Compute J v. (M·W,)."""
         return self.ranks.gather(self.local.dot(tree)).flatten()
 
     def sq_norms(self) -> Tensor:
-        """diag(J Jᵀ). (M·W,)."""
+        """Compute diag(J Jᵀ). (M·W,)."""
         if self._gram is not None:
             return self._gram.diagonal().clone()
         return self.ranks.gather(self.local.sq_norms()).flatten()
 
     def stacked(self) -> Tree:
-        """All rows, on every rank. (M·W, *shape)."""
+        """Return all rows on every rank. (M·W, *shape)."""
         return {n: self.ranks.gather(g).flatten(0, 1) for n, g in self.local.stacked().items()}
 
     def release(self) -> None:
-        """Let go of the shards, and of what the local rows were computed from."""
+        """Free the shards, and everything that the local rows can compute again."""
         self._buckets = None
         self.local.release()
 
@@ -147,26 +147,26 @@ class GatheredRows:
 
 
 ROWS = 32
-"""Rows per rank of which a message between CPUs also brings what there is one number of."""
+"""The number of rows per rank up to which the first message also carries per-row numbers."""
 
 
 def validate_ranks(
     stack: GradStack, ranks: Ranks, keep: Tensor | bool | None = None
 ) -> GatheredRows:
-    """The rows of all ranks, once every rank knows that they are rows of one matrix.
+    """Check that the rows of all ranks form one matrix, and return them.
 
     Args:
         stack: The local rows.
-        ranks: Who gives some.
-        keep: False where this rank would skip the step; None if nobody asks.
+        ranks: The ranks that hold rows.
+        keep: False if this rank would skip the step; None if there is no flag.
 
     Raises:
-        ValueError: Number of rows, leaves, their order, shapes or dtypes differ; it names two
-            ranks and the difference.
+        ValueError: The number of rows, the leaves, their order, shapes or dtypes differ; the error
+            names two ranks and the difference.
     """
     text, own = _described(stack, keep is not None), per_row(stack, True if keep is None else keep)
     few = own.device.type == "cpu" and len(stack) <= ROWS
-    # Of one length whatever there is to say, or ranks that differ could not even compare.
+    # The message has a fixed length, because ranks that differ could not compare otherwise.
     message = torch.zeros(3 + 3 * ROWS, dtype=torch.int64)
     message[:3] = torch.tensor([len(stack), _digest(text), len(text)])
     if few:
@@ -183,7 +183,7 @@ def check_leaves_alike(params: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Refuse, on every rank, parameters whose names, order, shapes or dtypes differ between ranks.
 
     Raises:
-        ValueError: They do; it names two ranks and the difference.
+        ValueError: They differ; the error names two ranks and the difference.
     """
     text = _described(DenseStack({name: p.detach()[None] for name, p in params.items()}), False)
     note = torch.tensor([1, _digest(text), len(text)])
@@ -206,7 +206,7 @@ def _check_alike(notes: list[list[int]], text: bytes, ranks: Ranks) -> None:
             )
     other = next((rank for rank, note in enumerate(notes) if note[1] != notes[0][1]), None)
     if other is not None:
-        # Sent by all ranks, also those that agree: a gathering is of all or of none.
+        # All ranks send, also those that agree, because a gather needs all ranks.
         longest = max(note[2] for note in notes)
         letters = ranks.gather_on_host(torch.tensor([*text.ljust(longest)], dtype=torch.uint8))
         ours, theirs = (json.loads(bytes(letters[rank].tolist())) for rank in (0, other))
@@ -217,7 +217,7 @@ def _check_alike(notes: list[list[int]], text: bytes, ranks: Ranks) -> None:
 
 
 def _described(stack: GradStack, keeps: bool) -> bytes:
-    """Names, shapes and dtypes of the leaves in order, and what else is known of the rows."""
+    """Describe the leaves in order (names, shapes, dtypes) and the properties of the rows."""
     tensors: Mapping[str, Tensor] = {}
     if isinstance(stack, DenseStack):
         tensors = stack.rows
@@ -231,7 +231,7 @@ def _described(stack: GradStack, keeps: bool) -> bytes:
 
 
 def _leaf_difference(ours: list[Any], theirs: list[Any], one: int, other: int) -> str:
-    """The first thing in which two ranks differ, and what to do about it, in words."""
+    """Describe the first difference between two ranks, and the fix."""
     advice = "Build the same model, with the same frozen parameters, on all ranks"
     *ours, known_here = ours
     *theirs, known_there = theirs
@@ -256,15 +256,15 @@ def _words(leaf: list[Any]) -> str:
 
 
 FEW = 2
-"""Local rows up to which exchanging them sends less than the two sums of a rule without Gram."""
+"""The number of local rows up to which an exchange sends less than two combinations."""
 
 
 @copied("losses", "scale")
 class RankStack(BaseStack):
     r"""Rows that live on different ranks, as one stack: row r·M + m is row m of rank r.
 
-    Every rank gives its own M rows and asks the same questions in the same order; all get the same
-    answers, bit for bit, and so take the same decisions. Links need not know.
+    Every rank gives its own M rows and asks the same questions in the same order. All get the same
+    answers, bit for bit, and so make the same decisions. Transforms need no changes.
 
     ``gram`` sends every rank one shard of the local rows, takes a Gram there, and adds up the
     (M·W)² numbers; ``combine`` then sums on the shard and gathers. Of P parameters a rank sends
@@ -274,25 +274,25 @@ class RankStack(BaseStack):
         combine without one:    2·P (W − 1)/W
         dot, sq_norms:          M to every other rank
 
-    For M = 1 a gram and a combination are what one ring all-reduce sends. `consensus_filter` takes
-    that way up to M = 2, else two combinations without a gram. ``stacked``, and so a
-    `sam_perturb` per microbatch, brings all rows to all ranks: see `across_ranks` for better.
+    For M = 1 a gram and a combination send as much as one ring all-reduce. `consensus_filter` uses
+    them up to M = 2, else two combinations without a gram. ``stacked``, and so a `sam_perturb` per
+    microbatch, sends all rows to all ranks: see `across_ranks` for a better way.
 
-    Making a stack compares rows and leaves of all ranks, by a short message between CPUs, and
+    The constructor compares rows and leaves of all ranks, by a short message between CPUs, and
     gathers the losses. ``buffers`` and ``aux`` are the local ones: BatchNorm keeps statistics per
     rank, as in DistributedDataParallel without SyncBatchNorm.
 
     Args:
-        stack: The local rows: a GradStack or a plain stacked dict, M as large on every rank.
+        stack: The local rows: a GradStack or a plain stacked dict, with the same M on every rank.
         group: The process group; None for all processes.
-        keep: False where this rank would skip the step, () bool; None if nobody asks.
+        keep: False if this rank would skip the step, () bool; None if there is no flag.
 
     Attributes:
-        keep: Whether no rank would skip the step, the same on all. () bool.
+        keep: True if no rank would skip the step, the same on all ranks. () bool.
 
     Raises:
         ValueError: Rows, leaves, shapes or dtypes differ between ranks; raised on all of them.
-        RuntimeError: There is no process group; at any question, another rank is gone.
+        RuntimeError: There is no process group; at a question, another rank has ended.
 
     Examples:
         >>> import torch, torch.distributed as dist
@@ -315,87 +315,87 @@ class RankStack(BaseStack):
         local, ranks = as_stack(stack), Ranks.of(group)
         self._view(validate_ranks(local, ranks, keep), None, len(local) * ranks.size)
 
-    def _view(self, spread: GatheredRows, scale: Tensor | None, count: int) -> Self:
-        """The first ``count`` of the rows, scaled."""
-        self._spread, self.scale, self._count = spread, scale, count
+    def _view(self, gathered: GatheredRows, scale: Tensor | None, count: int) -> Self:
+        """Return the first ``count`` of the rows, scaled."""
+        self._gathered, self.scale, self._count = gathered, scale, count
         self.origin = None
-        losses = spread.losses
+        losses = gathered.losses
         self.losses = None if losses is None else losses[:count]
-        self.keep = spread.keep
-        self.buffers, self.aux = spread.local.buffers, spread.local.aux
+        self.keep = gathered.keep
+        self.buffers, self.aux = gathered.local.buffers, gathered.local.aux
         return self
 
-    def _like_this(self, spread: GatheredRows, scale: Tensor | None, count: int) -> Self:
-        return self.__new__(type(self))._view(spread, scale, count)
+    def _like_this(self, gathered: GatheredRows, scale: Tensor | None, count: int) -> Self:
+        return self.__new__(type(self))._view(gathered, scale, count)
 
     def _scaled(self, scale: Tensor) -> Self:
-        return self._like_this(self._spread, scale, self._count)
+        return self._like_this(self._gathered, scale, self._count)
 
     def _columns(self, names: Collection[str]) -> Self:
-        return self._like_this(self._spread.columns(names), self.scale, self._count)
+        return self._like_this(self._gathered.columns(names), self.scale, self._count)
 
     def _first(self, count: int) -> Self:
         scale = None if self.scale is None else self.scale[:count]
-        return self._like_this(self._spread, scale, count)
+        return self._like_this(self._gathered, scale, count)
 
     def __len__(self) -> int:
-        """The number of rows on all ranks together, M·W."""
+        """Return the number of rows on all ranks together, M·W."""
         return self._count
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
         """The shape of every leaf of a row, by name."""
-        return self._spread.local.shapes
+        return self._gathered.local.shapes
 
     @property
     def device(self) -> torch.device:
-        """Where the numbers are."""
-        return self._spread.numbers.device
+        """The device of the rows."""
+        return self._gathered.numbers.device
 
     @property
     def live(self) -> Tensor:
-        """Which rows take part. (M·W,) bool."""
-        live = self._spread.live[: self._count]
+        """A mask of the rows that take part. (M·W,) bool."""
+        live = self._gathered.live[: self._count]
         return live if self.scale is None else live & (self.scale != 0)
 
     def gram_is_cheap(self) -> bool:
-        """Whether the rows are exchanged already, or that sends less than two combinations."""
-        few = len(self._spread.local) <= FEW and len(self) <= GRAM_UP_TO
-        return few or self._spread.is_exchanged
+        """Return whether rows are exchanged, or an exchange sends less than two combinations."""
+        few = len(self._gathered.local) <= FEW and len(self) <= GRAM_UP_TO
+        return few or self._gathered.is_exchanged
 
     def gram(self) -> Tensor:
-        """K = J Jᵀ. (M·W, M·W)."""
-        gram = scale_rows(self._spread.gram()[: self._count, : self._count], self.scale)
+        """Compute K = J Jᵀ. (M·W, M·W)."""
+        gram = scale_rows(self._gathered.gram()[: self._count, : self._count], self.scale)
         return scale_rows(gram.T, self.scale).T
 
     def combine(self, weights: Tensor) -> Tree:
-        """Wᵀ J for ``weights`` (M·W,), the same on every rank."""
+        """Compute wᵀ J for ``weights`` (M·W,), the same on every rank."""
         check_per_row("weight", weights, len(self))
         weights = scale_rows(_tree.at_least_float32(weights), self.scale)
-        cut_off = weights.new_zeros(len(self._spread) - len(self))
-        return self._spread.combine(torch.cat([weights, cut_off]))
+        cut_off = weights.new_zeros(len(self._gathered) - len(self))
+        return self._gathered.combine(torch.cat([weights, cut_off]))
 
     def dot(self, tree: Mapping[str, Tensor]) -> Tensor:
-        """J v for a tree v that is the same on every rank. (M·W,)."""
+        """Compute J v for a tree v that is the same on every rank. (M·W,)."""
         check_same_leaves(self.shapes, tree, "dot")
-        return scale_rows(self._spread.dot(tree)[: self._count], self.scale)
+        return scale_rows(self._gathered.dot(tree)[: self._count], self.scale)
 
     def sq_norms(self) -> Tensor:
-        """Squared norms of the rows. (M·W,)."""
-        norms = scale_rows(self._spread.sq_norms()[: self._count], self.scale)
+        """Compute the squared norms of the rows. (M·W,)."""
+        norms = scale_rows(self._gathered.sq_norms()[: self._count], self.scale)
         return scale_rows(norms, self.scale)
 
     def stacked(self) -> Tree:
-        """All rows on every rank, leaf by leaf. (M·W, *shape)."""
-        rows = self._spread.stacked().items()
+        """Return all rows on every rank, leaf by leaf. (M·W, *shape)."""
+        rows = self._gathered.stacked().items()
         return {name: scale_rows(leaf[: self._count], self.scale) for name, leaf in rows}
 
     def at(self, params: Params) -> GradStack:
-        """The same rows at other parameters, which are the same on every rank."""
-        return self._again(self._spread.local.at(params))
+        """Return the same rows at other parameters, which are the same on every rank."""
+        return self._with_local_rows(self._gathered.local.at(params))
 
     def at_rows(self, params: Tree) -> GradStack:
-        """The same rows, row r·M + m at its own parameters. Leaves are (M·W, *shape)."""
+        """Return the same rows, with each row at its own parameters. Leaves are (M·W, *shape)."""
         unknown = sorted(set(params) - set(self.shapes))
         if unknown:
             raise ValueError(
@@ -404,23 +404,23 @@ class RankStack(BaseStack):
         check_shapes(self.shapes, params, "at_rows", rows=len(self))
         own = {}
         for name, leaf in params.items():
-            # Rows that `first` cut off are computed somewhere, too, so that every rank has M.
-            rest = leaf[:1].expand(len(self._spread) - len(self), *leaf.shape[1:])
-            own[name] = self._spread.mine(torch.cat([leaf, rest]))
-        return self._again(self._spread.local.at_rows(own))
+            # Rows that `first` cut off are also computed, so that every rank has M.
+            rest = leaf[:1].expand(len(self._gathered) - len(self), *leaf.shape[1:])
+            own[name] = self._gathered.mine(torch.cat([leaf, rest]))
+        return self._with_local_rows(self._gathered.local.at_rows(own))
 
-    def _again(self, local: GradStack) -> GradStack:
-        ranks = self._spread.ranks
-        spread = GatheredRows(local, ranks, ranks.gather(per_row(local)))
-        return self._like_this(spread, self.scale, self._count)
+    def _with_local_rows(self, local: GradStack) -> GradStack:
+        ranks = self._gathered.ranks
+        gathered = GatheredRows(local, ranks, ranks.gather(per_row(local)))
+        return self._like_this(gathered, self.scale, self._count)
 
     def explain(self) -> str:
         """Return how the rows of this rank are computed and held."""
         return f"{self!r}, of which this rank holds: {self._spread.local.explain()}"
 
     def release(self) -> None:
-        """Let go of whatever can be computed, or exchanged, again."""
-        self._spread.release()
+        """Free everything that can be computed or exchanged again."""
+        self._gathered.release()
 
 
 # --- Check that all ranks start with the same parameters and the same chain ---
@@ -432,14 +432,14 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def check_same_start(params: Params, ranks: Ranks) -> None:
     """Refuse, on every rank, parameters that differ between ranks.
 
-    Compared are the sums of their bits, as integers: equal parameters always pass.
+    The sums of their bits as integers are compared, so equal parameters always pass.
 
     Args:
-        params: This rank's.
-        ranks: Who starts together.
+        params: The parameters of this rank.
+        ranks: The ranks that start together.
 
     Raises:
-        ValueError: Leaves or values differ; it names two ranks and a leaf.
+        ValueError: Leaves or values differ; the error names two ranks and a leaf.
     """
     check_leaves_alike(params, ranks)
     sums = torch.stack([_bits(p) for p in params.values()]).cpu()
@@ -458,15 +458,15 @@ def check_same_start(params: Params, ranks: Ranks) -> None:
 def check_same_chain(chain: Transform | None, ranks: Ranks) -> None:
     """Refuse, on every rank, chains or hyperparameters that differ between ranks.
 
-    Compared is what stands from `across_ranks` on, which has to do the same everywhere. What
-    stands before it works on the rows of one rank.
+    Only `across_ranks` and the transforms after it are compared, because they must do the same on
+    all ranks. The transforms before it work on the rows of one rank.
 
     Args:
-        chain: The outermost one, or None where `across_ranks` was not made part of one.
-        ranks: Who starts together.
+        chain: The outermost chain, or None if `across_ranks` is not in a chain.
+        ranks: The ranks that start together.
 
     Raises:
-        ValueError: They differ; it names two ranks and what is different.
+        ValueError: They differ; the error names two ranks and the difference.
     """
     links = () if chain is None else chain.links
     names = [part.name for part in links]
@@ -478,13 +478,13 @@ def check_same_chain(chain: Transform | None, ranks: Ranks) -> None:
             raise ValueError(
                 f"across_ranks: expected the same chain on every rank, found "
                 f"{_chain_difference(json.loads(others[0]), json.loads(text), ranks, rank)}. Build "
-                "it from the same numbers on all ranks; what differs on purpose belongs before "
+                "it from the same numbers on all ranks; transforms that may differ belong before "
                 "across_ranks()."
             )
 
 
 def _chain_difference(ours: list[str], theirs: list[str], ranks: Ranks, rank: int) -> str:
-    """The first transform in which two ranks differ, in words."""
+    """Describe the first transform in which two ranks differ."""
     one, other = f"on rank {ranks.name(0)}", f"on rank {ranks.name(rank)}"
     pairs = zip_longest(ours, theirs, fillvalue="nothing")
     a, b = next((shortened(a), shortened(b)) for a, b in pairs if a != b)
@@ -494,7 +494,7 @@ def _chain_difference(ours: list[str], theirs: list[str], ranks: Ranks, rank: in
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The sum of a tensor's bits as integers, which no rounding touches. ()."""
+    """Return the sum of a tensor's bits as integers, which is exact. ()."""
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     return real.detach().view(INTEGERS[real.element_size()]).sum(dtype=torch.int64)
 
@@ -504,37 +504,39 @@ def _bits(tensor: Tensor) -> Tensor:
 
 @remembered
 def across_ranks(group: dist.ProcessGroup | None = None) -> Transform:
-    """From here on the chain sees the rows of all ranks: `RankStack` as a link.
+    """Let the following transforms of a chain see the rows of all ranks, as a `RankStack`.
 
-    What stands before it happens on every rank by itself, what stands after it is the same on all.
-    Its place in a chain is therefore a choice::
+    The transforms before it run on every rank separately; those after it do the same on all ranks.
+    So its place in a chain is a choice::
 
         chain(across_ranks(), agree_filter(t), sam_perturb(r), sgd(lr))  # one perturbation for all
         chain(sam_perturb(r), across_ranks(), mean_rows(), sgd(lr))      # m-sharpness: every rank
-                                                       # perturbs along its own gradient, unasked
+                                                       # perturbs along its own gradient
         chain(clip_per_row(c), across_ranks(), consensus_filter(), sgd(lr))
 
-    All ranks start from the same parameters, and run the same chain from this link on: ``init``
-    compares both, hyperparameters too. They then keep their parameters, to the bit. A step that
-    one of them would skip, by a ``keep`` from its caller or a link before this one, all skip: put
-    `finite_filter` behind this link to reject the rows of such a rank instead.
+    All ranks start from the same parameters, and run the same chain from this transform on:
+    ``init`` compares both, including hyperparameters. Their parameters then stay equal in every
+    bit. If one rank would skip a step, by a ``keep`` from its caller or a transform before this
+    one, all ranks skip it. Put `finite_filter` behind this transform to reject the rows of such a
+    rank instead.
 
-    What is computed before this link stays as it is: ``info["loss"]`` of a `train_step`, the
-    ``loss`` of a `Filtered` step and metrics of earlier links are those of this rank's rows alone.
-    ``value`` for a `plateau` schedule is to be the same on all ranks; `RankStack.losses` has all.
+    Results from before this transform are not changed: ``info["loss"]`` of a `train_step`, the
+    ``loss`` of a `Filtered` step and metrics of earlier transforms are those of this rank's rows.
+    ``value`` for a `plateau` schedule must be the same on all ranks; `RankStack.losses` has all
+    losses.
 
     Args:
         group: The process group; None for all processes.
 
-    Needs: rows, as many on every rank.
+    Needs: rows, the same number on every rank.
 
-    Publishes: ``keep`` () if an earlier link or the caller did; ``clean_grads``, as rows of all
-    ranks, if a sam_perturb before it did.
+    Publishes: ``keep`` () if an earlier transform or the caller did; ``clean_grads``, as rows of
+    all ranks, if a sam_perturb before it did.
 
     Raises:
-        ValueError: On every rank: at ``init`` parameters, links from here on or their
-            hyperparameters differ between ranks, or at a step rows.
-        RuntimeError: At either: there is no process group, or another rank is gone.
+        ValueError: On every rank: at ``init``, if parameters, transforms from here on or their
+            hyperparameters differ between ranks; at a step, if rows do.
+        RuntimeError: There is no process group, or another rank has ended.
 
     Examples:
         >>> import torch, torch.distributed as dist, gradfilter as gf
@@ -552,12 +554,12 @@ def across_ranks(group: dist.ProcessGroup | None = None) -> Transform:
         rows: GradStack, state: State, params: Params, /, **extra: Any
     ) -> tuple[GradStack, State, Out]:
         keep, clean = extra.get("keep"), extra.get("clean_grads")
-        spread_out = untraced(RankStack)  # ranks talk between the graphs of torch.compile
-        spread = spread_out(rows, group, keep=keep)
-        out: Out = {} if keep is None else {"keep": spread.keep}
+        make_rank_stack = untraced(RankStack)  # ranks communicate between compiled graphs
+        gathered = make_rank_stack(rows, group, keep=keep)
+        out: Out = {} if keep is None else {"keep": gathered.keep}
         if isinstance(clean, GradStack):
-            out["clean_grads"] = spread_out(clean, group)
-        return spread, state, out
+            out["clean_grads"] = make_rank_stack(clean, group)
+        return gathered, state, out
 
     def init(params: Params) -> State:
         ranks = Ranks.of(group)

@@ -1,4 +1,4 @@
-"""The ranks of a process group: the collectives in use, and the exchange of rows for shards."""
+"""The ranks of a process group: its collectives, and the exchange of rows for shards."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from gradfilter._types import Tree
 
 
 LONG = 2**15
-"""Numbers per rank from which copying them costs more than starting several collectives."""
+"""The numbers per rank from which a copy costs more than starting several collectives."""
 
 
-# Since torch 2.13 the old name warns on every call and every rank; 2.11 and 2.12 know no other.
+# Since torch 2.13 the old name warns on every call and rank; 2.11 and 2.12 have only that name.
 _NAME = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 _all_gather_single: Callable[..., dist.Work | None] = getattr(dist, _NAME)
 
 
 class LostRanksError(RuntimeError):
-    """A collective failed: another rank died, raised an error or is silent."""
+    """Raised if a collective fails: another rank died, raised an error or does not answer."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Ranks:
     Attributes:
         group: The process group.
         rank: This process's place in the group.
-        size: How many there are, W.
+        size: The number of ranks, W.
     """
 
     group: dist.ProcessGroup
@@ -52,7 +52,7 @@ class Ranks:
 
     @staticmethod
     def of(group: dist.ProcessGroup | None) -> Ranks:
-        """The members of a group; None for all processes.
+        """Return the ranks of a group; None means all processes.
 
         Raises:
             RuntimeError: There is no process group, or this process is not in it.
@@ -72,14 +72,14 @@ class Ranks:
         return Ranks(found, rank, dist.get_world_size(found))
 
     def name(self, place: int) -> int:
-        """The rank among all processes of the member at a place in the group; no collective."""
+        """Return the global rank of the member at a place in the group; not a collective."""
         return dist.get_global_rank(self.group, place)
 
     def exchange(self, parcels: Tensor) -> Callable[[], Tensor]:
         """Start sending parcel w to rank w. (W, *shape).
 
         Returns:
-            Waits for the parcels that all ranks sent here, rank by rank. (W, *shape)
+            A function that waits for the parcels of all ranks, rank by rank. (W, *shape)
         """
         parts = torch.empty_like(parcels)
         return self._started(
@@ -92,10 +92,10 @@ class Ranks:
         """Start `gather`, and wait for it when the result is called.
 
         Args:
-            tensor: What this rank has.
-            into: Memory for the result. (W, *shape)
+            tensor: The tensor of this rank.
+            into: The memory for the result. (W, *shape)
         """
-        tensor = tensor.detach()  # collectives follow no graph
+        tensor = tensor.detach()  # collectives have no graph
         parts = tensor.new_empty(self.size, *tensor.shape) if into is None else into
         if tensor.numel() > LONG and tensor.device.type == "cpu":
             return self._started("gathering", parts, lambda: self._broadcasts(parts, tensor))
@@ -107,7 +107,7 @@ class Ranks:
         )
 
     def _broadcasts(self, parts: Tensor, own: Tensor) -> list[dist.Work | None]:
-        """A gathering as CPUs do it quickest: in a third of the time of gloo's own."""
+        """Start a gather by broadcasts, which on CPUs takes a third of the time of gloo's own."""
         if parts[self.rank].data_ptr() != own.data_ptr():
             parts[self.rank].copy_(own)
         return [
@@ -116,7 +116,7 @@ class Ranks:
         ]
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """What every rank has, rank by rank. (W, *shape)."""
+        """Return the tensors of all ranks, rank by rank. (W, *shape)."""
         return self.start_gather(tensor)()
 
     def start_total(self, tensor: Tensor) -> Callable[[], Tensor]:
@@ -129,19 +129,19 @@ class Ranks:
         )
 
     def total(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks, the same bits on each."""
+        """Return the sum over the ranks, with the same bits on each."""
         return self.start_total(tensor.clone())()
 
     def gather_on_host(self, numbers: Tensor) -> Tensor:
-        """A few numbers of every rank, without waiting for an accelerator. (n,) -> (W, n)."""
+        """Return a few numbers of every rank without waiting for a device. (n,) -> (W, n)."""
         group = _host_group(self.group)
         parts = numbers.new_empty(self.size, len(numbers))
-        with self._talking("comparing notes"):
+        with self._explained("comparing notes"):
             _all_gather_single(parts, numbers[None], group=group)
         return parts
 
     def gather_texts(self, text: str) -> list[str]:
-        """What every rank says, rank by rank, compared by digest as long as all say the same."""
+        """Return the texts of all ranks, rank by rank; only digests are sent if all are equal."""
         own = text.encode()
         note = [int.from_bytes(sha256(own).digest()[:8], signed=True), len(own)]
         notes = self.gather_on_host(torch.tensor(note)).tolist()
@@ -157,12 +157,12 @@ class Ranks:
     def _started(
         self, doing: str, result: Tensor, collectives: Callable[[], list[dist.Work | None]]
     ) -> Callable[[], Tensor]:
-        with self._talking(doing):
+        with self._explained(doing):
             works = collectives()
 
         def wait() -> Tensor:
-            # Collectives hold on to what they send and fill until then.
-            with self._talking(doing):
+            # Until then, collectives hold the tensors that they send and fill.
+            with self._explained(doing):
                 for work in works:
                     if work is not None:
                         work.wait()
@@ -171,8 +171,8 @@ class Ranks:
         return wait
 
     @contextmanager
-    def _talking(self, doing: str) -> Iterator[None]:
-        """Say what a failed collective means."""
+    def _explained(self, doing: str) -> Iterator[None]:
+        """Replace the error of a failed collective by an explanation."""
         try:
             yield
         except RuntimeError as error:
@@ -186,7 +186,7 @@ class Ranks:
 
 
 def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The group itself if it talks between CPUs, else one of the same ranks that does."""
+    """Return the group itself if it works between CPUs, else one of the same ranks that does."""
     if "cpu" in dist.get_backend_config(group) or dist.get_backend(group) in ("gloo", "mpi"):
         return group
     return _made_beside(group)
@@ -204,16 +204,17 @@ def _made_beside(group: dist.ProcessGroup) -> dist.ProcessGroup:
 
 
 BUCKET = 2**22
-"""Numbers per row that travel together: enough to outweigh a collective's latency."""
+"""The numbers per row that are sent together: enough to outweigh a collective's latency."""
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Leaves of one dtype, side by side.
+    """Leaves of one dtype, joined along their columns.
 
     Attributes:
-        shapes: Of one row's leaves, in order.
-        shard: This rank's columns of all rows, rank-major; zeros fill the last shard up. (M·W, s)
+        shapes: The shapes of one row's leaves, in order.
+        shard: This rank's columns of all rows, rank by rank; the last is padded with zeros. (M·W,
+            s)
     """
 
     shapes: dict[str, torch.Size]
@@ -221,14 +222,14 @@ class Bucket:
 
 
 def exchanged(rows: Mapping[str, Tensor], ranks: Ranks) -> Iterator[Bucket]:
-    """Send every rank its shard of the local rows: M·P (W − 1)/W numbers leave this one.
+    """Send every rank its shard of the local rows: this rank sends M·P (W − 1)/W numbers.
 
-    All buckets start at once, and each is given as it arrives: whatever is done with it then is
-    done while those behind it are still on their way.
+    All buckets start at once, and each is yielded when it arrives, so that it can be used while the
+    following ones are still being sent.
 
     Args:
-        rows: Local rows, the same leaves on every rank. (M, *shape)
-        ranks: Who takes part.
+        rows: The local rows, with the same leaves on every rank. (M, *shape)
+        ranks: The ranks that take part.
     """
     flights = [
         (shapes, ranks.exchange(_parcels(flat, ranks.size))) for shapes, flat in _flattened(rows)
@@ -238,15 +239,15 @@ def exchanged(rows: Mapping[str, Tensor], ranks: Ranks) -> Iterator[Bucket]:
 
 
 def combined(buckets: Iterable[Bucket], weights: Tensor, ranks: Ranks) -> Tree:
-    """The weighted sum of all rows, the same bits on every rank: P (W − 1)/W numbers are sent.
+    """Compute the weighted sum of all rows, equal bits on all ranks; sends P (W − 1)/W numbers.
 
-    Where M = 1 the sum takes the memory of the shards, whose contents are lost: fresh memory would
-    cost a CPU more than the sum itself.
+    If M = 1, the sum overwrites the shards, because new memory would cost a CPU more than the sum
+    itself.
 
     Args:
         buckets: The shards of all rows.
         weights: (M·W,); a row of weight 0 is masked.
-        ranks: Who takes part.
+        ranks: The ranks that take part.
     """
     flights = []
     for bucket in buckets:
@@ -261,11 +262,11 @@ def combined(buckets: Iterable[Bucket], weights: Tensor, ranks: Ranks) -> Tree:
 
 
 def added_up(tree: Tree, ranks: Ranks) -> Tree:
-    """The sum of a tree over the ranks, the same bits on each: 2 P (W − 1)/W numbers are sent.
+    """Sum a tree over the ranks, with equal bits on each; sends 2 P (W − 1)/W numbers.
 
     Args:
         tree: The local part; large leaves are overwritten.
-        ranks: Who takes part.
+        ranks: The ranks that take part.
     """
     flights = []
     for shapes, flat in _flattened({name: leaf[None] for name, leaf in tree.items()}):
@@ -274,7 +275,7 @@ def added_up(tree: Tree, ranks: Ranks) -> Tree:
 
 
 def _summed_into(shard: Tensor, weights: Tensor, place: int) -> Tensor:
-    """The weighted sum of the rows, written over one of them where that saves memory. (s,)."""
+    """Compute the weighted sum of the rows, in the memory of one of them if possible. (s,)."""
     own = shard[place]
     if shard.dtype not in (torch.float32, torch.float64) or not readable(weights):
         return own.copy_(_products.weighted_sum(weights, shard))
@@ -290,7 +291,7 @@ def _summed_into(shard: Tensor, weights: Tensor, place: int) -> Tensor:
 
 
 def _leaves(shapes: dict[str, torch.Size], flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """What `_flattened` put side by side, and whatever filled it up left out."""
+    """Yield the leaves that `_flattened` joined, without the padding."""
     sizes = [shape.numel() for shape in shapes.values()]
     pieces = torch.split(flat.flatten()[: sum(sizes)], sizes)
     for (name, shape), piece in zip(shapes.items(), pieces, strict=True):
@@ -298,7 +299,7 @@ def _leaves(shapes: dict[str, torch.Size], flat: Tensor) -> Iterator[tuple[str, 
 
 
 def _flattened(rows: Mapping[str, Tensor]) -> Iterator[tuple[dict[str, torch.Size], Tensor]]:
-    """Matrices (M, n) of up to `BUCKET` columns, or of one larger leaf, and what they hold."""
+    """Yield matrices (M, n) of up to `BUCKET` columns or of one larger leaf, with their shapes."""
     shapes: dict[str, torch.Size] = {}
     waiting: list[Tensor] = []
     for name, leaf in rows.items():
@@ -317,7 +318,7 @@ def _side_by_side(matrices: list[Tensor]) -> Tensor:
 
 
 def _parcels(flat: Tensor, size: int) -> Tensor:
-    """The columns of (M, n) in one parcel per rank, the last filled up with zeros. (W, M, s)."""
+    """Cut the columns of (M, n) into one parcel per rank, the last padded with zeros. (W, M, s)."""
     lacking = -flat.shape[1] % size
     padded = F.pad(flat, (0, lacking)) if lacking else flat
     return rearrange(padded, "m (w s) -> w m s", w=size).contiguous()

@@ -1,4 +1,4 @@
-"""The stack whose columns, the parameters, are sharded over ranks, and its rows."""
+"""The stack whose columns (the parameters) are sharded over ranks, and its rows."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class ShardedStack(DenseStack):
     Every rank holds its shard of all M rows. The Gram is the sum over ranks of the Gram of their
     shards: one all-reduce of M x M numbers. ``combine`` sends nothing and gives DTensors, sharded
     like the parameters. All ranks ask the same questions in the same order and get the same
-    numbers, bit for bit, so links need not know.
+    numbers, bit for bit, so transforms need no changes.
 
     Arguments and attributes are those of `DenseStack`. A leaf of ``rows`` has a leading axis M that
-    is not sharded, as `torch.stack` of M gradients gives it; leaves may be sharded in different
-    ways, or be plain tensors that are the same on every rank. See `sharded_rows`.
+    is not sharded, as in the result of `torch.stack` on M gradients; leaves may be sharded in
+    different ways, or be plain tensors that are the same on every rank. See `sharded_rows`.
 
     Raises:
         ValueError: The leaves disagree on M, the leading axis is sharded, or a gradient is an
@@ -50,7 +50,7 @@ class ShardedStack(DenseStack):
     """
 
     def __post_init__(self) -> None:
-        """Check the leaves, and that M is whole on every rank."""
+        """Check the leaves, and that the axis M is not sharded."""
         super().__post_init__()
         for name, leaf in self.rows.items():
             if 0 in cuts(leaf).values():
@@ -61,33 +61,33 @@ class ShardedStack(DenseStack):
         self._local()
 
     def gram(self) -> Tensor:
-        """K = J Jᵀ, by one all-reduce. (M, M)."""
+        """Compute K = J Jᵀ by one all-reduce. (M, M)."""
         return self._summed(lambda stack: stack.gram())
 
     def dot(self, tree: Mapping[str, Tensor]) -> Tensor:
-        """J v for a tree v that is sharded like the rows. (M,)."""
+        """Compute J v for a tree v that is sharded like the rows. (M,)."""
         check_same_leaves(self.shapes, tree, "dot")
         shards = {name: leaf for part in parts(tree) for name, leaf in part.leaves.items()}
         return self._summed(lambda stack: stack.dot({name: shards[name] for name in stack.rows}))
 
     def sq_norms(self) -> Tensor:
-        """Squared norms of the rows, by one all-reduce. (M,)."""
+        """Compute the squared norms of the rows by one all-reduce. (M,)."""
         return self._summed(lambda stack: stack.sq_norms())
 
     def combine(self, weights: Tensor) -> Tree:
-        """Wᵀ J, shard by shard: DTensors like the parameters."""
+        """Compute wᵀ J shard by shard; the results are DTensors like the parameters."""
         leaves = {n: g for _, stack in self._local() for n, g in stack.combine(weights).items()}
         return {name: resharded(leaves[name], self.rows[name], 1) for name in self.rows}
 
     def stacked(self) -> Tree:
-        """The rows, leaf by leaf: the tensors held, or scaled copies of them."""
+        """Return the rows leaf by leaf: the tensors themselves, or scaled copies."""
         if self.scale is None:
             return super().stacked()
         leaves = {n: g for _, stack in self._local() for n, g in stack.stacked().items()}
         return {name: resharded(leaves[name], self.rows[name]) for name in self.rows}
 
     def _local(self) -> list[tuple[Callable[[Tensor], Tensor], DenseStack]]:
-        """This rank's shards as stacks, and how their numbers are summed over the ranks."""
+        """Return this rank's shards as stacks, with functions that sum numbers over the ranks."""
         self._check_unwritten()
         return [
             (part.summed, DenseStack(part.leaves, scale=self.scale)) for part in parts(self.rows)
@@ -104,30 +104,30 @@ class ShardedStack(DenseStack):
 def sharded_rows(
     model: nn.Module, loss: Callable[[Any], Tensor], batch: Any, microbatches: int
 ) -> ShardedStack:
-    r"""M rows of a module under ``fully_shard``, from M ordinary backward passes in place.
+    r"""Compute M rows of a module under ``fully_shard`` by M ordinary backward passes in place.
 
     `torch.func.vmap` cannot run over a sharded module, which mixes Tensors and DTensors. FSDP
-    averages a gradient over the ranks before it shards it, so that **each row is the mean over the
-    ranks** of their microbatches m: rows disagree less than those of single ranks, and a threshold
-    tuned on one process is to be tuned again.
+    averages a gradient over the ranks before it shards it, so **each row is the mean over the
+    ranks** of their microbatches m. Rows then disagree less than those of single ranks, and a
+    threshold tuned on one process must be tuned again.
 
-    The gradients are taken where the model is; buffers change as in any training step. Gradients
-    in ``p.grad`` are put aside and back. The rows cannot be computed at other parameters:
-    `sam_perturb` refuses them. An optimizer of torch takes what a chain without an update rule
-    makes of them: ``grads, state, out = filters.update(rows, state, params)``, each into its
-    ``p.grad``, and ``optimizer.step()`` if ``out["keep"]``.
+    The gradients are taken at the model's parameters; buffers change as in any training step.
+    Gradients in ``p.grad`` are restored afterwards. The rows cannot be computed at other
+    parameters, so `sam_perturb` refuses them. For an optimizer of torch, use a chain without an
+    update rule: ``grads, state, out = filters.update(rows, state, params)``; write each gradient
+    into its ``p.grad``, and call ``optimizer.step()`` if ``out["keep"]``.
 
     Args:
-        model: A module all of whose trainable parameters are DTensors.
+        model: A module whose trainable parameters are all DTensors.
         loss: ``loss(microbatch) -> ()``, the mean over the microbatch; it calls the model.
         batch: This rank's N = M·B samples: any tree of tensors with a leading axis N.
-        microbatches: M.
+        microbatches: The number M of rows.
 
     Returns:
         The rows, with the losses averaged over the ranks.
 
     Raises:
-        ValueError: N is not divisible by M; M differs between ranks, then on all of them; a
+        ValueError: N is not divisible by M; M differs between ranks (raised on all ranks); a
             trainable parameter is not sharded; no gradient arrived.
 
     Examples:
@@ -192,7 +192,7 @@ def sharded_rows(
 
 
 def _shard_of(param: Any) -> Tensor:
-    """This rank's shard of the gradient in a parameter, cut up like the parameter."""
+    """Return this rank's shard of a parameter's gradient, with the parameter's placement."""
     if param.grad is None:
         return torch.zeros_like(local(param))
     grad: Any = param.grad.detach()
@@ -202,7 +202,7 @@ def _shard_of(param: Any) -> Tensor:
 
 
 def _reshard(model: nn.Module) -> None:
-    """Let go of what a pass without backward, such as an evaluation, has left unsharded."""
+    """Free the unsharded parameters that a pass without backward, such as an evaluation, left."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -211,7 +211,7 @@ def _reshard(model: nn.Module) -> None:
 
 
 def _check_alike(count: int, mesh: Any) -> None:
-    """Refuse numbers of microbatches that differ, before ranks wait for each other's passes."""
+    """Refuse numbers of microbatches that differ, before ranks wait for each other."""
     counts = torch.tensor([count])
     for dim in range(mesh.ndim):
         counts = Ranks.of(mesh.get_group(dim)).gather_on_host(counts).flatten()
@@ -226,7 +226,7 @@ def _check_alike(count: int, mesh: Any) -> None:
 
 
 def _microbatches(batch: Any, count: int) -> list[Any]:
-    """The batch cut along its leading axis."""
+    """Cut the batch along its leading axis."""
     sizes = {len(leaf) for leaf in _tree.leaves(batch)}
     size = sizes.pop() if len(sizes) == 1 else 0
     if count < 1 or not size or size % count:

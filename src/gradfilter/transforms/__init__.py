@@ -1,1 +1,1 @@
-"""What is done to gradients: small links, and the combinators that make them into one update."""
+"""Small transforms of gradients, and the combinators that compose them into one update."""

@@ -1,4 +1,4 @@
-"""Gradient agreement filtering: drop the microbatches whose gradients disagree."""
+"""Gradient agreement filtering: reject the microbatches whose gradients disagree."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._transform import check_distance, check_number, transform
 
-# --- The running rule: each row against the mean of those accepted so far ---
+# --- The running comparison: each row against the mean of the rows accepted so far ---
 
 
 EPS = 1e-8  # clamps each norm separately, as torch.nn.functional.cosine_similarity does
 
 FEW = 128
-"""Rows up to which numbers are quicker: 0.2 against 0.7 ms at 32 rows, 2 against 3 ms at 128."""
+"""Rows up to which Python numbers are faster: 0.2 or 0.7 ms at 32 rows, 2 or 3 ms at 128."""
 
 Judged = tuple[Tensor, Tensor, Tensor]
 """Weights, accepted and cosine, (M,) each."""
 
 
 def masked_gram(gram: Tensor, usable: Tensor) -> Tensor:
-    """The Gram with the rows and columns of unusable rows zeroed: their weight is 0, not NaN."""
+    """Set the rows and columns of unusable rows in the Gram to 0, so that their weight is 0."""
     return torch.where(usable[:, None] & usable, gram, 0.0)
 
 
 def against_running(
     gram: Tensor, usable: Tensor, threshold: float | Tensor, average: str
 ) -> Judged:
-    """The recurrence over the rows in order.
+    """Compare the rows in order with the running mean.
 
-    With c = Σ a_j g_j it carries v = K a, so that ⟨c, g_i⟩ = v_i and ‖c‖² = ⟨v, a⟩. A cosine does
-    not know the length of c: the mean is carried as the sum, n c, whose norm is at least n ε.
+    With c = Σ a_j g_j, the recurrence updates v = K a, so that ⟨c, g_i⟩ = v_i and ‖c‖² = ⟨v, a⟩. A
+    cosine does not depend on the length of c, so the mean is kept as the sum n c, whose norm is at
+    least n ε.
     """
     known = not isinstance(threshold, Tensor) or readable(threshold)
     judge = _in_numbers if known and readable(gram) and len(gram) <= FEW else _in_tensors
@@ -46,7 +47,7 @@ def against_running(
 
 
 def _in_numbers(gram: Tensor, usable: Tensor, threshold: float | Tensor, mean: bool) -> Judged:
-    """On a CPU: M² multiplications take less time than a dozen operations on tensors per row."""
+    """Run on a CPU: M² multiplications are faster than a dozen tensor operations per row."""
     k, live = gram.tolist(), usable.tolist()
     limit = threshold.reshape(1).tolist()[0] if isinstance(threshold, Tensor) else threshold
     smallest_cosine = -math.inf if limit >= 2 else 1 - limit
@@ -71,7 +72,7 @@ def _in_numbers(gram: Tensor, usable: Tensor, threshold: float | Tensor, mean: b
 
 
 def _in_tensors(gram: Tensor, usable: Tensor, threshold: float | Tensor, mean: bool) -> Judged:
-    """On any device, without asking it anything."""
+    """Run on any device, without waiting for it."""
     k = masked_gram(gram, usable)
     norms = k.diagonal().clamp(min=0).sqrt().clamp(min=EPS)
     anchor = usable & (usable.cumsum(0) == 1)
@@ -79,7 +80,7 @@ def _in_tensors(gram: Tensor, usable: Tensor, threshold: float | Tensor, mean: b
     smallest_cosine = torch.where(threshold >= 2, -torch.inf, 1 - threshold)
     bounds = torch.where(usable, smallest_cosine * norms, torch.inf)
     bounds = torch.where(anchor, -torch.inf, bounds)
-    # One vector (v | a | smallest ‖c‖) and what a row adds to it: few, since tiny, operations.
+    # One vector (v | a | smallest ‖c‖) and one increment per row, to need few tiny operations.
     floor = torch.full_like(norms[:, None], EPS)
     carried = torch.cat([torch.zeros_like(k[0]), torch.zeros_like(k[0]), floor[0]])
     rates = torch.ones_like(norms)
@@ -128,19 +129,20 @@ def agree_filter(
     Computed from the Gram alone: O(M²) numbers after one `gram()`, one `combine()`.
 
     Args:
-        threshold: Largest accepted cosine *distance*, in [0, 2]; 0.95 to 0.98 is typical, and 0.97
-            means a cosine of at least 0.03. A cosine *similarity* s is threshold 1 − s: 0.03 as
-            a similarity is 0.97 here. From 2 on every finite row is accepted.
-        against: ``"running"`` compares with the mean c of what was accepted so far, as the paper
-            does; ``"first"`` compares everything with the first row.
-        average: ``"mean"`` weighs accepted rows equally. ``"halving"`` sets c ← (c + g_i)/2, as
-            the authors' package does: the last accepted row then has half of all weight.
-        min_accepted: Rows, the first included, without which the step is skipped.
+        threshold: The largest accepted cosine *distance*, in [0, 2]; 0.95 to 0.98 is typical, and
+            0.97 means a cosine of at least 0.03. A cosine *similarity* s is threshold 1 − s: 0.03
+            as a similarity is 0.97 here. From 2 on every finite row is accepted.
+        against: ``"running"`` compares with the mean c of the rows accepted so far, as the paper
+            does; ``"first"`` compares all rows with the first one.
+        average: ``"mean"`` gives accepted rows equal weights. ``"halving"`` sets c ← (c + g_i)/2,
+            as the authors' package does: the last accepted row then has half of all weight.
+        min_accepted: The number of accepted rows, including the first, below which the step is
+            skipped.
 
     Needs: rows, at least two.
 
     Publishes: ``keep`` (), ``weights`` (M,), ``accepted`` (M,) bool, ``cosine`` (M,): the cosine
-    each row was judged by, 1 for the first finite row, NaN for a row that is not finite.
+    of each row with its reference, 1 for the first finite row, NaN for a row that is not finite.
 
     A row that is not finite, or that finite_filter removed, is rejected and masked. A zero row has
     distance 1.
@@ -194,12 +196,12 @@ def agree_filter(
 
 
 def _agrees(cosine: Tensor, threshold: float | Tensor) -> Tensor:
-    # From 2 on nothing is compared: in floating point a cosine may fall below −1. NaN is False.
+    # A threshold from 2 on accepts all rows, as a rounded cosine may be below −1. NaN is False.
     return (1 - cosine <= threshold) | (threshold >= 2)
 
 
 def _against_first(gram: Tensor, usable: Tensor, threshold: float | Tensor, average: str) -> Judged:
-    """Every row compared with the first usable one."""
+    """Compare every row with the first usable one."""
     k = masked_gram(gram, usable)
     norms = k.diagonal().clamp(min=0).sqrt().clamp(min=EPS)
     anchor = usable & (usable.cumsum(0) == 1)
@@ -210,7 +212,7 @@ def _against_first(gram: Tensor, usable: Tensor, threshold: float | Tensor, aver
     if average == "mean":
         weights = accepted / accepted.sum().clamp(min=1).to(k.dtype)
     else:
-        # Row r of R accepted ones: halved R − r times, and the first as often as the second.
+        # Row r of R accepted rows is halved R − r times, and the first as often as the second.
         rank = accepted.cumsum(0)
         halvings = rank[-1] - rank + (rank > 1)
         weights = torch.where(accepted, 0.5 ** halvings.to(k.dtype), 0.0)

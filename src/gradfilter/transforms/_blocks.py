@@ -1,4 +1,4 @@
-"""Which leaves to go through together, when several passes are made over them."""
+"""Group leaves into blocks for computations that make several passes over them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from gradfilter._types import Tree
 
 
 def blocks(tree: Tree, size: int) -> Iterable[list[str]]:
-    """Names of leaves of one device and dtype; on a CPU about ``size`` numbers at a time.
+    """Yield names of leaves with one device and dtype, on a CPU about ``size`` numbers at a time.
 
-    What the first pass has read is then in the cache when the next one comes. A GPU takes all
-    leaves at once: there every further call costs more than it saves. A compiler takes them one
-    by one, and makes one pass of all.
+    The second pass then finds the block in the cache. On a GPU all leaves form one block, because
+    an extra call costs more than it saves. Under a compiler every leaf is a block, because the
+    compiler fuses the passes.
     """
     if torch.compiler.is_compiling():
         return [[name] for name in tree]

@@ -1,4 +1,4 @@
-"""The whole training step as one CUDA graph."""
+"""Run the whole training step as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradfilter.grads._batch import plain
 from gradfilter.grads._call_context import Rewinds, random_state_restored
 from gradfilter.transforms._train_step import TrainStep
 
-WARM_UPS = 3  # lets torch choose its kernels and libraries allocate their workspaces
+WARM_UPS = 3  # torch chooses kernels and libraries allocate workspaces
 
 
 @dataclass(eq=False)
@@ -23,13 +23,13 @@ class Captured:
     """``captured(batch, **extra) -> (state, info)``, made by `capture`.
 
     Attributes:
-        graph: What is replayed.
+        graph: The graph that is replayed.
         inputs: The static tensors of the batch and of the extra keywords.
-        tensors: The static state, all but the random state.
+        tensors: The static state except for the random state.
         info: The static info.
         random: The random state after the last step.
         rewinds: The random states that the graph draws from.
-        end: That one of them at which the next step goes on.
+        end: The random state from which the next step starts.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -46,7 +46,7 @@ class Captured:
     end: torch.Generator
 
     def __call__(self, batch: Any, **extra: Any) -> tuple[State, Out]:
-        """One step. The results lie in static tensors, which the next call overwrites."""
+        """Run one step. The results are static tensors, which the next call overwrites."""
         copy_inputs(self.inputs, _inputs(batch, extra))
         self.rewinds.align(self.random["cuda"])
         self.graph.replay()
@@ -62,27 +62,28 @@ class Captured:
 def capture(step: TrainStep, state: State, batch: Any, **extra: Any) -> Captured:
     """Record a step of `train_step` as a CUDA graph, which runs without waiting for Python.
 
-    ``captured(batch)`` does what ``step(state, batch)`` does, from ``state`` on, step after step:
-    forward pass, backward pass, filter and update are one launch. The new state and ``info`` lie in
-    static tensors that the next call overwrites; ``clone`` what is to be kept. Settings that
-    Python reads, such as training mode, autocast and every number in the chain, stay as they are
-    at the capture. So do random numbers drawn on the CPU; those drawn on the GPU are the ones that
-    ``step`` would draw.
+    ``captured(batch)`` equals ``step(state, batch)``, beginning with ``state``: forward pass,
+    backward pass, filter and update are one launch. The new state and ``info`` are static tensors
+    that the next call overwrites; ``clone`` those to keep. Settings that Python reads, such as
+    training mode, autocast and every number in the chain, stay as they are at the capture. Random
+    numbers drawn on the CPU also stay the same; those drawn on the GPU are the ones that ``step``
+    would draw.
 
     Args:
-        step: From `train_step`, without ``chunk_size`` unless its plan is "vmap" or "loop".
+        step: A step made by `train_step`, without ``chunk_size`` unless its plan is "vmap" or
+            "loop".
         state: The state before the first step, on a CUDA device. Not changed.
-        batch: A batch as they will be: all later ones need its structure, shapes and dtypes. No
-            step is taken on it.
+        batch: An example batch. All later batches need its structure, shapes and dtypes. No step
+            is taken on it.
         **extra: ``keep``, ``count``, ``value`` as CUDA tensors; later calls pass the same ones.
 
     Returns:
-        What takes the steps. Its ``state`` is the present state.
+        A `Captured`, which runs the steps. Its ``state`` is the present state.
 
     Raises:
         ValueError: The state, or some of the batch, is not on a CUDA device; or a later batch
             differs from the captured one.
-        RuntimeError: The loss or a link waits for the host.
+        RuntimeError: The loss or a transform waits for the host.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -141,7 +142,7 @@ def capture(step: TrainStep, state: State, batch: Any, **extra: Any) -> Captured
         _tree.donate_into(tensors, {name: state[name] for name in tensors})
         rewinds.align(random["cuda"])
         with warnings.catch_warnings():
-            # Newer torch registers states by itself and says so.
+            # Newer versions of torch register states themselves, and raise.
             warnings.filterwarnings("ignore", message=".*register_generator_state")
             for clone in rewinds.states:
                 graph.register_generator_state(clone)
@@ -152,14 +153,14 @@ def capture(step: TrainStep, state: State, batch: Any, **extra: Any) -> Captured
             raise RuntimeError(
                 f"The step cannot be captured: {error}\nInside a graph nothing may wait for the "
                 "host: no .item(), no print, no Python branch on a tensor, in the loss or in a "
-                'link. A loss that falls back to plan "loop" often does one of these. Take it out, '
-                "or call step(state, batch) instead."
+                'transform. A loss that falls back to plan "loop" often does one of these. Remove '
+                "it, or call step(state, batch) instead."
             ) from error
     return Captured(graph, inputs, tensors, info, random, rewinds, end)
 
 
 def static_inputs(given: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Copies of the tensors, for a graph to read from."""
+    """Copy the tensors, for a graph to read."""
     for name, value in _tree.flatten_with_names(given)[0].items():
         if isinstance(value, Tensor) and value.device != device:
             raise ValueError(
@@ -172,7 +173,7 @@ def static_inputs(given: dict[str, Any], device: torch.device) -> dict[str, Any]
 
 
 def copy_inputs(static: dict[str, Any], given: dict[str, Any]) -> None:
-    """Write a batch and extra keywords into the static tensors, which they have to match."""
+    """Write a batch and extra keywords into the static tensors, which they must match."""
     old, new = (_tree.flatten_with_names(tree)[0] for tree in (static, given))
     if old.keys() != new.keys():
         raise ValueError(
@@ -194,10 +195,12 @@ def copy_inputs(static: dict[str, Any], given: dict[str, Any]) -> None:
 
 
 def apart(tree: Any, held: Any) -> Any:
-    """The tree with copies of whatever lies in memory that ``held``, soon overwritten, owns."""
-    owned = {_place(leaf) for leaf in _tree.leaves(held)}
+    """Copy those tensors of a tree that share memory with ``held``, which will be overwritten."""
+    held_memory = {_place(leaf) for leaf in _tree.leaves(held)}
     return _tree.tree_map(
-        lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and _place(leaf) in owned else leaf,
+        lambda leaf: (
+            leaf.clone() if isinstance(leaf, Tensor) and _place(leaf) in held_memory else leaf
+        ),
         tree,
     )
 
@@ -211,7 +214,7 @@ def _copied(leaf: Any) -> Any:
 
 
 def _kind(leaf: Any) -> str:
-    """All that a graph knows of a leaf: of a tensor its shape and dtype, else the value."""
+    """Describe what a graph fixes of a leaf: the shape and dtype of a tensor, else the value."""
     return f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
 
 

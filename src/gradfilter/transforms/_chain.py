@@ -1,4 +1,4 @@
-"""Chain transforms: check the order when the chain is built, run one after the other."""
+"""Chain transforms: check the order when the chain is built, then run one after another."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._fingerprint import initialising
 from gradfilter.transforms._transform import REDUCERS, admit
 
-# --- Order: which transforms fit behind each other, and where a misplaced one belongs ---
+# --- Order: check that transforms fit behind each other, and propose a better place ---
 
 
 Links = tuple[Transform, ...]
@@ -25,8 +25,8 @@ RULES = frozenset({"rows -> update", "tree -> update"})
 BEHIND = "Put it after sgd, adam, adamw or rmsprop."
 
 
-def no_link(found: Any, who: str = "chain") -> TypeError:
-    """What is said of an argument of `chain`, or of somebody else, that is no link."""
+def not_a_transform(found: Any, who: str = "chain") -> TypeError:
+    """Return the error for an argument of `chain`, or of another function, that is no transform."""
     kind = found if isinstance(found, type) else type(found)
     if isinstance(found, (list, tuple)):
         fix = "Unpack it: chain(*links)."
@@ -36,11 +36,11 @@ def no_link(found: Any, who: str = "chain") -> TypeError:
         fix = "Call the factory: agree_filter(0.97), not agree_filter."
     else:
         fix = "Factories such as agree_filter(0.97) make them, or transform() for one of your own."
-    return TypeError(f"{who}: expected links, found {kind.__name__}. {fix}")
+    return TypeError(f"{who}: expected transforms, found {kind.__name__}. {fix}")
 
 
 def ways_through(links: Links) -> tuple[str, ...]:
-    """The kinds of the whole: every way from an input of the first link to the end."""
+    """Return the kinds of the chain: every way from an input of the first transform to the end."""
     ways, fitting = _ways(links)
     if fitting < len(links):
         raise TypeError(_why_not({here for _, here in ways}, links, fitting))
@@ -48,7 +48,7 @@ def ways_through(links: Links) -> tuple[str, ...]:
 
 
 def _ways(links: Links) -> tuple[set[tuple[str, str]], int]:
-    """Every (input, output) of the links that fit, counted from the first, and their number."""
+    """Return every (input, output) of the first transforms that fit, and their number."""
     ways = {(kind.split(" -> ")[0],) * 2 for kind in links[0].kinds}
     for position, part in enumerate(links):
         steps = [tuple(kind.split(" -> ")) for kind in part.kinds]
@@ -65,16 +65,17 @@ def _fits(links: Links) -> bool:
 
 def _why_not(here: set[str], links: Links, position: int) -> str:
     part, before = links[position], links[position - 1]
-    where = f"chain: link {position + 1}, {part.name!r},"
+    where = f"chain: transform {position + 1}, {part.name!r},"
     rule = next((link for link in links[:position] if RULES & {*link.kinds}), None)
     if "update" in here and rule is None:
-        return f"chain: link 1, {links[0].name!r}, takes an update, found none before it. {BEHIND}"
+        name = links[0].name
+        return f"chain: transform 1, {name!r}, takes an update, found none before it. {BEHIND}"
     if rule is not None and RULES & {*part.kinds}:
         return f"{where} is a second update rule after {rule.name!r}. Keep one of the two."
     if rule is not None:
         return (
-            f"{where} stands after the update rule {rule.name!r}, and only links from update to "
-            f"update may, such as ema_params. {_move(links, position, rule)}"
+            f"{where} stands after the update rule {rule.name!r}, and only transforms from update "
+            f"to update may, such as ema_params. {_move(links, position, rule)}"
         )
     if part.kinds[0].startswith("update"):
         found = "a tree" if here == {"tree"} else "rows"
@@ -97,7 +98,7 @@ def _why_not(here: set[str], links: Links, position: int) -> str:
 
 
 def _move(links: Links, position: int, rule: Transform) -> str:
-    """Where a link would fit, tried out; ``rule`` is what it could else become a part of."""
+    """Return advice to move a transform, found by trial; ``rule`` is the update rule before it."""
     part, before, reducer = links[position], links[:position], _reducer(links[:position])
     for place in reversed(range(position)):
         if _fits((*before[:place], part, *before[place:])):
@@ -135,11 +136,11 @@ def _takes_rows(link: Transform) -> bool:
 
 
 SHOWN = 6
-"""So many names of each kind go into an error."""
+"""The number of names of each kind that an error shows."""
 
 
 def check_tree(who: str, params: Any, *, expected: str = "the parameters") -> None:
-    """Refuse a module, or what it iterates over, where a dict of parameters is meant."""
+    """Refuse a module or an iterator of parameters in place of a dict of parameters."""
     if not isinstance(params, dict):
         raise TypeError(
             f"{who}: expected {expected} as a dict[str, Tensor], found {type(params).__name__}. "
@@ -148,14 +149,14 @@ def check_tree(who: str, params: Any, *, expected: str = "the parameters") -> No
 
 
 def check_state(who: str, whose: str, state: Any, names: Collection[str], remedy: str) -> None:
-    """Refuse a state that is none, or that somebody else's ``init`` made.
+    """Refuse an object that is not a state, or that another ``init`` made.
 
     Args:
-        who: What the error begins with.
+        who: The beginning of the error.
         whose: "chain" or "step".
-        state: What was given; only its keys are looked at.
-        names: The keys it has to have.
-        remedy: How to come by the right one.
+        state: The given state; only its keys are checked.
+        names: The keys that it must have.
+        remedy: Advice on how to get the right state.
     """
     if not isinstance(state, dict):
         found = type(state).__name__
@@ -180,19 +181,19 @@ def _shown(names: list[str]) -> str:
 PUBLISHER = {
     "clean_grads": "sam_perturb(rho)",
     "weights": f"a reducer ({REDUCERS})",
-    "rows": "a link that gives rows",
+    "rows": "a transform that gives rows",
     "keep": "agree_filter(), consensus_filter() or finite_filter()",
 }
 
 BEGIN = (
-    "Begin with state = update.init(params), and go on with params, state, info = "
+    "Begin with state = update.init(params), and continue with params, state, info = "
     "update(params, state, grads)."
 )
 
 
 @remembered
 def chain(*links: Transform) -> Transform:
-    """Compose links: each gets what the one before gives, and sees what all before published.
+    """Compose transforms: each gets the result of the one before, and all values published so far.
 
     Equivalent code, without checks, names and metrics::
 
@@ -201,16 +202,16 @@ def chain(*links: Transform) -> Transform:
             published |= out                        # `keep` is ANDed
 
     Args:
-        *links: At least one. A chain among them is replaced by its links, so that
+        *links: At least one. A chain among them is replaced by its transforms, so that
             ``chain(chain(a, b), c)`` is ``chain(a, b, c)``. Repeated names are numbered
             (``agc_clip``, ``agc_clip_2``); `named` gives a name outright.
 
     Raises:
-        TypeError: An argument is not a Transform, or a link cannot take what the one before it
+        TypeError: An argument is not a Transform, or a transform cannot take what the one before it
             gives: rows reaching sgd, a tree reaching agree_filter, anything after an update rule.
-            When called: the parameters are no dict, or the state is none.
-        ValueError: A link needs a name nobody publishes, or two links were given one name. When
-            called: the state is that of another chain.
+            At the call: the parameters are not a dict, or the state is not a state.
+        ValueError: A transform needs a name that none before it publishes, or two transforms were
+            given one name. At the call: the state is that of another chain.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -262,10 +263,10 @@ def chain(*links: Transform) -> Transform:
 
 @remembered
 def named(name: str, link: Transform) -> Transform:
-    """Give a link (or a chain, which then stays one link) a name for metrics and state.
+    """Give a transform (or a chain, which then stays one transform) a name for metrics and state.
 
     Args:
-        name: Without ``/`` and ``.``, which join names in metrics and state dictionaries.
+        name: The name, without ``/`` and ``.``, which join names in metrics and state dicts.
         link: Any link.
 
     Examples:
@@ -282,15 +283,15 @@ def _flattened(links: tuple[Transform, ...]) -> tuple[Transform, ...]:
     flat: list[Transform] = []
     for part in links:
         if not isinstance(part, Transform):
-            raise no_link(part)
+            raise not_a_transform(part)
         flat.extend(part.links or (part,))
     if not flat:
-        raise ValueError("chain: expected at least one link, found none.")
+        raise ValueError("chain: expected at least one transform, found none.")
     return tuple(flat)
 
 
 def _names(links: tuple[Transform, ...]) -> tuple[str, ...]:
-    """Every link's name, numbered from its second appearance on."""
+    """Return every transform's name, numbered from its second appearance on."""
     seen: Counter[str] = Counter()
     names = []
     for part in links:
@@ -298,7 +299,9 @@ def _names(links: tuple[Transform, ...]) -> tuple[str, ...]:
         names.append(part.name if seen[part.name] == 1 else f"{part.name}_{seen[part.name]}")
     if len(set(names)) < len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
-        raise ValueError(f"chain: two links are called {twice!r}. Choose another with named().")
+        raise ValueError(
+            f"chain: two transforms are called {twice!r}. Choose another with named()."
+        )
     return tuple(names)
 
 
@@ -310,7 +313,7 @@ def _check_needs(links: tuple[Transform, ...]) -> None:
         missing = sorted(part.needs - published)
         if missing:
             raise ValueError(
-                f"chain: link {position + 1}, {part.name!r}, needs {missing[0]!r}, which no "
-                f"earlier link publishes. Put {PUBLISHER[missing[0]]} before it."
+                f"chain: transform {position + 1}, {part.name!r}, needs {missing[0]!r}, which no "
+                f"earlier transform publishes. Put {PUBLISHER[missing[0]]} before it."
             )
         published |= part.publishes

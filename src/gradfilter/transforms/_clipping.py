@@ -1,4 +1,4 @@
-"""Clipping: of every row, of the whole gradient, of every unit (AGC), and of the sum of norms."""
+"""Clip every row, the whole gradient, every unit (AGC), or the sum of norms of the rows."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from gradfilter.transforms._blocks import blocks
 from gradfilter.transforms._consensus import cosines_with_others
 from gradfilter.transforms._transform import check_number, check_predicate, is_off, transform
 
-# --- Units: the rows and filters of a weight that adaptive clipping treats one by one ---
+# --- Units: the output rows and filters of a weight, which adaptive clipping treats separately ---
 
 
 UnitDims = Callable[[str], "int | tuple[int, ...] | None"]
 Within = dict[str, list[int]]
-"""Per leaf, the dims inside a unit: those to take a norm over."""
+"""The dims inside a unit, over which norms are taken, for every leaf."""
 
 
 def within_units(tree: Tree, unit_dims: UnitDims | None) -> Within:
-    """The dims inside the units of every leaf; leaves that are one unit come last."""
+    """Return the dims inside the units of every leaf; leaves with a single unit come last."""
     within = {name: _within(name, leaf.ndim, unit_dims) for name, leaf in tree.items()}
     return dict(sorted(within.items(), key=lambda item: len(item[1]) == tree[item[0]].ndim))
 
@@ -49,12 +49,12 @@ def _within(name: str, ndim: int, unit_dims: UnitDims | None) -> list[int]:
 def unit_norms(
     tree: Tree, within: Within, summed: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """The 2-norms of all units of all those leaves in one row, in float32 or wider. (units,).
+    """Compute the 2-norms of all units of all leaves, in float32 or wider. (units,).
 
     Args:
-        tree: Has those leaves.
+        tree: The tree with the leaves of ``within``.
         within: The dims to take norms over.
-        summed: Finishes sums of squares over parts of a unit that other ranks hold.
+        summed: Adds the sums of squares of the parts of a unit that other ranks hold.
     """
     dtypes = (tree[name].dtype for name in within)
     dtype = reduce(torch.promote_types, dtypes, torch.float32)
@@ -64,9 +64,9 @@ def unit_norms(
         if len(dims) < tree[name].ndim
     ]
     whole = [tree[name] for name in list(within)[len(norms) :]]
-    if whole and transformed():  # vmap knows no call for all
+    if whole and transformed():  # vmap does not support one call for all
         norms += [torch.linalg.vector_norm(leaf, dtype=dtype).reshape(1) for leaf in whole]
-    elif whole:  # networks have many of them, and small: one call for all
+    elif whole:  # networks have many small ones, so use one call for all
         norms.append(torch.stack(torch._foreach_norm(whole, 2, dtype)))
     own = torch.cat(norms)
     return own if summed is None else summed(own.square()).sqrt()
@@ -80,7 +80,7 @@ def _norms(tensor: Tensor, within: list[int], dtype: torch.dtype) -> Tensor:
 
 
 def per_leaf(units: Tensor, tree: Tree, within: Within) -> list[Tensor]:
-    """One number per unit, as tensors that broadcast to the leaves in the order of ``within``."""
+    """Split one number per unit into tensors that broadcast to the leaves of ``within``."""
     shapes = [
         [1 if d in dims else n for d, n in enumerate(tree[name].shape)]
         for name, dims in within.items()
@@ -98,19 +98,19 @@ def clip_shards(
     params: Params,
     unit_dims: UnitDims | None,
 ) -> tuple[Tree, Tensor]:
-    """Clip the local shards; units that lie on several ranks by their norm over all of them.
+    """Clip the local shards; a unit on several ranks is clipped by its norm over all of them.
 
     Args:
-        clip: ``clip(grads, params, summed=...)`` gives clipped leaves of one dtype, and which
-            units it scaled down.
-        grads: DTensors, some of them at least.
-        params: Sharded like the gradients.
-        unit_dims: As for `agc_clip`.
+        clip: ``clip(grads, params, summed=...)`` returns clipped leaves of one dtype, and a mask of
+            the units that it scaled down.
+        grads: The gradients, with at least some DTensors.
+        params: The parameters, sharded like the gradients.
+        unit_dims: See `agc_clip`.
 
     Returns:
-        The clipped gradients, sharded as before, and the part of all units that was scaled down.
+        The clipped gradients, sharded as before, and the fraction of units that was scaled down.
     """
-    # Along which dims of the mesh the units of a leaf lie on several ranks.
+    # The dims of the mesh along which the units of a leaf are split over ranks.
     apart = {
         name: tuple(where for where, dim in cuts(grads[name]).items() if dim in dims)
         for name, dims in within_units(grads, unit_dims).items()
@@ -130,7 +130,7 @@ def clip_shards(
             scaled, fewer = clip(some, weights, summed=summed)
             clipped |= {name: resharded(leaf, grads[name]) for name, leaf in scaled.items()}
             count = torch.stack([fewer.sum(), torch.ones_like(fewer).sum()])
-            # A unit that lies on several ranks was counted by each of them.
+            # Each rank has counted a unit that is split over ranks.
             counts.append(part.summed(count, over=set(cuts(part.like)) - set(over)))
     shrunk, units = torch.stack(counts).sum(0).to(torch.float32).unbind()
     return clipped, shrunk / units
@@ -143,7 +143,7 @@ BLOCK = 1 << 20
 
 
 def _shrink(norms: Tensor, limit: Tensor | float) -> Tensor:
-    """min(1, limit/norm), and 1 where the norm is not finite: clipping hides no Inf or NaN."""
+    """Compute min(1, limit/norm), or 1 for a norm that is not finite: Inf and NaN stay visible."""
     over = (norms > limit) & norms.isfinite()
     return torch.where(over, limit / torch.where(over, norms, 1.0), 1.0)
 
@@ -152,8 +152,8 @@ def _shrink(norms: Tensor, limit: Tensor | float) -> Tensor:
 def clip_per_row(max_norm: float) -> Transform:
     """Scale every row to a norm of at most ``max_norm``.
 
-    g_i ← g_i · min(1, max_norm / ‖g_i‖), the norm over all leaves. A row that is not finite stays
-    as it is; finite_filter takes it out.
+    g_i ← g_i · min(1, max_norm / ‖g_i‖), the norm over all leaves. A row that is not finite is not
+    changed; finite_filter removes it.
 
     Args:
         max_norm: Above 0, in units of the per-row gradient norm.
@@ -192,7 +192,7 @@ def clip_per_row(max_norm: float) -> Transform:
 def clip_by_global_norm(max_norm: float) -> Transform:
     """Scale the whole gradient to a norm of at most ``max_norm``.
 
-    g ← g · min(1, max_norm / ‖g‖). A gradient that is not finite stays as it is.
+    g ← g · min(1, max_norm / ‖g‖). A gradient that is not finite is not changed.
 
     Args:
         max_norm: Above 0.
@@ -222,7 +222,7 @@ def clip_by_global_norm(max_norm: float) -> Transform:
         norm = _products.norm(grads)
         factor = _shrink(norm, max_norm)
         out = {"norm": norm, "clipped_fraction": (factor < 1).to(norm.dtype)}
-        # The factor may be too small for the gradients' own precision.
+        # The factor may be too small for the precision of the gradients.
         clipped = {
             name: (_tree.at_least_float32(g) * factor.to(_tree.at_least_float32(g).dtype))
             for name, g in grads.items()
@@ -242,7 +242,7 @@ def agc_clip(
     exclude: Callable[[str], bool] | None = None,
     unit_dims: UnitDims | None = None,
 ) -> Transform:
-    r"""Adaptive gradient clipping: no unit's gradient exceeds a fraction of the unit's weight.
+    r"""Limit the gradient of every unit to a fraction of the unit's weight (adaptive clipping).
 
     Per unit i:  G_i ← G_i · min(1, clipping · max(‖W_i‖, eps) / ‖G_i‖). It never scales up, and
     clipping twice is clipping once. (The published code also floors ‖G_i‖ at 1e-6, which matters
@@ -255,16 +255,16 @@ def agc_clip(
         clipping: λ >= 0; 0.01 for batches of 1024 to 4096, up to 0.16 for smaller ones. None or 0
             switches clipping off.
         eps: Above 0, floors the weight's norm only, so that weights that start at zero can move.
-        exclude: Predicate on names; true means not clipped. The paper leaves out the weight of the
-            final linear layer. True for no leaf is no error: in a branch of `partition`, or
-            inside `masked`, the link sees some leaves only.
+        exclude: Predicate on names; true means not clipped. The paper excludes the weight of the
+            final linear layer. It may be true for no leaf: in a branch of `partition`, or
+            inside `masked`, the transform sees some leaves only.
         unit_dims: name -> the dim, or dims, that index the units, () for one unit, None for the
-            rule above. ConvTranspose weights are (in, out, ...): their units lie along dim 1.
+            default above. ConvTranspose weights are (in, out, ...): their units lie along dim 1.
 
-    Publishes: ``clipped_fraction`` (), the part of the units that was scaled down.
+    Publishes: ``clipped_fraction`` (), the fraction of the units that was scaled down.
 
-    A unit with Inf or NaN in it is left alone, finite entries too: scaling would turn them into 0
-    or NaN in silence. finite_filter is the tool for that.
+    A unit that contains Inf or NaN is not changed: scaling would silently turn its finite entries
+    into 0 or NaN. Use finite_filter to handle it.
 
     Raises:
         ValueError: clipping < 0 or eps <= 0.
@@ -300,18 +300,18 @@ def agc_clip(
         clipping: float | Tensor,
         summed: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tree, Tensor]:
-        """Clipped leaves of one dtype, and which units were scaled down."""
+        """Return clipped leaves of one dtype, and a mask of the units that were scaled down."""
         within = within_units(grads, unit_dims)
         limits = clipping * unit_norms(params, within, summed).clamp(min=eps)
-        if isinstance(clipping, Tensor):  # a schedule that ends at 0 ends the clipping
+        if isinstance(clipping, Tensor):  # a schedule that ends at 0 switches clipping off
             limits = torch.where(clipping == 0, torch.inf, limits)
         factors = _shrink(unit_norms(grads, within, summed), limits)
-        # In half precision a small factor would round to 0 before it meets a large gradient.
+        # In half precision a small factor would round to 0 before the product.
         leaves = [_tree.at_least_float32(grads[name]) for name in within]
         by = per_leaf(factors.to(leaves[0].dtype), grads, within)
-        # A factor of 1 changes no bit, and costs less than a choice per entry.
+        # A factor of 1 changes no bit, and costs less than torch.where per entry.
         scaled: Sequence[Tensor]
-        if transformed():  # vmap knows no call for all
+        if transformed():  # vmap does not support one call for all
             scaled = [leaf * factor for leaf, factor in zip(leaves, by, strict=True)]
         else:
             scaled = torch._foreach_mul(leaves, by)
@@ -341,28 +341,28 @@ def agc_clip(
     return transform("agc_clip", "tree -> tree", update, publishes=("clipped_fraction",))
 
 
-# --- Budget clipping: the rows of a batch share a limited sum of norms, by their agreement ---
+# --- Budget clipping: the rows of a batch share a limited sum of norms by their agreement ---
 
 
 LEAST_SHARE = 1e-3
-"""The cosine that a row with a smaller one is given: it takes what the others leave."""
+"""The smallest cosine used for a row; such a row gets what the others do not use."""
 
 
 @remembered
 def budget_clip(budget: float = 0.3, *, power: float = 3.0) -> Transform:
-    r"""Limit the mean norm of the rows, and let rows that agree have more of it.
+    r"""Limit the mean norm of the rows, and give rows that agree a larger share.
 
     With n_i = ‖g_i‖, their mean m, and b = budget · (m of the first step):
 
         m <= b:  g_i ← g_i
         m > b:   g_i ← g_i · min(1, c·φ_i / n_i),  φ_i = max(s_i, 0.001)^power,
 
-    c such that the mean of the new norms is b²/m. s_i is the cosine of row i with the sum of the
-    other unit rows, as in `consensus_filter`.
+    with c such that the mean of the new norms is b²/m. s_i is the cosine of row i with the sum of
+    the other unit rows, as in `consensus_filter`.
 
-    While right labels are learnt the mean norm falls under the budget and nothing is changed any
-    more. Wrong labels keep it high: then the budget is small, the smaller the more rows are
-    wrong, and it goes to the rows that agree.
+    When correct labels are learned, the mean norm falls below the budget, and the gradients are no
+    longer changed. Wrong labels keep the mean norm high. Then the allowed mean b²/m is small,
+    smaller with more wrong rows, and the rows that agree get most of it.
 
     On scikit-learn's digits, before mean_rows, sgd(0.2, momentum=0.9) and ema_params(0.99), the
     rows per sample, a small network ends at 98.3, 96.5 and 94.4 % with 0, 30 and 50 % wrong
@@ -371,15 +371,15 @@ def budget_clip(budget: float = 0.3, *, power: float = 3.0) -> Transform:
 
     Args:
         budget: Above 0, as a fraction of the mean row norm of the first step.
-        power: At least 0. How much more agreement counts than equality; at 0 nothing is compared,
-            every row has the same limit, and the rule costs no more than `clip_per_row`.
+        power: At least 0. A larger power favours rows that agree. At 0 nothing is compared, every
+            row has the same limit, and the cost is that of `clip_per_row`.
 
-    Needs: rows; of several ranks those of all, so its place is behind `across_ranks`. A state of
+    Needs: rows; with several ranks the rows of all, so put it behind `across_ranks`. The state is
     one number, the mean norm of the first step that was not skipped.
 
-    Publishes: ``norm`` (M,) before clipping, ``clipped_fraction`` (), ``allowed`` (), the mean of
-    the norms that is allowed (Inf where m <= b), and with a power ``cosine`` (M,): s, NaN for a
-    row that is not finite. Such a row stays as it is, and has no part in the means.
+    Publishes: ``norm`` (M,) before clipping, ``clipped_fraction`` (), ``allowed`` (), the allowed
+    mean of the norms (Inf if m <= b), and with a power ``cosine`` (M,): s, NaN for a row that is
+    not finite. Such a row is not changed, and does not count in the means.
 
     Raises:
         ValueError: budget <= 0 or power < 0.
@@ -396,7 +396,7 @@ def budget_clip(budget: float = 0.3, *, power: float = 3.0) -> Transform:
     check_number("budget_clip", "power", power, low=0, fix="3 is a good start, 0 compares nothing.")
 
     def init(params: Params) -> State:
-        # Of the parameters' precision, whatever torch's default is.
+        # Use the parameters' precision, not torch's default.
         first = _tree.at_least_float32(next(iter(params.values())))
         return {"first": torch.zeros((), dtype=first.dtype, device=_tree.device_of(params))}
 
@@ -415,7 +415,7 @@ def budget_clip(budget: float = 0.3, *, power: float = 3.0) -> Transform:
         level = _level(norms, shares, allowed * usable.sum())
         clipped = over & (norms > level * shares)
         factors = torch.where(clipped, level * shares / torch.where(clipped, norms, 1.0), 1.0)
-        # A factor of 0 would take the row out of means: a short row is still one of M.
+        # A factor of 0 would remove the row from means, but a short row still counts in M.
         factors = factors.clamp(min=torch.finfo(factors.dtype).tiny)
         out = {
             "norm": sq_norms.sqrt(),
@@ -437,7 +437,7 @@ def budget_clip(budget: float = 0.3, *, power: float = 3.0) -> Transform:
 def _shares(
     rows: GradStack, params: Params, power: float | Tensor, usable: Tensor, norms: Tensor
 ) -> tuple[Tensor, Out]:
-    """φ, 0 for rows that take no part, and the cosines if they were asked for."""
+    """Compute φ, 0 for rows that take no part, and the cosines if requested."""
     if is_off(power):
         return usable.to(norms.dtype), {}
     cosine, compared = cosines_with_others(rows, params)
@@ -446,19 +446,19 @@ def _shares(
 
 
 def _level(norms: Tensor, shares: Tensor, total: Tensor) -> Tensor:
-    """The level c with Σ min(n_i, c·φ_i) = total, which is less than Σ n_i.
+    """Compute the level c with Σ min(n_i, c·φ_i) = total, which is less than Σ n_i.
 
-    Rows are filled in the order of n_i/φ_i; the first that does not get all of its norm, and all
-    after it, divide what is left by their shares.
+    Rows get their norm in the order of n_i/φ_i. The first row that cannot get all of its norm, and
+    all rows after it, divide the rest by their shares.
     """
     part = shares > 0
     full_at, order = torch.where(part, norms / torch.where(part, shares, 1.0), 0.0).sort()
     norms, shares = norms[order], shares[order]
     filled = norms.cumsum(0) - norms
-    # Summed from the end: beside large shares the difference of two sums would lose small ones.
+    # Sum from the end: a difference of two sums would lose small shares next to large ones.
     waiting = shares.flip(0).cumsum(0).flip(0)
     levels = (total - filled) / torch.where(waiting > 0, waiting, 1.0)
     short = (levels <= full_at) & (waiting > 0)
-    # Where rounding leaves no row short, nothing is to be clipped.
+    # If no row is limited because of rounding, nothing is clipped.
     first = levels.gather(0, short.to(torch.uint8).argmax(0, keepdim=True)).squeeze(0)
     return torch.where(short.any(), first, torch.inf)

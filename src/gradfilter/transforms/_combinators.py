@@ -24,17 +24,17 @@ Grads = GradStack | Tree
 
 
 def restrict(grads: Any, names: list[str]) -> Any:
-    """The given leaves of a stack or tree."""
+    """Return the given leaves of a stack or tree."""
     if isinstance(grads, GradStack):
         return grads.columns(names)
     return {name: grads[name] for name in names}
 
 
 def restrict_extra(extra: Mapping[str, Any], names: list[str], params: Params) -> dict[str, Any]:
-    """What is visible to links that see only some leaves."""
+    """Restrict the extra keywords for transforms that see only some leaves."""
     narrowed = dict(extra)
     if "grad_fn" in extra:
-        # The caller's function knows the whole model: the other leaves stay where they are.
+        # The caller's function needs the whole model: the other leaves keep their values.
         narrowed["grad_fn"] = lambda near: restrict(extra["grad_fn"]({**params, **near}), names)
     for key in ("rows", "clean_grads"):
         if extra.get(key) is not None:
@@ -44,17 +44,17 @@ def restrict_extra(extra: Mapping[str, Any], names: list[str], params: Params) -
 
 @remembered
 def masked(link: Transform, names: Callable[[str], bool]) -> Transform:
-    """Let a link see only some leaves; the others pass through.
+    """Apply a transform to some leaves only; the others pass unchanged.
 
-    Where the link reduces rows, the other leaves pass as their mean; no single weight vector
-    describes the result then, so ``weights`` is not published and sam_perturb cannot follow.
+    Where the transform reduces rows, the other leaves pass as their mean. No single weight vector
+    then describes the result, so ``weights`` is not published and sam_perturb cannot follow.
 
     Args:
-        link: Any link or chain but an update rule.
-        names: Predicate on names; true means the link sees the leaf.
+        link: Any transform or chain but an update rule.
+        names: Predicate on names; true means the transform sees the leaf.
 
     Raises:
-        TypeError: The link is an update rule (leaves without an update have no meaning).
+        TypeError: The transform is an update rule (leaves without an update have no meaning).
         ValueError: The predicate is true for no leaf.
 
     Examples:
@@ -67,7 +67,8 @@ def masked(link: Transform, names: Callable[[str], bool]) -> Transform:
     check_predicate("masked", "names", names)
     if any(kind in ("tree -> update", "rows -> update") for kind in link.kinds):
         raise TypeError(
-            f"masked: expected a link that gives gradients, found the update rule {link.name!r}. "
+            "masked: expected a transform that gives gradients, found the update rule "
+            f"{link.name!r}. "
             "Use partition({...}, label), with freeze() for leaves that stay as they are."
         )
 
@@ -111,7 +112,7 @@ def masked(link: Transform, names: Callable[[str], bool]) -> Transform:
 
 
 def _join(seen: Grads, others: Grads, reduced: Tree) -> Grads:
-    """What a link gave for its leaves, with the others in the same form."""
+    """Join the result of a transform for its leaves with the other leaves in the same form."""
     if isinstance(seen, GradStack) and isinstance(others, GradStack):
         return join(seen, others)
     assert isinstance(seen, dict)
@@ -120,10 +121,10 @@ def _join(seen: Grads, others: Grads, reduced: Tree) -> Grads:
 
 @remembered
 def freeze(names: Callable[[str], bool] | None = None) -> Transform:
-    """An update that changes nothing, bit for bit.
+    """Return an update that changes nothing, bit for bit.
 
     Alone (a branch of `partition`) it takes rows or a tree and freezes every leaf. After an update
-    rule it freezes the leaves chosen by ``names``; the rule's own state still moves.
+    rule it freezes the leaves chosen by ``names``; the state of the update rule still changes.
 
     Args:
         names: Predicate on names; None for all leaves.
@@ -157,7 +158,7 @@ def freeze(names: Callable[[str], bool] | None = None) -> Transform:
         assert names is not None
         return {n: still[n] if names(n) else g for n, g in grads.items()}, state, {}
 
-    # With a predicate the others need an update to keep, so only the place after a rule is left.
+    # With a predicate the other leaves need an update, so only the place after an update rule fits.
     return transform(
         "freeze", (*alone, "update -> update") if every else "update -> update", update, init=init
     )
@@ -168,17 +169,17 @@ def freeze(names: Callable[[str], bool] | None = None) -> Transform:
 
 @remembered
 def partition(branches: Mapping[str, Transform], label: Callable[[str], str]) -> Transform:
-    """Complete chains on groups of leaves; each group is filtered, and skipped, on its own.
+    """Apply one complete chain to each group of leaves, with its own filter and its own skips.
 
     Args:
         branches: A chain that ends in an update for every label. All take rows, or all a tree.
-        label: name of a leaf -> label.
+        label: A function from the name of a leaf to its label.
 
-    Publishes: ``keep`` () (some branch applied its update), and per branch ``LABEL/keep`` and its
-    metrics under ``LABEL/link/metric``.
+    Publishes: ``keep`` () (true if some branch applied its update), and per branch ``LABEL/keep``
+    and its metrics under ``LABEL/link/metric``.
 
     Raises:
-        TypeError: A branch does not end in an update, or takes something else than the others.
+        TypeError: A branch does not end in an update, or does not take the same as the others.
         ValueError: A label without a branch, or a branch without a leaf.
 
     Examples:
@@ -273,19 +274,19 @@ def _common_kinds(branches: Mapping[str, Transform]) -> tuple[str, ...]:
 
 @remembered
 def gate(link: Transform, when: str) -> Transform:
-    """Run a link where a published or given bool is true, and step around it elsewhere.
+    """Run a transform if a published or given bool is true, and bypass it otherwise.
 
-    Chosen with `select`: the link is computed in every step, and its result and state are taken or
-    left. Stepping around means: gradients pass unchanged; a reducer gives the plain mean and keeps
-    the step; an update rule changes nothing. Metrics are those of the link as computed.
+    Chosen with `select`: the transform is computed in every step, and its result and state are used
+    or discarded. If it is bypassed, gradients pass unchanged; a reducer gives the plain mean and
+    keeps the step; an update rule changes nothing. Metrics are those of the transform as computed.
 
     Args:
         link: Any link.
         when: Name of a bool of shape (): an extra keyword of the update, ``keep``, or a metric of
-            an earlier link such as ``"finite_filter/finite"``.
+            an earlier transform such as ``"finite_filter/finite"``.
 
     Raises:
-        ValueError: At the call, nobody published or gave ``when``.
+        ValueError: At the call, ``when`` was neither published nor given.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -326,7 +327,7 @@ def gate(link: Transform, when: str) -> Transform:
         clean = out.get("clean_grads")
         if isinstance(clean, GradStack):
             out = out | {"clean_grads": choose(on, clean, grads)}
-        elif clean is not None:  # around it, the clean gradient is the one that goes on
+        elif clean is not None:  # if bypassed, the result is the clean gradient
             out = out | {"clean_grads": _tree.select(on, clean, result)}
         if "keep" in out:
             out = out | {"keep": out["keep"] | ~on}

@@ -1,4 +1,4 @@
-"""Consensus filtering: weigh every row by how it agrees with the sum of all the others."""
+"""Consensus filtering: weight every row by its agreement with the sum of all the others."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from gradfilter.transforms._transform import check_distance, check_number, trans
 def consensus_filter(
     threshold: float = 1.0, *, soft: bool = True, min_accepted: int = 2
 ) -> Transform:
-    r"""Weigh each row by its cosine with the sum of the others: no order, no first row.
+    r"""Weight each row by its cosine with the sum of the others; the order does not matter.
 
     With unit rows u_i = g_i / ‖g_i‖ (0 for a zero row) and s_i = cos(u_i, Σ_{j≠i} u_j), which is 0
-    where that sum vanishes,
+    if that sum vanishes,
 
         soft:  w_i ∝ max(0, s_i − (1 − threshold)), Σ w_i = 1
         hard:  w_i ∝ [1 − s_i <= threshold]
 
     From threshold 2 on nothing is compared: every finite row is accepted with equal weight.
 
-    Made for per-sample rows. On scikit-learn's digits with 30 % wrong labels a small network ends
-    at 95.9 % with the soft rule and at 96.7 % if rows are clipped before, plain training at its
+    It is made for per-sample rows. On scikit-learn's digits with 30 % wrong labels a small network
+    ends at 95.9 % with soft weights and at 96.7 % if rows are clipped before, plain training at its
     best rate at 94.4 %; on right labels both cost one to three points, `budget_clip` none
     (`benchmarks/label_noise.py`).
 
     Args:
-        threshold: Largest accepted cosine distance 1 − s. 1 (the default) accepts whatever points
-            the same way as the others; 0.9 to 1 is useful for ``soft=False``.
-        soft: Weigh accepted rows by how far they pass, instead of equally.
-        min_accepted: Accepted rows without which the step is skipped.
+        threshold: The largest accepted cosine distance 1 − s. 1 (the default) accepts rows with a
+            positive cosine; 0.9 to 1 is useful for ``soft=False``.
+        soft: True to weight accepted rows by their margin instead of equally.
+        min_accepted: The number of accepted rows below which the step is skipped.
 
-    Needs: rows. Of few rows, or where the stack has it cheaply, it takes the Gram; else two
-    `combine`, one `dot` and the norms, so that no M x M matrix is made.
+    Needs: rows. With few rows, or if the stack has a cheap Gram, it takes the Gram; else two
+    `combine`, one `dot` and the norms, without an M x M matrix.
 
     Publishes: ``keep`` (), ``weights`` (M,), ``accepted`` (M,) bool (w > 0), ``cosine`` (M,): s,
     NaN for a row that is not finite.
@@ -66,11 +66,11 @@ def consensus_filter(
             excess = torch.where(usable, excess, 0.0)
         else:
             excess = (usable & (1 - cosine <= threshold)).to(cosine.dtype)
-        # From 2 on nothing is compared: every usable row is accepted, and all weigh the same.
+        # From 2 on nothing is compared: all usable rows are accepted with equal weights.
         everything = torch.zeros_like(usable) | (threshold >= 2)
         excess = torch.where(everything, usable.to(cosine.dtype), excess)
         accepted = excess > 0
-        # Dividing by the largest first keeps the sum away from underflow.
+        # Divide by the largest first, so that the sum does not underflow.
         excess = excess / torch.where(accepted.any(), excess.max(), 1.0)
         weights = excess / torch.where(accepted.any(), excess.sum(), 1.0)
         out = {
@@ -90,11 +90,11 @@ def consensus_filter(
 
 
 def cosines_with_others(rows: GradStack, params: Params) -> tuple[Tensor, Tensor]:
-    """Cosine of every row with the sum of the other unit rows, and which rows are usable.
+    """Compute the cosine of every row with the sum of the others, and the mask of usable rows.
 
     Args:
-        rows: Asked in the way that is cheapest for them.
-        params: Whose precision says when a sum has vanished.
+        rows: The rows, from which the cheapest questions are asked.
+        params: The parameters, whose precision decides when a sum has vanished.
     """
     eps = max(torch.finfo(torch.promote_types(p.dtype, torch.float32)).eps for p in params.values())
     cosines = cosines_from_gram if rows.gram_is_cheap() else cosines_from_products
@@ -102,7 +102,7 @@ def cosines_with_others(rows: GradStack, params: Params) -> tuple[Tensor, Tensor
 
 
 def cosines_from_gram(rows: GradStack, eps: float) -> tuple[Tensor, Tensor]:
-    """The same from the Gram."""
+    """Compute the cosines from the Gram."""
     gram = rows.gram()
     sq_norms = gram.diagonal()
     usable = rows.live & sq_norms.isfinite()
@@ -113,7 +113,7 @@ def cosines_from_gram(rows: GradStack, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def cosines_from_products(rows: GradStack, eps: float) -> tuple[Tensor, Tensor]:
-    """The same from the sum of unit rows and its products with every row: O(M) numbers."""
+    """Compute the cosines from the products of all rows with the sum of unit rows."""
     sq_norms = rows.sq_norms()
     usable = rows.live & sq_norms.isfinite()
     inverse = _inverse_norms(sq_norms, usable)
@@ -123,7 +123,7 @@ def cosines_from_products(rows: GradStack, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _inverse_norms(sq_norms: Tensor, usable: Tensor) -> Tensor:
-    """1/‖g‖, and 0 for rows that are zero or unusable."""
+    """Compute 1/‖g‖, and 0 for rows that are zero or unusable."""
     positive = usable & (sq_norms > 0)
     return torch.where(positive, torch.where(positive, sq_norms, 1.0).rsqrt(), 0.0)
 
@@ -131,9 +131,9 @@ def _inverse_norms(sq_norms: Tensor, usable: Tensor) -> Tensor:
 def _leave_one_out(
     sums: Tensor, total: Tensor, inverse: Tensor, usable: Tensor, eps: float
 ) -> Tensor:
-    """s_i from S_i = ⟨u_i, Σ_j u_j⟩ and T = Σ S_i, leaving u_i itself out of the sum."""
+    """Compute s_i from S_i = ⟨u_i, Σ_j u_j⟩ and T = Σ S_i, without u_i in the sum."""
     own = (inverse > 0).to(sums.dtype)
     others = total - 2 * sums + own  # ‖Σ_{j≠i} u_j‖²
-    # Sums of n unit rows carry n·eps of rounding: below that, the others cancel.
+    # Sums of n unit rows have a rounding error of n·eps: below that, the others cancel.
     vanished = others <= 4 * usable.sum() * eps
     return torch.where(vanished, 0.0, (sums - own) / torch.where(vanished, 1.0, others).sqrt())

@@ -20,7 +20,7 @@ def ema_params(decay: float = 0.999) -> Transform:
     in float32 or wider.
 
     Args:
-        decay: In [0, 1].
+        decay: The weight of the old average, in [0, 1].
 
     Raises:
         ValueError: decay outside [0, 1].
@@ -56,7 +56,7 @@ def ema_params(decay: float = 0.999) -> Transform:
 
 
 def ema_of(state: State) -> Tree:
-    """The averaged parameters in the state of a chain that has an `ema_params` link.
+    """Return the averaged parameters in the state of a chain that has an `ema_params` link.
 
     Args:
         state: The state of a chain, or of `train_step`. Averages in several branches of a

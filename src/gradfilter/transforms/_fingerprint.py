@@ -1,4 +1,4 @@
-"""A chain in words, by which processes can tell whether they run the same one."""
+"""Describe a chain as text, so that processes can check that they run the same chain."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from gradfilter._types import Transform
 
 DEPTH = 16
 SHOWN = 16
-"""Numbers of a tensor that are written out."""
+"""The largest number of elements of a tensor that are written out."""
 
 START, END = "\x02", "\x03"
-"""Around the code of functions, which no text written by repr contains."""
+"""Marks around the code of functions; text written by repr does not contain them."""
 
 _WHOLE: ContextVar[Transform | None] = ContextVar("whole_chain", default=None)
 
 
 @contextmanager
 def initialising(chain: Transform) -> Iterator[None]:
-    """Let the ``init`` of every link inside know the outermost chain it belongs to."""
+    """Let the ``init`` of every transform inside find the outermost chain that it belongs to."""
     if _WHOLE.get() is not None:
         yield
         return
@@ -39,15 +39,15 @@ def initialising(chain: Transform) -> Iterator[None]:
 
 
 def whole_chain() -> Transform | None:
-    """The outermost chain whose ``init`` runs, or None."""
+    """Return the outermost chain whose ``init`` runs, or None."""
     return _WHOLE.get()
 
 
 def described(thing: Any) -> str:
-    """A transform as the call that made it, with every hyperparameter that is not the default.
+    """Describe a transform by the call that made it, with all arguments that are not defaults.
 
-    Numbers, texts and their containers are written out, functions by their code and what they
-    close over, objects of other types by type alone: two processes cannot compare those.
+    Numbers, strings and their containers are written out. Functions are described by their code and
+    their closures, other objects by their type only, because processes cannot compare them.
     """
     return _words(thing, 0)
 
@@ -83,7 +83,7 @@ def _words(value: Any, depth: int) -> str:
 
 def _of_made(value: Any, depth: int) -> str:
     made: Made | None = value.made
-    if made is None or made.core != value.core:  # written by hand, or changed since
+    if made is None or made.core != value.core:  # written without a factory, or changed since
         functions = " ".join(_words(part, depth) for part in value.core)
         return f"{type(value).__name__}({functions})"
     bound = inspect.signature(made.factory).bind(*made.args, **made.kwargs)
@@ -101,7 +101,7 @@ def _of_made(value: Any, depth: int) -> str:
 
 
 def _of_function(function: types.FunctionType, depth: int) -> str:
-    """Name, code, defaults and what it closes over; a function of a module by its name alone."""
+    """Describe a function by name, code, defaults and closure; one of a module by its name."""
     function = inspect.unwrap(function)
     if function.__closure__ is None and _importable(function):
         return function.__qualname__
@@ -111,7 +111,7 @@ def _of_function(function: types.FunctionType, depth: int) -> str:
     for name, cell in sorted(zip(code.co_freevars, cells, strict=True), key=lambda pair: pair[0]):
         try:
             content = cell.cell_contents
-        except ValueError:  # not filled yet
+        except ValueError:  # the cell is still empty
             continue
         held.append(f"{name}={'itself' if content is function else _words(content, depth)}")
     held += [_words(default, depth) for default in function.__defaults__ or ()]
@@ -123,7 +123,7 @@ def _importable(function: types.FunctionType) -> bool:
 
 
 def _of_code(code: types.CodeType) -> str:
-    """The code of a function that has no other name than where it was written."""
+    """Describe the code of a function that has no importable name."""
     consts = [
         _of_code(const) if isinstance(const, types.CodeType) else repr(const)
         for const in code.co_consts
@@ -133,7 +133,7 @@ def _of_code(code: types.CodeType) -> str:
 
 
 def shortened(text: str) -> str:
-    """A description without the code of functions, for people."""
+    """Remove the code of functions from a description, for readers."""
     found, depth = [], 0
     for letter in text:
         depth += (letter == START) - (letter == END)

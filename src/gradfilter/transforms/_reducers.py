@@ -19,17 +19,17 @@ from gradfilter.transforms._transform import check_number, transform
 
 
 def mean_weights(rows: GradStack) -> Tensor:
-    """Equal weights over the rows that take part, summing to 1 (0 if there are none). (M,)."""
+    """Return equal weights of the rows that take part, with sum 1 (0 if there are none). (M,)."""
     live = rows.live.to(_tree.wide(rows.live))
     return live / live.sum().clamp(min=1)
 
 
 @remembered
 def mean_rows() -> Transform:
-    """The mean of the rows, ordinary training.
+    """Combine the rows by their mean, as in ordinary training.
 
-    A row that is not finite makes the mean so, unless finite_filter stands before and removed it;
-    then the mean is over the others.
+    A row that is not finite makes the mean not finite, unless a finite_filter before it removed the
+    row; then the mean is over the others.
 
     Needs: rows. Publishes: ``weights`` (M,).
 
@@ -54,11 +54,12 @@ def aggregate(weighting: Callable[[Tensor], Tensor]) -> Transform:
     """Combine the rows with weights that any function computes from their Gram.
 
     grads = wᵀ J with w = weighting(J Jᵀ). TorchJD's Gram-based weightings (UPGrad, MGDA, CAGrad,
-    Krum and others) fit as they are; UPGrad needs the solver of ``torchjd[quadprog_projector]``.
+    Krum and others) can be used directly; UPGrad needs the solver of
+    ``torchjd[quadprog_projector]``.
 
     Args:
-        weighting: (M, M) -> (M,), a pure function. Some libraries' weightings look at values on
-            the host; the step then waits for the device, and does not compile whole.
+        weighting: (M, M) -> (M,), a pure function. Some libraries' weightings read values on
+            the host; the step then waits for the device, and does not compile as one graph.
 
     Needs: rows. Publishes: ``weights`` (M,).
 
@@ -89,7 +90,7 @@ def aggregate(weighting: Callable[[Tensor], Tensor]) -> Transform:
         raise TypeError(
             f"aggregate: expected a pure weighting, found {type(weighting).__name__}, which keeps "
             "state between calls: a skipped step could not be undone. Use a stateless weighting, "
-            "or write a link whose state is explicit."
+            "or write a transform whose state is explicit."
         )
 
     def update(
@@ -99,7 +100,7 @@ def aggregate(weighting: Callable[[Tensor], Tensor]) -> Transform:
         if weights.shape != (len(rows),):
             raise ValueError(
                 f"aggregate: expected weights of shape ({len(rows)},), found "
-                f"{tuple(weights.shape)}. The weighting has to give one number per row."
+                f"{tuple(weights.shape)}. The weighting must give one number per row."
             )
         return rows.combine(weights), state, {"weights": weights}
 
@@ -108,15 +109,15 @@ def aggregate(weighting: Callable[[Tensor], Tensor]) -> Transform:
 
 @remembered
 def sign_agreement(fraction: float) -> Transform:
-    """Keep a coordinate of the mean only where enough rows agree in its sign (the AND-mask).
+    """Keep a coordinate of the mean only if enough rows agree in its sign (the AND-mask).
 
     grads = mean_i(g_i) · [ |mean_i sign(g_i)| >= fraction ], coordinate by coordinate.
 
     Args:
-        fraction: In [0, 1]; 0 keeps everything, 1 asks for unanimity.
+        fraction: The required agreement, in [0, 1]; 0 keeps everything, 1 needs all rows.
 
     Needs: rows, which it materialises. Publishes: ``weights`` (M,) of the mean, and
-    ``kept_fraction`` (), the part of the coordinates that is kept.
+    ``kept_fraction`` (), the fraction of the coordinates that is kept.
 
     Raises:
         ValueError: fraction outside [0, 1].
@@ -140,14 +141,14 @@ def sign_agreement(fraction: float) -> Transform:
         mean = rows.combine(weights)
         stacked = rows.stacked()
         count = rows.live.sum().clamp(min=1)
-        # The sum is exact and the quotient rounded once, so 3 of 5 does reach a fraction of 0.6.
+        # The sum is exact and the quotient is rounded once, so 3 of 5 reaches a fraction of 0.6.
         agree = {
             name: stacked[name].sign().to(torch.float32).sum(0).abs() / count >= fraction
             for name in mean
         }
         kept = torch.stack([whole(mask.sum()) for mask in agree.values()]).sum()
         total = sum(mask.numel() for mask in agree.values())
-        # What is not finite has no sign to agree on, and is not to be hidden as a 0.
+        # A value that is not finite has no sign, and must not be hidden as 0.
         grads = {n: torch.where(agree[n] | ~g.isfinite(), g, 0.0) for n, g in mean.items()}
         return grads, state, {"weights": weights, "kept_fraction": kept / total}
 
@@ -161,13 +162,13 @@ def sign_agreement(fraction: float) -> Transform:
 
 @remembered
 def finite_filter() -> Transform:
-    """Take rows that are not finite out; skip the step if none is left.
+    """Remove rows that are not finite; skip the step if none is left.
 
-    On rows: such a row gets the factor 0, and every later link treats it as absent. On a tree:
+    On rows: such a row gets the factor 0, and every later transform treats it as absent. On a tree:
     gradients pass unchanged, and the step is skipped unless all are finite.
 
-    Publishes: ``keep`` () (some row is finite; on a tree: every entry), ``finite`` (M,) bool, or
-    () on a tree. A row counts as finite if its squared norm is.
+    Publishes: ``keep`` () (true if some row is finite; on a tree, if all entries are), ``finite``
+    (M,) bool, or () on a tree. A row counts as finite if its squared norm is.
 
     Examples:
         >>> import torch, gradfilter as gf

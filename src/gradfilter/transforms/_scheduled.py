@@ -1,4 +1,4 @@
-"""Any hyperparameter of any link by a schedule."""
+"""Drive any hyperparameter of any transform by a schedule."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from gradfilter.transforms._update_rules import new_count, schedule_value
 
 @remembered
 def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transform:
-    """Drive hyperparameters of a link by schedules.
+    """Drive hyperparameters of a transform by schedules.
 
     Equivalent code: ``factory(**{name: schedule(count)})`` in every step, where ``count`` is the
     number of applied steps, or the extra keyword ``count=``.
 
     Args:
-        factory: A link factory, for example `agc_clip`.
-        **schedules: Its arguments by name: a `Schedule`, a tuple, list or dict with some in it
-            (``betas=(linear(0.9, 1000), 0.999)``), or a value, which is passed as it is.
+        factory: A transform factory, for example `agc_clip`.
+        **schedules: Its arguments by name: a `Schedule`, a tuple, list or dict that contains some
+            (``betas=(linear(0.9, 1000), 0.999)``), or a value, which is passed unchanged.
 
-    Publishes: what the link publishes, and every scheduled value under its argument's name, with
-    its place where it is one of several: ``betas.0``.
+    Publishes: the values of the transform, and every scheduled value under its argument's name,
+    with its position if it is one of several: ``betas.0``.
 
     Raises:
-        TypeError: The factory has no such argument, or nothing is scheduled; a link is given
-            instead of its factory; a schedule for what is no number.
+        TypeError: The factory has no such argument, or nothing is scheduled; a transform is given
+            instead of its factory; a schedule for an argument that is not a number.
 
     Examples:
         >>> import gradfilter as gf
@@ -53,7 +53,7 @@ def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transfo
             f"scheduled: expected a factory, found {found}. Give the function itself and its "
             f"arguments by name: scheduled({name}, threshold=...), not scheduled({name}(...), ...)."
         )
-    factory = unremembered(factory)  # what it makes is gone after the step
+    factory = unremembered(factory)  # its transforms live for one step only
     accepted = inspect.signature(factory).parameters
     unknown = sorted(set(schedules) - set(accepted))
     fixed, parts, moving = _apart(schedules)
@@ -70,10 +70,10 @@ def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transfo
             )
 
     def made(values: Mapping[str, Any]) -> Transform:
-        """The link with these values in the places of the schedules."""
+        """Return the transform with these values in place of the schedules."""
         return factory(**fixed, **{name: part(values) for name, part in parts.items()})
 
-    # At the largest values the factory shows its kind, and refuses ranges that cannot be right.
+    # Call the factory with the largest values once, to get its kind and to check the ranges.
     template = made({name: s.max_value for name, s in moving.items()})
     structure = made({name: _stand_in(s) for name, s in moving.items()})
 
@@ -108,9 +108,9 @@ def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transfo
 def _apart(
     given: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Callable[[Mapping[str, Any]], Any]], dict[str, Schedule]]:
-    """Arguments without a schedule, how to make the others from values, and all schedules by name.
+    """Return plain arguments, functions that make the others from values, and all schedules.
 
-    A schedule inside a tuple, list or dict is called by its place: ``betas.0``.
+    A schedule inside a tuple, list or dict is named by its position: ``betas.0``.
     """
     fixed: dict[str, Any] = {}
     parts: dict[str, Callable[[Mapping[str, Any]], Any]] = {}
@@ -136,5 +136,5 @@ def _apart(
 
 
 def _stand_in(schedule: Schedule) -> Tensor:
-    """A 0-d tensor like those of the steps: a scheduled momentum has its buffer at 0, too."""
+    """Return a 0-d tensor like a scheduled value, so that a momentum of 0 also gets its buffer."""
     return torch.tensor(schedule.max_value, dtype=torch.float64)

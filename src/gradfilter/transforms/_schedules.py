@@ -2,7 +2,7 @@
 
 Step k = 0, 1, ... With Wm warm-up steps and T in all, the first Wm values rise linearly,
 init + (max − init) k / Wm, and max is reached at k = Wm. Values are 0-d tensors computed on the
-device, so that nothing waits and `torch.compile` does not recompile.
+device, so that the host does not wait and `torch.compile` does not recompile.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def _nothing(count: Tensor) -> State:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Schedule(Remade):
-    """A value for every step; recognised by its type, never by being callable.
+    """A value for every step. A schedule is recognised by its type, not by being callable.
 
     Attributes:
         at: ``at(count, state, **extra) -> (value (), state)``, pure.
-        init: ``init(count) -> state``; only `plateau` remembers anything.
+        init: ``init(count) -> state``; only `plateau` has a state.
         max_value: The largest value after the warm-up; `proportional` refers to both.
-        min_value: The smallest one.
-        made: The call of the factory that made it, by which it is pickled.
+        min_value: The smallest value.
+        made: The call of the factory that made it, used for pickling.
 
-    Calling a schedule that remembers nothing gives its value:
+    Calling a schedule without a state gives its value:
 
     Examples:
         >>> import gradfilter as gf
@@ -55,11 +55,11 @@ class Schedule(Remade):
 
     @property
     def core(self) -> Any:
-        """What gives the values."""
+        """The functions that give the values."""
         return self.at, self.init
 
     def __repr__(self) -> str:
-        """The call that made it."""
+        """Return the call that made it."""
         if self.made is None:
             return f"Schedule(max_value={self.max_value}, min_value={self.min_value})"
         given = [repr(value) for value in self.made.args]
@@ -67,13 +67,13 @@ class Schedule(Remade):
         return f"{self.made.factory.__name__}({', '.join(given)})"
 
     def __call__(self, count: int | Tensor) -> Tensor:
-        """The value at step ``count``, for schedules without a state."""
+        """Return the value at step ``count``, for schedules without a state."""
         count = torch.as_tensor(count)
         return self.at(count, self.init(count))[0]
 
 
 def as_schedule(value: float | Tensor | Schedule) -> Schedule:
-    """A schedule as it is; a number (or 0-d tensor) as a constant one."""
+    """Return a schedule unchanged; make a constant one from a number or 0-d tensor."""
     if isinstance(value, Schedule):
         return value
     bounds = (0.0, 0.0) if isinstance(value, Tensor) else (value, value)
@@ -83,7 +83,7 @@ def as_schedule(value: float | Tensor | Schedule) -> Schedule:
 def after_warmup(
     curve: Curve, max_value: float, min_value: float, warmup_steps: int, init_value: float | None
 ) -> Schedule:
-    """A schedule from what happens after the warm-up; ``curve`` gets k − Wm >= 0."""
+    """Return a schedule from its curve after the warm-up; ``curve`` gets k − Wm >= 0."""
     if not isinstance(warmup_steps, int) or warmup_steps < 0:
         raise ValueError(f"Expected whole warmup_steps >= 0, found {warmup_steps!r}.")
     if min_value > max_value:
@@ -101,7 +101,7 @@ def after_warmup(
 
 
 def progress(total_steps: int, warmup_steps: int) -> Curve:
-    """The part done, x = (k − Wm) / (T − Wm), clamped to [0, 1]; 0 for ever where T = Wm."""
+    """Return the progress x = (k − Wm) / (T − Wm), clamped to [0, 1]; always 0 if T = Wm."""
     if total_steps < max(warmup_steps, 1):
         raise ValueError(
             f"Expected total_steps >= warmup_steps and >= 1, found total_steps={total_steps}, "
@@ -116,12 +116,12 @@ def progress(total_steps: int, warmup_steps: int) -> Curve:
 
 @remembered
 def constant(value: float, *, warmup_steps: int = 0, init_value: float | None = None) -> Schedule:
-    """One value, after an optional warm-up from ``init_value`` (0).
+    """Return a schedule of one value, after an optional warm-up from ``init_value`` (0).
 
     Args:
         value: The value.
-        warmup_steps: Wm.
-        init_value: Value at step 0 of the warm-up; 0 by default.
+        warmup_steps: The number Wm of warm-up steps.
+        init_value: The value at step 0 of the warm-up; 0 by default.
 
     Examples:
         >>> import gradfilter as gf
@@ -141,14 +141,14 @@ def linear(
     warmup_steps: int = 0,
     init_value: float | None = None,
 ) -> Schedule:
-    """Max + (min − max) x, with x the part of the steps after the warm-up that is done.
+    """Fall linearly: max + (min − max) x, with x the progress after the warm-up in [0, 1].
 
     Args:
-        max_value: Value at the end of the warm-up.
-        total_steps: T, warm-up included.
-        min_value: Value from step T on.
-        warmup_steps: Wm.
-        init_value: Value at step 0 of the warm-up; ``min_value`` by default.
+        max_value: The value at the end of the warm-up.
+        total_steps: The number T of steps, including the warm-up.
+        min_value: The value from step T on.
+        warmup_steps: The number Wm of warm-up steps.
+        init_value: The value at step 0 of the warm-up; ``min_value`` by default.
 
     Examples:
         >>> import gradfilter as gf
@@ -172,14 +172,14 @@ def cosine(
     warmup_steps: int = 0,
     init_value: float | None = None,
 ) -> Schedule:
-    """Min + (max − min) (1 + cos πx) / 2, x as in `linear`.
+    """Fall like a cosine: min + (max − min) (1 + cos πx) / 2, with x as in `linear`.
 
     Args:
-        max_value: Value at the end of the warm-up.
-        total_steps: T, warm-up included.
-        min_value: Value from step T on.
-        warmup_steps: Wm.
-        init_value: Value at step 0 of the warm-up; ``min_value`` by default.
+        max_value: The value at the end of the warm-up.
+        total_steps: The number T of steps, including the warm-up.
+        min_value: The value from step T on.
+        warmup_steps: The number Wm of warm-up steps.
+        init_value: The value at step 0 of the warm-up; ``min_value`` by default.
 
     Examples:
         >>> import gradfilter as gf
@@ -206,14 +206,14 @@ def poly(
     warmup_steps: int = 0,
     init_value: float | None = None,
 ) -> Schedule:
-    """Min + (max − min) (k − Wm + 1)^power.
+    """Fall by a power of the step: min + (max − min) (k − Wm + 1)^power.
 
     Args:
-        max_value: Value at the end of the warm-up.
-        power: At most 0; −0.5 is the inverse square root.
-        min_value: The limit.
-        warmup_steps: Wm.
-        init_value: Value at step 0 of the warm-up; ``min_value`` by default.
+        max_value: The value at the end of the warm-up.
+        power: The exponent, at most 0; −0.5 is the inverse square root.
+        min_value: The limit for large k.
+        warmup_steps: The number Wm of warm-up steps.
+        init_value: The value at step 0 of the warm-up; ``min_value`` by default.
 
     Examples:
         >>> import gradfilter as gf
@@ -239,15 +239,15 @@ def step(
     warmup_steps: int = 0,
     init_value: float | None = None,
 ) -> Schedule:
-    """max(min, max · factor^⌊(k − Wm) / every⌋).
+    """Drop by a factor at fixed intervals: max(min, max · factor^⌊(k − Wm) / every⌋).
 
     Args:
-        max_value: Value at the end of the warm-up.
-        every: Steps between drops, >= 1.
-        factor: In (0, 1].
-        min_value: Never below this.
-        warmup_steps: Wm.
-        init_value: Value at step 0 of the warm-up; ``min_value`` by default.
+        max_value: The value at the end of the warm-up.
+        every: The number of steps between drops, >= 1.
+        factor: The factor of each drop, in (0, 1].
+        min_value: The smallest value.
+        warmup_steps: The number Wm of warm-up steps.
+        init_value: The value at step 0 of the warm-up; ``min_value`` by default.
 
     Examples:
         >>> import gradfilter as gf
@@ -265,7 +265,7 @@ def step(
     return after_warmup(curve, max_value, min_value, warmup_steps, init_value)
 
 
-# --- Adaptive schedules: they depend on a metric that stops improving, or on the learning rate ---
+# --- Schedules that depend on a metric or on the learning rate ---
 
 
 @remembered
@@ -282,20 +282,21 @@ def plateau(
 ) -> Schedule:
     """Drop by a factor when a metric has not improved for more than ``patience`` reports.
 
-    The metric arrives as the extra keyword ``value=`` of the update, as a 0-d tensor, in the steps
-    that have one; best value and counter live in the state of the link. An improvement is relative,
-    as in `torch.optim.lr_scheduler.ReduceLROnPlateau`: m < best · (1 − threshold) for "min". A
-    report acts on the step it comes with, and is forgotten with it if the step is skipped.
+    The metric is the extra keyword ``value=`` of the update, a 0-d tensor, in the steps that have
+    one. The best value and the counter are in the state of the transform. An improvement is
+    relative, as in `torch.optim.lr_scheduler.ReduceLROnPlateau`: m < best · (1 − threshold) for
+    "min". A report affects the step it comes with. If that step is skipped, the report is
+    discarded.
 
     Args:
-        max_value: Value at the end of the warm-up.
-        factor: In (0, 1).
-        patience: Reports without improvement that are forgiven.
-        threshold: Relative improvement that counts.
-        mode: Whether the metric should fall or rise.
-        min_value: Never below this.
-        warmup_steps: Wm.
-        init_value: Value at step 0 of the warm-up; ``min_value`` by default.
+        max_value: The value at the end of the warm-up.
+        factor: The factor of each drop, in (0, 1).
+        patience: The number of reports without improvement that cause no drop.
+        threshold: The smallest relative improvement that counts.
+        mode: "min" if the metric should fall, "max" if it should rise.
+        min_value: The smallest value.
+        warmup_steps: The number Wm of warm-up steps.
+        init_value: The value at step 0 of the warm-up; ``min_value`` by default.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -328,7 +329,7 @@ def plateau(
     def at(count: Tensor, state: State, **extra: Any) -> tuple[Tensor, State]:
         if extra.get("value") is not None:
             metric = sign * _tree.scalar(extra["value"], count)
-            # |best| makes the relative margin one of improvement for negative metrics, too.
+            # |best| makes the relative margin an improvement also for negative metrics.
             margin = torch.where(state["best"].isinf(), 0.0, threshold * state["best"].abs())
             better = metric < state["best"] - margin
             bad = torch.where(better, 0.0, state["bad"] + 1)
@@ -347,15 +348,15 @@ def plateau(
 
 @remembered
 def proportional(lr: Schedule, rho_min: float, rho_max: float) -> Schedule:
-    """ρ in proportion to the learning rate of the same step, as GSAM has it.
+    """Return ρ in proportion to the learning rate of the same step, as in GSAM.
 
     ρ = ρ_min + (ρ_max − ρ_min) (lr − lr_min) / (lr_max − lr_min), clamped to [ρ_min, ρ_max];
-    ρ_max where the lr does not vary.
+    ρ_max if the lr does not vary.
 
     Args:
         lr: The schedule of the learning rate.
-        rho_min: Smallest radius.
-        rho_max: Largest radius.
+        rho_min: The smallest radius.
+        rho_max: The largest radius.
 
     Examples:
         >>> import gradfilter as gf

@@ -26,7 +26,7 @@ def sam_perturb(
     eta: float = 0.01,
     per_microbatch: bool = False,
 ) -> Transform:
-    r"""Replace gradients by those at a nearby point where the loss is higher.
+    r"""Replace gradients by those at a nearby point with a higher loss.
 
     With the gradient g at w, h = ∇f(w + e) on the same batch, random numbers and buffers, and
 
@@ -34,21 +34,22 @@ def sam_perturb(
         adaptive="asam":  e = ρ T² g / (‖T g‖ + δ),  T = |w| + η
         adaptive="gsam":  e = ρ |w| g / (‖g‖ + δ)
 
-    norms over all leaves together, δ = 1e-12. Order is meaning. After a reducer it perturbs along
-    the reduced gradient, and the second gradients are combined with the same weights. Before one,
-    it perturbs along the mean of the finite rows and gives the rows at w + e.
+    norms over all leaves together, δ = 1e-12. The order in the chain matters. After a reducer it
+    perturbs along the reduced gradient, and the second gradients are combined with the same
+    weights. Before a reducer it perturbs along the mean of the finite rows and gives the rows at w
+    + e.
 
     Args:
-        rho: Radius >= 0; 0.05 is usual for SAM, 0.5 to 2 for ASAM. Not transferable between forms.
-        adaptive: Scale the perturbation by the weights, in ASAM's form or in GSAM's own.
+        rho: The radius, >= 0; 0.05 is usual for SAM, 0.5 to 2 for ASAM. Forms need different radii.
+        adaptive: Scale the perturbation by the weights, in the form of ASAM or of GSAM.
         eta: η >= 0, for ASAM.
-        per_microbatch: Every row perturbs along its own gradient (m-sharpness); takes rows.
+        per_microbatch: True to perturb every row along its own gradient (m-sharpness); takes rows.
 
     Needs: rows that can answer `at` (from microbatch_grads or per_sample_grads), or the extra
-    keyword ``grad_fn(params) -> rows``. On a tree no reducer made, grad_fn returns a tree.
+    keyword ``grad_fn(params) -> rows``. On a tree that no reducer made, grad_fn returns a tree.
 
-    Publishes: ``clean_grads``, the gradients that came in; ``surrogate_gap`` () = f(w+e) − f(w),
-    NaN where the losses are not known.
+    Publishes: ``clean_grads``, the incoming gradients; ``surrogate_gap`` () = f(w+e) − f(w),
+    NaN if the losses are not known.
 
     Raises:
         ValueError: rho < 0 or eta < 0; an unknown form; rows without `at` and no grad_fn.
@@ -87,7 +88,7 @@ def sam_perturb(
             _products.norm(scale) + DELTA
         )  # 1/δ at most, which half precision cannot hold
         moves = {name: _tree.at_least_float32(s) for name, s in shape.items()}
-        # addcmul is one pass over the memory, a product and a sum would be two.
+        # addcmul makes one pass over memory, a product and a sum would make two.
         return {
             name: torch.addcmul(_tree.at_least_float32(params[name]), move, step.to(move.dtype)).to(
                 params[name].dtype
@@ -141,11 +142,11 @@ def sam_perturb(
 
 
 def _rows_at(params: Params, rows: GradStack | None, extra: Any) -> GradStack:
-    """The rows at other parameters, from the caller's grad_fn if there is one."""
+    """Return the rows at other parameters, from the caller's grad_fn if it is given."""
     if "grad_fn" in extra:
         with torch.enable_grad():
             fresh = as_stack(extra["grad_fn"](params))
-        # Rows that were clipped or removed stay so, as they do in `at`.
+        # Rows that were clipped or removed stay clipped or removed, as in `at`.
         return fresh if rows is None else rows.like(fresh)
     if rows is None:
         raise ValueError(
@@ -163,7 +164,7 @@ def _named_errors(question: Callable[[Params], GradStack], params: Params) -> Gr
 
 
 def _surrogate_gap(clean: GradStack, again: GradStack, weights: Tensor) -> Tensor:
-    """Σ w_m (f_m(w + e) − f_m(w)) over the rows that have a weight."""
+    """Compute Σ w_m (f_m(w + e) − f_m(w)) over the rows that have a weight."""
     if clean.losses is None or again.losses is None:
         return weights.new_full((), torch.nan)
     rise = (again.losses - clean.losses).to(weights.dtype)
@@ -175,14 +176,14 @@ def gsam_decompose(alpha: float) -> Transform:
     r"""Lower the loss at the perturbed point and the surrogate gap together (GSAM).
 
     With the clean gradient g, the perturbed one h, a = ⟨g, h⟩ and b = ⟨h, h⟩, the part of g that
-    lowers the gap without touching the perturbed loss is g_⊥ = g − (a/b) h, and
+    lowers the gap without changing the perturbed loss is g_⊥ = g − (a/b) h, and
 
-        d = h − α g_⊥ = (1 + α a/b) h − α g,        d = h where b = 0.
+        d = h − α g_⊥ = (1 + α a/b) h − α g,        d = h if b = 0.
 
     Args:
         alpha: α >= 0; the paper uses 0.1 to 0.4 (and up to 1). 0 is SAM.
 
-    Needs: ``clean_grads``, and ``weights`` when those are rows. Publishes: ``cosine`` () of g, h.
+    Needs: ``clean_grads``, and ``weights`` if those are rows. Publishes: ``cosine`` () of g, h.
 
     Raises:
         ValueError: alpha < 0; at the call, rows as clean_grads without weights.

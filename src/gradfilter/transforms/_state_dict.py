@@ -12,12 +12,12 @@ from gradfilter import _tree
 
 
 def state_dict(state: Any) -> dict[str, Tensor]:
-    """A state as ``dict[str, Tensor]`` with dotted names such as ``sgd.momentum.fc.weight``.
+    """Return a state as ``dict[str, Tensor]`` with dotted names such as ``sgd.momentum.fc.weight``.
 
-    What ``torch.save`` writes of it loads with ``weights_only=True``.
+    A file written by ``torch.save`` loads with ``weights_only=True``.
 
     Args:
-        state: The state of any link, chain or train step.
+        state: The state of any transform, chain or train step.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -31,15 +31,17 @@ def load_state_dict(template: Any, flat: Mapping[str, Tensor]) -> Any:
     """Put a flat dict back into the structure of a state.
 
     Args:
-        template: A state of the same structure, for example ``update.init(params)``. Unchanged.
-        flat: What `state_dict` gave. Values are copied to the template's devices.
+        template: A state of the same structure, for example ``update.init(params)``. It is not
+            changed.
+        flat: The result of `state_dict`. Values are copied to the template's devices.
 
     Returns:
         A new state.
 
     Raises:
-        TypeError: ``flat`` is no dict, for example the path of a file.
-        ValueError: Names are missing or extra, a value is no tensor, or a shape or dtype differs.
+        TypeError: ``flat`` is not a dict, for example the path of a file.
+        ValueError: Names are missing or extra, a value is not a tensor, or a shape or dtype
+            differs.
 
     Examples:
         >>> import torch, gradfilter as gf

@@ -15,7 +15,7 @@ from gradfilter.grads._batch import more_than_a_batch
 from gradfilter.grads._call_context import random_state, random_state_restored, set_random_state
 from gradfilter.grads._loss import extract
 from gradfilter.grads._microbatch import GradFunction, Plan, microbatch_grads, per_sample_grads
-from gradfilter.transforms._chain import check_state, check_tree, no_link
+from gradfilter.transforms._chain import check_state, check_tree, not_a_transform
 
 PARTS = ("params", "buffers", "transforms", "random")
 
@@ -28,12 +28,12 @@ class TrainStep:
     update: Transform
 
     def init(self, model: nn.Module | Params, *, seed: int | None = None) -> State:
-        """The first state: one tree of tensors with params, buffers, transforms and random state.
+        """Return the first state: a tree of tensors (params, buffers, transforms, random state).
 
         Args:
             model: A module, or the parameters of a plain loss.
-            seed: Where the random numbers of the steps start; None takes the present state of
-                torch's generators. Either way those are left alone, now and by the steps.
+            seed: The seed of the steps' random numbers; None takes the present state of torch's
+                generators. In both cases neither this call nor the steps change those.
         """
         if isinstance(model, nn.Module):
             params, buffers = extract(model)
@@ -54,24 +54,24 @@ class TrainStep:
     def __call__(
         self, state: State, batch: Any, *more: Any, donate: bool = False, **extra: Any
     ) -> tuple[State, Out]:
-        """One step; the same state and batch always give the same result.
+        """Run one step; the same state and batch always give the same result.
 
         Args:
-            state: From `init` or the step before. Not changed.
-            batch: As for `microbatch_grads`.
-            *more: Refused.
-            donate: Write parameters and transform states into their old tensors.
-            **extra: For the links: ``keep``, ``count``, ``value``.
+            state: The state from `init` or the step before. It is not changed.
+            batch: See `microbatch_grads`.
+            *more: Not allowed; for the error message.
+            donate: True to write parameters and transform states into their old tensors.
+            **extra: Keywords for the transforms: ``keep``, ``count``, ``value``.
 
         Returns:
             The new state, and ``info`` with ``loss`` () (the mean over the rows), ``keep`` and the
-            metrics of the links. With a loss that has aux, ``info["aux"]`` is its aux, a tree whose
-            leaves have a leading axis M: the one entry that may be no tensor. A skipped step still
-            advances buffers and random state.
+            metrics of the transforms. With a loss that has aux, ``info["aux"]`` is its aux, a tree
+            whose leaves have a leading axis M: the only entry that may not be a tensor. A skipped
+            step still advances buffers and random state.
 
         Raises:
-            TypeError: The state is no dict, for example the model, or a result not unpacked.
-            ValueError: It is the state of something else.
+            TypeError: The state is not a dict, for example the model, or a result not unpacked.
+            ValueError: It is the state of another object.
         """
         if more:
             raise more_than_a_batch("step(state, batch)", "step(state, (x, y))", more)
@@ -80,7 +80,7 @@ class TrainStep:
             "step",
             state,
             PARTS,
-            "Begin with state = step.init(model), and go on with state, info = step(state, batch).",
+            "Begin with state = step.init(model), then write state, info = step(state, batch).",
         )
         device = _tree.device_of(state["params"])
         with random_state_restored(device):
@@ -111,18 +111,18 @@ def train_step(
     chunk_size: int | None = None,
     memory_budget: int | float = 0.25,
 ) -> TrainStep:
-    """Loss, gradients and update as one object with one state to checkpoint.
+    """Combine loss, gradients and update into one object with one state to checkpoint.
 
     Args:
-        loss: What `model_loss` returns, or a pure ``loss(params, batch) -> scalar``.
+        loss: The result of `model_loss`, or a pure ``loss(params, batch) -> scalar``.
         update: A chain that takes rows and ends in an update.
-        *more: Refused.
-        has_aux: ``loss`` returns ``(scalar, aux)``, as in `microbatch_grads`; with `model_loss` say
-            so there. The aux of a step is ``info["aux"]``.
+        *more: Not allowed; for the error message.
+        has_aux: True if ``loss`` returns ``(scalar, aux)``, as in `microbatch_grads`; with
+            `model_loss`, set it there. The aux of a step is ``info["aux"]``.
         microbatches: M rows per batch; None for one row per sample.
-        plan: As in `microbatch_grads`.
-        chunk_size: As in `microbatch_grads`.
-        memory_budget: As in `microbatch_grads`.
+        plan: See `microbatch_grads`.
+        chunk_size: See `microbatch_grads`.
+        memory_budget: See `microbatch_grads`.
 
     Raises:
         TypeError: ``update`` does not take rows or does not end in an update.
@@ -159,7 +159,7 @@ def train_step(
 
 
 def _no_chain(update: Any, more: tuple[Any, ...]) -> TypeError:
-    """What is said of something else than one chain."""
+    """Return the error for an argument that is not one chain."""
     links = [part for part in (update, *more) if isinstance(part, Transform)]
     if more and len(links) == 1 + len(more):
         names = ", ".join(f"{part.name or 'chain'}(...)" for part in links)
@@ -173,4 +173,4 @@ def _no_chain(update: Any, more: tuple[Any, ...]) -> TypeError:
             f"train_step: expected train_step(loss, update, microbatches=...), found {stranger} as "
             f"an argument by place. Write microbatches={stranger}."
         )
-    return no_link(stranger, "train_step")
+    return not_a_transform(stranger, "train_step")

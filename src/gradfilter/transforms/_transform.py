@@ -1,4 +1,4 @@
-"""Make a transform from its two functions, and check what it is given."""
+"""Make a transform from its two functions, and check its arguments."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REDUCERS = "mean_rows(), agree_filter() or consensus_filter()"
 
 
 def no_state(params: Params) -> State:
-    """The state of a link that remembers nothing."""
+    """Return the state of a transform without memory."""
     return {}
 
 
@@ -39,12 +39,12 @@ def transform(
     """Make a `Transform` whose update first checks kind, names and shapes of its gradients.
 
     Args:
-        name: How the link is called in metrics and errors.
+        name: The name in metrics and errors.
         kinds: One signature such as ``"rows -> tree"``, or several.
         update: ``update(grads, state, params, /, **extra) -> (grads, state, out)``, pure. It gets a
-            GradStack when the link takes rows, also if the caller gave a plain stacked dict.
+            GradStack when the transform takes rows, also if the caller gave a plain stacked dict.
         init: Makes the first state.
-        needs: Global names that an earlier link has to publish.
+        needs: The global names that an earlier transform must publish.
         publishes: Every key of ``out``.
 
     Raises:
@@ -96,7 +96,7 @@ link = transform
 def _check_names(name: str, update: Callable[..., Any]) -> None:
     """Refuse `def update(rows, state, params, **extra)`, to which chains also give ``rows=``."""
     code = getattr(update, "__code__", None)
-    # A scheduled link is made anew in every step; a compiler has seen this one made before.
+    # A scheduled transform is made in every step; under a compiler it has been checked before.
     if torch.compiler.is_compiling() or code is None:
         return
     for parameter in code.co_varnames[code.co_posonlyargcount : min(3, code.co_argcount)]:
@@ -108,13 +108,13 @@ def _check_names(name: str, update: Callable[..., Any]) -> None:
 
 
 def admit(name: str, kinds: tuple[str, ...], grads: Any, params: Params) -> GradStack | Tree:
-    """Gradients in the form a link of these kinds takes, or an error that names the link."""
+    """Convert gradients to the form that these kinds take, or raise an error with the name."""
     takes = {kind.split(" -> ")[0] for kind in kinds}
     if isinstance(grads, GradStack):
         if "rows" not in takes:
             raise TypeError(
-                f"{name}: rows reach a link that takes one gradient tree, found a GradStack of "
-                f"{len(grads)} rows. Put a reducer before it: {REDUCERS}."
+                f"{name}: rows reach a transform that takes one gradient tree, found a GradStack "
+                f"of {len(grads)} rows. Put a reducer before it: {REDUCERS}."
             )
     elif not isinstance(grads, dict):
         raise TypeError(
@@ -145,12 +145,12 @@ def check_leaves(name: str, grads: GradStack | Tree, params: Params) -> None:
             raise ValueError(
                 f"{name}: expected gradient {leaf!r} of shape {tuple(params[leaf].shape)}, found "
                 f"{tuple(shape)}. For stacked rows, put a reducer first ({REDUCERS}), or "
-                "wrap them in DenseStack where the link takes rows as well as a tree."
+                "wrap them in DenseStack where the transform takes rows as well as a tree."
             )
 
 
 def check_states(name: str, before: State, after: State) -> None:
-    """Refuse states that hold something else than tensors, or other ones than before."""
+    """Refuse states that hold other objects than tensors, or other entries than before."""
     for leaf in (*_tree.leaves(before), *_tree.leaves(after)):
         if not isinstance(leaf, Tensor):
             raise TypeError(
@@ -177,9 +177,9 @@ def check_number(
     open_high: bool = False,
     fix: str,
 ) -> None:
-    """Refuse a number out of range; tensors (scheduled values) are taken on trust.
+    """Refuse a number out of range; tensors (scheduled values) are not checked.
 
-    Looking at a tensor's value would make every step wait for the device.
+    Reading a tensor's value would make every step wait for the device.
     """
     if isinstance(value, Tensor):
         return
@@ -200,14 +200,14 @@ def check_number(
 
 
 def check_distance(link_name: str, value: Any, fix: str) -> None:
-    """Refuse a threshold that is no cosine distance; infinity is a way to say that all pass."""
+    """Refuse a threshold that is not a cosine distance; infinity accepts all rows."""
     if not (isinstance(value, float) and value == float("inf")):
         fix = f"It is a cosine distance, 1 - cos, and no percentage; {fix}"
         check_number(link_name, "threshold", value, low=0, high=2, fix=fix)
 
 
 def check_predicate(link_name: str, argument: str, value: Any) -> None:
-    """Refuse a list of names where a function of a name is meant."""
+    """Refuse a list of names in place of a function of a name."""
     if not callable(value):
         raise TypeError(
             f"{link_name}: expected {argument} as a function of a leaf's name, found "
@@ -216,5 +216,5 @@ def check_predicate(link_name: str, argument: str, value: Any) -> None:
 
 
 def is_off(value: Any) -> bool:
-    """Whether a hyperparameter is a plain zero; a scheduled one never is."""
+    """Return whether a hyperparameter is a plain zero; a scheduled one never is."""
     return not isinstance(value, Tensor) and value == 0

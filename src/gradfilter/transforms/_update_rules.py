@@ -17,13 +17,13 @@ from gradfilter.transforms._blocks import blocks
 from gradfilter.transforms._schedules import Schedule, as_schedule
 from gradfilter.transforms._transform import check_leaves, check_number, is_off, transform
 
-# --- One fused kernel per update rule: every number is read and written once ---
+# --- One fused kernel per update rule reads and writes every number once ---
 
 
 Leaves = list[Tensor]
 
-# kernel(params, grads, buffers by name, t, lr, skip) works in place, and where skip is 1 it does
-# not: no bit changes, whatever the gradients are.
+# kernel(params, grads, buffers by name, t, lr, skip) works in place. If skip is 1, no bit
+# changes, for any gradients.
 Kernel = Callable[[Leaves, Leaves, dict[str, Leaves], Tensor, Tensor, Tensor | None], None]
 
 BLOCK = 1 << 19
@@ -32,8 +32,8 @@ KERNEL_DTYPES = (*WIDE, torch.bfloat16, torch.float16)
 
 
 def fits_kernel(params: Tree, trees: Iterable[Any], cpu_dtypes: Collection[torch.dtype]) -> bool:
-    """Whether the kernels take them: plain contiguous tensors, and the trees like the params."""
-    # A compiler makes more of formulas, and vmap has no rule for the kernels.
+    """Return whether kernels can run: plain contiguous tensors, and trees like the params."""
+    # A compiler optimises formulas better, and vmap does not support the kernels.
     if followed():
         return False
     dtypes = {"cpu": cpu_dtypes, "cuda": KERNEL_DTYPES}
@@ -65,8 +65,8 @@ def run_kernel(
     keep: Tensor | None,
     donate: bool,
 ) -> tuple[Tree, dict[str, Tree]]:
-    """New parameters and buffers: the old tensors where those are donated, else copies."""
-    # On a GPU the kernels read their scalars as float32; on a CPU they read an lr of any width.
+    """Return new parameters and buffers: the old tensors if they are donated, else copies."""
+    # On a GPU the kernels read their scalars as float32; on a CPU they read an lr of any dtype.
     t = t.to(torch.float32)
     lr = lr if lr.device.type == "cpu" else lr.to(torch.float32)
     skip = None if keep is None else keep.logical_not().to(torch.float32)
@@ -76,7 +76,7 @@ def run_kernel(
         lists = [[tree[n] if donate else tree[n].clone() for n in names] for tree in old]
         own = dict(zip(buffers, lists[1:], strict=True))
         kernel(lists[0], [grads[n] for n in names], own, t, lr, skip)
-        if donate:  # the kernels do not tell autograd, which may have saved these tensors
+        if donate:  # tell autograd, which may have saved these tensors; the kernels do not
             changed = [leaf for leaves in lists for leaf in leaves if not leaf.is_inference()]
             torch.autograd.graph.increment_version(changed)
         for tree, leaves in zip(new, lists, strict=True):
@@ -95,14 +95,14 @@ LeafStep = Callable[
 
 
 def new_count(params: Params) -> Tensor:
-    """The number of applied steps, 0, on the device of the parameters."""
+    """Return the initial number of applied steps, 0, on the device of the parameters."""
     return torch.zeros((), dtype=torch.int64, device=_tree.device_of(params))
 
 
 def schedule_value(
     schedule: Schedule, own: Tensor, state: State, extra: dict[str, Any]
 ) -> tuple[Tensor, State]:
-    """The value of a schedule at the caller's ``count=``, else at the link's own count."""
+    """Return the value of a schedule at the caller's ``count=``, else at the own count."""
     given = extra.get("count")
     if given is None:
         count = own
@@ -124,20 +124,20 @@ def update_rule(
     kernel: Kernel | None = None,
     cpu_dtypes: Collection[torch.dtype] = KERNEL_DTYPES,
 ) -> Transform:
-    """A ``tree -> update`` link from what it does to one leaf.
+    """Return a ``tree -> update`` transform from its action on one leaf.
 
     Args:
-        name: The link's name.
+        name: The transform's name.
         lr: A number, a 0-d tensor or a Schedule.
-        buffers: Names of the tensors kept per leaf, zero at first.
-        step: What happens to one leaf after the sign and L2.
-        weight_decay: L2, g ← g + λ p. Decoupled decay is the step's own business.
-        maximize: Flip the sign, before L2.
-        kernel: All of this and the addition to the parameters at once, where there is one.
-        cpu_dtypes: What the kernel is right for on a CPU.
+        buffers: The names of the tensors kept per leaf, initially zero.
+        step: The action on one leaf after the sign and L2.
+        weight_decay: L2 decay, g ← g + λ p. The step itself applies decoupled decay.
+        maximize: True to flip the sign, before L2.
+        kernel: A fused kernel of all this and the addition to the parameters, if there is one.
+        cpu_dtypes: The dtypes for which the kernel is correct on a CPU.
     """
     if not isinstance(lr, Schedule):
-        check_number(name, "lr", lr, low=0, fix="A Schedule such as cosine(...) fits, too.")
+        check_number(name, "lr", lr, low=0, fix="A Schedule such as cosine(...) also fits.")
     check_number(name, "weight_decay", weight_decay, low=0, fix="0 switches it off.")
     schedule = as_schedule(lr)
 
@@ -147,7 +147,7 @@ def update_rule(
         return {**state, "count": count, "lr": schedule.init(count)}
 
     def begin(state: State, extra: dict[str, Any]) -> tuple[Tensor, Tensor, State]:
-        """The lr of this step, t and the schedule's state after it."""
+        """Return the lr of this step, t and the schedule's state after it."""
         value, lr_state = schedule_value(schedule, state["count"], state["lr"], extra)
         return value, state["count"] + 1, lr_state
 
@@ -212,18 +212,18 @@ def adam(
     amsgrad: bool = False,
     maximize: bool = False,
 ) -> Transform:
-    """Adam with L2 decay, as `torch.optim.Adam`.
+    """Apply Adam with L2 decay, as `torch.optim.Adam`.
 
     g ← ±g + λ p;  m ← β1 m + (1 − β1) g;  v ← β2 v + (1 − β2) g²;
     p ← p − lr / (1 − β1^t) · m / (√v / √(1 − β2^t) + eps). AMSGrad takes the largest v so far.
 
     Args:
-        lr: At least 0, or a Schedule.
+        lr: The learning rate, at least 0, or a Schedule.
         betas: (β1, β2), each in [0, 1).
-        eps: Outside the root, after bias correction.
-        weight_decay: λ >= 0, L2.
-        amsgrad: Use the maximum of the raw v.
-        maximize: Ascend.
+        eps: Added outside the root, after bias correction.
+        weight_decay: The L2 factor λ >= 0.
+        amsgrad: True to use the maximum of the raw v.
+        maximize: True to ascend.
 
     Publishes: ``lr`` ().
 
@@ -252,15 +252,15 @@ def adamw(
     amsgrad: bool = False,
     maximize: bool = False,
 ) -> Transform:
-    """Adam with decoupled decay, as `torch.optim.AdamW`: p ← (1 − lr λ) p, then Adam without L2.
+    """Apply AdamW, as `torch.optim.AdamW`: p ← (1 − lr λ) p, then Adam without L2.
 
     Args:
-        lr: At least 0, or a Schedule.
+        lr: The learning rate, at least 0, or a Schedule.
         betas: (β1, β2), each in [0, 1).
-        eps: Outside the root, after bias correction.
-        weight_decay: λ >= 0, decoupled.
-        amsgrad: Use the maximum of the raw v.
-        maximize: Ascend.
+        eps: Added outside the root, after bias correction.
+        weight_decay: The decoupled factor λ >= 0.
+        amsgrad: True to use the maximum of the raw v.
+        maximize: True to ascend.
 
     Publishes: ``lr`` ().
 
@@ -358,18 +358,18 @@ def sgd(
     nesterov: bool = False,
     maximize: bool = False,
 ) -> Transform:
-    """Stochastic gradient descent, as `torch.optim.SGD`.
+    """Apply stochastic gradient descent, as `torch.optim.SGD`.
 
-    g ← ±g + λ p;  b ← μ b + (1 − dampening) g, the first b being g itself;  p ← p − lr · b
-    (Nesterov: p − lr (g + μ b)). The lr is applied at the end and is in no buffer.
+    g ← ±g + λ p;  b ← μ b + (1 − dampening) g, with b = g in the first step;  p ← p − lr · b
+    (Nesterov: p − lr (g + μ b)). The lr is applied at the end and does not enter a buffer.
 
     Args:
-        lr: At least 0, or a Schedule.
-        momentum: μ >= 0.
+        lr: The learning rate, at least 0, or a Schedule.
+        momentum: The factor μ >= 0.
         dampening: Usually 0.
-        weight_decay: λ >= 0, L2.
+        weight_decay: The L2 factor λ >= 0.
         nesterov: Needs momentum > 0 and dampening = 0.
-        maximize: Ascend.
+        maximize: True to ascend.
 
     Publishes: ``lr`` ().
 
@@ -393,7 +393,7 @@ def sgd(
     def step(g: Tensor, p: Tensor, own: Leaf, t: Tensor, lr: Tensor) -> tuple[Tensor, Leaf]:
         if buffers:
             b = momentum * own["momentum"]
-            # Without dampening the first buffer is the gradient, because it starts from zeros.
+            # Without dampening the first buffer equals the gradient, because it starts from zeros.
             b = b + g if is_off(dampening) else torch.where(t == 1, g, b + (1 - dampening) * g)
             own = {"momentum": b}
             g = g + momentum * b if nesterov else b
@@ -412,7 +412,7 @@ def sgd(
             dampening=0.0,
             nesterov=nesterov,
             maximize=maximize,
-            is_first_step=False,  # from a buffer of zeros the first one comes out right
+            is_first_step=False,  # with a buffer of zeros the first step is correct
             found_inf=skip,
         )
 
@@ -425,7 +425,8 @@ def sgd(
         weight_decay=weight_decay,
         maximize=maximize,
         kernel=kernel if plain else None,
-        # To torch 2.13 the CPU kernel skips most of half precision: pytorch/pytorch issue 191763.
+        # Up to torch 2.13 the CPU kernel skips most of half precision: pytorch/pytorch issue
+        # 191763.
         cpu_dtypes=WIDE,
     )
 
@@ -441,19 +442,19 @@ def rmsprop(
     centered: bool = False,
     maximize: bool = False,
 ) -> Transform:
-    """RMSprop, as `torch.optim.RMSprop`.
+    """Apply RMSprop, as `torch.optim.RMSprop`.
 
     g ← ±g + λ p;  v ← α v + (1 − α) g²;  s = √v + eps, centered: √(v − ḡ²) + eps with
     ḡ ← α ḡ + (1 − α) g;  p ← p − lr g/s, with momentum b ← μ b + g/s and p ← p − lr b.
 
     Args:
-        lr: At least 0, or a Schedule.
+        lr: The learning rate, at least 0, or a Schedule.
         alpha: In [0, 1]; v starts from 0 without bias correction.
-        eps: Outside the root.
-        weight_decay: λ >= 0, L2.
-        momentum: μ >= 0.
-        centered: Normalise by the variance.
-        maximize: Ascend.
+        eps: Added outside the root.
+        weight_decay: The L2 factor λ >= 0.
+        momentum: The factor μ >= 0.
+        centered: True to normalise by the variance.
+        maximize: True to ascend.
 
     Publishes: ``lr`` ().
 

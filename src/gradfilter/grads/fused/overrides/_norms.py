@@ -92,10 +92,7 @@ class _BatchNorm(torch.autograd.Function):
         tape: Tape,
     ) -> Tensor:
         w, b = (None if p is None else p.value for p in (weight, bias))
-        wide = x.dtype in (
-            torch.float32,
-            torch.float64,
-        )  # else torch chooses the dtype of the statistics
+        wide = x.dtype in (torch.float32, torch.float64)  # else torch's own choice
         if x.ndim == 5 and wide and _is_plain(x[0]):
             means, inverses = x.new_empty(2, len(x), x.shape[2])
             y = torch.empty_like(x)

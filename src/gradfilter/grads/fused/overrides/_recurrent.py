@@ -69,9 +69,7 @@ def cell(gates: Gates) -> Override:
         if not host.batched(input, *states, w_ih, w_hh):
             return NotImplemented
         dtype = autocast_dtype(input.device)
-        if (
-            dtype is not None and input.device.type != "cpu"
-        ):  # autocast knows the cell on accelerators
+        if dtype is not None and input.device.type != "cpu":  # autocast knows the cell there
             states = tuple(s.to(dtype) for s in states)
         host.tape.overrides["cell"] += 1
         from_input = linear_or_vmap(host, input, w_ih, b_ih)
