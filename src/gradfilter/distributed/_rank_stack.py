@@ -416,7 +416,7 @@ class RankStack(BaseStack):
 
     def explain(self) -> str:
         """Return how the rows of this rank are computed and held."""
-        return f"{self!r}, of which this rank holds: {self._spread.local.explain()}"
+        return f"{self!r}, of which this rank holds: {self._gathered.local.explain()}"
 
     def release(self) -> None:
         """Free everything that can be computed or exchanged again."""
