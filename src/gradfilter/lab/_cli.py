@@ -41,13 +41,14 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _demo(options: Sequence[str]) -> int:
-    from gradfilter.lab._demo import demo
     from gradfilter.lab._demo_config import DemoConfig
     from gradfilter.lab._options import environment_arguments, parse
 
-    return demo(
-        parse(DemoConfig, "gradfilter demo", [*environment_arguments(DemoConfig), *options])
-    )
+    given = [*environment_arguments(DemoConfig), *options]
+    config = parse(DemoConfig, "gradfilter demo", given)
+    from gradfilter.lab._demo import demo
+
+    return demo(config)
 
 
 def _train(options: Sequence[str]) -> int:
@@ -58,7 +59,6 @@ def _train(options: Sequence[str]) -> int:
 
 def _stats(options: Sequence[str]) -> int:
     from gradfilter.lab._options import environment_arguments, from_files, parse
-    from gradfilter.lab.stats._stats_command import stats
     from gradfilter.lab.stats._stats_config import StatsConfig, refuse_unread
 
     given = [
@@ -68,6 +68,8 @@ def _stats(options: Sequence[str]) -> int:
     ]
     config = parse(StatsConfig, "gradfilter stats", given)
     refuse_unread(config, options)
+    from gradfilter.lab.stats._stats_command import stats
+
     return stats(config)
 
 
@@ -79,13 +81,16 @@ def _sweep(options: Sequence[str]) -> int:
 
 def _report(options: Sequence[str]) -> int:
     from gradfilter.lab._options import parse
-    from gradfilter.lab.report._report import report
     from gradfilter.lab.report._report_config import ReportConfig
 
-    return report(parse(ReportConfig, "gradfilter report", options))
+    config = parse(ReportConfig, "gradfilter report", options)
+    from gradfilter.lab.report._report import report
+
+    return report(config)
 
 
-# Each command imports its modules when it runs, so that --help imports none of them.
+# Each command parses its options before it imports the modules that do the work, so that --help
+# and a misspelt option answer fast.
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "demo": _demo,
     "train": _train,

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from gradfilter.lab._options import MaybePath
 from gradfilter.lab._processes import started_processes
 from gradfilter.lab._run_files import named_directory, numbered_directory
 from gradfilter.lab._usage import check, usable_device
@@ -41,7 +42,7 @@ class DemoConfig:
     """Device: cpu, cuda, cuda:1, mps, ... With cuda, each process uses its own GPU."""
     dtype: Literal["float32", "float64"] = "float32"
     """Dtype of parameters and images."""
-    out: Path | None = None
+    out: MaybePath = None
     """Directory of the results, new or empty. By default a new one in runs/."""
 
 

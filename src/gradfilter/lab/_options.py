@@ -8,7 +8,7 @@ import re
 import shutil
 import textwrap
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import fields
 from importlib import resources
@@ -16,7 +16,7 @@ from importlib.resources.abc import Traversable
 from io import StringIO
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
@@ -25,6 +25,15 @@ from gradfilter.lab._usage import UsageError, did_you_mean, refuse_odd
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+
+# --- Options without a default: help shows their type, and not None ---
+
+
+MaybeFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+MaybeInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+MaybeStr = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
+MaybePath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 
 
 # --- Help and messages of tyro in plain words ---
@@ -97,6 +106,51 @@ def wrapped(text: str) -> str:
     return "\n\n".join([usage, *filled]) + "\n\n" + table + rest
 
 
+def grouped(text: str, groups: Mapping[str, Collection[str]]) -> str:
+    r"""List the options of a help text under several headings.
+
+    Args:
+        text: The help of tyro.
+        groups: Fields by heading. Options of other fields stay in the first table.
+
+    Examples:
+        >>> help = " options\n --------\n  --seed INT\n      A seed.\n  --last"
+        >>> print(grouped(help, {"data": ["seed"]}))
+         options
+         --------
+          --last
+        <BLANKLINE>
+         data
+         --------
+          --seed INT
+              A seed.
+    """
+    if not groups or not (found := _find_table(text)):
+        return text
+    heading, rule = found[0].split("\n")
+    heading_of = {name: title for title, names in groups.items() for name in names}
+    tables: dict[str, list[str]] = {title: [] for title in ("", *groups)}
+    title = ""
+    lines = [line.rstrip() for line in text[found.start() :].splitlines()]
+    for line, below in zip_longest(lines, lines[1:], fillvalue=""):
+        if not line or set(line.strip()) == {"-"} or (below and set(below.strip()) == {"-"}):
+            continue  # a blank line, or the rule and the heading of a table
+        for name in _options(line):
+            title = heading_of.get(name.replace("-", "_"), "")
+            break
+        tables[title].append(line)
+    full = "-" * len(rule.strip())
+    return (
+        text[: found.start()]
+        + "\n\n".join(
+            "\n".join([f" {title}" if title else heading.rstrip(), f" {full}", *rows])
+            for title, rows in tables.items()
+            if rows
+        )
+        + ("\n" if text.endswith("\n") else "")
+    )
+
+
 def _find_table(text: str) -> re.Match[str] | None:
     """Find the heading of the first table, above its rule."""
     return re.search(r"(?m)^ \S.*\n -{3,}", text)
@@ -108,8 +162,19 @@ def _find_table(text: str) -> re.Match[str] | None:
 Config = TypeVar("Config")
 
 
-def parse(config: type[Config], program: str, options: Sequence[str]) -> Config:
+def parse(
+    config: type[Config],
+    program: str,
+    options: Sequence[str],
+    groups: Mapping[str, Collection[str]] | None = None,
+) -> Config:
     """Parse options into a dataclass; the last value of a repeated option is used.
+
+    Args:
+        config: The dataclass.
+        program: Name of the program in help and errors.
+        options: Options of the command line.
+        groups: Fields by the heading under which help lists them; None for one list.
 
     Raises:
         UsageError: tyro refuses the options; its message, on one line.
@@ -123,7 +188,7 @@ def parse(config: type[Config], program: str, options: Sequence[str]) -> Config:
             parsed = tyro.cli(config, prog=program, args=options)
     except SystemExit as stop:
         if not stop.code:
-            print(wrapped(shown.getvalue()), end="")
+            print(wrapped(grouped(shown.getvalue(), groups or {})), end="")
             raise
         said = plainly(one_line(refused.getvalue()).rstrip("."))
         near = hints(said, _help(config, program)) if "Unrecognized" in said else ""

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import tomllib
 import types
+from dataclasses import fields
+from itertools import chain
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from gradfilter.lab.train._restore import restored
 from gradfilter.lab.train._run_place import find_runs, place_of
 from gradfilter.lab.train._train import Watch, train_to_the_end, why_all_skipped, why_not_finite
 from gradfilter.lab.train._train_command import parse_train
-from gradfilter.lab.train._train_config import TrainConfig
+from gradfilter.lab.train._train_config import GROUPS, TrainConfig
 from gradfilter.lab.train._training import advance, evaluation
 
 CPU = torch.device("cpu")
@@ -280,11 +282,42 @@ def test_every_published_recipe_is_a_preset_that_prints_itself():
         update_of(parse_train(["--preset", name]).settings, 1000, 100)
     for name, tables in {"train": "train", "sweep": "sweep", "stats": "stats"}.items():
         listed = " ".join(command(name, "--help")[1].split())
-        help_of = listed[listed.index("--preset {None}|STR") : listed.index("--config {None}|PATH")]
+        help_of = listed[listed.index("--preset STR") : listed.index("--config PATH")]
         having = {k for k in known if tables in tomllib.loads(presets()[k].read_text())}
         assert {*re.findall(r"[\w]+(?:-[\w]+)+", help_of.replace("- ", "-"))} == having
     gaf = parse_train(["--preset", "gaf-cifar100", "--agree", "0.9"]).settings
     assert (gaf.data, gaf.agree, gaf.nesterov, gaf.lr_patience) == ("cifar100", 0.9, True, 100)
+
+
+def test_the_help_lists_every_option_once_under_its_group():
+    assert sorted(chain(*GROUPS.values())) == sorted(f.name for f in fields(TrainConfig))
+    text = command("train", "--help")[1]
+    assert "{None}" not in text and "(default: None)" not in text
+    tables = re.split(r"(?m)^ ([a-z ]+)\n -+\n", text)[1:]
+    listed = {
+        title: [name.replace("-", "_") for name in re.findall(r"(?m)^  --([\w-]+)", rows)]
+        for title, rows in zip(tables[::2], tables[1::2], strict=True)
+    }
+    assert listed.pop("options") == ["preset", "config", "print_config"]
+    assert list(listed) == list(GROUPS)
+    assert {title: sorted(names) for title, names in listed.items()} == {
+        title: sorted(names) for title, names in GROUPS.items()
+    }
+
+
+def test_help_and_a_misspelt_option_import_nothing_heavy():
+    for options in (["--help"], ["--leraning-rate", "3"]):
+        code = (
+            "import sys\n"
+            "from gradfilter.lab._cli import main\n"
+            "try: main(['train', *sys.argv[1:]])\n"
+            "except SystemExit as stop: code = stop.code\n"
+            "print(code or 0, *{'sklearn', 'matplotlib', 'pandas', 'torchvision'} & {*sys.modules})"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, *options], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.splitlines()[-1] == ("0" if options == ["--help"] else "2"), done.stdout
 
 
 def test_the_help_names_the_data_sets_that_the_error_does():

@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from gradfilter.lab._usage import UsageError, check
@@ -214,6 +212,10 @@ def digits(seed: int) -> OriginalData:
     Both are taken over all pixels of the training part, before validation samples are split off, so
     images do not change with the size of the validation split.
     """
+    # Imported on use: the import takes a second, and --help does not need it.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     pixels, labels = load_digits(return_X_y=True)
     ids = train_test_split(
         np.arange(len(labels)),

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from gradfilter.lab._options import MaybePath
+
 
 @dataclass(frozen=True)
 class ReportConfig:
@@ -19,6 +21,6 @@ class ReportConfig:
 
     dirs: Positional[tuple[Path, ...]] = (Path("runs"),)
     """Directories with trainings, at any depth."""
-    out: Path | None = None
+    out: MaybePath = None
     """Directory of the report: new, empty, or with an earlier report, which is replaced. By default
     the folder report in the first of the directories."""

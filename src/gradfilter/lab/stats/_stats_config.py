@@ -10,6 +10,7 @@ from typing import Literal
 
 import tyro
 
+from gradfilter.lab._options import MaybeFloat, MaybeInt, MaybePath, MaybeStr
 from gradfilter.lab._usage import UsageError, check
 from gradfilter.lab.stats._surroundings import StrategyName, is_path
 
@@ -96,28 +97,28 @@ class StatsConfig:
     """
 
     # Not an option: torchrun would take --run for one of its own.
-    run: tyro.conf.Positional[Path | None] = None
+    run: tyro.conf.Positional[MaybePath] = None
     """Directory of the run. Without it, the run in --save-dir that fits --data, --model,
     --label-noise, --seed and --name."""
-    data: str | None = None
+    data: MaybeStr = None
     """Find the run by its data set, such as digits."""
-    model: str | None = None
+    model: MaybeStr = None
     """Find the run by its model, such as mlp_256."""
-    label_noise: float | None = None
+    label_noise: MaybeFloat = None
     """Find the run by its fraction of wrong labels, in [0, 1)."""
-    seed: int | None = None
+    seed: MaybeInt = None
     """Find the run by its seed."""
-    name: str | None = None
+    name: MaybeStr = None
     """Find the run by its folder inside --save-dir (NAME)."""
     save_dir: Path = Path("runs")
     """Directory of all runs (SAVE_DIR)."""
-    data_dir: Path | None = None
+    data_dir: MaybePath = None
     """Directory of the data sets (DATA_DIR), if it has moved since the training."""
 
-    preset: str | None = None
+    preset: MaybeStr = None
     """Measurement of a published recipe: double-descent-cifar10 or double-descent-digits. Other
     options override it."""
-    config: Path | None = None
+    config: MaybePath = None
     """TOML file with a table [stats]. It overrides a preset; options override both."""
 
     metric: MetricName = "crossentropy"
@@ -128,12 +129,12 @@ class StatsConfig:
     """Measure the last checkpoint."""
     checkpoint_by_step: bool = False
     """Read the numbers of --checkpoint as training steps."""
-    nsteps_per_epoch: int | None = None
+    nsteps_per_epoch: MaybeInt = None
     """Steps per epoch. Read the numbers of --checkpoint as epochs; needs --checkpoint-by-step."""
 
     dataset_split: Literal["train", "val", "test"] = "train"
     """Samples to measure on."""
-    num_samples: int | None = None
+    num_samples: MaybeInt = None
     """Number of samples, in the order of the split; by default all after --skip. Parts whose sizes
     are multiples of --batch-size are joined once they cover the split."""
     skip: int = 0

@@ -6,12 +6,12 @@ import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from optuna.distributions import distribution_to_json
 
+from gradfilter.lab._options import MaybeInt, MaybePath, MaybeStr
 from gradfilter.lab._usage import UsageError, check
 from gradfilter.lab.sweep._axes import Axis, Reader, axes_of, fields_of
 from gradfilter.lab.train._build_training import data_of, model_of
@@ -43,12 +43,12 @@ class SweepConfig:
     sample: tuple[str, ...] = ()
     """NAME=LOW:HIGH, NAME=log:LOW:HIGH or NAME=VALUE,VALUE,...: search settings of train by
     tree-structured Parzen estimators (TPE)."""
-    trials: int | None = None
+    trials: MaybeInt = None
     """Number of trainings for --sample, by default 20; a larger number extends a study."""
-    sampler_seed: int | None = None
+    sampler_seed: MaybeInt = None
     """Seed of the search, by default 0."""
 
-    metric: str | None = None
+    metric: MaybeStr = None
     """Number of an evaluation to compare: by default val_accuracy with a validation split, else,
     for a grid, test_accuracy."""
     evaluation: Literal["last", "best"] = "last"
@@ -59,7 +59,7 @@ class SweepConfig:
     name: str = ""
     """Name of the study, and of the folder of its runs inside train's --save-dir; by default sweep
     (NAME)."""
-    storage: str | None = None
+    storage: MaybeStr = None
     """Storage of the study: a file, by default study.db in that folder, or for several machines the
     URL of a database: postgresql://USER@HOST/NAME, mysql://..."""
     jobs: int = 1
@@ -70,10 +70,10 @@ class SweepConfig:
     retry_failed: bool = False
     """Repeat failed trainings."""
 
-    preset: str | None = None
+    preset: MaybeStr = None
     """Tables [sweep] and [train] of a published recipe: gaf-cifar100, gaf-cifar100n,
     agc-cifar10, gsam-cifar10, double-descent-cifar10 or double-descent-digits."""
-    config: Path | None = None
+    config: MaybePath = None
     """TOML file with such tables. It overrides a preset; options override both."""
 
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 
 import tyro
 
-from gradfilter.lab._options import as_toml, environment_arguments, from_files, parse, read_settings
+from gradfilter.lab._options import (
+    MaybePath,
+    MaybeStr,
+    as_toml,
+    environment_arguments,
+    from_files,
+    parse,
+    read_settings,
+)
 from gradfilter.lab.train._config_checks import refuse_ignored
 from gradfilter.lab.train._run_place import plain_settings
-from gradfilter.lab.train._train import train
-from gradfilter.lab.train._train_config import TrainConfig
+from gradfilter.lab.train._train_config import GROUPS, TrainConfig
 
 PROGRAM = "gradfilter train"
 
@@ -29,14 +35,14 @@ class TrainCommand:
 
     settings: tyro.conf.OmitArgPrefixes[TrainConfig]
     """"""
-    preset: str | None = None
-    """A published recipe by name: gaf-cifar100, gaf-cifar100n, agc-cifar10, gsam-cifar10,
+    preset: MaybeStr = None
+    """A published recipe: gaf-cifar100, gaf-cifar100n, agc-cifar10, gsam-cifar10,
     double-descent-cifar10, double-descent-digits; or a training of the demo: demo-sgd, demo-agree,
-    demo-consensus. Options given beside it count more."""
-    config: Path | None = None
-    """A TOML file with a table [train]; counts more than a preset, less than options."""
+    demo-consensus. Other options override it."""
+    config: MaybePath = None
+    """TOML file with a table [train]. It overrides a preset; options override both."""
     print_config: bool = False
-    """Print all settings as such a file, and do nothing."""
+    """Print all settings as such a file, and exit."""
 
 
 def train_command(options: Sequence[str]) -> int:
@@ -54,6 +60,9 @@ def train_command(options: Sequence[str]) -> int:
         return 0
     own = {} if command.config is None else read_settings(None, command.config, "train")
     refuse_ignored(command.settings, options, own)
+    # Imported after parsing: --help and a misspelt option need no training.
+    from gradfilter.lab.train._train import train
+
     return train(command.settings)
 
 
@@ -65,7 +74,7 @@ def parse_train(options: Sequence[str], program: str = PROGRAM) -> TrainCommand:
     """
     files = from_files(options, "train", TrainConfig)
     given = [*files, *environment_arguments(TrainConfig), *options]
-    return parse(TrainCommand, program, spelt_out(given))
+    return parse(TrainCommand, program, spelt_out(given), GROUPS)
 
 
 ALONE = {"--consensus": "1.0", "--budget-clip": "0.3", "--adaptive": "asam", "--average": "mean"}

@@ -1,13 +1,21 @@
-"""The options of ``gradfilter train``."""
+"""Define the options of ``gradfilter train``, and their groups in ``--help``."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from gradfilter.lab._options import MaybeFloat, MaybeInt, MaybePath
 
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
 ScheduleName = Literal["constant", "step", "linear", "cosine", "poly", "plateau"]
+MaybeAdaptive = Annotated[
+    Literal["asam", "gsam"] | None, tyro.conf.arg(metavar="{asam,gsam}", help_behavior_hint="")
+]
 
 
 @dataclass(frozen=True)
@@ -23,27 +31,27 @@ class TrainConfig:
     """digits, cifar10, cifar100, cifar100n-fine:FILE (or with --noise-file), synthetic,
     synthetic-uniform, synthetic-normal, synthetic-hypersphere, or folder:PATH (ImageFolder)."""
     data_dir: Path = Path("data")
-    """Where torchvision keeps its data sets (DATA_DIR)."""
+    """Directory of torchvision's data sets (DATA_DIR)."""
     download: bool = False
     """Download the data set if it is missing."""
-    noise_file: Path | None = None
-    """Human labels, for cifar100n-fine."""
+    noise_file: MaybePath = None
+    """File of human labels, for cifar100n-fine."""
     image_size: int = 224
-    """Height and width of images from folders, in pixels."""
+    """Side of images from folders, in pixels."""
     data_split_seed: int = 42
     """Seed of the split into train, validation and test."""
-    train_split: float | None = None
-    """Training samples: a number, or a fraction below 1; None takes all."""
-    val_split: float | None = None
-    """Validation samples, taken from the training part: a number, or a fraction below 1."""
+    train_split: MaybeFloat = None
+    """Training samples: a number, or a fraction below 1; by default all."""
+    val_split: MaybeFloat = None
+    """Validation samples out of the training part: a number, or a fraction below 1."""
     label_noise: float = 0.0
-    """Fraction of the training labels that are wrong, in [0, 1)."""
+    """Fraction of wrong training labels, in [0, 1)."""
     noise_type: Literal["symmetric", "pairflip", "class-concentrated"] = "symmetric"
-    """Which labels are wrong, and how."""
+    """Kind of wrong labels."""
     label_seed: int = 42
     """Seed of the wrong labels."""
     augmentation: bool = False
-    """Random crops of the padded image, and horizontal flips."""
+    """Augment by random crops and horizontal flips."""
     crop_flipped_only: bool = False
     """Crop only the images that are flipped."""
 
@@ -51,147 +59,174 @@ class TrainConfig:
     """resnet18_K, resnet18, resnet34, tv_resnet18, tv_resnet34, cnn_K, cnn5_K, vgg8 to vgg19,
     vit_D, mlp_H, wrn_D_W or lenet."""
     model_additions: tuple[str, ...] = ()
-    """What the model has beside its usual parts: batchnorm, dropout-0.1."""
+    """Additional layers: batchnorm, dropout-0.1."""
     model_arguments: tuple[str, ...] = ()
-    """Sizes that its name does not say, as NAME=NUMBER: width of vgg, patch and depth of vit, depth
-    of mlp."""
+    """Other sizes, as NAME=NUMBER: width of vgg, patch and depth of vit, depth of mlp."""
     weight_init: Literal["pytorch", "fixup", "mfixup", "nkaiming"] = "pytorch"
-    """How the parameters start."""
+    """Initialisation of the parameters."""
 
     epochs: float = 50.0
-    """Length of the training, in epochs."""
-    steps: int | None = None
+    """Length of the training in epochs."""
+    steps: MaybeInt = None
     """Length of the training in steps, instead of --epochs."""
-    batch_size: int | None = None
-    """Samples of a step, all microbatches together; 80 unless --samples-per-class says it."""
+    batch_size: MaybeInt = None
+    """Samples per step, over all microbatches; by default 80."""
     microbatches: int = 1
-    """Rows per batch, M."""
+    """Number of rows per batch, M."""
     per_sample: bool = False
-    """One row per sample, instead of --microbatches."""
-    samples_per_class: int | None = None
-    """Samples of every class in every microbatch: balanced batches instead of shuffled ones."""
+    """Use one row per sample, instead of --microbatches."""
+    samples_per_class: MaybeInt = None
+    """Samples of every class per microbatch, for balanced batches."""
     seed: int = 0
-    """Seed of initial parameters, batches and augmentation."""
+    """Seed of parameters, batches and augmentation."""
 
     optimizer: OptimizerName = "sgd"
     """Update rule; sgd+nesterov is sgd with --nesterov."""
     learning_rate: float = 0.05
     """Largest learning rate."""
-    momentum: float | None = None
-    """0.9 for sgd and 0 for rmsprop unless given."""
+    momentum: MaybeFloat = None
+    """Momentum, by default 0.9 for sgd and 0 for rmsprop."""
     nesterov: bool = False
-    """Nesterov's momentum, for sgd."""
+    """Use Nesterov's momentum, for sgd."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the moments, for adam and adamw."""
+    """Decay rates of the moments, for adam and adamw."""
     eps: float = 1e-8
-    """Added to the root, for adam, adamw and rmsprop."""
+    """Number added to the root, for adam, adamw and rmsprop."""
     alpha: float = 0.99
-    """Decay of the squares, for rmsprop."""
+    """Decay rate of the squares, for rmsprop."""
     centered: bool = False
     """Divide by the deviation, for rmsprop."""
     weight_decay: float = 0.0
     """L2 decay; decoupled for adamw."""
 
     schedule: ScheduleName = "constant"
-    """Of the learning rate, after its warm-up."""
+    """Schedule of the learning rate after its warm-up."""
     lr_step: float = 50.0
-    """Epochs from one drop to the next, for step."""
+    """Epochs between two drops, for step."""
     lr_decay_rate: float = 0.1
-    """Factor of a drop, for step and plateau."""
+    """Factor of each drop, for step and plateau."""
     lr_min: float = 0.0
-    """Where linear and cosine end, and below which step, poly and plateau do not fall."""
+    """Smallest learning rate of a schedule."""
     lr_power: float = -0.5
     """Exponent of poly, at most 0."""
     lr_patience: int = 10
-    """Epochs without improvement that plateau forgives."""
+    """Epochs without improvement before plateau drops."""
     lr_warmup_epochs: float = 0.0
-    """Length of the warm-up."""
+    """Length of the warm-up in epochs."""
     lr_warmup_initial: float = 0.0
-    """Learning rate at the first step of the warm-up."""
+    """Learning rate at the start of the warm-up."""
 
-    agree: float | None = None
-    """Merge the microbatches that agree: largest cosine distance, in [0, 2]; 0.97 is usual."""
+    agree: MaybeFloat = None
+    """Average agreeing microbatches: largest cosine distance, in [0, 2]; 0.97 is usual."""
     against: Literal["running", "first"] = "running"
-    """What a microbatch has to agree with."""
+    """Gradient that a microbatch has to agree with."""
     average: Literal["mean", "halving"] = "mean"
-    """How the agreeing ones are averaged."""
-    consensus: float | None = None
-    """Weigh every row by its cosine with the others; without a number 1, which leaves nothing
-    to choose."""
+    """Average of the agreeing microbatches."""
+    consensus: MaybeFloat = None
+    """Weight rows by their cosine with the others: largest distance in [0, 2], 1 if omitted."""
     consensus_hard: bool = False
-    """Accept or reject instead of weighing."""
-    clip_per_row: float | None = None
-    """Largest norm of a row."""
-    budget_clip: float | None = None
-    """Limit the mean norm of the rows: this part of the first step's; 0.3 is a good start."""
+    """Accept or reject rows instead of weighting them."""
+    clip_per_row: MaybeFloat = None
+    """Largest norm of each row."""
+    budget_clip: MaybeFloat = None
+    """Largest mean norm of the rows, relative to the first step; 0.3 is usual."""
     budget_power: float = 3.0
-    """How much more of it rows get that agree; 0 compares nothing."""
-    agc: float | None = None
-    """Adaptive gradient clipping: largest ratio of gradient to weight, unit by unit."""
+    """Exponent that favours agreeing rows in the budget; 0 treats all alike."""
+    agc: MaybeFloat = None
+    """Adaptive gradient clipping: largest ratio of gradient to weight per unit."""
     agc_eps: float = 1e-3
-    """Smallest weight norm that AGC reckons with."""
+    """Smallest weight norm for AGC."""
     agc_exclude: tuple[str, ...] = ()
-    """Parameters that AGC leaves alone: patterns of names such as head.*"""
-    sam: float | None = None
+    """Parameters without AGC: patterns of names such as head.*"""
+    sam: MaybeFloat = None
     """Sharpness-aware minimisation: radius of the perturbation."""
-    adaptive: Literal["asam", "gsam"] | None = None
-    """Scale the perturbation with the weights: as ASAM does, or as the GSAM paper does."""
+    adaptive: MaybeAdaptive = None
+    """Scale the perturbation by the weights, as in ASAM or in the GSAM paper."""
     m_sharpness: bool = False
-    """Every row has a perturbation of its own."""
-    gsam: float | None = None
-    """GSAM's alpha; needs --sam."""
+    """Perturb each row separately."""
+    gsam: MaybeFloat = None
+    """Alpha of GSAM; needs --sam."""
     rho_schedule: Literal["constant", "proportional"] = "constant"
-    """Whether the radius follows the learning rate, from --sam down to --rho-min."""
+    """Schedule of the radius: proportional follows the learning rate."""
     rho_min: float = 0.0
-    """Radius where the learning rate is smallest, for proportional."""
+    """Radius at the smallest learning rate, for proportional."""
     label_smoothing: float = 0.0
-    """In [0, 1)."""
-    ema: float | None = None
-    """Measure and save a moving average of the parameters, which has this decay; 0.99 is usual."""
+    """Label smoothing, in [0, 1)."""
+    ema: MaybeFloat = None
+    """Decay of a moving average of parameters to evaluate and save; 0.99 is usual."""
 
     eval_every: float = 1.0
-    """Epochs from one evaluation to the next."""
-    early_exit_accuracy: float | None = None
-    """Stop once this part of the training labels is predicted."""
-    early_exit_loss: float | None = None
-    """Stop once the loss of the training set is at most this."""
+    """Epochs between two evaluations."""
+    early_exit_accuracy: MaybeFloat = None
+    """Stop at this accuracy on the training labels."""
+    early_exit_loss: MaybeFloat = None
+    """Stop at this loss on the training set."""
     save_checkpoint: tuple[float, ...] = ()
-    """One number: every so many epochs. Several: at these epochs. First and last always."""
+    """Epochs between checkpoints (one number) or of checkpoints (several)."""
 
     resume_every: int = 1000
-    """Steps from one point that --resume can go on from to the next, beside the ends of epochs."""
+    """Steps between points to resume from, in addition to the ends of epochs."""
     resume: bool = False
-    """Continue the run if it was begun."""
+    """Continue the run if it exists."""
     name: str = ""
-    """A folder of its own inside --save-dir (NAME)."""
+    """Folder inside --save-dir (NAME)."""
     save_dir: Path = Path("runs")
-    """Where runs are kept (SAVE_DIR)."""
+    """Directory of all runs (SAVE_DIR)."""
     device: str = "cpu"
-    """Where to train: cpu, cuda, cuda:1, mps, ... (DEVICE)."""
+    """Device: cpu, cuda, cuda:1, mps, ... (DEVICE)."""
     workers: int = 0
-    """Processes that load images (WORKERS); 0 keeps a small data set on the device."""
+    """Processes that load images (WORKERS); 0 keeps small data on the device."""
     dtype: Literal["float32", "float64"] = "float32"
-    """Of parameters and images."""
+    """Dtype of parameters and images."""
     amp: Literal["none", "bf16"] = "none"
     """Mixed precision."""
     compile: bool = False
     """Compile the model (torch.compile); rows are then computed one by one."""
     tensorboard: bool = False
-    """Write the metrics for TensorBoard, too."""
+    """Also write the metrics for TensorBoard."""
     wandb: bool = False
-    """Send the metrics to Weights & Biases, too."""
+    """Also send the metrics to Weights & Biases."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """How much is said on the way."""
+    """Smallest level of log messages."""
 
 
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "data": (
+        *("data", "data_dir", "download", "noise_file", "image_size", "data_split_seed"),
+        *("train_split", "val_split", "label_noise", "noise_type", "label_seed"),
+        *("augmentation", "crop_flipped_only"),
+    ),
+    "model": ("model", "model_additions", "model_arguments", "weight_init", "label_smoothing"),
+    "rows and filters": (
+        *("batch_size", "microbatches", "per_sample", "samples_per_class", "agree", "against"),
+        *("average", "consensus", "consensus_hard", "clip_per_row", "budget_clip"),
+        *("budget_power", "agc", "agc_eps", "agc_exclude", "sam", "adaptive", "m_sharpness"),
+        *("gsam", "rho_schedule", "rho_min"),
+    ),
+    "update": (
+        *("optimizer", "learning_rate", "momentum", "nesterov", "betas", "eps", "alpha"),
+        *("centered", "weight_decay", "ema", "seed"),
+    ),
+    "schedule": (
+        *("epochs", "steps", "schedule", "lr_step", "lr_decay_rate", "lr_min", "lr_power"),
+        *("lr_patience", "lr_warmup_epochs", "lr_warmup_initial", "early_exit_accuracy"),
+        "early_exit_loss",
+    ),
+    "output": (
+        *("eval_every", "save_checkpoint", "resume_every", "resume", "name", "save_dir"),
+        *("tensorboard", "wandb", "log_level"),
+    ),
+    "resources": ("device", "workers", "dtype", "amp", "compile"),
+}
+"""Settings by the heading under which ``--help`` lists them."""
 PLACE = ("data_dir", "download", "resume", "name", "save_dir", "device", "workers")
-"""Settings that say where or how a run is done, and do not change its numbers (much)."""
+"""Settings of the place and manner of a run, which hardly change its numbers."""
 WATCHING = ("eval_every", "resume_every", "tensorboard", "wandb", "log_level")
-"""Settings that say how a run is watched."""
+"""Settings of what a run reports."""
 
 
 def setting(config: TrainConfig) -> dict[str, Any]:
-    """The settings that make this run another one, where they are not the defaults."""
+    """Return the settings that identify a run, where they differ from the defaults."""
     own = {"data", "model", "label_noise", "seed", *PLACE, *WATCHING}
     return {
         f.name: value
