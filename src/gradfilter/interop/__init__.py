@@ -1,4 +1,4 @@
-"""For existing training loops: PyTorch's habits, in place, on the pure core."""
+"""Use the library in existing training loops: in place, with PyTorch's conventions."""
 
 from typing import TYPE_CHECKING
 

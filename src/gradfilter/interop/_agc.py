@@ -41,22 +41,22 @@ def clip_gradients(optimizer: Optimizer, exclude: Exclude | None) -> None:
         params, grads = ({}, {}) if off else _clippable(index, group, exclude)
         if not params:
             continue
-        # A fused optimizer under GradScaler unscales in its kernel: the limit is scaled instead.
+        # A fused optimizer under GradScaler unscales in its kernel, so the limit is scaled instead.
         if (scale := getattr(optimizer, "grad_scale", None)) is not None:
             clipping = clipping * _tree.scalar(scale, next(iter(params.values())))
         link = agc_clip(clipping, eps=group["agc_eps"])
         with torch.set_grad_enabled(group.get("differentiable", False)):
-            if torch.is_grad_enabled():  # the step writes into the parameters: clones for autograd
+            if torch.is_grad_enabled():  # clone, because the step writes into the parameters
                 clones = {place: p.clone() for place, p in params.items()}
                 for place, g in link.update(grads, {}, clones)[0].items():
                     params[place].grad = g
-            else:  # in place: DistributedDataParallel's gradients are views of its buckets
+            else:  # in place, because DistributedDataParallel's gradients are views of its buckets
                 clipped, _, _ = link.update(grads, {}, params)
                 torch._foreach_copy_(list(grads.values()), [clipped[place] for place in grads])
 
 
 def _clippable(index: int, group: dict[str, Any], exclude: Exclude | None) -> tuple[Tree, Tree]:
-    """The parameters of a group to clip, and their gradients, by place: names may repeat."""
+    """Return the parameters of a group to clip and their gradients, by position."""
     params, grads = {}, {}
     for i, p in enumerate(group["params"]):
         place = f"{index}.{i}"
@@ -86,26 +86,26 @@ def AGC(
 ) -> AnyOptimizer:
     r"""Let an optimizer clip the gradients, unit by unit, before each of its steps.
 
-    Per unit i:  G_i ← G_i · min(1, clipping · max(‖W_i‖, agc_eps) / ‖G_i‖), the rule of
+    Per unit i:  G_i ← G_i · min(1, clipping · max(‖W_i‖, agc_eps) / ‖G_i‖), as in
     `gradfilter.agc_clip`, written into ``p.grad``; then the optimizer's own step.
 
-    It is the same optimizer that comes back, with a hook on its step: schedulers, `GradScaler` and
-    whoever asks for its type find what they expect. ``clipping`` and ``agc_eps`` are entries of its
-    parameter groups like ``lr``: give them per group (what a group has stays), change, save and
+    The result is the same optimizer with a hook on its step, so schedulers, `GradScaler` and type
+    checks work as before. ``clipping`` and ``agc_eps`` are entries of its
+    parameter groups like ``lr``: set them per group (the values of a group stay), change, save and
     load them. A closure is called as often as the optimizer calls it, and the gradients are clipped
-    each time. What `copy.deepcopy` and pickle make of it clips as well.
+    each time. Copies by `copy.deepcopy` and pickle also clip.
 
     Args:
         optimizer: Any `torch.optim.Optimizer`.
-        clipping: λ >= 0. None or 0 switches clipping off, and nothing is touched.
-        agc_eps: Above 0, floors the norm of the weight.
+        clipping: The factor λ >= 0. None or 0 switches clipping off.
+        agc_eps: The smallest norm used for a weight, above 0.
         exclude: Predicate on names; true means not clipped. Names are those of
-            ``named_parameters()``, if the optimizer was given that, else places: "0.3" is the
+            ``named_parameters()``, if the optimizer was given those, else positions: "0.3" is the
             fourth parameter of the first group.
 
     Raises:
-        TypeError: Not an optimizer, SAM or GSAM, or a wrapper without hooks (Lookahead, OrthoGrad):
-            give it a base optimizer that clips; ``exclude`` is not a function.
+        TypeError: Not an optimizer; SAM, GSAM or a wrapper without hooks (Lookahead, OrthoGrad),
+            which need a base optimizer that clips; ``exclude`` is not a function.
         ValueError: clipping < 0 or agc_eps <= 0, here or in a group; the optimizer clips already;
             a sparse gradient, at a step.
 
@@ -159,18 +159,18 @@ def AGC(
 
 
 _MARK = "__reduce_ex__"
-"""What `copy.deepcopy` and pickle ask an object for; an optimizer that clips has its own."""
+"""The method that `copy.deepcopy` and pickle call; an optimizer that clips has its own."""
 
 
 def _runs_hooks(optimizer: Optimizer) -> bool:
-    """Whether an optimizer was made by ``Optimizer.__init__``, which some wrappers leave out."""
+    """Return whether ``Optimizer.__init__`` made an optimizer; some wrappers do not call it."""
     tables = ("_optimizer_step_pre_hooks", "_optimizer_load_state_dict_pre_hooks")
-    patched = getattr(type(optimizer).step, "hooked", False)
-    return patched and all(hasattr(optimizer, table) for table in tables)
+    has_hooks = getattr(type(optimizer).step, "hooked", False)
+    return has_hooks and all(hasattr(optimizer, table) for table in tables)
 
 
 def _clipping(optimizer: AnyOptimizer, exclude: Exclude | None) -> AnyOptimizer:
-    """The optimizer, with hooks. Its groups have their values."""
+    """Add the hooks to an optimizer whose groups have their values."""
 
     def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
@@ -188,21 +188,21 @@ def _clipping(optimizer: AnyOptimizer, exclude: Exclude | None) -> AnyOptimizer:
         return (args, by_name) if len(args) == 1 else ((args[0], clipped, *args[2:]), kwargs)
 
     def before_load(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A plain optimizer's state says nothing of clipping: every group keeps its own."""
+        """Add the clipping values of the groups to the state of a plain optimizer."""
         groups = list(state_dict["param_groups"])
         for i, group in enumerate(optimizer.param_groups[: len(groups)]):
             groups[i] = {name: group[name] for name in ("clipping", "agc_eps")} | groups[i]
         return {**state_dict, "param_groups": groups}
 
-    # A step of one's own around the optimizer's would run the hooks of both.
+    # A new step around the optimizer's own would run the hooks twice.
     optimizer.register_step_pre_hook(before_step)
     optimizer.register_load_state_dict_pre_hook(before_load)
-    this = ref(optimizer)  # the optimizer should not keep itself alive
+    this = ref(optimizer)  # avoid a reference cycle of the optimizer
 
     def reduce(protocol: Any) -> tuple[Any, ...]:
-        """Hooks are no part of what PyTorch copies, so that clipping would end in silence."""
+        """Reduce with the hooks, because PyTorch does not copy them and clipping would be lost."""
         original = this()
-        assert original is not None  # it is being copied
+        assert original is not None  # the optimizer exists while it is copied
         return _copied, (type(original), original.__getstate__(), exclude)
 
     vars(optimizer)[_MARK] = reduce
@@ -219,7 +219,7 @@ def _copied(kind: type[AnyOptimizer], state: dict[str, Any], exclude: Exclude | 
 
 
 def _signature(base: type) -> inspect.Signature:
-    """The optimizer's own signature, and after it what `AGC` takes, by keyword."""
+    """Return the optimizer's own signature, extended by the keywords of `AGC`."""
     _, *own = inspect.signature(AGC).parameters.values()
     theirs = inspect.signature(base)
     keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
@@ -227,7 +227,7 @@ def _signature(base: type) -> inspect.Signature:
 
 
 class _Clips(torch.optim.Optimizer):
-    """Made with `AGC` already around it; stands in front of the optimizer that it makes."""
+    """A base class whose instances are optimizers wrapped in `AGC`."""
 
     def __init__(
         self,
@@ -248,12 +248,12 @@ class SGD_AGC(_Clips, torch.optim.SGD):
     ``p.grad``; then b ← μ b + G and p ← p − lr · b, with all options of `torch.optim.SGD`.
 
     Args:
-        *args: As `torch.optim.SGD`. Groups may have their own ``clipping`` and ``agc_eps``.
-        clipping: λ >= 0; None or 0 switches clipping off, and the rest is the same bit for bit.
-        agc_eps: Above 0, floors the norm of the weight.
+        *args: See `torch.optim.SGD`. Groups may have their own ``clipping`` and ``agc_eps``.
+        clipping: The factor λ >= 0; None or 0 switches clipping off, with the same bits as SGD.
+        agc_eps: The smallest norm used for a weight, above 0.
         exclude: Predicate on names, given ``named_parameters()``; true means not clipped. See
             `AGC`.
-        **kwargs: As `torch.optim.SGD`.
+        **kwargs: See `torch.optim.SGD`.
 
     Raises:
         ValueError: As `torch.optim.SGD`; clipping < 0 or agc_eps <= 0.
@@ -279,7 +279,8 @@ class Adam_AGC(_Clips, torch.optim.Adam):
     """`torch.optim.Adam` that clips the gradients, unit by unit, before each step.
 
     G ← the clipped gradient;  p ← p − lr · m̂ / (√v̂ + eps), m̂ and v̂ of G.
-    Arguments, errors and references are those of `SGD_AGC`, with `torch.optim.Adam`'s for SGD's.
+    Arguments, errors and references are those of `SGD_AGC`, with those of `torch.optim.Adam` in
+    place of SGD's.
 
     Examples:
         >>> import torch
@@ -296,7 +297,8 @@ class AdamW_AGC(_Clips, torch.optim.AdamW):
     """`torch.optim.AdamW` that clips the gradients, unit by unit, before each step.
 
     G ← the clipped gradient;  p ← (1 − lr λ) p − lr · m̂ / (√v̂ + eps), m̂ and v̂ of G.
-    Arguments, errors and references are those of `SGD_AGC`, with `torch.optim.AdamW`'s for SGD's.
+    Arguments, errors and references are those of `SGD_AGC`, with those of `torch.optim.AdamW` in
+    place of SGD's.
 
     Examples:
         >>> import torch
@@ -313,7 +315,8 @@ class RMSprop_AGC(_Clips, torch.optim.RMSprop):
     """`torch.optim.RMSprop` that clips the gradients, unit by unit, before each step.
 
     G ← the clipped gradient;  p ← p − lr · G / (√v + eps), v the running mean of G².
-    Arguments, errors and references are those of `SGD_AGC`, with `torch.optim.RMSprop`'s for SGD's.
+    Arguments, errors and references are those of `SGD_AGC`, with those of `torch.optim.RMSprop` in
+    place of SGD's.
 
     Examples:
         >>> import torch

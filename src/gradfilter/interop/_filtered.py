@@ -42,11 +42,11 @@ from gradfilter.transforms._state_dict import load_state_dict, state_dict
 
 
 def held(rows: GradStack, factors: Tensor | None = None) -> DenseStack:
-    """The rows themselves, which no longer hold activations.
+    """Return the rows themselves, without activations.
 
     Args:
-        rows: A stack that nothing has scaled yet.
-        factors: (M,) to scale it with.
+        rows: A stack that has not been scaled.
+        factors: The factors (M,) to scale it with.
     """
     origin = rows.origin if isinstance(rows, BaseStack) else None
     dense = DenseStack(rows.stacked(), rows.losses, rows.buffers, rows.aux, factors, origin)
@@ -55,10 +55,10 @@ def held(rows: GradStack, factors: Tensor | None = None) -> DenseStack:
 
 
 def batch_of(inputs: Any, targets: Any, criterion: Callable[..., Any] | None) -> Any:
-    """The batch as `model_loss` takes it.
+    """Return the batch in the form that `model_loss` takes.
 
     Raises:
-        TypeError: Targets without a criterion, or none beside inputs that are no dict.
+        TypeError: There are targets but no criterion, or no targets and the inputs are not a dict.
     """
     if targets is None and not isinstance(inputs, Mapping):
         if isinstance(inputs, (tuple, list)) and len(inputs) == 2:
@@ -79,7 +79,7 @@ def batch_of(inputs: Any, targets: Any, criterion: Callable[..., Any] | None) ->
 
 
 def joined(parts: Sequence[DenseStack]) -> DenseStack:
-    """The rows of all parts, in order, computed again each on its own batch.
+    """Join the rows of all parts in order; each part is computed again on its own batch.
 
     Args:
         parts: Stacks on the same leaves, taken at the same parameters.
@@ -125,7 +125,7 @@ def joined(parts: Sequence[DenseStack]) -> DenseStack:
 
 
 def _cat(first: Tensor, *rest: Tensor) -> Tensor:
-    """One leaf of the aux of all parts."""
+    """Concatenate one leaf of the aux of all parts."""
     for other in rest:
         if other.shape[1:] != first.shape[1:]:
             raise ValueError(
@@ -137,7 +137,7 @@ def _cat(first: Tensor, *rest: Tensor) -> Tensor:
 
 
 def _cat_numbers(numbers: Sequence[Tensor | None]) -> Tensor | None:
-    """One number per row of every part, or None where a part has none."""
+    """Concatenate one number per row of every part, or return None if a part has none."""
     given = [part for part in numbers if part is not None]
     return torch.cat(given) if len(given) == len(numbers) else None
 
@@ -147,13 +147,13 @@ def _cat_numbers(numbers: Sequence[Tensor | None]) -> Tensor | None:
 
 @dataclass(frozen=True, eq=False)
 class StepResult:
-    """What one step of `Filtered` says: tensors, so that nobody waits for numbers nobody reads.
+    """The result of one step of `Filtered`, as tensors, so that unread numbers cost no waiting.
 
     Attributes:
-        loss: (), the mean over the rows, before the step.
-        info: ``keep`` () bool, whether the optimizer was called, and the metrics of the links.
-        aux: With ``has_aux`` what the criterion returned in addition to each row's loss, every leaf
-            with a leading axis M (over all accumulated batches); else None.
+        loss: The mean loss over the rows before the step, ().
+        info: ``keep`` (), true if the optimizer was called, and the metrics of the transforms.
+        aux: With ``has_aux``, the second value of the criterion for each row; every leaf has a
+            leading axis M (over all accumulated batches). Else None.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -174,38 +174,40 @@ class StepResult:
 class Filtered:
     """Filter the gradients of M microbatches, in place, in front of any ``torch.optim`` optimizer.
 
-    ``step(x, y)`` stands for ``optimizer.zero_grad(); criterion(model(x), y).backward();
+    ``step(x, y)`` replaces ``optimizer.zero_grad(); criterion(model(x), y).backward();
     optimizer.step()``: it computes one gradient per microbatch at the module's own parameters,
-    runs the chain, writes the result into ``p.grad`` and calls the optimizer. When the chain says
-    ``keep = False`` the optimizer is not called: parameters, ``p.grad``, its state and the chain's
-    stay bit-identical. To know that, and only for a chain that can skip, it waits for the device
-    once per step. Buffers (BatchNorm) are written back after every step, also a skipped one.
+    runs the chain, writes the result into ``p.grad`` and calls the optimizer. If the chain returns
+    ``keep = False``, the optimizer is not called: parameters, ``p.grad``, its state and the chain's
+    stay bit-identical. To read ``keep``, it waits for the device once per step, but only for a
+    chain that can skip. Buffers (BatchNorm) are written back after every step, also a skipped one.
 
-    Learning-rate schedulers, parameter groups and ``torch.autocast`` around ``step`` work as ever.
-    An unused parameter has gradient zero, not None, so weight decay reaches it. Hooks on parameters
-    (``p.register_hook``, ``p.register_post_accumulate_grad_hook``) run on the filtered gradient.
+    Learning-rate schedulers, parameter groups and ``torch.autocast`` around ``step`` work as usual.
+    An unused parameter has gradient zero, not None, so weight decay applies to it. Hooks on
+    parameters (``p.register_hook``, ``p.register_post_accumulate_grad_hook``) run on the filtered
+    gradient.
 
     Args:
-        model: Any module. Frozen parameters stay as they are. One from ``torch.compile`` is run
+        model: Any module. Frozen parameters are not changed. A module from ``torch.compile`` runs
             row by row, with a warning, and keeps its original names.
-        criterion: As in `model_loss`, a mean over samples; None for models with a ``.loss``. The
-            parameters of one that is a module (or a method of one) are trained with the model's,
-            under names that begin with ``criterion.``; its buffers are kept as the model's are.
-        transforms: A chain that takes rows and ends in a tree: no update rule.
+        criterion: See `model_loss`; a mean over samples; None for models with a ``.loss``. If it is
+            a module (or a method of one), its parameters are trained with the model's, under names
+            that begin with ``criterion.``, and its buffers are updated like the model's.
+        transforms: A chain that takes rows and ends in a tree, without an update rule.
         optimizer: Any optimizer over parameters of the model.
         microbatches: M rows per batch; None for one row per sample.
-        plan: As in `microbatch_grads`. Once ``"auto"`` has gone back to the loop it stays there.
-        memory_budget: As in `microbatch_grads`.
+        plan: See `microbatch_grads`. Once ``"auto"`` has fallen back to the loop, it keeps the
+            loop.
+        memory_budget: See `microbatch_grads`.
         scaler: A ``torch.amp.GradScaler``: losses are scaled, rows unscaled, and a row that
             overflowed is rejected alone (`finite_filter` is put in front of a chain without one).
-            ``step`` updates it: it backs off when a row overflowed though its loss is finite,
-            since no scale helps where the loss is not. Call none of its methods yourself.
-        has_aux: The criterion returns ``(loss, aux)``, aux any tree of tensors (hits, logits): see
+            ``step`` updates the scaler: the scale falls if a row overflowed although its loss is
+            finite, because no scale helps if the loss is not. Do not call its methods yourself.
+        has_aux: True if the criterion returns ``(loss, aux)``, aux any tree of tensors: see
             ``aux`` of `StepResult`.
 
     Raises:
         TypeError: ``transforms`` does not lead from rows to a tree; an optimizer whose step needs a
-            closure (LBFGS, SAM); no module, criterion or optimizer at all.
+            closure (LBFGS, SAM); an argument is not a module, criterion or optimizer.
         ValueError: A trainable parameter of the optimizer is neither the model's nor the
             criterion's, or one of the criterion is not in the optimizer; a compiled module with
             plan ``"fused"`` or ``"vmap"``; a DistributedDataParallel.
@@ -270,13 +272,13 @@ class Filtered:
         self._pending: list[DenseStack] = []
 
     def step(self, inputs: Any, targets: Any = None, **extra: Any) -> StepResult:
-        """One step over this batch and every batch accumulated since the last one.
+        """Run one step over this batch and every batch accumulated since the last one.
 
         Args:
-            inputs: What the model takes: a tensor of N = M·B samples, a tuple of positional
+            inputs: The model's inputs: a tensor of N = M·B samples, a tuple of positional
                 arguments or a dict of keyword arguments. Alone, one dict for the whole batch.
-            targets: What the criterion takes; None for such a dict.
-            **extra: For the links: ``keep``, ``count``, ``value``.
+            targets: The criterion's targets; None for such a dict.
+            **extra: Keywords for the transforms: ``keep``, ``count``, ``value``.
         """
         check_owned(self._module, self.optimizer, "Filtered")
         computed, factors = self._rows(inputs, targets)
@@ -294,7 +296,7 @@ class Filtered:
         keep = _tree.as_bool_tensor(out.get("keep", True), losses.device)
         keep = keep & _tree.as_bool_tensor(extra.get("keep", True), losses.device)
         insert(self._module, {}, buffers)
-        # The one question to the host, which has to know whether to call the optimizer.
+        # The only wait for the device, to decide whether to call the optimizer.
         if not ("keep" in out or "keep" in extra) or bool(keep):
             self._state = own_state(state, params)
             write_grads(self._module, self.optimizer, grads)
@@ -320,10 +322,10 @@ class Filtered:
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """All states but the module's: ``transforms`` (flat tensors), ``optimizer``, ``scaler``.
+        """Return the states except the module's: ``transforms`` (flat), ``optimizer``, ``scaler``.
 
         Raises:
-            RuntimeError: Rows are accumulated, which no checkpoint holds.
+            RuntimeError: Rows are accumulated; a checkpoint cannot hold them.
         """
         if self._pending:
             raise RuntimeError(
@@ -334,10 +336,10 @@ class Filtered:
         return states if self.scaler is None else {**states, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave; accumulated rows are dropped.
+        """Load the result of `state_dict`; accumulated rows are discarded.
 
         Raises:
-            ValueError: Parts are missing or extra, the chain is another one, or the scaler was off.
+            ValueError: Parts are missing or extra, the chain differs, or the scaler was disabled.
         """
         expected = {"transforms", "optimizer"} | ({"scaler"} if self.scaler is not None else set())
         if set(states) != expected:
@@ -369,14 +371,14 @@ class Filtered:
         )
 
     def _rows(self, inputs: Any, targets: Any) -> tuple[ComputedStack, Tensor | None]:
-        """The rows of one batch, and the factors that take a loss scale out of them."""
+        """Return the rows of one batch, and the factors that remove the loss scale."""
         params = self._params()
         batch = batch_of(inputs, targets, self.criterion)
         scale = scale_of(self.scaler, _tree.device_of(params))
         with renormalised(self._module):
             rows = self._grads_of(scale)(params, batch)
         if self._plan == "auto" and isinstance(rows, DenseStack):
-            self._plan = "loop"  # what refused the fused plan will refuse it at every step
+            self._plan = "loop"  # the fused plan would be refused at every step
         if scale is None:
             return rows, None
         return with_own_losses(rows), (1 / scale.to(_tree.wide(scale))).expand(len(rows))

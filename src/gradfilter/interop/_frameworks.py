@@ -1,4 +1,4 @@
-"""Classes that need a framework beside torch, imported when they are first asked for."""
+"""Import classes that need another framework in addition to torch at their first use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """A class by its name, for the package that re-exports this function.
+    """Return a class by its name, for the package that re-exports this function.
 
     Raises:
         ImportError: The framework is not installed.

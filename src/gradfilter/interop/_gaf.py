@@ -48,32 +48,33 @@ def step_gaf(
 ) -> dict[str, float]:
     """Filter the gradients of some microbatches, and step if at least two of them agree.
 
-    In place: the model is put into training mode, its buffers take in every microbatch, the
-    filtered gradient is left in ``p.grad``, and on a skip the optimizer is not called.
+    It works in place: the model is put into training mode, its buffers are updated by every
+    microbatch, the filtered gradient stays in ``p.grad``, and on a skip the optimizer is not
+    called.
 
     Args:
-        model: Frozen parameters stay as they are.
-        optimizer: Of the model's parameters.
+        model: The model; frozen parameters are not changed.
+        optimizer: An optimizer of the model's parameters.
         criterion: ``criterion(model(inputs), targets)``, a mean over samples.
         list_of_microbatches: At least two, each a dataset of (input, target) or a pair of tensors.
             They may differ in size.
-        cos_distance_thresh: As the threshold of `agree_filter`, 1 − cos, in [0, 2].
-        average: As in `agree_filter`; ``"halving"`` is what the published package does, ``"mean"``
-            the paper's rule. Of two microbatches they are one.
-        verbose: Print the result.
-        wandb: Log the result to the current run of Weights & Biases.
-        use_wandb: The same, as later versions spell it.
-        device: Where to take the microbatches; None for the model's own.
+        cos_distance_thresh: The threshold of `agree_filter`, 1 − cos, in [0, 2].
+        average: See `agree_filter`; ``"halving"`` is that of the published package, ``"mean"``
+            that of the paper. For two microbatches they are equal.
+        verbose: True to print the result.
+        wandb: True to log the result to the current run of Weights & Biases.
+        use_wandb: The spelling of ``wandb`` in later versions.
+        device: The device for the microbatches; None for the model's own.
 
     Returns:
         ``train_loss``, the mean over all samples; ``cosine_distance`` of the last microbatch;
-        ``agreed_count``, the merges, that is accepted microbatches minus one; ``train_accuracy``,
-        NaN where targets are no classes.
+        ``agreed_count``, the number of accepted microbatches minus one; ``train_accuracy``, NaN if
+        targets are not classes.
 
     Raises:
         ValueError: Fewer than two microbatches, a threshold below 0, or a DistributedDataParallel.
         TypeError: An optimizer whose step needs a closure.
-        ModuleNotFoundError: ``wandb`` is asked for and not installed.
+        ModuleNotFoundError: ``wandb`` is requested and not installed.
 
     Examples:
         >>> import torch
@@ -133,7 +134,7 @@ def step_gaf(
 
 
 def logger_of(wandb: bool) -> Callable[[dict[str, float]], Any]:
-    """What takes results: the current run of Weights & Biases, or nobody."""
+    """Return the function that logs results: that of Weights & Biases, or an empty one."""
     if not wandb:
         return lambda result: None
     try:
@@ -147,13 +148,13 @@ def logger_of(wandb: bool) -> Callable[[dict[str, float]], Any]:
 
 
 def are_tensors(data: Any) -> TypeGuard[Pair]:
-    """Whether data are a batch of inputs and targets, not a dataset (which may be a list)."""
+    """Return whether data are inputs and targets, not a dataset (which may be a list)."""
     listed = isinstance(data, (tuple, list)) and len(data) > 1
     return listed and all(isinstance(part, Tensor) for part in data)
 
 
 def on_device(part: Dataset[Any] | Pair, device: torch.device) -> Pair:
-    """Inputs and targets of a microbatch."""
+    """Move the inputs and targets of a microbatch to the device."""
     if not are_tensors(part):
         dataset = cast("Dataset[Any]", part)
         part = next(iter(DataLoader(dataset, batch_size=len(cast(Sized, part)))))
@@ -162,7 +163,7 @@ def on_device(part: Dataset[Any] | Pair, device: torch.device) -> Pair:
 
 
 def _with_hits(criterion: Criterion) -> Callable[[Any, Tensor], tuple[Tensor, Tensor]]:
-    """The loss, and how many samples are classified right."""
+    """Return a criterion that also counts the correctly classified samples."""
 
     def both(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
         loss = criterion(outputs, targets)
@@ -172,7 +173,7 @@ def _with_hits(criterion: Criterion) -> Callable[[Any, Tensor], tuple[Tensor, Te
 
 
 def hits(outputs: Any, targets: Tensor) -> Tensor:
-    """How many samples are classified right, NaN where there are no classes. ()."""
+    """Return the number of correctly classified samples, NaN without classes. ()."""
     classes = isinstance(outputs, Tensor) and outputs.ndim == 2 and targets.ndim == 1
     if not classes or targets.is_floating_point():
         return torch.full((), torch.nan, device=targets.device)
@@ -181,7 +182,7 @@ def hits(outputs: Any, targets: Tensor) -> Tensor:
 
 
 def _rows_of(loss: ModelLoss, params: Params, batches: list[Pair], plan: Plan) -> GradStack:
-    """One row per microbatch: all at once where they are alike, else one after the other."""
+    """Return one row per microbatch: all at once if their shapes agree, else one by one."""
     if len({(x.shape, y.shape) for x, y in batches}) == 1:
         inputs, targets = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
         return microbatch_grads(loss, len(batches), plan=plan)(params, (inputs, targets))
@@ -196,7 +197,7 @@ def _rows_of(loss: ModelLoss, params: Params, batches: list[Pair], plan: Plan) -
 
 
 step_GAF = step_gaf
-"""The published spelling."""
+"""The name in the published package."""
 
 
 # --- Training ---
@@ -219,23 +220,23 @@ def train_gaf(
 ) -> list[dict[str, float]]:
     """Train for some epochs with `step_gaf`, and validate after each.
 
-    Every epoch goes through the training data once, in an order drawn from torch's generator.
-    Validation is in evaluation mode; the model is left in training mode.
+    Every epoch uses the training data once, in an order drawn from torch's generator. Validation
+    runs in evaluation mode; afterwards the model is in training mode.
 
     Args:
-        model: Moved to ``device``.
+        model: The model, which is moved to ``device``.
         args: An object or a mapping with ``epochs``, ``batch_size`` (of one microbatch) and
             ``num_batches_to_force_agreement`` (microbatches per step, at least two).
-        train_dataset: Of (input, target), or a pair of tensors.
-        val_dataset: Likewise; at least one sample.
-        optimizer: Of the model's parameters.
-        criterion: As in `step_gaf`.
-        cos_distance_thresh: As in `step_gaf`.
-        average: As in `step_gaf`.
-        verbose: Print the result of every epoch.
-        wandb: Log steps and epochs to the current run of Weights & Biases.
-        use_wandb: The same, as later versions spell it.
-        device: None for the model's own.
+        train_dataset: A dataset of (input, target), or a pair of tensors.
+        val_dataset: A dataset of the same form, with at least one sample.
+        optimizer: An optimizer of the model's parameters.
+        criterion: See `step_gaf`.
+        cos_distance_thresh: See `step_gaf`.
+        average: See `step_gaf`.
+        verbose: True to print the result of every epoch.
+        wandb: True to log steps and epochs to the current run of Weights & Biases.
+        use_wandb: The spelling of ``wandb`` in later versions.
+        device: The device of the training; None for the model's own.
 
     Returns:
         One dict per epoch: ``epoch`` from 1, ``train_loss`` and ``train_accuracy``, means over its
@@ -327,7 +328,7 @@ def _field(args: Any, name: str, least: int) -> int:
 def _microbatches(
     data: Dataset[Any], samples: int, size: int, count: int
 ) -> Iterator[list[Subset[Any]]]:
-    """The steps of one epoch: every sample at most once, whole steps only."""
+    """Yield the steps of one epoch: every sample at most once, complete steps only."""
     order = torch.randperm(samples)[: samples - samples % (size * count)]
     for step in order.view(-1, count, size).tolist():
         yield [Subset(data, indices) for indices in step]
@@ -350,4 +351,4 @@ def _validate(
 
 
 train_GAF = train_gaf
-"""The published spelling."""
+"""The name in the published package."""

@@ -1,4 +1,4 @@
-"""GSAM around an optimizer of torch.optim."""
+"""Run GSAM around an optimizer of torch.optim."""
 
 from __future__ import annotations
 
@@ -20,33 +20,34 @@ from gradfilter.transforms._sharpness_aware import gsam_decompose
 class GSAM(TwoPassOptimizer):
     r"""Surrogate gap guided sharpness-aware minimisation in place.
 
-    With the clean gradient g and h, the one at the perturbed point (see `SAM`), the base optimizer
-    gets d = h − α g_⊥, g_⊥ the part of g at right angles to h, as `gsam_decompose` has it.
+    With the clean gradient g and the gradient h at the perturbed point (see `SAM`), the base
+    optimizer gets d = h − α g_⊥, where g_⊥ is the part of g orthogonal to h, as in
+    `gsam_decompose`.
 
-    The radius is ``rho_t``, from the scheduler: its first value when this object is made, the next
-    ones by ``update_rho_t()`` after each step, in the same place as the lr scheduler's ``step()``.
-    A ProportionScheduler is asked at every step, so that ρ always belongs to the lr of that step.
+    The radius ``rho_t`` comes from the scheduler: the first value when this object is made, the
+    next ones by ``update_rho_t()`` after each step, next to the lr scheduler's ``step()``. A
+    ProportionScheduler is read at every step, so that ρ always belongs to the lr of that step.
 
-    Accumulation, AMP and closures are as in `SAM`. DDP: all works unchanged, on synchronised
+    Accumulation, AMP and closures work as in `SAM`. DDP works without changes, on synchronised
     gradients; with ``no_sync=ddp_model.no_sync`` each rank has its own g, h and d, and the mean of
     the d is applied, so that the same parameters must have gradients on all ranks.
 
     Args:
-        params: Those of the base optimizer.
+        params: The parameters of the base optimizer.
         base_optimizer: Any `torch.optim.Optimizer`.
-        model: What `set_closure` calls; its buffers change by the first pass only.
-        gsam_alpha: α >= 0; the paper uses 0.1 to 0.4 (and up to 1). 0 is SAM.
-        rho_scheduler: Has ``step()``, which returns ρ; such as LinearScheduler(T, rho_max, rho_min)
-            or ProportionScheduler.
-        adaptive: ASAM's perturbation with η = 0.
+        model: The module that `set_closure` calls; only the first pass changes its buffers.
+        gsam_alpha: The factor α >= 0; the paper uses 0.1 to 0.4 (and up to 1). 0 is SAM.
+        rho_scheduler: An object whose ``step()`` returns ρ, such as
+            LinearScheduler(T, rho_max, rho_min) or ProportionScheduler.
+        adaptive: True for ASAM's perturbation with η = 0.
         scaler: The GradScaler.
-        no_sync: Makes the context of both passes.
-        grad_reduce: ``"mean"`` or ``"sum"`` of the d of all ranks, under ``no_sync``.
+        no_sync: A function that makes the context of both passes.
+        grad_reduce: The reduction of d over ranks under ``no_sync``, ``"mean"`` or ``"sum"``.
 
     Raises:
-        ValueError: gsam_alpha < 0 or ρ < 0; ``rho`` or ``adaptive`` in a parameter group, for
-            there is one of each; ``grad_reduce="sum"`` without no_sync; and as for `SAM`.
-        TypeError: A rho_scheduler whose ``step()`` returns None, and as for `SAM`.
+        ValueError: gsam_alpha < 0 or ρ < 0; ``rho`` or ``adaptive`` in a parameter group, as
+            there is only one of each; ``grad_reduce="sum"`` without no_sync; the errors of `SAM`.
+        TypeError: A rho_scheduler whose ``step()`` returns None; the errors of `SAM`.
 
     Examples:
         >>> import torch
@@ -96,7 +97,7 @@ class GSAM(TwoPassOptimizer):
         self._transform()  # refuses impossible numbers here rather than at the first step
 
     def update_rho_t(self) -> float:
-        """Move on to the scheduler's next radius and return it."""
+        """Advance to the scheduler's next radius and return it."""
         rho = self.rho_scheduler.step()
         if rho is None:
             raise TypeError(
@@ -108,17 +109,17 @@ class GSAM(TwoPassOptimizer):
         return self.rho_t
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's, with ``rho_t`` and the state of the scheduler if it has one."""
+        """Return the base optimizer's state with ``rho_t`` and the scheduler's state, if any."""
         state = {**super().state_dict(), "rho_t": self.rho_t}
         if hasattr(self.rho_scheduler, "state_dict"):
             state["rho_scheduler"] = self.rho_scheduler.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, or the base optimizer's (ρ then stays as it is)."""
+        """Load the result of `state_dict`, or a state of the base optimizer (which keeps ρ)."""
         state = dict(state_dict)
         rho, scheduler = state.pop("rho_t", self.rho_t), state.pop("rho_scheduler", None)
-        super().load_state_dict(state)  # the one that refuses what belongs to another optimizer
+        super().load_state_dict(state)  # refuses the state of another optimizer
         self.rho_t = rho
         if scheduler is not None:
             self.rho_scheduler.load_state_dict(scheduler)
@@ -138,7 +139,7 @@ class GSAM(TwoPassOptimizer):
     def _second_sync(self) -> AbstractContextManager[Any]:
         return self.no_sync()
 
-    def _settle(self, params: list[Tensor]) -> None:
+    def _prepare_gradients(self, params: list[Tensor]) -> None:
         if not self._local:
             return
         for p in params:

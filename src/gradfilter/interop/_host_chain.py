@@ -1,4 +1,4 @@
-"""The chain that a host runs, from rows to one gradient, and the use of its results."""
+"""Check the chain that a host runs, from rows to one gradient, and use its results."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def filter_chain(transforms: Transform, *, guarded: bool) -> Transform:
     """Check that a chain takes rows and ends in a tree.
 
     Args:
-        transforms: A chain, or one link.
-        guarded: Put `finite_filter` in front, or where rows of other ranks come in, unless a link
-            before the reducer does its work. In front of those it would skip the step of all
-            ranks where it leaves one of them no row.
+        transforms: A chain, or one transform.
+        guarded: True to put `finite_filter` in front, or behind `across_ranks`, unless a transform
+            before the reducer already removes such rows. In front of `across_ranks` it would skip
+            the step on all ranks if one rank has no row left.
 
     Raises:
         TypeError: The chain applies updates itself, gives rows, or takes a tree.
@@ -52,7 +52,7 @@ def _remedy(built: Transform) -> str:
 
 
 def _guards_rows(built: Transform) -> bool:
-    """Whether rows that are not finite are taken out before they are reduced."""
+    """Return whether rows that are not finite are removed before they are reduced."""
     for part in built.links:
         if "rows -> rows" not in part.kinds:
             return False
@@ -62,20 +62,20 @@ def _guards_rows(built: Transform) -> bool:
 
 
 def overflowed(out: Out, losses: Tensor) -> Tensor:
-    """Whether a row is not finite though its loss is, by the first `finite_filter` of a chain. ().
+    """Return whether a row is not finite though its loss is, by the first `finite_filter`. ().
 
     Args:
-        out: What a guarded chain published.
-        losses: Of the rows of this process. (M,)
+        out: The published values of a guarded chain.
+        losses: The losses of this process's rows. (M,)
     """
     finite: Tensor = next(v for k, v in out.items() if k.split("/")[-1] == "finite" and v.ndim)
-    # Rows of all ranks are judged alike on all of them, and so without the losses of one.
+    # All ranks must decide alike about the rows of all ranks, so local losses are not used.
     excused = ~losses.isfinite() if finite.shape == losses.shape else finite
     return (~finite & ~excused).any()
 
 
 def own_state(state: State, params: Params) -> State:
-    """The state, with copies where it holds parameters, which the optimizer is about to write."""
+    """Copy those tensors of a state that are parameters, which the optimizer will write."""
     written = {p.untyped_storage().data_ptr() for p in params.values()}
 
     def own(leaf: Any) -> Any:
@@ -86,12 +86,12 @@ def own_state(state: State, params: Params) -> State:
 
 
 def check_owned(module: nn.Module, optimizer: torch.optim.Optimizer, who: str) -> None:
-    """Refuse an optimizer of trainable parameters that get no gradient here, and would never move.
+    """Refuse an optimizer of trainable parameters that get no gradient here.
 
     Args:
-        module: What is differentiated, the criterion's tensors included.
-        optimizer: Whose groups to look at.
-        who: Who asks.
+        module: The differentiated module, including the criterion's tensors.
+        optimizer: The optimizer whose groups are checked.
+        who: The beginning of the error.
 
     Raises:
         ValueError: None of its parameters is the module's, or some are not.
@@ -121,28 +121,28 @@ def check_owned(module: nn.Module, optimizer: torch.optim.Optimizer, who: str) -
 
 
 def note_skip(optimizer: torch.optim.Optimizer) -> None:
-    """Let torch's schedulers know that a skipped step had its turn.
+    """Tell torch's schedulers that a step was skipped on purpose.
 
-    They would warn at their first step that the optimizer's comes before it, as it did here.
+    Otherwise they would warn at their first step that the optimizer's step must come before it.
     """
     vars(optimizer)["_opt_called"] = True
 
 
 def write_grads(module: nn.Module, optimizer: torch.optim.Optimizer, grads: Tree) -> None:
-    """Make these the only gradients the optimizer will see, by way of the parameters' own hooks."""
+    """Write the gradients into ``p.grad`` and run the parameters' own hooks on them."""
     for group in optimizer.param_groups:
         for p in group["params"]:
-            p.grad = None  # of a parameter frozen since
-    hooked: list[Tensor] = []
+            p.grad = None  # the parameter has been frozen since
+    with_hooks: list[Tensor] = []
     combined: list[Tensor] = []
     for name, p in module.named_parameters():
         if name in grads and (p._backward_hooks or p._post_accumulate_grad_hooks):
             p.grad = None
-            hooked.append(p)
+            with_hooks.append(p)
             combined.append(grads[name])
         elif name in grads:
-            # A copy: optimizers may write into gradients, and want them laid out as parameters.
+            # Copy, because optimizers may write into gradients and need the parameters' layout.
             p.grad = torch.empty_like(p, requires_grad=False).copy_(grads[name])
-    if hooked:
-        # A backward pass from the parameters themselves: torch runs their hooks, and copies.
-        torch.autograd.backward(hooked, combined)
+    if with_hooks:
+        # In a backward pass from the parameters themselves, torch runs their hooks and copies.
+        torch.autograd.backward(with_hooks, combined)

@@ -1,4 +1,4 @@
-"""The loss that a host differentiates: of a model and a criterion, scaled, with hooks in place."""
+"""Make the loss that a host differentiates from a model, a criterion and a loss scale."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from gradfilter.grads._loss import ModelLoss, _own_loss, refuse_class, refuse_la
 from gradfilter.grads._microbatch import Plan
 from gradfilter.grads._stack import ComputedStack, GradStack
 
-# --- The tensors of a model and of a criterion with parameters, as those of one module ---
+# --- One module with the tensors of a model and of a criterion with parameters ---
 
 
 class ModuleView(nn.Module):
-    """A model under its own names, its criterion's tensors as ``criterion.…``, another forward.
+    """A model under its own names, with its criterion's tensors as ``criterion.…``.
 
-    It shares the tables of tensors and copies none of them: whoever swaps a tensor here swaps it
-    for the model and for the criterion, and transforms that choose by name see the model's names.
+    It shares the tables of tensors and copies none of them: a tensor replaced here is also replaced
+    in the model and the criterion. Transforms that choose by name see the model's names.
 
     Args:
-        model: Whose tensors are seen.
-        forward: What a call runs.
-        criterion: A module whose tensors are also seen.
+        model: The model whose tensors are shown.
+        forward: The function that a call runs.
+        criterion: A module whose tensors are also shown.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ModuleView(nn.Module):
         self._parameters = model._parameters
         self._buffers = model._buffers
         self._modules = model._modules
-        # nn.Module would register a module among those of the model.
+        # nn.Module would register the module as a part of the model.
         vars(self)["_forward"] = forward
         self._parts = [("", model)]
         if criterion is not None:
@@ -57,13 +57,13 @@ class ModuleView(nn.Module):
             self._parts.append((name, criterion))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run what was given."""
+        """Run the given function."""
         return vars(self)["_forward"](*args, **kwargs)
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """The modules of both, the model itself in the place of this view."""
+        """Yield the modules of both, with the model itself in place of this view."""
         memo = set() if memo is None else memo
         for name, part in self._parts:
             place = f"{prefix}.{name}" if prefix and name else prefix + name
@@ -71,16 +71,16 @@ class ModuleView(nn.Module):
 
 
 def tensors_in(module: nn.Module) -> Iterator[Tensor]:
-    """Its parameters and buffers."""
+    """Yield the parameters and buffers of a module."""
     return chain(module.parameters(), module.buffers())
 
 
 def module_of(criterion: Callable[..., Any] | None, model: nn.Module) -> nn.Module | None:
-    """The module that a criterion is or belongs to, if it has tensors that are not the model's.
+    """Return the module of a criterion, if it has tensors that are not the model's.
 
     Args:
         criterion: A function, a module, a method of one, or a `functools.partial` of these.
-        model: Whose tensors need no other home.
+        model: The model, whose own tensors do not count.
     """
     while isinstance(criterion, partial):
         criterion = criterion.func
@@ -96,17 +96,17 @@ def module_of(criterion: Callable[..., Any] | None, model: nn.Module) -> nn.Modu
 
 @contextmanager
 def renormalised(module: nn.Module) -> Iterator[None]:
-    """Renormalise, at the end, what the passes in between looked up of each embedding.
+    """Renormalise on exit the embedding rows that passes inside the context looked up.
 
-    A pure loss renormalises a copy of the weight it is given; in a plain loop the forward pass
-    writes into the weight itself, and the optimizer starts from what it left.
+    A pure loss renormalises a copy of the given weight. In a plain loop the forward pass writes
+    into the weight itself, and the optimizer starts from the renormalised weight.
     """
     embeddings = [m for m in module.modules() if getattr(m, "max_norm", None) is not None]
     looked_up: list[tuple[Any, Tensor]] = []
 
     def note(embedding: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         index = args[0] if args else kwargs["input"]
-        if not _functorch.is_functorch_wrapped_tensor(index):  # of a pass that is refused
+        if not _functorch.is_functorch_wrapped_tensor(index):  # the index belongs to a refused pass
             looked_up.append((embedding, index.detach()))
 
     with ExitStack() as stack:
@@ -126,11 +126,11 @@ def renormalised(module: nn.Module) -> Iterator[None]:
 
 
 LARGEST_SCALE = 2.0**32
-"""Beyond this a scale that nothing ever overflows under would overflow the products of rows."""
+"""The largest loss scale: a larger one would overflow the products of rows."""
 
 
 def scale_of(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | None:
-    """A copy of the present loss scale, or None where no losses are scaled. ()."""
+    """Return a copy of the present loss scale, or None without scaling. ()."""
     if scaler is None or not scaler.is_enabled():
         return None
     return scaler.scale(torch.ones((), device=device)).detach().clamp(max=LARGEST_SCALE)
@@ -140,10 +140,10 @@ def update_scale(scaler: torch.amp.GradScaler, overflow: Tensor) -> None:
     """Tell a scaler whether gradients overflowed, and let it choose its next scale.
 
     Args:
-        scaler: An enabled one.
-        overflow: () bool.
+        scaler: An enabled scaler.
+        overflow: True if gradients overflowed, () bool.
     """
-    # A scaler learns of overflow only from the gradients of an optimizer: here is one.
+    # A scaler detects overflow only in the gradients of an optimizer, so make one.
     messenger = torch.zeros(1, device=overflow.device)
     messenger.grad = torch.where(overflow, torch.inf, 0.0).reshape(1)
     scaler.unscale_(torch.optim.SGD([messenger], lr=0.0))
@@ -153,27 +153,27 @@ def update_scale(scaler: torch.amp.GradScaler, overflow: Tensor) -> None:
 def scaled_criterion(
     criterion: Callable[..., Any] | None, has_aux: bool, scale: Tensor
 ) -> Callable[..., Any]:
-    """The criterion for ``has_aux``: (scaled loss, (loss,) or (loss, aux)).
+    """Return the criterion for ``has_aux``: (scaled loss, (loss,) or (loss, aux)).
 
     Args:
-        criterion: As in `model_loss`.
-        has_aux: It returns (loss, aux).
-        scale: () factor of the loss.
+        criterion: See `model_loss`.
+        has_aux: True if it returns (loss, aux).
+        scale: The factor of the loss, ().
     """
 
     def scaled(output: Any, targets: Any) -> tuple[Tensor, tuple[Any, ...]]:
         result = _own_loss(output) if criterion is None else criterion(output, targets)
         loss, *aux = split_aux(result) if has_aux else (result,)
-        # A loss in half precision would overflow as soon as it is scaled.
+        # A scaled loss would overflow in half precision.
         return _tree.at_least_float32(loss) * scale, (loss, *aux)
 
     return scaled
 
 
 def with_own_losses(rows: ComputedStack) -> ComputedStack:
-    """Rows of a `scaled_criterion` whose ``losses`` are not scaled, here and at other parameters.
+    """Return rows of a `scaled_criterion` with unscaled ``losses``, also at other parameters.
 
-    The rows themselves stay those of the scaled losses, and ``aux`` is the criterion's own.
+    The rows themselves are those of the scaled losses, and ``aux`` is the criterion's own.
     """
     origin = rows.origin
 
@@ -192,15 +192,15 @@ def with_own_losses(rows: ComputedStack) -> ComputedStack:
 
 
 PREFIX = "_orig_mod."
-"""What torch.compile puts in front of every name of the module it wraps."""
+"""The prefix that torch.compile adds to every name of the module it wraps."""
 
 
 def view_of(model: nn.Module, criterion: Callable[..., Any] | None) -> nn.Module:
-    """What is differentiated: the module, under its original names, and its criterion's tensors.
+    """Return the module to differentiate: original names, with its criterion's tensors.
 
     Args:
-        model: The module as the user has it, compiled or not.
-        criterion: As in `model_loss`.
+        model: The user's module, compiled or not.
+        criterion: See `model_loss`.
     """
     original, other = original_of(model), module_of(criterion, model)
     if original is model and other is None:
@@ -214,13 +214,13 @@ def loss_of(
     has_aux: bool = False,
     scale: Tensor | None = None,
 ) -> ModelLoss:
-    """The pure loss; with a scale its aux is (loss,) or (loss, aux).
+    """Make the pure loss; with a scale its aux is (loss,) or (loss, aux).
 
     Args:
-        view: Of `view_of`.
-        criterion: As in `model_loss`.
-        has_aux: The criterion returns (loss, aux).
-        scale: () factor of the loss, or None.
+        view: The result of `view_of`.
+        criterion: See `model_loss`.
+        has_aux: True if the criterion returns (loss, aux).
+        scale: The factor of the loss, (), or None.
     """
     if scale is None:
         return ModelLoss(view, criterion, has_aux, in_place=True)
@@ -228,10 +228,10 @@ def loss_of(
 
 
 def check_order(criterion: Any, transforms: Any, optimizer: Any) -> None:
-    """Refuse arguments of which one stands where another belongs.
+    """Refuse arguments in the wrong order.
 
     Raises:
-        TypeError: An optimizer or a chain is somewhere else.
+        TypeError: An optimizer or a chain is in the wrong position.
     """
     found = criterion, transforms, optimizer
     wrong = (
@@ -256,10 +256,10 @@ def check_criterion(
     """Refuse a criterion with trainable parameters that the optimizer does not have.
 
     Args:
-        name: Who asks.
-        model: Whose own parameters may be trained by others.
-        criterion: As in `model_loss`.
-        optimizer: What is to train them.
+        name: The beginning of the error.
+        model: The model, whose own parameters are not checked.
+        criterion: See `model_loss`.
+        optimizer: The optimizer that must have them.
 
     Raises:
         TypeError: The criterion is a class.
@@ -282,11 +282,11 @@ def check_criterion(
 
 
 def check_module(name: str, model: Any) -> None:
-    """Refuse what is no module, and a wrapper that these backward passes would go around.
+    """Refuse an object that is not a module, and a wrapper that these backward passes would bypass.
 
     Args:
-        name: Who asks.
-        model: What the user gave.
+        name: The beginning of the error.
+        model: The user's argument.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -309,12 +309,12 @@ def check_module(name: str, model: Any) -> None:
 
 
 def original_of(model: nn.Module) -> nn.Module:
-    """The module that torch.compile was given, or the module itself."""
+    """Return the module that torch.compile was given, or the module itself."""
     return model.get_submodule(PREFIX[:-1]) if _is_compiled_module(model) else model
 
 
 def plan_for(model: nn.Module, criterion: Callable[..., Any] | None, plan: Plan) -> Plan:
-    """The plan a module allows: under vmap torch runs compiled code uncompiled, or not at all.
+    """Return the plan for a module: under vmap, torch runs compiled code uncompiled or not at all.
 
     Raises:
         ValueError: A compiled module and a plan that needs vmap.
@@ -336,7 +336,7 @@ def plan_for(model: nn.Module, criterion: Callable[..., Any] | None, plan: Plan)
 
 
 def has_compiled(model: nn.Module, criterion: Callable[..., Any] | None) -> bool:
-    """Whether a module, a part of it, or its criterion is compiled."""
+    """Return whether a module, a part of it, or its criterion is compiled."""
     other = module_of(criterion, model)
     return any(
         _is_compiled_module(m) or getattr(m, "_compiled_call_impl", None) is not None
@@ -347,6 +347,6 @@ def has_compiled(model: nn.Module, criterion: Callable[..., Any] | None) -> bool
 
 
 def _is_compiled_module(module: nn.Module) -> bool:
-    # Whoever compiled a module has imported the compiler; others should not wait for that.
+    # A compiled module means that the compiler is imported; do not import it otherwise.
     dynamo = sys.modules.get("torch._dynamo")
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)

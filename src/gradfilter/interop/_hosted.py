@@ -1,4 +1,4 @@
-"""`Filtered` inside a trainer that clips gradients and calls the optimizer itself."""
+"""Run `Filtered` inside a trainer that clips gradients and calls the optimizer itself."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from gradfilter.interop._host_chain import note_skip
 from gradfilter.interop._host_loss import ModuleView
 from gradfilter.transforms._state_dict import load_state_dict, state_dict
 
-# --- Check before the first batch that batches divide into microbatches ---
+# --- Check before the first batch that all batches divide into microbatches ---
 
 
 def check_division(
     who: str, loader: Any, microbatches: int | None, batches: float, size: str, drop: str
 ) -> None:
-    """Refuse a loader with a batch that is going to be cut into microbatches and cannot be.
+    """Refuse a loader with a batch that cannot be cut into microbatches.
 
     Args:
-        who: Who asks.
-        loader: Looked at if it is a `DataLoader` whose number of samples is known.
+        who: The beginning of the error.
+        loader: The loader; checked if it is a `DataLoader` with a known number of samples.
         microbatches: M, or None, which divides everything.
-        batches: How many of its batches are used before it starts anew, or ends, at most.
-        size: What to call the size of a batch.
-        drop: How to leave the last batch out.
+        batches: The largest number of batches used before the loader restarts or ends.
+        size: The name of the batch size in the error.
+        drop: The advice to omit the last batch.
 
     Raises:
-        ValueError: The size of a batch, or what is left for the last one, is not a multiple of M.
+        ValueError: The size of a batch, or of the last one, is not a multiple of M.
     """
     sampler = getattr(loader, "batch_sampler", None)
     if microbatches is None or not isinstance(loader, DataLoader):
@@ -61,24 +61,24 @@ def check_division(
 
 
 HostLoss = Callable[[dict[str, Any]], tuple[Tensor, dict[str, Tensor]]]
-"""What a host calls a loss, and what it logged meanwhile, scalars by name."""
+"""A host's loss of one microbatch, and the scalars that it logged, by name."""
 
 
 class Hosted(Filtered):
-    """A `Filtered` that writes ``p.grad`` and notes whether a step is due, which the host makes.
+    """A `Filtered` that writes ``p.grad`` and records whether the host should step.
 
     Args:
         model: The module whose parameters and buffers are swapped while ``loss`` runs.
         loss: The host's mean loss of one microbatch, which it computes by calling ``model``, and
-            what was logged meanwhile.
-        transforms: As in `Filtered`.
-        optimizer: The host's. It is never called here.
-        microbatches: As in `Filtered`.
-        plan: As in `Filtered`.
-        memory_budget: As in `Filtered`.
+            the scalars that it logged.
+        transforms: See `Filtered`.
+        optimizer: The host's optimizer. It is never called here.
+        microbatches: See `Filtered`.
+        plan: See `Filtered`.
+        memory_budget: See `Filtered`.
 
     Attributes:
-        kept: Whether the last step is to be made; known without asking the device again.
+        kept: True if the host should make the last step; read from the device only once.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Hosted(Filtered):
         plan: Plan,
         memory_budget: int | float,
     ) -> None:
-        """Check as `Filtered` does."""
+        """Check the arguments as `Filtered` does."""
         self.kept = False
         self._served = model, optimizer
         super().__init__(
@@ -105,19 +105,19 @@ class Hosted(Filtered):
             memory_budget=memory_budget,
             has_aux=True,
         )
-        # A step reads the groups of its optimizer and calls it, no more.
+        # A step only reads the groups of its optimizer and calls it.
         self.optimizer = cast(torch.optim.Optimizer, _Noted(optimizer, self._note))
 
     def serves(self, model: object, optimizer: object) -> bool:
-        """Whether the host still has the model and the optimizer that this was made for."""
+        """Return whether the host still has the model and the optimizer that this was made for."""
         return model is self._served[0] and optimizer is self._served[1]
 
     def begin(self) -> None:
-        """Begin a step: drop the rows of one that was broken off."""
+        """Begin a step; discard the rows of an interrupted one."""
         self.kept, self._pending = False, []
 
     def step(self, inputs: Any, targets: Any = None, **extra: Any) -> StepResult:
-        """As in `Filtered`, up to the optimizer's step."""
+        """Run a step as in `Filtered`, up to the optimizer's step."""
         self.kept = False
         result = super().step(inputs, targets, **extra)
         if not self.kept:
@@ -125,22 +125,22 @@ class Hosted(Filtered):
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """The transforms' state, flat tensors; the host saves the rest.
+        """Return the transforms' state as flat tensors; the host saves the rest.
 
-        Accumulated rows are not in it, as a host's accumulated gradients are in no checkpoint.
+        It has no accumulated rows, just as checkpoints of a host have no accumulated gradients.
         """
         return state_dict(self._state)
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
+        """Load the result of `state_dict`.
 
         Raises:
-            ValueError: The transforms are others.
+            ValueError: The state belongs to other transforms.
         """
         self._state, self._pending = load_state_dict(self._state, states), []
 
     def resume(self, saved: Mapping[str, Any] | None, source: str) -> None:
-        """`load_state_dict`, or a warning where a checkpoint has no state for these transforms."""
+        """Load a state, or warn if a checkpoint has no state for these transforms."""
         if saved is not None:
             self.load_state_dict(saved)
         elif self.state_dict():
@@ -155,19 +155,19 @@ class Hosted(Filtered):
 
 
 class _Noted:
-    """An optimizer as `Filtered` sees it; its step is somebody else's business."""
+    """The optimizer that `Filtered` sees; its step does nothing but record that a step is due."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, step: Callable[[], None]) -> None:
         self._optimizer, self.step = optimizer, step
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of the moment: a host may add some, and load others."""
+        """The present groups, because a host may add or load some."""
         return self._optimizer.param_groups
 
 
 def _with_loss(model: nn.Module, loss: HostLoss) -> nn.Module:
-    """A model under its own names whose output is the loss that a host computes with it."""
+    """Return a view of a model whose output is the loss that a host computes with it."""
 
     def forward(**inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         value, logged = loss(inputs)
@@ -186,12 +186,12 @@ def _loss_of_output(output: tuple[Tensor, dict[str, Tensor]], batch: Any) -> Any
 
 
 class LossLog:
-    """What a loss logs while it is computed.
+    """The values that a loss logs while it is computed.
 
-    An object of its own: what a pass writes into the attributes of a module is set back after it.
+    It is a separate object, because attributes of a module are restored after a pass.
 
     Args:
-        who: Whose loss it is.
+        who: The owner of the loss, for errors.
     """
 
     def __init__(self, who: str) -> None:
@@ -201,12 +201,12 @@ class LossLog:
 
     @property
     def is_open(self) -> bool:
-        """Whether a loss is being computed."""
+        """True if a loss is being computed."""
         return self._values is not None
 
     @contextmanager
     def opened(self) -> Iterator[dict[str, Tensor]]:
-        """Around the computation of a loss; what it logs is in the dict."""
+        """Collect in a dict the values that a loss logs inside the context."""
         values: dict[str, Tensor] = {}
         self._values = values
         try:
@@ -215,11 +215,11 @@ class LossLog:
             self._values = None
 
     def add(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Keep a number, and how its mean over the rows is to be logged.
+        """Store a number, and the options for logging its mean over the rows.
 
         Raises:
-            TypeError: It is not a number, such as a metric with a state.
-            ValueError: It has more than one.
+            TypeError: The value is not a number, such as a metric with a state.
+            ValueError: The value has several numbers.
         """
         assert self._values is not None  # asked before
         if not isinstance(value, Tensor | float | int):
@@ -239,12 +239,12 @@ class LossLog:
 
 
 def scalars(result: StepResult) -> dict[str, Tensor]:
-    """A step as numbers for a logger: ``keep``, and each metric's mean over rows, () float.
+    """Convert a step to numbers for a logger: ``keep``, and each metric's mean over rows, () float.
 
-    Also what was logged in the loss, unless it has the name of one of these.
+    It also has the values logged in the loss, unless they have the name of one of these.
     """
     dtype = torch.promote_types(result.loss.dtype, torch.float32)
-    # A row that is not finite has a cosine of NaN, which should not hide the others'.
+    # A row that is not finite has a cosine of NaN, which must not hide those of the others.
     found = {name: value.detach().to(dtype).nanmean() for name, value in result.info.items()}
     own = {name: value.to(dtype).mean() for name, value in (result.aux or {}).items()}
     return own | found

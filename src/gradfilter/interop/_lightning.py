@@ -1,4 +1,4 @@
-"""Filtered gradients in PyTorch Lightning."""
+"""Train with filtered gradients in PyTorch Lightning."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ REQUIRED = {
 
 
 def check_fit(module: Any) -> None:
-    """Refuse a fit that would not be filtered, or not rightly.
+    """Refuse a fit that would not be filtered, or not correctly.
 
     Args:
         module: A `LightningModule` with a trainer.
 
     Raises:
-        TypeError: The module is not as it has to be.
-        ValueError: The trainer is not.
+        TypeError: The module does not meet the requirements.
+        ValueError: The trainer does not meet them.
     """
     name = type(module).__name__
     for attribute, example in REQUIRED.items():
@@ -67,20 +67,19 @@ CHECKPOINT_KEY = "gradfilter"
 class FilteredModule(lightning.LightningModule):
     """A `LightningModule` that trains with filtered gradients.
 
-    Derive from it, name the transforms and the microbatches, and write ``microbatch_loss`` in
-    place of ``training_step``. The rest of the module, and the trainer, stay as they are.
+    Derive from it, set ``transforms`` and ``microbatches``, and write ``microbatch_loss`` in
+    place of ``training_step``. The rest of the module, and the trainer, need no changes.
 
-    It is a mixin on Lightning's *automatic* optimization, with four of its hooks filled:
-    ``training_step`` computes the rows (`Filtered`), ``backward`` and ``optimizer_zero_grad`` have
-    nothing left to do, ``optimizer_step`` leaves the optimizer alone where the chain says
-    ``keep = False``. So schedulers of every interval, ``accumulate_grad_batches``,
-    ``gradient_clip_val`` (on the filtered gradient), callbacks and checkpoints are Lightning's own
-    and not imitated, which manual optimization would ask for, and no strategy is replaced.
+    It is a mixin for Lightning's *automatic* optimization that fills four hooks: ``training_step``
+    computes the rows (`Filtered`), ``backward`` and ``optimizer_zero_grad`` do nothing, and
+    ``optimizer_step`` does not call the optimizer if the chain returns ``keep = False``. So
+    schedulers of every interval, ``accumulate_grad_batches``, ``gradient_clip_val`` (on the
+    filtered gradient), callbacks and checkpoints are Lightning's own.
 
     As under mixed precision, ``trainer.global_step`` and the schedulers count a skipped step, so
-    that runs end where they were planned to. With ``accumulate_grad_batches`` k the rows of k
+    that runs end at the planned step. With ``accumulate_grad_batches`` k the rows of k
     batches are filtered together. Logged once per step: ``train_loss``, ``keep`` and the metrics
-    of the links, averaged over rows (``agree_filter/accepted`` is a fraction), and what
+    of the transforms, averaged over rows (``agree_filter/accepted`` is a fraction), and what
     ``microbatch_loss`` gives to ``self.log``, such as an accuracy (or a ``train_loss`` of its own),
     likewise. The transforms' state is in Lightning's checkpoint. For ``precision`` "32-true",
     "64-true", "bf16-true" and "bf16-mixed".
@@ -88,15 +87,15 @@ class FilteredModule(lightning.LightningModule):
     Attributes:
         transforms: A chain that takes rows and ends in a tree, as in `Filtered`.
         microbatches: M rows per batch; None for one row per sample.
-        plan: As in `Filtered`.
-        memory_budget: As in `Filtered`.
+        plan: See `Filtered`.
+        memory_budget: See `Filtered`.
 
     Raises:
         TypeError: At the start of a fit: ``transforms`` or ``microbatches`` are missing;
-            ``transforms`` does not lead from rows to a tree; an optimizer that wants to evaluate
+            ``transforms`` does not lead from rows to a tree; an optimizer that evaluates
             the loss again.
-        ValueError: Likewise: several processes, or precision "16-mixed". At a step: a batch that
-            ``microbatches`` does not divide.
+        ValueError: At the start of a fit: several processes, or precision "16-mixed". At a step: a
+            batch that ``microbatches`` does not divide.
 
     Examples:
         >>> import warnings, torch, lightning as L, gradfilter as gf
@@ -140,17 +139,17 @@ class FilteredModule(lightning.LightningModule):
     _loss_log: LossLog | None = None
 
     def microbatch_loss(self, batch: Any) -> Tensor:
-        """The mean loss of the samples of one microbatch: write this one.
+        """Return the mean loss of the samples of one microbatch. Subclasses must write this method.
 
-        It is evaluated for all microbatches at once where that is possible: call the module's
-        layers and return the loss. Numbers given to ``self.log`` here are logged once per step,
-        their mean over all microbatches; they have to be the same ones for every microbatch.
+        It is evaluated for all microbatches at once if possible: call the module's layers and
+        return the loss. For numbers given to ``self.log`` here, the mean over all microbatches is
+        logged once per step; every microbatch must log the same names.
 
         Args:
-            batch: What the data loader gives, with its leading axis cut down to B samples.
+            batch: A batch of the data loader, with its leading axis cut to B samples.
 
         Raises:
-            TypeError: It was not written.
+            TypeError: The subclass has no such method.
         """
         raise TypeError(
             f"Expected a method microbatch_loss(self, batch) in {type(self).__name__}, found "
@@ -161,7 +160,7 @@ class FilteredModule(lightning.LightningModule):
         """Compute the rows of a batch; with the last one of a step, filter and write ``p.grad``.
 
         Returns:
-            The mean loss of the rows so far unreported: of this batch, or of the whole step. ().
+            The mean loss of the rows that were not reported yet: of this batch, or of the step. ().
         """
         hosted = self._host()
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
@@ -169,7 +168,7 @@ class FilteredModule(lightning.LightningModule):
         if not self._completes_step:
             return hosted.accumulate({"batch": batch})
         result = hosted.step({"batch": batch})
-        assert self._loss_log is not None  # as there is a wrapper
+        assert self._loss_log is not None  # the wrapper exists, so the log does
         options = {"train_loss": ((), {"prog_bar": True}), **self._loss_log.options}
         for name, value in ({"train_loss": result.loss} | scalars(result)).items():
             args, kwargs = options.get(name, ((), {}))
@@ -177,21 +176,21 @@ class FilteredModule(lightning.LightningModule):
         return result.loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the gradients were computed with the loss.
+        """Do nothing, because the gradients were computed with the loss.
 
         Raises:
-            TypeError: The loss is that of another ``training_step``.
+            TypeError: The loss comes from another ``training_step``.
         """
         if loss.requires_grad:
             raise TypeError(
                 f"Expected the loss of FilteredModule.training_step, found {type(self).__name__}'s "
-                "own, whose gradients nobody filters. Rename it to microbatch_loss(self, batch)."
+                "own, whose gradients are not filtered. Rename it to microbatch_loss(self, batch)."
             )
 
     def optimizer_zero_grad(
         self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Nothing: filtered gradients replace those of the step before."""
+        """Do nothing, because filtered gradients replace those of the step before."""
 
     def optimizer_step(
         self,
@@ -212,10 +211,10 @@ class FilteredModule(lightning.LightningModule):
             super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Find an ``optimizer_step`` that went past the filter.
+        """Detect an ``optimizer_step`` that bypassed the filter.
 
         Raises:
-            TypeError: The optimizer is about to step on gradients that are none of this step.
+            TypeError: The optimizer is about to step with gradients of another step.
         """
         super().on_before_optimizer_step(optimizer)
         if not self._host().kept:
@@ -226,7 +225,7 @@ class FilteredModule(lightning.LightningModule):
             )
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """As in `LightningModule`; in ``microbatch_loss``, the value of one microbatch.
+        """Log as in `LightningModule`; in ``microbatch_loss``, log the value of one microbatch.
 
         Raises:
             TypeError: In ``microbatch_loss``, a metric with a state.
@@ -238,12 +237,12 @@ class FilteredModule(lightning.LightningModule):
             self._loss_log.add(name, value, *args, **kwargs)
 
     def on_fit_start(self) -> None:
-        """Find mistakes before the first batch."""
+        """Check the module and the trainer before the first batch."""
         super().on_fit_start()
         self._host()
 
     def on_train_start(self) -> None:
-        """Find a batch that does not divide before the first one."""
+        """Check before the first batch that all batches divide into microbatches."""
         super().on_train_start()
         trainer = self.trainer
         batches = trainer.num_training_batches
@@ -265,24 +264,24 @@ class FilteredModule(lightning.LightningModule):
             checkpoint[CHECKPOINT_KEY] = self._hosted.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the transforms' state until there is an optimizer."""
+        """Store the transforms' state until there is an optimizer."""
         super().on_load_checkpoint(checkpoint)
-        # Weights are also loaded to be tested, or to be trained anew.
+        # Weights are also loaded for tests or for a new training run.
         self._resumes = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         self._saved = checkpoint.get(CHECKPOINT_KEY) if self._resumes else None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of the module is of the module alone, as Lightning leaves its trainer out."""
+        """Return the attributes to copy, without the wrapper; Lightning also omits the trainer."""
         own = ("_hosted", "_loss_log")
         return {key: v for key, v in super().__getstate__().items() if key not in own}
 
     def _loss(self, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        assert self._loss_log is not None  # as there is a wrapper
+        assert self._loss_log is not None  # the wrapper exists, so the log does
         with self._loss_log.opened() as logged:
             return self.microbatch_loss(inputs["batch"]), logged
 
     def _host(self) -> Hosted:
-        """The wrapper of this fit, which has its own optimizer."""
+        """Return the wrapper of this fit, which has its own optimizer."""
         optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
         if self._hosted is None or not self._hosted.serves(self, optimizer):
             check_fit(self)

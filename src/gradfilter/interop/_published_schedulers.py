@@ -17,21 +17,21 @@ from gradfilter.transforms._schedules import Schedule, cosine, linear, poly, pro
 
 
 class CountingScheduler(ABC):
-    """A schedule and the count k of its next value.
+    """A schedule with a counter k of its next value.
 
     The value of step k is that of `Schedule.at` at k, after ``warmup_steps`` from ``init_value``.
     With an optimizer, whose lr it then sets, the value of step 0 is set at once, as by
     `torch.optim.lr_scheduler`, and every ``step()`` after a training step sets the next; without
-    one, the first ``step()`` returns the value of step 0. So GSAM, which asks for its first ρ when
+    one, the first ``step()`` returns the value of step 0. So GSAM, which reads its first ρ when
     it is made, has ρ and lr of the same k in every training step.
 
     Args:
-        T_max: Steps in all, warm-up included.
-        max_value: Value at the end of the warm-up.
-        min_value: Value at the end.
-        init_value: Value at step 0 of the warm-up.
-        warmup_steps: Length of the warm-up; ``warmup_step`` is another spelling.
-        optimizer: Whose groups' lr to set; None for only returning values.
+        T_max: The number of steps, including the warm-up.
+        max_value: The value at the end of the warm-up.
+        min_value: The value at the end.
+        init_value: The value at step 0 of the warm-up.
+        warmup_steps: The number of warm-up steps; ``warmup_step`` is another spelling.
+        optimizer: The optimizer whose lr is set; None to only return values.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class CountingScheduler(ABC):
     def _schedule(
         self, top: float, total: int, low: float, warmup_steps: int, init_value: float
     ) -> Schedule:
-        """The schedule from ``max_value``, ``T_max``, ``min_value`` and the warm-up."""
+        """Return the schedule from ``max_value``, ``T_max``, ``min_value`` and the warm-up."""
 
     def step(self) -> float:
         """Return the next value, and set it as the lr of every group of the optimizer."""
@@ -66,22 +66,22 @@ class CountingScheduler(ABC):
         return self.lr()
 
     def lr(self) -> float:
-        """The value that the last ``step()`` returned; that of step 0 before the first."""
+        """Return the value that the last ``step()`` returned; that of step 0 before the first."""
         return self.schedule(max(self.t - 1, 0)).item()
 
     def state_dict(self) -> dict[str, int]:
-        """The count."""
+        """Return the count."""
         return {"t": self.t}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from a count."""
+        """Continue from a count."""
         self.t = state_dict["t"]
         self._set()
 
     def _set(self) -> None:
         for group in [] if self.optimizer is None else self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(self.lr())  # captured and compiled steps hold on to the tensor
+                group["lr"].fill_(self.lr())  # captured and compiled steps hold the tensor
             else:
                 group["lr"] = self.lr()
 
@@ -93,15 +93,15 @@ class ProportionScheduler:
     """ρ in proportion to another scheduler's present lr: `proportional`.
 
     ρ = min_value + (max_value − min_value) (lr − min_lr) / (max_lr − min_lr), clamped;
-    max_value where max_lr = min_lr. It has no count of its own: ``step()`` and ``lr()`` both read
-    the lr of the first parameter group as it is now.
+    max_value where max_lr = min_lr. It has no count: ``step()`` and ``lr()`` both read
+    the present lr of the first parameter group.
 
     Args:
-        pytorch_lr_scheduler: From `torch.optim.lr_scheduler`, or for example a CosineScheduler.
+        pytorch_lr_scheduler: A scheduler of `torch.optim.lr_scheduler`, or a CosineScheduler.
         max_lr: The largest lr after the warm-up.
-        min_lr: The smallest.
-        max_value: ρ at ``max_lr``.
-        min_value: ρ at ``min_lr``, >= 0.
+        min_lr: The smallest lr.
+        max_value: The value of ρ at ``max_lr``.
+        min_value: The value of ρ at ``min_lr``, >= 0.
 
     Raises:
         ValueError: max_lr < min_lr, or not 0 <= min_value <= max_value.
@@ -138,11 +138,11 @@ class ProportionScheduler:
         self._schedule = proportional(Schedule(present, max_lr, min_lr), min_value, max_value)
 
     def step(self) -> float:
-        """ρ for the present lr."""
+        """Return ρ for the present lr."""
         return self.lr()
 
     def lr(self) -> float:
-        """The same."""
+        """Return ρ for the present lr."""
         return self._schedule(0).item()
 
     def _present_lr(self) -> float:
@@ -158,16 +158,16 @@ class ProportionScheduler:
 class LinearScheduler(CountingScheduler):
     """Max + (min − max) x, x = (k − Wm) / (T − Wm): `linear`, with the arguments of GSAM's.
 
-    For GSAM's ρ and, with ``optimizer=``, for the lr; the same class with the same T and Wm for
-    both makes ρ proportional to the lr.
+    It serves for GSAM's ρ and, with ``optimizer=``, for the lr. The same class with the same T and
+    Wm for both makes ρ proportional to the lr.
 
     Args:
         T_max: The number of steps, T.
         max_value: The value at the end of the warm-up.
         min_value: The value at the end.
         init_value: The value at the start of the warm-up.
-        warmup_steps: Wm.
-        optimizer: Whose lr to set.
+        warmup_steps: The number Wm of warm-up steps.
+        optimizer: The optimizer whose lr is set.
 
     Examples:
         >>> import torch
@@ -207,9 +207,9 @@ class PolyScheduler(CountingScheduler):
     """Min + (max − min) (k − Wm + 1)^poly_order: `poly`.
 
     Args:
-        poly_order: At most 0, and the first argument, as published.
-        *args: Those of `LinearScheduler`; T_max has no effect.
-        **kwargs: Likewise.
+        poly_order: The exponent, at most 0; the first argument, as published.
+        *args: The arguments of `LinearScheduler`; T_max has no effect.
+        **kwargs: The keywords of `LinearScheduler`.
 
     Examples:
         >>> from gradfilter.interop import PolyScheduler
@@ -234,10 +234,10 @@ class StepScheduler(CountingScheduler):
     """max(min, max · factor^⌊(k − Wm) / every⌋): `step`, arguments as for `LinearScheduler`.
 
     Args:
-        *args: Those of `LinearScheduler`.
-        every: Steps between drops; 3/10 of T − Wm by default, three drops in all.
-        factor: In (0, 1]; 0.2 is that of the published CIFAR-10 example.
-        **kwargs: Those of `LinearScheduler`.
+        *args: The arguments of `LinearScheduler`.
+        every: The number of steps between drops; by default 3/10 of T − Wm, for three drops.
+        factor: The factor of each drop, in (0, 1]; 0.2 in the published CIFAR-10 example.
+        **kwargs: The keywords of `LinearScheduler`.
 
     Examples:
         >>> from gradfilter.interop import StepScheduler

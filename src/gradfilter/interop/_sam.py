@@ -1,4 +1,4 @@
-"""SAM and ASAM around an optimizer of torch.optim."""
+"""Run SAM and ASAM around an optimizer of torch.optim."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def forward_backward(
     targets: Any,
     scaler: torch.amp.GradScaler | None,
 ) -> Callable[[], tuple[Any, Tensor]]:
-    """A closure: ``loss_fn(model(inputs), targets)`` and its backward pass."""
+    """Return a closure: ``loss_fn(model(inputs), targets)`` and its backward pass."""
 
     def closure() -> tuple[Any, Tensor]:
         predictions = model(inputs)
         loss = loss_fn(predictions, targets)
         scaled = loss if scaler is None else scaler.scale(loss)
-        with _tree.no_autocast(loss):  # torch wants autocast around forward passes only
+        with _tree.no_autocast(loss):  # autocast is meant for forward passes only
             torch.autograd.backward(scaled)
         return predictions, loss
 
@@ -53,7 +53,7 @@ def forward_backward(
 
 
 def tensors_of(params: Iterable[Any]) -> list[Tensor]:
-    """Tensors among parameters in any form torch.optim takes: groups, pairs with names."""
+    """Return the tensors in parameters of any form that torch.optim takes: groups, named pairs."""
     found = []
     for item in params:
         if isinstance(item, dict):
@@ -65,7 +65,7 @@ def tensors_of(params: Iterable[Any]) -> list[Tensor]:
 
 
 def all_finite(params: list[Tensor]) -> bool:
-    """Whether no gradient has Inf or NaN; asks the host."""
+    """Return whether no gradient has Inf or NaN; waits for the device."""
     grads = [p.grad for p in params if p.grad is not None]
     return all(bool(g.isfinite().all()) for g in grads)
 
@@ -77,20 +77,21 @@ Buffers = dict[tuple[nn.Module, str], tuple[Tensor | None, Tensor | None]]  # ob
 
 
 class SameSurroundings:
-    """Random numbers and buffers of a first pass, to run a second one in them.
+    """The random state and buffers of a first pass, used to run a second pass.
 
-    The second pass draws the numbers of the first (dropout masks) and starts from the buffers the
-    first started from; what it draws and writes is forgotten.
+    The second pass draws the same numbers as the first (dropout masks) and starts from the same
+    buffers. Its changes of random state and buffers are discarded.
 
     Args:
-        device: Whose generator is kept, beside the CPU's.
-        model: Whose buffers are kept; None for those of every module that the first pass calls.
+        device: The device whose generator is recorded in addition to the CPU's.
+        model: The module whose buffers are recorded; None for all modules that the first pass
+            calls.
     """
 
     def __init__(self, device: torch.device, model: nn.Module | None) -> None:
         self._device, self._model = device, model
         self._random = random_state(device)
-        # The modules' own generators are those that the first pass finds.
+        # Generators of modules are recorded when the first pass finds them.
         self._host = HostRandom(
             [] if model is None else Attributes(dict(model.named_modules())).generators
         )
@@ -99,7 +100,7 @@ class SameSurroundings:
 
     @contextmanager
     def first(self) -> Iterator[None]:
-        """Around the first pass."""
+        """Record the state during the first pass."""
         if self._model is not None:
             self._note(self._model)
             yield
@@ -112,7 +113,7 @@ class SameSurroundings:
 
     @contextmanager
     def second(self) -> Iterator[None]:
-        """Around the second pass."""
+        """Run the second pass from the recorded state."""
         modules = dict.fromkeys(module for module, _ in self._buffers)
         after: Buffers = {}
         for module in modules:
@@ -121,7 +122,8 @@ class SameSurroundings:
         present = [host.present() for host in hosts]
         with random_state_restored(self._device):
             try:
-                # Of a generator that several hold, the earliest note is from before it drew.
+                # If several modules hold a generator, the earliest record is from before its first
+                # draw.
                 for host in reversed(hosts):
                     host.restore()
                 set_random_state(self._random, self._device)
@@ -133,7 +135,7 @@ class SameSurroundings:
                 _restore(after)
 
     def _note(self, module: nn.Module) -> None:
-        # A module that runs twice has other buffers by then: the first note counts.
+        # A module that runs twice has changed its buffers by then, so the first record counts.
         for part in module.modules():
             self._buffers = _buffers(part) | self._buffers
             if self._model is None and part not in self._found:
@@ -141,7 +143,7 @@ class SameSurroundings:
 
 
 def _buffers(module: nn.Module) -> Buffers:
-    own = module._buffers.items()  # named_buffers leaves None out, and shared ones
+    own = module._buffers.items()  # named_buffers omits None and shared buffers
     return {(module, name): (b, None if b is None else b.detach().clone()) for name, b in own}
 
 
@@ -150,7 +152,7 @@ def _restore(buffers: Buffers) -> None:
         for (module, name), (buffer, values) in buffers.items():
             if buffer is not None and values is not None:
                 buffer.copy_(values)
-            # A module may have put another tensor in its place.
+            # A module may have replaced the tensor.
             if module._buffers.get(name) is not buffer:
                 setattr(module, name, buffer)
 
@@ -158,21 +160,21 @@ def _restore(buffers: Buffers) -> None:
 def transform_gradients(
     transform: Transform, params: list[Tensor], second_pass: Callable[[], None]
 ) -> None:
-    """Replace every ``p.grad`` by what a chain with `sam_perturb` makes of it.
+    """Replace every ``p.grad`` by the result of a chain with `sam_perturb`.
 
-    Parameters without a gradient are neither perturbed nor given one. The others are back where
-    they were, bit for bit, when this returns or raises: copied, never recomputed.
+    Parameters without a gradient are neither perturbed nor given one. The others have
+    their old values, bit for bit, when this returns or raises: they are copied, not recomputed.
 
     Args:
-        transform: A link or chain of kind ``tree -> tree`` that asks for ``grad_fn``.
-        params: Each with the gradient of the first pass, or none.
-        second_pass: Leaves the gradients at the present parameters in ``p.grad``.
+        transform: A transform or chain of kind ``tree -> tree`` that needs ``grad_fn``.
+        params: The parameters, with the gradients of the first pass or None.
+        second_pass: Writes the gradients at the present parameters into ``p.grad``.
     """
     used = {str(i): p for i, p in enumerate(params) if p.grad is not None}
     if not used:
         return
     old = {name: p.detach().clone() for name, p in used.items()}
-    # A copy: p.grad may be a view of a bucket that the second pass writes to.
+    # Copy, because p.grad may be a view of a bucket that the second pass writes into.
     grads = {name: p.grad.clone() for name, p in used.items() if p.grad is not None}
     if any(g.layout != torch.strided for g in grads.values()):
         raise ValueError("Expected dense gradients, found a sparse one. Use sparse=False.")
@@ -195,7 +197,7 @@ def _put(params: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, p in params.items():
             p.copy_(values[name])
-    # An autocast around both passes would go on with half-precision copies of the old values.
+    # An autocast around both passes would reuse half-precision copies of the old values.
     torch.clear_autocast_cache()
 
 
@@ -203,14 +205,14 @@ def _put(params: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 
 
 PUBLISHED = {"old_p", "old_g", "e_w"}
-"""What the published classes keep per parameter from one of their passes to the other."""
+"""The state entries that the published classes store per parameter between their passes."""
 
 
 class TwoPassOptimizer(Optimizer):
-    """Runs a closure twice, transforms the gradients, and lets the base optimizer apply them.
+    """Run a closure twice, transform the gradients, and let the base optimizer apply them.
 
-    Its ``param_groups`` and ``state`` are the base optimizer's own, so that schedulers may be
-    given either of the two.
+    Its ``param_groups`` and ``state`` are the base optimizer's own, so schedulers can take either
+    of the two.
     """
 
     def __init__(
@@ -232,7 +234,7 @@ class TwoPassOptimizer(Optimizer):
         self.base_optimizer, self.model, self.scaler = base_optimizer, model, scaler
         self.no_sync = nullcontext if no_sync is None else no_sync
         self._closure: Callable[[], Any] | None = None
-        self._called = model  # by that closure
+        self._called = model  # called by that closure
         self._share()
         self._left = _present(self._params())
         alone = len({id(p) for p in self._params()} - {id(p) for p in listed})
@@ -244,7 +246,7 @@ class TwoPassOptimizer(Optimizer):
 
     @abstractmethod
     def _transform(self) -> Transform:
-        """What this step makes of the gradients."""
+        """Return the transform of the gradients in this step."""
 
     def set_closure(
         self, loss_fn: Callable[..., Tensor], inputs: Any, targets: Any, **kwargs: Any
@@ -257,7 +259,7 @@ class TwoPassOptimizer(Optimizer):
             )
 
         criterion = module_of(loss_fn, self.model)
-        if criterion is not None:  # its buffers also change once
+        if criterion is not None:  # its buffers also change only once
             self._called = ModuleView(self.model, self.model, criterion)
         else:
             self._called = self.model
@@ -269,12 +271,13 @@ class TwoPassOptimizer(Optimizer):
         """Run the closure here and at the perturbed point, then step the base optimizer.
 
         Args:
-            closure: Runs forward and backward passes, as many as it likes (gradients accumulate;
-                they are set to None before), and returns ``(predictions, loss)`` or a loss. With
-                a GradScaler it scales the loss itself. None for what `set_closure` was given.
+            closure: Runs any number of forward and backward passes (gradients accumulate; they are
+                set to None before), and returns ``(predictions, loss)`` or a loss. With a
+                GradScaler it scales the loss itself. None for the closure of `set_closure`.
 
         Returns:
-            Predictions and loss of the first pass, detached; predictions None if it gave a loss.
+            The predictions and loss of the first pass, detached; predictions are None if the
+            closure returned only a loss.
 
         Raises:
             RuntimeError: No closure was given or set, or gradients were accumulated before.
@@ -299,7 +302,8 @@ class TwoPassOptimizer(Optimizer):
         result = _tree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, result)
         predictions, loss = result if isinstance(result, tuple) else (None, result)
         if self.scaler is not None:
-            # The scaler unscales an optimizer once: this one first, the base after the second pass.
+            # The scaler unscales an optimizer once: first this one, then the base after the second
+            # pass.
             self.scaler.unscale_(self)
             if self.scaler.is_enabled() and not all_finite(params):
                 return predictions, loss
@@ -311,7 +315,7 @@ class TwoPassOptimizer(Optimizer):
                 self.scaler.unscale_(self.base_optimizer)
 
         transform_gradients(self._transform(), params, second_pass)
-        self._settle(params)
+        self._prepare_gradients(params)
         if self.scaler is None:
             self.base_optimizer.step()
         else:
@@ -319,20 +323,21 @@ class TwoPassOptimizer(Optimizer):
         return predictions, loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As the base optimizer's."""
+        """Reset the gradients of the base optimizer."""
         self.base_optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's."""
+        """Return the state of the base optimizer."""
         return self.base_optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict`, the base optimizer's or a published class's gave.
+        """Load a state of this object, of the base optimizer or of a published class.
 
-        The published classes save what their two passes leave behind, and not the state of their
-        base optimizer: the former is dropped, and a warning says that the latter is missing.
+        The published classes save temporary values of their two passes, but not the state of their
+        base optimizer. The temporary values are discarded, and a warning says that the state is
+        missing.
         """
-        state_dict = state_dict.get("base_optimizer", state_dict)  # pytorch_optimizer has it
+        state_dict = state_dict.get("base_optimizer", state_dict)  # pytorch_optimizer saves it
         states = state_dict["state"]
         own = {key: {k: v for k, v in s.items() if k not in PUBLISHED} for key, s in states.items()}
         if any(states.values()) and not any(own.values()):
@@ -358,13 +363,14 @@ class TwoPassOptimizer(Optimizer):
     def _second_sync(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def _settle(self, params: list[Tensor]) -> None:
-        """What is left to do with the gradients before they are applied."""
+    def _prepare_gradients(self, params: list[Tensor]) -> None:
+        """Prepare the gradients before they are applied."""
 
     def _refuse_accumulated(self, params: list[Tensor]) -> None:
-        """Refuse gradients of other passes, which the closure cannot repeat where it is run again.
+        """Refuse gradients of other passes, which the closure cannot compute at the second point.
 
-        What the last step left or this object found, and zeros, are dropped as ever.
+        Gradients that the last step left, gradients from before this object, and zeros are
+        discarded as usual.
         """
         found = []
         for p in params:
@@ -387,7 +393,7 @@ class TwoPassOptimizer(Optimizer):
             return closure()
 
     def _share(self) -> None:
-        # Loading a state makes new lists in the base optimizer.
+        # Loading a state creates new lists in the base optimizer.
         self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
 
     def _params(self) -> list[Tensor]:
@@ -395,17 +401,17 @@ class TwoPassOptimizer(Optimizer):
 
 
 def _present(params: list[Tensor]) -> dict[int, tuple[ref[Tensor], int]]:
-    """The gradients there are, by parameter: each tensor and its version, kept alive by nobody."""
+    """Return weak references to the gradients and their versions, by parameter."""
     return {id(p): (ref(p.grad), p.grad._version) for p in params if p.grad is not None}
 
 
 def check_steps_alone(name: str, optimizer: Any, fix: str) -> None:
-    """Refuse what is no optimizer, and one that computes gradients of its own.
+    """Refuse an object that is not an optimizer, or an optimizer that computes gradients.
 
     Args:
-        name: Who asks.
-        optimizer: To be called without a closure.
-        fix: The end of the message to who gave one that needs it.
+        name: The beginning of the error.
+        optimizer: The optimizer, which will be called without a closure.
+        fix: The advice in the error if the optimizer needs a closure.
     """
     kind = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
@@ -431,36 +437,36 @@ class SAM(TwoPassOptimizer):
         SAM:            e = ρ g / (‖g‖ + δ)
         adaptive=True:  e = ρ w² g / (‖|w| g‖ + δ), ASAM with η = 0
 
-    as `sam_perturb` has it. ``step`` runs the closure twice: on the same dropout masks, with the
-    second pass's buffer updates (BatchNorm) dropped, and with the old parameters copied back, also
-    when the closure raises. ``p.grad`` then holds the gradient that was applied.
+    as in `sam_perturb`. ``step`` runs the closure twice with the same dropout masks. Buffer updates
+    of the second pass (BatchNorm) are discarded, and the old parameters are copied back, also if
+    the closure raises. ``p.grad`` then holds the gradient that was applied.
 
-    Accumulation: a closure may call backward several times, ``step`` sets gradients to None before
+    Accumulation: a closure may call backward several times; ``step`` sets gradients to None before
     each of its two runs. AMP: give the GradScaler, and call ``scaler.update()`` after ``step`` as
-    always; a gradient with Inf or NaN skips the step. `torch.autocast` may be inside the closure or
-    around ``step``. DDP: all works unchanged; with ``no_sync=ddp_model.no_sync`` each rank perturbs
-    along its own gradient (m-sharpness) and saves the first synchronisation.
+    usual; a gradient with Inf or NaN skips the step. `torch.autocast` may be inside the closure or
+    around ``step``. DDP works without changes; with ``no_sync=ddp_model.no_sync`` each rank
+    perturbs along its own gradient (m-sharpness) and saves the first synchronisation.
 
-    ``rho`` and ``adaptive`` are entries of the parameter groups, as ``lr`` is: give them per group
-    (what a group has stays), change them between steps, save and load them. There is one norm over
-    all groups. For an optimizer with a rho of its own (Adadelta) the entry is ``sam_rho``.
+    ``rho`` and ``adaptive`` are entries of the parameter groups, as ``lr`` is: set them per group
+    (the values of a group stay), change them between steps, save and load them. There is one norm
+    over all groups. For an optimizer with its own rho (Adadelta) the entry is ``sam_rho``.
 
     Args:
-        params: Those of the base optimizer.
+        params: The parameters of the base optimizer.
         base_optimizer: Any `torch.optim.Optimizer`; or its class, made with ``**kwargs``.
-        rho: ρ >= 0; 0.05 is usual for SAM, 0.5 to 2 for ASAM.
-        adaptive: ASAM.
-        model: What `set_closure` calls. Its buffers are kept, and those of a ``loss_fn`` that is a
-            module; without it, those of the modules that the closure calls (for a compiled one
-            torch warns of the hook that finds them).
+        rho: The radius ρ >= 0; 0.05 is usual for SAM, 0.5 to 2 for ASAM.
+        adaptive: True for ASAM.
+        model: The module that `set_closure` calls. Its buffers are restored, and those of a
+            ``loss_fn`` that is a module; without it, those of the modules that the closure calls
+            (for a compiled module, torch warns about the hook that finds them).
         scaler: The GradScaler; a closure of your own scales the loss itself.
-        no_sync: Makes the context of the first pass.
-        **kwargs: For the base optimizer's class.
+        no_sync: A function that makes the context of the first pass.
+        **kwargs: Arguments of the base optimizer's class.
 
     Raises:
         ValueError: rho < 0; parameters of the base optimizer are not in ``params``; both scaler
             and no_sync.
-        TypeError: ``**kwargs`` for an optimizer that is made already, or one whose step needs a
+        TypeError: ``**kwargs`` for an optimizer that exists already, or one whose step needs a
             closure.
 
     Examples:
@@ -509,7 +515,7 @@ class SAM(TwoPassOptimizer):
             f"sam_{name}" if name in own else name: value
             for name, value in (("rho", rho), ("adaptive", adaptive))
         }
-        # What an earlier SAM around the same optimizer filled in is nobody's own.
+        # The values of an earlier SAM around the same optimizer are not the user's.
         earlier = {name: self.defaults[name] for name in self._entries if name in self.defaults}
         self.defaults.update(self._entries)
         for group in self.param_groups:
@@ -519,7 +525,7 @@ class SAM(TwoPassOptimizer):
         self._transform()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` or the base optimizer's gave; a group keeps what that lacks."""
+        """Load a state of this object or of the base optimizer; a group keeps missing values."""
         before = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, own in zip(self.param_groups, before, strict=True):
@@ -537,18 +543,18 @@ class SAM(TwoPassOptimizer):
 
 
 def sharpness(rho: float, adaptive: bool) -> Transform:
-    """The perturbation in the published meaning of ``adaptive``."""
+    """Return the perturbation in the published meaning of ``adaptive``."""
     return sam_perturb(rho, adaptive="asam" if adaptive else None, eta=0.0)
 
 
 def _sharpness_by_leaf(forms: dict[str, tuple[float, bool]]) -> Transform:
-    """SAM whose radius and form differ by leaf: e_i = ρ_i T_i² g_i / (‖T g‖ + δ), T_i 1 or |w_i|.
+    """Return SAM with a radius and form per leaf: e_i = ρ_i T_i² g_i / (‖T g‖ + δ), T_i 1 or |w_i|.
 
     Args:
-        forms: (ρ, adaptive) of every leaf.
+        forms: The pair (ρ, adaptive) of every leaf.
     """
     for rho, adaptive in set(forms.values()):
-        sharpness(rho, adaptive)  # refuses impossible ones
+        sharpness(rho, adaptive)  # refuses impossible values
 
     def update(
         grads: Tree, state: State, params: Params, /, *, grad_fn: Callable[[Params], Tree], **_: Any

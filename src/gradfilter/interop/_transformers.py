@@ -1,4 +1,4 @@
-"""Filtered gradients in the Trainer of Hugging Face transformers."""
+"""Train with filtered gradients in the Trainer of Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from gradfilter.interop._hosted import Hosted, LossLog, check_division, scalars
 
 
 def check_arguments(args: Any) -> None:
-    """Refuse arguments under which gradients would not be filtered, or not rightly.
+    """Refuse arguments under which gradients would not be filtered, or not correctly.
 
     Args:
-        args: Of type `transformers.TrainingArguments`.
+        args: The `transformers.TrainingArguments`.
 
     Raises:
         ValueError: Several devices, loss scaling, or an optimizer inside the backward pass.
@@ -58,37 +58,36 @@ class FilteredTrainer(Trainer):
     ``training_step`` computes one gradient per microbatch with `Filtered`, runs the chain and
     writes the result into ``p.grad``; the rest is Trainer's: ``max_grad_norm`` clips the filtered
     gradient, and the scheduler, callbacks, evaluation and checkpoints (with the transforms' state
-    in ``transforms.pt``) are as ever. Where the chain says ``keep = False`` the optimizer is not
-    called; ``state.global_step`` and the scheduler go on, so that runs end where they were
-    planned to.
+    in ``transforms.pt``) work as usual. If the chain returns ``keep = False``, the optimizer is not
+    called; ``state.global_step`` and the scheduler advance, so that runs end at the planned step.
 
-    The loss of a microbatch is what ``compute_loss`` says, also one of your own, a
-    ``compute_loss_func`` or label smoothing. It should return the loss and change nothing: it is
-    evaluated for all microbatches at once where that is possible. ``num_items_in_batch`` is the
+    The loss of a microbatch comes from ``compute_loss``, also with your own method, a
+    ``compute_loss_func`` or label smoothing. It should return the loss and change nothing, because
+    it is evaluated for all microbatches at once if possible. ``num_items_in_batch`` is the
     number of items per row, so that the mean of all rows is the gradient a Trainer would have
     computed. With ``gradient_accumulation_steps`` k the rows of k batches are filtered together,
     and the mean is over all of them. A model that accepts ``num_items_in_batch`` and ignores it
     (BERT for classification) is different in Trainer itself, which does not divide its loss by k.
 
-    Logged with Trainer's own: ``keep`` and the metrics of the links, averaged over rows
+    Logged with Trainer's own: ``keep`` and the metrics of the transforms, averaged over rows
     (``agree_filter/accepted`` is a fraction) and over the steps since the last log; likewise the
     numbers that ``compute_loss`` gives to ``self.log``, such as an accuracy. For one
-    device, in full precision or with ``bf16=True``; ``torch_compile`` leaves training steps as
-    they are.
+    device, in full precision or with ``bf16=True``; ``torch_compile`` does not change
+    training steps.
 
     Args:
-        *args: As in `transformers.Trainer`.
+        *args: See `transformers.Trainer`.
         transforms: A chain that takes rows and ends in a tree, as in `Filtered`.
         microbatches: M rows per batch; None for one row per sample.
-        plan: As in `Filtered`.
-        memory_budget: As in `Filtered`.
-        **kwargs: As in `transformers.Trainer`.
+        plan: See `Filtered`.
+        memory_budget: See `Filtered`.
+        **kwargs: See `transformers.Trainer`.
 
     Raises:
         TypeError: ``transforms`` does not lead from rows to a tree.
         ValueError: Several devices, ``fp16=True``, an optimizer that works inside the backward
-            pass. Before the first step, or at one where the number of samples is not known
-            before: a batch that ``microbatches`` does not divide.
+            pass. Before the first step, or at a step if the number of samples is unknown: a batch
+            that ``microbatches`` does not divide.
 
     Examples:
         >>> import tempfile, torch, gradfilter as gf
@@ -139,7 +138,7 @@ class FilteredTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The batches of one step, and the number of items per row instead of in all of them."""
+        """Return the batches of one step, and the number of items per row."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._host().begin()
         rows = sum(self._rows_in(batch) for batch in batches)
@@ -158,7 +157,7 @@ class FilteredTrainer(Trainer):
         """
         model.train()
         if callable(train := getattr(self.optimizer, "train", None)):
-            train()  # optimizers without a schedule have two sets of parameters
+            train()  # schedule-free optimizers have two sets of parameters
         batch = self._prepare_inputs(inputs)
         self._items = num_items_in_batch
         hosted = self._host()
@@ -171,14 +170,14 @@ class FilteredTrainer(Trainer):
         return result.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics of the filter to the logs of training, and what the loss logs."""
+        """Add the metrics of the filter and the values logged by the loss to the training logs."""
         if self._loss_log.is_open:
             for name, value in logs.items():
                 self._loss_log.add(name, value)
             return
         if "loss" in logs:
             means = {name: torch.stack(v).mean().item() for name, v in self._since.items()}
-            logs.update(means | logs)  # Trainer's own names stay Trainer's
+            logs.update(means | logs)  # Trainer's own values take precedence
             self._since = {}
         super().log(logs, start_time)
 
@@ -186,7 +185,7 @@ class FilteredTrainer(Trainer):
         """Refuse, before the first step, a batch that ``microbatches`` does not divide.
 
         Raises:
-            ValueError: There is going to be one.
+            ValueError: There is such a batch.
         """
         check_division(
             "FilteredTrainer",
@@ -198,13 +197,13 @@ class FilteredTrainer(Trainer):
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Trainer's, also kept to be checked when the number of steps is known."""
+        """Return Trainer's loader, and store it for a check when the number of steps is known."""
         loader: DataLoader[Any] = super().get_train_dataloader()
         self._train_loader = loader
         return loader
 
     def _host(self) -> Hosted:
-        """The wrapper for the present model and optimizer."""
+        """Return the wrapper for the present model and optimizer."""
         model = cast(nn.Module, self.model)
         optimizer = cast(torch.optim.Optimizer, self.optimizer)
         if self._hosted is None or not self._hosted.serves(model, optimizer):
@@ -228,7 +227,7 @@ class FilteredTrainer(Trainer):
     def _microbatch_loss(self, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         model = cast(nn.Module, self.model)
         with self._loss_log.opened() as logged:
-            # A pair with the outputs only where those are asked for.
+            # A pair with the outputs only if those are requested.
             loss = self.compute_loss(model, inputs, num_items_in_batch=self._items)
         return cast(Tensor, loss), logged
 
@@ -248,7 +247,7 @@ class FilteredTrainer(Trainer):
 
 @contextmanager
 def _named_remedy() -> Iterator[None]:
-    """Say of a batch that does not divide what a Trainer calls its loader's option."""
+    """Name Trainer's option for the loader in the error for a batch that does not divide."""
     try:
         yield
     except ValueError as error:
@@ -258,10 +257,10 @@ def _named_remedy() -> Iterator[None]:
 
 
 class _Gate(TrainerCallback):
-    """Closes accelerate's optimizer for the steps that a filter skips.
+    """Disable accelerate's optimizer in the steps that a filter skips.
 
-    An optimizer of accelerate lets steps pass while gradients are accumulated. Trainer says when
-    they are at various places in its loop, and these two events are next to the step.
+    An optimizer of accelerate ignores steps while gradients are accumulated. Trainer sets this at
+    several places in its loop, and these two events are next to the step.
     """
 
     def __init__(self, trainer: FilteredTrainer) -> None:
