@@ -19,10 +19,10 @@ from gradfilter.diagnostics._input_checks import Model, check_logits, check_mode
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Attention written out in matrix products.
+    """Compute attention by matrix products inside the context.
 
-    The fused kernels have neither a vmapped backward pass, nor forward mode, nor a second
-    derivative, and those of whole layers in evaluation mode have no derivative at all.
+    The fused kernels have no vmapped backward pass, no forward mode and no second derivative, and
+    those of complete layers in evaluation mode have no derivative at all.
     """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -38,18 +38,18 @@ def plain_attention() -> Iterator[None]:
 
 @contextmanager
 def plain_recurrence(model: Callable[..., Any], device: torch.device) -> Iterator[None]:
-    """Recurrent layers step by step, in a module that has any.
+    """Run the recurrent layers of a module step by step inside the context.
 
-    On a CPU the fused LSTM keeps no workspace where parameters ask for no gradient, and then has
-    no backward pass; on a GPU fused layers have none in evaluation mode.
+    On a CPU the fused LSTM keeps no workspace if parameters need no gradient, and then has no
+    backward pass. On a GPU fused layers have none in evaluation mode.
     """
     fused = nn.LSTM if device.type == "cpu" else nn.RNNBase
     layers = model.modules() if isinstance(model, nn.Module) else ()
     if not any(isinstance(layer, fused) for layer in layers):
         yield
         return
-    # Not their flags(), which set everything else to defaults too.
-    # Any: torch's stubs leave `enabled` out.
+    # torch's flags() would also reset all other flags to their defaults.
+    # Any, because torch's stubs omit `enabled`.
     backend: Any = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cudnn
     before = backend.enabled
     backend.enabled = False
@@ -59,14 +59,14 @@ def plain_recurrence(model: Callable[..., Any], device: torch.device) -> Iterato
         backend.enabled = before
 
 
-# --- Cross-entropy with derivatives that stay accurate where the model is certain ---
+# --- Cross-entropy with derivatives that stay accurate for confident models ---
 
 
 def log_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    r"""The sum over samples of −log p_y = (z_t − z_y) + log(1 + Σ_{k≠t} e^(z_k − z_t)).
+    r"""Return the sum over samples of −log p_y = (z_t − z_y) + log(1 + Σ_{k≠t} e^(z_k − z_t)).
 
-    t is the top class. Differentiated twice, −log softmax has 1 − p_t as a difference, which
-    rounding leaves nothing of; here everything small is an exponential, at any order.
+    t is the top class. The second derivative of −log softmax contains 1 − p_t as a difference that
+    rounds to 0. Here every small number is an exponential, at any order.
 
     Args:
         logits: z, (N, C), in the dtype to compute in.
@@ -89,11 +89,11 @@ class Derivative:
     """J = ∂logits/∂x of every sample, at one batch.
 
     Attributes:
-        x: (N, *shape), where it was taken.
+        x: The point (N, *shape) of the derivative.
         logits: (N, C).
         push: J v for v (N, *shape): a forward pass with tangents. (N, C).
-        pull: Jᵀ u for several u at once, (c, N, C) of any dtype, through the one forward pass
-            there was. (c, N, *shape). No gradient of a parameter is computed on the way.
+        pull: Jᵀ u for several u at once, (c, N, C) of any dtype, through the one forward
+            pass. (c, N, *shape). No gradient of a parameter is computed.
     """
 
     x: Tensor
@@ -102,14 +102,14 @@ class Derivative:
     pull: Callable[[Tensor], Tensor]
 
 
-@torch.no_grad()  # the parameters' graph; torch.func has a grad mode of its own
+@torch.no_grad()  # no graph of the parameters; torch.func has its own grad mode
 def derivative(model: Model, x: Tensor) -> Derivative:
-    """Run the model once and keep what the linear maps need."""
+    """Run the model once and keep the graph for the linear maps."""
     check_model(model)
     check_samples(x)
     if x.ndim == 4 and x.device.type == "cpu":
         # oneDNN otherwise reorders every image before and after every convolution: 1.3 to 1.5
-        # times slower. A model that calls .view() on them wants the usual order.
+        # times slower. A model that calls .view() on them needs the usual order.
         with suppress(RuntimeError):
             return _at(model, x.contiguous(memory_format=torch.channels_last))
     return _at(model, x)
@@ -129,7 +129,7 @@ def _at(model: Model, x: Tensor) -> Derivative:
             plain_attention(),
             plain_recurrence(model, x.device),
         ):
-            # What torch imports for forward mode uses what torch has deprecated.
+            # torch's own imports for forward mode raise deprecation warnings.
             warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
             moved: Tensor = torch.func.jvp(model, (x,), (tangents,))[1]
         return moved
@@ -137,7 +137,7 @@ def _at(model: Model, x: Tensor) -> Derivative:
     @torch.no_grad()
     def pull(u: Tensor) -> Tensor:
         u = u.to(logits.dtype)
-        if len(u) == 1:  # what cannot be vmapped can still be had one by one
+        if len(u) == 1:  # operations that vmap refuses still work one by one
             one: Tensor = vjp(u[0])[0]
             return one[None]
         many: Tensor = torch.func.vmap(vjp)(u)[0]
@@ -147,6 +147,6 @@ def _at(model: Model, x: Tensor) -> Derivative:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """The same numbers, each with memory of its own, as tangents must be laid out."""
+    """Return a copy in which each number has its own memory, as tangents need it."""
     dense = torch.empty_like(x)
     return x if dense.stride() == x.stride() else dense.copy_(x)

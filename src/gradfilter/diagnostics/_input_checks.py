@@ -11,7 +11,7 @@ Model = Callable[[Tensor], Tensor]
 
 
 def check_model(model: Model) -> None:
-    """Refuse a module that is being trained: its samples may depend on each other."""
+    """Refuse a module in training mode, because its samples may depend on each other."""
     if not callable(model):
         raise TypeError(
             f"Expected `model` to be a torch.nn.Module or a function x -> logits, found "
@@ -65,7 +65,7 @@ def check_targets(targets: Tensor, logits: Tensor) -> None:
             "per sample."
         )
     targets = targets.to(torch.int64)  # eight bits cannot be compared with 300 classes
-    # Seen by the host once per batch; an index out of range would end a CUDA context.
+    # The host reads this once per batch, because a wrong index would destroy a CUDA context.
     if bool(((targets < 0) | (targets >= classes)).any()):
         raise ValueError(
             f"Expected `targets` in 0 .. {classes - 1}, found {int(targets.min())} .. "
@@ -80,16 +80,16 @@ def check_at_least(name: str, value: float, low: float, fix: str) -> None:
 
 
 def check_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a word that is not one of those known."""
+    """Refuse an unknown option."""
     if value not in choices:
         raise ValueError(f"Expected `{name}` as one of {', '.join(choices)}, found {value!r}.")
 
 
 def at_once(chunk_size: int | None, count: int, device: torch.device) -> int:
-    """How many cotangents to pull back together.
+    """Return the number of cotangents to pull back together.
 
-    One forward pass over N samples keeps two cores busy from about 32 on, and beyond that larger
-    tensors only leave the cache; a GPU wants many more.
+    One forward pass over about 32 samples keeps two cores busy, and larger tensors do not fit into
+    the cache; a GPU needs many more.
     """
     if chunk_size is not None:
         check_at_least("chunk_size", chunk_size, 1, "Use None to have it chosen.")

@@ -31,14 +31,14 @@ CurvatureMethod = Literal["hvp", "gauss_newton"]
 
 
 class InputCurvature(NamedTuple):
-    """What `loss_curvature` returns, one number per sample, all (N,).
+    """The result of `loss_curvature`, one number per sample, all (N,).
 
     Attributes:
         gradient_norms: ‖∇_x ℓ‖.
         traces: tr H.
-        trace_errors: Standard error of the trace, 0 where it is exact.
+        trace_errors: The standard error of the trace, 0 if it is exact.
         tops: The largest eigenvalue of H.
-        residuals: ‖H u − λ u‖ / max |λ| for the unit vector u it was found with.
+        residuals: ‖H u − λ u‖ / max |λ| for the unit vector u found with it.
     """
 
     gradient_norms: Tensor
@@ -60,10 +60,10 @@ def loss_curvature(
     chunk_size: int | None = None,
     seed: Seeds = 0,
 ) -> InputCurvature:
-    r"""Slope and curvature of ℓ = −log p_y in the input, with H = ∂²ℓ/∂x² of every sample.
+    r"""Compute slope and curvature of ℓ = −log p_y in the input, with H = ∂²ℓ/∂x² of every sample.
 
     ``"hvp"`` multiplies H with vectors: the trace is the mean of vᵀ H v over probes v of ±1
-    (Hutchinson), or exact where there are at least as many probes as numbers in x; the top
+    (Hutchinson), or exact with at least as many probes as numbers in x; the top
     eigenvalue is found by the Lanczos method.
 
     ``"gauss_newton"`` takes Jᵀ A J with A = diag p − p pᵀ, which is H wherever the logits are
@@ -76,20 +76,20 @@ def loss_curvature(
         x: (N, *shape), floating point.
         targets: Classes y (N,).
         method: ``"hvp"`` or ``"gauss_newton"``.
-        probes: At least 2, for hvp.
-        iterations: Products at most for the top eigenvalue, >= 1, for hvp.
-        tolerance: At least 0, relative, for hvp.
-        chunk_size: Rows of J at once, for gauss_newton.
-        seed: Of the random vectors, for hvp: one number, or N of them, one per sample. A sample's
+        probes: The number of probes, at least 2, for hvp.
+        iterations: The largest number of products for the top eigenvalue, >= 1, for hvp.
+        tolerance: The relative tolerance, at least 0, for hvp.
+        chunk_size: The number of rows of J at a time, for gauss_newton.
+        seed: The seed of the random vectors, for hvp: one number, or N, one per sample. A sample's
             result depends on its own seed only, not on the rest of the batch.
 
     Returns:
         An `InputCurvature`, all (N,), float64.
 
     Raises:
-        ValueError: As `input_jacobian`; probes < 2, iterations < 1, tolerance < 0, an unknown
-            method, or another number of seeds than samples.
-        TypeError: As `input_jacobian`.
+        ValueError: The errors of `input_jacobian`; probes < 2, iterations < 1, tolerance < 0, an
+            unknown method, or another number of seeds than samples.
+        TypeError: The errors of `input_jacobian`.
 
     Examples:
         >>> import torch, gradfilter.diagnostics as gd
@@ -121,16 +121,16 @@ def loss_curvature(
 
 
 def _gauss_newton(at: Derivative, slopes: Tensor, size: int) -> InputCurvature:
-    """Trace and top eigenvalue of (Bᵀ J)ᵀ (Bᵀ J)."""
+    """Compute trace and top eigenvalue of (Bᵀ J)ᵀ (Bᵀ J)."""
     make = partial(factor_rows, at.logits, "fisher")
     rows = held(at, make, all_rows(at.logits), size).flatten(2)  # (N, C, D)
     traces = torch.linalg.vector_norm(rows, dim=(1, 2), dtype=_tree.wide(rows)).square()
     return InputCurvature(slopes, traces, torch.zeros_like(traces), *top_of_gram(rows))
 
 
-@torch.no_grad()  # the parameters' graph
+@torch.no_grad()  # no graph of the parameters
 def _hessian_product(model: Model, x: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]:
-    """H v for v (N, D), every sample's own; the two passes are run once, for all v."""
+    """Return a function for H v, v (N, D), for every sample; two passes serve all v."""
 
     def loss(z: Tensor) -> Tensor:
         logits = model(z)

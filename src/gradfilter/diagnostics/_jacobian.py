@@ -31,7 +31,7 @@ def chosen_rows(
     targets: Tensor | None,
     target_logit_only: bool,
 ) -> Tensor:
-    """Which rows of the Jacobian are asked for: one class per row and sample. (C', N)."""
+    """Return the requested rows of the Jacobian: one class per row and sample. (C', N)."""
     check_one_of("normalization", normalization, NAMES)
     if normalization == "crossentropy" or target_logit_only:
         if targets is None:
@@ -43,24 +43,24 @@ def chosen_rows(
 
 
 def all_rows(logits: Tensor) -> Tensor:
-    """Every class, for every sample. (C, N)."""
+    """Return all classes for every sample. (C, N)."""
     count, classes = logits.shape
     return torch.arange(classes, device=logits.device)[:, None].expand(-1, count)
 
 
 def cotangents(logits: Tensor, normalization: Normalization, rows: Tensor) -> Tensor:
-    """Rows of A, to be pulled back through the logits.
+    """Compute rows of A, which are pulled back through the logits.
 
     none, jacobian: e_k. logsoftmax: e_k − p. softmax: p_k (e_k − p). crossentropy: p − e_y.
 
     Args:
         logits: (N, C).
-        normalization: What A normalises.
+        normalization: The normalisation that A applies.
         rows: Classes k, (c, N).
 
     Returns:
-        (c, N, C), wide: of a confident sample they may be too small for the logits' dtype. Unit
-        rows are in that dtype.
+        (c, N, C), in a wide dtype, because for confident samples they may be too small for the
+        logits' dtype. Unit rows have the logits' dtype.
     """
     if normalization in ("none", "jacobian"):
         return factor_rows(logits, "none", rows)
@@ -70,7 +70,7 @@ def cotangents(logits: Tensor, normalization: Normalization, rows: Tensor) -> Te
 
 
 def factor_rows(logits: Tensor, factor: Factor, rows: Tensor) -> Tensor:
-    """Rows s_k (e_k − p), with s_k = 1 (logsoftmax), p_k (softmax) or √p_k (fisher); or e_k.
+    """Compute rows s_k (e_k − p), s_k = 1 (logsoftmax), p_k (softmax) or √p_k (fisher); or e_k.
 
     The rows of fisher make Bᵀ with B Bᵀ = diag p − p pᵀ, the Hessian of the cross-entropy in the
     logits.
@@ -91,17 +91,17 @@ def factor_rows(logits: Tensor, factor: Factor, rows: Tensor) -> Tensor:
 
 
 def scaled(cotangents: Tensor) -> tuple[Tensor, Tensor]:
-    """Cotangents (*rest, C) over their largest entry, and that entry's size, wide, (*rest,)."""
+    """Divide cotangents (*rest, C) by their largest entry; return its size, wide, (*rest,)."""
     size = cotangents.abs().amax(-1).to(_tree.wide(cotangents))
     size = torch.where(size > 0, size, 1.0)
     return cotangents / size[..., None].to(cotangents.dtype), size
 
 
 def _probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The softmax p and 1 − p. Both (N, C), wide.
+    """Return the softmax p and 1 − p. Both (N, C), wide.
 
-    Of a confident sample 1 − p rounds to 0 at the top class, and with it the whole derivative. The
-    sum of the others does not.
+    For a confident sample 1 − p rounds to 0 at the top class, and then the whole derivative is 0.
+    The sum of the other probabilities does not round to 0.
     """
     p = logits.to(_tree.wide(logits)).softmax(1)
     top = p.argmax(1, keepdim=True)
@@ -113,11 +113,11 @@ def _probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 Maker = Callable[[Tensor], Tensor]
-"""From classes (c, N) to cotangents of the logits (c, N, C)."""
+"""A function from classes (c, N) to cotangents of the logits (c, N, C)."""
 
 
 def sq_norms(at: Derivative, make: Maker, rows: Tensor, size: int) -> Tensor:
-    """Squared Frobenius norms, totals in float64. (N,)."""
+    """Compute squared Frobenius norms, with float64 totals. (N,)."""
     wide = _tree.wide(at.x)
     total = torch.zeros(len(at.x), dtype=wide, device=at.x.device)
     for some in torch.split(rows, size):
@@ -129,9 +129,9 @@ def sq_norms(at: Derivative, make: Maker, rows: Tensor, size: int) -> Tensor:
 
 
 def held(at: Derivative, make: Maker, rows: Tensor, size: int) -> Tensor:
-    """All the rows. (N, C', *shape)."""
+    """Return all the rows. (N, C', *shape)."""
     x = at.x
-    # Filled in place: stacking the rows would hold them twice.
+    # Fill in place, because stacking the rows would hold them twice.
     jacobian = torch.empty((len(x), len(rows), *x.shape[1:]), dtype=x.dtype, device=x.device)
     for start in range(0, len(rows), size):
         chunk = at.pull(make(rows[start : start + size]))
@@ -140,7 +140,7 @@ def held(at: Derivative, make: Maker, rows: Tensor, size: int) -> Tensor:
 
 
 def held_jacobian(at: Derivative, normalization: Normalization, rows: Tensor, size: int) -> Tensor:
-    """The chosen rows of A J, or of J / ‖J‖_F. (N, C', *shape)."""
+    """Return the chosen rows of A J, or of J / ‖J‖_F. (N, C', *shape)."""
     make = partial(cotangents, at.logits, normalization)
     if normalization != "jacobian":
         return held(at, make, rows, size)
@@ -149,13 +149,13 @@ def held_jacobian(at: Derivative, normalization: Normalization, rows: Tensor, si
     norms = torch.stack([torch.linalg.vector_norm(each, dtype=wide) for each in jacobian])
     if len(rows) < jacobian.shape[1]:
         jacobian = jacobian[torch.arange(len(jacobian), device=rows.device), rows[0]][:, None]
-    for each, norm in zip(jacobian, norms, strict=True):  # in place, one sample wide at a time
+    for each, norm in zip(jacobian, norms, strict=True):  # in place, one sample at a time
         each.copy_(each.to(wide) / torch.where(norm == 0, 1.0, norm))
     return jacobian
 
 
 def jacobian_norms(at: Derivative, normalization: Normalization, rows: Tensor, size: int) -> Tensor:
-    """Frobenius norms of the same, with the rows of one chunk in memory. (N,)."""
+    """Compute Frobenius norms of A J, with the rows of one chunk in memory. (N,)."""
     make = partial(cotangents, at.logits, normalization)
     own = sq_norms(at, make, rows, size).sqrt()
     if normalization != "jacobian":
@@ -164,13 +164,13 @@ def jacobian_norms(at: Derivative, normalization: Normalization, rows: Tensor, s
 
 
 def whole_norms(at: Derivative, size: int) -> Tensor:
-    """‖J‖_F of the logits. (N,)."""
+    """Compute ‖J‖_F of the logits. (N,)."""
     make = partial(cotangents, at.logits, "none")
     return sq_norms(at, make, all_rows(at.logits), size).sqrt()
 
 
 def over(values: Tensor, norms: Tensor) -> Tensor:
-    """Values relative to the norm of what they belong to, 0 where that is 0."""
+    """Divide values by norms, with 0 for a norm of 0."""
     return torch.where(norms == 0, 0.0, values / norms)
 
 
@@ -186,7 +186,7 @@ def input_jacobian(
     target_logit_only: bool = False,
     chunk_size: int | None = None,
 ) -> Tensor:
-    r"""The Jacobian ∂g/∂x of every sample, with g made of the logits f.
+    r"""Return the Jacobian ∂g/∂x of every sample, with g a function of the logits f.
 
     All of them are A J, with J = ∂f/∂x and p = softmax f:
 
@@ -196,20 +196,20 @@ def input_jacobian(
         crossentropy    (p − onehot(y))ᵀ J, one row: the gradient of the loss −log p_y
         jacobian        J / ‖J‖_F, and 0 where J is 0
 
-    The rows of A are pulled back through one forward pass over the batch: 1 + C' forward passes'
-    worth of work, and no gradient of a parameter. Where the target's row only is asked for, that
-    is the only one computed.
+    The rows of A are pulled back through one forward pass over the batch. This costs about 1 + C'
+    forward passes, and computes no gradient of a parameter. If only the target's row is requested,
+    only that row is computed.
 
     Args:
         model: A module in evaluation mode, or a function from x (N, *shape) to logits (N, C) that
             treats every sample by itself. It is never changed.
         x: (N, *shape), floating point.
-        normalization: One of the above.
+        normalization: One of the names above.
         targets: Classes y (N,), for crossentropy and target_logit_only.
-        target_logit_only: Row y only, of the matrix above: C' = 1. (Of ``"jacobian"``, row y of
-            J / ‖J‖_F, which takes all rows to know.)
-        chunk_size: Cotangents that are pulled back at once, >= 1; None chooses by N and device.
-            More than one are vmapped; with 1, operations that cannot be vmapped do.
+        target_logit_only: True for row y of the matrix above only: C' = 1. (For ``"jacobian"`` it
+            is row y of J / ‖J‖_F, which needs all rows.)
+        chunk_size: The number of cotangents pulled back at once, >= 1; None chooses by N and
+            device. Several are vmapped; with 1, operations that vmap refuses also work.
 
     Returns:
         (N, C', *shape), in the dtype of x. C' is C, or 1 for crossentropy and target_logit_only.
@@ -217,7 +217,7 @@ def input_jacobian(
     Raises:
         ValueError: The model is in training mode; targets are missing, of another shape or not
             classes of the model; logits are not (N, C); an option is unknown.
-        TypeError: x is not floating point; targets are no class numbers.
+        TypeError: x is not floating point; targets are not class numbers.
 
     Examples:
         >>> import torch, gradfilter.diagnostics as gd
@@ -247,10 +247,10 @@ def jacobian_norm(
     target_logit_only: bool = False,
     chunk_size: int | None = None,
 ) -> Tensor:
-    r"""The Frobenius norm of every sample's Jacobian, ‖∂g/∂x‖_F.
+    r"""Return the Frobenius norm of every sample's Jacobian, ‖∂g/∂x‖_F.
 
-    The squares of each chunk of rows are summed and the rows let go, so the Jacobian is never
-    held. Formulas, arguments and errors are those of `input_jacobian`; of ``"jacobian"`` the norm
+    The squares of each chunk of rows are summed and the rows discarded, so the Jacobian is never
+    held. Formulas, arguments and errors are those of `input_jacobian`. For ``"jacobian"`` the norm
     is 1, or 0 where J is 0, and with target_logit_only the share of the target's row.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The largest singular value of the Jacobian of every sample."""
+"""Compute the largest singular value of the Jacobian of every sample."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Map = Callable[[Tensor], Tensor]
 
 
 def factor_maps(logits: Tensor, normalization: Normalization, rows: Tensor) -> tuple[Map, Map]:
-    """A v for v (N, C), and Aᵀ u for u (N, C'), of every sample and wide.
+    """Return functions for A v, v (N, C), and Aᵀ u, u (N, C'), for every sample in a wide dtype.
 
     With p = softmax f:
 
@@ -39,14 +39,14 @@ def factor_maps(logits: Tensor, normalization: Normalization, rows: Tensor) -> t
         softmax           A u = Aᵀ u = p ∘ (u − ⟨p, u⟩ 1)
         logsoftmax        A v = v − ⟨p, v⟩ 1,    Aᵀ u = u − ⟨1, u⟩ p
 
-    Of a confident sample these are differences of what is nearly equal. As A 1 = 0, the top class
-    can be given v_t = 0 first, and then nothing large is in ⟨p, v⟩; and as ⟨1, Aᵀ u⟩ = 0, its
-    entry of Aᵀ u is had from the others.
+    For a confident sample these are differences of nearly equal numbers. As A 1 = 0, the top class
+    can be set to v_t = 0 first, and then ⟨p, v⟩ has no large terms. As ⟨1, Aᵀ u⟩ = 0, its entry of
+    Aᵀ u is computed from the others.
 
     Args:
-        logits: f, (N, C).
-        normalization: What A normalises.
-        rows: Classes (C', N): all of them, or one per sample, whose row of A is then held.
+        logits: The logits f, (N, C).
+        normalization: The normalisation that A applies.
+        rows: The classes (C', N): all, or one per sample, whose row of A is then held.
     """
     if len(rows) == 1:
         row = cotangents(logits, normalization, rows)[0].to(_tree.wide(logits))
@@ -80,16 +80,16 @@ def _same(v: Tensor) -> Tensor:
 Method = Literal["auto", "gram", "power"]
 
 GRAM_UP_TO = 32
-"""Rows up to which the exact value costs no more than about ten products with J and Jᵀ."""
+"""The number of rows up to which the exact value costs at most about ten products."""
 
 
 class OperatorNorm(NamedTuple):
-    """What `operator_norm` returns.
+    """The result of `operator_norm`.
 
     Attributes:
         values: σ_max(J) of every sample, (N,).
-        residuals: ‖J Jᵀ u − σ² u‖ / σ² for the unit vector u it was found with, (N,): σ is off by
-            at most half of that, relatively, from a singular value.
+        residuals: ‖J Jᵀ u − σ² u‖ / σ² for the unit vector u found with it, (N,): the relative
+            distance of σ to a singular value is at most half of that.
     """
 
     values: Tensor
@@ -109,27 +109,27 @@ def operator_norm(
     tolerance: float = 1e-4,
     seed: Seeds = 0,
 ) -> OperatorNorm:
-    r"""The operator norm of every sample's Jacobian, max ‖J v‖ over ‖v‖ = 1.
+    r"""Return the operator norm of every sample's Jacobian, max ‖J v‖ over ‖v‖ = 1.
 
     σ² is the largest eigenvalue of K = J Jᵀ, which is only C' x C'.
 
     ``"gram"`` computes J and K, in float64, and its eigenvalues: exact, C' backward passes, and
-    the whole Jacobian in memory. ``"power"`` multiplies a random vector with K again and again,
-    one backward pass (Jᵀ u) and one forward pass with tangents (J v) each time, and takes the best
-    vector of all those it has met (the Lanczos method), so that about ten products do. It holds no
+    the whole Jacobian in memory. ``"power"`` multiplies a random vector with K repeatedly,
+    by one backward pass (Jᵀ u) and one forward pass with tangents (J v) each time, and takes the
+    best vector in their span (the Lanczos method), so about ten products suffice. It holds no
     Jacobian. ``"auto"`` is gram up to 32 rows, power beyond.
 
     Args:
-        model: As for `input_jacobian`, like the next five.
+        model: See `input_jacobian`, also for the next five.
         x: (N, *shape).
-        normalization: Which Jacobian.
-        targets: Classes (N,).
-        target_logit_only: Row y only.
-        chunk_size: Rows of J at once, where J is computed.
+        normalization: The kind of Jacobian.
+        targets: The classes (N,).
+        target_logit_only: True for row y only.
+        chunk_size: The number of rows of J at a time, if J is computed.
         method: ``"auto"``, ``"gram"`` or ``"power"``.
-        iterations: Products at most, >= 1, for ``"power"``.
-        tolerance: At least 0; a sample is left alone once its residual is below that.
-        seed: Of the first vector: one number, or N of them, one per sample. A sample's result
+        iterations: The largest number of products, >= 1, for ``"power"``.
+        tolerance: At least 0; a sample is finished when its residual is below that.
+        seed: The seed of the first vector: one number, or N, one per sample. A sample's result
             depends on its own seed only, not on the rest of the batch.
 
     Returns:
@@ -137,9 +137,9 @@ def operator_norm(
         constant of a data set is √(mean σ²).
 
     Raises:
-        ValueError: As `input_jacobian`; iterations < 1, tolerance < 0, an unknown method, or
-            another number of seeds than samples.
-        TypeError: As `input_jacobian`.
+        ValueError: The errors of `input_jacobian`; iterations < 1, tolerance < 0, an unknown
+            method, or another number of seeds than samples.
+        TypeError: The errors of `input_jacobian`.
 
     Examples:
         >>> import torch, gradfilter.diagnostics as gd
@@ -160,7 +160,7 @@ def operator_norm(
     rows = chosen_rows(at.logits, normalization, targets, target_logit_only)
     size = at_once(chunk_size, len(x), x.device)
     if method == "gram" or (method == "auto" and len(rows) <= GRAM_UP_TO):
-        if len(rows) == 1:  # its norm, which is not rounded to the dtype of x
+        if len(rows) == 1:  # its norm is not rounded to the dtype of x
             norms = jacobian_norms(at, normalization, rows, size)
             return OperatorNorm(norms, norms - norms)  # 0, or NaN
         jacobian = held_jacobian(at, normalization, rows, size)
@@ -175,10 +175,10 @@ def operator_norm(
 
 
 def _product(at: Derivative, forth: Map, back: Map, u: Tensor) -> Tensor:
-    """A J Jᵀ Aᵀ u for u (N, C'), with ``forth`` A v and ``back`` Aᵀ u."""
+    """Compute A J Jᵀ Aᵀ u for u (N, C'), with ``forth`` A v and ``back`` Aᵀ u."""
     down, size_down = scaled(back(u))
     v = at.pull(down[None])[0]
-    # J v at a v of length 1: twice the exponent of a small J is more than float32 has.
+    # Use v of length 1, because the square of a small J underflows in float32.
     size = torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=u.dtype)
     scale = torch.where(size > 0, size, 1.0)
     up = at.push((v.flatten(1) / scale[:, None]).to(v.dtype))
@@ -186,5 +186,5 @@ def _product(at: Derivative, forth: Map, back: Map, u: Tensor) -> Tensor:
 
 
 def _roots(top: Top) -> tuple[Tensor, Tensor]:
-    """Singular values of J from eigenvalues of J Jᵀ, which rounding may have made negative."""
+    """Compute singular values of J from eigenvalues of J Jᵀ, which may be negative by rounding."""
     return top.values.clamp(min=0).sqrt(), top.residuals

@@ -34,7 +34,7 @@ class LossAt:
 
     @classmethod
     def of(cls, loss: Callable[..., Any], batch: Any, buffers: Tree | None) -> LossAt:
-        """A module's loss, or a plain one without buffers."""
+        """Return a module's loss, or a plain one without buffers."""
         if not callable(loss):
             raise TypeError(
                 f"Expected `loss` to be a function (params, batch) -> scalar, found "
@@ -44,22 +44,22 @@ class LossAt:
         return cls(any_loss, batch, any_loss.incoming(buffers))
 
     def value(self, params: Params) -> Tensor:
-        """f(w), and nothing else. ()."""
+        """Compute f(w). ()."""
         self.loss.check_params(params)
         return self.loss.pure(params, self.batch, self.buffers)[0]
 
     def with_module_state(self, leaves: Tree, backward: Callable[[], T]) -> T:
-        """A backward pass; checkpointed parts run forward again in it, at these leaves."""
+        """Run a backward pass in which checkpointed parts run forward again at these leaves."""
         return self.loss.with_module_state(leaves, self.buffers, backward)
 
     def gradient(self, params: Params, *, twice: bool = False) -> tuple[Tensor, Tree, Tree]:
-        """f(w), ∇f(w), and the leaves it was taken at; ``twice`` keeps it differentiable.
+        """Compute f(w), ∇f(w) and the leaves; with ``twice`` the gradient is differentiable.
 
         A parameter that the loss does not use has a zero gradient.
         """
         with torch.enable_grad():
             leaves = {name: self.loss.leaf(name, p) for name, p in params.items()}
-            _tree.device_of(leaves)  # refuses none at all
+            _tree.device_of(leaves)  # refuses an empty dict
             value = self.value(leaves)
             self.loss.check_reaches(value, leaves.values())
             differentiate = partial(
@@ -77,11 +77,11 @@ class LossAt:
 
 
 class HessianTop(NamedTuple):
-    """What `hessian_top` returns.
+    """The result of `hessian_top`.
 
     Attributes:
         value: The largest eigenvalue, ().
-        residual: ‖H u − λ u‖ / max |λ| for the unit vector u it was found with, ().
+        residual: ‖H u − λ u‖ / max |λ| for the unit vector u found with it, ().
     """
 
     value: Tensor
@@ -89,11 +89,11 @@ class HessianTop(NamedTuple):
 
 
 class HessianTrace(NamedTuple):
-    """What `hessian_trace` returns.
+    """The result of `hessian_trace`.
 
     Attributes:
         value: The trace, ().
-        standard_error: Of the mean over the probes, (); 0 where the trace is exact.
+        standard_error: The standard error of the mean over the probes, (); 0 if the trace is exact.
     """
 
     value: Tensor
@@ -110,30 +110,30 @@ def hessian_top(
     tolerance: float = 1e-3,
     seed: int = 0,
 ) -> HessianTop:
-    r"""The largest eigenvalue of the Hessian ∂²f/∂w² over all parameters together.
+    r"""Return the largest eigenvalue of the Hessian ∂²f/∂w² over all parameters together.
 
-    The largest in value, not in size: the sharpest direction upwards. By the Lanczos method, one
-    product H v per step, which takes about two gradients' time; as many vectors like the
-    parameters are held as there are steps.
+    It is the largest in value, not in size: the direction of strongest upward curvature. The
+    Lanczos method takes one product H v per step, each about the time of two gradients, and holds
+    one vector like the parameters per step.
 
     Args:
-        loss: What `gradfilter.model_loss` makes, or a plain ``loss(params, batch) -> scalar``,
-            twice differentiable. Put a module into evaluation mode, unless the curvature of
-            training, with BatchNorm on batch statistics, is what you mean.
-        params: ``dict[str, Tensor]``, as `gradfilter.extract` gives. They are not changed.
-        batch: What the loss takes.
-        buffers: For a module's loss; None takes the module's own.
-        iterations: Products at most, >= 1.
-        tolerance: At least 0; relative residual at which to stop.
-        seed: Of the first vector.
+        loss: The result of `gradfilter.model_loss`, or a plain ``loss(params, batch) -> scalar``,
+            twice differentiable. Put a module into evaluation mode, unless you want the curvature
+            in training, with BatchNorm on batch statistics.
+        params: ``dict[str, Tensor]``, from `gradfilter.extract`. They are not changed.
+        batch: The batch of the loss.
+        buffers: The buffers for a module's loss; None takes the module's own.
+        iterations: The largest number of products, >= 1.
+        tolerance: The relative residual at which to stop, at least 0.
+        seed: The seed of the first vector.
 
     Returns:
         A `HessianTop`: value and residual, both (), float64.
 
     Raises:
         ValueError: iterations < 1, tolerance < 0; the loss does not depend on the parameters or
-            is no scalar.
-        TypeError: The loss returns no tensor.
+            is not a scalar.
+        TypeError: The loss does not return a tensor.
 
     Examples:
         >>> import torch, gradfilter.diagnostics as gd
@@ -162,25 +162,25 @@ def hessian_trace(
     probes: int = 32,
     seed: int = 0,
 ) -> HessianTrace:
-    r"""The trace of the Hessian ∂²f/∂w² over all parameters together.
+    r"""Return the trace of the Hessian ∂²f/∂w² over all parameters together.
 
-    The mean of vᵀ H v over random vectors v of ±1 (Hutchinson); exact where there are at least as
+    It is the mean of vᵀ H v over random vectors v of ±1 (Hutchinson), and exact with at least as
     many probes as parameters.
 
     Args:
-        loss: As for `hessian_top`, like the next three.
+        loss: See `hessian_top`, also for the next three.
         params: ``dict[str, Tensor]``.
-        batch: What the loss takes.
-        buffers: For a module's loss.
-        probes: At least 2.
-        seed: Of the probes.
+        batch: The batch of the loss.
+        buffers: The buffers for a module's loss.
+        probes: The number of probes, at least 2.
+        seed: The seed of the probes.
 
     Returns:
         A `HessianTrace`: value and standard error, both (), float64.
 
     Raises:
-        ValueError: probes < 2; the loss does not depend on the parameters or is no scalar.
-        TypeError: The loss returns no tensor.
+        ValueError: probes < 2; the loss does not depend on the parameters or is not a scalar.
+        TypeError: The loss does not return a tensor.
 
     Examples:
         >>> import torch, gradfilter.diagnostics as gd
@@ -201,11 +201,11 @@ def hessian_trace(
 def _product(
     loss: Callable[..., Any], params: Params, batch: Any, buffers: Tree | None
 ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """H v for v (1, P), and a tensor like v. The gradient's graph is made once, for all v."""
+    """Return a function for H v, v (1, P), and a tensor like v; one graph serves all v."""
     at = LossAt.of(loss, batch, buffers)
     with plain_attention(), random_state_restored(_tree.device_of(params)):
         _, gradient, leaves = at.gradient(params, twice=True)
-    slopes = [g for g in gradient.values() if g.requires_grad]  # of a linear part H is 0
+    slopes = [g for g in gradient.values() if g.requires_grad]  # H of a linear part is 0
 
     def product(v: Tensor) -> Tensor:
         parts = torch.split(v[0], [leaf.numel() for leaf in leaves.values()])
@@ -224,7 +224,7 @@ def _product(
                 retain_graph=True,
                 materialize_grads=True,
             )
-            with plain_attention():  # what was checkpointed runs again
+            with plain_attention():  # checkpointed parts run again
                 moved = list(at.with_module_state(leaves, differentiate))
         return torch.cat([m.reshape(-1).to(v.dtype) for m in moved])[None]
 
@@ -247,26 +247,26 @@ def sharpness(
     *,
     buffers: Tree | None = None,
 ) -> Tensor:
-    r"""The rise of the loss over one SAM step, f(w + e) − f(w) with e = ρ g / (‖g‖ + 1e-12).
+    r"""Return the rise of the loss over one SAM step, f(w + e) − f(w) with e = ρ g / (‖g‖ + 1e-12).
 
-    g = ∇f(w), the norm over all parameters together. One gradient and one more forward pass, on
-    the same random numbers. In half precision w + e would be rounded, mostly to w, so the
-    parameters have to be float32 or wider; autocast may compute in half precision.
+    g = ∇f(w), the norm over all parameters together. It takes one gradient and one more forward
+    pass, with the same random numbers. In half precision w + e would mostly round to w, so the
+    parameters must be float32 or wider; autocast may compute in half precision.
 
     Args:
-        loss: What `gradfilter.model_loss` makes, or a plain ``loss(params, batch) -> scalar``.
-        params: ``dict[str, Tensor]``, as `gradfilter.extract` gives. They are not changed.
-        batch: What the loss takes.
-        rho: ρ >= 0, in units of the parameters' norm; 0.05 is usual.
-        buffers: For a module's loss; None takes the module's own.
+        loss: The result of `gradfilter.model_loss`, or a plain ``loss(params, batch) -> scalar``.
+        params: ``dict[str, Tensor]``, from `gradfilter.extract`. They are not changed.
+        batch: The batch of the loss.
+        rho: The radius ρ >= 0, in units of the parameters' norm; 0.05 is usual.
+        buffers: The buffers for a module's loss; None takes the module's own.
 
     Returns:
         (), float64.
 
     Raises:
         ValueError: rho < 0; a parameter is in half precision; the loss does not depend on the
-            parameters or is no scalar.
-        TypeError: The loss returns no tensor.
+            parameters or is not a scalar.
+        TypeError: The loss does not return a tensor.
 
     Examples:
         >>> import torch, gradfilter.diagnostics as gd
@@ -282,21 +282,21 @@ def sharpness(
     at = LossAt.of(loss, batch, buffers)
     device = _tree.device_of(params)
     _check_precision(params)
-    # Both passes draw the same numbers and find the same modules, and nothing outside notices.
+    # Both passes use the same random numbers and module state, which are restored afterwards.
     moment = CallContext.now(device, at.loss.modules)
     with moment.restored():
         value, gradient, _ = at.gradient(params)
     with moment.restored(), torch.no_grad():
         step = rho / (_products.norm(gradient) + DELTA)
         near = {
-            name: (p + step * gradient[name]).to(p.dtype)  # of shape () it is promoted
+            name: (p + step * gradient[name]).to(p.dtype)  # a leaf of shape () is promoted
             for name, p in params.items()
         }
         return (at.value(near).to(step.dtype) - value.detach().to(step.dtype)).detach()
 
 
 def _check_precision(params: Params) -> None:
-    """Refuse parameters on which the step would be lost."""
+    """Refuse parameters whose precision is too low for the step."""
     for name, p in params.items():
         if torch.promote_types(p.dtype, torch.float32) != p.dtype:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Statistics of a gradient stack: agreement of the rows, and gradient noise."""
+"""Compute statistics of a gradient stack: agreement of the rows, and gradient noise."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from gradfilter.grads._stack import GradStack, as_stack
 
 
 def agreement(rows: GradStack | Tree) -> Tensor:
-    r"""The mean cosine over all pairs of rows.
+    r"""Return the mean cosine over all pairs of rows.
 
     With unit rows u_i = g_i / ‖g_i‖, over the m rows that are finite and not zero,
 
         (‖Σ u_i‖² − m) / (m (m − 1)) = mean of cos(g_i, g_j) over i ≠ j.
 
-    Takes the Gram where the stack has it cheaply, else the norms and one `combine`, so that no
-    M x M matrix is made.
+    It takes the Gram if the stack has a cheap one, else the norms and one `combine`, without an M x
+    M matrix.
 
     Args:
         rows: A GradStack, or a stacked dict with leading axis M on every leaf.
 
     Returns:
-        (), in [−1/(m − 1), 1], float64; NaN where fewer than two rows can be compared. The host is
-        not asked.
+        (), in [−1/(m − 1), 1], float64; NaN if fewer than two rows can be compared. The host
+        does not wait for it.
 
     Raises:
-        TypeError, ValueError: A dict is no stack of rows.
+        TypeError, ValueError: A dict is not a stack of rows.
 
     Examples:
         >>> import torch, gradfilter.diagnostics as gd
@@ -60,13 +60,13 @@ def agreement(rows: GradStack | Tree) -> Tensor:
 
 
 class NoiseScale(NamedTuple):
-    """What `noise_scale` returns, all (), float64.
+    """The result of `noise_scale`, all (), float64.
 
     Attributes:
-        samples: B · trΣ / ‖G‖²: the batch size from which on more samples help little.
+        samples: B · trΣ / ‖G‖²: the batch size above which more samples help little.
         trace: trΣ, the variance of one row, summed over the parameters.
         sq_norm: ‖G‖², the squared norm of the true gradient, without bias; it can be negative.
-        sq_norm_of_mean: ‖ḡ‖², that of the mean row, too large by trΣ/M on average.
+        sq_norm_of_mean: ‖ḡ‖², the squared norm of the mean row, too large by trΣ/M on average.
     """
 
     samples: Tensor
@@ -76,15 +76,15 @@ class NoiseScale(NamedTuple):
 
 
 def noise_scale(rows: GradStack | Tree, batch_size: int) -> NoiseScale:
-    r"""How noisy the rows are, and the batch size that this asks for.
+    r"""Estimate the noise of the rows, and the batch size that fits it.
 
     With the mean row ḡ of the M rows that are finite (its norm from their products, not from a
     mean rounded to half precision),
 
         trΣ = (Σ ‖g_i‖² − M ‖ḡ‖²) / (M − 1),    ‖G‖² = ‖ḡ‖² − trΣ/M,    samples = B · trΣ / ‖G‖².
 
-    Of a few rows this is a rough estimate: over several steps average trace and sq_norm, and
-    divide the averages.
+    With few rows this is a rough estimate: average trace and sq_norm over several steps, and divide
+    the averages.
 
     Args:
         rows: A GradStack, or a stacked dict with leading axis M on every leaf; each row the mean
@@ -92,12 +92,12 @@ def noise_scale(rows: GradStack | Tree, batch_size: int) -> NoiseScale:
         batch_size: B >= 1, samples per row.
 
     Returns:
-        A `NoiseScale`. ``samples`` is inf where the noise drowns the gradient (‖G‖² <= 0 < trΣ);
+        A `NoiseScale`. ``samples`` is inf if the noise hides the gradient (‖G‖² <= 0 < trΣ);
         all are NaN with fewer than two finite rows.
 
     Raises:
-        ValueError: batch_size < 1, or a dict is no stack of rows.
-        TypeError: A dict is no stack of rows.
+        ValueError: batch_size < 1, or a dict is not a stack of rows.
+        TypeError: A dict is not a stack of rows.
 
     Examples:
         >>> import torch, gradfilter.diagnostics as gd
@@ -118,8 +118,8 @@ def noise_scale(rows: GradStack | Tree, batch_size: int) -> NoiseScale:
     count = usable.sum().to(squares.dtype)
     weights = usable.to(squares.dtype) / count.clamp(min=1)
     if gram is None:
-        # The mean m comes in the dtype of the parameters: ‖ḡ‖² = 2 <ḡ, m> − ‖m‖² + ‖ḡ − m‖². The
-        # last is left out: it is what rounding adds to the variance of every row anyway.
+        # The mean m has the dtype of the parameters: ‖ḡ‖² = 2 <ḡ, m> − ‖m‖² + ‖ḡ − m‖². The
+        # last term is omitted: rounding adds as much to the variance of every row anyway.
         mean = stack.combine(weights)
         along = torch.where(usable, stack.dot(mean), 0.0).sum() / count.clamp(min=1)
         of_mean = 2 * along - _products.sq_norm(mean)
@@ -128,12 +128,12 @@ def noise_scale(rows: GradStack | Tree, batch_size: int) -> NoiseScale:
         of_mean = (torch.where(both, gram, 0.0) * weights[:, None] * weights).sum()
     enough = count > 1
     total = torch.where(usable, squares, 0.0).sum()
-    # Rounding of equal rows would leave a little less than nothing.
+    # With equal rows, rounding could give a small negative number.
     spread = (total - count * of_mean).clamp(min=0) / torch.where(enough, count - 1, 1.0)
     sq_norm = of_mean - spread / count.clamp(min=1)
-    drowned = torch.where(spread > 0, torch.inf, torch.nan)
+    no_signal = torch.where(spread > 0, torch.inf, torch.nan)
     ratio = spread / torch.where(sq_norm > 0, sq_norm, 1.0)
-    samples = batch_size * torch.where(sq_norm > 0, ratio, drowned)
+    samples = batch_size * torch.where(sq_norm > 0, ratio, no_signal)
     return NoiseScale(
         *(torch.where(enough, value, torch.nan) for value in (samples, spread, sq_norm, of_mean))
     )

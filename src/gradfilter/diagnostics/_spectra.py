@@ -1,4 +1,4 @@
-"""Estimate the largest eigenvalue and the trace of matrices known by their products only."""
+"""Estimate the largest eigenvalue and the trace of matrices from products with vectors."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ Seeds = SupportsIndex | Sequence[SupportsIndex] | Tensor
 
 
 def normals(seeds: Seeds, like: Tensor) -> Tensor:
-    """Standard normal numbers in the shape of ``like`` (N, D), row i by the seed of sample i."""
+    """Draw standard normal numbers like ``like`` (N, D), with row i from the seed of sample i."""
     return next(_draws(seeds, like, signs=False))
 
 
 def signs(seeds: Seeds, like: Tensor) -> Iterator[Tensor]:
-    """Probes of ±1 in the shape of ``like`` (N, D), one after the other without end."""
+    """Yield an endless sequence of probes of ±1 in the shape of ``like`` (N, D)."""
     return _draws(seeds, like, signs=True)
 
 
 def _draws(seeds: Seeds, like: Tensor, *, signs: bool) -> Iterator[Tensor]:
     count, size = like.shape
-    if hasattr(seeds, "tolist"):  # of torch, or of NumPy
+    if hasattr(seeds, "tolist"):  # a tensor or a NumPy array
         seeds = seeds.tolist()
     if isinstance(seeds, SupportsIndex):
         each = [operator.index(seeds)]  # the same numbers for every sample
@@ -41,7 +41,7 @@ def _draws(seeds: Seeds, like: Tensor, *, signs: bool) -> Iterator[Tensor]:
                 f"Expected `seed` as one number, or {count} of them, one per sample, found "
                 f"{len(each)}."
             )
-    # Drawn on the CPU: a GPU's generators give other numbers.
+    # Draw on the CPU, because a GPU's generators give other numbers.
     generators = [torch.Generator().manual_seed(seed) for seed in each]
     while True:
         rows = []
@@ -59,16 +59,16 @@ def _draws(seeds: Seeds, like: Tensor, *, signs: bool) -> Iterator[Tensor]:
 def trace(
     product: Callable[[Tensor], Tensor], like: Tensor, *, probes: int, seeds: Seeds
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard error of vᵀ A v over random v of ±1; exact if that takes no more products.
+    """Compute mean and standard error of vᵀ A v over random v of ±1; exact if not more costly.
 
     Args:
         product: (N, D) -> (N, D), each row times the matrix of its sample.
-        like: (N, D), for shape, dtype and device.
-        probes: At least 2.
-        seeds: One, or one per sample.
+        like: A tensor (N, D) for shape, dtype and device.
+        probes: The number of probes, at least 2.
+        seeds: One seed, or one per sample.
 
     Returns:
-        Traces and their standard errors, both (N,), float64.
+        The traces and their standard errors, both (N,), float64.
     """
     size = like.shape[1]
     exact = probes >= size
@@ -81,7 +81,7 @@ def trace(
 
 
 def _units(like: Tensor) -> Iterator[Tensor]:
-    """The unit vectors, each for all samples."""
+    """Yield the unit vectors, each for all samples."""
     for index in range(like.shape[1]):
         unit = torch.zeros_like(like)
         unit[:, index] = 1
@@ -92,7 +92,7 @@ def _units(like: Tensor) -> Iterator[Tensor]:
 
 
 class Top(NamedTuple):
-    """Largest eigenvalues, and how far from eigenvectors their vectors are. Both (N,)."""
+    """The largest eigenvalues, and the residuals of their vectors. Both (N,)."""
 
     values: Tensor
     residuals: Tensor
@@ -105,25 +105,26 @@ def top_eigenvalue(
     iterations: int,
     tolerance: float,
 ) -> Top:
-    """Lanczos for N matrices at a time, reorthogonalised.
+    """Run the Lanczos method for N matrices at a time, with reorthogonalisation.
 
     After k products the value is the largest in the space of v, A v, .., A^(k-1) v, so it is never
-    below what k power iterations give. A sample's value stays as it was when its own residual
-    ‖A u − θ u‖ / max |θ_j| came below the tolerance: it does not depend on its neighbours. Without
-    that, the latest value is the result. A sample with numbers that are not finite has NaN.
+    below the result of k power iterations. The value of a sample is fixed when its own residual
+    ‖A u − θ u‖ / max |θ_j| falls below the tolerance, so it does not depend on other samples. If it
+    does not fall below, the latest value is the result. A sample with numbers that are not finite
+    has NaN.
 
     Args:
         product: (N, D) -> (N, D), each row times the matrix of its sample.
-        start: (N, D), random; also the dtype in which the vectors are kept.
-        iterations: Products at most, >= 1. D are enough.
-        tolerance: At least 0.
+        start: Random vectors (N, D); their dtype is that of all stored vectors.
+        iterations: The largest number of products, >= 1. D are enough.
+        tolerance: The relative residual at which a sample is finished, at least 0.
     """
     wide, (count, size) = _tree.wide(start), start.shape
     basis = [_normalized(start)]
-    # Rounding in the vectors bounds what a residual can come down to.
+    # Rounding in the vectors limits the smallest residual.
     floor = max(tolerance, 10 * torch.finfo(start.dtype).eps)
     diagonal: list[Tensor] = []
-    beside: list[Tensor] = []
+    off_diagonal: list[Tensor] = []
     values = torch.zeros(count, dtype=wide, device=start.device)
     residuals = torch.full_like(values, torch.inf)
     done = torch.zeros_like(values, dtype=torch.bool)
@@ -132,23 +133,23 @@ def top_eigenvalue(
         length = _lengths(vector)
         vector = _normalized(vector)
         diagonal.append(length * _dots(basis[-1], vector))
-        for _ in range(2):  # once leaves behind what rounding lets back in
+        for _ in range(2):  # one pass leaves a rest from rounding
             for other in basis:
                 vector = vector - _dots(other, vector)[:, None].to(start.dtype) * other
-        beside.append(length * _lengths(vector))
-        latest, residual = _ritz(diagonal, beside)
+        off_diagonal.append(length * _lengths(vector))
+        latest, residual = _ritz(diagonal, off_diagonal)
         values = torch.where(done, values, latest)
         residuals = torch.where(done, residuals, residual)
         done = done | (residual <= floor) | residual.isnan()
-        if bool(done.all()):  # the host looks, once per product, to save all further ones
+        if bool(done.all()):  # the host reads this once per product, to save later ones
             break
         basis.append(_normalized(vector))
     return Top(values, residuals)
 
 
-def _ritz(diagonal: list[Tensor], beside: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The largest eigenvalue of the tridiagonal matrix, and its relative residual."""
-    along, off = torch.stack(diagonal, 1), torch.stack(beside, 1)  # (N, k)
+def _ritz(diagonal: list[Tensor], off_diagonal: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the largest eigenvalue of the tridiagonal matrix, and its relative residual."""
+    along, off = torch.stack(diagonal, 1), torch.stack(off_diagonal, 1)  # (N, k)
     finite = (along.isfinite() & off.isfinite()).all(1)
     along, off = torch.where(finite[:, None], along, 0.0), torch.where(finite[:, None], off, 0.0)
     matrix = torch.diag_embed(along)
@@ -164,18 +165,18 @@ def _ritz(diagonal: list[Tensor], beside: list[Tensor]) -> tuple[Tensor, Tensor]
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of rows of length 1 at most, totals in float64. (N,)."""
+    """Compute inner products of rows of length at most 1, with float64 totals. (N,)."""
     return (a * b).sum(1, dtype=_tree.wide(a))
 
 
 def _lengths(vectors: Tensor) -> Tensor:
-    """Norms of rows, (N,). In float32 the square of a small one is 0."""
+    """Compute norms of rows, (N,), without squaring small numbers in float32."""
     norms: Tensor = torch.linalg.vector_norm(vectors, dim=1, dtype=_tree.wide(vectors))
     return norms
 
 
 def _normalized(vectors: Tensor) -> Tensor:
-    """Rows of length 1; a zero row stays zero."""
+    """Scale rows to length 1; a zero row stays zero."""
     norms = _lengths(vectors)
     return (vectors / torch.where(norms > 0, norms, 1.0)[:, None]).to(vectors.dtype)
 
@@ -184,14 +185,14 @@ def _normalized(vectors: Tensor) -> Tensor:
 
 
 BLOCK = 2**24
-"""Numbers of J that are in float64 at one time."""
+"""The number of elements of J that are in float64 at one time."""
 
 
 def top_of_gram(rows: Tensor) -> Top:
-    """Largest eigenvalue of J Jᵀ for J (N, C', D), taken in float64. NaN where J is not finite."""
+    """Compute the largest eigenvalue of J Jᵀ for J (N, C', D) in float64; NaN if not finite."""
     gram = _gram(rows)
     finite = gram.isfinite().flatten(1).all(1)
-    gram = torch.where(finite[:, None, None], gram, 0.0)  # one NaN would fail all
+    gram = torch.where(finite[:, None, None], gram, 0.0)  # one NaN would make all fail
     eigenvalues, vectors = torch.linalg.eigh(gram)
     values, u = eigenvalues[:, -1], vectors[:, :, -1:]
     off = torch.linalg.vector_norm((gram @ u)[..., 0] - values[:, None] * u[..., 0], dim=1)
@@ -200,7 +201,7 @@ def top_of_gram(rows: Tensor) -> Top:
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """J Jᵀ of every sample, (N, C', C')."""
+    """Compute J Jᵀ of every sample, (N, C', C')."""
     each = max(1, BLOCK // max(1, rows[0].numel()))
     blocks = (block.to(_tree.wide(rows)) for block in torch.split(rows, each))
     with _tree.no_autocast(rows):

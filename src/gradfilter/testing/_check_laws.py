@@ -50,7 +50,7 @@ def check_laws(
     extra: Mapping[str, Any] | None = None,
     skip: Collection[str] = (),
 ) -> tuple[str, ...]:
-    """Hold a link, or a chain, against the laws that every link of this package obeys.
+    """Check a transform, or a chain, against the laws that every transform of this package obeys.
 
     The laws, by name: ``mutates_nothing``, ``is_reproducible``, ``changes_something``,
     ``ignores_unknown_keywords``, ``skips_bit_by_bit`` (``torch.where``, never a product with 0),
@@ -59,33 +59,33 @@ def check_laws(
     ``.item()``, no ``if`` on a tensor), ``state_round_trips``, ``nesting_does_not_matter``,
     ``publishes_what_it_says``, ``names_leaves_that_do_not_match``, ``donates_storage``,
     ``compiles_whole_and_once`` (``fullgraph=True``, backend ``aot_eager``) and, where there is a
-    CUDA device, ``same_on_a_gpu``. One after another they run on small random parameters and rows;
-    most of the time goes to the compiler, whose caches are cleared.
+    CUDA device, ``same_on_a_gpu``. They run one after another on small random parameters and rows.
+    Most of the time goes to the compiler, whose caches are cleared.
 
-    A link is completed to a chain that ends in an update: ``mean_rows()`` after one that gives
-    rows, and ``sgd`` where no update rule is. Every kind it has is tried in two places: first in
-    the chain, where it is given the caller's own tensors (for a tree also ``grad_fn``), and behind
-    another link: rows behind `clip_per_row`, a tree behind ``mean_rows()``, an update behind a
-    chain from rows. A chain that is complete is tried as it is.
+    A transform is completed to a chain that ends in an update: ``mean_rows()`` after one that gives
+    rows, and ``sgd`` if there is no update rule. Every kind is tried in two places: first in the
+    chain, where it gets the caller's own tensors (for a tree also ``grad_fn``), and behind
+    another transform: rows behind `clip_per_row`, a tree behind ``mean_rows()``, an update behind a
+    chain from rows. A complete chain is tried without additions.
 
     Args:
-        transform: A link, or a chain where the link needs others before it.
-        shapes: Of the parameters by name, where the link minds; else matrices, a convolution and
-            a number.
-        rows: M.
-        extra: Keywords the link asks for in every step, such as what `gate` looks at.
-        skip: Laws that are not asked for. ``changes_something`` is not for a link that freezes;
-            ``half_precision_follows_single`` may be too much for one that takes hard decisions;
-            a weighting that solves a problem on the host breaks ``never_waits`` and
+        transform: A transform, or a chain if the transform needs others before it.
+        shapes: The shapes of the parameters by name, if the transform needs certain ones; by
+            default matrices, a convolution and a number.
+        rows: The number M of rows.
+        extra: Keywords that the transform needs in every step, such as the bool of a `gate`.
+        skip: The laws to skip. ``changes_something`` does not apply to a transform that freezes;
+            ``half_precision_follows_single`` may fail for one that makes hard decisions; a
+            weighting that solves a problem on the host breaks ``never_waits`` and
             ``compiles_whole_and_once``.
 
     Returns:
         The names of the laws that hold, without the skipped ones.
 
     Raises:
-        AssertionError: Laws are broken. All of them are named, each with what was found.
+        AssertionError: Laws are broken. The error names all of them, each with its cause.
         TypeError: Not a Transform.
-        ValueError: The link cannot stand alone, or ``skip`` has an unknown name.
+        ValueError: The transform cannot stand alone, or ``skip`` has an unknown name.
 
     Examples:
         >>> import gradfilter as gf
@@ -106,8 +106,8 @@ def check_laws(
     """
     if not isinstance(transform, Transform):
         raise TypeError(
-            f"check_laws: expected a link, found {type(transform).__name__}. Call the factory: "
-            "my_link(), not my_link."
+            f"check_laws: expected a transform, found {type(transform).__name__}. Call the "
+            "factory: my_link(), not my_link."
         )
     unknown = sorted(set(skip) - set(LAWS))
     if unknown:
@@ -119,14 +119,14 @@ def check_laws(
         asked.pop("same_on_a_gpu", None)
     given = (SHAPES if shapes is None else shapes, rows, extra or {})
     problem, tree = Problem(*given), TreeProblem(*given)
-    broken: dict[str, tuple[list[str], list[str]]] = {}  # what was found, by which laws and where
+    broken: dict[str, tuple[list[str], list[str]]] = {}  # by cause: the laws and the places
     first = None
     for update in completed(transform):
         on = problem if "rows -> update" in update.kinds else tree
         for name, law in asked.items():
             try:
                 law(update, on)
-            except Exception as error:  # whatever a link raises breaks the law that met it
+            except Exception as error:  # any exception of a transform breaks the law
                 first = first or error
                 laws, places = broken.setdefault(_found(error), ([], []))
                 where = " -> ".join(part.name for part in update.links)
@@ -146,12 +146,12 @@ def check_laws(
 
 
 def completed(transform: Transform) -> list[Transform]:
-    """Chains that end in an update, one for every place in which the link can stand.
+    """Make chains that end in an update, one for every place of the transform.
 
-    First in the chain, where it is given what the caller has, and behind others of its input.
+    The places are the first in the chain, where it gets the caller's tensors, and behind others.
     """
     if transform.links and "rows -> update" in transform.kinds:
-        return [transform]  # taken as it is
+        return [transform]  # complete already
     rule = sgd(0.1, momentum=0.9, weight_decay=0.01)
     before = {
         "rows": ((), (clip_per_row(20.0),)),
@@ -172,7 +172,7 @@ def completed(transform: Transform) -> list[Transform]:
 
 
 def _found(error: Exception) -> str:
-    """The first lines of what went wrong."""
+    """Return the first lines of an error."""
     text = str(error).strip() or type(error).__name__
     if not isinstance(error, AssertionError):
         text = f"{type(error).__name__}: {text}"
@@ -180,7 +180,7 @@ def _found(error: Exception) -> str:
 
 
 def _asked(laws: list[str]) -> str:
-    """The names of laws, and what one alone asks for."""
+    """Return the names of laws, and for a single law its text."""
     if len(laws) > 1:
         return f"{', '.join(laws)}:"
     return f"{laws[0]}: {(LAWS[laws[0]].__doc__ or '').strip()}"

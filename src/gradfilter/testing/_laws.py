@@ -31,13 +31,13 @@ AS_INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
 def ensure(holds: Any, otherwise: str) -> None:
-    """Raise AssertionError, also where ``python -O`` takes assert statements out."""
+    """Raise AssertionError, also if ``python -O`` removes assert statements."""
     if not holds:
         raise AssertionError(otherwise)
 
 
 def ensure_tensors(tree: Any) -> None:
-    """Refuse leaves that are something else."""
+    """Refuse leaves that are not tensors."""
     for name, leaf in _tree.flatten_with_names(tree)[0].items():
         ensure(
             isinstance(leaf, Tensor),
@@ -47,13 +47,13 @@ def ensure_tensors(tree: Any) -> None:
 
 
 def copied(tree: Any) -> Any:
-    """The tree in storage of its own, so that what is written later does not reach it."""
+    """Return the tree in its own storage, so that later writes do not change it."""
     ensure_tensors(tree)
     return _tree.tree_map(torch.clone, tree)
 
 
 def bits(tree: Any) -> dict[str, Tensor]:
-    """Copies of the leaves as integers, under their dotted names."""
+    """Copy the leaves as integers, under their dotted names."""
     named = _tree.flatten_with_names(copied(tree))[0]
     real = {n: torch.view_as_real(t) if t.is_complex() else t for n, t in named.items()}
     return {n: t.contiguous().view(AS_INTEGER[t.element_size()]) for n, t in real.items()}
@@ -68,7 +68,7 @@ def assert_same_bits(found: Any, expected: Any, what: str) -> None:
 
 
 def planted(tree: Any) -> Any:
-    """The tree with −0.0 and NaN in every floating leaf."""
+    """Put −0.0 and NaN into every floating leaf of a copy of the tree."""
 
     def plant(leaf: Tensor) -> Tensor:
         if not leaf.is_floating_point() or not leaf.numel():
@@ -82,7 +82,7 @@ def planted(tree: Any) -> Any:
     return _tree.tree_map(plant, tree)
 
 
-# --- Fail where a program waits for the value of a tensor, also on a CPU ---
+# --- Raise when a program waits for the value of a tensor, also on a CPU ---
 
 
 WAITING = {
@@ -91,19 +91,19 @@ WAITING = {
     *("unique", "unique2", "unique_dim", "unique_consecutive"),
     *("linalg_check_errors", "linalg_eig", "linalg_eigvals", "linalg_eigh", "linalg_svd"),
 }
-# On a CPU these reach no operation: there is nothing to copy.
+# On a CPU these call no operation, because there is nothing to copy.
 COPIES = (Tensor.cpu, Tensor.numpy, Tensor.tolist)
 
 
 @contextmanager
 def no_host_sync() -> Iterator[None]:
-    """Refuses everything by which a program waits for the value of a tensor."""
+    """Refuse everything by which a program waits for the value of a tensor."""
     with _NoWaiting(), _NoCopies():
         yield
 
 
 class _NoWaiting(TorchDispatchMode):
-    """Operations."""
+    """Refuse operations that wait."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().split("::")[1].split(".")[0].strip("_")
@@ -113,7 +113,7 @@ class _NoWaiting(TorchDispatchMode):
 
 
 class _NoCopies(TorchFunctionMode):
-    """Methods that end in the memory of the host."""
+    """Refuse methods that copy to the host."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in COPIES:
@@ -122,7 +122,7 @@ class _NoCopies(TorchFunctionMode):
 
 
 def _by_a_mask(tensor: Tensor, indices: Any, values: Tensor | None = None, *rest: Any) -> bool:
-    """Whether places have to be counted; one number is written without that."""
+    """Return whether a mask must be counted; a single number is written without counting."""
     masks = [i for i in indices if i is not None and i.dtype in (torch.bool, torch.uint8)]
     return bool(masks) and (values is None or values.numel() > 1)
 
@@ -134,7 +134,7 @@ def _refuse(what: Any) -> None:
     )
 
 
-# --- A small problem: parameters and rows with no two numbers alike ---
+# --- A small problem: parameters and rows without equal numbers ---
 
 
 M = 5
@@ -144,14 +144,14 @@ SHAPES: dict[str, Sequence[int]] = {
     "head.weight": (3, 2),
     "head.bias": (),
 }
-# Numbers are drawn as they always are, whatever torch's defaults are.
+# The numbers do not depend on torch's default dtype and device.
 EXACT: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 
 
 def make_params(
     dtype: torch.dtype = torch.float32, seed: int = 0, shapes: Mapping[str, Sequence[int]] = SHAPES
 ) -> Params:
-    """Normal numbers."""
+    """Draw parameters from a normal distribution."""
     g = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(tuple(shape), generator=g, **EXACT).to(dtype)
@@ -160,7 +160,7 @@ def make_params(
 
 
 def make_rows(params: Params, seed: int = 1, rows: int = M) -> Tree:
-    """Rows that mostly agree, of very different sizes."""
+    """Draw rows that mostly agree, with very different norms."""
     g = torch.Generator().manual_seed(seed)
 
     def leaf(p: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def make_rows(params: Params, seed: int = 1, rows: int = M) -> Tree:
 
 
 def make_stack(params: Params, rows: Tree) -> DenseStack:
-    """A stack whose gradients at other parameters are known: g_m(p') = g_m + (p' − p) / 2."""
+    """Make a stack with known gradients at other parameters: g_m(p') = g_m + (p' − p) / 2."""
 
     def evaluate(elsewhere: Params, per_row: bool, kept: Collection[str]) -> DenseStack:
         moved = {
@@ -190,11 +190,11 @@ def make_stack(params: Params, rows: Tree) -> DenseStack:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a chain is tried on.
+    """The parameters and gradients on which a chain is tried.
 
     Attributes:
-        shapes: Of the parameters, by name.
-        count: Rows.
+        shapes: The shapes of the parameters, by name.
+        count: The number of rows.
         extra: Keywords for every step.
     """
 
@@ -203,25 +203,25 @@ class Problem:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def params(self, dtype: torch.dtype = torch.float32) -> Params:
-        """Parameters of a dtype."""
+        """Draw parameters of a dtype."""
         return make_params(dtype, shapes=self.shapes)
 
     def rows(self, params: Params, seed: int = 1) -> Tree:
-        """Gradients for parameters: rows, stacked."""
+        """Draw gradients for parameters: stacked rows."""
         return make_rows(params, seed, self.count)
 
     def given(self, params: Params, rows: Tree) -> Any:
-        """What a chain is given of them."""
+        """Return the gradients in the form that the chain takes."""
         return make_stack(params, rows)
 
     def keywords(self, params: Params, rows: Tree) -> dict[str, Any]:
-        """Keywords that belong to these gradients."""
+        """Return the keywords for these gradients."""
         return {}
 
     def step(
         self, update: Transform, params: Params, state: State, rows: Tree, **extra: Any
     ) -> tuple[Params, State, Out]:
-        """One step on these rows."""
+        """Run one step on these rows."""
         ensure_tensors(state)
         given = {**self.keywords(params, rows), **self.extra, **extra}
         return update(params, state, self.given(params, rows), **given)
@@ -229,7 +229,7 @@ class Problem:
     def started(
         self, update: Transform, dtype: torch.dtype = torch.float32
     ) -> tuple[Params, State, Tree]:
-        """Parameters and state one step into the work, so that no state is all zeros, and rows."""
+        """Return parameters and state after one step, so that no state is all zeros, and rows."""
         params = self.params(dtype)
         params, state, _ = self.step(update, params, update.init(params), self.rows(params))
         return params, state, self.rows(params, seed=2)
@@ -237,18 +237,18 @@ class Problem:
 
 @dataclass(frozen=True)
 class TreeProblem(Problem):
-    """What a chain is tried on that takes one gradient, of which the caller has the tensors."""
+    """A problem for a chain that takes one gradient, whose tensors the caller owns."""
 
     def rows(self, params: Params, seed: int = 1) -> Tree:
-        """The gradient for parameters."""
+        """Draw the gradient for parameters."""
         return {name: leaf.sum(0) for name, leaf in make_rows(params, seed, self.count).items()}
 
     def given(self, params: Params, rows: Tree) -> Any:
-        """The gradient itself, so that it shows where somebody writes into it."""
+        """Return the gradient itself, so that writes into it are detected."""
         return rows
 
     def keywords(self, params: Params, rows: Tree) -> dict[str, Any]:
-        """How to compute the gradient elsewhere, as in `make_stack`."""
+        """Return a function that computes the gradient at other parameters, as in `make_stack`."""
         return {
             "grad_fn": lambda near: {n: g + 0.5 * (near[n] - params[n]) for n, g in rows.items()}
         }
@@ -271,7 +271,7 @@ def mutates_nothing(update: Transform, problem: Problem) -> None:
 def is_reproducible(update: Transform, problem: Problem) -> None:
     """The same inputs give the same outputs."""
     params, state, rows = problem.started(update)
-    first = copied(problem.step(update, params, state, rows))  # no buffer that is used again
+    first = copied(problem.step(update, params, state, rows))  # buffers may be reused
     second = problem.step(update, params, state, rows)
     assert_same_bits(second, first, "between two steps from the same inputs")
 
@@ -282,14 +282,14 @@ def changes_something(update: Transform, problem: Problem) -> None:
     after = problem.step(update, params, state, rows)[0]
     moved = any((after[name] != params[name]).any() for name in params)
     ensure(moved, "no parameter has moved")
-    # Momentum and decay move parameters even where a link lets no gradient through.
+    # Momentum and decay move parameters even if a transform passes no gradient.
     other = problem.step(update, params, state, problem.rows(params, seed=3))[0]
     follows = any((after[name] != other[name]).any() for name in params)
     ensure(follows, "other gradients lead to the same parameters: none get through")
 
 
 def ignores_unknown_keywords(update: Transform, problem: Problem) -> None:
-    """A keyword meant for another link changes nothing."""
+    """A keyword meant for another transform changes nothing."""
     params, state, rows = problem.started(update)
     expected = problem.step(update, params, state, rows)
     found = problem.step(update, params, state, rows, nobody_knows=object())
@@ -325,7 +325,7 @@ def skips_where_rows_are_rejected(update: Transform, problem: Problem) -> None:
 
 def leaves_rejected_rows_out(update: Transform, problem: Problem) -> None:
     """A row of NaN that a filter before the chain removed does not come back."""
-    if isinstance(problem, TreeProblem):  # one gradient is left out with its step
+    if isinstance(problem, TreeProblem):  # a single gradient is skipped with its step
         return
     guarded = chain(finite_filter(), update)
     params = problem.params()
@@ -397,13 +397,13 @@ def nesting_does_not_matter(update: Transform, problem: Problem) -> None:
     for cut in range(1, len(links)):
         try:
             nested = chain(chain(*links[:cut]), *links[cut:])
-        except (TypeError, ValueError) as error:  # a part alone may lack what the whole has
+        except (TypeError, ValueError) as error:  # a part alone may lack a published name
             ensure("needs" in str(error) or "takes" in str(error), str(error))
             continue
         assert_same_bits(
             problem.step(nested, params, nested.init(params), rows),
             problem.step(update, params, update.init(params), rows),
-            f"when the first {cut} links are a chain of their own",
+            f"when the first {cut} transforms are a chain of their own",
         )
 
 
@@ -470,7 +470,7 @@ def compiles_whole_and_once(update: Transform, problem: Problem) -> None:
         given = {**problem.keywords(params, rows), **extra}
         return update(params, state, problem.given(params, rows), **given)
 
-    for seed in range(3):  # the schedules give another lr in each
+    for seed in range(3):  # the schedules give each step another lr
         rows = problem.rows(params, seed=seed)
         expected = problem.step(update, params, state, rows)
         params, state, info = compiled(params, state, rows, dict(problem.extra))
