@@ -66,7 +66,7 @@ class NoiseScale(NamedTuple):
         samples: B · trΣ / ‖G‖²: the batch size above which more samples help little.
         trace: trΣ, the variance of one row, summed over the parameters.
         sq_norm: ‖G‖², the squared norm of the true gradient, without bias; it can be negative.
-        sq_norm_of_mean: ‖ḡ‖², the squared norm of the mean row, too large by trΣ/M on average.
+        sq_norm_of_mean: ‖ḡ‖², the squared norm of the mean row, larger by trΣ/M on average.
     """
 
     samples: Tensor

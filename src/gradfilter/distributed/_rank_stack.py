@@ -415,7 +415,7 @@ class RankStack(BaseStack):
         return self._like_this(gathered, self.scale, self._count)
 
     def explain(self) -> str:
-        """Return how the rows of this rank are computed and held."""
+        """Return a text about how the rows of this rank are computed and held."""
         return f"{self!r}, of which this rank holds: {self._gathered.local.explain()}"
 
     def release(self) -> None:

@@ -111,6 +111,6 @@ def stacklevel() -> int:
 
 
 def reason_of(refusal: Exception) -> str:
-    """Return the first line of what a refused plan says, without a full stop and without advice."""
+    """Return the first line of a refusal, without a full stop and without advice."""
     reason = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
     return reason.rstrip(".").removesuffix('. Use plan="loop"')

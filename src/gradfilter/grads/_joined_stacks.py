@@ -45,7 +45,7 @@ class JoinedStack(GradStack):
         return all(part.gram_is_cheap() for part in self.parts)
 
     def explain(self) -> str:
-        """Part by part."""
+        """Return the texts of all parts."""
         return "\n".join(part.explain() for part in self.parts)
 
     def release(self) -> None:
@@ -144,7 +144,7 @@ class SelectedStack(GradStack):
         return self.new.gram_is_cheap() and self.old.gram_is_cheap()
 
     def explain(self) -> str:
-        """Both."""
+        """Return the texts of both stacks."""
         return f"one of two stacks:\n{self.new.explain()}\n{self.old.explain()}"
 
     def release(self) -> None:

@@ -89,7 +89,7 @@ def scale_rows(values: Tensor, factors: Tensor | None) -> Tensor:
 
 
 def mean_of(losses: Tensor, live: Tensor) -> Tensor:
-    """The mean of the losses of the rows that take part; NaN where none does. ()."""
+    """Compute the mean of the losses of the rows that take part; NaN if there are none. ()."""
     wide = _tree.at_least_float32(losses)
     return (torch.where(live, wide, 0.0).sum() / live.sum()).to(losses.dtype)
 
@@ -296,7 +296,7 @@ class GradStack(ABC):
         return len(self) <= GRAM_UP_TO
 
     def explain(self) -> str:
-        """Return how the rows are computed and held, as text for a person."""
+        """Return a text about how the rows are computed and held."""
         return repr(self)
 
     @abstractmethod
@@ -433,19 +433,19 @@ class BaseStack(GradStack):
 
 
 class ComputedStack(BaseStack):
-    """The rows of `microbatch_grads` and `per_sample_grads`, by whatever plan.
+    """The rows of `microbatch_grads` and `per_sample_grads`, computed by any plan.
 
     Attributes:
-        losses: (M,).
-        origin: How to compute the rows again, for `at` and `at_rows`.
+        losses: The losses (M,).
+        origin: The way to compute the rows again, for `at` and `at_rows`.
     """
 
-    # Stacks are immutable: nobody may set what a subclass narrows.
+    # Stacks are immutable, so a subclass may narrow the type of an attribute.
     losses: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
     origin: StackOrigin  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def mean_loss(self) -> Tensor:
-        """The mean of the losses of the rows that take part. ()."""
+        """Return the mean of the losses of the rows that take part. ()."""
         return mean_of(self.losses, self.live)
 
 
@@ -525,7 +525,7 @@ class DenseStack(BaseStack):
         """Do nothing, because the rows cannot be computed again."""
 
     def explain(self) -> str:
-        """Return how many rows are held, and in how many bytes."""
+        """Return a text with the number of rows and their bytes."""
         size = sum(leaf.nbytes for leaf in self.rows.values())
         return f"{self!r}: all rows are held, {size / 1e6:.1f} MB"
 
@@ -620,7 +620,7 @@ class ComputedDenseStack(DenseStack, ComputedStack):
 
     Args:
         plan: The plan that computed the rows.
-        fallback: Why another plan was refused; empty where none was.
+        fallback: The reason why another plan was refused; empty if none was.
 
     The other arguments are those of `DenseStack`; ``losses`` and ``origin`` are required.
     """
@@ -631,13 +631,13 @@ class ComputedDenseStack(DenseStack, ComputedStack):
     fallback: str = ""
 
     def explain(self) -> str:
-        """Return the plan, the bytes that are held, and why the loop was taken, if it was."""
+        """Return the plan, the bytes held, and the reason for a fall-back to the loop, if any."""
         lines = [f'plan "{self.plan}"', super().explain()]
         return "\n".join([*lines, *explain_fallback(self.fallback)])
 
 
 def explain_fallback(reason: str) -> list[str]:
-    """Return the line that says why the loop was taken; none without a reason."""
+    """Return the line with the reason for a fall-back to the loop; empty without a reason."""
     return [f'fell back to plan "loop": {reason}'] if reason else []
 
 

@@ -373,7 +373,7 @@ def never_waits(update: Transform, problem: Problem) -> None:
 
 
 def state_round_trips(update: Transform, problem: Problem) -> None:
-    """The state goes through a file of plain tensors, and training goes on as if it had not."""
+    """Saving the state as plain tensors and loading it does not change the training."""
     params, state, rows = problem.started(update)
     flat = state_dict(state)
     plain = all(isinstance(k, str) and isinstance(v, Tensor) for k, v in flat.items())

@@ -307,7 +307,7 @@ def gate(link: Transform, when: str) -> Transform:
     def update(grads: Any, state: State, params: Params, /, **extra: Any) -> tuple[Any, State, Out]:
         if when not in extra:
             raise ValueError(
-                f"gate: {name!r} runs when {when!r} is true, but nobody gave that name. Pass "
+                f"gate: {name!r} runs when {when!r} is true, but that name was not given. Pass "
                 f"update(..., {when}=torch.tensor(True)), or name a metric of an earlier link."
             )
         on = _tree.as_bool_tensor(extra[when], _tree.device_of(params))
