@@ -256,7 +256,7 @@ class SGD_AGC(_Clips, torch.optim.SGD):
         **kwargs: See `torch.optim.SGD`.
 
     Raises:
-        ValueError: As `torch.optim.SGD`; clipping < 0 or agc_eps <= 0.
+        ValueError: The errors of `torch.optim.SGD`; clipping < 0 or agc_eps <= 0.
 
     Examples:
         >>> import torch

@@ -228,8 +228,8 @@ class FilteredModule(lightning.LightningModule):
         """Log as in `LightningModule`; in ``microbatch_loss``, log the value of one microbatch.
 
         Raises:
-            TypeError: In ``microbatch_loss``, a metric with a state.
-            ValueError: In ``microbatch_loss``, more than one number.
+            TypeError: ``microbatch_loss`` logs a metric with a state.
+            ValueError: ``microbatch_loss`` logs more than one number.
         """
         if self._loss_log is None or not self._loss_log.is_open:
             super().log(name, value, *args, **kwargs)

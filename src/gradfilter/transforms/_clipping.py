@@ -156,7 +156,7 @@ def clip_per_row(max_norm: float) -> Transform:
     changed; finite_filter removes it.
 
     Args:
-        max_norm: Above 0, in units of the per-row gradient norm.
+        max_norm: The largest norm of a row, above 0.
 
     Needs: rows. Publishes: ``norm`` (M,) before clipping, ``clipped_fraction`` ().
 
@@ -195,7 +195,7 @@ def clip_by_global_norm(max_norm: float) -> Transform:
     g ← g · min(1, max_norm / ‖g‖). A gradient that is not finite is not changed.
 
     Args:
-        max_norm: Above 0.
+        max_norm: The largest norm of the gradient, above 0.
 
     Publishes: ``norm`` () before clipping, ``clipped_fraction`` (), which is 0 or 1.
 
@@ -254,7 +254,7 @@ def agc_clip(
     Args:
         clipping: λ >= 0; 0.01 for batches of 1024 to 4096, up to 0.16 for smaller ones. None or 0
             switches clipping off.
-        eps: Above 0, floors the weight's norm only, so that weights that start at zero can move.
+        eps: The smallest norm used for a weight, above 0, so that weights at zero can move.
         exclude: Predicate on names; true means not clipped. The paper excludes the weight of the
             final linear layer. It may be true for no leaf: in a branch of `partition`, or
             inside `masked`, the transform sees some leaves only.
@@ -370,7 +370,7 @@ def budget_clip(budget: float = 0.3, *, power: float = 3.0) -> Transform:
     (`benchmarks/label_noise.py`). No other task was tried.
 
     Args:
-        budget: Above 0, as a fraction of the mean row norm of the first step.
+        budget: The allowed fraction of the mean row norm of the first step, above 0.
         power: At least 0. A larger power favours rows that agree. At 0 nothing is compared, every
             row has the same limit, and the cost is that of `clip_per_row`.
 

@@ -449,7 +449,7 @@ def rmsprop(
 
     Args:
         lr: The learning rate, at least 0, or a Schedule.
-        alpha: In [0, 1]; v starts from 0 without bias correction.
+        alpha: The decay α of v, in [0, 1]; v starts from 0 without bias correction.
         eps: Added outside the root.
         weight_decay: The L2 factor λ >= 0.
         momentum: The factor μ >= 0.
