@@ -30,8 +30,9 @@ def signs(seeds: Seeds, like: Tensor) -> Iterator[Tensor]:
 
 def _draws(seeds: Seeds, like: Tensor, *, signs: bool) -> Iterator[Tensor]:
     count, size = like.shape
-    if hasattr(seeds, "tolist"):  # a tensor or a NumPy array
-        seeds = seeds.tolist()
+    to_list = getattr(seeds, "tolist", None)  # of torch, or of NumPy
+    if to_list is not None:
+        seeds = to_list()
     if isinstance(seeds, SupportsIndex):
         each = [operator.index(seeds)]  # the same numbers for every sample
     else:

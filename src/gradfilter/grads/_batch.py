@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch._C._functorch import is_gradtrackingtensor
 
 from gradfilter import _tree
 from gradfilter._shards import is_sharded
@@ -103,7 +104,7 @@ def check_constant(params: Params, tensors: list[Tensor]) -> None:
     if torch.compiler.is_compiling():
         return
     for tensor in (*params.values(), *tensors):
-        if torch._C._functorch.is_gradtrackingtensor(tensor):
+        if is_gradtrackingtensor(tensor):
             raise ValueError(
                 "Expected parameters and a batch that are not differentiated, found some inside "
                 "torch.func.grad, vjp or jvp, for which these rows would be constants. Compute the "

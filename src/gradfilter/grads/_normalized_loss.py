@@ -104,9 +104,10 @@ def ends_of(value: Tensor, leaves: Iterable[Tensor], own: Mapping[str, Tensor]) 
 
 
 def _is_custom(kind: Any) -> bool:
-    return issubclass(kind, BackwardCFunction) and not kind._forward_cls.__module__.startswith(
-        "gradfilter."
-    )
+    if not issubclass(kind, BackwardCFunction):
+        return False
+    forward: Any = getattr(kind, "_forward_cls")  # noqa: B009  # torch sets it, its types know nothing of it
+    return not forward.__module__.startswith("gradfilter.")
 
 
 def bypassed(
@@ -391,14 +392,14 @@ class NormalizedLoss:
 
     def writing(self, params: Params, batch: Any, buffers: Tree) -> tuple[Tensor, Tree, Any]:
         """Evaluate the loss; a module writes into the given buffers."""
-        aux = None
+        loss, aux = self.loss, None
         if isinstance(self.loss, ModelLoss) and self.places is not None:
             value, buffers, *rest = self.loss.run(params, batch, buffers, self.places)
             aux = rest[0] if rest else None
         elif self.has_aux:
-            value, aux = split_aux(self.loss(params, batch))
+            value, aux = split_aux(loss(params, batch))
         else:
-            value = self.loss(params, batch)
+            value = loss(params, batch)
         check_value(value, aux)
         return value, buffers, aux
 

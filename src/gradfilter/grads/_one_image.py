@@ -59,7 +59,8 @@ class _Straighten(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        return STRAIGHTENED.get(func, func)(*args, **(kwargs or {}))
+        function = STRAIGHTENED.get(func)
+        return (func if function is None else function)(*args, **(kwargs or {}))
 
 
 def one_image(batch: Batch, modules: Mapping[str, nn.Module]) -> AbstractContextManager[Any]:

@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from gradfilter import _products, _tree
 from gradfilter._readable import readable
@@ -162,7 +163,7 @@ def _writes(tensor: Tensor) -> int:
 
 def _wrapped(tensor: Tensor) -> bool:
     """Return whether a transform of ``torch.func`` wraps the tensor and counts separately."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    return bool(is_functorch_wrapped_tensor(tensor))
 
 
 # --- The protocol ---

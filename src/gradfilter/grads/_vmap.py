@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch._C import _functorch
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]  # no stub
 from torch.func import grad_and_value, vmap
 
 from gradfilter._types import Params, Tree

@@ -37,8 +37,9 @@ def clip_gradients(optimizer: Optimizer, exclude: Exclude | None) -> None:
     for index, group in enumerate(optimizer.param_groups):
         check_values(group)
         clipping = group["clipping"]
-        off = clipping is None or is_off(clipping)
-        params, grads = ({}, {}) if off else _clippable(index, group, exclude)
+        if clipping is None or is_off(clipping):
+            continue
+        params, grads = _clippable(index, group, exclude)
         if not params:
             continue
         # A fused optimizer under GradScaler unscales in its kernel, so the limit is scaled instead.
@@ -52,7 +53,8 @@ def clip_gradients(optimizer: Optimizer, exclude: Exclude | None) -> None:
                     params[place].grad = g
             else:  # in place, because DistributedDataParallel's gradients are views of its buckets
                 clipped, _, _ = link.update(grads, {}, params)
-                torch._foreach_copy_(list(grads.values()), [clipped[place] for place in grads])
+                copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]  # as torch's optimizers
+                copy(list(grads.values()), [clipped[place] for place in grads])
 
 
 def _clippable(index: int, group: dict[str, Any], exclude: Exclude | None) -> tuple[Tree, Tree]:

@@ -264,7 +264,8 @@ class Filtered:
         scales = scaler is not None and scaler.is_enabled()
         self.transforms = filter_chain(transforms, guarded=scales)
         self._module, self._has_aux = view_of(model, criterion), has_aux
-        self._microbatches, self._plan = microbatches, plan_for(model, criterion, plan)
+        self._microbatches = microbatches
+        self._plan: Plan = plan_for(model, criterion, plan)
         self._memory_budget = memory_budget
         self._grads_of(None)
         check_owned(self._module, optimizer, "Filtered")

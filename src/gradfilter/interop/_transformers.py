@@ -128,7 +128,8 @@ class FilteredTrainer(Trainer):
         check_arguments(self.args)
         self.add_callback(_Gate(self))
         self.transforms, self.microbatches = transforms, microbatches
-        self.plan, self.memory_budget = plan, memory_budget
+        self.plan: Plan = plan
+        self.memory_budget = memory_budget
         self._hosted: Hosted | None = None
         self._train_loader: Any = None
         self._items: Tensor | int | None = None

@@ -49,9 +49,10 @@ def ways_through(links: Links) -> tuple[str, ...]:
 
 def _ways(links: Links) -> tuple[set[tuple[str, str]], int]:
     """Return every (input, output) of the first transforms that fit, and their number."""
-    ways = {(kind.split(" -> ")[0],) * 2 for kind in links[0].kinds}
+    starts = {kind.split(" -> ")[0] for kind in links[0].kinds}
+    ways = {(start, start) for start in starts}
     for position, part in enumerate(links):
-        steps = [tuple(kind.split(" -> ")) for kind in part.kinds]
+        steps = [kind.split(" -> ") for kind in part.kinds]
         onward = {(start, out) for start, here in ways for into, out in steps if into == here}
         if not onward:
             return ways, position

@@ -66,8 +66,9 @@ def unit_norms(
     whole = [tree[name] for name in list(within)[len(norms) :]]
     if whole and transformed():  # vmap does not support one call for all
         norms += [torch.linalg.vector_norm(leaf, dtype=dtype).reshape(1) for leaf in whole]
-    elif whole:  # networks have many small ones, so use one call for all
-        norms.append(torch.stack(torch._foreach_norm(whole, 2, dtype)))
+    elif whole:  # networks have many of them, and small: one call for all
+        found = torch._foreach_norm(whole, 2, dtype)  # pyright: ignore[reportPrivateImportUsage]  # as torch's clipping
+        norms.append(torch.stack(found))
     own = torch.cat(norms)
     return own if summed is None else summed(own.square()).sqrt()
 
@@ -314,7 +315,7 @@ def agc_clip(
         if transformed():  # vmap does not support one call for all
             scaled = [leaf * factor for leaf, factor in zip(leaves, by, strict=True)]
         else:
-            scaled = torch._foreach_mul(leaves, by)
+            scaled = torch._foreach_mul(leaves, by)  # pyright: ignore[reportPrivateImportUsage]  # as torch's clipping
         return dict(zip(within, scaled, strict=True)), factors < 1
 
     def update(

@@ -313,6 +313,8 @@ def gate(link: Transform, when: str) -> Transform:
         on = _tree.as_bool_tensor(extra[when], _tree.device_of(params))
         grads = admit(name, link.kinds, grads, params)
         new, new_state, out = link.update(grads, state, params, **extra)
+        if "keep" in out:
+            out = out | {"keep": out["keep"] | ~on}
         if is_rule:
             result: Any = _tree.select(on, new, _tree.no_update(new))
         elif isinstance(new, GradStack):
@@ -329,8 +331,6 @@ def gate(link: Transform, when: str) -> Transform:
             out = out | {"clean_grads": choose(on, clean, grads)}
         elif clean is not None:  # if bypassed, the result is the clean gradient
             out = out | {"clean_grads": _tree.select(on, clean, result)}
-        if "keep" in out:
-            out = out | {"keep": out["keep"] | ~on}
         return result, _tree.select(on, new_state, state), out
 
     return replace(link, name=name, update=update, links=())

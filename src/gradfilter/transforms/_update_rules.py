@@ -315,7 +315,9 @@ def _adam(
     def kernel(
         p: Leaves, g: Leaves, own: Lists, t: Tensor, lr: Tensor, skip: Tensor | None
     ) -> None:
-        fused = torch._fused_adam_ if is_off(decoupled) else torch._fused_adamw_
+        # The kernels of torch's own optimizers.
+        plain, decayed = torch._fused_adam_, torch._fused_adamw_  # pyright: ignore[reportPrivateImportUsage]
+        fused = plain if is_off(decoupled) else decayed
         fused(
             p,
             g,
@@ -402,7 +404,8 @@ def sgd(
     def kernel(
         p: Leaves, g: Leaves, own: Lists, t: Tensor, lr: Tensor, skip: Tensor | None
     ) -> None:
-        torch._fused_sgd_(
+        fused = torch._fused_sgd_  # pyright: ignore[reportPrivateImportUsage]  # the kernel of torch's SGD
+        fused(
             p,
             g,
             own.get("momentum", []),

@@ -150,7 +150,8 @@ def _like_the_first(function: Function, dtype: torch.dtype, args: Any, kwargs: A
 
 def _full(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
     given: list[Any] = [*args, *kwargs.values()]
-    a, b, count = (*given, 2)[:3]
+    given.append(2)  # the default
+    a, b, count = given[:3]
     if isinstance(count, (list, tuple)):
         count = len(count[0]) if isinstance(count[0], (list, tuple)) else len(count)
     inner = function.__name__.startswith("inner")

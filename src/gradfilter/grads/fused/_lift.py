@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]  # no stub
 from torch._functorch.predispatch import lazy_load_decompositions
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch._functorch.vmap import vmap_increment_nesting
@@ -99,8 +99,8 @@ def untraced(function: F) -> F:
     trace the functions that it calls.
     """
     if torch.compiler.is_compiling():
-        disable: Callable[[F], F] = torch.compiler.disable
-        return disable(function)
+        disable: Any = torch.compiler.disable
+        return cast(F, disable(function))
     if "torch._dynamo" not in sys.modules:  # importing the compiler takes a second
         return function
     return cast(F, partial(_call_untraced(), function))
@@ -113,8 +113,9 @@ def _call_untraced() -> Callable[..., Any]:
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    disable: Callable[[F], F] = torch.compiler.disable
-    return disable(call)
+    disable: Any = torch.compiler.disable
+    untraced_call: Callable[..., Any] = disable(call)
+    return untraced_call
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -16,9 +16,11 @@ class Source(Protocol):
 
     def __len__(self) -> int:
         """Return the number of images."""
+        ...
 
     def __getitem__(self, indices: Tensor, /) -> Tensor:
         """Return raw pixels (k, channels, height, width) of the images at indices (k,) int64."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -48,12 +48,13 @@ class FolderSource:
             UsageError: A file is not an image.
         """
         empty = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
-        decoded = [self._decoded(self.paths[i]) for i in indices.tolist()]
+        places: list[int] = indices.tolist()
+        decoded = [self._decoded(self.paths[i]) for i in places]
         return torch.stack(decoded) if decoded else empty
 
     def take(self, places: NDArray[np.int64]) -> FolderSource:
         """Return the files at these positions."""
-        return FolderSource([self.paths[i] for i in places], self.size)
+        return FolderSource([self.paths[int(i)] for i in places], self.size)
 
     def _decoded(self, path: str) -> Tensor:
         try:
@@ -227,7 +228,15 @@ def digits(seed: int) -> OriginalData:
     train, test = (Part(raw, labels.astype(np.int64), np.arange(len(raw))).take(i) for i in ids)
     seen = pixels[train.ids] / FULL
     return OriginalData(
-        "digits", 10, train, None, test, FULL, [seen.mean()], [seen.std()], augmentable=False
+        "digits",
+        10,
+        train,
+        None,
+        test,
+        FULL,
+        [float(seen.mean())],
+        [float(seen.std())],
+        augmentable=False,
     )
 
 

@@ -161,7 +161,7 @@ def _mean(values: np.ndarray) -> float:
 # --- Trainings on disk ---
 
 
-DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
+DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(TrainConfig)}
 
 log = logging.getLogger("gradfilter.report")
 
@@ -292,7 +292,7 @@ def _run(
     place: Path, record: Mapping[str, Any], metrics: pd.DataFrame, measures: tuple[Measure, ...]
 ) -> RecordedRun:
     known = {name: value for name, value in record["settings"].items() if name in DEFAULTS}
-    settings = DEFAULTS | known
+    settings: dict[str, Any] = DEFAULTS | known
     with reading(place / "config.json", "the record of a run", "The report omits it."):
         if "batch_size" in record:
             settings["batch_size"] = record["batch_size"]

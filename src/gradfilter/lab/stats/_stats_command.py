@@ -123,6 +123,7 @@ def stats(config: StatsConfig) -> int:
             print(listed(run, saved, lost))
         return 0
     finished = []
+    interrupted: Path | None = None
     with ExitStack() as stack:
         crew = stack.enter_context(connected(device))
         stop = stack.enter_context(interruptible())
@@ -134,11 +135,12 @@ def stats(config: StatsConfig) -> int:
                 raise UsageError("--restored-targets: the run has no wrong labels. Omit it.")
             measurement = Measurement.of(config, model)
             if not measurement.carry_out(crew, stop):
+                interrupted = measurement.path
                 break
             finished.append(measurement.path)
         if crew.is_first:
             if finished:
                 print(summary(finished))
             if len(finished) < len(wanted):
-                print(f"interrupted; the same command continues: {printable(measurement.path)}")
+                print(f"interrupted; the same command continues: {printable(interrupted)}")
     return 0 if len(finished) == len(wanted) else stop.exit_code

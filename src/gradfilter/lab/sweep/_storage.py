@@ -16,6 +16,7 @@ import optuna
 import sqlalchemy
 from filelock import FileLock
 from optuna.storages import RDBStorage
+from sqlalchemy.exc import SQLAlchemyError
 
 from gradfilter.lab._run_files import refuse_link
 from gradfilter.lab._usage import UsageError
@@ -23,7 +24,7 @@ from gradfilter.lab._usage import UsageError
 # --- The storage ---
 
 
-FAULTS = (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError)
+FAULTS = (optuna.exceptions.StorageInternalError, SQLAlchemyError)
 """Errors of a storage that is out of reach."""
 UNREACHED = (sqlite3.OperationalError, sqlite3.InterfaceError)
 PATIENCE = 60

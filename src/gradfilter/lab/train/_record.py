@@ -59,7 +59,7 @@ def check_same_data(run: Path, data: Data) -> None:
     """
     recorded = read_tensors(run / ARCHIVE, LABELS)
     for name in ("labels", "clean", "ids"):
-        found = getattr(data.train, name).cpu()
+        found: Tensor = getattr(data.train, name).cpu()
         before = recorded.get(name, found[:0])
         if before.dtype != found.dtype or not torch.equal(found, before):
             raise UsageError(

@@ -75,8 +75,9 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
         many = parts[-1] is Ellipsis
         if many or len(value) == len(parts):
             return tuple(_typed(name, parts[0], part) for part in value)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is float and number and (isinstance(value, float) or abs(value) < 2**1000):
+    if hint is float and isinstance(value, float):
+        return float(value)
+    if hint is float and type(value) is int and abs(value) < 2**1000:
         return float(value)
     if hint in (int, bool, str) and type(value) is hint:
         return value

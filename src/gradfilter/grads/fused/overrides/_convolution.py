@@ -133,7 +133,8 @@ class _Conv(torch.autograd.Function):
         return without_view(y.view(*x.shape[:2], *y.shape[1:]))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        grad: Tensor = grad_outputs[0]
         (x,) = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * 3
         if ctx.needs_input_grad[0]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _functorch
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]  # no stub
 
 from gradfilter.grads.fused._factors import EmbeddingFactor, ghost_flops
 from gradfilter.grads.fused._host import Host, rows_of
@@ -128,7 +128,8 @@ class _Embedding(torch.autograd.Function):
         return F.embedding(index, weight.value)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        grad: Tensor = grad_outputs[0]
         (index,) = ctx.saved_tensors
         shape = ctx.weight.value.shape
         index, grad = index.flatten(1), grad.reshape(len(grad), -1, shape[1])

@@ -63,7 +63,8 @@ class _Linear(torch.autograd.Function):
         return without_view(F.linear(x, weight.value, None if bias is None else bias.value))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        grad: Tensor = grad_outputs[0]
         (x,) = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * 3
         if ctx.needs_input_grad[0]:
@@ -98,11 +99,12 @@ class _WeightNorm(torch.autograd.Function):
         v, g = v_rows[0], g_rows[0]
         ctx.save_for_backward(v, g)
         ctx.over = [d for d in range(v.ndim) if d != dim % v.ndim or dim == -1]
-        weight = torch._weight_norm(v, g, dim)
+        weight = torch._weight_norm(v, g, dim)  # pyright: ignore[reportPrivateImportUsage]  # as weight_norm
         return weight.expand(len(v_rows), *weight.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        grad: Tensor = grad_outputs[0]
         v, g = (_tree.at_least_float32(t) for t in ctx.saved_tensors)
         norm: Tensor = torch.linalg.vector_norm(v, dim=ctx.over, keepdim=True)
         grad = _tree.at_least_float32(grad)

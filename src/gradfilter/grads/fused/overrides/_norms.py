@@ -110,7 +110,8 @@ class _BatchNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        grad: Tensor = grad_outputs[0]
         x, means, inverses = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
         w = None if ctx.weight is None else ctx.weight.value
@@ -177,7 +178,8 @@ class _GivenStatistics(torch.autograd.Function):
         return without_view(flat.view(x.shape))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        grad: Tensor = grad_outputs[0]
         x, mean, inverse = ctx.saved_tensors
         per_channel = (-1, *[1] * (x.ndim - 3))
         over = (1, *range(3, x.ndim))
@@ -302,7 +304,8 @@ class _GroupNorm(torch.autograd.Function):
         return without_view(y.view(x.shape))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        grad: Tensor = grad_outputs[0]
         x, mean, inverse = ctx.saved_tensors
         count, samples, channels, positions, groups = ctx.sizes
         grad, wanted = grad.contiguous(), ctx.needs_input_grad[:3]
@@ -421,7 +424,8 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        grad: Tensor = grad_outputs[0]
         x, mean, inverse = ctx.saved_tensors
         w, b = (None if p is None else p.value for p in (ctx.weight, ctx.bias))
         backward = torch.ops.aten.native_layer_norm_backward
@@ -479,7 +483,8 @@ class _RMSNorm(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        grad: Tensor = grad_outputs[0]
         # With u = x r: dw = Σ g u, and dx = r (w g − u mean(w g u)). Few memory passes.
         x, inverse = ctx.saved_tensors
         w = _tree.at_least_float32(ctx.weight.value)

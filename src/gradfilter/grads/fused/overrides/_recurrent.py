@@ -25,7 +25,8 @@ def recurrent(kernel: Callable[..., Any]) -> Override:
                 "a packed sequence cannot run over all rows at once: rows of the batch differ in "
                 "length"
             )
-        hidden, weights, *rest = args
+        given: list[Any] = [*args]
+        hidden, weights, *rest = given
         states = (hidden,) if isinstance(hidden, Tensor) else tuple(hidden)
         tensors = [host.level.lower(t) for t in (input, *states, *weights)]
 

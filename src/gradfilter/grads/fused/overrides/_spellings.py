@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]  # no stub
 
 from gradfilter.grads.fused._host import Host, Override
 
@@ -22,7 +23,7 @@ WITHOUT_EFFECT = ("cudnn_enable", "cudnn_enabled")
 
 def spellings(name: str) -> list[Callable[..., Any]]:
     """List the functions below `torch.nn.functional` that run one operation of torch."""
-    homes = (torch, torch.Tensor, torch._C._nn)
+    homes = (torch, torch.Tensor, _nn)
     found = [getattr(home, name) for home in homes if hasattr(home, name)]
     packet = getattr(torch.ops.aten, name)
     overloads = [o for o in packet.overloads() if not o.endswith("out")]
