@@ -18,15 +18,16 @@ FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = [
     *("core", "grads", "diagnostics", "transforms", "testing", "distributed", "interop", "lab")
 ]
+ALIASES = {"Params", "Tree", "Plan"}  # of types, which have no docstring of their own
 PUBLIC = {
     name: thing
     for package in (gf, diagnostics, interop, distributed, testing)
     for name, thing in vars(package).items()
-    if callable(thing) and not name.startswith("_")
+    if callable(thing) and not name.startswith("_") and name not in ALIASES
 }
 # What users do not call by name is shown where it is made.
 NOT_CALLED = {
-    *("Transform", "GradStack", "TrainStep", "ema_of"),
+    *("Transform", "GradStack", "ComputedStack", "TrainStep", "ema_of"),
     *("InputCurvature", "HessianTop", "HessianTrace", "OperatorNorm", "NoiseScale"),
 }
 # Imported when they are first asked for.
