@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -134,6 +134,12 @@ class Transform(Remade):
             raise TypeError(
                 f"Expected a chain that ends in an update rule, found one of kind {self.kind!r}. "
                 "End it with sgd(lr), adam(lr), adamw(lr) or rmsprop(lr)."
+            )
+        if not isinstance(params, Mapping):
+            raise TypeError(
+                f"Expected update(params, state, rows), found {type(params).__name__} as the first "
+                "argument. The order is not that of optax (gradients, state, params): the "
+                "parameters come first."
             )
         offer = Offer((self.links or (self,))[-1].update, donate)
         if donate:

@@ -253,3 +253,10 @@ def test_questions_with_leaves_of_another_shape_are_refused():
             rows.at_rows({**many, "weight": many["weight"].mT})
         with pytest.raises(ValueError, match=r"'weight' of shape \(2, 3\), found \(3, 2\)"):
             gf.sgd(0.1)(params, gf.sgd(0.1).init(params), turned)
+
+
+def test_arguments_in_the_order_of_optax_are_named():
+    loss, params = problem()
+    rows = gf.microbatch_grads(loss, 2)(params, (X, Y))
+    with pytest.raises(TypeError, match=r"update\(params, state, rows\), found \w+ as the first"):
+        UPDATE(rows, UPDATE.init(params), params)
