@@ -118,7 +118,7 @@ CASES = {
         lambda: gf.chain(gf.mean_rows(), sgd(), gf.gate(gf.ema_params(0.9), "late")),
     ],
     "named": [lambda: on_tree(gf.named("small", gf.agc_clip(0.01)))],
-    "link": [lambda: on_tree(flip())],
+    "transform": [lambda: on_tree(flip())],
     "chain": [
         lambda: gf.chain(
             gf.finite_filter(),
