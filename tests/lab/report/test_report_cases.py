@@ -17,7 +17,7 @@ def test_what_is_missing_is_named_with_its_reason(tmp_path):
     assert report(ReportConfig((tmp_path / "runs",))) == 0
     page = Page((tmp_path / "runs" / "report" / "index.html").read_text())
     for reason in (
-        "Memorised wrong labels: not measured in any run, for no label is wrong.",
+        "Memorised wrong labels: not measured in any run, because no label is wrong.",
         "Needs finished runs that differ in --label-noise alone.",
         "Needs finished runs of one model in 3 or more widths",
         "Needs finished runs that differ in --agc, --optimizer or --batch-size alone.",

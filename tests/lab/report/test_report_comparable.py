@@ -84,7 +84,7 @@ def test_a_curve_of_fewer_runs_than_the_setting_has_says_so(tmp_path):
         numbers = {"memorised": math.nan} if seed else {"memorised": 0.5}
         made = [evaluation(step, **numbers) for step in range(3)]
         make_run(tmp_path, seed=seed, label_noise=0.3, evaluations=made)
-    assert "Not all runs have this number: plain" in written(tmp_path).text
+    assert "Only some runs have this number: plain" in written(tmp_path).text
 
 
 def test_a_band_has_gaps_where_a_run_was_evaluated_and_had_no_number():
