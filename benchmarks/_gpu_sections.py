@@ -23,7 +23,7 @@ def gpu(part: Json) -> Section:
         "Large models, captured steps, waits and convolutions",
         ("gpu",),
         "Timed: plans and whole steps on large models in float32 and bfloat16 autocast, and a step "
-        "of `train_step` launched kernel by kernel beside the same step as one CUDA graph "
+        "of `train_step` launched kernel by kernel and the same step as one CUDA graph "
         "(`gradfilter.capture`), over one plain forward and backward pass.",
         "\n".join(tables),
         Dots(panels(contests, "plain", _ours), 2, over("plain")) if contests else None,

@@ -31,7 +31,7 @@ def label_noise(parts: dict[str, Json]) -> Section:
         ]
         for rule, found in lines
     ]
-    head = ["rule", "rate", "test %", "learnt by heart %", "test % at equal time", "ms per step"]
+    head = ["rule", "rate", "test %", "memorised %", "test % at equal time", "ms per step"]
     drawn = [
         Panel(title, [_accuracy(rule, found[at]) for rule, found in lines])
         for title, at in (("after the same samples", SAME), ("after the same time", TIMED))

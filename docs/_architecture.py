@@ -32,7 +32,7 @@ Box = tuple[float, float, float, float]  # x, y, width, height
 
 @dataclass
 class Part:
-    """A folder of the package, or the modules beside the folders (`core`)."""
+    """A folder of the package, or the modules outside the folders (`core`)."""
 
     name: str
     public: list[str] = field(default_factory=list)
@@ -109,18 +109,18 @@ def direct(found: dict[str, Part], name: str) -> set[str]:
 
 
 def drawn() -> str:
-    """The picture: floor by floor; a part that fits on several floors stands beside them."""
+    """The picture: floor by floor; a part that fits on several floors stands at their side."""
     found = parts()
     shapes: list[str] = []
     boxes: dict[str, Box] = {}
     place = floors(found)
-    beside = [name for name, (high, low) in place.items() if high != low]
-    side = SIDE if beside else 0
+    at_side = [name for name, (high, low) in place.items() if high != low]
+    side = SIDE if at_side else 0
     tops: dict[int, float] = {}
     y = float(PAD)
     for level in sorted({low for _, low in place.values()}, reverse=True):
         row = [name for name in found if place[name] == (level, level)]
-        narrow = any(high >= level >= low for high, low in (place[name] for name in beside))
+        narrow = any(high >= level >= low for high, low in (place[name] for name in at_side))
         whole = WIDTH - PAD * 2 - narrow * (side + PAD) - PAD * (len(row) - 1)
         shares = [max(0.24, len(" ".join(found[n].public)) ** 0.5 / 20) for n in row]
         widths = [whole * share / sum(shares) for share in shares]
@@ -132,7 +132,7 @@ def drawn() -> str:
             x += width + PAD
         tops[level] = y
         y += height + GAP
-    for name in beside:
+    for name in at_side:
         high, low = place[name]
         end = tops[low - 1] - GAP
         boxes[name] = (WIDTH - PAD - side, tops[high], side, end - tops[high])

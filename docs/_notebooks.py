@@ -22,7 +22,7 @@ def page(path: Path) -> tuple[str, dict[str, bytes]]:
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = FORMULA.sub(_mathml, cell.source)
-            # The page lies one folder deeper than the notebook, and beside the other pages.
+            # The page lies one folder deeper than the notebook, and next to the other pages.
             cell.source = cell.source.replace("](../", "](../../").replace("](../../docs/", "](../")
             cell.source = re.sub(r"\]\((\d\w*)\.ipynb\)", r"](\1.md)", cell.source)
     exporter = MarkdownExporter()

@@ -1,7 +1,7 @@
 """What the site shows that lies outside of this folder: notebooks and measured results.
 
 Pages link to files of the repository, as ``../benchmarks/results/x.json``, so that the links also
-lead somewhere where the pages are read as files. On the site these files are copies beside the
+lead somewhere where the pages are read as files. On the site these files are copies next to the
 pages, and the links become links to those.
 """
 

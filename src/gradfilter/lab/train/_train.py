@@ -140,7 +140,7 @@ def _tensorboard(place: Path, first: int, stack: ExitStack) -> Track:
 
 
 def _wandb(place: Path, settings: Mapping[str, Any], stack: ExitStack) -> Track:
-    import wandb  # pyright: ignore[reportMissingImports]  # installed by whoever wants it
+    import wandb  # pyright: ignore[reportMissingImports]  # an optional package
 
     # The same directory is the same run of Weights & Biases, also after --resume.
     known = hashlib.sha256(str(place.resolve()).encode()).hexdigest()[:16]
