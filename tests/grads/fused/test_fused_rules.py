@@ -92,9 +92,9 @@ NEEDED = [
 
 def table():
     """The rules by the function they stand for."""
-    from gradfilter.grads.fused.overrides._registry import RULES
+    from gradfilter.grads.fused.overrides._registry import OVERRIDES
 
-    return RULES
+    return OVERRIDES
 
 
 def plain_name(function):
