@@ -31,7 +31,7 @@ from benchmarks._results import Contest, save
 from benchmarks._rule_models import CASES, RuleCase
 from benchmarks._setting import THRESHOLD
 from benchmarks._timing import Contender
-from gradfilter.grads.fused.overrides._registry import RULES
+from gradfilter.grads.fused.overrides._registry import OVERRIDES
 
 NAME = Path(__file__).stem
 BASE, WITHOUT = "all rules", "without"
@@ -45,15 +45,17 @@ def called(function: Callable[..., object]) -> str:
 
 def without(case: RuleCase, run: Contender) -> Contender:
     """The same with the case's rule out of the table."""
-    own = {function: rule for function, rule in RULES.items() if called(function) in case.functions}
+    own = {
+        function: rule for function, rule in OVERRIDES.items() if called(function) in case.functions
+    }
 
     def compute() -> object:
         for function in own:
-            del RULES[function]
+            del OVERRIDES[function]
         try:
             return run()
         finally:
-            RULES.update(own)
+            OVERRIDES.update(own)
 
     return compute
 
