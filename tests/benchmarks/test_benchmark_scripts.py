@@ -87,10 +87,10 @@ def test_an_optimizer_that_is_missing_is_left_to_the_race(monkeypatch):
 
 
 def test_rules_are_taken_out_one_at_a_time_and_put_back(tmp_path):
-    before = dict(rules.RULES)
+    before = dict(rules.OVERRIDES)
     chosen = ["linear", "rnn"]
     rules.main(["--quick", "--rounds", "1", "--rules", *chosen, "--out", str(tmp_path)])
-    assert before == rules.RULES
+    assert before == rules.OVERRIDES
     linear, rnn = json.loads((tmp_path / "rules-cpu.json").read_text())["workloads"]
     assert all(result["seconds"]["median"] > 0 for result in linear["results"].values())
     assert "lstm cannot run" in rnn["results"][rules.WITHOUT]["failure"]
@@ -102,7 +102,7 @@ def test_every_rule_has_a_model_that_leans_on_it():
     # Rules that are there to be right, not fast: vmap's own answer is wrong, or there is none.
     right_first = {"embedding_bag", "gru_cell", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell"}
     right_first |= {rules.called(function) for function in (*FAULTS, *FORMATS)}
-    assert {rules.called(function) for function in rules.RULES} - right_first == named
+    assert {rules.called(function) for function in rules.OVERRIDES} - right_first == named
 
 
 @pytest.mark.parametrize("module", [growth, memory, rules, sharpness])
