@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 
@@ -39,10 +39,11 @@ class Remade:
 
     made: Made | None
 
-    @property
-    def core(self) -> Any:
-        """The functions that define the object."""
-        raise NotImplementedError
+    if TYPE_CHECKING:  # every subclass has its own
+
+        @property
+        def core(self) -> Any:
+            """The functions that define the object."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Return the call, unless the object differs from the result of the call."""

@@ -104,10 +104,10 @@ def ends_of(value: Tensor, leaves: Iterable[Tensor], own: Mapping[str, Tensor]) 
 
 
 def _is_custom(kind: Any) -> bool:
+    node: Any = kind  # torch sets _forward_cls, which the type of the class does not list
     if not issubclass(kind, BackwardCFunction):
         return False
-    forward: Any = getattr(kind, "_forward_cls")  # noqa: B009  # torch sets it, its types know nothing of it
-    return not forward.__module__.startswith("gradfilter.")
+    return not node._forward_cls.__module__.startswith("gradfilter.")
 
 
 def bypassed(
