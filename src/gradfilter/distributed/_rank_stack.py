@@ -507,7 +507,7 @@ def across_ranks(group: dist.ProcessGroup | None = None) -> Transform:
     """Let the following transforms of a chain see the rows of all ranks, as a `RankStack`.
 
     The transforms before it run on every rank separately; those after it do the same on all ranks.
-    So its place in a chain is a choice::
+    So its place in a chain is a choice:
 
         chain(across_ranks(), agree_filter(t), sam_perturb(r), sgd(lr))  # one perturbation for all
         chain(sam_perturb(r), across_ranks(), mean_rows(), sgd(lr))      # m-sharpness: every rank

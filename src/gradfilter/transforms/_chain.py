@@ -196,7 +196,7 @@ BEGIN = (
 def chain(*links: Transform) -> Transform:
     """Compose transforms: each gets the result of the one before, and all values published so far.
 
-    Equivalent code, without checks, names and metrics::
+    Equivalent code, without checks, names and metrics:
 
         for link in links:
             grads, state[link], out = link.update(grads, state[link], params, **published)
