@@ -23,6 +23,7 @@ ABOUT = {
     "transforms": "links: what is done to gradients",
     "testing": "the laws of links",
     "diagnostics": "measure a network",
+    "schedules": "values by step",
     "grads": "gradient stacks: where rows come from",
     CORE: "trees, types, arithmetic; needs torch and einops only",
 }
@@ -120,6 +121,8 @@ def drawn() -> str:
     y = float(PAD)
     for level in sorted({low for _, low in place.values()}, reverse=True):
         row = [name for name in found if place[name] == (level, level)]
+        # The side is on the right: an arrow from there ends at the last box.
+        row.sort(key=lambda name: any(name in found[user].needs for user in at_side))
         narrow = any(high >= level >= low for high, low in (place[name] for name in at_side))
         whole = WIDTH - PAD * 2 - narrow * (side + PAD) - PAD * (len(row) - 1)
         shares = [max(0.24, len(" ".join(found[n].public)) ** 0.5 / 20) for n in row]

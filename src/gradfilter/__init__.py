@@ -19,6 +19,7 @@ from gradfilter.grads._microbatch import per_sample_grads as per_sample_grads
 from gradfilter.grads._stack import ComputedStack as ComputedStack
 from gradfilter.grads._stack import DenseStack as DenseStack
 from gradfilter.grads._stack import GradStack as GradStack
+from gradfilter.schedules._schedules import Schedule as Schedule
 from gradfilter.transforms._agreement import agree_filter as agree_filter
 from gradfilter.transforms._capture import capture as capture
 from gradfilter.transforms._chain import chain as chain
@@ -39,14 +40,6 @@ from gradfilter.transforms._reducers import finite_filter as finite_filter
 from gradfilter.transforms._reducers import mean_rows as mean_rows
 from gradfilter.transforms._reducers import sign_agreement as sign_agreement
 from gradfilter.transforms._scheduled import scheduled as scheduled
-from gradfilter.transforms._schedules import Schedule as Schedule
-from gradfilter.transforms._schedules import constant as constant
-from gradfilter.transforms._schedules import cosine as cosine
-from gradfilter.transforms._schedules import linear as linear
-from gradfilter.transforms._schedules import plateau as plateau
-from gradfilter.transforms._schedules import poly as poly
-from gradfilter.transforms._schedules import proportional as proportional
-from gradfilter.transforms._schedules import step as step
 from gradfilter.transforms._sharpness_aware import gsam_decompose as gsam_decompose
 from gradfilter.transforms._sharpness_aware import sam_perturb as sam_perturb
 from gradfilter.transforms._state_dict import load_state_dict as load_state_dict
@@ -64,6 +57,7 @@ if TYPE_CHECKING:
     from gradfilter import diagnostics as diagnostics
     from gradfilter import distributed as distributed
     from gradfilter import interop as interop
+    from gradfilter import schedules as schedules
     from gradfilter import testing as testing
 
 __version__ = "0.1.0"
@@ -90,8 +84,6 @@ __all__ = [
     "clip_by_global_norm",
     "clip_per_row",
     "consensus_filter",
-    "constant",
-    "cosine",
     "diagnostics",
     "distributed",
     "ema_of",
@@ -103,7 +95,6 @@ __all__ = [
     "gsam_decompose",
     "insert",
     "interop",
-    "linear",
     "link",
     "load_state_dict",
     "masked",
@@ -113,23 +104,20 @@ __all__ = [
     "named",
     "partition",
     "per_sample_grads",
-    "plateau",
-    "poly",
-    "proportional",
     "rmsprop",
     "sam_perturb",
     "scheduled",
+    "schedules",
     "select",
     "sgd",
     "sign_agreement",
     "state_dict",
-    "step",
     "testing",
     "train_step",
     "transform",
 ]
 
-_ON_DEMAND = ("diagnostics", "distributed", "interop", "testing")
+_ON_DEMAND = ("diagnostics", "distributed", "interop", "schedules", "testing")
 
 if not TYPE_CHECKING:  # type checkers would take any name at all for one that this function knows
 
@@ -137,6 +125,10 @@ if not TYPE_CHECKING:  # type checkers would take any name at all for one that t
         """Import a subpackage when it is first asked for."""
         if name in _ON_DEMAND:
             return _import_module(f"gradfilter.{name}")
+        if not name.startswith("_") and hasattr(_import_module("gradfilter.schedules"), name):
+            raise AttributeError(
+                f"module 'gradfilter' has no attribute {name!r}. Write gf.schedules.{name}."
+            )
         raise AttributeError(f"module 'gradfilter' has no attribute {name!r}")
 
     def __dir__() -> list[str]:

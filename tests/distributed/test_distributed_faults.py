@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 import gradfilter as gf
+import gradfilter.schedules as gs
 from _world import PATIENCE, World
 from gradfilter.distributed import RankStack, across_ranks
 
@@ -262,7 +263,7 @@ OTHER_CHAINS = {
         None,
     ),
     "schedule": (
-        lambda odd: [gf.mean_rows(), gf.sgd(gf.cosine(0.1, 20 if odd else 10))],
+        lambda odd: [gf.mean_rows(), gf.sgd(gs.cosine(0.1, 20 if odd else 10))],
         "total_steps=10)) on rank 0 and sgd(lr=cosine(max_value=0.1, total_steps=20)) on rank 2",
     ),
     "another link": (
@@ -283,7 +284,7 @@ OTHER_CHAINS = {
     ),
     "scheduled": (
         lambda odd: [
-            gf.scheduled(gf.agree_filter, threshold=gf.linear(1.0, 10), min_accepted=2 + odd),
+            gf.scheduled(gf.agree_filter, threshold=gs.linear(1.0, 10), min_accepted=2 + odd),
             gf.sgd(0.1),
         ],
         "scheduled(factory=agree_filter, min_accepted=2, ",

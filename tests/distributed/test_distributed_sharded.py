@@ -129,7 +129,7 @@ def test_every_question_on_four_ranks(four, layout):
     assert four.run(questions, layout) == [True] * 4
 
 
-LR = gf.cosine(0.1, 20, warmup_steps=2)
+LR = gf.schedules.cosine(0.1, 20, warmup_steps=2)
 CHAINS = {
     "agree, sgd": lambda: gf.chain(gf.agree_filter(1.0), gf.sgd(LR, momentum=0.9)),
     "consensus, global norm, adamw": lambda: gf.chain(

@@ -10,18 +10,28 @@ from pathlib import Path
 import pytest
 
 import gradfilter as gf
-from gradfilter import diagnostics, distributed, interop, testing
+from gradfilter import diagnostics, distributed, interop, schedules, testing
 
 SOURCE = Path(gf.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 # Imports point to the left only.
 FLOORS = [
-    *("core", "grads", "diagnostics", "transforms", "testing", "distributed", "interop", "lab")
+    *(
+        "core",
+        "schedules",
+        "grads",
+        "diagnostics",
+        "transforms",
+        "testing",
+        "distributed",
+        "interop",
+        "lab",
+    )
 ]
 ALIASES = {"Params", "Tree", "Plan"}  # of types, which have no docstring of their own
 PUBLIC = {
     name: thing
-    for package in (gf, diagnostics, interop, distributed, testing)
+    for package in (gf, diagnostics, interop, distributed, schedules, testing)
     for name, thing in vars(package).items()
     if callable(thing) and not name.startswith("_") and name not in ALIASES
 }

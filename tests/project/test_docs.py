@@ -11,13 +11,13 @@ import pytest
 from docs import _architecture, _badges
 
 import gradfilter as gf
-from gradfilter import diagnostics, distributed, interop, testing
+from gradfilter import diagnostics, distributed, interop, schedules, testing
 
 ROOT = Path(__file__).parents[2]
 API = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
 PUBLIC = {
     f"{package.__name__}.{name}": thing
-    for package in (gf, diagnostics, distributed, interop, testing)
+    for package in (gf, diagnostics, distributed, interop, schedules, testing)
     for name, thing in inspect.getmembers(package, callable)
     if not name.startswith("_") and name not in ("Params", "Plan", "Tree", "link")
 } | {

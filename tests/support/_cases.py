@@ -3,6 +3,7 @@
 import torch
 
 import gradfilter as gf
+import gradfilter.schedules as gs
 from gradfilter.testing._laws import SHAPES as SHAPES
 from gradfilter.testing._laws import M as M
 from gradfilter.testing._laws import make_params as make_params
@@ -45,7 +46,7 @@ def flip():
     return gf.link("flip", "tree -> tree", update)
 
 
-LR = gf.cosine(0.1, 20, warmup_steps=2)
+LR = gs.cosine(0.1, 20, warmup_steps=2)
 
 # Public link -> variants, each a complete chain from rows to an update.
 CASES = {
@@ -89,10 +90,10 @@ CASES = {
     "adamw": [lambda: rule(gf.adamw(LR))],
     "rmsprop": [lambda: rule(gf.rmsprop(LR, centered=True, momentum=0.9))],
     "scheduled": [
-        lambda: on_tree(gf.scheduled(gf.agc_clip, clipping=gf.linear(0.1, 10))),
-        lambda: reducer(gf.scheduled(gf.agree_filter, threshold=gf.linear(1.2, 10))),
-        lambda: rule(gf.scheduled(gf.sgd, lr=LR, momentum=gf.linear(0.9, 10))),
-        lambda: on_tree(gf.scheduled(gf.sam_perturb, rho=gf.proportional(LR, 0.02, 0.05))),
+        lambda: on_tree(gf.scheduled(gf.agc_clip, clipping=gs.linear(0.1, 10))),
+        lambda: reducer(gf.scheduled(gf.agree_filter, threshold=gs.linear(1.2, 10))),
+        lambda: rule(gf.scheduled(gf.sgd, lr=LR, momentum=gs.linear(0.9, 10))),
+        lambda: on_tree(gf.scheduled(gf.sam_perturb, rho=gs.proportional(LR, 0.02, 0.05))),
     ],
     "masked": [
         lambda: on_tree(gf.masked(gf.agc_clip(0.01), is_head)),

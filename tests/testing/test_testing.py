@@ -171,7 +171,7 @@ def test_random_numbers_and_defaults_are_as_they_were():
     torch.set_default_dtype(torch.float64)
     try:
         before = torch.get_rng_state()
-        check_laws(gf.adamw(gf.cosine(0.1, 10)))
+        check_laws(gf.adamw(gf.schedules.cosine(0.1, 10)))
         assert torch.get_default_dtype() == torch.float64
         assert torch.equal(torch.get_rng_state(), before)
     finally:

@@ -212,7 +212,7 @@ def test_every_law_that_needs_no_gpu_is_broken():
 FACTORIES = [
     *(gf.agc_clip(0.01), gf.clip_by_global_norm(0.5), gf.finite_filter(), gf.sam_perturb(0.05)),
     *(gf.sgd(0.1, momentum=0.9), gf.adam(0.1), gf.adamw(0.1), gf.rmsprop(0.1)),
-    *(gf.ema_params(0.9), gf.scheduled(gf.agc_clip, clipping=gf.linear(0.1, 10))),
+    *(gf.ema_params(0.9), gf.scheduled(gf.agc_clip, clipping=gf.schedules.linear(0.1, 10))),
     gf.gate(gf.agc_clip(0.01), "late"),
     gf.masked(gf.agc_clip(0.01), lambda name: name.startswith("head")),
     gf.partition({"all": gf.adam(0.1)}, lambda name: "all"),

@@ -197,7 +197,7 @@ def test_rows_that_finite_filter_took_out_stay_out():
 
 
 def test_a_schedule_may_drive_the_budget():
-    falling = gf.scheduled(gf.budget_clip, budget=gf.linear(0.8, 10), power=0)
+    falling = gf.scheduled(gf.budget_clip, budget=gf.schedules.linear(0.8, 10), power=0)
     update = gf.chain(falling, gf.mean_rows(), gf.sgd(1.0))
     params = {"w": torch.zeros(1)}
     state, info = update.init(params), []

@@ -148,12 +148,12 @@ def test_a_threshold_is_a_distance(factory):
 
 
 NUMBERS = {
-    "agree_filter": {"threshold": gf.linear(1.0, 9)},
-    "sgd": {"lr": 0.1, "momentum": gf.linear(0.9, 9)},
-    "adam": {"betas": (gf.linear(0.9, 9), 0.999)},
-    "clip_per_row": {"max_norm": gf.linear(0.9, 9)},
-    "sam_perturb": {"rho": gf.linear(0.9, 9)},
-    "ema_params": {"decay": gf.linear(0.9, 9)},
+    "agree_filter": {"threshold": gf.schedules.linear(1.0, 9)},
+    "sgd": {"lr": 0.1, "momentum": gf.schedules.linear(0.9, 9)},
+    "adam": {"betas": (gf.schedules.linear(0.9, 9), 0.999)},
+    "clip_per_row": {"max_norm": gf.schedules.linear(0.9, 9)},
+    "sam_perturb": {"rho": gf.schedules.linear(0.9, 9)},
+    "ema_params": {"decay": gf.schedules.linear(0.9, 9)},
 }
 
 
@@ -168,11 +168,11 @@ def test_a_schedule_for_a_number_says_what_to_write(name):
 
 def test_scheduled_wants_the_factory():
     with pytest.raises(TypeError, match=r"found <agree_filter.*, not scheduled\(agree_filter"):
-        gf.scheduled(gf.agree_filter(0.97), threshold=gf.linear(1.0, 9))
+        gf.scheduled(gf.agree_filter(0.97), threshold=gf.schedules.linear(1.0, 9))
     with pytest.raises(TypeError, match="expected a factory, found int"):
-        gf.scheduled(3, threshold=gf.linear(1.0, 9))
+        gf.scheduled(3, threshold=gf.schedules.linear(1.0, 9))
     with pytest.raises(TypeError, match=r"nesterov as one of its fixed values.*nesterov=False"):
-        gf.scheduled(gf.sgd, lr=0.1, nesterov=gf.constant(1.0))
+        gf.scheduled(gf.sgd, lr=0.1, nesterov=gf.schedules.constant(1.0))
 
 
 def counting(init, more):

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradfilter as gf
+import gradfilter.schedules as gs
 from _naive import assert_close, assert_same, generator, normal
 from gradfilter.transforms import _update_rules as _kernel
 
@@ -132,7 +133,7 @@ def test_a_skipped_donated_step_changes_no_bit_whatever_the_gradients_are(rule):
 
 
 def test_a_schedule_and_the_count_stand_still_with_a_skipped_step():
-    update = gf.sgd(gf.plateau(0.1, patience=0), momentum=0.9)
+    update = gf.sgd(gs.plateau(0.1, patience=0), momentum=0.9)
     params, state, grads = begun(update)
     skipped = update(params, state, grads, keep=SKIP, value=torch.tensor(1.0))
     assert_same(skipped[:2], (params, state))
@@ -265,7 +266,7 @@ def test_subclasses_are_left_to_the_formulas():
         lambda: gf.chain(gf.sgd(0.1, momentum=0.9), gf.freeze(lambda name: name == "bias")),
         lambda: gf.gate(gf.sgd(0.1, momentum=0.9), "late"),
         lambda: gf.partition({"all": gf.sgd(0.1, momentum=0.9)}, lambda name: "all"),
-        lambda: gf.scheduled(gf.sgd, lr=gf.linear(0.1, 10), momentum=gf.linear(0.9, 10)),
+        lambda: gf.scheduled(gf.sgd, lr=gs.linear(0.1, 10), momentum=gs.linear(0.9, 10)),
         lambda: gf.named("outer", gf.chain(gf.agc_clip(), gf.sgd(0.1, momentum=0.9))),
         lambda: gf.sgd(0.1, momentum=0.9, dampening=0.5),
         lambda: gf.rmsprop(0.1),

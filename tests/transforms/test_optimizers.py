@@ -130,7 +130,7 @@ def test_the_lr_is_by_default_that_of_torch_optim(name):
 @lively_rules
 def test_a_schedule_is_torch_optim_with_the_lr_set_before_every_step(name, flags):
     params, grads = draws()
-    schedule = gf.cosine(0.05, 80, min_value=0.001, warmup_steps=10)
+    schedule = gf.schedules.cosine(0.05, 80, min_value=0.001, warmup_steps=10)
     lrs = [schedule(k).item() for k in range(STEPS)]
     assert len(set(lrs)) > 70
     ours, _ = training(getattr(gf, name)(schedule, **flags), params, grads)
@@ -139,7 +139,7 @@ def test_a_schedule_is_torch_optim_with_the_lr_set_before_every_step(name, flags
 
 @lively_rules
 def test_the_lr_in_use_is_published(name, flags):
-    schedule = gf.linear(0.1, 10)
+    schedule = gf.schedules.linear(0.1, 10)
     params, grads = draws(4)
     update = getattr(gf, name)(schedule, **flags)
     state = update.init(params)
@@ -152,7 +152,7 @@ def test_the_lr_in_use_is_published(name, flags):
 def test_a_skipped_step_never_happened(name, flags):
     params, grads = draws(30)
     skipped = {0, 3, 4, 11, 29}
-    schedule = gf.linear(0.05, 25, min_value=0.001)
+    schedule = gf.schedules.linear(0.05, 25, min_value=0.001)
     update = getattr(gf, name)(schedule, **flags)
     ours, state = params, update.init(params)
     for k, g in enumerate(grads):

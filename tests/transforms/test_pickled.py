@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradfilter as gf
+import gradfilter.schedules as gs
 from _cases import EXTRA, LR, make_params, make_rows, step
 from _naive import assert_same
 from gradfilter.distributed import across_ranks
@@ -55,20 +56,20 @@ CHAINS = {
         gf.freeze(head),
     ),
     "scheduled": gf.chain(
-        gf.scheduled(gf.consensus_filter, threshold=gf.linear(1.0, 10), soft=False),
-        gf.scheduled(gf.sgd, lr=gf.plateau(0.1), momentum=gf.poly(0.9, -0.5)),
+        gf.scheduled(gf.consensus_filter, threshold=gs.linear(1.0, 10), soft=False),
+        gf.scheduled(gf.sgd, lr=gs.plateau(0.1), momentum=gs.poly(0.9, -0.5)),
     ),
     "partition": gf.partition(
         {"head": gf.chain(gf.aggregate(by_size), RULE), "body": gf.chain(gf.mean_rows(), RULE)},
         label,
     ),
     "nested": gf.chain(gf.chain(gf.chain(gf.sign_agreement(0.6)), gf.adam(1e-3)), gf.ema_params()),
-    "rms": gf.chain(gf.mean_rows(), gf.rmsprop(gf.step(0.1, 3), centered=True)),
+    "rms": gf.chain(gf.mean_rows(), gf.rmsprop(gs.step(0.1, 3), centered=True)),
     "frozen": gf.chain(gf.mean_rows(), gf.freeze()),
     "schedule in a schedule": gf.chain(
         gf.mean_rows(),
-        gf.scheduled(gf.sam_perturb, rho=gf.proportional(LR, 0.02, 0.05)),
-        gf.sgd(gf.constant(0.1, warmup_steps=3)),
+        gf.scheduled(gf.sam_perturb, rho=gs.proportional(LR, 0.02, 0.05)),
+        gf.sgd(gs.constant(0.1, warmup_steps=3)),
     ),
 }
 
@@ -100,8 +101,8 @@ def test_a_copy_of_a_chain_is_the_chain(name):
 @pytest.mark.parametrize(
     "schedule",
     [
-        *(gf.constant(0.1), gf.linear(0.1, 10), gf.cosine(0.1, 10, warmup_steps=2)),
-        *(gf.poly(0.1, -0.5), gf.step(0.1, 3, 0.5), gf.proportional(LR, 0.02, 0.05)),
+        *(gs.constant(0.1), gs.linear(0.1, 10), gs.cosine(0.1, 10, warmup_steps=2)),
+        *(gs.poly(0.1, -0.5), gs.step(0.1, 3, 0.5), gs.proportional(LR, 0.02, 0.05)),
     ],
 )
 def test_a_schedule_that_was_pickled_has_the_same_values(schedule):

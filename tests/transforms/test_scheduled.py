@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import gradfilter as gf
+import gradfilter.schedules as gs
 from _naive import (
     assert_close,
     assert_same,
@@ -24,38 +25,38 @@ tree = lambda k: normal_tree(k)
 # Link -> what is scheduled, what is fixed, and what kind of gradients it takes. The schedules
 # start at 2 (from which on a filter accepts everything) and end at the edge of what is allowed.
 STATELESS = {
-    "agree_filter": (gf.agree_filter, {"threshold": gf.linear(2.0, 6)}, {}, rows),
+    "agree_filter": (gf.agree_filter, {"threshold": gs.linear(2.0, 6)}, {}, rows),
     "agree_filter halving": (
         gf.agree_filter,
-        {"threshold": gf.cosine(2.0, 6, min_value=0.7)},
+        {"threshold": gs.cosine(2.0, 6, min_value=0.7)},
         {"average": "halving", "against": "first"},
         rows,
     ),
     "consensus_filter": (
         gf.consensus_filter,
-        {"threshold": gf.linear(1.5, 6, min_value=0.5)},
+        {"threshold": gs.linear(1.5, 6, min_value=0.5)},
         {},
         rows,
     ),
     "consensus_filter hard": (
         gf.consensus_filter,
-        {"threshold": gf.linear(2.0, 6)},
+        {"threshold": gs.linear(2.0, 6)},
         {"soft": False},
         rows,
     ),
-    "sign_agreement": (gf.sign_agreement, {"fraction": gf.linear(1.0, 5)}, {}, rows),
-    "clip_per_row": (gf.clip_per_row, {"max_norm": gf.linear(5, 6, min_value=0.1)}, {}, rows),
+    "sign_agreement": (gf.sign_agreement, {"fraction": gs.linear(1.0, 5)}, {}, rows),
+    "clip_per_row": (gf.clip_per_row, {"max_norm": gs.linear(5, 6, min_value=0.1)}, {}, rows),
     "clip_by_global_norm": (
         gf.clip_by_global_norm,
-        {"max_norm": gf.linear(5, 6, min_value=0.1)},
+        {"max_norm": gs.linear(5, 6, min_value=0.1)},
         {},
         tree,
     ),
-    "agc_clip": (gf.agc_clip, {"clipping": gf.linear(1.0, 9, min_value=0.01)}, {}, tree),
-    "agc_clip until it is off": (gf.agc_clip, {"clipping": gf.linear(1.0, 5)}, {}, tree),
+    "agc_clip": (gf.agc_clip, {"clipping": gs.linear(1.0, 9, min_value=0.01)}, {}, tree),
+    "agc_clip until it is off": (gf.agc_clip, {"clipping": gs.linear(1.0, 5)}, {}, tree),
     "agc_clip eps": (
         gf.agc_clip,
-        {"eps": gf.step(10.0, 2), "clipping": gf.poly(0.3, -0.5)},
+        {"eps": gs.step(10.0, 2), "clipping": gs.poly(0.3, -0.5)},
         {},
         tree,
     ),
@@ -91,7 +92,7 @@ def test_a_factory_that_decorates_another_is_called_itself():
     def halved(max_norm):
         return gf.clip_by_global_norm(max_norm / 2)
 
-    link, params = gf.scheduled(halved, max_norm=gf.constant(2.0)), normal_tree(100)
+    link, params = gf.scheduled(halved, max_norm=gs.constant(2.0)), normal_tree(100)
     grads = link.update(tree(0), link.init(params), params)[0]
     assert_close(grads, run(gf.clip_by_global_norm(1.0), tree(0), params)[0])
 
@@ -99,7 +100,7 @@ def test_a_factory_that_decorates_another_is_called_itself():
 @pytest.mark.parametrize("adaptive", [None, "asam", "gsam"])
 def test_a_scheduled_radius_is_sam_perturb_called_by_hand(adaptive):
     params, batch = make_params(), make_batch()
-    rho = gf.linear(0.5, 4, min_value=0.1, warmup_steps=2)
+    rho = gs.linear(0.5, 4, min_value=0.1, warmup_steps=2)
     link, stack = gf.scheduled(gf.sam_perturb, rho=rho, adaptive=adaptive), make_rows(params, batch)
     state = link.init(params)
     for k in range(5):
@@ -110,7 +111,7 @@ def test_a_scheduled_radius_is_sam_perturb_called_by_hand(adaptive):
 
 
 def test_a_scheduled_alpha_is_gsam_decompose_called_by_hand():
-    alpha, params = gf.linear(0.6, 3), normal_tree(0)
+    alpha, params = gs.linear(0.6, 3), normal_tree(0)
     link = gf.scheduled(gf.gsam_decompose, alpha=alpha)
     state, clean, h = link.init(params), normal_tree(1), normal_tree(2)
     for k in range(5):
@@ -120,20 +121,20 @@ def test_a_scheduled_alpha_is_gsam_decompose_called_by_hand():
 
 MOVING = {
     "sgd": {
-        "momentum": gf.linear(0.9, 6, min_value=0.2, warmup_steps=2, init_value=0.5),
-        "dampening": gf.linear(0.5, 4),
-        "weight_decay": gf.cosine(0.1, 5),
+        "momentum": gs.linear(0.9, 6, min_value=0.2, warmup_steps=2, init_value=0.5),
+        "dampening": gs.linear(0.5, 4),
+        "weight_decay": gs.cosine(0.1, 5),
     },
-    "adam": {"weight_decay": gf.linear(0.1, 5), "eps": gf.step(0.1, 3)},
-    "adamw": {"lr": gf.cosine(0.1, 6), "weight_decay": gf.linear(0.1, 5)},
-    "rmsprop": {"alpha": gf.linear(0.99, 6, min_value=0.5), "momentum": gf.poly(0.9, -0.5)},
+    "adam": {"weight_decay": gs.linear(0.1, 5), "eps": gs.step(0.1, 3)},
+    "adamw": {"lr": gs.cosine(0.1, 6), "weight_decay": gs.linear(0.1, 5)},
+    "rmsprop": {"alpha": gs.linear(0.99, 6, min_value=0.5), "momentum": gs.poly(0.9, -0.5)},
 }
 
 
 @pytest.mark.parametrize("rule", MOVING)
 def test_a_scheduled_update_rule_is_the_factory_called_by_hand(rule):
     factory = getattr(gf, rule)
-    schedules = {"lr": gf.constant(0.05), **MOVING[rule]}
+    schedules = {"lr": gs.constant(0.05), **MOVING[rule]}
     update, params = gf.scheduled(factory, **schedules), normal_tree(0)
     expected = params
     state, hand_state = update.init(params), None
@@ -148,7 +149,7 @@ def test_a_scheduled_update_rule_is_the_factory_called_by_hand(rule):
 
 def test_a_skipped_step_does_not_advance_a_schedule():
     update = gf.chain(
-        gf.scheduled(gf.agc_clip, clipping=gf.linear(1.0, 10)), gf.sgd(gf.linear(0.1, 10))
+        gf.scheduled(gf.agc_clip, clipping=gs.linear(1.0, 10)), gf.sgd(gs.linear(0.1, 10))
     )
     params = normal_tree(0)
     state = update.init(params)
@@ -164,7 +165,7 @@ def test_a_skipped_step_does_not_advance_a_schedule():
 
 @pytest.mark.parametrize("count", [7, torch.tensor(7), torch.tensor(7, dtype=torch.int32)])
 def test_count_drives_every_schedule_and_nothing_else(count):
-    lr, clipping = gf.cosine(0.1, 10, warmup_steps=3), gf.linear(1.0, 10)
+    lr, clipping = gs.cosine(0.1, 10, warmup_steps=3), gs.linear(1.0, 10)
     update = gf.chain(gf.scheduled(gf.agc_clip, clipping=clipping), gf.adam(lr))
     params, g = normal_tree(0), normal_tree(1)
     state = update.init(params)
@@ -179,8 +180,8 @@ def test_count_drives_every_schedule_and_nothing_else(count):
 
 def test_rho_and_lr_of_one_step_belong_together():
     params, batch, *_ = problem()
-    lr = gf.cosine(0.1, 8, min_value=0.01, warmup_steps=3)
-    rho = gf.proportional(lr, 0.02, 0.06)
+    lr = gs.cosine(0.1, 8, min_value=0.01, warmup_steps=3)
+    rho = gs.proportional(lr, 0.02, 0.06)
     update = gf.chain(gf.mean_rows(), gf.scheduled(gf.sam_perturb, rho=rho), gf.sgd(lr))
     state = update.init(params)
     for k in range(10):
@@ -192,7 +193,7 @@ def test_rho_and_lr_of_one_step_belong_together():
 
 
 def test_a_metric_reaches_the_plateau_through_the_update():
-    update = gf.chain(gf.agc_clip(0.1), gf.sgd(gf.plateau(0.1, factor=0.5, patience=0)))
+    update = gf.chain(gf.agc_clip(0.1), gf.sgd(gs.plateau(0.1, factor=0.5, patience=0)))
     params = normal_tree(0)
     state, lrs = update.init(params), []
     for k, metric in enumerate((2.0, None, 3.0, 1.0, None, 1.0)):
@@ -203,7 +204,7 @@ def test_a_metric_reaches_the_plateau_through_the_update():
 
 
 def test_a_skipped_step_forgets_its_metric():
-    update = gf.sgd(gf.plateau(0.1, factor=0.5, patience=0))
+    update = gf.sgd(gs.plateau(0.1, factor=0.5, patience=0))
     params = normal_tree(0)
     state = update(params, update.init(params), params, value=torch.tensor(1.0))[1]
     skipped = update(params, state, params, value=torch.tensor(2.0), keep=torch.tensor(False))[1]
@@ -218,24 +219,24 @@ def test_schedules_are_recognised_by_type_and_callables_are_not():
     with pytest.raises(TypeError, match="at least one Schedule"):
         gf.scheduled(gf.agree_filter, threshold=0.97)
     # A function that is meant as a function is handed on as it is.
-    excluding = gf.scheduled(gf.agc_clip, clipping=gf.constant(0.01), exclude=lambda name: True)
+    excluding = gf.scheduled(gf.agc_clip, clipping=gs.constant(0.01), exclude=lambda name: True)
     g = normal_tree(1)
     assert_same(run(excluding, g)[0], g)
 
 
 def test_unknown_arguments_are_refused_by_name():
     with pytest.raises(TypeError, match=r"unknown \['limit'\]"):
-        gf.scheduled(gf.agc_clip, limit=gf.constant(0.1))
+        gf.scheduled(gf.agc_clip, limit=gs.constant(0.1))
     with pytest.raises(ValueError, match="found threshold=-1"):
-        gf.scheduled(gf.agree_filter, threshold=gf.linear(-1, 10, min_value=-2))
+        gf.scheduled(gf.agree_filter, threshold=gs.linear(-1, 10, min_value=-2))
 
 
 # Every hyperparameter that is a number, of every factory
 
-DOWN = gf.linear(0.9, 6, min_value=0.2)
+DOWN = gs.linear(0.9, 6, min_value=0.2)
 EVERY = {
-    "agree_filter": {"threshold": DOWN, "min_accepted": gf.linear(3.0, 6, min_value=1.0)},
-    "consensus_filter": {"threshold": DOWN, "min_accepted": gf.linear(3.0, 6, min_value=1.0)},
+    "agree_filter": {"threshold": DOWN, "min_accepted": gs.linear(3.0, 6, min_value=1.0)},
+    "consensus_filter": {"threshold": DOWN, "min_accepted": gs.linear(3.0, 6, min_value=1.0)},
     "sign_agreement": {"fraction": DOWN},
     "clip_per_row": {"max_norm": DOWN},
     "budget_clip": {"budget": DOWN, "power": DOWN},
@@ -244,7 +245,7 @@ EVERY = {
     "sam_perturb": {"rho": DOWN, "eta": DOWN},
     "gsam_decompose": {"alpha": DOWN},
     "sgd": {"lr": DOWN, "momentum": DOWN, "dampening": DOWN, "weight_decay": DOWN},
-    "adam": {"lr": DOWN, "betas": (DOWN, gf.linear(0.99, 6)), "eps": DOWN, "weight_decay": DOWN},
+    "adam": {"lr": DOWN, "betas": (DOWN, gs.linear(0.99, 6)), "eps": DOWN, "weight_decay": DOWN},
     "adamw": {"lr": DOWN, "betas": (0.8, DOWN), "eps": DOWN, "weight_decay": DOWN},
     "rmsprop": {**{"lr": DOWN, "alpha": DOWN, "eps": DOWN, "weight_decay": DOWN, "momentum": DOWN}},
     "ema_params": {"decay": DOWN},
@@ -318,7 +319,7 @@ def test_any_hyperparameter_follows_its_schedule(name, argument):
 
 
 def test_a_schedule_that_remembers_inside_a_tuple():
-    beta = gf.plateau(0.9, factor=0.5, patience=0)
+    beta = gs.plateau(0.9, factor=0.5, patience=0)
     update = gf.scheduled(gf.adam, lr=0.1, betas=(beta, 0.999))
     params = normal_tree(0)
     state = update.init(params)

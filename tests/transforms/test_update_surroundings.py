@@ -221,7 +221,7 @@ def test_a_stack_from_a_loss_goes_through_one_compilation():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     model = nn.Linear(6, 3)
     grads_of = gf.microbatch_grads(gf.model_loss(model, F.cross_entropy), 3, plan="loop")
-    update = gf.chain(gf.agree_filter(1.2), gf.sgd(gf.linear(0.1, 10), momentum=0.9))
+    update = gf.chain(gf.agree_filter(1.2), gf.sgd(gf.schedules.linear(0.1, 10), momentum=0.9))
     compiled = torch.compile(lambda p, s, g: update(p, s, g), backend=counter, fullgraph=True)
     params, _ = gf.extract(model)
     state = update.init(params)

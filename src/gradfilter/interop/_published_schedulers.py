@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from gradfilter import _tree
 from gradfilter._types import State
-from gradfilter.transforms._schedules import Schedule, cosine, linear, poly, proportional, step
+from gradfilter.schedules._schedules import Schedule, cosine, linear, poly, proportional, step
 
 # --- A counter in front of a pure schedule ---
 

@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gradfilter import _tree
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import DenseStack, StackOrigin
+from gradfilter.schedules._schedules import linear
 from gradfilter.transforms._chain import chain
 from gradfilter.transforms._clipping import clip_by_global_norm, clip_per_row
 from gradfilter.transforms._reducers import finite_filter
 from gradfilter.transforms._scheduled import scheduled
-from gradfilter.transforms._schedules import linear
 from gradfilter.transforms._state_dict import load_state_dict, state_dict
 
 # --- Compare trees as bits: −0.0 differs from 0.0, and NaN equals itself ---

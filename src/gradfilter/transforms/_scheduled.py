@@ -13,7 +13,7 @@ from torch import Tensor
 from gradfilter import _tree
 from gradfilter._made import remembered, unremembered
 from gradfilter._types import Out, Params, State, Transform
-from gradfilter.transforms._schedules import Schedule
+from gradfilter.schedules._schedules import Schedule
 from gradfilter.transforms._update_rules import new_count, schedule_value
 
 
@@ -38,10 +38,10 @@ def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transfo
 
     Examples:
         >>> import gradfilter as gf
-        >>> lr = gf.cosine(0.1, 1000)
+        >>> lr = gf.schedules.cosine(0.1, 1000)
         >>> update = gf.chain(
         ...     gf.mean_rows(),
-        ...     gf.scheduled(gf.sam_perturb, rho=gf.proportional(lr, 0.02, 0.05)),
+        ...     gf.scheduled(gf.sam_perturb, rho=gf.schedules.proportional(lr, 0.02, 0.05)),
         ...     gf.sgd(lr),
         ... )
     """

@@ -12,7 +12,7 @@ from gradfilter import _tree
 from gradfilter._made import remembered
 from gradfilter._types import GLOBAL_NAMES, Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack, as_stack
-from gradfilter.transforms._schedules import Schedule
+from gradfilter.schedules._schedules import Schedule
 
 KINDS = frozenset(
     {f"{a} -> {b}" for a, b in (("rows", "rows"), ("rows", "tree"), ("tree", "tree"))}

@@ -13,8 +13,8 @@ from gradfilter import _tree
 from gradfilter._made import remembered
 from gradfilter._readable import followed
 from gradfilter._types import Applied, Offer, Out, Params, State, Transform, Tree
+from gradfilter.schedules._schedules import Schedule, as_schedule
 from gradfilter.transforms._blocks import blocks
-from gradfilter.transforms._schedules import Schedule, as_schedule
 from gradfilter.transforms._transform import check_leaves, check_number, is_off, transform
 
 # --- One fused kernel per update rule reads and writes every number once ---

@@ -84,9 +84,9 @@ def schedule_of(config: TrainConfig, total_steps: int, steps_per_epoch: float) -
     initial = config.lr_warmup_initial
     match config.schedule:
         case "constant":
-            return gf.constant(lr, warmup_steps=warmup, init_value=initial)
+            return gf.schedules.constant(lr, warmup_steps=warmup, init_value=initial)
         case "step":
-            return gf.step(
+            return gf.schedules.step(
                 lr,
                 max(1, round(config.lr_step * steps_per_epoch)),
                 config.lr_decay_rate,
@@ -95,12 +95,12 @@ def schedule_of(config: TrainConfig, total_steps: int, steps_per_epoch: float) -
                 init_value=initial,
             )
         case "linear" | "cosine":
-            curve = gf.linear if config.schedule == "linear" else gf.cosine
+            curve = gf.schedules.linear if config.schedule == "linear" else gf.schedules.cosine
             return curve(
                 lr, total_steps, min_value=config.lr_min, warmup_steps=warmup, init_value=initial
             )
         case "poly":
-            return gf.poly(
+            return gf.schedules.poly(
                 lr,
                 config.lr_power,
                 min_value=config.lr_min,
@@ -108,7 +108,7 @@ def schedule_of(config: TrainConfig, total_steps: int, steps_per_epoch: float) -
                 init_value=initial,
             )
         case "plateau":
-            return gf.plateau(
+            return gf.schedules.plateau(
                 lr,
                 factor=config.lr_decay_rate,
                 patience=config.lr_patience,
@@ -126,7 +126,7 @@ def _perturbation(config: TrainConfig, lr: gf.Schedule) -> gf.Transform:
         )
     return gf.scheduled(
         gf.sam_perturb,
-        rho=gf.proportional(lr, config.rho_min, config.sam),
+        rho=gf.schedules.proportional(lr, config.rho_min, config.sam),
         adaptive=config.adaptive,
         per_microbatch=config.m_sharpness,
     )

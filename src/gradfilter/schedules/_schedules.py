@@ -43,7 +43,7 @@ class Schedule(Remade):
 
     Examples:
         >>> import gradfilter as gf
-        >>> round(gf.cosine(0.1, 100)(50).item(), 3)
+        >>> round(gf.schedules.cosine(0.1, 100)(50).item(), 3)
         0.05
     """
 
@@ -125,7 +125,7 @@ def constant(value: float, *, warmup_steps: int = 0, init_value: float | None = 
 
     Examples:
         >>> import gradfilter as gf
-        >>> [gf.constant(1.0, warmup_steps=2)(k).item() for k in range(4)]
+        >>> [gf.schedules.constant(1.0, warmup_steps=2)(k).item() for k in range(4)]
         [0.0, 0.5, 1.0, 1.0]
     """
     start = 0.0 if init_value is None else init_value
@@ -152,7 +152,7 @@ def linear(
 
     Examples:
         >>> import gradfilter as gf
-        >>> [gf.linear(1.0, 4)(k).item() for k in (0, 1, 4, 9)]
+        >>> [gf.schedules.linear(1.0, 4)(k).item() for k in (0, 1, 4, 9)]
         [1.0, 0.75, 0.0, 0.0]
     """
     x = progress(total_steps, warmup_steps)
@@ -183,7 +183,7 @@ def cosine(
 
     Examples:
         >>> import gradfilter as gf
-        >>> [round(gf.cosine(1.0, 4)(k).item(), 4) for k in (0, 1, 2, 4)]
+        >>> [round(gf.schedules.cosine(1.0, 4)(k).item(), 4) for k in (0, 1, 2, 4)]
         [1.0, 0.8536, 0.5, 0.0]
 
     References:
@@ -217,7 +217,7 @@ def poly(
 
     Examples:
         >>> import gradfilter as gf
-        >>> [gf.poly(1.0, -1.0)(k).item() for k in (0, 1, 3)]
+        >>> [gf.schedules.poly(1.0, -1.0)(k).item() for k in (0, 1, 3)]
         [1.0, 0.5, 0.25]
     """
     if power > 0:
@@ -251,7 +251,7 @@ def step(
 
     Examples:
         >>> import gradfilter as gf
-        >>> [gf.step(1.0, 2, 0.5)(k).item() for k in range(5)]
+        >>> [gf.schedules.step(1.0, 2, 0.5)(k).item() for k in range(5)]
         [1.0, 1.0, 0.5, 0.5, 0.25]
     """
     if every < 1 or not 0 < factor <= 1:
@@ -300,7 +300,7 @@ def plateau(
 
     Examples:
         >>> import torch, gradfilter as gf
-        >>> lr = gf.plateau(1.0, factor=0.5, patience=0)
+        >>> lr = gf.schedules.plateau(1.0, factor=0.5, patience=0)
         >>> k = torch.tensor(0)
         >>> value, state = lr.at(k, lr.init(k), value=torch.tensor(3.0))
         >>> lr.at(k, state, value=torch.tensor(3.0))[0].item()
@@ -360,7 +360,7 @@ def proportional(lr: Schedule, rho_min: float, rho_max: float) -> Schedule:
 
     Examples:
         >>> import gradfilter as gf
-        >>> rho = gf.proportional(gf.linear(0.1, 10), 0.02, 0.04)
+        >>> rho = gf.schedules.proportional(gf.schedules.linear(0.1, 10), 0.02, 0.04)
         >>> [round(rho(k).item(), 3) for k in (0, 5, 10)]
         [0.04, 0.03, 0.02]
     """
