@@ -20,11 +20,11 @@ ABOUT = {
     "lab": "experiments on the command line: data, models, noise, studies",
     "interop": "for existing loops",
     "distributed": "rows on several ranks",
-    "transforms": "links: what is done to gradients",
-    "testing": "the laws of links",
+    "transforms": "change gradients: filter, clip, update",
+    "testing": "the laws of transforms",
     "diagnostics": "measure a network",
     "schedules": "values by step",
-    "grads": "gradient stacks: where rows come from",
+    "grads": "gradient stacks: compute the rows",
     CORE: "trees, types, arithmetic; needs torch and einops only",
 }
 WIDTH, SIDE, GAP, PAD, LINE = 900, 190, 34, 14, 17

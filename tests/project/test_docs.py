@@ -1,6 +1,7 @@
 """The documentation builds as it is, knows every public name, and its picture is the code's."""
 
 import inspect
+import math
 import os
 import re
 import subprocess
@@ -8,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from docs import _architecture, _badges
+import torch
+from docs import _architecture, _badges, _idea
 
 import gradfilter as gf
 from gradfilter import diagnostics, distributed, interop, schedules, testing
@@ -74,6 +76,25 @@ def test_the_reference_has_no_name_that_is_not_public():
 
 def test_the_picture_of_the_architecture_is_the_codes():
     assert _architecture.TARGET.read_text() == _architecture.drawn(), "python docs/_architecture.py"
+
+
+def test_the_picture_of_the_idea_is_computed():
+    assert _idea.TARGET.read_text() == _idea.drawn(), "python docs/_idea.py"
+
+
+def test_the_picture_of_the_idea_shows_the_filter_at_work():
+    steps, plain, weights, chosen, half = _idea.computed()
+    total = (steps / steps.norm(dim=1, keepdim=True)).sum(0)
+    axis = math.atan2(*total.flip(0).tolist())
+    for angle, has_weight in ((half - 0.01, True), (half + 0.01, False)):  # at the edge of the cone
+        row = torch.tensor([math.cos(axis + angle), math.sin(axis + angle)], dtype=torch.float64)
+        rows = {"w": torch.stack([row, total - row])}
+        out = gf.consensus_filter(min_accepted=1).update(rows, {}, {"w": torch.zeros(2).double()})[
+            2
+        ]
+        assert bool(out["weights"][0] > 0) == has_weight
+    assert (weights == 0).nonzero().flatten().tolist() == [7, 8]  # the wrong labels
+    assert chosen.norm() > 2 * plain.norm()
 
 
 @pytest.mark.parametrize("name", _badges.facts())
