@@ -1,3 +1,4 @@
+import re
 import tempfile
 from pathlib import Path
 
@@ -33,4 +34,5 @@ def test_is_committed_with_its_pictures_and_nothing_of_the_machine(path):
     assert len(text) < 400_000
     assert 'execution": {' not in text  # time stamps, which change with every run
     folders = "/home/", "/Users/", str(Path.home()), tempfile.gettempdir()
-    assert not any(folder in text for folder in folders)
+    readable = re.sub(r'"image/png": "[^"]*"', "", text)  # base64 may contain "/tmp" by chance
+    assert not any(folder in readable for folder in folders)
