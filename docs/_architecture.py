@@ -65,12 +65,12 @@ def used(path: Path) -> set[str]:
 
 def parts() -> dict[str, Part]:
     """What the source says."""
-    owner = {name: part_of(origin) for origin, name in imported(SOURCE / "__init__.py")}
+    owner = {name: part_of(origin) for origin, name in imported(SOURCE / "_public.py")}
     found: dict[str, Part] = {}
     for path in sorted(SOURCE.rglob("*.py")):
         module = ".".join(("gradfilter", *path.relative_to(SOURCE).with_suffix("").parts))
         part = found.setdefault(part_of(module), Part(part_of(module)))
-        if path.parent == SOURCE and path.name == "__main__.py":
+        if path.parent == SOURCE and path.name in ("__main__.py", "_public.py"):
             continue
         if path.name == "__init__.py" and path.parent != SOURCE:
             part.public += [name for _, name in imported(path) if not name.startswith("_")]

@@ -6,59 +6,13 @@ update = chain(agree_filter(0.97), agc_clip(0.01), sgd(lr))
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
-from gradfilter._tree import select as select
-from gradfilter._types import Params as Params
-from gradfilter._types import Transform as Transform
-from gradfilter._types import Tree as Tree
-from gradfilter.grads._loss import extract as extract
-from gradfilter.grads._loss import insert as insert
-from gradfilter.grads._loss import model_loss as model_loss
-from gradfilter.grads._microbatch import Plan as Plan
-from gradfilter.grads._microbatch import microbatch_grads as microbatch_grads
-from gradfilter.grads._microbatch import per_sample_grads as per_sample_grads
-from gradfilter.grads._stack import ComputedStack as ComputedStack
-from gradfilter.grads._stack import DenseStack as DenseStack
-from gradfilter.grads._stack import GradStack as GradStack
-from gradfilter.schedules._schedules import Schedule as Schedule
-from gradfilter.transforms._agreement import agree_filter as agree_filter
-from gradfilter.transforms._capture import capture as capture
-from gradfilter.transforms._chain import chain as chain
-from gradfilter.transforms._chain import named as named
-from gradfilter.transforms._clipping import agc_clip as agc_clip
-from gradfilter.transforms._clipping import budget_clip as budget_clip
-from gradfilter.transforms._clipping import clip_by_global_norm as clip_by_global_norm
-from gradfilter.transforms._clipping import clip_per_row as clip_per_row
-from gradfilter.transforms._combinators import freeze as freeze
-from gradfilter.transforms._combinators import gate as gate
-from gradfilter.transforms._combinators import masked as masked
-from gradfilter.transforms._combinators import partition as partition
-from gradfilter.transforms._consensus import consensus_filter as consensus_filter
-from gradfilter.transforms._ema import ema_of as ema_of
-from gradfilter.transforms._ema import ema_params as ema_params
-from gradfilter.transforms._reducers import aggregate as aggregate
-from gradfilter.transforms._reducers import finite_filter as finite_filter
-from gradfilter.transforms._reducers import mean_rows as mean_rows
-from gradfilter.transforms._reducers import sign_agreement as sign_agreement
-from gradfilter.transforms._scheduled import scheduled as scheduled
-from gradfilter.transforms._sharpness_aware import gsam_decompose as gsam_decompose
-from gradfilter.transforms._sharpness_aware import sam_perturb as sam_perturb
-from gradfilter.transforms._state_dict import load_state_dict as load_state_dict
-from gradfilter.transforms._state_dict import state_dict as state_dict
-from gradfilter.transforms._train_step import TrainStep as TrainStep
-from gradfilter.transforms._train_step import train_step as train_step
-from gradfilter.transforms._transform import link as link
-from gradfilter.transforms._transform import transform as transform
-from gradfilter.transforms._update_rules import adam as adam
-from gradfilter.transforms._update_rules import adamw as adamw
-from gradfilter.transforms._update_rules import rmsprop as rmsprop
-from gradfilter.transforms._update_rules import sgd as sgd
-
 if TYPE_CHECKING:
     from gradfilter import diagnostics as diagnostics
     from gradfilter import distributed as distributed
     from gradfilter import interop as interop
     from gradfilter import schedules as schedules
     from gradfilter import testing as testing
+    from gradfilter._public import *
 
 __version__ = "0.1.0"
 
@@ -117,14 +71,18 @@ __all__ = [
     "transform",
 ]
 
-_ON_DEMAND = ("diagnostics", "distributed", "interop", "schedules", "testing")
+_SUBPACKAGES = ("diagnostics", "distributed", "interop", "schedules", "testing")
 
 if not TYPE_CHECKING:  # type checkers would take any name at all for one that this function knows
 
     def __getattr__(name: str) -> object:
-        """Import a subpackage when it is first asked for."""
-        if name in _ON_DEMAND:
+        """Import a public name when the first is asked for: `gradfilter --help` needs no torch."""
+        if name in _SUBPACKAGES:
             return _import_module(f"gradfilter.{name}")
+        if name in __all__:
+            public = _import_module("gradfilter._public")
+            globals().update({n: getattr(public, n) for n in __all__ if hasattr(public, n)})
+            return getattr(public, name)
         if not name.startswith("_") and hasattr(_import_module("gradfilter.schedules"), name):
             raise AttributeError(
                 f"module 'gradfilter' has no attribute {name!r}. Write gf.schedules.{name}."

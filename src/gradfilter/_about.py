@@ -7,8 +7,6 @@ import re
 from collections.abc import Sequence
 from importlib import metadata
 
-import torch
-
 import gradfilter
 
 HELP = """\
@@ -41,7 +39,14 @@ def answer(args: Sequence[str]) -> str | None:
 
 def about() -> str:
     """Describe the program, the installation and the next steps on one screen."""
-    here = f"torch {torch.__version__}, Python {platform.python_version()}, {_device()}"
+    import torch  # takes seconds, which help and version do not need
+
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads, no CUDA"
+    )
+    here = f"torch {torch.__version__}, Python {platform.python_version()}, {device}"
     return "\n".join(
         [
             f"gradfilter {gradfilter.__version__}: choose which gradients a network follows.",
@@ -54,12 +59,6 @@ def about() -> str:
             HELP,
         ]
     )
-
-
-def _device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads, no CUDA"
 
 
 def _extras() -> list[str]:

@@ -12,7 +12,7 @@ from gradfilter.lab._demo_config import DemoConfig
 from gradfilter.lab.data import _sources as _cifar
 from gradfilter.lab.report._report_config import ReportConfig
 from gradfilter.lab.stats._stats_config import StatsConfig
-from gradfilter.lab.sweep._plan import SweepConfig
+from gradfilter.lab.sweep._sweep_config import SweepConfig
 from gradfilter.lab.train import _run_place as _place
 from gradfilter.lab.train._train_config import TrainConfig
 

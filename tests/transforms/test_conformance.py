@@ -20,7 +20,7 @@ every_link = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v[0]}
 def test_every_public_link_is_a_case():
     public = {
         name
-        for name, thing in vars(gf).items()
+        for name, thing in ((name, getattr(gf, name)) for name in gf.__all__)
         if inspect.isfunction(thing)
         and not name.startswith("_")
         and name != "link"  # an alias of transform

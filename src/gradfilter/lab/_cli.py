@@ -74,6 +74,9 @@ def _stats(options: Sequence[str]) -> int:
 
 
 def _sweep(options: Sequence[str]) -> int:
+    from gradfilter.lab.sweep._sweep_config import parse_own
+
+    parse_own(options)  # answers --help and a misspelt option without the modules that follow
     from gradfilter.lab.sweep._sweep_command import sweep_command
 
     return sweep_command(options)

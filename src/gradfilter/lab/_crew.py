@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -78,13 +77,6 @@ class Crew:
 
 
 ALONE = Crew()
-
-
-def own_device(device: torch.device) -> torch.device:
-    """Return the device of this process; each of several processes has its own GPU."""
-    if device.type == "cpu" or started_processes() == 1:
-        return device
-    return torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
 
 
 @contextmanager

@@ -18,8 +18,15 @@ from rich.console import Console
 from rich.table import Table
 
 import gradfilter as gf
-from gradfilter.lab._crew import Crew, connected, own_device
-from gradfilter.lab._demo_config import MICROBATCHES, DemoConfig, checked, directory, evaluate_every
+from gradfilter.lab._crew import Crew, connected
+from gradfilter.lab._demo_config import (
+    MICROBATCHES,
+    DemoConfig,
+    check_values,
+    directory,
+    evaluate_every,
+)
+from gradfilter.lab._device import own_device, usable_device
 from gradfilter.lab._interrupt import interruptible
 from gradfilter.lab._options import arguments, parse, read_settings
 from gradfilter.lab._plot import Measured, as_line, curves
@@ -181,7 +188,8 @@ def demo(config: DemoConfig) -> int:
     Raises:
         UsageError: A value is out of range. No file has been changed then.
     """
-    device = own_device(checked(config))
+    check_values(config)
+    device = own_device(usable_device(config.device))
     with connected(device) as crew, interruptible() as stop:
         train = partial(_train_all, config, device, crew, crew.together(stop))
         if crew.is_first:

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from gradfilter.lab._options import MaybePath
 from gradfilter.lab._processes import started_processes
 from gradfilter.lab._run_files import named_directory, numbered_directory
-from gradfilter.lab._usage import check, usable_device
+from gradfilter.lab._usage import check
 
 EVALUATIONS = 40
 MICROBATCHES = 8
@@ -46,8 +44,8 @@ class DemoConfig:
     """Directory of the results, new or empty. By default a new one in runs/."""
 
 
-def checked(config: DemoConfig) -> torch.device:
-    """Check the options, and return the device to train on.
+def check_values(config: DemoConfig) -> None:
+    """Refuse values that are wrong for every data set and model.
 
     Raises:
         UsageError: A value is out of range.
@@ -76,7 +74,6 @@ def checked(config: DemoConfig) -> torch.device:
         "Choose another --nproc-per-node.",
     )
     check(config.seeds >= 1, "--seeds", "at least 1", config.seeds, "5 gives mean ± sd.")
-    return usable_device(config.device)
 
 
 def directory(config: DemoConfig) -> Path:

@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
-import torch
-
 LARGEST = 2**62
 """Largest integer for torch and numpy, with room for counting."""
 LONGEST = 120
@@ -86,28 +84,3 @@ def did_you_mean(typed: str, known: Iterable[str], written: str = "{}") -> str:
     # Sorted, so that the result for two equally near names is deterministic.
     near = difflib.get_close_matches(typed, sorted(known), n=1)
     return f" Did you mean {written.format(near[0])}?" if near else ""
-
-
-def usable_device(name: str) -> torch.device:
-    """Return the device of this name.
-
-    Raises:
-        UsageError: torch does not know the device, or this machine does not have it.
-    """
-    here = ["cpu", *_accelerators()]
-    expected, fix = "a device of this machine", f"Available: {', '.join(here)}."
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        # The message of torch lists every back end that exists.
-        device = None
-    check(device is not None and str(device) in here, "--device", expected, repr(name), fix)
-    assert device is not None
-    return device
-
-
-def _accelerators() -> list[str]:
-    kind = torch.accelerator.current_accelerator(check_available=True)
-    if kind is None:
-        return []
-    return [kind.type, *(f"{kind.type}:{i}" for i in range(torch.accelerator.device_count()))]

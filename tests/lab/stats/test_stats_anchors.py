@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradfilter.lab.stats._stats_config import is_path
 from gradfilter.lab.stats._surroundings import (
     STRATEGIES,
-    is_path,
     moved,
     scaled,
     shift_anchors,

@@ -305,21 +305,6 @@ def test_the_help_lists_every_option_once_under_its_group():
     }
 
 
-def test_help_and_a_misspelt_option_import_nothing_heavy():
-    for options in (["--help"], ["--leraning-rate", "3"]):
-        code = (
-            "import sys\n"
-            "from gradfilter.lab._cli import main\n"
-            "try: main(['train', *sys.argv[1:]])\n"
-            "except SystemExit as stop: code = stop.code\n"
-            "print(code or 0, *{'sklearn', 'matplotlib', 'pandas', 'torchvision'} & {*sys.modules})"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code, *options], capture_output=True, text=True, check=True
-        )
-        assert done.stdout.splitlines()[-1] == ("0" if options == ["--help"] else "2"), done.stdout
-
-
 def test_the_help_names_the_data_sets_that_the_error_does():
     text = " ".join(command("train", "--help")[1].split())
     text = text[text.index("--data STR") : text.index("--data-dir")]

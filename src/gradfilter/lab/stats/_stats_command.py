@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from gradfilter.lab._crew import connected, own_device
+from gradfilter.lab._crew import connected
+from gradfilter.lab._device import own_device, usable_device
 from gradfilter.lab._interrupt import interruptible
 from gradfilter.lab._processes import is_first_process
 from gradfilter.lab._run_files import printable
-from gradfilter.lab._usage import UsageError, usable_device
+from gradfilter.lab._usage import UsageError
 from gradfilter.lab.stats._measurement import Measurement, listed, summary
 from gradfilter.lab.stats._stats_config import StatsConfig, check_values
 from gradfilter.lab.train._archive import ARCHIVE, Checkpoint, checkpoints, misnamed

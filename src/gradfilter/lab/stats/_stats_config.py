@@ -12,7 +12,6 @@ import tyro
 
 from gradfilter.lab._options import MaybeFloat, MaybeInt, MaybePath, MaybeStr
 from gradfilter.lab._usage import UsageError, check
-from gradfilter.lab.stats._surroundings import StrategyName, is_path
 
 # --- The catalogue: metrics, their options, and the names of their numbers ---
 
@@ -81,6 +80,29 @@ METRICS: dict[MetricName, Metric] = {
         draws=True,
     ),
 }
+
+
+# --- Points around images, by name ---
+
+
+StrategyName = Literal[
+    "none",
+    "1px-shifts",
+    "4px-shifts",
+    "shifts-path",
+    "svd-5",
+    "svd-10",
+    "svd-15",
+    "svd-20",
+    "svd-22",
+    "svd-25",
+    "svd-path",
+]
+
+
+def is_path(name: StrategyName) -> bool:
+    """Return whether the anchors of a direction form a path."""
+    return name.endswith("-path")
 
 
 # --- The options ---

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
+
+from gradfilter.lab.stats._stats_config import StrategyName
 
 # --- Strengths are defined for images of 32 pixels and scaled for others ---
 
@@ -145,19 +147,6 @@ def svd_anchors(images: Tensor, strengths: Sequence[int], directions: int) -> Te
 # --- Strategies by name ---
 
 
-StrategyName = Literal[
-    "none",
-    "1px-shifts",
-    "4px-shifts",
-    "shifts-path",
-    "svd-5",
-    "svd-10",
-    "svd-15",
-    "svd-20",
-    "svd-22",
-    "svd-25",
-    "svd-path",
-]
 SHIFTS = {"1px-shifts": (1,), "4px-shifts": (4,), "shifts-path": (1, 2, 3, 4)}
 SVD_STRENGTHS = (5, 10, 15, 20, 22, 25)
 
@@ -183,11 +172,6 @@ def strategy(name: StrategyName, directions: int = 8) -> Anchors | None:
         return partial(shift_anchors, radii=SHIFTS[name], directions=directions)
     strengths = SVD_STRENGTHS if name == "svd-path" else (int(name.removeprefix("svd-")),)
     return partial(svd_anchors, strengths=strengths, directions=directions)
-
-
-def is_path(name: StrategyName) -> bool:
-    """Return whether the anchors of a direction form a path."""
-    return name.endswith("-path")
 
 
 STRATEGIES: tuple[str, ...] = get_args(StrategyName)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,50 +105,6 @@ def axes_of(typed: Sequence[str], option: str, read: Reader) -> tuple[Axis, ...]
             "Omit nesterov, or give optimizer=sgd."
         )
     return tuple(axes)
-
-
-def gathered(options: Sequence[str]) -> list[str]:
-    """Collect all values of --grid in one place, and those of --sample.
-
-    Examples:
-        >>> gathered(["--grid", "seed=0,1", "--jobs", "2", "--grid=agree=0.9,1"])
-        ['--jobs', '2', '--grid', 'seed=0,1', 'agree=0.9,1']
-    """
-    values: dict[str, list[str]] = {}
-    others: list[str] = []
-    into = others
-    for text in options:
-        option, equals, value = text.partition("=")
-        if option in ("--grid", "--sample"):
-            into = values.setdefault(option, [])
-            into += [value] if equals else []
-        elif text.startswith("--"):
-            into = others
-            others.append(text)
-        else:
-            into.append(text)
-    return others + [text for option, given in values.items() for text in (option, *given)]
-
-
-def as_typed(table: Any, key: str) -> list[str]:
-    """Convert a table or list of a configuration file to options.
-
-    Examples:
-        >>> as_typed({"seed": [0, 1], "betas": [[0.9, 0.99], [0.5, 0.9]]}, "grid")
-        ['seed=0,1', 'betas=0.9 0.99,0.5 0.9']
-    """
-    if isinstance(table, list) and all(isinstance(line, str) for line in table):
-        return table
-    if not isinstance(table, Mapping):
-        raise UsageError(f"--config: expected [sweep.{key}] to be a table, found {table!r}.")
-    return [
-        f"{name}={','.join(map(_text, value)) if isinstance(value, list) else _text(value)}"
-        for name, value in table.items()
-    ]
-
-
-def _text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _check_name(name: str, option: str) -> None:

@@ -1,4 +1,4 @@
-"""Define the options and the plan of a study, and check them before anything starts."""
+"""Plan a study, and check its trainings before anything starts."""
 
 from __future__ import annotations
 
@@ -11,71 +11,15 @@ from typing import Any, Literal
 import torch
 from optuna.distributions import distribution_to_json
 
-from gradfilter.lab._options import MaybeInt, MaybePath, MaybeStr
 from gradfilter.lab._usage import UsageError, check
 from gradfilter.lab.sweep._axes import Axis, Reader, axes_of, fields_of
+from gradfilter.lab.sweep._sweep_config import SweepConfig
 from gradfilter.lab.train._build_training import data_of, model_of
 from gradfilter.lab.train._config_checks import check_values, option, refuse_ignored
 from gradfilter.lab.train._evaluation import Evaluation
 from gradfilter.lab.train._run_place import place_of, plain_settings
 from gradfilter.lab.train._train_command import spelt_out
 from gradfilter.lab.train._train_config import PLACE, WATCHING, TrainConfig
-
-# --- The options ---
-
-
-@dataclass(frozen=True)
-class SweepConfig:
-    """Train many times, as one study that any number of workers and machines share.
-
-    Options of train that all trainings have in common come after a lone --:
-    gradfilter sweep --grid learning_rate=0.01,0.1 seed=0,1,2 -- --epochs 20 --label-noise 0.3
-
-    The same command in another terminal or on another machine joins the study and shares the
-    work. After Ctrl-C or kill -9 it continues the study, and every training from its last point.
-    At the end study.csv and study.json have a line per training. The exit code is 1 if a training
-    failed.
-    """
-
-    grid: tuple[str, ...] = ()
-    """NAME=VALUE,VALUE,...: train every combination of these values of settings of train. Quote a
-    value that has several parts: "betas=0.9 0.99,0.5 0.9"."""
-    sample: tuple[str, ...] = ()
-    """NAME=LOW:HIGH, NAME=log:LOW:HIGH or NAME=VALUE,VALUE,...: search settings of train by
-    tree-structured Parzen estimators (TPE)."""
-    trials: MaybeInt = None
-    """Number of trainings for --sample, by default 20; a larger number extends a study."""
-    sampler_seed: MaybeInt = None
-    """Seed of the search, by default 0."""
-
-    metric: MaybeStr = None
-    """Number of an evaluation to compare: by default val_accuracy with a validation split, else,
-    for a grid, test_accuracy."""
-    evaluation: Literal["last", "best"] = "last"
-    """Evaluation of a training to compare."""
-    direction: Literal["maximize", "minimize"] | None = None
-    """Whether larger or smaller values are better; by default it follows from --metric."""
-
-    name: str = ""
-    """Name of the study, and of the folder of its runs inside train's --save-dir; by default sweep
-    (NAME)."""
-    storage: MaybeStr = None
-    """Storage of the study: a file, by default study.db in that folder, or for several machines the
-    URL of a database: postgresql://USER@HOST/NAME, mysql://..."""
-    jobs: int = 1
-    """Number of workers to start; each has its own GPU if there are several."""
-    heartbeat: int = 30
-    """Seconds between two heartbeats of a worker. After twice as many without one, another worker
-    takes over the training. A study keeps the value that it was started with."""
-    retry_failed: bool = False
-    """Repeat failed trainings."""
-
-    preset: MaybeStr = None
-    """Tables [sweep] and [train] of a published recipe: gaf-cifar100, gaf-cifar100n,
-    agc-cifar10, gsam-cifar10, double-descent-cifar10 or double-descent-digits."""
-    config: MaybePath = None
-    """TOML file with such tables. It overrides a preset; options override both."""
-
 
 # --- Check a study by its extreme trainings, which stand for all trainings between them ---
 

@@ -19,25 +19,25 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gradfilter.lab._device import usable_device
 from gradfilter.lab._interrupt import interruptible
-from gradfilter.lab._options import arguments, parse, read_settings, value_of
+from gradfilter.lab._options import arguments
 from gradfilter.lab._processes import started_processes
 from gradfilter.lab._run_files import printable, write_bytes
-from gradfilter.lab._usage import UsageError, usable_device
-from gradfilter.lab.sweep._axes import as_typed, gathered
+from gradfilter.lab._usage import UsageError
 from gradfilter.lab.sweep._join import folder_of, joined, reading_study
 from gradfilter.lab.sweep._plan import (
     METRICS,
     MOST_CORNERS,
     Plan,
-    SweepConfig,
     check_there,
     plan_of,
     refuse_unused,
 )
 from gradfilter.lab.sweep._queue import OPEN, Queue, enqueue
 from gradfilter.lab.sweep._storage import storage_errors_as_usage
-from gradfilter.lab.sweep._workers import run_workers, split, work
+from gradfilter.lab.sweep._sweep_config import SweepConfig, parse_own, split
+from gradfilter.lab.sweep._workers import run_workers, work
 from gradfilter.lab.train._run_place import run_errors_as_usage as explained_place
 from gradfilter.lab.train._train import check_trackers
 from gradfilter.lab.train._train_command import parse_train
@@ -229,7 +229,6 @@ def _column_text(value: object) -> str:
 # --- The command ---
 
 
-PROGRAM = "gradfilter sweep"
 NAME = "sweep"
 MOST_REASONS = 5
 
@@ -278,17 +277,7 @@ def parse_sweep(options: Sequence[str]) -> tuple[SweepConfig, Plan]:
     Raises:
         UsageError: An option, a file, a preset or one of the trainings is wrong.
     """
-    own, rest = split(options)
-    preset, file = value_of("--preset", own), value_of("--config", own)
-    given = read_settings(preset, None if file is None else Path(file), "sweep")
-    typed: list[str] = []
-    for key in ("grid", "sample"):
-        if key in given:
-            typed += [f"--{key}", *as_typed(given.pop(key), key)]
-    try:
-        config = parse(SweepConfig, PROGRAM, [*arguments(given), *typed, *gathered(own)])
-    except UsageError as error:
-        raise UsageError(f"{error} Options of train come after a lone --.") from None
+    config, (_, rest) = parse_own(options), split(options)
     recipe = {"preset": config.preset, "config": config.config}
     shared = [
         *("--log-level", "warning"),  # by default, one line per training is enough

@@ -32,6 +32,7 @@ from gradfilter.lab.sweep._queue import (
     put_back,
 )
 from gradfilter.lab.sweep._storage import FAULTS, beating
+from gradfilter.lab.sweep._sweep_config import split
 from gradfilter.lab.train._progress import progress_bar
 
 # --- One worker ---
@@ -198,17 +199,6 @@ def worker_options(options: Sequence[str], device: str) -> list[str]:
     """
     own, rest = split(options)
     return [*own, "--jobs", "1", "--no-retry-failed", "--", *rest, "--device", device]
-
-
-def split(options: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split options of sweep from those of train, after a lone ``--``.
-
-    Examples:
-        >>> split(["--jobs", "2", "--", "--epochs", "5"])
-        (['--jobs', '2'], ['--epochs', '5'])
-    """
-    end = list(options).index("--") if "--" in options else len(options)
-    return list(options[:end]), list(options[end + 1 :])
 
 
 def device_of(name: str, index: int) -> str:

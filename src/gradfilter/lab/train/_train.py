@@ -14,11 +14,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from gradfilter.lab._crew import connected, own_device
+from gradfilter.lab._crew import connected
+from gradfilter.lab._device import own_device, usable_device
 from gradfilter.lab._interrupt import interruptible
 from gradfilter.lab._processes import is_first_process
 from gradfilter.lab._run_files import printable
-from gradfilter.lab._usage import UsageError, usable_device
+from gradfilter.lab._usage import UsageError
 from gradfilter.lab.train._build_training import build_training
 from gradfilter.lab.train._config_checks import check_values
 from gradfilter.lab.train._evaluation import Evaluation
