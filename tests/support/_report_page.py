@@ -14,6 +14,7 @@ class Page(HTMLParser):
         super().__init__()
         self.ids, self.images, self.tables, self.targets, self.open = [], {}, {}, [], []
         self.text, self.figure, self.downloads = "", None, {}
+        self.best, self.hover, self.looks, self.legends = {}, {}, {}, 0
         self.feed(text)
         self.close()
 
@@ -31,6 +32,15 @@ class Page(HTMLParser):
             self.tables[self.figure].append([])
         if tag in ("td", "th"):
             self.tables[self.figure][-1].append("")
+        if found.get("class") == "best":
+            rows = self.tables[self.figure]
+            self.best.setdefault(self.figure, []).append((len(rows) - 1, len(rows[-1]) - 1))
+        self.legends += found.get("class") == "legend"
+        if "title" in found:
+            self.hover.setdefault(self.figure, []).append(found["title"])
+        if {"stroke", "fill"} & {*found}:  # of a swatch, which stands before its label
+            look = found.get("stroke"), found.get("stroke-dasharray"), found.get("fill")
+            self.looks.setdefault(self.figure, []).append(look)
         if "download" in found:
             self.downloads[found["download"]] = found["href"]
         self.targets += [
@@ -41,10 +51,12 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag  # well nested
+        if tag == "figure":
+            self.figure = None
 
     def handle_data(self, data):
         self.text += data
-        if self.open and self.open[-1] in ("td", "th"):
+        if {"td", "th"} & {*self.open}:
             self.tables[self.figure][-1][-1] += data
 
 

@@ -10,6 +10,7 @@ from _report_page import Page, read
 from _report_runs import STEPS, evaluation, make_run, make_stats, sparse
 from gradfilter.lab.report._curves import over
 from gradfilter.lab.report._figures import Curve, Mark, PlotAxis, plot
+from gradfilter.lab.report._legend import Legend, Line, style_number
 from gradfilter.lab.report._report_config import ReportConfig
 from gradfilter.lab.report._runs import read_runs, usual_variant
 from gradfilter.lab.report._settings import Setting, band, groups_of, points
@@ -223,18 +224,22 @@ def test_a_report_that_was_killed_at_once_can_be_made_again(tmp_path):
 def test_many_widths_have_ticks_that_can_be_read_and_marks_their_family_s_colour():
     groups = [type("Group", (), {"runs": [run_of(y=[1.0])], "at": w})() for w in range(1, 65)]
     data = points(groups, lambda group: group.at, lambda run: run.last("y"))
+    line, legend = Line("one", "one"), Legend()
     drawn = plot(
         "w",
         "W",
-        [Curve("one", data)],
+        [Curve("one", data, line)],
         PlotAxis("w", "w", log=2),
         PlotAxis("y", "y"),
-        marks={"m": Mark(8.0, 1)},
+        legend=legend,
+        marks={"m": Mark(8.0, line)},
     )
-    assert drawn.png and "m: 8." in drawn.alt
+    assert drawn.png and "m: 8." in drawn.alt and "m at 8" in drawn.note
+    assert legend.drawn(line) == style_number(0)
 
 
 def test_a_quantity_that_is_zero_everywhere_has_no_figure_on_a_logarithmic_axis():
     group = Setting({}, (run_of(samples=[0.0, 1.0, 2.0], y=[0.0, 0.0, 0.0]),), True)
     axes = PlotAxis("y", "y", log=10), PlotAxis("samples", "samples")
-    assert over([group], "y", "Y", *axes, "by-samples", "over samples") == []
+    drawn = over([group], "y", "Y", *axes, "by-samples", "over samples", legend=Legend())
+    assert drawn == []

@@ -8,7 +8,9 @@ from functools import partial
 
 from gradfilter.lab.report._curves import SAMPLES, SECONDS, over
 from gradfilter.lab.report._figures import Curve, PlotAxis, facets, plot
+from gradfilter.lab.report._legend import Legend, Line, joined_line
 from gradfilter.lab.report._parts import (
+    BEST,
     Column,
     Columns,
     Plot,
@@ -16,6 +18,7 @@ from gradfilter.lab.report._parts import (
     Section,
     Table,
     group_table,
+    rank,
     table,
 )
 from gradfilter.lab.report._runs import RecordedRun, usual_variant
@@ -25,6 +28,7 @@ from gradfilter.lab.report._settings import (
     at_time,
     differing,
     finished,
+    mean_and_sd,
     points,
 )
 
@@ -46,15 +50,15 @@ def best(run: RecordedRun) -> float:
 
 ORACLE = Column("best_test_accuracy", "best test % (oracle)")
 AT_END: Columns = {
-    Column("test_accuracy", "final test %"): last("test_accuracy"),
+    Column("test_accuracy", "final test %", better="highest"): last("test_accuracy"),
     ORACLE: best,
-    Column("val_accuracy", "validation %"): last("val_accuracy"),
-    Column("train_clean_accuracy", "clean train %"): last("train_clean_accuracy"),
-    Column("memorised", "memorised %"): last("memorised"),
+    Column("val_accuracy", "validation %", better="highest"): last("val_accuracy"),
+    Column("train_clean_accuracy", "clean train %", better="highest"): last("train_clean_accuracy"),
+    Column("memorised", "memorised %", better="lowest"): last("memorised"),
     Column("accepted", "accepted rows %"): last("accepted"),
     Column("clipped_rows", "clipped rows %"): last("clipped_rows"),
     Column("skipped", "skipped steps", 1.0): last("skipped"),
-    Column("seconds", "seconds", 1.0, 2): last("seconds"),
+    Column("seconds", "seconds", 1.0, 2, "lowest"): last("seconds"),
 }
 NOTE = (
     "Mean ± standard deviation over seeds. Best test: the highest of all evaluations, picked with "
@@ -64,8 +68,9 @@ NOTE = (
 )
 
 
-def accuracy(groups: Sequence[Setting]) -> Section:
+def accuracy(groups: Sequence[Setting], legend: Legend) -> Section:
     """Build the tables of accuracies."""
+    del legend  # tables draw nothing
     parts = [group_table("accuracy", "At the end of the training", AT_END, groups, note=NOTE)]
     left_out = []
     tasks = apart_from(finished(groups), *_beside_the_task(groups))
@@ -93,10 +98,12 @@ def _at_equal_time(groups: Sequence[Setting], number: int) -> list[Table]:
         return lambda run: at_time(run, seconds, name)
 
     columns: Columns = {
-        Column("test_accuracy", "test %"): then("test_accuracy"),
-        Column("val_accuracy", "validation %"): then("val_accuracy"),
-        Column("train_clean_accuracy", "clean train %"): then("train_clean_accuracy"),
-        Column("memorised", "memorised %"): then("memorised"),
+        Column("test_accuracy", "test %", better="highest"): then("test_accuracy"),
+        Column("val_accuracy", "validation %", better="highest"): then("val_accuracy"),
+        Column("train_clean_accuracy", "clean train %", better="highest"): then(
+            "train_clean_accuracy"
+        ),
+        Column("memorised", "memorised %", better="lowest"): then("memorised"),
         Column("samples", "samples seen", 1.0, 0): then("samples"),
         Column("seconds", "seconds of that evaluation", 1.0, 3): then("seconds"),
     }
@@ -115,7 +122,7 @@ def _at_equal_time(groups: Sequence[Setting], number: int) -> list[Table]:
 NOISE = "label_noise"
 
 
-def noise(groups: Sequence[Setting]) -> Section:
+def noise(groups: Sequence[Setting], legend: Legend) -> Section:
     """Build a table with a line per rule and a column per noise."""
     name, title = "label-noise", "Label noise"
     lead = "Final test accuracy, by the fraction of wrong training labels."
@@ -123,7 +130,7 @@ def noise(groups: Sequence[Setting]) -> Section:
     if not rules:
         why = "Needs finished runs that differ in --label-noise alone."
         return Section(name, title, lead, left_out=[why])
-    return Section(name, title, lead, [_table(rules), *_noise_figures(rules)])
+    return Section(name, title, lead, [_table(rules), *_noise_figures(rules, legend)])
 
 
 def _table(rules: Sequence[Sequence[Setting]]) -> Table:
@@ -134,14 +141,17 @@ def _table(rules: Sequence[Sequence[Setting]]) -> Table:
         at = {group.settings[NOISE]: group.runs for group in rule}
         values = [[run.last("test_accuracy") for run in at.get(level, ())] for level in levels]
         settings = {name: rule[0].settings[name] for name in names}
-        rows.append(Row(rule[0].label(names), settings, values))
-    columns = [Column(f"noise_{level:g}", f"{100 * level:g} % wrong") for level in levels]
-    return table(
-        "label-noise", "Final test accuracy (%)", columns, rows, first="rule", note="Mean ± sd."
-    )
+        line = joined_line(rule, NOISE)
+        rows.append(Row(rule[0].label(names), settings, values, line=line))
+    rows.sort(key=lambda row: rank([mean_and_sd(values).mean for values in row.values]))
+    columns = [
+        Column(f"noise_{level:g}", f"{100 * level:g} % wrong", better="highest") for level in levels
+    ]
+    note = f"Mean ± sd. Ordered by the mean of the columns. {BEST}."
+    return table("label-noise", "Final test accuracy (%)", columns, rows, first="rule", note=note)
 
 
-def _noise_figures(rules: Sequence[Sequence[Setting]]) -> list[Plot]:
+def _noise_figures(rules: Sequence[Sequence[Setting]], legend: Legend) -> list[Plot]:
     names = _names(rules)
     settings = [{name: rule[0].settings[name] for name in names} for rule in rules]
     found = []
@@ -150,10 +160,10 @@ def _noise_figures(rules: Sequence[Sequence[Setting]]) -> list[Plot]:
             Curve(
                 rules[member][0].label(facet.names),
                 points(rules[member], lambda g: g.settings[NOISE], last("test_accuracy")),
+                joined_line(rules[member], NOISE),
                 settings[member],
-                place,
             )
-            for place, member in enumerate(facet.members)
+            for member in facet.members
         ]
         found.append(
             plot(
@@ -162,6 +172,7 @@ def _noise_figures(rules: Sequence[Sequence[Setting]]) -> list[Plot]:
                 lines,
                 PlotAxis("wrong training labels (%)", NOISE, 100),
                 PlotAxis("final test accuracy (%)", "test_accuracy", 100),
+                legend=legend,
                 points=True,
             )
         )
@@ -198,15 +209,15 @@ QUANTITIES = (
     ("Time", PlotAxis("seconds per epoch", "seconds_per_epoch"), seconds_per_epoch),
 )
 COLUMNS: Columns = {
-    Column("test_accuracy", "final test %"): last("test_accuracy"),
-    Column("test_loss", "test loss", 1.0, 3): last("test_loss"),
+    Column("test_accuracy", "final test %", better="highest"): last("test_accuracy"),
+    Column("test_loss", "test loss", 1.0, 3, "lowest"): last("test_loss"),
     Column("train_loss", "training loss", 1.0, 3): last("train_loss"),
     Column("clipped_units", "clipped units %"): last("clipped_units"),
-    Column("seconds_per_epoch", "seconds per epoch", 1.0, 3): seconds_per_epoch,
+    Column("seconds_per_epoch", "seconds per epoch", 1.0, 3, "lowest"): seconds_per_epoch,
 }
 
 
-def batches(groups: Sequence[Setting]) -> Section:
+def batches(groups: Sequence[Setting], legend: Legend) -> Section:
     """Compare trainings with and without AGC, one figure per model."""
     name, title = "batch-size", "AGC, optimizer and batch size"
     sets = [s for s in apart_from(finished(groups), *COMPARED) if len(s) > 1]
@@ -216,7 +227,7 @@ def batches(groups: Sequence[Setting]) -> Section:
     left_out = []
     by_model = _by_model(sets)
     stems = _stems([lines[0][0].runs[0].settings["data"] for lines in by_model])
-    figures = [f for lines in by_model for f in _batch_figures(lines, stems)]
+    figures = [f for lines in by_model for f in _batch_figures(lines, stems, legend)]
     if not figures:
         left_out.append("Figures against the batch size: need several batch sizes of one setting.")
     members = [group for alike in sets for group in alike]
@@ -235,7 +246,9 @@ def _by_model(sets: Sequence[Sequence[Setting]]) -> list[list[list[Setting]]]:
     return list(found.values())
 
 
-def _batch_figures(lines: Sequence[Sequence[Setting]], stems: Mapping[str, str]) -> list[Plot]:
+def _batch_figures(
+    lines: Sequence[Sequence[Setting]], stems: Mapping[str, str], legend: Legend
+) -> list[Plot]:
     run = lines[0][0].runs[0]
     data, model = run.settings["data"], run.settings["model"]
     names = [name for name in differing([line[0] for line in lines]) if name != SIZE]
@@ -247,10 +260,10 @@ def _batch_figures(lines: Sequence[Sequence[Setting]], stems: Mapping[str, str])
                 Curve(
                     _label(lines[member][0], facet.names),
                     points(lines[member], lambda g: g.settings[SIZE], number),
+                    _joined_sizes(lines[member]),
                     {"data": data, "model": model, **settings[member]},
-                    place,
                 )
-                for place, member in enumerate(facet.members)
+                for member in facet.members
             ]
             name = f"batch-size-{stems[data]}-{model}-{axis.name.replace('_', '-')}"
             found.append(
@@ -260,10 +273,16 @@ def _batch_figures(lines: Sequence[Sequence[Setting]], stems: Mapping[str, str])
                     curves,
                     PlotAxis("batch size", SIZE, log=2),
                     axis,
+                    legend=legend,
                     points=True,
                 )
             )
     return found
+
+
+def _joined_sizes(groups: Sequence[Setting]) -> Line:
+    others = [name for name in groups[0].settings if name != SIZE]
+    return joined_line(groups, SIZE, label=_label(groups[0], others))
 
 
 def _label(group: Setting, names: Sequence[str]) -> str:
@@ -309,19 +328,19 @@ def _columns(groups: Sequence[Setting]) -> Columns:
         }
 
     return {
-        Column("test_accuracy", "final test %"): last("test_accuracy"),
+        Column("test_accuracy", "final test %", better="highest"): last("test_accuracy"),
         ORACLE: best,
-        Column("val_accuracy", "validation %"): last("val_accuracy"),
+        Column("val_accuracy", "validation %", better="highest"): last("val_accuracy"),
         Column("train_loss", "training loss", 1.0, None): last("train_loss"),
         Column("surrogate_gap", "surrogate gap", 1.0, None): last("surrogate_gap"),
         **measured("sharpness"),
         **measured("hessian_top"),
         **measured("hessian_trace"),
-        Column("seconds", "seconds", 1.0): last("seconds"),
+        Column("seconds", "seconds", 1.0, better="lowest"): last("seconds"),
     }
 
 
-def sharpness(groups: Sequence[Setting]) -> Section:
+def sharpness(groups: Sequence[Setting], legend: Legend) -> Section:
     """Build the table of rules, and figures of the surrogate gap over the training."""
     name, title = "sharpness", "SAM and GSAM"
     tasks = {_task(group) for group in finished(groups) if _is_sharpness_aware(group)}
@@ -332,14 +351,17 @@ def sharpness(groups: Sequence[Setting]) -> Section:
     aware = [group for group in compared if _is_sharpness_aware(group)]
     parts: list[Plot | Table] = [
         group_table("sharpness", "Sharpness-aware rules and others", _columns(compared), compared),
-        *_gaps(aware, SAMPLES, "by-samples", "against samples seen"),
-        *_gaps(aware, SECONDS, "by-seconds", "against time"),
+        *_gaps(aware, SAMPLES, "by-samples", "against samples seen", legend),
+        *_gaps(aware, SECONDS, "by-seconds", "against time", legend),
     ]
     return Section(name, title, SHARPNESS_LEAD, parts)
 
 
-def _gaps(groups: Sequence[Setting], x: PlotAxis, by: str, against: str) -> list[Plot]:
-    return over(groups, GAP.name, "Surrogate gap", GAP, x, by, against, said=("sam",))
+def _gaps(
+    groups: Sequence[Setting], x: PlotAxis, by: str, against: str, legend: Legend
+) -> list[Plot]:
+    title = "Surrogate gap"
+    return over(groups, GAP.name, title, GAP, x, by, against, legend=legend, said=("sam",))
 
 
 def _is_sharpness_aware(group: Setting) -> bool:

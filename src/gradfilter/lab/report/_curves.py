@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gradfilter.lab.report._figures import Curve, PlotAxis, facets, plot, shortlist
+from gradfilter.lab.report._legend import Legend, line_of
 from gradfilter.lab.report._parts import Plot, Section
 from gradfilter.lab.report._settings import Setting, band
 
@@ -27,14 +28,18 @@ NOTE = (
 )
 
 
-def curves(groups: Sequence[Setting]) -> Section:
+def curves(groups: Sequence[Setting], legend: Legend) -> Section:
     """Draw test accuracy, loss and memorisation during the training."""
     parts: list[Plot] = []
     groups, left_out = shortlist(groups)
     for name, (title, axis) in QUANTITIES.items():
         drawn = [
-            *over(groups, name, title, axis, SAMPLES, "by-samples", "against samples seen"),
-            *over(groups, name, title, axis, SECONDS, "by-seconds", "against time"),
+            figure
+            for x, by, against in (
+                (SAMPLES, "by-samples", "against samples seen"),
+                (SECONDS, "by-seconds", "against time"),
+            )
+            for figure in over(groups, name, title, axis, x, by, against, legend=legend)
         ]
         parts += drawn
         if not drawn:
@@ -50,6 +55,8 @@ def over(
     x: PlotAxis,
     by: str,
     against: str,
+    *,
+    legend: Legend,
     said: Sequence[str] = (),
 ) -> list[Plot]:
     """Draw a quantity against samples or time; several figures if there are many groups.
@@ -62,6 +69,7 @@ def over(
         x: Axis of samples or seconds.
         by: Part of the file name.
         against: Part of the title.
+        legend: The lines of the page.
         said: Settings that are part of every label, even if all lines share them.
     """
     bands = [band(group.runs, x.name, name) for group in groups]
@@ -71,13 +79,15 @@ def over(
     found = []
     for facet in facets([groups[i].settings for i in shown]):
         lines = []
-        for place, member in enumerate(facet.members):
+        for member in facet.members:
             group = groups[shown[member]]
             label = group.label([n for n in group.settings if n in (*said, *facet.names)])
             data = bands[shown[member]]
-            lines.append(Curve(label, data, group.settings, place, runs=len(group.runs)))
+            count = len(group.runs)
+            lines.append(Curve(label, data, line_of(group), group.settings, runs=count))
         file = f"{name.replace('_', '-')}-{by}{facet.suffix}"
-        found.append(plot(file, facet.titled(f"{title} {against}"), lines, x, y, focus=True))
+        heading = facet.titled(f"{title} {against}")
+        found.append(plot(file, heading, lines, x, y, legend=legend, focus=True))
     return found
 
 
@@ -94,7 +104,7 @@ LEAD = (
 )
 
 
-def agreement(groups: Sequence[Setting]) -> Section:
+def agreement(groups: Sequence[Setting], legend: Legend) -> Section:
     """Draw cosine, noise scale and accepted rows over the training."""
     several, left_out = shortlist([group for group in groups if _has_rows(group)])
     filtering = [group for group in several if _filters(group)]
@@ -119,7 +129,8 @@ def agreement(groups: Sequence[Setting]) -> Section:
             "",
         ),
     ):
-        drawn = over(chosen, name, title, axis, SAMPLES, "by-samples", "over the training")
+        by, against = "by-samples", "over the training"
+        drawn = over(chosen, name, title, axis, SAMPLES, by, against, legend=legend)
         parts += drawn
         if not drawn:
             left_out.append(f"{title}: {why or 'not measured in these runs'}.")

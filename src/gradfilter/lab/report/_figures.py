@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, ScalarFormatter
 
 from gradfilter.lab._plot import GREY
+from gradfilter.lab.report._legend import COLOURS, DPI, WIDTH, Legend, Line, Style
 from gradfilter.lab.report._parts import Plot
 from gradfilter.lab.report._settings import Setting, mean_and_sd, order, wording
 
@@ -51,18 +51,12 @@ def shortlist(
 # --- One figure ---
 
 
-# Okabe and Ito's colours without yellow, for all kinds of colour vision; dashes for grey print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 MOST = len(COLOURS)
 """Largest number of curves that can be distinguished in one figure."""
-DPI = 150
-WIDTH = 6.4
+HEIGHT = 4.2
 MOST_TICKS = 12
 LARGEST = 1e100
 """Largest number that is drawn."""
-LEGEND = 58
-"""Characters per line below a figure."""
 
 
 @dataclass(frozen=True)
@@ -70,19 +64,19 @@ class Curve:
     """A line with a band.
 
     Attributes:
-        label: Label in the legend.
+        label: Name in the CSV and in the text for screen readers.
         data: Columns x, mean, sd and runs.
+        line: The line of the legend.
         settings: Settings of the runs, for the CSV.
-        style: Index of colour and dashes.
-        dashed: Dashes with a meaning of their own, instead of those of the style.
+        dashes: Dashes with a meaning of their own, instead of those of the line.
         runs: Number of runs, if it is known.
     """
 
     label: str
     data: pd.DataFrame
+    line: Line
     settings: Mapping[str, Any] = field(default_factory=dict)
-    style: int = 0
-    dashed: str | None = None
+    dashes: tuple[float, ...] | None = None
     runs: int | None = None
 
 
@@ -92,11 +86,11 @@ class Mark:
 
     Attributes:
         place: Position in the units of the data.
-        style: Index of the colour, None for grey.
+        line: The line of the legend whose colour the mark has.
     """
 
     place: float
-    style: int | None = None
+    line: Line
 
 
 @dataclass(frozen=True)
@@ -123,12 +117,13 @@ def plot(
     x: PlotAxis,
     y: PlotAxis,
     *,
+    legend: Legend,
     note: str = "",
     marks: Mapping[str, Mark] | None = None,
     points: bool = False,
     focus: bool = False,
 ) -> Plot:
-    """Draw curves, and keep their numbers.
+    """Draw curves without a legend, which the page has once; keep their numbers.
 
     Args:
         name: Name of the files, without suffix.
@@ -136,6 +131,7 @@ def plot(
         curves: The curves; those without numbers are omitted.
         x: Horizontal axis.
         y: Vertical axis.
+        legend: The lines of the page, which state the style of every curve.
         note: Text below the figure.
         marks: Positions to mark by a vertical line, by label.
         points: Mark the measured points, for curves with few of them.
@@ -143,36 +139,26 @@ def plot(
     """
     shown = [curve for curve in curves if len(curve.data)]
     # Not pyplot: it would keep the figure and choose a back end for the whole process.
-    rows = _legend_rows([*(curve.label for curve in shown), *(marks or {})])
-    figure = Figure(figsize=(WIDTH, 4.2 + 0.27 * sum(rows)), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     _dress(axes, x, y)
     drawn = [replace(curve, data=_drawable(curve.data)) for curve in shown]
     for curve in drawn:
-        _draw(axes, curve, x, y, points)
+        _draw(axes, curve, legend.style(curve.line), x, y, points)
     if focus and drawn:
         _focus(axes, drawn, y)
-    for label, mark in (marks or {}).items():
-        colour = GREY if mark.style is None else COLOURS[mark.style % MOST]
-        axes.axvline(x.factor * mark.place, color=colour, linestyle=":", linewidth=1.8, label=label)
+    for mark in (marks or {}).values():
+        colour = legend.style(mark.line).colour
+        axes.axvline(x.factor * mark.place, color=colour, linestyle=":", linewidth=1.8)
     if x.log == 2:
         _ticks_at(axes, sorted({x.factor * v for c in drawn for v in c.data["x"].dropna()}))
-    handles, labels = axes.get_legend_handles_labels()
-    legend = figure.legend(
-        handles,
-        [textwrap.fill(label, LEGEND) for label in labels],
-        loc="outside lower center",
-        ncols=2 if len(rows) < len(labels) else 1,
-        frameon=False,
-        fontsize=11,
-        handlelength=2.6,
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a $ in the name of a directory does not start a formula
     fewer = [c.label for c in shown if c.runs is not None and (c.data["runs"] < c.runs).any()]
     if fewer:
         note = f"{note} Only some runs have this number: {'; '.join(fewer)}.".strip()
+    if marks:
+        places = [f"{label} at {x.factor * mark.place:g}" for label, mark in marks.items()]
+        note = f"{note} Vertical line: {'; '.join(places)}.".strip()
     image = io.BytesIO()
     figure.savefig(image, format="png", metadata={"Software": None})
     return Plot(
@@ -181,7 +167,7 @@ def plot(
         note,
         _alt(title, shown, x, y, marks or {}),
         image.getvalue(),
-        (round(WIDTH * DPI), round(figure.get_figheight() * DPI)),
+        (round(WIDTH * DPI), round(HEIGHT * DPI)),
         _numbers(shown, x, y),
     )
 
@@ -192,24 +178,23 @@ def _drawable(data: pd.DataFrame) -> pd.DataFrame:
     return data.assign(**{name: data[name].where(data[name].abs() <= LARGEST) for name in columns})
 
 
-def _draw(axes: Axes, curve: Curve, x: PlotAxis, y: PlotAxis, points: bool) -> None:
-    colour = COLOURS[curve.style % MOST]
+def _draw(axes: Axes, curve: Curve, style: Style, x: PlotAxis, y: PlotAxis, points: bool) -> None:
+    dashes = style.dashes if curve.dashes is None else curve.dashes
     places, mean = x.factor * curve.data["x"], y.factor * curve.data["mean"]
     axes.plot(
         places,
         mean,
-        linestyle=curve.dashed or DASHES[curve.style % MOST],
-        color=colour,
+        linestyle=(0, dashes) if dashes else "-",
+        color=style.colour,
         linewidth=2.2,
-        label=curve.label,
-        marker="o" if points or len(places) == 1 else None,
+        marker=style.marker or ("o" if points or len(places) == 1 else None),
         markersize=5,
     )
     sd = y.factor * curve.data["sd"]
     if sd.notna().any():
         # A logarithmic axis has no numbers below 0.
         low = mean - sd if y.log is None else np.maximum(mean - sd, mean / 1e3)
-        axes.fill_between(places, low, mean + sd, color=colour, alpha=0.18, linewidth=0)
+        axes.fill_between(places, low, mean + sd, color=style.colour, alpha=0.18, linewidth=0)
 
 
 def _focus(axes: Axes, curves: Sequence[Curve], y: PlotAxis) -> None:
@@ -253,14 +238,6 @@ def _ticks_at(axes: Axes, places: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter(plain)
     if len(places) > 8:
         axes.tick_params(axis="x", labelrotation=45)
-
-
-def _legend_rows(labels: Sequence[str]) -> list[int]:
-    """Return the lines of text per row of a legend: two columns if all labels are short."""
-    lines = [len(textwrap.wrap(label, LEGEND)) or 1 for label in labels]
-    if len(labels) > 2 and max(map(len, labels)) <= LEGEND // 2 - 4:
-        return [1] * ((len(labels) + 1) // 2)
-    return lines
 
 
 def _numbers(curves: Sequence[Curve], x: PlotAxis, y: PlotAxis) -> pd.DataFrame:

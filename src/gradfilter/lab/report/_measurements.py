@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,17 @@ import pandas as pd
 
 from gradfilter.lab._run_files import printable
 from gradfilter.lab.report._figures import MOST, Curve, Mark, PlotAxis, facets, plot
-from gradfilter.lab.report._parts import Column, Plot, Row, Section, Table, table
+from gradfilter.lab.report._legend import DASHED, DOTTED, SOLID, Legend, joined_line, line_of
+from gradfilter.lab.report._parts import (
+    Column,
+    Plot,
+    Row,
+    Section,
+    Table,
+    TableRow,
+    rank,
+    table,
+)
 from gradfilter.lab.report._runs import Measure, RecordedRun, usual_variant
 from gradfilter.lab.report._settings import Setting, apart_from, finished, mean_and_sd, points
 from gradfilter.lab.train._evaluation import NUMBERS
@@ -28,8 +38,9 @@ NUMBERS_OF = {
 }
 
 
-def measurements(groups: Sequence[Setting]) -> Section:
-    """What ``gradfilter stats`` found, at the last checkpoint that it measured."""
+def measurements(groups: Sequence[Setting], legend: Legend) -> Section:
+    """List what ``gradfilter stats`` found at the last checkpoint that it measured."""
+    del legend  # tables draw nothing
     name, title = "measurements", "Measurements of checkpoints"
     lead = (
         "Results of gradfilter stats at the last step that was measured in every run of a setting; "
@@ -40,7 +51,10 @@ def measurements(groups: Sequence[Setting]) -> Section:
         found, why = _rows(group)
         rows += found
         left_out += why
-    rows.sort(key=lambda row: (row.settings["variant"], row.settings["column"]))  # groups in order
+    mean = 2 + list(NUMBERS_OF).index("mean")  # after the step and the number of samples
+    rows.sort(
+        key=lambda row: (row.settings["variant"], row.settings["column"], rank(row.values[mean]))
+    )
     if not rows:
         left_out = left_out or ["Needs gradfilter stats on some of these runs."]
         return Section(name, title, lead, left_out=left_out)
@@ -49,7 +63,7 @@ def measurements(groups: Sequence[Setting]) -> Section:
         Column("samples", "samples", 1.0, 0),
         *(Column(number, heading, 1.0, None) for number, heading in NUMBERS_OF.items()),
     ]
-    note = "Mean ± sd over seeds, of the mean over samples."
+    note = "Mean ± sd over seeds, of the mean over samples. Ordered by metric, then by the mean."
     return Section(
         name,
         title,
@@ -77,7 +91,7 @@ def _rows(group: Setting) -> tuple[list[Row], list[str]]:
             continue
         settings = {"metric": metric, "column": column, "variant": variant, **group.settings}
         values = [[getattr(m, n) for m in measures] for n in ("step", "samples", *NUMBERS_OF)]
-        found.append(Row(label, settings, values, len(measures)))
+        found.append(Row(label, settings, values, len(measures), line_of(group)))
     return found, left_out
 
 
@@ -90,8 +104,9 @@ def _comparable(group: Setting, of_runs: dict[int, dict[int, Measure]]) -> list[
     return [end for end in ends if end is not None] if all(ends) else []
 
 
-def overview(groups: Sequence[Setting]) -> Section:
+def overview(groups: Sequence[Setting], legend: Legend) -> Section:
     """List every run, with its state and directory."""
+    del legend  # tables draw nothing
     rows, numbers = [], []
     for group in groups:
         for run in group.runs:
@@ -104,18 +119,17 @@ def overview(groups: Sequence[Setting]) -> Section:
                 **{name: run.last(name) for name in NUMBERS},
             }
             numbers.append({**facts, **{f"setting_{n}": v for n, v in run.settings.items()}})
-            rows.append(
-                [
-                    facts["setting"],
-                    str(facts["seed"]),
-                    run.status,
-                    "–" if math.isnan(run.parameters) else f"{run.parameters:.0f}",
-                    f"{run.last('step'):.0f}",
-                    f"{run.last('epoch'):.4g}",
-                    mean_and_sd([run.last("seconds")]).shown(),
-                    facts["run"],
-                ]
-            )
+            cells = [
+                facts["setting"],
+                str(facts["seed"]),
+                run.status,
+                "–" if math.isnan(run.parameters) else f"{run.parameters:.0f}",
+                f"{run.last('step'):.0f}",
+                f"{run.last('epoch'):.4g}",
+                mean_and_sd([run.last("seconds")]).shown(),
+                facts["run"],
+            ]
+            rows.append(TableRow(cells, line_of(group)))
     headings = [
         "setting",
         "seed",
@@ -136,7 +150,9 @@ def overview(groups: Sequence[Setting]) -> Section:
 
 FEWEST = 3
 """Smallest number of widths for a curve."""
-SPLITS = {"train": "--", "test": "-", "val": ":"}
+SPLITS = {"train": DASHED, "test": SOLID, "val": DOTTED}
+"""Dashes of the figures by split; their colours are those of the families."""
+DASH_NAMES = {DASHED: "Dashed", SOLID: "Solid", DOTTED: "Dotted"}
 LEAD = (
     "The interpolation threshold is the first width whose training error, against the labels "
     "trained on, is 0 in every run."
@@ -162,7 +178,7 @@ class WidthFamily:
         return next(fits, None)
 
 
-def widths(groups: Sequence[Setting]) -> Section:
+def widths(groups: Sequence[Setting], legend: Legend) -> Section:
     """Draw errors, Lipschitz constants and Jacobians against width and parameters."""
     title, parts, left_out = "Width and double descent", [], []
     by_name: dict[str, list[WidthFamily]] = {}
@@ -175,7 +191,7 @@ def widths(groups: Sequence[Setting]) -> Section:
         )
     for name, members in by_name.items():
         for quantity in (_errors, _lipschitz, _jacobians):
-            drawn = [p for x in (_width, _parameters) for p in quantity(name, members, x)]
+            drawn = [p for x in (_width, _parameters) for p in quantity(name, members, x, legend)]
             parts += drawn
             if not drawn:
                 left_out.append(f"{name}: {_MISSING[quantity]}")
@@ -214,34 +230,39 @@ def _parameters(group: Setting) -> float:
 
 
 Place = Callable[[Setting], float]
-Line = tuple[str, Callable[[RecordedRun], float], str]
+SplitLine = tuple[str, Callable[[RecordedRun], float], tuple[float, ...]]
 """A label, the number to draw, and its dashes."""
 
 
-def _errors(name: str, members: Sequence[WidthFamily], place: Place) -> list[Plot]:
-    lines: list[Line] = [
+def _errors(name: str, members: Sequence[WidthFamily], place: Place, legend: Legend) -> list[Plot]:
+    lines: list[SplitLine] = [
         (f"{split} error", _error(split), SPLITS[split]) for split in ("test", "train")
     ]
-    return _figures(name, members, place, lines, "error", PlotAxis("error (%)", "error", 100))
+    axis = PlotAxis("error (%)", "error", 100)
+    return _figures(name, members, place, lines, "error", axis, legend)
 
 
 def _error(split: str) -> Callable[[RecordedRun], float]:
     return lambda run: 1 - run.last(f"{split}_accuracy")
 
 
-def _lipschitz(name: str, members: Sequence[WidthFamily], place: Place) -> list[Plot]:
+def _lipschitz(
+    name: str, members: Sequence[WidthFamily], place: Place, legend: Legend
+) -> list[Plot]:
     lines = _measured(members, "jacobian_operator_norm", "lipschitz")
     axis = PlotAxis("√(mean σ²) of input Jacobians", "lipschitz")
-    return _figures(name, members, place, lines, "empirical Lipschitz constant", axis)
+    return _figures(name, members, place, lines, "empirical Lipschitz constant", axis, legend)
 
 
-def _jacobians(name: str, members: Sequence[WidthFamily], place: Place) -> list[Plot]:
+def _jacobians(
+    name: str, members: Sequence[WidthFamily], place: Place, legend: Legend
+) -> list[Plot]:
     axis = PlotAxis("mean Frobenius norm", "jacobian")
     lines = _measured(members, "jacobian", "mean")
-    return _figures(name, members, place, lines, "input Jacobian", axis)
+    return _figures(name, members, place, lines, "input Jacobian", axis, legend)
 
 
-def _measured(members: Sequence[WidthFamily], metric: str, number: str) -> list[Line]:
+def _measured(members: Sequence[WidthFamily], metric: str, number: str) -> list[SplitLine]:
     runs = [run for family in members for group in family.groups for run in group.runs]
     ways = {split: usual_variant(runs, metric, split) for split in SPLITS}
     return [
@@ -262,9 +283,10 @@ def _figures(
     name: str,
     members: Sequence[WidthFamily],
     place: Place,
-    lines: Sequence[Line],
+    lines: Sequence[SplitLine],
     what: str,
     y: PlotAxis,
+    legend: Legend,
 ) -> list[Plot]:
     settings = [{n: v for n, v in f.groups[0].settings.items() if n != "model"} for f in members]
     by = "width" if place is _width else "parameters"
@@ -273,21 +295,22 @@ def _figures(
         drawn: list[Curve] = []
         marks: dict[str, Mark] = {}
         never = []
-        several = len(facet.members) > 1
-        for colour, member in enumerate(facet.members):
+        meanings: dict[str, tuple[float, ...]] = {}
+        for member in facet.members:
             family = members[member]
             setting = family.groups[0].label(facet.names) if facet.names else ""
+            line = joined_line(family.groups, "model", family=f"{name}_K")
             for called, number, dashes in lines:
                 data = points(family.groups, place, number)
                 if len(data) > 1:
                     label = _joined(called, setting)
-                    style = colour if several else len(drawn)
-                    drawn.append(Curve(label, data, settings[member], style, dashes))
+                    drawn.append(Curve(label, data, line, settings[member], dashes))
+                    meanings[called] = dashes
             mark = _joined("interpolation threshold", setting)
             if family.threshold is None:
                 never.append(mark)
             elif math.isfinite(at := place(family.threshold)):
-                marks[mark] = Mark(at, colour if several else None)
+                marks[mark] = Mark(at, line)
         if drawn:
             found.append(
                 plot(
@@ -296,12 +319,19 @@ def _figures(
                     drawn,
                     PlotAxis(by, by, log=_base(by, drawn)),
                     y,
-                    note="".join(f"No width reaches the {mark}. " for mark in never).strip(),
+                    legend=legend,
+                    note=_note(meanings, never),
                     marks=marks,
                     points=True,
                 )
             )
     return found
+
+
+def _note(meanings: Mapping[str, tuple[float, ...]], never: Sequence[str]) -> str:
+    """Say what the dashes mean, and which families never fit their labels."""
+    said = [f"{DASH_NAMES[dashes]}: {called}." for called, dashes in meanings.items()]
+    return " ".join([*said, *(f"No width reaches the {mark}." for mark in never)])
 
 
 def _base(by: str, curves: Sequence[Curve]) -> int | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
+from gradfilter.lab.report._legend import Line, line_of
 from gradfilter.lab.report._runs import RecordedRun
-from gradfilter.lab.report._settings import Setting, Spread, mean_and_sd
+from gradfilter.lab.report._settings import Setting, Spread, mean_and_sd, order
 
 # --- Parts ---
 
@@ -39,6 +40,23 @@ class Plot:
 
 
 @dataclass(frozen=True)
+class TableRow:
+    """A line of a table as it is shown.
+
+    Attributes:
+        cells: Cells as text, the first of them the name of the line.
+        line: The line of the legend, or None.
+        best: Indices of the cells that hold the best value of their column.
+        new_problem: Whether the line is about another problem than the line above it.
+    """
+
+    cells: Sequence[str]
+    line: Line | None = None
+    best: frozenset[int] = frozenset()
+    new_problem: bool = False
+
+
+@dataclass(frozen=True)
 class Table:
     """A table, and the numbers in it.
 
@@ -47,7 +65,7 @@ class Table:
         title: Title above the table.
         note: Text below the table.
         headings: One heading per column; the first is that of the settings.
-        rows: Cells as text.
+        rows: The lines of the table.
         data: The numbers in full precision.
     """
 
@@ -55,7 +73,7 @@ class Table:
     title: str
     note: str
     headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[TableRow]
     data: pd.DataFrame
 
 
@@ -90,12 +108,21 @@ class Column:
         heading: Heading on the page, with the unit.
         factor: Converts the number to the unit on the page.
         digits: Decimals on the page; None for four significant digits.
+        better: Which value is the best; None if the column measures no success.
     """
 
     name: str
     heading: str
     factor: float = 100.0
     digits: int | None = 1
+    better: Literal["highest", "lowest"] | None = None
+
+
+PROBLEM = (
+    *("data", "noise_file", "image_size", "train_split", "val_split", "label_noise", "noise_type"),
+)
+"""Settings that decide the task to learn; values are compared only where these are equal."""
+BEST = "Bold: the best of a column"
 
 
 @dataclass(frozen=True)
@@ -107,12 +134,18 @@ class Row:
         settings: Settings of the row, for the CSV.
         values: Values of the runs, for every column; NaN if a run has none.
         runs: Number of runs, or None if it is not shown.
+        line: The line of the legend, or None.
+        problem: The task to learn; the best value is that of one task.
+        finished: Whether the values may be called the best ones.
     """
 
     label: str
     settings: Mapping[str, Any]
     values: Sequence[Sequence[float]]
     runs: int | None = None
+    line: Line | None = None
+    problem: tuple[Any, ...] = ()
+    finished: bool = True
 
 
 Columns = Mapping[Column, Callable[[RecordedRun], float]]
@@ -122,17 +155,50 @@ Columns = Mapping[Column, Callable[[RecordedRun], float]]
 def group_table(
     name: str, title: str, columns: Columns, groups: Sequence[Setting], *, note: str = ""
 ) -> Table:
-    """Build a table with a line per group."""
+    """Build a table with a line per group, the best one first.
+
+    Settings of one data set and label noise stay together, in natural order. Within them, settings
+    are ordered by validation accuracy, or by the first column if it was not measured everywhere.
+    Unfinished settings, and those without a number in some run, come last.
+    """
+    ranked = list(columns)
+    validation = next((i for i, c in enumerate(ranked) if c.name == "val_accuracy"), None)
     rows = [
         Row(
             group.label(),
             {**group.settings, **state(group)},
             [[of(run) for run in group.runs] for of in columns.values()],
             len(group.runs),
+            line_of(group),
+            tuple(group.runs[0].settings[n] for n in PROBLEM),
+            group.finished,
         )
         for group in groups
     ]
-    return table(name, title, list(columns), rows, note=note)
+    by = 0
+    if validation is not None and all(_is_complete(row.values[validation]) for row in rows):
+        by = validation
+    problems = {row.problem for row in rows}
+    rows.sort(key=lambda row: (*map(order, row.problem), not row.finished, *rank(row.values[by])))
+    if len(rows) > 1:
+        within = " within each data set and label noise" if len(problems) > 1 else ""
+        note = f"{note} Ordered by {ranked[by].heading}{within}. {BEST}{within}.".strip()
+    return table(name, title, ranked, rows, note=note)
+
+
+def rank(values: Sequence[float]) -> tuple[bool, float]:
+    """Return a sort key: the highest mean first, and numbers that some runs lack last.
+
+    Examples:
+        >>> sorted([[0.5], [0.9, math.nan], [0.7]], key=rank)
+        [[0.7], [0.5], [0.9, nan]]
+    """
+    mean = mean_and_sd(values).mean
+    return not _is_complete(values), math.inf if math.isnan(mean) else -mean
+
+
+def _is_complete(values: Sequence[float]) -> bool:
+    return bool(values) and all(map(math.isfinite, values))
 
 
 def table(
@@ -144,7 +210,7 @@ def table(
     note: str = "",
     first: str = "setting",
 ) -> Table:
-    """Build a table of mean ± sd over runs.
+    """Build a table of mean ± sd over runs, in the order of the rows.
 
     Columns without any number are in the CSV only, and a note says so. A number that only some runs
     have, because others diverged, is shown with the number of runs.
@@ -155,13 +221,20 @@ def table(
     if missing:
         note = f"{note} Not measured in any of these runs: {', '.join(missing)}.".strip()
     counted = any(row.runs is not None for row in rows)
+    best = [_best_rows(column, rows, place) for place, column in enumerate(columns)]
+    names = 2 if counted else 1  # cells before the numbers
     shown = [
-        [
-            row.label,
-            *([str(row.runs)] if counted else []),
-            *(_shown(cell[i], columns[i], len(row.values[i])) for i in kept),
-        ]
-        for row, cell in zip(rows, cells, strict=True)
+        TableRow(
+            [
+                row.label,
+                *([str(row.runs)] if counted else []),
+                *(_shown(cell[i], columns[i], len(row.values[i])) for i in kept),
+            ],
+            row.line,
+            frozenset(names + place for place, i in enumerate(kept) if number in best[i]),
+            number > 0 and row.problem != rows[number - 1].problem,
+        )
+        for number, (row, cell) in enumerate(zip(rows, cells, strict=True))
     ]
     numbers = [
         {
@@ -177,6 +250,24 @@ def table(
     ]
     headings = [first, *(["runs"] if counted else []), *(columns[i].heading for i in kept)]
     return Table(name, title, note, headings, shown, pd.DataFrame(numbers))
+
+
+def _best_rows(column: Column, rows: Sequence[Row], place: int) -> set[int]:
+    """Return the rows with the best mean of a column, by problem; none where all are equal."""
+    if column.better is None:
+        return set()
+    sign = 1 if column.better == "highest" else -1
+    by_problem: dict[tuple[Any, ...], dict[int, float]] = {}
+    for number, row in enumerate(rows):
+        if row.finished and _is_complete(row.values[place]):
+            mean = sign * mean_and_sd(row.values[place]).mean
+            by_problem.setdefault(row.problem, {})[number] = mean
+    return {
+        number
+        for means in by_problem.values()
+        for number, mean in means.items()
+        if mean == max(means.values()) > min(means.values())
+    }
 
 
 def _shown(cell: Spread, column: Column, runs: int) -> str:

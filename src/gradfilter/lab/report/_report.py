@@ -20,6 +20,7 @@ from gradfilter.lab._run_files import printable, read_json, write_bytes
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.report._comparisons import accuracy, batches, noise, sharpness
 from gradfilter.lab.report._curves import agreement, curves
+from gradfilter.lab.report._legend import Legend, legend_picture
 from gradfilter.lab.report._measurements import measurements, overview, widths
 from gradfilter.lab.report._parts import Plot, Section, Table
 from gradfilter.lab.report._report_config import ReportConfig
@@ -40,6 +41,7 @@ def page(
     out: Path,
     groups: Sequence[Setting],
     sections: Sequence[Section],
+    legend: Legend,
     skipped: Sequence[str],
 ) -> str:
     """Render the page.
@@ -49,12 +51,14 @@ def page(
         out: Directory of the report.
         groups: Groups of runs, at least one.
         sections: Sections in their order.
+        legend: The lines that the sections drew.
         skipped: Files that could not be read, with the reason.
     """
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["embedded"] = embedded
+    environment.filters["multiply"] = lambda number, factor: round(number * factor, 2)
     environment.tests["plot"] = lambda part: isinstance(part, Plot)
     template = (resources.files(__package__ or "") / TEMPLATE).read_text(encoding="utf-8")
     runs = [run for group in groups for run in group.runs]
@@ -76,6 +80,8 @@ def page(
         trained_with=sorted(
             {", ".join(f"{name} {number}" for name, number in r.versions.items()) for r in runs}
         ),
+        legend=legend,
+        legend_png=_legend_picture(legend).get(LEGEND),
         csv=csv,
         alike=_alike,
     )
@@ -130,6 +136,8 @@ def _common(groups: Sequence[Setting]) -> str:
 
 
 PAGE = "index.html"
+LEGEND = "legend.png"
+"""The legend for those who take a figure elsewhere; the page has it as text."""
 MANIFEST = "report.json"
 """The list of a report's files, which the next report replaces."""
 KINDS = (".html", ".png", ".csv")
@@ -160,13 +168,13 @@ def report(config: ReportConfig) -> int:
         groups, doubles = groups_of(runs)
         for line in doubles:
             log.warning("skipped: %s", line)
-        sections = []
+        sections, legend = [], Legend()
         with progress_bar(console, "drawing", len(SECTIONS), 0) as tick:
             for section in SECTIONS:
-                sections.append(section(groups))
+                sections.append(section(groups, legend))
                 tick()
-        content = page(config, out, groups, sections, [*skipped, *doubles])
-        files = {PAGE: content.encode(), **_files(sections)}
+        content = page(config, out, groups, sections, legend, [*skipped, *doubles])
+        files = {PAGE: content.encode(), **_files(sections), **_legend_picture(legend)}
         _write(out, files)
     what = f"{counted(len(runs), 'run')} in {counted(len(groups), 'setting')}"
     print(f"{what}: {printable(out / PAGE)}")
@@ -186,6 +194,11 @@ def _files(sections: Sequence[Section]) -> dict[str, bytes]:
         assert not own.keys() & files.keys(), part.name
         files |= own
     return files
+
+
+def _legend_picture(legend: Legend) -> dict[str, bytes]:
+    """Return the file of the legend, by its name; none if no figure was drawn."""
+    return {LEGEND: legend_picture(legend)} if legend.by_heading() else {}
 
 
 def _write(out: Path, files: Mapping[str, bytes]) -> None:

@@ -55,6 +55,19 @@ class Setting:
         said = ", ".join(said for n in chosen if (said := wording(n, self.settings[n])))
         return (said or "plain") + ("" if self.finished else " (unfinished)")
 
+    def full_text(self, without: Sequence[str] = ()) -> str:
+        """Return all settings that are stated or not the default, without the seeds.
+
+        Args:
+            without: Settings to omit.
+        """
+        first = self.runs[0].settings
+        left_out = {*CHANCE, *PLACE, *WATCHING} - {*self.settings}
+        names = [*FIRST, *(n for n in DEFAULTS if n not in {*FIRST, *left_out})]
+        chosen = [n for n in names if n not in without]
+        said = [text for n in chosen if (text := wording(n, first[n]))]
+        return ", ".join([*said, *([] if self.finished else ["unfinished"])])
+
 
 def groups_of(runs: Sequence[RecordedRun]) -> tuple[list[Setting], list[str]]:
     """Group runs by their settings, in natural order; also return which runs were omitted.
@@ -104,6 +117,16 @@ def apart_from(groups: Iterable[Setting], *names: str) -> list[list[Setting]]:
     return list(found.values())
 
 
+def setting_name(name: str) -> str:
+    """Return the name of a setting in words.
+
+    Examples:
+        >>> setting_name("batch_size"), setting_name("agc")
+        ('batch size', 'AGC')
+    """
+    return WORDS.get(name, name.replace("_", " "))
+
+
 def wording(name: str, value: Any) -> str:
     """Describe a setting in a few words; empty if it is off or usual.
 
@@ -113,7 +136,7 @@ def wording(name: str, value: Any) -> str:
         >>> wording("nesterov", True), wording("label_noise", 0.0)
         ('nesterov', 'label noise 0')
     """
-    said = WORDS.get(name, name.replace("_", " "))
+    said = setting_name(name)
     if value == (None if name in STATED else DEFAULTS.get(name)):
         return ""
     if isinstance(value, bool) or value is None or value == ():
