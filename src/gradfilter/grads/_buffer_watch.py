@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,8 +144,12 @@ class Unreplayable(RuntimeError):
 # --- Running statistics in the fused plan: the kernel of the loop, row by row ---
 
 
-Update = Callable[[int], tuple[Tensor | None, Tensor | None, float]]
-"""``update(m)`` returns the statistics to update in place for row m, and the momentum."""
+class RunningStatistics(NamedTuple):
+    """The running statistics that one row updates in place."""
+
+    mean: Tensor | None
+    var: Tensor | None
+    momentum: float
 
 
 Kernel = Callable[[Tensor, Tensor | None, Tensor | None, float], Any]
@@ -193,10 +197,10 @@ class RunningUpdates:
         momentum: float,
         x: Tensor,
         kernel: Kernel = torch.batch_norm_update_stats,
-    ) -> Update:
-        """Begin one call of batch_norm on (M, B, C, ...)."""
+    ) -> list[RunningStatistics]:
+        """Begin one call of batch_norm on (M, B, C, ...). Return the statistics of every row."""
         if mean is None or var is None:
-            return lambda m: (None, None, momentum)
+            return [RunningStatistics(None, None, momentum)] * len(x)
         names = self.watch.name(mean), self.watch.name(var)
         if names[0] is None or names[1] is None:
             raise RuntimeError(
@@ -207,7 +211,7 @@ class RunningUpdates:
         for name in (call.mean, call.var):
             self.updated[name] = self.buffers[name].clone()
         own = self.updated[call.mean], self.updated[call.var]
-        return lambda m: (*own, self._momentum(call, m, 1))
+        return [RunningStatistics(*own, self._momentum(call, m, 1)) for m in range(len(x))]
 
     def finish(self) -> Tree:
         """Return the updated statistics."""

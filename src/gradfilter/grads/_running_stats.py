@@ -7,6 +7,7 @@ without it. The batch statistics s_m are kept, and the recurrence runs afterward
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,10 @@ from gradfilter.grads._buffer_watch import BufferWatch
 from gradfilter.grads.fused._autocast import under_autocast
 from gradfilter.grads.fused.overrides._embedding import LOOKUPS, refuse_sparse
 from gradfilter.grads.fused.overrides._vmap_faults import UNDER_ANY_VMAP
+
+BATCH_NORM = inspect.signature(F.batch_norm)
+STATISTICS = ("running_mean", "running_var")
+"""The arguments that are buffers."""
 
 
 @dataclass
@@ -63,30 +68,21 @@ class RecordRunningStats(TorchFunctionMode):
         self._watch.note(func, args, kwargs)
         return under_autocast(func)(*args, **kwargs)
 
-    def _batch_norm(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        mean_name, var_name = map(self._watch.name, (running_mean, running_var))
+    def _batch_norm(self, *args: Any, **kwargs: Any) -> Tensor:
+        call = BATCH_NORM.bind(*args, **kwargs)
+        call.apply_defaults()
+        given = call.arguments
+        mean_name, var_name = (self._watch.name(given[key]) for key in STATISTICS)
         if mean_name is not None and var_name is not None:
-            if training:
-                x = _tree.at_least_float32(input.detach())
+            if given["training"]:
+                x = _tree.at_least_float32(given["input"].detach())
                 var, mean = torch.var_mean(x, dim=[0, *range(2, x.ndim)], correction=1)
-                self.recorded.calls.append((mean_name, var_name, momentum))
+                self.recorded.calls.append((mean_name, var_name, given["momentum"]))
                 self.recorded.moments.append((mean, var))
-                running_mean = running_var = None
+                given.update(dict.fromkeys(STATISTICS))
             else:
                 self._watch.read(mean_name, var_name)
-        y: Tensor = under_autocast(F.batch_norm)(
-            input, running_mean, running_var, weight, bias, training, momentum, eps
-        )
+        y: Tensor = under_autocast(F.batch_norm)(*given.values())
         return y
 
     @property

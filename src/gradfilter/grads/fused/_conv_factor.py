@@ -37,6 +37,21 @@ class Geometry:
     output_padding: tuple[int, ...]
     groups: int
 
+    @property
+    def is_product(self) -> bool:
+        """True if the convolution is a product of its windows, laid out as a matrix."""
+        return self.groups == 1 and not self.transposed
+
+    def ghost_flops(self, count: int, n: int, weight: torch.Size) -> int | None:
+        """Return the flops of a weight's ghost Gram; None if there is none or rows are cheaper.
+
+        Args:
+            count: M.
+            n: The positions of the output in a row.
+            weight: The weight's shape.
+        """
+        return ghost_flops(count, n, weight[0], weight[1:].numel()) if self.is_product else None
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the convolution to inputs (N, channels, ...)."""
         y: Tensor = torch.ops.aten.convolution(
@@ -102,7 +117,7 @@ class ConvFactor(Divisible):
         geometry = self.geometry
         if len(weight) < len(self.weight):
             inputs, outputs, geometry = self._tile(low, low + len(weight))
-        if inputs.shape[1] == 1 and geometry.groups == 1 and not geometry.transposed:
+        if inputs.shape[1] == 1 and geometry.is_product:
             return self._as_groups(inputs, outputs, weight)
         rows = inputs.new_empty(self.count, *weight.shape)
         for m in range(self.count):
@@ -148,8 +163,8 @@ class ConvFactor(Divisible):
 
     def gram(self) -> Tensor:
         """Compute the ghost Gram of the windows, or the Gram of the rows if that is cheaper."""
-        n, p, d = self._sizes()
-        if not self._has_ghost or ghost_flops(self.count, n, p, d) is None:
+        n, _, d = self._sizes()
+        if self.geometry.ghost_flops(self.count, n, self.shape) is None:
             return tiled_gram(self)
         step = max(1, LARGEST // (4 * n * d))
         if step >= self.count:
@@ -170,7 +185,7 @@ class ConvFactor(Divisible):
     def sq_norms(self) -> Tensor:
         """Compute the norms from the windows if maps are small, else from the rows."""
         n, p, d = self._sizes()
-        if self._has_ghost and 2 * n * n <= p * d:
+        if self.geometry.is_product and 2 * n * n <= p * d:
             return by_rows(self, 4 * n * (2 * n + d), ConvFactor._sq_norms_of_windows)
         return by_rows(self, 4 * p * d, ConvFactor._sq_norms_of_rows)
 
@@ -179,10 +194,6 @@ class ConvFactor(Divisible):
 
     def _sq_norms_of_rows(self) -> Tensor:
         return _products.row_sq_norms(self.rows().flatten(1))
-
-    @property
-    def _has_ghost(self) -> bool:
-        return self.geometry.groups == 1 and not self.geometry.transposed
 
     def _sizes(self) -> tuple[int, int, int]:
         """Return the positions per row, and the two sides of the weight as a matrix: n, p, d."""

@@ -99,16 +99,3 @@ def in_autocast(x: Tensor, *weights: Weight | None) -> tuple[Any, ...]:
         for w in weights
     ]
     return (x.to(dtype), *cast, torch.autocast(x.device.type, enabled=False))
-
-
-def rows_of(weight: Weight | None) -> Tensor | None:
-    """Return the tensor of all rows where autograd expects the gradient of a weight."""
-    return None if weight is None else weight.rows
-
-
-def without_view(output: Tensor) -> Tensor:
-    """Return an output that is not a view: torch refuses to write into a Function's view."""
-    if not output._is_view():
-        return output
-    found: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
-    return found

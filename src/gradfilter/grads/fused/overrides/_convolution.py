@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradfilter.grads.fused._conv_factor import ConvFactor, Geometry
-from gradfilter.grads.fused._factors import DenseFactor, ghost_flops
-from gradfilter.grads.fused._host import Host, Override, in_autocast, rows_of, without_view
-from gradfilter.grads.fused._tape import Tape, Weight
+from gradfilter.grads.fused._factors import DenseFactor
+from gradfilter.grads.fused._host import Host, Override, in_autocast
+from gradfilter.grads.fused._tape import Weight
+from gradfilter.grads.fused.overrides._row_operation import Gradients, RowOperation, Saved, Wanted
 
 # --- Convolutions ---
 
@@ -33,12 +35,8 @@ def conv(dims: int) -> Override:
         dilation: Sizes = 1,
         groups: int = 1,
     ) -> Any:
-        weights = host.weights(weight, bias)
-        if (
-            weights is None
-            or not host.wanted(input, weight, bias)
-            or input.ndim not in (dims + 1, dims + 2)
-        ):
+        weights = _weights(host, dims, input, weight, bias)
+        if weights is None:
             return NotImplemented
         stride, dilation = _sizes(stride, dims), _sizes(dilation, dims)
         if isinstance(padding, str):
@@ -70,12 +68,8 @@ def conv_transpose(dims: int) -> Override:
         groups: int = 1,
         dilation: Sizes = 1,
     ) -> Any:
-        weights = host.weights(weight, bias)
-        if (
-            weights is None
-            or not host.wanted(input, weight, bias)
-            or input.ndim not in (dims + 1, dims + 2)
-        ):
+        weights = _weights(host, dims, input, weight, bias)
+        if weights is None:
             return NotImplemented
         sizes = (_sizes(v, dims) for v in (stride, padding, dilation, output_padding))
         stride, padding, dilation, output_padding = sizes
@@ -83,6 +77,15 @@ def conv_transpose(dims: int) -> Override:
         return host.run("conv", _apply, host, host.level.lower(input), *weights, geometry)
 
     return override
+
+
+def _weights(
+    host: Host, dims: int, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Weight | None, ...] | None:
+    """Return weight and bias for the override, or None if the layer has to run under vmap."""
+    if not host.wanted(input, weight, bias) or input.ndim not in (dims + 1, dims + 2):
+        return None
+    return host.weights(weight, bias)
 
 
 def _sizes(value: Sizes, dims: int) -> tuple[int, ...]:
@@ -101,54 +104,38 @@ def _apply(
         return _apply(host, x.unsqueeze(1), weight, bias, geometry).squeeze(1)
     x, weight, bias, no_autocast = in_autocast(x, weight, bias)
     with no_autocast:
-        y: Tensor = _Conv.apply(
-            x, rows_of(weight), rows_of(bias), weight, bias, geometry, host.tape
-        )
+        y = _Conv(geometry).apply(host.tape, x, weight, bias)
     small = x if geometry.transposed else y
     n = small.numel() // (len(x) * small.shape[2])
     flops = 2 * len(x) * n * weight.value.numel()
-    ghost = None
-    if geometry.groups == 1 and not geometry.transposed:
-        ghost = ghost_flops(len(x), n, len(weight.value), weight.value[0].numel())
+    ghost = geometry.ghost_flops(len(x), n, weight.value.shape)
     host.used("conv", weight, flops, x.nbytes + y.nbytes, ghost)
     host.used("conv", bias, y.numel())
     return y
 
 
-class _Conv(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight_rows: Tensor | None,
-        bias_rows: Tensor | None,
-        weight: Weight,
-        bias: Weight | None,
-        geometry: Geometry,
-        tape: Tape,
-    ) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.weight, ctx.bias, ctx.geometry, ctx.tape = weight, bias, geometry, tape
-        y = geometry.forward(x.flatten(0, 1), weight.value, None if bias is None else bias.value)
-        return without_view(y.view(*x.shape[:2], *y.shape[1:]))
+@dataclass(eq=False)
+class _Conv(RowOperation[Tensor]):
+    geometry: Geometry
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
-        grad: Tensor = grad_outputs[0]
-        (x,) = ctx.saved_tensors
-        grads: list[Tensor | None] = [None] * 3
-        if ctx.needs_input_grad[0]:
-            flat = ctx.geometry.input_grad(grad.flatten(0, 1), x.flatten(0, 1), ctx.weight.value)
-            grads[0] = (
-                flat.view(x.shape) if flat.is_contiguous() else flat.unflatten(0, x.shape[:2])
-            )
-        if ctx.needs_input_grad[1]:
-            factor = ConvFactor(x, grad, ctx.weight.value, ctx.geometry)
-            grads[1] = ctx.tape.record(ctx.weight, factor)
-        if ctx.needs_input_grad[2]:
-            sums = grad.sum((1, *range(3, grad.ndim)))
-            grads[2] = ctx.tape.record(ctx.bias, DenseFactor(sums))
-        return (*grads, None, None, None, None)
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Saved]:
+        y = self.geometry.forward(x.flatten(0, 1), weight, bias)
+        return y.view(*x.shape[:2], *y.shape[1:]), (x,)
+
+    def backward(
+        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: Wanted
+    ) -> Gradients:
+        (x,) = saved
+        inputs = weights = biases = None
+        if wanted.input:
+            flat: Any = self.geometry.input_grad(grad.flatten(0, 1), x.flatten(0, 1), weight)
+            plain = flat.is_contiguous()
+            inputs = flat.view(x.shape) if plain else flat.unflatten(0, x.shape[:2])
+        if wanted.weight:
+            weights = ConvFactor(x, grad, weight, self.geometry)
+        if wanted.bias:
+            biases = DenseFactor(grad.sum((1, *range(3, grad.ndim))))
+        return Gradients(inputs, weights, biases)
 
 
 # --- Memory formats do not change values, and inside vmap a row has no format of its own ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]  # no stub
 
 from gradfilter.grads.fused._factors import EmbeddingFactor, ghost_flops
-from gradfilter.grads.fused._host import Host, rows_of
-from gradfilter.grads.fused._tape import Tape, Weight
+from gradfilter.grads.fused._host import Host
+from gradfilter.grads.fused._tape import Weight
+from gradfilter.grads.fused.overrides._row_operation import Gradients, RowOperation, Saved, Wanted
 from gradfilter.grads.fused.overrides._spellings import spellings
 
 # --- Embeddings with sparse gradients: only the loop supports them ---
@@ -108,39 +110,31 @@ def _apply(host: Host, index: Tensor, weight: Weight, padding: int, by_frequency
     # A row uses n of the table's units: compare their products with those of the whole table.
     ghost = ghost_flops(len(index), n, width, len(weight.value)) if n else None
     host.used("embedding", weight, index.numel() * width, kept, ghost)
-    y: Tensor = _Embedding.apply(index, rows_of(weight), weight, padding, by_frequency, host.tape)
-    return y
+    return _Embedding(padding, by_frequency).apply(host.tape, index, weight, None)
 
 
-class _Embedding(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        index: Tensor,
-        rows: Tensor,
-        weight: Weight,
-        padding: int,
-        by_frequency: bool,
-        tape: Tape,
-    ) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.weight, ctx.padding, ctx.by_frequency, ctx.tape = weight, padding, by_frequency, tape
-        return F.embedding(index, weight.value)
+@dataclass(eq=False)
+class _Embedding(RowOperation[Tensor]):
+    """The input is the index; a negative ``padding`` stands for none."""
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
-        grad: Tensor = grad_outputs[0]
-        (index,) = ctx.saved_tensors
-        shape = ctx.weight.value.shape
-        index, grad = index.flatten(1), grad.reshape(len(grad), -1, shape[1])
-        if ctx.padding >= 0:
-            grad = torch.where((index == ctx.padding)[..., None], 0.0, grad)
-        if ctx.by_frequency:  # counted within the row, as in its own backward pass
+    padding: int
+    by_frequency: bool
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Saved]:
+        return F.embedding(x, weight), (x,)
+
+    def backward(
+        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: Wanted
+    ) -> Gradients:
+        shape, index = weight.shape, saved[0].flatten(1)
+        grad = grad.reshape(len(grad), -1, shape[1])
+        if self.padding >= 0:
+            grad = torch.where((index == self.padding)[..., None], 0.0, grad)
+        if self.by_frequency:  # counted within the row, as in its own backward pass
             ones = torch.ones_like(index, dtype=grad.dtype)
             counts = grad.new_zeros(len(index), shape[0]).scatter_add_(1, index, ones)
             grad = grad / counts.gather(1, index)[..., None]
-        factor = EmbeddingFactor(index, grad, shape)
-        return None, ctx.tape.record(ctx.weight, factor), None, None, None, None
+        return Gradients(weight=EmbeddingFactor(index, grad, shape))
 
 
 # --- Bags of embeddings: a lookup over all rows and a sum, where vmap would run row by row ---

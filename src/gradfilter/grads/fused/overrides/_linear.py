@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from gradfilter import _tree
 from gradfilter.grads.fused._autocast import under_autocast
 from gradfilter.grads.fused._factors import DenseFactor, OuterFactor, ghost_flops
-from gradfilter.grads.fused._host import Host, in_autocast, rows_of, without_view
-from gradfilter.grads.fused._tape import Tape, Weight
+from gradfilter.grads.fused._host import Host, in_autocast
+from gradfilter.grads.fused._tape import Weight
+from gradfilter.grads.fused.overrides._row_operation import Gradients, RowOperation, Saved, Wanted
 
 # --- Linear layers: one product over all rows, weight gradients kept as factors ---
 
@@ -42,41 +44,30 @@ def _apply(host: Host, x: Tensor, weight: Weight, bias: Weight | None) -> Tensor
     host.used("linear", weight, 2 * n * p * d, kept, ghost_flops(len(x), n // len(x), p, d))
     host.used("linear", bias, n * p)
     with no_autocast:
-        args = (rows_of(weight), rows_of(bias), weight, bias, host.tape)
-        y: Tensor = _Linear.apply(x, *args)
-    return y
+        return _Linear(frozen=weight.rows is None).apply(host.tape, x, weight, bias)
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight_rows: Tensor | None,
-        bias_rows: Tensor | None,
-        weight: Weight,
-        bias: Weight | None,
-        tape: Tape,
-    ) -> Tensor:
-        ctx.save_for_backward(x if weight_rows is not None else None)
-        ctx.weight, ctx.bias, ctx.tape = weight, bias, tape
-        return without_view(F.linear(x, weight.value, None if bias is None else bias.value))
+@dataclass(eq=False)
+class _Linear(RowOperation[Tensor]):
+    """y = x Wᵀ + b."""
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
-        grad: Tensor = grad_outputs[0]
-        (x,) = ctx.saved_tensors
-        grads: list[Tensor | None] = [None] * 3
-        if ctx.needs_input_grad[0]:
-            grads[0] = grad @ ctx.weight.value
+    frozen: bool
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Saved]:
+        return F.linear(x, weight, bias), (None if self.frozen else x,)
+
+    def backward(
+        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: Wanted
+    ) -> Gradients:
+        (x,) = saved
+        inputs = grad @ weight if wanted.input else None
         outputs = grad.reshape(len(grad), -1, grad.shape[-1])
-        if ctx.needs_input_grad[1]:
-            inputs = x.reshape(len(x), -1, x.shape[-1])
-            factor = OuterFactor(inputs, outputs, ctx.weight.value.shape)
-            grads[1] = ctx.tape.record(ctx.weight, factor)
-        if ctx.needs_input_grad[2]:
-            grads[2] = ctx.tape.record(ctx.bias, DenseFactor(outputs.sum(1)))
-        return (*grads, None, None, None)
+        weights = biases = None
+        if wanted.weight:
+            weights = OuterFactor(x.reshape(len(x), -1, x.shape[-1]), outputs, weight.shape)
+        if wanted.bias:
+            biases = DenseFactor(outputs.sum(1))
+        return Gradients(inputs, weights, biases)
 
 
 # --- Weight normalisation: one weight for all rows, its gradient split row by row ---
@@ -87,28 +78,32 @@ def weight_norm(host: Host, v: Tensor, g: Tensor, dim: int = 0) -> Any:
     weights = host.weights(v, g)
     if weights is None or not host.batched(v, g):
         return NotImplemented
-    rows = [host.level.lower(t) for t in (v, g)]
-    return host.run("weight_norm", _WeightNorm.apply, *rows, dim)
+    args = (host.tape, host.level.lower(v), weights[1], None)
+    return host.run("weight_norm", _WeightNorm(dim).apply, *args)
 
 
-class _WeightNorm(torch.autograd.Function):
-    """∂g = <∂w, v> / ‖v‖ and ∂v = g/‖v‖ (∂w − v <∂w, v> / ‖v‖²), each per unit."""
+@dataclass(eq=False)
+class _WeightNorm(RowOperation[Tensor]):
+    """w = g v / ‖v‖; the input is v, and the weight is g.
 
-    @staticmethod
-    def forward(ctx: Any, v_rows: Tensor, g_rows: Tensor, dim: int) -> Tensor:
-        v, g = v_rows[0], g_rows[0]
-        ctx.save_for_backward(v, g)
-        ctx.over = [d for d in range(v.ndim) if d != dim % v.ndim or dim == -1]
-        weight = torch._weight_norm(v, g, dim)  # pyright: ignore[reportPrivateImportUsage]  # as weight_norm
-        return weight.expand(len(v_rows), *weight.shape)
+    ∂g = <∂w, v> / ‖v‖ and ∂v = g/‖v‖ (∂w − v <∂w, v> / ‖v‖²), each per unit.
+    """
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
-        grad: Tensor = grad_outputs[0]
-        v, g = (_tree.at_least_float32(t) for t in ctx.saved_tensors)
-        norm: Tensor = torch.linalg.vector_norm(v, dim=ctx.over, keepdim=True)
-        grad = _tree.at_least_float32(grad)
-        along = (grad * v).sum([d + 1 for d in ctx.over], keepdim=True) / norm
-        dtype = ctx.saved_tensors[0].dtype
-        per_row = (along.to(dtype)).reshape(len(grad), *g.shape)
-        return (g / norm * (grad - v / norm * along)).to(dtype), per_row, None
+    dim: int
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Saved]:
+        v = x[0]  # the same in every row
+        w = torch._weight_norm(v, weight, self.dim)  # pyright: ignore[reportPrivateImportUsage]  # as weight_norm
+        return w.expand(len(x), *w.shape), (v,)
+
+    def backward(
+        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: Wanted
+    ) -> Gradients:
+        v, g, grad = (_tree.at_least_float32(t) for t in (*saved, weight, grad))
+        over = [d for d in range(v.ndim) if d != self.dim % v.ndim or self.dim == -1]
+        norm: Tensor = torch.linalg.vector_norm(v, dim=over, keepdim=True)
+        along = (grad * v).sum([d + 1 for d in over], keepdim=True) / norm
+        dtype = saved[0].dtype
+        per_row = along.to(dtype).reshape(len(grad), *g.shape)
+        inputs = (g / norm * (grad - v / norm * along)).to(dtype) if wanted.input else None
+        return Gradients(inputs, DenseFactor(per_row) if wanted.weight else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradfilter import _tree
+from gradfilter.grads._buffer_watch import RunningStatistics
 from gradfilter.grads._one_image import straight
 from gradfilter.grads.fused._factors import DenseFactor
-from gradfilter.grads.fused._host import Host, rows_of, without_view
+from gradfilter.grads.fused._host import Host
 from gradfilter.grads.fused._lift import autocast_dtype, shared
-from gradfilter.grads.fused._tape import Tape, Weight
+from gradfilter.grads.fused._tape import Weight
+from gradfilter.grads.fused.overrides._row_operation import Gradients, RowOperation, Saved, Wanted
 
 # --- BatchNorm: each microbatch has its own statistics; running statistics update in order ---
 
@@ -55,9 +58,25 @@ def batch_norm(
         if not host.batched(weight, bias) and input.dtype == running_mean.dtype:
             return NotImplemented
         host.running.read(running_mean, running_var)
-        return host.run("batch_norm", _evaluate, host, x, running_mean, running_var, *weights, eps)
-    update = host.running.start(running_mean, running_var, momentum, x)
-    return host.run("batch_norm", _train, host, x, update, *weights, eps)
+        return _run(
+            host, "batch_norm", _GivenStatistics(running_mean, running_var, eps), x, weights
+        )
+    running = host.running.start(running_mean, running_var, momentum, x)
+    return _run(host, "batch_norm", _BatchNorm(running, eps), x, weights)
+
+
+def _run(
+    host: Host,
+    override: str,
+    norm: RowOperation[Any],
+    x: Tensor,
+    weights: tuple[Weight | None, ...],
+) -> Any:
+    """Run a norm on the tensor of all rows, and note its use of weight and bias."""
+    weight, bias = weights
+    host.used(override, weight, x.numel())
+    host.used(override, bias, x.numel())
+    return host.run(override, norm.apply, host.tape, x, weight, bias)
 
 
 def own_affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -68,131 +87,105 @@ def own_affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return found.to(y.dtype)
 
 
-def _train(
-    host: Host, x: Tensor, update: Any, weight: Weight | None, bias: Weight | None, eps: float
-) -> Tensor:
-    host.used("batch_norm", weight, x.numel())
-    host.used("batch_norm", bias, x.numel())
-    args = (rows_of(weight), rows_of(bias), weight, bias, update, eps, host.tape)
-    y: Tensor = _BatchNorm.apply(x, *args)
-    return y
+@dataclass(eq=False)
+class _BatchNorm(RowOperation[Tensor | None]):
+    """y = w (x − mean) / √(var + ε) + b with each row's own statistics, in training mode.
 
+    Attributes:
+        running: For every row the running mean and variance, which are updated, and the momentum.
+        eps: ε.
+    """
 
-class _BatchNorm(torch.autograd.Function):
-    @staticmethod
+    running: list[RunningStatistics]
+    eps: float
+
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight_rows: Tensor | None,
-        bias_rows: Tensor | None,
-        weight: Weight | None,
-        bias: Weight | None,
-        update: Any,
-        eps: float,
-        tape: Tape,
-    ) -> Tensor:
-        w, b = (None if p is None else p.value for p in (weight, bias))
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Saved]:
         wide = x.dtype in (torch.float32, torch.float64)  # else torch's own choice
         if x.ndim == 5 and wide and _is_plain(x[0]):
             means, inverses = x.new_empty(2, len(x), x.shape[2])
             y = torch.empty_like(x)
-            for m in range(len(x)):
-                out, (mean, var, rate) = (y[m], means[m], inverses[m]), update(m)
-                torch.native_batch_norm(x[m], w, b, mean, var, True, rate, eps, out=out)
+            for m, (mean, var, rate) in enumerate(self.running):
+                out = (y[m], means[m], inverses[m])
+                torch.native_batch_norm(
+                    x[m], weight, bias, mean, var, True, rate, self.eps, out=out
+                )
         else:  # torch lays out and rounds differently when it writes into a given output
             found = [
-                torch.native_batch_norm(x[m], w, b, mean, var, True, rate, eps)
-                for m, (mean, var, rate) in enumerate(map(update, range(len(x))))
+                torch.native_batch_norm(x[m], weight, bias, mean, var, True, rate, self.eps)
+                for m, (mean, var, rate) in enumerate(self.running)
             ]
             y, means, inverses = map(torch.stack, zip(*found, strict=True))
-        ctx.save_for_backward(x, means, inverses)
-        ctx.weight, ctx.bias, ctx.eps, ctx.tape = weight, bias, eps, tape
-        return y
+        return y, (x, means, inverses)
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
-        grad: Tensor = grad_outputs[0]
-        x, means, inverses = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad[:3])
-        w = None if ctx.weight is None else ctx.weight.value
+    def backward(
+        self, grad: Tensor, saved: Any, weight: Tensor | None, bias: Tensor | None, wanted: Wanted
+    ) -> Gradients:
+        x, means, inverses = saved
         per_row = [
             torch.ops.aten.native_batch_norm_backward(
                 straight(grad[m]),
                 straight(x[m]),
-                w,
+                weight,
                 None,
                 None,
                 means[m],
                 inverses[m],
                 True,
-                ctx.eps,
-                wanted,
+                self.eps,
+                list(wanted),
             )
             for m in range(len(x))
         ]
-        inputs, weights, biases = zip(*per_row, strict=True)
-        grads: list[Tensor | None] = [torch.stack(inputs) if wanted[0] else None, None, None]
-        if wanted[1]:
-            grads[1] = ctx.tape.record(ctx.weight, DenseFactor(torch.stack(weights)))
-        if wanted[2]:
-            grads[2] = ctx.tape.record(ctx.bias, DenseFactor(torch.stack(biases)))
-        return (*grads, None, None, None, None, None)
+        return _stacked(per_row, wanted)
 
 
-def _evaluate(
-    host: Host,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Weight | None,
-    bias: Weight | None,
-    eps: float,
-) -> Tensor:
-    host.used("batch_norm", weight, x.numel())
-    host.used("batch_norm", bias, x.numel())
-    args = (rows_of(weight), rows_of(bias), mean, var, weight, bias, eps, host.tape)
-    y: Tensor = _GivenStatistics.apply(x, *args)
-    return y
+def _stacked(per_row: Sequence[Any], wanted: Wanted) -> Gradients:
+    """Stack the results of a norm's backward kernel in every row."""
+    kinds = zip(*per_row, strict=True)
+    inputs, weights, biases = (
+        torch.stack(rows) if is_wanted else None
+        for rows, is_wanted in zip(kinds, wanted, strict=True)
+    )
+    return Gradients(
+        inputs,
+        None if weights is None else DenseFactor(weights),
+        None if biases is None else DenseFactor(biases),
+    )
 
 
-class _GivenStatistics(torch.autograd.Function):
+@dataclass(eq=False)
+class _GivenStatistics(RowOperation[Tensor | None]):
     """y = w (x − mean) / √(var + ε) + b, in evaluation mode."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight_rows: Tensor | None,
-        bias_rows: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        weight: Weight | None,
-        bias: Weight | None,
-        eps: float,
-        tape: Tape,
-    ) -> Tensor:
-        w, b = (None if p is None else p.value for p in (weight, bias))
-        ctx.save_for_backward(x, mean.clone(), (var + eps).rsqrt())
-        ctx.weight, ctx.bias, ctx.tape = weight, bias, tape
-        flat = torch.native_batch_norm(x.flatten(0, 1), w, b, mean, var, False, 0.0, eps)[0]
-        return without_view(flat.view(x.shape))
+    mean: Tensor
+    var: Tensor
+    eps: float
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
-        grad: Tensor = grad_outputs[0]
-        x, mean, inverse = ctx.saved_tensors
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Saved]:
+        args = (weight, bias, self.mean, self.var, False, 0.0, self.eps)
+        flat = torch.native_batch_norm(x.flatten(0, 1), *args)[0]
+        return flat.view(x.shape), (x, self.mean.clone(), (self.var + self.eps).rsqrt())
+
+    def backward(
+        self, grad: Tensor, saved: Any, weight: Tensor | None, bias: Tensor | None, wanted: Wanted
+    ) -> Gradients:
+        x, mean, inverse = saved
         per_channel = (-1, *[1] * (x.ndim - 3))
         over = (1, *range(3, x.ndim))
-        grads: list[Tensor | None] = [None] * 3
-        if ctx.needs_input_grad[0]:
-            gain = inverse if ctx.weight is None else inverse * ctx.weight.value
-            grads[0] = (grad * gain.view(per_channel)).to(x.dtype)
-        if ctx.needs_input_grad[1]:
+        inputs = weights = biases = None
+        if wanted.input:
+            gain = inverse if weight is None else inverse * weight
+            inputs = (grad * gain.view(per_channel)).to(x.dtype)
+        if wanted.weight:
             unit = (x - mean.view(per_channel)) * inverse.view(per_channel)
-            grads[1] = ctx.tape.record(ctx.weight, DenseFactor((grad * unit).sum(over)))
-        if ctx.needs_input_grad[2]:
-            grads[2] = ctx.tape.record(ctx.bias, DenseFactor(grad.sum(over)))
-        return (*grads, None, None, None, None, None, None)
+            weights = DenseFactor((grad * unit).sum(over))
+        if wanted.bias:
+            biases = DenseFactor(grad.sum(over))
+        return Gradients(inputs, weights, biases)
 
 
 def _is_plain(row: Tensor) -> bool:
@@ -222,7 +215,7 @@ def group_norm(
     if autocast_dtype(input.device) and input.device.type != "cpu":
         return NotImplemented  # torch computes it in float32
     x = host.level.lower(input)
-    return host.run("group_norm", _apply, host, "group_norm", x, num_groups, *weights, eps)
+    return _run(host, "group_norm", _GroupNorm(num_groups, eps), x, weights)
 
 
 def instance_norm(
@@ -238,8 +231,8 @@ def instance_norm(
 ) -> Any:
     """Replace `torch.nn.functional.instance_norm`, a group norm with groups of one channel."""
     if not use_input_stats:
-        statistics = (running_mean, running_var)
-        return batch_norm(host, input, *statistics, weight, bias, False, momentum, eps)
+        args = (running_mean, running_var, weight, bias, False, momentum, eps)
+        return batch_norm(host, input, *args)
     if not host.batched(input) or host.batched(running_mean, running_var):
         return NotImplemented
     weights = host.weights(weight, bias)
@@ -254,89 +247,64 @@ def instance_norm(
         return NotImplemented
     x = host.level.lower(input)
     if running_mean is not None:
-        update = host.running.start(running_mean, running_var, momentum, x, _update)
-        for m in range(len(x)):
-            _update(x[m].detach(), *update(m))
-    return host.run("instance_norm", _apply, host, "instance_norm", x, x.shape[2], *weights, eps)
+        running = host.running.start(running_mean, running_var, momentum, x, _update)
+        for m, statistics in enumerate(running):
+            _update(x[m].detach(), *statistics)
+    return _run(host, "instance_norm", _GroupNorm(x.shape[2], eps), x, weights)
 
 
 def _update(x: Tensor, mean: Tensor | None, var: Tensor | None, momentum: float) -> None:
     F.instance_norm(x, mean, var, None, None, True, momentum)
 
 
-def _apply(
-    host: Host,
-    override: str,
-    x: Tensor,
-    groups: int,
-    weight: Weight | None,
-    bias: Weight | None,
-    eps: float,
-) -> Tensor:
-    host.used(override, weight, x.numel())
-    host.used(override, bias, x.numel())
-    args = (rows_of(weight), rows_of(bias), groups, weight, bias, eps, host.tape)
-    y: Tensor = _GroupNorm.apply(x.contiguous(), *args)
-    return y
+@dataclass(eq=False)
+class _GroupNorm(RowOperation[Tensor | None]):
+    groups: int
+    eps: float
 
-
-class _GroupNorm(torch.autograd.Function):
-    @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight_rows: Tensor | None,
-        bias_rows: Tensor | None,
-        groups: int,
-        weight: Weight | None,
-        bias: Weight | None,
-        eps: float,
-        tape: Tape,
-    ) -> Tensor:
-        w, b = (None if p is None else p.value for p in (weight, bias))
-        count, samples, channels = x.shape[:3]
-        ctx.sizes = count, samples, channels, x[0, 0, 0].numel(), groups
-        y, mean, inverse = torch.native_group_norm(
-            x.flatten(0, 1), w, b, count * samples, channels, ctx.sizes[3], groups, eps
-        )
-        ctx.save_for_backward(x, mean, inverse)
-        ctx.weight, ctx.bias, ctx.tape = weight, bias, tape
-        return without_view(y.view(x.shape))
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Saved]:
+        x = x.contiguous()
+        count, samples, channels, positions = self._sizes(x)
+        sizes = (count * samples, channels, positions, self.groups)
+        y, mean, inverse = torch.native_group_norm(x.flatten(0, 1), weight, bias, *sizes, self.eps)
+        return y.view(x.shape), (x, mean, inverse)
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
-        grad: Tensor = grad_outputs[0]
-        x, mean, inverse = ctx.saved_tensors
-        count, samples, channels, positions, groups = ctx.sizes
-        grad, wanted = grad.contiguous(), ctx.needs_input_grad[:3]
-        w = None if ctx.weight is None else ctx.weight.value
-        grads: list[Tensor | None] = [None] * 3
-        if wanted[0]:
-            flat = torch.ops.aten.native_group_norm_backward(
+    def backward(
+        self, grad: Tensor, saved: Any, weight: Tensor | None, bias: Tensor | None, wanted: Wanted
+    ) -> Gradients:
+        x, mean, inverse = saved
+        count, samples, channels, positions = self._sizes(x)
+        grad = grad.contiguous()
+        inputs = weights = biases = None
+        if wanted.input:
+            sizes = (count * samples, channels, positions, self.groups)
+            inputs = torch.ops.aten.native_group_norm_backward(
                 grad.flatten(0, 1),
                 x.flatten(0, 1),
                 mean,
                 inverse,
-                w,
-                count * samples,
-                channels,
-                positions,
-                groups,
+                weight,
+                *sizes,
                 [True, False, False],
-            )[0]
-            grads[0] = flat.view(x.shape)
+            )[0].view(x.shape)
         # Sum over positions first: the rest needs only two numbers per sample and channel.
         shift = grad.view(count, samples, channels, positions).sum(3)
-        if wanted[1]:
-            per_group = (count, samples, groups, 1)
+        if wanted.weight:
+            per_group = (count, samples, self.groups, 1)
             mean, inverse = mean.view(per_group), inverse.view(per_group)
-            products = (grad * x).view(count, samples, groups, -1, positions).sum(4)
-            centred = products - mean * shift.view(count, samples, groups, -1)
+            products = (grad * x).view(count, samples, self.groups, -1, positions).sum(4)
+            centred = products - mean * shift.view(count, samples, self.groups, -1)
             rows = (centred * inverse).reshape(count, samples, channels).sum(1)
-            grads[1] = ctx.tape.record(ctx.weight, DenseFactor(rows))
-        if wanted[2]:
-            grads[2] = ctx.tape.record(ctx.bias, DenseFactor(shift.sum(1)))
-        return (*grads, None, None, None, None, None)
+            weights = DenseFactor(rows)
+        if wanted.bias:
+            biases = DenseFactor(shift.sum(1))
+        return Gradients(inputs, weights, biases)
+
+    def _sizes(self, x: Tensor) -> tuple[int, int, int, int]:
+        """Return the numbers of rows, of samples in a row, of channels, and of positions."""
+        return len(x), x.shape[1], x.shape[2], x[0, 0, 0].numel()
 
 
 # --- LayerNorm and RMSNorm: one kernel over all rows, gains and shifts summed row by row ---
@@ -363,7 +331,7 @@ def layer_norm(
     if autocast_dtype(input.device) and input.device.type != "cpu":
         return NotImplemented  # torch computes it in float32
     x = host.level.lower(input)
-    return host.run("layer_norm", _layer_norm, host, x, list(normalized_shape), *weights, eps)
+    return _run(host, "layer_norm", _LayerNorm(list(normalized_shape), eps), x, weights)
 
 
 def rms_norm(
@@ -380,7 +348,7 @@ def rms_norm(
     if eps is None:  # the eps of the dtype in which the mean is computed
         eps = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps
     x = host.level.lower(input)
-    return host.run("rms_norm", _rms_norm, host, x, len(normalized_shape), *weights, eps)
+    return _run(host, "rms_norm", _RMSNorm(len(normalized_shape), eps), x, (*weights, None))
 
 
 def _mixed(input: Tensor, weight: Tensor | None) -> bool:
@@ -389,113 +357,70 @@ def _mixed(input: Tensor, weight: Tensor | None) -> bool:
     return different and autocast_dtype(input.device) is not None
 
 
-def _layer_norm(
-    host: Host,
-    x: Tensor,
-    shape: list[int],
-    weight: Weight | None,
-    bias: Weight | None,
-    eps: float,
-) -> Tensor:
-    host.used("layer_norm", weight, x.numel())
-    host.used("layer_norm", bias, x.numel())
-    args = (rows_of(weight), rows_of(bias), shape, weight, bias, eps, host.tape)
-    y: Tensor = _LayerNorm.apply(x, *args)
-    return y
+@dataclass(eq=False)
+class _LayerNorm(RowOperation[Tensor | None]):
+    shape: list[int]
+    eps: float
 
-
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight_rows: Tensor | None,
-        bias_rows: Tensor | None,
-        shape: list[int],
-        weight: Weight | None,
-        bias: Weight | None,
-        eps: float,
-        tape: Tape,
-    ) -> Tensor:
-        w, b = (None if p is None else p.value for p in (weight, bias))
-        y, mean, inverse = torch.native_layer_norm(x, shape, w, b, eps)
-        ctx.save_for_backward(x, mean, inverse)
-        ctx.shape, ctx.weight, ctx.bias, ctx.tape = shape, weight, bias, tape
-        return y
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Saved]:
+        y, mean, inverse = torch.native_layer_norm(x, self.shape, weight, bias, self.eps)
+        return y, (x, mean, inverse)
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
-        grad: Tensor = grad_outputs[0]
-        x, mean, inverse = ctx.saved_tensors
-        w, b = (None if p is None else p.value for p in (ctx.weight, ctx.bias))
-        backward = torch.ops.aten.native_layer_norm_backward
-        wanted = list(ctx.needs_input_grad[:3])
+    def backward(
+        self, grad: Tensor, saved: Any, weight: Tensor | None, bias: Tensor | None, wanted: Wanted
+    ) -> Gradients:
+        x, mean, inverse = saved
+        kernel, shape = torch.ops.aten.native_layer_norm_backward, self.shape
         if x[0].numel() >= LARGE_ROW:
             per_row = [
-                backward(grad[m], x[m], ctx.shape, mean[m], inverse[m], w, b, wanted)
+                kernel(grad[m], x[m], shape, mean[m], inverse[m], weight, bias, list(wanted))
                 for m in range(len(x))
             ]
-            found = [None if g[0] is None else torch.stack(g) for g in zip(*per_row, strict=True)]
-        else:
-            only_input = [wanted[0], False, False]
-            found = list(backward(grad, x, ctx.shape, mean, inverse, w, b, only_input))
-            found[1] = _sums(grad * ((x - mean) * inverse), ctx.shape) if wanted[1] else None
-            found[2] = _sums(grad, ctx.shape) if wanted[2] else None
-        grads = [found[0], None, None]
-        for place, own in ((1, ctx.weight), (2, ctx.bias)):
-            rows = found[place]
-            if wanted[place] and rows is not None:
-                grads[place] = ctx.tape.record(own, DenseFactor(rows))
-        return (*grads, None, None, None, None, None)
+            return _stacked(per_row, wanted)
+        only_input = [wanted.input, False, False]
+        inputs = kernel(grad, x, shape, mean, inverse, weight, bias, only_input)[0]
+        weights = biases = None
+        if wanted.weight:
+            weights = DenseFactor(_sums(grad * ((x - mean) * inverse), shape))
+        if wanted.bias:
+            biases = DenseFactor(_sums(grad, shape))
+        return Gradients(inputs, weights, biases)
+
+
+@dataclass(eq=False)
+class _RMSNorm(RowOperation[Tensor]):
+    """y = w x r, r = (mean x² + ε)^(-1/2), in float32 or wider, over the last ``dims`` dims."""
+
+    dims: int
+    eps: float
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Saved]:
+        wide = _tree.at_least_float32(x)
+        norm = torch.linalg.vector_norm(wide, dim=list(range(-self.dims, 0)), keepdim=True)
+        inverse = (norm.square() / weight.numel() + self.eps).rsqrt()
+        y: Tensor = (wide * inverse).mul_(weight)
+        return y.to(x.dtype), (x, inverse)
+
+    def backward(
+        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: Wanted
+    ) -> Gradients:
+        # With u = x r: dw = Σ g u, and dx = r (w g − u mean(w g u)). Few memory passes.
+        x, inverse = saved
+        w = _tree.at_least_float32(weight)
+        unit, grad = _tree.at_least_float32(x) * inverse, _tree.at_least_float32(grad)
+        products = grad * unit
+        inputs = weights = None
+        if wanted.input:
+            along = products.flatten(-self.dims) @ w.flatten() / w.numel()
+            inputs = torch.addcmul(grad * w, unit, along.view(inverse.shape), value=-1)
+            inputs = inputs.mul_(inverse).to(x.dtype)
+        if wanted.weight:
+            weights = DenseFactor(_sums(products, w.shape).to(weight.dtype))
+        return Gradients(inputs, weights)
 
 
 def _sums(products: Tensor, shape: Sequence[int]) -> Tensor:
     """Sum over all dims but the normalised ones, row by row. (M, *shape)."""
     return products.reshape(len(products), -1, *shape).sum(1)
-
-
-def _rms_norm(host: Host, x: Tensor, dims: int, weight: Weight, eps: float) -> Tensor:
-    host.used("rms_norm", weight, x.numel())
-    y: Tensor = _RMSNorm.apply(x, rows_of(weight), dims, weight, eps, host.tape)
-    return y
-
-
-class _RMSNorm(torch.autograd.Function):
-    """y = w x r, r = (mean x² + ε)^(-1/2), in float32 or wider."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight_rows: Tensor,
-        dims: int,
-        weight: Weight,
-        eps: float,
-        tape: Tape,
-    ) -> Tensor:
-        ctx.dims = dims
-        wide = _tree.at_least_float32(x)
-        norm = torch.linalg.vector_norm(wide, dim=list(range(-dims, 0)), keepdim=True)
-        inverse = (norm.square() / weight.value.numel() + eps).rsqrt()
-        ctx.save_for_backward(x, inverse)
-        ctx.weight, ctx.tape = weight, tape
-        y: Tensor = (wide * inverse).mul_(weight.value)
-        return y.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
-        grad: Tensor = grad_outputs[0]
-        # With u = x r: dw = Σ g u, and dx = r (w g − u mean(w g u)). Few memory passes.
-        x, inverse = ctx.saved_tensors
-        w = _tree.at_least_float32(ctx.weight.value)
-        unit, grad = _tree.at_least_float32(x) * inverse, _tree.at_least_float32(grad)
-        products = grad * unit
-        inputs = weights = None
-        if ctx.needs_input_grad[0]:
-            along = products.flatten(-ctx.dims) @ w.flatten() / w.numel()
-            inputs = torch.addcmul(grad * w, unit, along.view(inverse.shape), value=-1)
-            inputs = inputs.mul_(inverse).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            rows = _sums(products, w.shape).to(ctx.weight.value.dtype)
-            weights = ctx.tape.record(ctx.weight, DenseFactor(rows))
-        return inputs, weights, None, None, None, None

@@ -1,0 +1,120 @@
+"""The autograd function that all operation overrides share: `RowOperation`.
+
+An override runs one kernel over the tensors of all rows, (M, ...), while autograd must get a
+gradient for every row. An operation says how to compute the output and the gradients;
+`RowOperation.apply` does the rest: it saves tensors, and leaves the gradients of weight and bias as
+factors on the tape.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from gradfilter.grads.fused._factors import Factor
+from gradfilter.grads.fused._tape import Tape, Weight
+
+W = TypeVar("W", Tensor, "Tensor | None")
+"""The weight's type: ``Tensor | None`` for operations that also run without a weight."""
+
+Saved = tuple[Tensor | None, ...]
+"""The tensors that an operation saves in its forward pass."""
+
+
+class Wanted(NamedTuple):
+    """The operands whose gradients a backward pass needs."""
+
+    input: bool
+    weight: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """The gradients of one operation in all rows; None for those that are not wanted.
+
+    Attributes:
+        input: The gradient of the input. (M, ...).
+        weight: The M gradients of the weight.
+        bias: The M gradients of the bias.
+    """
+
+    input: Tensor | None = None
+    weight: Factor | None = None
+    bias: Factor | None = None
+
+
+class RowOperation(ABC, Generic[W]):
+    """An operation on an input (M, ...), whose weight and bias all rows share.
+
+    Its attributes are what the operation needs in addition: sizes, groups, eps.
+    """
+
+    @abstractmethod
+    def forward(self, x: Tensor, weight: W, bias: Tensor | None) -> tuple[Tensor, Saved]:
+        """Return the output (M, ...), and the tensors that `backward` needs."""
+
+    @abstractmethod
+    def backward(
+        self, grad: Tensor, saved: Any, weight: W, bias: Tensor | None, wanted: Wanted
+    ) -> Gradients:
+        """Return the gradients that are wanted.
+
+        Args:
+            grad: The gradient of the output. (M, ...).
+            saved: The tensors that `forward` saved.
+            weight: The weight, without a leading axis.
+            bias: The bias, without a leading axis.
+            wanted: The gradients to compute.
+        """
+
+    def apply(self, tape: Tape, x: Tensor, weight: Weight | None, bias: Weight | None) -> Tensor:
+        """Run the operation, and record its weight's and bias's gradients in the backward pass."""
+        rows = (None if p is None else p.rows for p in (weight, bias))
+        y: Tensor = _RowFunction.apply(x, *rows, self, weight, bias, tape)
+        return y
+
+
+class _RowFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight_rows: Tensor | None,
+        bias_rows: Tensor | None,
+        operation: RowOperation[Any],
+        weight: Weight | None,
+        bias: Weight | None,
+        tape: Tape,
+    ) -> Tensor:
+        y, saved = operation.forward(x, _value(weight), _value(bias))
+        ctx.save_for_backward(*saved)
+        ctx.operation, ctx.weight, ctx.bias, ctx.tape = operation, weight, bias, tape
+        return _without_view(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        wanted = Wanted(*ctx.needs_input_grad[:3])
+        found = ctx.operation.backward(
+            grad_outputs[0], ctx.saved_tensors, _value(ctx.weight), _value(ctx.bias), wanted
+        )
+        weight = bias = None
+        if found.weight is not None:
+            weight = ctx.tape.record(ctx.weight, found.weight)
+        if found.bias is not None:
+            bias = ctx.tape.record(ctx.bias, found.bias)
+        return found.input, weight, bias, None, None, None, None
+
+
+def _value(weight: Weight | None) -> Tensor | None:
+    return None if weight is None else weight.value
+
+
+def _without_view(output: Tensor) -> Tensor:
+    """Return an output that is not a view: torch refuses to write into a Function's view."""
+    if not output._is_view():
+        return output
+    found: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
+    return found
