@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+
+from docs._results import at, locate
 
 CITATION = re.compile(r"\[(?P<text>[^\]\[]+)\]\((?P<file>[^)#\s]+\.json)#(?P<walk>/[^)\s]+)\)")
 NUMBER = re.compile(r"-?(?:\d+(?:,\d{3})*)?(?:\.\d+|(?<=\d))")
@@ -59,22 +60,9 @@ def citations(page: Path) -> Iterator[Citation]:
         yield Citation(page, link[0], link["text"], value)
 
 
-def walked(value: Any, walk: str) -> float:
+def walked(contents: Any, walk: str) -> float:
     """The number at the end of a walk."""
-    for step in map(unquote, walk.removeprefix("/").split("/")):  # %2F is part of a name
-        if isinstance(value, dict):
-            if step not in value:
-                raise LookupError(f"no {step!r}, only {', '.join(map(repr, value))}")
-            value = value[step]
-        elif "=" in step:
-            wanted = dict(pair.split("=", 1) for pair in step.split("&"))
-            found = [v for v in value if all(str(v.get(k)) == w for k, w in wanted.items())]
-            if len(found) != 1:
-                raise LookupError(f"{len(found)} items with {step!r}, where one was meant")
-            value = found[0]
-        else:
-            value = value[int(step)]
-    return float(value)
+    return float(at(contents, locate(contents, walk)))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,10 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.cited import citations
 from docs import _architecture, _badges, _idea
 
 import gradfilter as gf
@@ -45,8 +47,45 @@ def site(tmp_path_factory):
 
 def test_the_site_builds_strictly_with_all_that_it_links_to(site):
     assert (site / "index.html").exists()
-    for link in re.findall(r'href="([^"#]+\.json)', (site / "choosing.html").read_text()):
+    for link in re.findall(r'href="([^"#:]+)["#]', (site / "choosing.html").read_text()):
         assert (site / link).exists(), link
+
+
+def test_numbers_lead_to_their_value_in_a_table(site):
+    """Links to numbers on all pages of the site, compared with the citations of the sources."""
+    tables = {
+        path.name: dict(re.findall(r'<td id="([^"]+)"(?: title="[^"]*")?>([^<]*)</td>', text))
+        for path in (site / "benchmarks" / "results").glob("*.html")
+        if (text := path.read_text())
+    }
+    wrong, seen = [], 0
+    for source in sorted((ROOT / "docs").rglob("*.md")):
+        built = site / source.relative_to(ROOT / "docs").with_suffix(".html")
+        links = r'<a href="[^"]*benchmarks/results/([^"/#]+\.html)#([^"]+)">([^<]+)</a>'
+        found = re.findall(links, built.read_text())
+        cited = list(citations(source))
+        assert len(found) == len(cited), source
+        for (table, anchor, text), citation in zip(found, cited, strict=True):
+            seen += 1
+            shown = tables[table].get(unescape(anchor))
+            value = None if shown is None else float(shown.replace(",", ""))
+            if text != citation.text or value != pytest.approx(citation.value, rel=1e-3):
+                wrong.append((source.name, text, table, anchor, shown))
+    assert not wrong
+    assert seen > 500
+
+
+def test_no_page_shows_markup_that_only_a_builder_reads(site):
+    """Pages are read on a code host, where ``[name][]`` is no link, and docstrings on the site."""
+    for source in (*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        prose = re.sub(r"^```.*?^```|`[^`]*`", "", source.read_text(), flags=re.DOTALL | re.M)
+        assert not re.search(r"\]\[\w*\]", prose), source
+    for built in set(site.rglob("*.html")) - set((site / "benchmarks").rglob("*.html")):
+        article = re.search(r"<article.*?</article>", built.read_text(), re.DOTALL)
+        blocks = r"<(pre|code|script|style|math)\b.*?</\1>"
+        prose = re.sub(blocks, "", article[0] if article else "", flags=re.DOTALL)
+        text = unescape(re.sub(r"<[^>]+>", " ", prose))
+        assert not re.search(r".{0,40}(::|\]\[|``).{0,40}", text), built
 
 
 def test_the_site_needs_nothing_from_the_net(site):
