@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Captured",
     "ComputedStack",
     "DenseStack",
     "GradStack",
+    "Info",
     "Params",
     "Plan",
     "Schedule",
+    "TrainState",
     "TrainStep",
     "Transform",
     "Tree",
@@ -60,6 +63,7 @@ __all__ = [
     "per_sample_grads",
     "rmsprop",
     "sam_perturb",
+    "scalars",
     "scheduled",
     "schedules",
     "select",

@@ -3,6 +3,8 @@
 Importing this module imports torch. `gradfilter` does so when the first of the names is asked for.
 """
 
+from gradfilter._info import Info as Info
+from gradfilter._info import scalars as scalars
 from gradfilter._tree import select as select
 from gradfilter._types import Params as Params
 from gradfilter._types import Transform as Transform
@@ -18,6 +20,7 @@ from gradfilter.grads._stack import DenseStack as DenseStack
 from gradfilter.grads._stack import GradStack as GradStack
 from gradfilter.schedules._schedules import Schedule as Schedule
 from gradfilter.transforms._agreement import agree_filter as agree_filter
+from gradfilter.transforms._capture import Captured as Captured
 from gradfilter.transforms._capture import capture as capture
 from gradfilter.transforms._chain import chain as chain
 from gradfilter.transforms._chain import named as named
@@ -41,6 +44,7 @@ from gradfilter.transforms._sharpness_aware import gsam_decompose as gsam_decomp
 from gradfilter.transforms._sharpness_aware import sam_perturb as sam_perturb
 from gradfilter.transforms._state_dict import load_state_dict as load_state_dict
 from gradfilter.transforms._state_dict import state_dict as state_dict
+from gradfilter.transforms._train_step import TrainState as TrainState
 from gradfilter.transforms._train_step import TrainStep as TrainStep
 from gradfilter.transforms._train_step import train_step as train_step
 from gradfilter.transforms._transform import link as link

@@ -110,7 +110,7 @@ class Transform(Remade):
 
     def __call__(
         self, params: Params, state: State, grads: Any, *, donate: bool = False, **extra: Any
-    ) -> tuple[Params, State, Out]:
+    ) -> tuple[Params, State, dict[str, Tensor]]:
         """Apply one step; if ``keep`` is false, the step changes no bit.
 
         Args:

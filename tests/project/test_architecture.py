@@ -29,7 +29,7 @@ FLOORS = [
         "lab",
     )
 ]
-ALIASES = {"Params", "Tree", "Plan"}  # of types, which have no docstring of their own
+ALIASES = {"Info", "Params", "Tree", "Plan"}  # of types, which have no docstring of their own
 PUBLIC = {
     name: thing
     for package in (gf, diagnostics, interop, distributed, schedules, testing)
@@ -38,7 +38,7 @@ PUBLIC = {
 }
 # What users do not call by name is shown where it is made.
 NOT_CALLED = {
-    *("Transform", "GradStack", "ComputedStack", "TrainStep", "ema_of"),
+    *("Transform", "GradStack", "ComputedStack", "TrainState", "TrainStep", "ema_of"),
     *("InputCurvature", "HessianTop", "HessianTrace", "OperatorNorm", "NoiseScale"),
 }
 # Imported when they are first asked for.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfilter import _tree
-from gradfilter._types import GLOBAL_NAMES, Out, Params, Transform
+from gradfilter._types import GLOBAL_NAMES, Params, Transform
 from gradfilter.grads._loss import extract, insert
 from gradfilter.grads._microbatch import GradFunction, Plan, microbatch_grads, per_sample_grads
 from gradfilter.grads._stack import BaseStack, ComputedStack, DenseStack, GradStack, StackOrigin
@@ -167,7 +167,7 @@ class StepResult:
     """
 
     loss: Tensor
-    info: Out
+    info: dict[str, Tensor]
     aux: Any = None
 
 

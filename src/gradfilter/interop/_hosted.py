@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader
 
+from gradfilter._info import AUX, means
 from gradfilter._types import Transform
 from gradfilter.grads._microbatch import Plan
 from gradfilter.interop._filtered import Filtered, StepResult
@@ -238,13 +239,12 @@ class LossLog:
         self.options[name] = (args, kwargs)
 
 
-def scalars(result: StepResult) -> dict[str, Tensor]:
+def logged(result: StepResult) -> dict[str, Tensor]:
     """Convert a step to numbers for a logger: ``keep``, and each metric's mean over rows, () float.
 
     It also has the values logged in the loss, unless they have the name of one of these.
     """
     dtype = torch.promote_types(result.loss.dtype, torch.float32)
-    # A row that is not finite has a cosine of NaN, which must not hide those of the others.
-    found = {name: value.detach().to(dtype).nanmean() for name, value in result.info.items()}
-    own = {name: value.to(dtype).mean() for name, value in (result.aux or {}).items()}
-    return own | found
+    own = means({AUX: result.aux or {}}, dtype)
+    own = {name.removeprefix(f"{AUX}/"): value for name, value in own.items()}
+    return own | means(result.info, dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradfilter._types import Transform
 from gradfilter.grads._microbatch import Plan
-from gradfilter.interop._hosted import Hosted, LossLog, check_division, scalars
+from gradfilter.interop._hosted import Hosted, LossLog, check_division, logged
 
 # --- Requirements on a LightningModule ---
 
@@ -170,7 +170,7 @@ class FilteredModule(lightning.LightningModule):
         result = hosted.step({"batch": batch})
         assert self._loss_log is not None  # the wrapper exists, so the log does
         options = {"train_loss": ((), {"prog_bar": True}), **self._loss_log.options}
-        for name, value in ({"train_loss": result.loss} | scalars(result)).items():
+        for name, value in ({"train_loss": result.loss} | logged(result)).items():
             args, kwargs = options.get(name, ((), {}))
             self.log(name, value, *args, **kwargs)
         return result.loss

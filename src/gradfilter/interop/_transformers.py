@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 from gradfilter._types import Transform
 from gradfilter.grads._microbatch import Plan
 from gradfilter.interop._host_chain import filter_chain
-from gradfilter.interop._hosted import Hosted, LossLog, check_division, scalars
+from gradfilter.interop._hosted import Hosted, LossLog, check_division, logged
 
 # --- Requirements on training arguments ---
 
@@ -166,7 +166,7 @@ class FilteredTrainer(Trainer):
             if not self.accelerator.sync_gradients:
                 return torch.zeros_like(hosted.accumulate(batch))
             result = hosted.step(batch)
-        for name, value in scalars(result).items():
+        for name, value in logged(result).items():
             self._since.setdefault(name, []).append(value)
         return result.loss
 

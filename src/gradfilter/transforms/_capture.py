@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from gradfilter import _tree
-from gradfilter._types import Out, State
+from gradfilter._info import Info
 from gradfilter.grads._batch import plain
 from gradfilter.grads._call_context import Rewinds, random_state_restored
-from gradfilter.transforms._train_step import TrainStep
+from gradfilter.transforms._train_step import TrainState, TrainStep
 
 WARM_UPS = 3  # torch chooses kernels and libraries allocate workspaces
 
@@ -40,12 +40,12 @@ class Captured:
     graph: Any
     inputs: dict[str, Any]
     tensors: dict[str, Any]
-    info: Out
+    info: Info
     random: dict[str, Tensor]
     rewinds: Rewinds
     end: torch.Generator
 
-    def __call__(self, batch: Any, **extra: Any) -> tuple[State, Out]:
+    def __call__(self, batch: Any, **extra: Any) -> tuple[TrainState, Info]:
         """Run one step. The results are static tensors, which the next call overwrites."""
         copy_inputs(self.inputs, _inputs(batch, extra))
         self.rewinds.align(self.random["cuda"])
@@ -54,12 +54,14 @@ class Captured:
         return self.state, self.info
 
     @property
-    def state(self) -> State:
+    def state(self) -> TrainState:
         """The present state, as `TrainStep` takes and returns it, in the static tensors."""
-        return {**self.tensors, "random": dict(self.random)}
+        state: Any = {**self.tensors, "random": dict(self.random)}
+        present: TrainState = state
+        return present
 
 
-def capture(step: TrainStep, state: State, batch: Any, **extra: Any) -> Captured:
+def capture(step: TrainStep, state: TrainState, batch: Any, **extra: Any) -> Captured:
     """Record a step of `train_step` as a CUDA graph, which runs without waiting for Python.
 
     ``captured(batch)`` equals ``step(state, batch)``, beginning with ``state``: forward pass,
@@ -114,11 +116,14 @@ def capture(step: TrainStep, state: State, batch: Any, **extra: Any) -> Captured
             "whether a chunk drew random numbers cannot be asked inside a graph. Leave it out."
         )
     inputs = static_inputs(_inputs(batch, extra), device)
-    tensors = _tree.tree_map(_copied, {k: v for k, v in state.items() if k != "random"})
+    trees: dict[str, Any] = {name: tree for name, tree in state.items() if name != "random"}
+    tensors = _tree.tree_map(_copied, trees)
     given = {name: value for name, value in inputs.items() if name != "batch"}
 
-    def advance() -> tuple[Out, torch.Generator]:
-        new, info = step({**tensors, "random": {}}, inputs["batch"], **given)
+    def advance() -> tuple[Info, torch.Generator]:
+        before: Any = {**tensors, "random": {}}
+        new: Any
+        new, info = step(before, inputs["batch"], **given)
         end: torch.Generator = new.pop("random")["cuda"]
         info = apart(info, tensors)
         _tree.donate_into(tensors, apart(new, tensors))
@@ -139,7 +144,7 @@ def capture(step: TrainStep, state: State, batch: Any, **extra: Any) -> Captured
                 with rewinds.drawing():
                     advance()
         here.wait_stream(side)
-        _tree.donate_into(tensors, {name: state[name] for name in tensors})
+        _tree.donate_into(tensors, trees)
         rewinds.align(random["cuda"])
         with warnings.catch_warnings():
             # Newer versions of torch register states themselves, and raise.

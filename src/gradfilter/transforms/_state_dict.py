@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,10 @@ def state_dict(state: Any) -> dict[str, Tensor]:
     return _tree.flatten_with_names(state)[0]
 
 
-def load_state_dict(template: Any, flat: Mapping[str, Tensor]) -> Any:
+S = TypeVar("S")
+
+
+def load_state_dict(template: S, flat: Mapping[str, Tensor]) -> S:
     """Put a flat dict back into the structure of a state.
 
     Args:
@@ -78,7 +81,10 @@ def load_state_dict(template: Any, flat: Mapping[str, Tensor]) -> Any:
                 f"Expected {name!r} of shape {tuple(leaf.shape)} and {leaf.dtype}, found "
                 f"{tuple(flat[name].shape)} and {flat[name].dtype}."
             )
-    return rebuild(flat[name].detach().to(leaf.device, copy=True) for name, leaf in named.items())
+    state: S = rebuild(
+        flat[name].detach().to(leaf.device, copy=True) for name, leaf in named.items()
+    )
+    return state
 
 
 def _remedy(odd: Sequence[str]) -> str:

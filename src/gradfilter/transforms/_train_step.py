@@ -4,20 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
 
 from gradfilter import _tree
-from gradfilter._types import Out, Params, State, Transform
+from gradfilter._info import Info
+from gradfilter._types import Params, State, Transform, Tree
 from gradfilter.grads._batch import more_than_a_batch
 from gradfilter.grads._call_context import random_state, random_state_restored, set_random_state
 from gradfilter.grads._loss import extract
 from gradfilter.grads._microbatch import GradFunction, Plan, microbatch_grads, per_sample_grads
 from gradfilter.transforms._chain import check_state, check_tree, not_a_transform
 
-PARTS = ("params", "buffers", "transforms", "random")
+
+class TrainState(TypedDict):
+    """The state of a training: a dict of trees of tensors, as `state_dict` flattens it.
+
+    Attributes:
+        params: The trainable parameters.
+        buffers: The buffers of the module.
+        transforms: The state of the chain.
+        random: The state of each random number generator that the steps draw from.
+    """
+
+    params: Params
+    buffers: Tree
+    transforms: State
+    random: Tree
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +42,7 @@ class TrainStep:
     grads_of: GradFunction
     update: Transform
 
-    def init(self, model: nn.Module | Params, *, seed: int | None = None) -> State:
+    def init(self, model: nn.Module | Params, *, seed: int | None = None) -> TrainState:
         """Return the first state: a tree of tensors (params, buffers, transforms, random state).
 
         Args:
@@ -52,8 +67,8 @@ class TrainStep:
         }
 
     def __call__(
-        self, state: State, batch: Any, *more: Any, donate: bool = False, **extra: Any
-    ) -> tuple[State, Out]:
+        self, state: TrainState, batch: Any, *more: Any, donate: bool = False, **extra: Any
+    ) -> tuple[TrainState, Info]:
         """Run one step; the same state and batch always give the same result.
 
         Args:
@@ -79,7 +94,7 @@ class TrainStep:
             "train_step",
             "step",
             state,
-            PARTS,
+            TrainState.__annotations__,
             "Begin with state = step.init(model), then write state, info = step(state, batch).",
         )
         device = _tree.device_of(state["params"])
@@ -98,7 +113,7 @@ class TrainStep:
             "random": random,
         }
         aux = {} if rows.aux is None else {"aux": rows.aux}
-        return state, {"loss": loss, **aux, **info}
+        return state, Info({"loss": loss, **aux, **info})
 
 
 def train_step(
