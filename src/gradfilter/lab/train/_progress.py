@@ -67,7 +67,7 @@ def progress_bar(
 
 
 def shown(evaluation: Evaluation) -> str:
-    """Return an evaluation as a line for people."""
+    """Return an evaluation as a line for people, without what the run does not have."""
     parts = [f"train {100 * evaluation.train_accuracy:.1f} %"]
     if evaluation.step:  # before the first step there were no batches
         parts.insert(0, f"loss {_loss(evaluation)}")
@@ -76,6 +76,8 @@ def shown(evaluation: Evaluation) -> str:
         ("val", evaluation.val_accuracy),
         ("test", evaluation.test_accuracy),
         ("accepted rows", evaluation.accepted),
+        ("clipped rows", evaluation.clipped_rows),
+        ("clipped units", evaluation.clipped_units),
     ):
         if not math.isnan(value):
             parts.append(f"{label} {100 * value:.1f} %")
