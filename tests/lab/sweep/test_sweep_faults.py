@@ -202,15 +202,15 @@ def test_the_parent_bears_a_database_that_is_away_for_a_moment(
 ):
     queue, asked = begun(*GRID), []
 
-    def done(queue):
+    def closed(queue):
         asked.append(queue)
         if len(asked) == 2:
             raise sqlalchemy.exc.OperationalError("SELECT", {}, Exception("away"))
         if len(asked) == 3:
             (tmp_path / "enough").touch()
-        return 0
+        return []
 
-    monkeypatch.setattr(_jobs, "_done", done)
+    monkeypatch.setattr(_jobs, "_closed", closed)
     monkeypatch.setattr(_jobs, "JOB_POLL", 0.05)
     worker = (sys.executable, "-S", "-c", WORKER, str(tmp_path / "enough"))
     monkeypatch.setattr(_jobs, "COMMAND", worker)

@@ -256,7 +256,9 @@ def sweep_command(options: Sequence[str]) -> int:
     ):
         with reading_study(queue.storage.shown):
             enqueue(queue, retry_failed=config.retry_failed)
-        print(f"study {plan.base.name!r}: {plan.trials} trainings in {printable(folder)}")
+        jobs = "1 job" if config.jobs == 1 else f"{config.jobs} jobs"
+        what = f"study {plan.base.name!r}: {plan.trials} trainings in {printable(folder)}"
+        print(f"{what}, {jobs}", flush=True)
         if queue.heartbeat != config.heartbeat:
             print(f"--heartbeat {queue.heartbeat} is used: the study has it")
         with interruptible() as stop:

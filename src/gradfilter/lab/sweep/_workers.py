@@ -80,7 +80,12 @@ def work(queue: Queue, say: Callable[[str], None]) -> bool:
                 busy.add(trial.number)
             elif found is not Unfinished.INTERRUPTED:
                 silent = False
-                say(_told(queue, trial, found))
+                result = (
+                    found.value
+                    if isinstance(found, Unfinished)
+                    else _result(queue, found.value, found.reason)
+                )
+                say(_told(queue, trial, result))
             else:
                 return False
     return False
@@ -112,16 +117,17 @@ def _trained(
     return found
 
 
-def _told(queue: Queue, trial: FrozenTrial, found: Outcome | Unfinished) -> str:
-    """Return the outcome of a training in one line."""
+def _told(queue: Queue, trial: FrozenTrial, result: str) -> str:
+    """Return the result of a training in one line without control characters."""
     settings = ", ".join(
         f"{axis.name} {axis.value(trial.params[axis.name])}" for axis in queue.plan.axes
     )
-    if isinstance(found, Unfinished):
-        result = found.value
-    else:
-        result = found.reason or f"{queue.plan.metric} {found.value:.4g}"
     return printable(f"trial {trial.number}: {settings}: {result}")
+
+
+def _result(queue: Queue, value: float | None, reason: str | None) -> str:
+    """Return the metric of a training, or the reason why it has none."""
+    return reason or f"{queue.plan.metric} {value:.4g}"
 
 
 # --- Several workers, each the same command with one job ---
@@ -138,7 +144,7 @@ LAST_WORDS = 30.0
 
 
 def run_workers(queue: Queue, options: Sequence[str], jobs: int, folder: Path) -> bool:
-    """Start workers and wait for them.
+    """Start workers and wait for them; show a bar on a terminal, else a line per training.
 
     Args:
         queue: Queue of the study.
@@ -150,7 +156,7 @@ def run_workers(queue: Queue, options: Sequence[str], jobs: int, folder: Path) -
         False after Ctrl-C, which is passed to every worker.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    done = _done(queue)
+    known = {trial.number for trial in _closed(queue)}
     workers: list[Worker] = []
     logs = []
     with ExitStack() as stack:
@@ -172,17 +178,27 @@ def run_workers(queue: Queue, options: Sequence[str], jobs: int, folder: Path) -
             workers.append(worker)
             logs.append(log)
         console = Console(stderr=True)
-        with progress_bar(console, "trainings", queue.plan.trials, done) as tick:
+        with progress_bar(console, "trainings", queue.plan.trials, len(known)) as tick:
+
+            def report() -> None:
+                with suppress(*FAULTS):  # a database may be briefly out of reach
+                    for trial in _closed(queue):
+                        if trial.number not in known:
+                            known.add(trial.number)
+                            tick()
+                            if not console.is_terminal:
+                                reason = trial.user_attrs.get("reason")
+                                result = _result(queue, trial.value, reason)
+                                print(_told(queue, trial, result), flush=True)
+
             while any(worker.poll() is None for worker in workers):
                 if stopped():
                     while not _interrupted(workers, AGAIN):
                         pass
                     return False
                 time.sleep(JOB_POLL)
-                with suppress(*FAULTS):  # a database may be briefly out of reach
-                    for _ in range(_done(queue) - done):
-                        tick()
-                        done += 1
+                report()
+            report()  # those that ended after the last look
         for worker, log in zip(workers, logs, strict=True):
             if worker.returncode not in (0, 1):
                 ended = f"a worker ended with exit code {worker.returncode}: {log}"
@@ -222,8 +238,8 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _done(queue: Queue) -> int:
-    return sum(trial.state not in OPEN for trial in queue.trials())
+def _closed(queue: Queue) -> list[FrozenTrial]:
+    return [trial for trial in queue.trials() if trial.state not in OPEN]
 
 
 def _leave_politely(stack: ExitStack) -> None:
