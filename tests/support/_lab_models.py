@@ -14,6 +14,7 @@ SMALL = [
     ("tv_resnet18", DIGITS, {}),
     ("tv_resnet34", (3, 8, 8), {}),
     ("cnn_2", CIFAR, {}),
+    ("cnn3_2", DIGITS, {}),
     ("cnn5_2", DIGITS, {}),
     *((f"vgg{depth}", (1, 32, 32), {"width": 2}) for depth in (8, 11, 13, 16, 19)),
     ("vit_8", DIGITS, {}),

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import gradfilter as gf
+from _lab import command, metrics
 from _lab_models import CIFAR, DIGITS, NAMES, RESIDUAL, SMALL, images, made, weights
 from gradfilter.lab.models._build import (
     INITS,
@@ -25,6 +26,8 @@ from gradfilter.lab.models._build import (
         *(("resnet18_1", 2902), ("resnet18_5", 68950), ("resnet18_10", 274090)),
         *(("resnet18_20", 1092970), ("resnet18_64", 11168266), ("resnet18", 11168266)),
         *(("cnn_1", 510), ("cnn_10", 39030), ("cnn_64", 1556106), ("cnn5_10", 39030)),
+        # 9·3·k + k, 9·k·2k + 2k, and a linear layer of 2k channels at 8 x 8 places.
+        ("cnn3_4", 112 + 296 + 512 * 10 + 10),
         # Convolutions as the literature counts them, and one linear layer of 5130.
         *(("vgg11", 9220480 + 5130), ("vgg13", 9404992 + 5130)),
         *(("vgg16", 14714688 + 5130), ("vgg19", 20024384 + 5130)),
@@ -129,6 +132,8 @@ def test_seed_gives_the_parameters_and_leaves_random_numbers_alone():
         ("tv_resnet18", (3, 16, 16), {}),
         ("cnn_2", CIFAR, {}),
         ("cnn_2", CIFAR, {"additions": ["batchnorm"]}),
+        ("cnn3_2", DIGITS, {}),
+        ("cnn3_2", DIGITS, {"additions": ["batchnorm"]}),
         ("cnn5_2", DIGITS, {}),
         ("vgg11", (1, 32, 32), {"width": 2}),
         ("vit_8", DIGITS, {"depth": 2}),
@@ -174,3 +179,15 @@ def test_second_and_forward_derivatives(name, shape, more):
     gradient, curved = torch.func.jvp(torch.func.grad(loss), (x,), (v,))
     torch.testing.assert_close(along, (gradient * v).sum())
     assert curved.isfinite().all()
+
+
+@pytest.mark.slow
+def test_the_network_for_digits_learns_them_in_a_few_epochs(tmp_path):
+    """96 % of the test split after 8 epochs, with every one of three seeds."""
+    for seed in range(3):
+        options = ("--seed", seed, "--save-dir", tmp_path, "--learning-rate", 0.05)
+        code, *_ = command("train", "--model", "cnn3_16", "--epochs", 8, *options)
+        assert code == 0
+    runs = [path.parent for path in tmp_path.rglob("metrics.jsonl")]
+    assert len(runs) == 3
+    assert min(metrics(run)[-1]["test_accuracy"] for run in runs) > 0.96

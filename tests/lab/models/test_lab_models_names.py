@@ -11,7 +11,7 @@ from gradfilter.lab.models._build import FAMILIES, find_family
 
 LEAST = {
     **{"resnet18_1": 1, "wrn_10_1": 1, "mlp_3": 1, "tv_resnet18": 1, "vit_4": 4, "cnn5_1": 4},
-    **{"lenet": 16, "cnn_1": 32, "vgg8": 32},
+    **{"cnn3_1": 4, "lenet": 16, "cnn_1": 32, "vgg8": 32},
 }
 """Pixels of the smallest side."""
 
@@ -56,6 +56,7 @@ def test_sizes_are_read_from_names(a, b):
     for name, label, sizes in [
         (f"resnet18_{a}", "resnet18_K", [18, a]),
         (f"cnn_{a}", "cnn_K", [a]),
+        (f"cnn3_{a}", "cnn3_K", [a]),
         (f"cnn5_{a}", "cnn5_K", [a]),
         (f"vit_{a}", "vit_D", [a]),
         (f"mlp_{a}", "mlp_H", [a]),
@@ -76,7 +77,13 @@ def test_examples_of_the_families_are_their_own():
     [
         *(("resnet_18", "resnet18"), ("resnt18_5", "resnet18_64"), ("VGG16", "vgg16")),
         *(("wrn-28-10", "wrn_28_10"), ("mlp64", "mlp_64"), ("LeNet", "lenet"), ("cnn_0", "cnn_64")),
-        *(("resnet18_08", "resnet18_64"), ("cnn_10\n", "cnn_64"), ("xyz", None), ("", None)),
+        *(
+            ("resnet18_08", "resnet18_64"),
+            ("cnn_10\n", "cnn_64"),
+            ("cnn3", "cnn3_16"),
+            ("xyz", None),
+            ("", None),
+        ),
     ],
 )
 def test_unknown_names_get_the_list_and_a_hint(name, hint):

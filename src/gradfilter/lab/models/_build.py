@@ -17,6 +17,7 @@ from gradfilter.lab._usage import UsageError, check
 from gradfilter.lab.models._networks import (
     Shape,
     cnn,
+    cnn3,
     cnn5,
     lenet,
     mlp,
@@ -61,6 +62,7 @@ FAMILIES = {
         torchvision_resnet, "tv_resnet(18|34)", ("tv_resnet18", "tv_resnet34")
     ),
     "cnn_K": ModelFamily(cnn, f"cnn_{_SIZE}", ("cnn_64",), ("batchnorm",)),
+    "cnn3_K": ModelFamily(cnn3, f"cnn3_{_SIZE}", ("cnn3_16",), ("batchnorm",)),
     "cnn5_K": ModelFamily(cnn5, f"cnn5_{_SIZE}", ("cnn5_64",), ("batchnorm",)),
     ", ".join(_VGGS): ModelFamily(vgg, "vgg(8|11|13|16|19)", _VGGS, ("batchnorm",), ("width",)),
     "vit_D": ModelFamily(vit, f"vit_{_SIZE}", ("vit_512",), ("dropout",), ("patch", "depth")),
@@ -302,11 +304,11 @@ def build_model(
 
     Args:
         name: ``resnet18_K``, ``resnet18``, ``resnet34``, ``tv_resnet18``, ``tv_resnet34``,
-            ``cnn_K``, ``cnn5_K``, ``vgg8`` .. ``vgg19``, ``vit_D``, ``mlp_H``, ``wrn_D_W``,
-            ``lenet``.
+            ``cnn_K``, ``cnn3_K``, ``cnn5_K``, ``vgg8`` .. ``vgg19``, ``vit_D``, ``mlp_H``,
+            ``wrn_D_W``, ``lenet``.
         classes: Number of classes, C >= 2.
         shape: Shape of one image, (channels, height, width).
-        additions: ``batchnorm`` for resnet, cnn, cnn5 and vgg; ``dropout-P``, 0 < P < 1, for
+        additions: ``batchnorm`` for resnet, cnn, cnn3, cnn5 and vgg; ``dropout-P``, 0 < P < 1, for
             mlp, vit and wrn.
         init: ``pytorch``, ``nkaiming``, ``fixup`` or ``mfixup``; the last two need residual
             blocks.

@@ -119,7 +119,7 @@ def lenet(*, classes: int, shape: Shape) -> nn.Module:
     return with_head(layers, nn.Linear(84, classes))
 
 
-# --- Two small convolutional networks ---
+# --- Three small convolutional networks ---
 
 
 def cnn(width: int, *, classes: int, shape: Shape, batchnorm: bool = False) -> nn.Module:
@@ -176,6 +176,38 @@ def cnn5(width: int, *, classes: int, shape: Shape, batchnorm: bool = False) -> 
         nn.Flatten(),
     ]
     return with_head(layers, nn.Linear(8 * width, classes))
+
+
+def cnn3(width: int, *, classes: int, shape: Shape, batchnorm: bool = False) -> nn.Module:
+    """Build two convolutions of k and 2k channels, each with a max-pool of 2, and a Linear.
+
+    Made for small images such as the digits of 8 x 8: the Linear sees where a feature is, because
+    there is no global pool. It has 8k inputs for 8 x 8 pixels.
+
+    Args:
+        width: Number of channels, k.
+        classes: Number of classes, C.
+        shape: Shape of one image, at least 4 x 4.
+        batchnorm: Add batch norm after every convolution, which then has no bias.
+
+    Raises:
+        UsageError: The image is too small.
+
+    Examples:
+        >>> from gradfilter.lab.models._build import parameter_count
+        >>> parameter_count(cnn3(16, classes=10, shape=(1, 8, 8)))
+        6090
+    """
+    check_side("cnn3_K", shape, 4)
+    layers = [
+        *conv(shape[0], width, batchnorm),
+        nn.MaxPool2d(2),
+        *conv(width, 2 * width, batchnorm),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+    ]
+    left = (shape[1] // 4) * (shape[2] // 4)
+    return with_head(layers, nn.Linear(2 * width * left, classes))
 
 
 # --- VGG with one linear layer ---

@@ -56,8 +56,8 @@ class TrainConfig:
     """Crop only the images that are flipped."""
 
     model: str = "mlp_256"
-    """resnet18_K, resnet18, resnet34, tv_resnet18, tv_resnet34, cnn_K, cnn5_K, vgg8 to vgg19,
-    vit_D, mlp_H, wrn_D_W or lenet."""
+    """resnet18_K, resnet18, resnet34, tv_resnet18, tv_resnet34, cnn_K, cnn3_K, cnn5_K, vgg8 to
+    vgg19, vit_D, mlp_H, wrn_D_W or lenet; cnn3_16 is made for the digits."""
     model_additions: tuple[str, ...] = ()
     """Additional layers: batchnorm, dropout-0.1."""
     model_arguments: tuple[str, ...] = ()
