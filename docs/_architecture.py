@@ -21,7 +21,7 @@ ABOUT = {
     "interop": "for existing loops",
     "distributed": "rows on several ranks",
     "transforms": "change gradients: filter, clip, update",
-    "testing": "the laws of transforms",
+    "testing": "checks the laws",
     "diagnostics": "measure a network",
     "schedules": "values by step",
     "grads": "gradient stacks: compute the rows",

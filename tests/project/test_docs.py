@@ -29,6 +29,11 @@ PUBLIC = {
     for name in ("FilteredModule", "FilteredTrainer")
 }
 
+SOURCES = [
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md"),
+]
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
@@ -75,9 +80,26 @@ def test_numbers_lead_to_their_value_in_a_table(site):
     assert seen > 500
 
 
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_blocks_are_apart_from_the_text_around_them(source):
+    """Some readers of Markdown see a table, a heading or code only between empty lines."""
+    lines, in_code = ["", *source.read_text().splitlines(), ""], False
+    near = zip(lines[:-2], lines[1:-1], lines[2:], strict=True)
+    for number, (before, line, after) in enumerate(near, start=1):
+        if line.startswith("```"):
+            assert not (after if in_code else before).strip(), number
+            in_code = not in_code
+        elif not in_code:
+            if line.startswith("#"):
+                assert not before.strip() and not after.strip(), number
+            if line.startswith("|"):
+                assert all(other[:1] in ("", "|") for other in (before, after)), number
+                assert not set(before + line) <= set("|- :") or not before.strip(), number
+
+
 def test_no_page_shows_markup_that_only_a_builder_reads(site):
     """Pages are read on a code host, where ``[name][]`` is no link, and docstrings on the site."""
-    for source in (*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+    for source in SOURCES:
         prose = re.sub(r"^```.*?^```|`[^`]*`", "", source.read_text(), flags=re.DOTALL | re.M)
         assert not re.search(r"\]\[\w*\]", prose), source
     for built in set(site.rglob("*.html")) - set((site / "benchmarks").rglob("*.html")):
