@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradfilter import _tree
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
         def __getitem__(self, name: Literal["aux"], /) -> Any: ...
         @overload
         def __getitem__(self, name: str, /) -> Tensor: ...
-        def __getitem__(self, name: str, /) -> Any:
-            """Return an entry."""
+        @override
+        def __getitem__(self, name: str, /) -> Any: ...
 
 else:
     Info = dict

@@ -12,6 +12,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
+from typing_extensions import override
 
 P = ParamSpec("P")
 R = TypeVar("R", bound="Remade")
@@ -45,6 +46,7 @@ class Remade:
         def core(self) -> Any:
             """The functions that define the object."""
 
+    @override
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Return the call, unless the object differs from the result of the call."""
         made = self.made

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradfilter._made import Made, Remade
 from gradfilter._overlap import refuse_shared_memory
@@ -89,10 +90,12 @@ class Transform(Remade):
     made: Made | None = None
 
     @property
+    @override
     def core(self) -> Any:
         """The name and the functions."""
         return self.name, self.update, self.init
 
+    @override
     def __repr__(self) -> str:
         """Return a chain by its transforms, a transform by its kinds."""
         if self.links:

@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from gradfilter import _products, _tree
 from gradfilter._made import remembered
@@ -328,46 +329,52 @@ class RankStack(BaseStack):
     def _like_this(self, gathered: GatheredRows, scale: Tensor | None, count: int) -> Self:
         return self.__new__(type(self))._view(gathered, scale, count)
 
+    @override
     def _scaled(self, scale: Tensor) -> Self:
         return self._like_this(self._gathered, scale, self._count)
 
+    @override
     def _columns(self, names: Collection[str]) -> Self:
         return self._like_this(self._gathered.columns(names), self.scale, self._count)
 
+    @override
     def _first(self, count: int) -> Self:
         scale = None if self.scale is None else self.scale[:count]
         return self._like_this(self._gathered, scale, count)
 
+    @override
     def __len__(self) -> int:
         """Return the number of rows on all ranks together, M·W."""
         return self._count
 
     @property
+    @override
     def shapes(self) -> dict[str, torch.Size]:
-        """The shape of every leaf of a row, by name."""
         return self._gathered.local.shapes
 
     @property
+    @override
     def device(self) -> torch.device:
-        """The device of the rows."""
         return self._gathered.numbers.device
 
     @property
+    @override
     def live(self) -> Tensor:
-        """A mask of the rows that take part. (M·W,) bool."""
         live = self._gathered.live[: self._count]
         return live if self.scale is None else live & (self.scale != 0)
 
+    @override
     def gram_is_cheap(self) -> bool:
         """Return whether rows are exchanged, or an exchange sends less than two combinations."""
         few = len(self._gathered.local) <= FEW and len(self) <= GRAM_UP_TO
         return few or self._gathered.is_exchanged
 
+    @override
     def gram(self) -> Tensor:
-        """Compute K = J Jᵀ. (M·W, M·W)."""
         gram = scale_rows(self._gathered.gram()[: self._count, : self._count], self.scale)
         return scale_rows(gram.T, self.scale).T
 
+    @override
     def combine(self, weights: Tensor) -> Tree:
         """Compute wᵀ J for ``weights`` (M·W,), the same on every rank."""
         check_per_row("weight", weights, len(self))
@@ -375,27 +382,30 @@ class RankStack(BaseStack):
         cut_off = weights.new_zeros(len(self._gathered) - len(self))
         return self._gathered.combine(torch.cat([weights, cut_off]))
 
+    @override
     def dot(self, tree: Mapping[str, Tensor]) -> Tensor:
         """Compute J v for a tree v that is the same on every rank. (M·W,)."""
         check_same_leaves(self.shapes, tree, "dot")
         return scale_rows(self._gathered.dot(tree)[: self._count], self.scale)
 
+    @override
     def sq_norms(self) -> Tensor:
-        """Compute the squared norms of the rows. (M·W,)."""
         norms = scale_rows(self._gathered.sq_norms()[: self._count], self.scale)
         return scale_rows(norms, self.scale)
 
+    @override
     def stacked(self) -> Tree:
         """Return all rows on every rank, leaf by leaf. (M·W, *shape)."""
         rows = self._gathered.stacked().items()
         return {name: scale_rows(leaf[: self._count], self.scale) for name, leaf in rows}
 
+    @override
     def at(self, params: Params) -> GradStack:
         """Return the same rows at other parameters, which are the same on every rank."""
         return self._with_local_rows(self._gathered.local.at(params))
 
+    @override
     def at_rows(self, params: Tree) -> GradStack:
-        """Return the same rows, with each row at its own parameters. Leaves are (M·W, *shape)."""
         unknown = sorted(set(params) - set(self.shapes))
         if unknown:
             raise ValueError(
@@ -414,10 +424,12 @@ class RankStack(BaseStack):
         gathered = GatheredRows(local, ranks, ranks.gather(per_row(local)))
         return self._like_this(gathered, self.scale, self._count)
 
+    @override
     def explain(self) -> str:
         """Return a text about how the rows of this rank are computed and held."""
         return f"{self!r}, of which this rank holds: {self._gathered.local.explain()}"
 
+    @override
     def release(self) -> None:
         """Free everything that can be computed or exchanged again."""
         self._gathered.release()

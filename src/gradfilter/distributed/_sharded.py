@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter._shards import ShardPart, cuts, is_sharded, local, parts, resharded
@@ -60,27 +61,31 @@ class ShardedStack(DenseStack):
                 )
         self._local()
 
+    @override
     def gram(self) -> Tensor:
         """Compute K = J Jᵀ by one all-reduce. (M, M)."""
         return self._summed(lambda stack: stack.gram())
 
+    @override
     def dot(self, tree: Mapping[str, Tensor]) -> Tensor:
         """Compute J v for a tree v that is sharded like the rows. (M,)."""
         check_same_leaves(self.shapes, tree, "dot")
         shards = {name: leaf for part in parts(tree) for name, leaf in part.leaves.items()}
         return self._summed(lambda stack: stack.dot({name: shards[name] for name in stack.rows}))
 
+    @override
     def sq_norms(self) -> Tensor:
         """Compute the squared norms of the rows by one all-reduce. (M,)."""
         return self._summed(lambda stack: stack.sq_norms())
 
+    @override
     def combine(self, weights: Tensor) -> Tree:
         """Compute wᵀ J shard by shard; the results are DTensors like the parameters."""
         leaves = {n: g for _, stack in self._local() for n, g in stack.combine(weights).items()}
         return {name: resharded(leaves[name], self.rows[name], 1) for name in self.rows}
 
+    @override
     def stacked(self) -> Tree:
-        """Return the rows leaf by leaf: the tensors themselves, or scaled copies."""
         if self.scale is None:
             return super().stacked()
         leaves = {n: g for _, stack in self._local() for n, g in stack.stacked().items()}

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 STANDARD = frozenset(nn.Module().__dict__)
 """The attributes of every module: parameters, buffers, submodules, hooks, the mode."""
@@ -135,20 +136,25 @@ class _OfClass(MutableMapping[str, Any]):
     def __init__(self, kind: type) -> None:
         self._kind = kind
 
+    @override
     def __getitem__(self, key: str) -> Any:
         return vars(self._kind)[key]
 
+    @override
     def __setitem__(self, key: str, value: Any) -> None:
         setattr(self._kind, key, value)
 
+    @override
     def __delitem__(self, key: str) -> None:
         delattr(self._kind, key)
 
+    @override
     def __iter__(self) -> Iterator[str]:
         for key, value in vars(self._kind).items():
             if not key.startswith("__") and (type(value) in PLAIN or isinstance(value, TREES)):
                 yield key
 
+    @override
     def __len__(self) -> int:
         return sum(1 for _ in self)
 

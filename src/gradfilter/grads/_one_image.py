@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from gradfilter.grads._batch import Batch
 from gradfilter.grads.fused.overrides._spellings import spellings
@@ -56,6 +57,7 @@ STRAIGHTENED: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 class _Straighten(TorchFunctionMode):
+    @override
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

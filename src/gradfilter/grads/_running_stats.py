@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter._types import Tree
@@ -52,6 +53,7 @@ class RecordRunningStats(TorchFunctionMode):
         self._watch = BufferWatch(buffers, cumulative, attributes)
         self.recorded = Recorded()
 
+    @override
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

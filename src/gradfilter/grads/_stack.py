@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+from typing_extensions import override
 
 from gradfilter import _products, _tree
 from gradfilter._readable import readable
@@ -210,6 +211,7 @@ class GradStack(ABC):
     def __len__(self) -> int:
         """Return the number of rows, M."""
 
+    @override
     def __repr__(self) -> str:
         """Return the numbers of rows and leaves, without computing anything."""
         rows, leaves = len(self), len(self.shapes)
@@ -354,8 +356,8 @@ class BaseStack(GradStack):
         return None
 
     @property
+    @override
     def live(self) -> Tensor:
-        """A mask of the rows that take part. (M,) bool."""
         scale, empty = self.scale, self._empty()
         if scale is not None:
             return scale != 0 if empty is None else (scale != 0) & ~empty
@@ -363,6 +365,7 @@ class BaseStack(GradStack):
             return ~empty
         return torch.ones(len(self), dtype=torch.bool, device=self.device)
 
+    @override
     def scaled(self, factors: Tensor) -> Self:
         """Return diag(c) J; the factors are applied where the rows are used."""
         check_per_row("factor", factors, len(self))
@@ -370,8 +373,8 @@ class BaseStack(GradStack):
         factors = _tree.at_least_float32(factors).clone()
         return self._scaled(scale_rows(factors, self.scale))
 
+    @override
     def columns(self, names: Collection[str]) -> Self:
-        """Return the same rows on some of the leaves."""
         if isinstance(names, str):
             raise TypeError(
                 f"Expected names of leaves, found the string {names!r}. Use [{names!r}]."
@@ -384,21 +387,21 @@ class BaseStack(GradStack):
             )
         return self._columns(set(names))
 
+    @override
     def first(self, count: int) -> Self:
-        """Return the first ``count`` rows."""
         if not 1 <= count <= len(self):
             raise ValueError(f"Expected 1 <= count <= M = {len(self)}, found count={count}.")
         return self._first(count)
 
+    @override
     def at(self, params: Params) -> GradStack:
-        """Return the same rows at other parameters."""
         origin = self._origin("at", params)
         check_shapes({name: p.shape for name, p in origin.params.items()}, params, "at")
         kept = origin.params.keys() - params.keys()
         return self.like(origin.evaluate({**origin.params, **params}, False, kept))
 
+    @override
     def at_rows(self, params: Tree) -> GradStack:
-        """Return the same rows, with row m at its own parameters."""
         origin = self._origin("at_rows", params)
         shapes = {name: p.shape for name, p in origin.params.items()}
         check_shapes(shapes, params, "at_rows", rows=len(self))
@@ -424,8 +427,8 @@ class BaseStack(GradStack):
             )
         return self.origin
 
+    @override
     def like(self, stack: GradStack) -> GradStack:
-        """Return the given stack, cut and scaled as this one was."""
         if len(self) < len(stack):
             stack = stack.first(len(self))
         if set(self.shapes) < set(stack.shapes):
@@ -445,6 +448,7 @@ class ComputedStack(BaseStack):
     losses: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
     origin: StackOrigin  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    @override
     def mean_loss(self) -> Tensor:
         """Return the mean of the losses of the rows that take part. ()."""
         return mean_of(self.losses, self.live)
@@ -508,23 +512,25 @@ class DenseStack(BaseStack):
             )
         object.__setattr__(self, "_versions", versions(self.rows))
 
+    @override
     def __len__(self) -> int:
-        """Return the number of rows, M."""
         return int(next(iter(self.rows.values())).shape[0])
 
     @property
+    @override
     def shapes(self) -> dict[str, torch.Size]:
-        """The shape of every leaf of a row, by name."""
         return {name: leaf.shape[1:] for name, leaf in self.rows.items()}
 
     @property
+    @override
     def device(self) -> torch.device:
-        """The device of the rows."""
         return _tree.device_of(self.rows)
 
+    @override
     def release(self) -> None:
         """Do nothing, because the rows cannot be computed again."""
 
+    @override
     def explain(self) -> str:
         """Return a text with the number of rows and their bytes."""
         size = sum(leaf.nbytes for leaf in self.rows.values())
@@ -545,8 +551,8 @@ class DenseStack(BaseStack):
         self._check_unwritten()
         return [leaf.reshape(len(self), -1) for leaf in self.rows.values()]
 
+    @override
     def _empty(self) -> Tensor | None:
-        """Find the rows with a NaN loss and a zero gradient. (M,) bool."""
         known, losses = self.empty, self.losses
         if known is not None or losses is None:
             return known
@@ -560,13 +566,13 @@ class DenseStack(BaseStack):
         """Sum over leaves."""
         return torch.stack(per_leaf).sum(0)
 
+    @override
     def gram(self) -> Tensor:
-        """Compute K = J Jᵀ leaf by leaf. (M, M)."""
         gram, scale = self._total([_products.inner(g, g) for g in self._matrices()]), self.scale
         return gram if scale is None else scale_rows(scale_rows(gram, scale).T, scale).T
 
+    @override
     def dot(self, tree: Mapping[str, Tensor]) -> Tensor:
-        """Compute J v. (M,)."""
         check_same_leaves(self.shapes, tree, "dot")
         parts = [
             _products.inner(matrix, tree[name].reshape(1, -1))[:, 0]
@@ -574,14 +580,14 @@ class DenseStack(BaseStack):
         ]
         return scale_rows(self._total(parts), self.scale)
 
+    @override
     def sq_norms(self) -> Tensor:
-        """Compute the squared norms of the rows. (M,)."""
         norms = self._total([_products.row_sq_norms(g) for g in self._matrices()])
         scale = self.scale
         return norms if scale is None else scale_rows(scale_rows(norms, scale), scale)
 
+    @override
     def combine(self, weights: Tensor) -> Tree:
-        """Compute wᵀ J, with rows of weight 0 masked."""
         check_per_row("weight", weights, len(self))
         weights = scale_rows(_tree.at_least_float32(weights), self.scale)
 
@@ -592,22 +598,26 @@ class DenseStack(BaseStack):
         pairs = zip(self.rows.items(), self._matrices(), strict=True)
         return {name: weigh(leaf, matrix) for (name, leaf), matrix in pairs}
 
+    @override
     def stacked(self) -> Tree:
         """Return the rows leaf by leaf: the tensors themselves, or scaled copies."""
         self._check_unwritten()
         scale = self.scale
         return {name: scale_rows(leaf, scale) for name, leaf in self.rows.items()}
 
+    @override
     def _scaled(self, scale: Tensor) -> DenseStack:
         self._check_unwritten()
         return replace(self, scale=scale)
 
+    @override
     def _columns(self, names: Collection[str]) -> DenseStack:
         self._check_unwritten()
         rows = {n: leaf for n, leaf in self.rows.items() if n in names}
         # Emptiness is a property of the whole row.
         return replace(self, rows=rows, empty=self._empty())
 
+    @override
     def _first(self, count: int) -> DenseStack:
         self._check_unwritten()
         per_row = (self.rows, self.losses, self.aux, self.scale, self.empty)
@@ -631,6 +641,7 @@ class ComputedDenseStack(DenseStack, ComputedStack):
     plan: str = "loop"
     fallback: str = ""
 
+    @override
     def explain(self) -> str:
         """Return the plan, the bytes held, and the reason for a fall-back to the loop, if any."""
         lines = [f'plan "{self.plan}"', super().explain()]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]  # no stub
 from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 
 def tensor_property(name: str) -> Any:
@@ -90,6 +91,7 @@ class WriteWatch(TorchFunctionMode):
         self._refuse = refuse
         self.hook_methods: set[str] = set()
 
+    @override
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

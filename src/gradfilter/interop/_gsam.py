@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from gradfilter._types import Transform
 from gradfilter.interop._published_schedulers import ProportionScheduler
@@ -108,6 +109,7 @@ class GSAM(TwoPassOptimizer):
         self.rho_t = float(rho)
         return self.rho_t
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state with ``rho_t`` and the scheduler's state, if any."""
         state = {**super().state_dict(), "rho_t": self.rho_t}
@@ -115,6 +117,7 @@ class GSAM(TwoPassOptimizer):
             state["rho_scheduler"] = self.rho_scheduler.state_dict()
         return state
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the result of `state_dict`, or a state of the base optimizer (which keeps ρ)."""
         state = dict(state_dict)
@@ -124,6 +127,7 @@ class GSAM(TwoPassOptimizer):
         if scheduler is not None:
             self.rho_scheduler.load_state_dict(scheduler)
 
+    @override
     def _transform(self) -> Transform:
         for group in self.param_groups:
             if found := sorted({"rho", "adaptive"} & set(group) - set(self.defaults)):
@@ -136,9 +140,11 @@ class GSAM(TwoPassOptimizer):
             self.update_rho_t()
         return chain(sharpness(self.rho_t, self.adaptive), gsam_decompose(self.alpha))
 
+    @override
     def _second_sync(self) -> AbstractContextManager[Any]:
         return self.no_sync()
 
+    @override
     def _prepare_gradients(self, params: list[Tensor]) -> None:
         if not self._local:
             return

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]  # no stub
+from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter._shards import is_sharded
@@ -56,10 +57,12 @@ class ModuleView(nn.Module):
             self._modules = cast(Any, ChainMap(model._modules, other))
             self._parts.append((name, criterion))
 
+    @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the given function."""
         return vars(self)["_forward"](*args, **kwargs)
 
+    @override
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Generator[tuple[str, nn.Module], None, None]:

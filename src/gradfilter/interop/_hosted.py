@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader
+from typing_extensions import override
 
 from gradfilter._info import AUX, means
 from gradfilter._types import Transform
@@ -117,6 +118,7 @@ class Hosted(Filtered):
         """Begin a step; discard the rows of an interrupted one."""
         self.kept, self._pending = False, []
 
+    @override
     def step(self, inputs: Any, targets: Any = None, **extra: Any) -> StepResult:
         """Run a step as in `Filtered`, up to the optimizer's step."""
         self.kept = False
@@ -125,6 +127,7 @@ class Hosted(Filtered):
             note_skip(self._served[1])
         return result
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         """Return the transforms' state as flat tensors; the host saves the rest.
 
@@ -132,6 +135,7 @@ class Hosted(Filtered):
         """
         return state_dict(self._state)
 
+    @override
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
         """Load the result of `state_dict`.
 

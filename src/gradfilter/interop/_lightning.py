@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from typing_extensions import override
 
 from gradfilter._types import Transform
 from gradfilter.grads._microbatch import Plan
@@ -156,6 +157,7 @@ class FilteredModule(lightning.LightningModule):
             "none. Return the mean loss of the batch from it, as training_step would."
         )
 
+    @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Compute the rows of a batch; with the last one of a step, filter and write ``p.grad``.
 
@@ -175,6 +177,7 @@ class FilteredModule(lightning.LightningModule):
             self.log(name, value, *args, **kwargs)
         return result.loss
 
+    @override
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Do nothing, because the gradients were computed with the loss.
 
@@ -187,11 +190,13 @@ class FilteredModule(lightning.LightningModule):
                 "own, whose gradients are not filtered. Rename it to microbatch_loss(self, batch)."
             )
 
+    @override
     def optimizer_zero_grad(
         self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer
     ) -> None:
         """Do nothing, because filtered gradients replace those of the step before."""
 
+    @override
     def optimizer_step(
         self,
         epoch: int,
@@ -210,6 +215,7 @@ class FilteredModule(lightning.LightningModule):
         if hosted.kept:
             super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
 
+    @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Detect an ``optimizer_step`` that bypassed the filter.
 
@@ -224,6 +230,7 @@ class FilteredModule(lightning.LightningModule):
                 "super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure) in it."
             )
 
+    @override
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Log as in `LightningModule`; in ``microbatch_loss``, log the value of one microbatch.
 
@@ -236,11 +243,13 @@ class FilteredModule(lightning.LightningModule):
         else:
             self._loss_log.add(name, value, *args, **kwargs)
 
+    @override
     def on_fit_start(self) -> None:
         """Check the module and the trainer before the first batch."""
         super().on_fit_start()
         self._host()
 
+    @override
     def on_train_start(self) -> None:
         """Check before the first batch that all batches divide into microbatches."""
         super().on_train_start()
@@ -257,12 +266,14 @@ class FilteredModule(lightning.LightningModule):
             "DataLoader(..., drop_last=True)",
         )
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the transforms' state into the checkpoint."""
         super().on_save_checkpoint(checkpoint)
         if self._hosted is not None:
             checkpoint[CHECKPOINT_KEY] = self._hosted.state_dict()
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the transforms' state until there is an optimizer."""
         super().on_load_checkpoint(checkpoint)
@@ -270,6 +281,7 @@ class FilteredModule(lightning.LightningModule):
         self._resumes = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         self._saved = checkpoint.get(CHECKPOINT_KEY) if self._resumes else None
 
+    @override
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes to copy, without the wrapper; Lightning also omits the trainer."""
         own = ("_hosted", "_loss_log")

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter._types import State
@@ -181,6 +182,7 @@ class LinearScheduler(CountingScheduler):
         (1.0, 0.75, 0.75)
     """
 
+    @override
     def _schedule(
         self, top: float, total: int, low: float, warmup_steps: int, init_value: float
     ) -> Schedule:
@@ -197,6 +199,7 @@ class CosineScheduler(CountingScheduler):
         [1.0, 0.8536, 0.5, 0.1464, 0.0]
     """
 
+    @override
     def _schedule(
         self, top: float, total: int, low: float, warmup_steps: int, init_value: float
     ) -> Schedule:
@@ -222,6 +225,7 @@ class PolyScheduler(CountingScheduler):
         self.poly_order = poly_order
         super().__init__(*args, **kwargs)
 
+    @override
     def _schedule(
         self, top: float, total: int, low: float, warmup_steps: int, init_value: float
     ) -> Schedule:
@@ -252,6 +256,7 @@ class StepScheduler(CountingScheduler):
         self.every, self.factor = every, factor
         super().__init__(*args, **kwargs)
 
+    @override
     def _schedule(
         self, top: float, total: int, low: float, warmup_steps: int, init_value: float
     ) -> Schedule:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from gradfilter import _products, _tree
 from gradfilter._types import Out, Params, State, Transform, Tree
@@ -322,14 +323,17 @@ class TwoPassOptimizer(Optimizer):
             self.scaler.step(self.base_optimizer)
         return predictions, loss
 
+    @override
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of the base optimizer."""
         self.base_optimizer.zero_grad(set_to_none)
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the base optimizer."""
         return self.base_optimizer.state_dict()
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this object, of the base optimizer or of a published class.
 
@@ -352,6 +356,7 @@ class TwoPassOptimizer(Optimizer):
         self.base_optimizer.load_state_dict({**state_dict, "state": kept})
         self._share()
 
+    @override
     def __getstate__(self) -> dict[str, Any]:
         """Refuse copies and pickles, which would lack the base optimizer and the model."""
         name = type(self).__name__
@@ -524,6 +529,7 @@ class SAM(TwoPassOptimizer):
                     group[name] = value
         self._transform()
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this object or of the base optimizer; a group keeps missing values."""
         before = [dict(group) for group in self.param_groups]
@@ -532,6 +538,7 @@ class SAM(TwoPassOptimizer):
             for name in self._entries.keys() & own.keys():
                 group.setdefault(name, own[name])
 
+    @override
     def _transform(self) -> Transform:
         rho, adaptive = self._entries.items()
         values = [(group.get(*rho), group.get(*adaptive)) for group in self.param_groups]

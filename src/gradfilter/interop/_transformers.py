@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
+from typing_extensions import override
 
 from gradfilter._types import Transform
 from gradfilter.grads._microbatch import Plan
@@ -136,6 +137,7 @@ class FilteredTrainer(Trainer):
         self._since: dict[str, list[Tensor]] = {}  # the last log
         self._loss_log = LossLog("FilteredTrainer")
 
+    @override
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
@@ -145,6 +147,7 @@ class FilteredTrainer(Trainer):
         rows = sum(self._rows_in(batch) for batch in batches)
         return batches, None if items is None else torch.as_tensor(items) / rows
 
+    @override
     def training_step(
         self,
         model: nn.Module,
@@ -170,6 +173,7 @@ class FilteredTrainer(Trainer):
             self._since.setdefault(name, []).append(value)
         return result.loss
 
+    @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the filter and the values logged by the loss to the training logs."""
         if self._loss_log.is_open:
@@ -197,6 +201,7 @@ class FilteredTrainer(Trainer):
             "dataloader_drop_last=True",
         )
 
+    @override
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return Trainer's loader, and store it for a check when the number of steps is known."""
         loader: DataLoader[Any] = super().get_train_dataloader()
@@ -232,10 +237,12 @@ class FilteredTrainer(Trainer):
             loss = self.compute_loss(model, inputs, num_items_in_batch=self._items)
         return cast(Tensor, loss), logged
 
+    @override
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         torch.save(self._host().state_dict(), Path(output_dir, STATE_FILE))
 
+    @override
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
@@ -267,12 +274,15 @@ class _Gate(TrainerCallback):
     def __init__(self, trainer: FilteredTrainer) -> None:
         self._trainer = trainer
 
+    @override
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._trainer.check_batches()
 
+    @override
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         if not self._trainer._host().kept:
             self._trainer.accelerator.sync_gradients = False
 
+    @override
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self._trainer.accelerator.sync_gradients = True

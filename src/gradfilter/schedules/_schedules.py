@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter._made import Made, Remade, remembered
@@ -54,10 +55,12 @@ class Schedule(Remade):
     made: Made | None = None
 
     @property
+    @override
     def core(self) -> Any:
         """The functions that give the values."""
         return self.at, self.init
 
+    @override
     def __repr__(self) -> str:
         """Return the call that made it."""
         if self.made is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter._types import Out, Params, State, Transform, Tree
@@ -105,6 +106,7 @@ def no_host_sync() -> Iterator[None]:
 class _NoWaiting(TorchDispatchMode):
     """Refuse operations that wait."""
 
+    @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().split("::")[1].split(".")[0].strip("_")
         if name in WAITING or (name in ("index", "index_put") and _by_a_mask(*args)):
@@ -115,6 +117,7 @@ class _NoWaiting(TorchDispatchMode):
 class _NoCopies(TorchFunctionMode):
     """Refuse methods that copy to the host."""
 
+    @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in COPIES:
             _refuse(f"Tensor.{func.__name__}")
@@ -239,14 +242,17 @@ class Problem:
 class TreeProblem(Problem):
     """A problem for a chain that takes one gradient, whose tensors the caller owns."""
 
+    @override
     def rows(self, params: Params, seed: int = 1) -> Tree:
         """Draw the gradient for parameters."""
         return {name: leaf.sum(0) for name, leaf in make_rows(params, seed, self.count).items()}
 
+    @override
     def given(self, params: Params, rows: Tree) -> Any:
         """Return the gradient itself, so that writes into it are detected."""
         return rows
 
+    @override
     def keywords(self, params: Params, rows: Tree) -> dict[str, Any]:
         """Return a function that computes the gradient at other parameters, as in `make_stack`."""
         return {

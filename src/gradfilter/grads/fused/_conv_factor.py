@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from gradfilter import _products, _tree
 from gradfilter.grads.fused._factors import (
@@ -111,6 +112,7 @@ class ConvFactor(Divisible):
         groups = self.geometry.groups
         self.unit = len(self.weight) // groups if groups > 1 else 1
 
+    @override
     def rows(self, low: int = 0, high: int | None = None) -> Tensor:
         """Compute the rows one after another: no kernel takes a batch of weight gradients."""
         weight, inputs, outputs = self.weight[low:high], self.inputs, self.outputs
@@ -146,21 +148,24 @@ class ConvFactor(Divisible):
             return self.inputs[:, :, low:high], self.outputs[:, :, groups], geometry
         return self.inputs[:, :, groups], self.outputs[:, :, low:high], geometry
 
+    @override
     def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
         """Compute one ordinary weight gradient from weighted output gradients."""
         outputs, inputs = weigh(self.outputs, weights, live), mask(self.inputs, live)
         return self.geometry.weight_grad(outputs.flatten(0, 1), inputs.flatten(0, 1), self.weight)
 
+    @override
     def dot(self, leaf: Tensor) -> Tensor:
         """Convolve the inputs with the leaf, and pair the result with the output gradients."""
         leaf = leaf.to(self.inputs.dtype)
         moved = self.geometry.forward(self.inputs.flatten(0, 1), leaf, None)
         return paired(moved.view(self.outputs.shape), self.outputs)
 
+    @override
     def part(self, low: int, high: int) -> Self:
-        """Return the factor of some of the M rows."""
         return replace(self, inputs=self.inputs[low:high], outputs=self.outputs[low:high])
 
+    @override
     def gram(self) -> Tensor:
         """Compute the ghost Gram of the windows, or the Gram of the rows if that is cheaper."""
         n, _, d = self._sizes()
@@ -182,6 +187,7 @@ class ConvFactor(Divisible):
                 gram[left : left + step, low : low + step] = block.T
         return gram
 
+    @override
     def sq_norms(self) -> Tensor:
         """Compute the norms from the windows if maps are small, else from the rows."""
         n, p, d = self._sizes()

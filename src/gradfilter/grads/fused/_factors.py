@@ -13,6 +13,7 @@ from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradfilter import _products, _tree
 from gradfilter._types import Tree
@@ -128,6 +129,7 @@ class OuterFactor(Divisible):
     def __post_init__(self) -> None:
         self.count = len(self.inputs)
 
+    @override
     def rows(self, low: int = 0, high: int | None = None) -> Tensor:
         """Compute D_mᵀ A_m for all m by one batched product."""
         columns = self.outputs[..., low:high].mT
@@ -136,20 +138,23 @@ class OuterFactor(Divisible):
         rows = columns * self.inputs if single else torch.bmm(columns, self.inputs)
         return rows.view(self.count, -1, *self.shape[1:])
 
+    @override
     def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
         """Compute Dᵀ A over all rows, with weighted output gradients."""
         outputs, inputs = weigh(self.outputs, weights, live), mask(self.inputs, live)
         return (outputs.flatten(0, 1).T @ inputs.flatten(0, 1)).view(self.shape)
 
+    @override
     def dot(self, leaf: Tensor) -> Tensor:
         """Compute Σ_t ⟨d_mt, V a_mt⟩ by a product like that of the forward pass."""
         moved = self.inputs @ leaf.reshape(len(leaf), -1).T.to(self.inputs.dtype)
         return paired(moved, self.outputs)
 
+    @override
     def part(self, low: int, high: int) -> Self:
-        """Return the factor of some of the M rows."""
         return replace(self, inputs=self.inputs[low:high], outputs=self.outputs[low:high])
 
+    @override
     def gram(self) -> Tensor:
         """Compute the ghost Gram, or the Gram of the rows if that is cheaper."""
         (n, p), d = self.outputs.shape[1:], self.inputs.shape[2]
@@ -157,6 +162,7 @@ class OuterFactor(Divisible):
             return tiled_gram(self)
         return ghost_gram(self.inputs, self.outputs)
 
+    @override
     def sq_norms(self) -> Tensor:
         """Compute the ghost Gram's diagonal in blocks, or from the rows if they are smaller."""
         (n, p), d = self.outputs.shape[1:], self.inputs.shape[2]
@@ -274,12 +280,12 @@ class DenseFactor(Factor):
     def _matrix(self) -> Tensor:
         return self.held.reshape(self.count, -1)
 
+    @override
     def rows(self, low: int = 0, high: int | None = None) -> Tensor:
-        """Return a slice of the rows."""
         return self.held if self.held.ndim == 1 else self.held[:, low:high]
 
+    @override
     def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
-        """Compute one weighted sum."""
         if weights is None:
             if live is None:
                 return self.held.sum(0) if self.count > 1 else self.held[0]
@@ -291,16 +297,16 @@ class DenseFactor(Factor):
             return total.view(self.shape).to(self.held.dtype)
         return _products.weighted_sum(weights, self._matrix()).view(self.shape).to(self.held.dtype)
 
+    @override
     def dot(self, leaf: Tensor) -> Tensor:
-        """Compute the answer by one product."""
         return _products.inner(self._matrix(), leaf.reshape(1, -1))[:, 0]
 
+    @override
     def gram(self) -> Tensor:
-        """Compute the answer by one product."""
         return _products.inner(self._matrix(), self._matrix())
 
+    @override
     def sq_norms(self) -> Tensor:
-        """Compute the squared norms of the rows."""
         return _products.row_sq_norms(self._matrix())
 
 
@@ -353,28 +359,30 @@ class TiledFactor(Factor):
         self.count, self.shape = self.parts[0].count, self.parts[0].shape
         self.unit = max(part.unit for part in self.parts)
 
+    @override
     def rows(self, low: int = 0, high: int | None = None) -> Tensor:
-        """Return the sum of the parts' rows."""
         rows = self.parts[0].rows(low, high)
         for part in self.parts[1:]:
             rows = rows + part.rows(low, high)
         return rows
 
+    @override
     def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
-        """Sum the answers of all parts."""
         total = self.parts[0].total(weights, live)
         for part in self.parts[1:]:
             total = total + part.total(weights, live)
         return total
 
+    @override
     def dot(self, leaf: Tensor) -> Tensor:
-        """Sum the answers of all parts."""
         return torch.stack([part.dot(leaf) for part in self.parts]).sum(0)
 
+    @override
     def gram(self) -> Tensor:
         """Compute the Gram tile by tile."""
         return tiled_gram(self)
 
+    @override
     def sq_norms(self) -> Tensor:
         """Compute the norms tile by tile, or take those of the only part."""
         if len(self.parts) == 1:
@@ -396,6 +404,7 @@ class EmbeddingFactor(Divisible):
     def __post_init__(self) -> None:
         self.count = len(self.index)
 
+    @override
     def rows(self, low: int = 0, high: int | None = None) -> Tensor:
         """Scatter the output gradients into the table's units from low to high."""
         units = len(range(self.shape[0])[low:high])
@@ -408,19 +417,22 @@ class EmbeddingFactor(Divisible):
         table.index_add_(0, (index + first).flatten(), grads.flatten(0, 1))
         return table.view(self.count, units, self.shape[1])
 
+    @override
     def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
         """Scatter the weighted output gradients into one table."""
         grads = weigh(self.grads, weights, live).flatten(0, 1)
         return grads.new_zeros(self.shape).index_add_(0, self.index.flatten(), grads)
 
+    @override
     def dot(self, leaf: Tensor) -> Tensor:
         """Look up the leaf, and pair the result with the output gradients."""
         return paired(leaf[self.index].to(self.grads.dtype), self.grads)
 
+    @override
     def part(self, low: int, high: int) -> Self:
-        """Return the factor of some of the M rows."""
         return replace(self, index=self.index[low:high], grads=self.grads[low:high])
 
+    @override
     def gram(self) -> Tensor:
         """Sum products of positions that share a unit, or use the rows if that is cheaper."""
         n = self.index.shape[1]
@@ -438,6 +450,7 @@ class EmbeddingFactor(Divisible):
                 gram[m, : m + 1] = gram[: m + 1, m] = shared.sum((0, 2), dtype=gram.dtype)
         return gram
 
+    @override
     def sq_norms(self) -> Tensor:
         """Compute the diagonal of `gram`; with many positions, from the sums per unit."""
         n, width = self.grads.shape[1:]

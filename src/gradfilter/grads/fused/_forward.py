@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter._types import Params, Tree
@@ -117,6 +118,7 @@ class Overrides(TorchFunctionMode):
         super().__init__()
         self.host, self._guarded = host, guarded
 
+    @override
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

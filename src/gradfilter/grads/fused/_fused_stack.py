@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter._readable import readable
@@ -388,22 +389,22 @@ class FusedStack(ComputedStack):
     origin: StackOrigin
     scale: Tensor | None = None
 
+    @override
     def __len__(self) -> int:
-        """Return M."""
         return self.count
 
     @property
+    @override
     def shapes(self) -> dict[str, torch.Size]:
-        """The shape of every leaf of a row, by name."""
         return {name: self.run.shapes[name] for name in self.names}
 
     @property
+    @override
     def device(self) -> torch.device:
-        """The device of the rows."""
         return self.run.device
 
+    @override
     def _empty(self) -> Tensor | None:
-        """Find the rows with a NaN loss and a zero gradient. (M,) bool."""
         empty = untraced(self.run.empty)()
         return None if empty is None else empty[: self.count]
 
@@ -417,6 +418,7 @@ class FusedStack(ComputedStack):
         """The treatment of each leaf's rows."""
         return [self.run.modes.layers[name] for name in self.names]
 
+    @override
     def explain(self) -> str:
         """Return the mode, the extra flops and the kept bytes of every leaf, one line per leaf."""
         lines = [str(self.run.modes)]
@@ -434,49 +436,54 @@ class FusedStack(ComputedStack):
         """The rows of each pass, if rows that answer the host differently ran separately."""
         return self.run.groups
 
+    @override
     def gram_is_cheap(self) -> bool:
         """Compare the flops of both ways; False if M x M numbers are too many."""
         return self.run.modes.gram_is_cheap and self.run.count <= LARGEST_GRAM
 
+    @override
     def release(self) -> None:
         """Free the graph and the factors of the pass."""
         self.run.release()
 
+    @override
     def gram(self) -> Tensor:
-        """Compute K = J Jᵀ. (M, M)."""
         gram, scale = untraced(self.run.gram)(self.names)[: self.count, : self.count], self.scale
         # `LazyRows` caches its Gram, so every caller gets a copy of these few numbers.
         return gram.clone() if scale is None else scale_rows(scale_rows(gram, scale).T, scale).T
 
+    @override
     def sq_norms(self) -> Tensor:
-        """Return the squared norms of the rows. (M,)."""
         norms, scale = untraced(self.run.sq_norms)(self.names)[: self.count], self.scale
         return norms.clone() if scale is None else scale_rows(scale_rows(norms, scale), scale)
 
+    @override
     def dot(self, tree: Mapping[str, Tensor]) -> Tensor:
-        """Compute J v. (M,)."""
         check_same_leaves(self.shapes, tree, "dot")
         return scale_rows(untraced(self.run.dot)(dict(tree))[: self.count], self.scale)
 
+    @override
     def combine(self, weights: Tensor) -> Tree:
-        """Compute Wᵀ J, with rows of weight 0 masked."""
         check_per_row("weight", weights, self.count)
         weights = scale_rows(_tree.at_least_float32(weights), self.scale)
         if self.count < self.run.count:
             weights = torch.cat([weights, weights.new_zeros(self.run.count - self.count)])
         return untraced(self.run.total)(self.names, weights)
 
+    @override
     def stacked(self) -> Tree:
-        """Return the rows, leaf by leaf."""
         rows = untraced(self.run.rows)(self.names)
         return {n: scale_rows(leaf[: self.count], self.scale) for n, leaf in rows.items()}
 
+    @override
     def _scaled(self, scale: Tensor) -> FusedStack:
         return replace(self, scale=scale)
 
+    @override
     def _columns(self, names: Collection[str]) -> FusedStack:
         return replace(self, names=tuple(name for name in self.names if name in names))
 
+    @override
     def _first(self, count: int) -> FusedStack:
         losses, aux, scale = first_rows((self.losses, self.aux, self.scale), count)
         return replace(self, count=count, losses=losses, aux=aux, scale=scale)

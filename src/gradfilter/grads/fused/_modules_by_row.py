@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter._types import Tree
@@ -37,6 +38,7 @@ class ByRow:
         """Begin with no modules, or with those of another object."""
         self._modules: set[nn.Module] = set(others._modules if others else ())
 
+    @override
     def __reduce__(self) -> Any:
         """Pickle without the modules."""
         return (ByRow, ())

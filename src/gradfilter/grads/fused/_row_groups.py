@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter._types import Params
@@ -122,13 +123,12 @@ class GroupedFactor(Factor):
             rows[places] = found.to(dtype)
         return rows
 
+    @override
     def rows(self, low: int = 0, high: int | None = None) -> Tensor:
-        """Collect the answers of the groups."""
         return self._each(lambda part: part.rows(low, high))
 
+    @override
     def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
-        """Sum the answers of the groups."""
-
         def own(values: Tensor | None, places: Tensor) -> Tensor | None:
             return None if values is None else values[places]
 
@@ -138,14 +138,15 @@ class GroupedFactor(Factor):
         ]
         return reduce(torch.add, totals)
 
+    @override
     def dot(self, leaf: Tensor) -> Tensor:
-        """Collect the answers of the groups."""
         return self._each(lambda part: part.dot(leaf))
 
+    @override
     def sq_norms(self) -> Tensor:
-        """Collect the answers of the groups."""
         return self._each(lambda part: part.sq_norms())
 
+    @override
     def gram(self) -> Tensor:
         """Compute each group's Gram, and the products of the rows of every two groups."""
         some = self.places[0]
@@ -382,6 +383,7 @@ class GroupedTape(Tape):
     def __post_init__(self) -> None:
         """Register no hooks on the leaves; those of the parts have them."""
 
+    @override
     def backward(self, losses: Tensor, cotangent: Tensor, visit: Visit, *, retain: bool) -> None:
         """Run the backward passes of all groups, each with the modules and modes that it needs."""
         found: dict[str, list[FactorPart]] = {}

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradfilter._types import Tree
 from gradfilter.grads.fused._factors import Factor
@@ -177,6 +178,7 @@ class Modes:
         """The bytes that all leaves hold together."""
         return sum(layer.bytes for layer in self.layers.values()) if self.keeps else 0
 
+    @override
     def __str__(self) -> str:
         """Return a table with one line per leaf."""
         kept = f"{self.bytes / 1e6:.1f} MB kept between questions"

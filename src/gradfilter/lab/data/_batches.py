@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
 
 from gradfilter.lab._usage import UsageError, check
 from gradfilter.lab.data._random import Purpose, random_for
@@ -276,6 +277,7 @@ class _Rows(Dataset[Tensor | str]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @override
     def __getitem__(self, step: int) -> Tensor | str:
         try:
             return self.source[torch.from_numpy(self.rows[step])]

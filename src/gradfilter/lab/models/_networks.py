@@ -9,6 +9,7 @@ from collections import OrderedDict
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from typing_extensions import override
 
 from gradfilter.lab._usage import check
 
@@ -281,6 +282,7 @@ class BasicBlock(nn.Module):
         same = stride == 1 and width == out
         self.shortcut = nn.Identity() if same else nn.Conv2d(width, out, 1, stride, bias=False)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """(B, width, h, w) to (B, out, h / stride, w / stride)."""
         y = self.norm1(self.conv1(x)).relu()
@@ -354,6 +356,7 @@ class WideBlock(nn.Module):
         same = stride == 1 and width == out
         self.shortcut = None if same else nn.Conv2d(width, out, 1, stride, bias=False)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """(B, width, h, w) to (B, out, h / stride, w / stride)."""
         z = self.norm1(x).relu()
@@ -455,6 +458,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """(B, tokens, width) to the same."""
         q, k, v = (
@@ -480,6 +484,7 @@ class EncoderBlock(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """(B, tokens, width) to the same."""
         x = x + self.dropout(self.attention(self.norm1(x)))
@@ -508,6 +513,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, h, w) to (B, classes)."""
         patches = rearrange(self.patches(x), "b width rows columns -> b (rows columns) width")

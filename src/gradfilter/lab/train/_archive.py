@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradfilter.lab._run_files import (
     ForeignError,
@@ -151,10 +152,12 @@ class _Behind(io.BytesIO):
         super().__init__(content)
         self.start = start
 
+    @override
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         before = self.start if whence == io.SEEK_SET else 0
         return self.start + super().seek(offset - before, whence)
 
+    @override
     def tell(self) -> int:
         return self.start + super().tell()
 

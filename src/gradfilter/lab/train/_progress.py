@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing_extensions import override
 
 from gradfilter.lab._run_files import printable
 from gradfilter.lab.train._evaluation import Evaluation
@@ -20,6 +21,7 @@ log = logging.getLogger("gradfilter")
 class _Printable(logging.Formatter):
     """Format log lines without control characters, so that names cannot move the cursor."""
 
+    @override
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from gradfilter.grads.fused._conv_factor import ConvFactor, Geometry
 from gradfilter.grads.fused._factors import DenseFactor
@@ -118,10 +119,12 @@ def _apply(
 class _Conv(RowOperation[Tensor]):
     geometry: Geometry
 
+    @override
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Saved]:
         y = self.geometry.forward(x.flatten(0, 1), weight, bias)
         return y.view(*x.shape[:2], *y.shape[1:]), (x,)
 
+    @override
     def backward(
         self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: Wanted
     ) -> Gradients:

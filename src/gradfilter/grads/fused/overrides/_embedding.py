@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]  # no stub
+from typing_extensions import override
 
 from gradfilter.grads.fused._factors import EmbeddingFactor, ghost_flops
 from gradfilter.grads.fused._host import Host
@@ -120,9 +121,11 @@ class _Embedding(RowOperation[Tensor]):
     padding: int
     by_frequency: bool
 
+    @override
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Saved]:
         return F.embedding(x, weight), (x,)
 
+    @override
     def backward(
         self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: Wanted
     ) -> Gradients:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter.grads.fused._autocast import under_autocast
@@ -53,9 +54,11 @@ class _Linear(RowOperation[Tensor]):
 
     frozen: bool
 
+    @override
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Saved]:
         return F.linear(x, weight, bias), (None if self.frozen else x,)
 
+    @override
     def backward(
         self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: Wanted
     ) -> Gradients:
@@ -91,11 +94,13 @@ class _WeightNorm(RowOperation[Tensor]):
 
     dim: int
 
+    @override
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Saved]:
         v = x[0]  # the same in every row
         w = torch._weight_norm(v, weight, self.dim)  # pyright: ignore[reportPrivateImportUsage]  # as weight_norm
         return w.expand(len(x), *w.shape), (v,)
 
+    @override
     def backward(
         self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: Wanted
     ) -> Gradients:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter.grads._buffer_watch import RunningStatistics
@@ -99,6 +100,7 @@ class _BatchNorm(RowOperation[Tensor | None]):
     running: list[RunningStatistics]
     eps: float
 
+    @override
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Saved]:
@@ -119,6 +121,7 @@ class _BatchNorm(RowOperation[Tensor | None]):
             y, means, inverses = map(torch.stack, zip(*found, strict=True))
         return y, (x, means, inverses)
 
+    @override
     def backward(
         self, grad: Tensor, saved: Any, weight: Tensor | None, bias: Tensor | None, wanted: Wanted
     ) -> Gradients:
@@ -163,6 +166,7 @@ class _GivenStatistics(RowOperation[Tensor | None]):
     var: Tensor
     eps: float
 
+    @override
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Saved]:
@@ -170,6 +174,7 @@ class _GivenStatistics(RowOperation[Tensor | None]):
         flat = torch.native_batch_norm(x.flatten(0, 1), *args)[0]
         return flat.view(x.shape), (x, self.mean.clone(), (self.var + self.eps).rsqrt())
 
+    @override
     def backward(
         self, grad: Tensor, saved: Any, weight: Tensor | None, bias: Tensor | None, wanted: Wanted
     ) -> Gradients:
@@ -262,6 +267,7 @@ class _GroupNorm(RowOperation[Tensor | None]):
     groups: int
     eps: float
 
+    @override
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Saved]:
@@ -271,6 +277,7 @@ class _GroupNorm(RowOperation[Tensor | None]):
         y, mean, inverse = torch.native_group_norm(x.flatten(0, 1), weight, bias, *sizes, self.eps)
         return y.view(x.shape), (x, mean, inverse)
 
+    @override
     def backward(
         self, grad: Tensor, saved: Any, weight: Tensor | None, bias: Tensor | None, wanted: Wanted
     ) -> Gradients:
@@ -362,12 +369,14 @@ class _LayerNorm(RowOperation[Tensor | None]):
     shape: list[int]
     eps: float
 
+    @override
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Saved]:
         y, mean, inverse = torch.native_layer_norm(x, self.shape, weight, bias, self.eps)
         return y, (x, mean, inverse)
 
+    @override
     def backward(
         self, grad: Tensor, saved: Any, weight: Tensor | None, bias: Tensor | None, wanted: Wanted
     ) -> Gradients:
@@ -396,6 +405,7 @@ class _RMSNorm(RowOperation[Tensor]):
     dims: int
     eps: float
 
+    @override
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Saved]:
         wide = _tree.at_least_float32(x)
         norm = torch.linalg.vector_norm(wide, dim=list(range(-self.dims, 0)), keepdim=True)
@@ -403,6 +413,7 @@ class _RMSNorm(RowOperation[Tensor]):
         y: Tensor = (wide * inverse).mul_(weight)
         return y.to(x.dtype), (x, inverse)
 
+    @override
     def backward(
         self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: Wanted
     ) -> Gradients:

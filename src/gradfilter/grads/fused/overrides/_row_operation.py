@@ -13,6 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradfilter.grads.fused._factors import Factor
 from gradfilter.grads.fused._tape import Tape, Weight
@@ -79,6 +80,7 @@ class RowOperation(ABC, Generic[W]):
 
 class _RowFunction(torch.autograd.Function):
     @staticmethod
+    @override
     def forward(
         ctx: Any,
         x: Tensor,
@@ -95,6 +97,7 @@ class _RowFunction(torch.autograd.Function):
         return _without_view(y)
 
     @staticmethod
+    @override
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
         wanted = Wanted(*ctx.needs_input_grad[:3])
         found = ctx.operation.backward(
