@@ -136,6 +136,7 @@ NEIGHBOURS = {
     "gradfilter.interop._filtered": "a public class",
     "gradfilter.interop._published_schedulers": "public classes",
     "gradfilter.lab._demo": "a command",
+    "gradfilter.lab._help": "the help; the other file parses what is typed",
     "gradfilter.lab.data._sources": "the data sets, which the loader finds by name",
     "gradfilter.lab.models._networks": "the networks, which the builder finds by name",
     "gradfilter.lab.report._comparisons": "a section of the report",

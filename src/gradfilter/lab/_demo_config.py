@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from gradfilter.lab._options import MaybePath
+from gradfilter.lab._constraints import USUAL, at_least, below_one, check_fields, distance
 from gradfilter.lab._processes import started_processes
 from gradfilter.lab._run_files import named_directory, numbered_directory
 from gradfilter.lab._usage import check
@@ -26,46 +26,33 @@ class DemoConfig:
     batch, and the training is the same.
     """
 
-    noise: float = 0.3
+    noise: Annotated[
+        float, below_one("a fraction", "0.3 makes 30 % of the training labels wrong.")
+    ] = 0.3
     """Fraction of the training labels that are wrong, in [0, 1)."""
-    threshold: float = 0.9
+    threshold: Annotated[float, distance("0.9 is the default, 2 accepts everything.")] = 0.9
     """Largest cosine distance at which microbatches agree, in [0, 2]."""
-    steps: int = 800
+    steps: Annotated[int, at_least(1, USUAL)] = 800
     """Number of steps of each training, of 80 samples each."""
-    seed: int = 0
+    seed: Annotated[int, at_least(0, USUAL)] = 0
     """Seed of the split, the noise, the initial parameters and the batches."""
-    seeds: int = 1
+    seeds: Annotated[int, at_least(1, "5 gives mean ± sd.")] = 1
     """Number of seeds, from --seed on; two or more give mean ± standard deviation."""
     device: str = "cpu"
     """Device: cpu, cuda, cuda:1, mps, ... With cuda, each process uses its own GPU."""
     dtype: Literal["float32", "float64"] = "float32"
     """Dtype of parameters and images."""
-    out: MaybePath = None
+    out: Path | None = None
     """Directory of the results, new or empty. By default a new one in runs/."""
 
 
 def check_values(config: DemoConfig) -> None:
-    """Refuse values that are wrong for every data set and model.
+    """Refuse values that are out of range, and a number of processes that cannot share a batch.
 
     Raises:
         UsageError: A value is out of range.
     """
-    check(
-        0 <= config.noise < 1,
-        "--noise",
-        "a fraction in [0, 1)",
-        config.noise,
-        "0.3 makes 30 % of the training labels wrong.",
-    )
-    check(
-        0 <= config.threshold <= 2,
-        "--threshold",
-        "a cosine distance in [0, 2]",
-        config.threshold,
-        "0.9 is the default, 2 accepts everything.",
-    )
-    check(config.steps >= 1, "--steps", "at least 1", config.steps, "800 is the default.")
-    check(config.seed >= 0, "--seed", "at least 0", config.seed, "0 is the default.")
+    check_fields(config)
     check(
         MICROBATCHES % started_processes() == 0,
         "torchrun",
@@ -73,7 +60,6 @@ def check_values(config: DemoConfig) -> None:
         started_processes(),
         "Choose another --nproc-per-node.",
     )
-    check(config.seeds >= 1, "--seeds", "at least 1", config.seeds, "5 gives mean ± sd.")
 
 
 def directory(config: DemoConfig) -> Path:

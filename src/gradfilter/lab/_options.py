@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
-import textwrap
 import tomllib
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
 from importlib import resources
 from importlib.resources.abc import Traversable
 from io import StringIO
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 import tyro
 
+from gradfilter.lab._help import Option, help_text, options_of
 from gradfilter.lab._run_files import content_of, reading
 from gradfilter.lab._usage import UsageError, did_you_mean, refuse_odd
 
@@ -27,139 +25,10 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
-# --- Options without a default: help shows their type, and not None ---
-
-
-MaybeFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
-MaybeInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
-MaybeStr = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
-MaybePath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
-
-
-# --- Help and messages of tyro in plain words ---
-
-
-WIDTH = 79
-NOT_READ = {
-    r"no type matching \{None\}\|INT could .*? from \[(.*?)\]\. Got .*": "a whole number or None",
-    r"no type matching \{None\}\|FLOAT could .*? from \[(.*?)\]\. Got .*": "a number or None",
-    r"invalid literal for int\(\) with base 10: (.*)": "a whole number",
-    r"could not convert string to float: (.*)": "a number",
-    r"Could not find valid parse for arguments: \[(.*)\]": "numbers",
-    r"Could not parse arguments \[(.*)\] into tuple type .*": "numbers",
-}
-"""Errors of tyro for a value of another type, and what was expected."""
-
-
-def plainly(said: str) -> str:
-    """Rewrite an error without names of Python types.
-
-    Examples:
-        >>> plainly("Error parsing --seed: invalid literal for int() with base 10: 'x'")
-        "--seed: expected a whole number, found 'x'"
-    """
-    parsing = re.fullmatch(r"Error parsing (--[\w-]+): (.*)", said)
-    for pattern, expected in NOT_READ.items() if parsing else ():
-        if parsing and (found := re.fullmatch(pattern, parsing[2])):
-            return f"{parsing[1]}: expected {expected}, found {found[1]}"
-    return said
-
-
-def hints(said: str, text: str) -> str:
-    """Suggest the nearest known option for every unknown one, each in a sentence after a space.
-
-    Args:
-        said: The error message.
-        text: The help, which names all options.
-
-    Examples:
-        >>> hints("Unrecognized options: --sed, 3, --colour", "  --seed INT   Random seed.")
-        ' Did you mean --seed?'
-    """
-    prefix = "Unrecognized options: "
-    if not said.startswith(prefix):
-        return ""
-    typed = re.findall(r"(?:^|, )--([\w-]+)", said.removeprefix(prefix))
-    known = {*_options(text)}
-    # Each once, in the order of the command line.
-    return "".join(dict.fromkeys(did_you_mean(name, known, "--{}") for name in typed))
-
-
-def _options(text: str) -> Iterator[str]:
-    """Yield option names at the start of a line; others are part of a description."""
-    for names in re.findall(r"(?m)^ {1,4}(?:-h, )?(--[\w-]+(?:, --[\w-]+)*)", text):
-        yield from (name.removeprefix("--") for name in names.split(", "))
-
-
-def wrapped(text: str) -> str:
-    """Wrap the paragraphs of a help text, which tyro does not wrap.
-
-    The usage before them and the tables after them are unchanged.
-    """
-    head, table, rest = text.partition(found[0]) if (found := _find_table(text)) else (text, "", "")
-    usage, *paragraphs = re.split(r"\n\s*\n", head.rstrip())
-    width = min(WIDTH, shutil.get_terminal_size().columns)
-    filled = [
-        textwrap.fill(" ".join(p.split()), width, break_on_hyphens=False, break_long_words=False)
-        for p in paragraphs
-    ]
-    return "\n\n".join([usage, *filled]) + "\n\n" + table + rest
-
-
-def grouped(text: str, groups: Mapping[str, Collection[str]]) -> str:
-    r"""List the options of a help text under several headings.
-
-    Args:
-        text: The help of tyro.
-        groups: Fields by heading. Options of other fields stay in the first table.
-
-    Examples:
-        >>> help = " options\n --------\n  --seed INT\n      A seed.\n  --last"
-        >>> print(grouped(help, {"data": ["seed"]}))
-         options
-         --------
-          --last
-        <BLANKLINE>
-         data
-         --------
-          --seed INT
-              A seed.
-    """
-    if not groups or not (found := _find_table(text)):
-        return text
-    heading, rule = found[0].split("\n")
-    heading_of = {name: title for title, names in groups.items() for name in names}
-    tables: dict[str, list[str]] = {title: [] for title in ("", *groups)}
-    title = ""
-    lines = [line.rstrip() for line in text[found.start() :].splitlines()]
-    for line, below in zip_longest(lines, lines[1:], fillvalue=""):
-        if not line or set(line.strip()) == {"-"} or (below and set(below.strip()) == {"-"}):
-            continue  # a blank line, or the rule and the heading of a table
-        for name in _options(line):
-            title = heading_of.get(name.replace("-", "_"), "")
-            break
-        tables[title].append(line)
-    full = "-" * len(rule.strip())
-    return (
-        text[: found.start()]
-        + "\n\n".join(
-            "\n".join([f" {title}" if title else heading.rstrip(), f" {full}", *rows])
-            for title, rows in tables.items()
-            if rows
-        )
-        + ("\n" if text.endswith("\n") else "")
-    )
-
-
-def _find_table(text: str) -> re.Match[str] | None:
-    """Find the heading of the first table, above its rule."""
-    return re.search(r"(?m)^ \S.*\n -{3,}", text)
-
-
 # --- Parse options into a dataclass ---
 
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 def parse(
@@ -177,32 +46,80 @@ def parse(
         groups: Fields by the heading under which help lists them; None for one list.
 
     Raises:
-        UsageError: tyro refuses the options; its message, on one line.
+        UsageError: An option is unknown, or its value cannot be read.
         SystemExit: With code 0, after ``--help``.
     """
-    shown, refused = StringIO(), StringIO()
+    if {"-h", "--help"} & {*options}:
+        print(help_text(config, program, groups or {}), end="")
+        raise SystemExit(0)
+    box = StringIO()
     try:
-        # Both are redirected: tyro draws a plain box instead of a coloured one when stdout is
-        # not a terminal.
-        with redirect_stdout(shown), redirect_stderr(refused):
+        known = options_of(config)
+        _refuse_unknown(known, options)
+        _refuse_unreadable(known, options)
+        with redirect_stdout(box), redirect_stderr(box):
             parsed = tyro.cli(config, prog=program, args=options)
-    except SystemExit as stop:
-        if not stop.code:
-            print(wrapped(grouped(shown.getvalue(), groups or {})), end="")
-            raise
-        said = plainly(one_line(refused.getvalue()).rstrip("."))
-        near = hints(said, _help(config, program)) if "Unrecognized" in said else ""
-        raise UsageError(f"{said}.{near} See {program} --help.") from None
+    except UsageError as error:
+        raise UsageError(f"{error} See {program} --help.") from None
+    except SystemExit:
+        raise UsageError(f"{one_line(box.getvalue()).rstrip('.')}. See {program} --help.") from None
     refuse_odd(parsed)
     return parsed
 
 
-def _help(config: type[Config], program: str) -> str:
-    """Return the help text of tyro."""
-    shown = StringIO()
-    with redirect_stdout(shown), suppress(SystemExit):
-        tyro.cli(config, prog=program, args=["--help"])
-    return shown.getvalue()
+def _refuse_unknown(known: Sequence[Option], options: Sequence[str]) -> None:
+    """Refuse unknown options, with the nearest known one of each."""
+    names = [name.removeprefix("--") for option in known for name in option.names]
+    unread: list[str] = []
+    nearest: dict[str, None] = {}  # each once, in the order of the command line
+    unknown = False
+    for typed in options:
+        if typed.startswith("--"):
+            name = _name(typed).removeprefix("--")
+            unknown = name not in names
+            nearest |= {did_you_mean(name, names, "--{}"): None} if unknown else {}
+        unread += [typed] if unknown else []
+    if unread:
+        raise UsageError(f"Unrecognized options: {', '.join(unread)}.{''.join(nearest)}")
+
+
+def _refuse_unreadable(known: Sequence[Option], options: Sequence[str]) -> None:
+    """Refuse values that are not numbers where numbers are expected."""
+    given: dict[str, list[str]] = {"": []}
+    values = given[""]
+    for typed in options:
+        if typed.startswith("--"):
+            _, equals, value = typed.partition("=")
+            values = given[_name(typed)] = [value] if equals else []
+        else:
+            values.append(typed)
+    for option in known:
+        values = given.get(option.names[0], []) if option.names else []
+        several = get_origin(option.kind) is tuple
+        kind = get_args(option.kind)[0] if several else option.kind
+        read = values if several else values[:1]  # tyro refuses others
+        if kind not in NUMBERS or all(_is(kind, v, option.may_be_none) for v in read):
+            continue
+        expected = "numbers" if several else NUMBERS[kind] + " or None" * option.may_be_none
+        found = ", ".join(map(repr, read))
+        raise UsageError(f"{option.names[0]}: expected {expected}, found {found}.")
+
+
+NUMBERS: Mapping[type, str] = {int: "a whole number", float: "a number"}
+
+
+def _is(kind: type, text: str, may_be_none: bool) -> bool:
+    """Return whether tyro reads a text as a value of this type."""
+    try:
+        kind(text)
+    except ValueError:
+        return may_be_none and text == "None"
+    return True
+
+
+def _name(typed: str) -> str:
+    """Return the name of an option; an underscore in it is a hyphen, as for tyro."""
+    return typed.partition("=")[0].replace("_", "-")
 
 
 def one_line(box: str) -> str:

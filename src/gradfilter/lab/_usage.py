@@ -18,6 +18,16 @@ class UsageError(ValueError):
     """A bad value: its message is one line that says what, why and how to fix it."""
 
 
+def option_name(field: str) -> str:
+    """Return the name of a field on the command line.
+
+    Examples:
+        >>> option_name("label_noise")
+        '--label-noise'
+    """
+    return f"--{field.replace('_', '-')}"
+
+
 def check(condition: bool, option: str, expected: str, found: object, fix: str) -> None:
     """Raise a `UsageError` unless ``condition`` holds.
 
@@ -45,7 +55,7 @@ def refuse_odd(value: object, option: str = "") -> None:
     """
     if is_dataclass(value):
         for field in fields(value):
-            refuse_odd(getattr(value, field.name), f"--{field.name.replace('_', '-')}")
+            refuse_odd(getattr(value, field.name), option_name(field.name))
     elif isinstance(value, tuple):
         for part in value:
             refuse_odd(part, option)

@@ -11,10 +11,10 @@ import torch
 
 from _lab import CLOCKS, command, metrics, only_run, refused
 from gradfilter.lab._options import presets, read_settings
-from gradfilter.lab._usage import UsageError
+from gradfilter.lab._usage import UsageError, option_name
 from gradfilter.lab.train import _build_training as _begin
 from gradfilter.lab.train._build_training import build_training
-from gradfilter.lab.train._config_checks import check_values, option, refuse_ignored
+from gradfilter.lab.train._config_checks import check_values, refuse_ignored
 from gradfilter.lab.train._train import Watch, train_to_the_end
 from gradfilter.lab.train._train_command import parse_train
 from gradfilter.lab.train._train_config import PLACE, WATCHING, TrainConfig
@@ -151,7 +151,7 @@ def test_an_option_with_what_it_needs_changes_the_training(name):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option_changes_the_training_or_is_refused_beside_another(name):
     needs, text = OPTIONS[name]
-    others = [other for other in OPTIONS if f"{option(other)} " not in f"{needs} {text} "]
+    others = [other for other in OPTIONS if f"{option_name(other)} " not in f"{needs} {text} "]
     for other in random.Random(name).sample(others, DAILY):
         before = outcome(BASE, needs, text)
         after = outcome(BASE, needs, text, OPTIONS[other][1])
@@ -201,7 +201,7 @@ def test_what_would_do_nothing_is_refused_in_a_file_too(tmp_path):
 def test_a_preset_has_nothing_that_does_nothing(name):
     settings = read_settings(name, None, "train")
     if settings:
-        typed = [option(setting) for setting in settings]
+        typed = [option_name(setting) for setting in settings]
         refuse_ignored(parse_train(["--preset", name]).settings, typed)
 
 

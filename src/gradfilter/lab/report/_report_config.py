@@ -7,8 +7,6 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from gradfilter.lab._options import MaybePath
-
 
 @dataclass(frozen=True)
 class ReportConfig:
@@ -21,6 +19,6 @@ class ReportConfig:
 
     dirs: Positional[tuple[Path, ...]] = (Path("runs"),)
     """Directories with trainings, at any depth."""
-    out: MaybePath = None
+    out: Path | None = None
     """Directory of the report: new, empty, or with an earlier report, which is replaced. By default
     the folder report in the first of the directories."""

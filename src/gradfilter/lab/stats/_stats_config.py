@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from gradfilter.lab._options import MaybeFloat, MaybeInt, MaybePath, MaybeStr
-from gradfilter.lab._usage import UsageError, check
+from gradfilter.lab._constraints import USUAL, Constraint, at_least, check_fields, positive
+from gradfilter.lab._usage import UsageError, check, option_name
 
 # --- The catalogue: metrics, their options, and the names of their numbers ---
 
@@ -108,6 +108,17 @@ def is_path(name: StrategyName) -> bool:
 # --- The options ---
 
 
+FROM_ZERO = Constraint(
+    "numbers from 0 on", lambda number: number >= 0, "0 is the start.", each=True
+)
+PREFIX = Constraint(
+    "a short part of a file name",
+    lambda name: not {*name} & {*'/\\:*?"<>|\0'} and len(name) <= 100,
+    "The directory is always that of the run.",
+    shown=repr,
+)
+
+
 @dataclass(frozen=True)
 class StatsConfig:
     """Measure the checkpoints of a run, sample by sample, in evaluation mode.
@@ -119,56 +130,56 @@ class StatsConfig:
     """
 
     # Not an option: torchrun would take --run for one of its own.
-    run: tyro.conf.Positional[MaybePath] = None
+    run: tyro.conf.Positional[Path | None] = None
     """Directory of the run. Without it, the run in --save-dir that fits --data, --model,
     --label-noise, --seed and --name."""
-    data: MaybeStr = None
+    data: str | None = None
     """Find the run by its data set, such as digits."""
-    model: MaybeStr = None
+    model: str | None = None
     """Find the run by its model, such as mlp_256."""
-    label_noise: MaybeFloat = None
+    label_noise: float | None = None
     """Find the run by its fraction of wrong labels, in [0, 1)."""
-    seed: MaybeInt = None
+    seed: int | None = None
     """Find the run by its seed."""
-    name: MaybeStr = None
+    name: str | None = None
     """Find the run by its folder inside --save-dir (NAME)."""
     save_dir: Path = Path("runs")
     """Directory of all runs (SAVE_DIR)."""
-    data_dir: MaybePath = None
+    data_dir: Path | None = None
     """Directory of the data sets (DATA_DIR), if it has moved since the training."""
 
-    preset: MaybeStr = None
+    preset: str | None = None
     """Measurement of a published recipe: double-descent-cifar10 or double-descent-digits. Other
     options override it."""
-    config: MaybePath = None
+    config: Path | None = None
     """TOML file with a table [stats]. It overrides a preset; options override both."""
 
     metric: MetricName = "crossentropy"
     """Quantity to measure."""
-    checkpoint: tuple[int, ...] = ()
+    checkpoint: Annotated[tuple[int, ...], FROM_ZERO] = ()
     """Checkpoints to measure: 0 is the start of the training, 1 the next saved one, ..."""
     last: bool = False
     """Measure the last checkpoint."""
     checkpoint_by_step: bool = False
     """Read the numbers of --checkpoint as training steps."""
-    nsteps_per_epoch: MaybeInt = None
+    nsteps_per_epoch: Annotated[int | None, at_least(1, "Or omit it.")] = None
     """Steps per epoch. Read the numbers of --checkpoint as epochs; needs --checkpoint-by-step."""
 
     dataset_split: Literal["train", "val", "test"] = "train"
     """Samples to measure on."""
-    num_samples: MaybeInt = None
+    num_samples: Annotated[int | None, at_least(1, "Or omit it.")] = None
     """Number of samples, in the order of the split; by default all after --skip. Parts whose sizes
     are multiples of --batch-size are joined once they cover the split."""
-    skip: int = 0
+    skip: Annotated[int, at_least(0, USUAL)] = 0
     """Number of samples to skip at the start of the split."""
-    batch_size: int = 64
+    batch_size: Annotated[int, at_least(1, USUAL)] = 64
     """Samples measured at once."""
     restored_targets: bool = False
     """Use the true labels instead of the wrong ones that the run was trained on."""
 
     gen_strategy: StrategyName = "none"
     """Points around every image: shifted images, images without some singular values, or paths."""
-    num_directions: int = 8
+    num_directions: Annotated[int, at_least(1, USUAL)] = 8
     """Number of directions around an image."""
     cumulative: bool = False
     """Write the running mean at every anchor of a path instead of one mean per path."""
@@ -182,22 +193,22 @@ class StatsConfig:
     """Use only the output of the target class."""
     method: Literal["auto", "gram", "power"] = "auto"
     """Algorithm for operator norms: from J J^T, power iteration, or the faster of both."""
-    num_power_iters: int = 50
+    num_power_iters: Annotated[int, at_least(1, USUAL)] = 50
     """Largest number of power iterations, for operator norms and top eigenvalues."""
-    num_probes: int = 32
+    num_probes: Annotated[int, at_least(2, "32 is usual.")] = 32
     """Number of random vectors for the trace of a Hessian."""
     legacy_scale: bool = False
     """Divide tangent metrics by 0.1 instead of the distance to the jittered image."""
-    mc_sample_seed: int = 0
+    mc_sample_seed: Annotated[int, at_least(0, USUAL)] = 0
     """Seed of jittered images, starting vectors and probes."""
-    microbatches: int = 8
+    microbatches: Annotated[int, at_least(2, USUAL)] = 8
     """Number of rows per batch, for agreement."""
-    rho: float = 0.05
+    rho: Annotated[float, positive("0.05 is usual.")] = 0.05
     """Radius of the perturbation, for sharpness."""
 
     bigmem: bool = False
     """Compute all classes at once instead of in chunks."""
-    outname: str = ""
+    outname: Annotated[str, PREFIX] = ""
     """Prefix of the file name."""
     device: str = "cpu"
     """Device: cpu, cuda, cuda:1, mps, ... (DEVICE). With cuda, each process uses its own GPU."""
@@ -208,8 +219,6 @@ class StatsConfig:
 
 OF_SOME = sorted({name for metric in METRICS.values() for name in metric.takes} - {"batch_size"})
 """Settings that only some metrics use. The other metrics refuse them."""
-AT_LEAST_ONE = ("batch_size", "num_directions", "num_power_iters")
-NOT_NEGATIVE = ("skip", "mc_sample_seed")
 
 
 def check_values(config: StatsConfig) -> None:
@@ -218,25 +227,7 @@ def check_values(config: StatsConfig) -> None:
     Raises:
         UsageError: A value is out of range, or two values exclude each other.
     """
-    for name in AT_LEAST_ONE:
-        value = getattr(config, name)
-        check(value >= 1, _option(name), "at least 1", value, f"{_default(name)} is the default.")
-    for name in NOT_NEGATIVE:
-        value = getattr(config, name)
-        check(value >= 0, _option(name), "at least 0", value, f"{_default(name)} is the default.")
-    for name in ("num_samples", "nsteps_per_epoch"):
-        value = getattr(config, name)
-        check(value is None or value >= 1, _option(name), "at least 1", value, "Or omit it.")
-    for number in config.checkpoint:
-        check(number >= 0, "--checkpoint", "numbers from 0 on", number, "0 is the start.")
-    check(
-        not set(config.outname) & set('/\\:*?"<>|\0') and len(config.outname) <= 100,
-        "--outname",
-        "a short part of a file name",
-        repr(config.outname),
-        "The directory is always that of the run.",
-    )
-    check(config.num_probes >= 2, "--num-probes", "at least 2", config.num_probes, "32 is usual.")
+    check_fields(config)
     _check_metric(config)
     _check_together(config)
 
@@ -248,17 +239,10 @@ def _check_metric(config: StatsConfig) -> None:
         if value != _default(name) and name not in metric.takes:
             users = ", ".join(m for m, other in METRICS.items() if name in other.takes)
             raise UsageError(
-                f"{_option(name)}: {config.metric} does not depend on it. Omit it, or "
+                f"{option_name(name)}: {config.metric} does not depend on it. Omit it, or "
                 f"choose a --metric that does: {users}."
             )
     if config.metric == "agreement":
-        check(
-            config.microbatches >= 2,
-            "--microbatches",
-            "at least 2",
-            config.microbatches,
-            "8 is the default.",
-        )
         check(
             config.batch_size % config.microbatches == 0,
             "--batch-size",
@@ -266,8 +250,6 @@ def _check_metric(config: StatsConfig) -> None:
             config.batch_size,
             f"{config.microbatches * math.ceil(config.batch_size / config.microbatches)} is one.",
         )
-    if config.metric == "sharpness":
-        check(0 < config.rho < math.inf, "--rho", "a positive number", config.rho, "0.05 is usual.")
 
 
 def _check_together(config: StatsConfig) -> None:
@@ -355,7 +337,7 @@ def _refuse_ignored(config: StatsConfig) -> None:
     }
     for name, (counts, why) in conditions.items():
         if getattr(config, name) != _default(name) and not counts:
-            raise UsageError(f"{_option(name)}: {why}. Omit it.")
+            raise UsageError(f"{option_name(name)}: {why}. Omit it.")
 
 
 def refuse_unread(config: StatsConfig, typed: Sequence[str]) -> None:
@@ -376,7 +358,3 @@ def refuse_unread(config: StatsConfig, typed: Sequence[str]) -> None:
 
 def _default(name: str) -> object:
     return next(field.default for field in fields(StatsConfig) if field.name == name)
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -11,11 +11,12 @@ from typing import Any, Literal
 import torch
 from optuna.distributions import distribution_to_json
 
-from gradfilter.lab._usage import UsageError, check
+from gradfilter.lab._constraints import check_fields
+from gradfilter.lab._usage import UsageError, option_name
 from gradfilter.lab.sweep._axes import Axis, Reader, axes_of, fields_of
-from gradfilter.lab.sweep._sweep_config import SweepConfig
+from gradfilter.lab.sweep._sweep_config import TRIALS, SweepConfig
 from gradfilter.lab.train._build_training import data_of, model_of
-from gradfilter.lab.train._config_checks import check_values, option, refuse_ignored
+from gradfilter.lab.train._config_checks import check_values, refuse_ignored
 from gradfilter.lab.train._evaluation import Evaluation
 from gradfilter.lab.train._run_place import place_of, plain_settings
 from gradfilter.lab.train._train_command import spelt_out
@@ -83,7 +84,9 @@ def refuse_unused(
     }
     said = plain | {name.removeprefix("no_") for name in plain}
     for name in sorted(said & names):
-        raise UsageError(f"{option(name)}: {own} sets it in every training. Give it in one place.")
+        raise UsageError(
+            f"{option_name(name)}: {own} sets it in every training. Give it in one place."
+        )
     for name in sorted(plain | names):
         _refuse_if_never_used(corners, name, f"{own}: " if name in names else "")
 
@@ -112,7 +115,7 @@ def _refuse_if_never_used(corners: Sequence[TrainConfig], name: str, whose: str)
     refusal = None
     for config in corners:
         try:
-            refuse_ignored(config, [option(name)])
+            refuse_ignored(config, [option_name(name)])
         except UsageError as error:
             refusal = UsageError(f"{whose}{error}")
         else:
@@ -138,7 +141,6 @@ Evaluations = Literal["last", "best"]
 Direction = Literal["maximize", "minimize"]
 METRICS = tuple(field.name for field in fields(Evaluation) if field.name not in ("step", "epoch"))
 SMALL_IS_GOOD = ("memorised", "noise_scale", "skipped", "surrogate_gap", "seconds", "peak_memory")
-TRIALS = 20
 MOST_CORNERS = 4096
 
 
@@ -202,10 +204,8 @@ def plan_of(config: SweepConfig, base: TrainConfig, read: Reader) -> Plan:
     Raises:
         UsageError: Something is wrong with one of its trainings, or with the study.
     """
-    check(config.jobs >= 1, "--jobs", "at least 1", config.jobs, "Each is a process of its own.")
-    check(config.heartbeat >= 1, "--heartbeat", "at least 1 second", config.heartbeat, "")
+    check_fields(config)
     seed = 0 if config.sampler_seed is None else config.sampler_seed
-    check(seed >= 0, "--sampler-seed", "at least 0", seed, "")
     if bool(config.grid) == bool(config.sample):
         raise UsageError(
             "expected either --grid or --sample, found "
@@ -224,7 +224,6 @@ def plan_of(config: SweepConfig, base: TrainConfig, read: Reader) -> Plan:
         return Plan(base, axes, points, len(points), 0, *_objective(config, corners))
     axes = axes_of(config.sample, "--sample", read)
     trials = TRIALS if config.trials is None else config.trials
-    check(trials >= 1, "--trials", "at least 1", trials, f"{TRIALS} is the default.")
     corners = _corners(base, axes, None)
     check_all(corners, "--sample")
     return Plan(base, axes, None, trials, seed, *_objective(config, corners))

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from gradfilter.lab._constraints import at_least
 from gradfilter.lab._options import (
-    MaybeInt,
-    MaybePath,
-    MaybeStr,
     arguments,
     parse,
     read_settings,
     value_of,
 )
 from gradfilter.lab._usage import UsageError
+
+TRIALS = 20
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class SweepConfig:
     sample: tuple[str, ...] = ()
     """NAME=LOW:HIGH, NAME=log:LOW:HIGH or NAME=VALUE,VALUE,...: search settings of train by
     tree-structured Parzen estimators (TPE)."""
-    trials: MaybeInt = None
+    trials: Annotated[int | None, at_least(1, f"{TRIALS} is the default.")] = None
     """Number of trainings for --sample, by default 20; a larger number extends a study."""
-    sampler_seed: MaybeInt = None
+    sampler_seed: Annotated[int | None, at_least(0)] = None
     """Seed of the search, by default 0."""
 
-    metric: MaybeStr = None
+    metric: str | None = None
     """Number of an evaluation to compare: by default val_accuracy with a validation split, else,
     for a grid, test_accuracy."""
     evaluation: Literal["last", "best"] = "last"
@@ -54,21 +54,21 @@ class SweepConfig:
     name: str = ""
     """Name of the study, and of the folder of its runs inside train's --save-dir; by default sweep
     (NAME)."""
-    storage: MaybeStr = None
+    storage: str | None = None
     """Storage of the study: a file, by default study.db in that folder, or for several machines the
     URL of a database: postgresql://USER@HOST/NAME, mysql://..."""
-    jobs: int = 1
+    jobs: Annotated[int, at_least(1, "Each is a process of its own.")] = 1
     """Number of workers to start; each has its own GPU if there are several."""
-    heartbeat: int = 30
+    heartbeat: Annotated[int, at_least(1, unit=" second")] = 30
     """Seconds between two heartbeats of a worker. After twice as many without one, another worker
     takes over the training. A study keeps the value that it was started with."""
     retry_failed: bool = False
     """Repeat failed trainings."""
 
-    preset: MaybeStr = None
+    preset: str | None = None
     """Tables [sweep] and [train] of a published recipe: gaf-cifar100, gaf-cifar100n,
     agc-cifar10, gsam-cifar10, double-descent-cifar10 or double-descent-digits."""
-    config: MaybePath = None
+    config: Path | None = None
     """TOML file with such tables. It overrides a preset; options override both."""
 
 

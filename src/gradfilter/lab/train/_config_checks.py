@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 
-from gradfilter.lab._usage import UsageError, check, refuse_odd
+from gradfilter.lab._constraints import check_fields
+from gradfilter.lab._usage import UsageError, option_name, refuse_odd
 from gradfilter.lab.train._train_config import TrainConfig
 
 # --- Options that are wrong or contradict each other ---
-
-
-POSITIVE = (
-    *("epochs", "resume_every", "image_size", "learning_rate", "eval_every", "lr_step"),
-    *("agc_eps", "eps"),
-)
-POSITIVE_IF_GIVEN = (
-    *("clip_per_row", "budget_clip", "sam", "early_exit_accuracy", "steps", "samples_per_class"),
-)
-NOT_NEGATIVE = (
-    *("seed", "label_seed", "data_split_seed", "workers", "weight_decay", "lr_min", "lr_patience"),
-    *("lr_warmup_epochs", "lr_warmup_initial", "rho_min", "budget_power"),
-)
-NOT_NEGATIVE_IF_GIVEN = ("agc", "gsam", "early_exit_loss", "train_split", "val_split")
-FRACTIONS = ("label_noise", "label_smoothing", "alpha")
-
-
-IN_EPOCHS = ("epochs", "eval_every", "lr_step", "lr_warmup_epochs")
-LONGEST = 1e9
-"""Largest number of epochs whose steps can be counted."""
-MOST = 2**24
-"""Largest number of rows, and of samples per class in one row."""
 
 
 def check_values(config: TrainConfig) -> None:
@@ -42,100 +18,9 @@ def check_values(config: TrainConfig) -> None:
     Raises:
         UsageError: A value is out of range, or two values exclude each other.
     """
-    _check_ranges(config)
-    _check_distances(config)
-    _check_together(config)
-
-
-def _check_ranges(config: TrainConfig) -> None:
-    for name in POSITIVE:
-        value = getattr(config, name)
-        check(0 < value < math.inf, option(name), "a positive number", value, "")
-    for name in POSITIVE_IF_GIVEN:
-        value = getattr(config, name)
-        fits = value is None or 0 < value < math.inf
-        check(fits, option(name), "a positive number", value, "Omit it to switch it off.")
-    for name in NOT_NEGATIVE:
-        value = getattr(config, name)
-        check(0 <= value < math.inf, option(name), "at least 0", value, "")
-    for name in NOT_NEGATIVE_IF_GIVEN:
-        value = getattr(config, name)
-        fits = value is None or 0 <= value < math.inf
-        check(fits, option(name), "at least 0", value, "Omit it to switch it off.")
-    for name in FRACTIONS:
-        value = getattr(config, name)
-        check(0 <= value < 1, option(name), "a fraction in [0, 1)", value, "")
+    check_fields(config)
     refuse_odd(config)
-    accuracy = config.early_exit_accuracy
-    check(
-        accuracy is None or accuracy <= 1,
-        "--early-exit-accuracy",
-        "a fraction in (0, 1]",
-        accuracy,
-        "0.99 is 99 % of the training labels.",
-    )
-    for name in ("train_split", "val_split"):
-        value = getattr(config, name)
-        check(
-            value != 1,
-            option(name),
-            "a fraction below 1, or a number of samples above 1",
-            value,
-            "Omit it to take all samples.",
-        )
-    outside = Path(config.name).is_absolute() or ".." in Path(config.name).parts
-    check(not outside, "--name", "a folder inside --save-dir", config.name, "")
-    names = [len(os.fsencode(part)) for part in Path(config.name).parts]
-    fits = config.name.isprintable() and max(names, default=0) <= 255
-    fix = "It names a folder."
-    check(fits, "--name", "at most 255 bytes of text that can be shown", repr(config.name), fix)
-    for beta in config.betas:
-        check(0 <= beta < 1, "--betas", "two numbers in [0, 1)", config.betas, "")
-    check(config.microbatches >= 1, "--microbatches", "at least 1", config.microbatches, "")
-    check(
-        0 < config.lr_decay_rate < 1,
-        "--lr-decay-rate",
-        "a factor between 0 and 1",
-        config.lr_decay_rate,
-        "0.1 is the default.",
-    )
-    check(config.lr_power <= 0, "--lr-power", "at most 0", config.lr_power, "-0.5 is the default.")
-    check(
-        config.momentum is None or 0 <= config.momentum < 1,
-        "--momentum",
-        "a number in [0, 1)",
-        config.momentum,
-        "",
-    )
-    check(
-        config.ema is None or 0 <= config.ema < 1,
-        "--ema",
-        "a decay in [0, 1)",
-        config.ema,
-        "Omit it to switch it off.",
-    )
-    for epoch in config.save_checkpoint:
-        fits = 0 < epoch <= LONGEST
-        fix = "The first and the last are always saved."
-        check(fits, "--save-checkpoint", f"epochs above 0, at most {LONGEST:g}", epoch, fix)
-    for name in IN_EPOCHS:
-        value = getattr(config, name)
-        check(value <= LONGEST, option(name), f"at most {LONGEST:g}", value, "Take a smaller one.")
-    count = config.samples_per_class or 1
-    check(count <= MOST, "--samples-per-class", f"at most {MOST}", count, "Take fewer.")
-    check(config.microbatches <= MOST, "--microbatches", f"at most {MOST}", config.microbatches, "")
-
-
-def _check_distances(config: TrainConfig) -> None:
-    for name in ("agree", "consensus"):
-        value = getattr(config, name)
-        check(
-            value is None or 0 <= value <= 2,
-            option(name),
-            "a cosine distance in [0, 2]",
-            value,
-            "0.97 is usual, 2 accepts everything.",
-        )
+    _check_together(config)
 
 
 def _check_together(config: TrainConfig) -> None:
@@ -211,11 +96,6 @@ def _check_together(config: TrainConfig) -> None:
 
 def _rho_moves(config: TrainConfig) -> bool:
     return config.rho_schedule != "constant" or config.rho_min > 0
-
-
-def option(name: str) -> str:
-    """Return the name of a field on the command line."""
-    return f"--{name.replace('_', '-')}"
 
 
 # --- Options without effect: a user who types an option expects an effect ---
@@ -358,4 +238,6 @@ def refuse_ignored(config: TrainConfig, typed: Sequence[str], named: Collection[
     for name, uses in USES.items():
         for use in uses if name in names else ():
             if not use.counts(config):
-                raise UsageError(f"{option(name)}: it would change nothing {use.reason}. {use.fix}")
+                raise UsageError(
+                    f"{option_name(name)}: it would change nothing {use.reason}. {use.fix}"
+                )

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 
 import tyro
 
 from gradfilter.lab._options import (
-    MaybePath,
-    MaybeStr,
     as_toml,
     environment_arguments,
     from_files,
@@ -34,12 +33,11 @@ class TrainCommand:
     """
 
     settings: tyro.conf.OmitArgPrefixes[TrainConfig]
-    """"""
-    preset: MaybeStr = None
+    preset: str | None = None
     """A published recipe: gaf-cifar100, gaf-cifar100n, agc-cifar10, gsam-cifar10,
     double-descent-cifar10, double-descent-digits; or a training of the demo: demo-sgd, demo-agree,
     demo-consensus. Other options override it."""
-    config: MaybePath = None
+    config: Path | None = None
     """TOML file with a table [train]. It overrides a preset; options override both."""
     print_config: bool = False
     """Print all settings as such a file, and exit."""

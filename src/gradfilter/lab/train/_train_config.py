@@ -2,20 +2,69 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
-from gradfilter.lab._options import MaybeFloat, MaybeInt, MaybePath
+from gradfilter.lab._constraints import (
+    FRACTION,
+    SWITCH_OFF,
+    USUAL,
+    Constraint,
+    at_least,
+    at_most,
+    below_one,
+    distance,
+    positive,
+)
 
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
 ScheduleName = Literal["constant", "step", "linear", "cosine", "poly", "plateau"]
-MaybeAdaptive = Annotated[
-    Literal["asam", "gsam"] | None, tyro.conf.arg(metavar="{asam,gsam}", help_behavior_hint="")
-]
+
+# --- Constraints of single fields ---
+
+
+LONGEST = 1e9
+"""Largest number of epochs whose steps can be counted."""
+MOST = 2**24
+"""Largest number of rows, and of samples per class in one row."""
+
+
+def _is_inside(name: str) -> bool:
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+def _is_showable(name: str) -> bool:
+    longest = max((len(os.fsencode(part)) for part in Path(name).parts), default=0)
+    return name.isprintable() and longest <= 255
+
+
+COUNTABLE = at_most(LONGEST, "Take a smaller one.")
+ACCURACY = Constraint(
+    "a fraction in (0, 1]", lambda value: value <= 1, "0.99 is 99 % of the training labels."
+)
+NOT_ONE = Constraint(
+    "a fraction below 1, or a number of samples above 1",
+    lambda value: value != 1,
+    "Omit it to take all samples.",
+)
+BETAS = Constraint("two numbers in [0, 1)", lambda betas: all(0 <= beta < 1 for beta in betas))
+FACTOR = Constraint("a factor between 0 and 1", lambda value: 0 < value < 1, USUAL)
+DISTANCE = distance("0.97 is usual, 2 accepts everything.")
+SAVED = Constraint(
+    f"epochs above 0, at most {LONGEST:g}",
+    lambda epoch: 0 < epoch <= LONGEST,
+    "The first and the last are always saved.",
+    each=True,
+)
+INSIDE = Constraint("a folder inside --save-dir", _is_inside)
+SHOWABLE = Constraint(
+    "at most 255 bytes of text that can be shown", _is_showable, "It names a folder.", shown=repr
+)
+
+# --- The options ---
 
 
 @dataclass(frozen=True)
@@ -34,21 +83,21 @@ class TrainConfig:
     """Directory of torchvision's data sets (DATA_DIR)."""
     download: bool = False
     """Download the data set if it is missing."""
-    noise_file: MaybePath = None
+    noise_file: Path | None = None
     """File of human labels, for cifar100n-fine."""
-    image_size: int = 224
+    image_size: Annotated[int, positive()] = 224
     """Side of images from folders, in pixels."""
-    data_split_seed: int = 42
+    data_split_seed: Annotated[int, at_least(0)] = 42
     """Seed of the split into train, validation and test."""
-    train_split: MaybeFloat = None
+    train_split: Annotated[float | None, at_least(0, SWITCH_OFF), NOT_ONE] = None
     """Training samples: a number, or a fraction below 1; by default all."""
-    val_split: MaybeFloat = None
+    val_split: Annotated[float | None, at_least(0, SWITCH_OFF), NOT_ONE] = None
     """Validation samples out of the training part: a number, or a fraction below 1."""
-    label_noise: float = 0.0
+    label_noise: Annotated[float, FRACTION] = 0.0
     """Fraction of wrong training labels, in [0, 1)."""
     noise_type: Literal["symmetric", "pairflip", "class-concentrated"] = "symmetric"
     """Kind of wrong labels."""
-    label_seed: int = 42
+    label_seed: Annotated[int, at_least(0)] = 42
     """Seed of the wrong labels."""
     augmentation: bool = False
     """Augment by random crops and horizontal flips."""
@@ -65,116 +114,118 @@ class TrainConfig:
     weight_init: Literal["pytorch", "fixup", "mfixup", "nkaiming"] = "pytorch"
     """Initialisation of the parameters."""
 
-    epochs: float = 50.0
+    epochs: Annotated[float, positive(), COUNTABLE] = 50.0
     """Length of the training in epochs."""
-    steps: MaybeInt = None
+    steps: Annotated[int | None, positive(SWITCH_OFF)] = None
     """Length of the training in steps, instead of --epochs."""
-    batch_size: MaybeInt = None
+    batch_size: int | None = None
     """Samples per step, over all microbatches; by default 80."""
-    microbatches: int = 1
+    microbatches: Annotated[int, at_least(1), at_most(MOST)] = 1
     """Number of rows per batch, M."""
     per_sample: bool = False
     """Use one row per sample, instead of --microbatches."""
-    samples_per_class: MaybeInt = None
+    samples_per_class: Annotated[int | None, positive(SWITCH_OFF), at_most(MOST, "Take fewer.")] = (
+        None
+    )
     """Samples of every class per microbatch, for balanced batches."""
-    seed: int = 0
+    seed: Annotated[int, at_least(0)] = 0
     """Seed of parameters, batches and augmentation."""
 
     optimizer: OptimizerName = "sgd"
     """Update rule; sgd+nesterov is sgd with --nesterov."""
-    learning_rate: float = 0.05
+    learning_rate: Annotated[float, positive()] = 0.05
     """Largest learning rate."""
-    momentum: MaybeFloat = None
+    momentum: Annotated[float | None, below_one("a number")] = None
     """Momentum, by default 0.9 for sgd and 0 for rmsprop."""
     nesterov: bool = False
     """Use Nesterov's momentum, for sgd."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[float, float], BETAS] = (0.9, 0.999)
     """Decay rates of the moments, for adam and adamw."""
-    eps: float = 1e-8
+    eps: Annotated[float, positive()] = 1e-8
     """Number added to the root, for adam, adamw and rmsprop."""
-    alpha: float = 0.99
+    alpha: Annotated[float, FRACTION] = 0.99
     """Decay rate of the squares, for rmsprop."""
     centered: bool = False
     """Divide by the deviation, for rmsprop."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, at_least(0)] = 0.0
     """L2 decay; decoupled for adamw."""
 
     schedule: ScheduleName = "constant"
     """Schedule of the learning rate after its warm-up."""
-    lr_step: float = 50.0
+    lr_step: Annotated[float, positive(), COUNTABLE] = 50.0
     """Epochs between two drops, for step."""
-    lr_decay_rate: float = 0.1
+    lr_decay_rate: Annotated[float, FACTOR] = 0.1
     """Factor of each drop, for step and plateau."""
-    lr_min: float = 0.0
+    lr_min: Annotated[float, at_least(0)] = 0.0
     """Smallest learning rate of a schedule."""
-    lr_power: float = -0.5
+    lr_power: Annotated[float, at_most(0, USUAL)] = -0.5
     """Exponent of poly, at most 0."""
-    lr_patience: int = 10
+    lr_patience: Annotated[int, at_least(0)] = 10
     """Epochs without improvement before plateau drops."""
-    lr_warmup_epochs: float = 0.0
+    lr_warmup_epochs: Annotated[float, at_least(0), COUNTABLE] = 0.0
     """Length of the warm-up in epochs."""
-    lr_warmup_initial: float = 0.0
+    lr_warmup_initial: Annotated[float, at_least(0)] = 0.0
     """Learning rate at the start of the warm-up."""
 
-    agree: MaybeFloat = None
+    agree: Annotated[float | None, DISTANCE] = None
     """Average agreeing microbatches: largest cosine distance, in [0, 2]; 0.97 is usual."""
     against: Literal["running", "first"] = "running"
     """Gradient that a microbatch has to agree with."""
     average: Literal["mean", "halving"] = "mean"
     """Average of the agreeing microbatches."""
-    consensus: MaybeFloat = None
+    consensus: Annotated[float | None, DISTANCE] = None
     """Weight rows by their cosine with the others: largest distance in [0, 2], 1 if omitted."""
     consensus_hard: bool = False
     """Accept or reject rows instead of weighting them."""
-    clip_per_row: MaybeFloat = None
+    clip_per_row: Annotated[float | None, positive(SWITCH_OFF)] = None
     """Largest norm of each row."""
-    budget_clip: MaybeFloat = None
+    budget_clip: Annotated[float | None, positive(SWITCH_OFF)] = None
     """Largest mean norm of the rows, relative to the first step; 0.3 is usual."""
-    budget_power: float = 3.0
+    budget_power: Annotated[float, at_least(0)] = 3.0
     """Exponent that favours agreeing rows in the budget; 0 treats all alike."""
-    agc: MaybeFloat = None
+    agc: Annotated[float | None, at_least(0, SWITCH_OFF)] = None
     """Adaptive gradient clipping: largest ratio of gradient to weight per unit."""
-    agc_eps: float = 1e-3
+    agc_eps: Annotated[float, positive()] = 1e-3
     """Smallest weight norm for AGC."""
     agc_exclude: tuple[str, ...] = ()
     """Parameters without AGC: patterns of names such as head.*"""
-    sam: MaybeFloat = None
+    sam: Annotated[float | None, positive(SWITCH_OFF)] = None
     """Sharpness-aware minimisation: radius of the perturbation."""
-    adaptive: MaybeAdaptive = None
+    adaptive: Literal["asam", "gsam"] | None = None
     """Scale the perturbation by the weights, as in ASAM or in the GSAM paper."""
     m_sharpness: bool = False
     """Perturb each row separately."""
-    gsam: MaybeFloat = None
+    gsam: Annotated[float | None, at_least(0, SWITCH_OFF)] = None
     """Alpha of GSAM; needs --sam."""
     rho_schedule: Literal["constant", "proportional"] = "constant"
     """Schedule of the radius: proportional follows the learning rate."""
-    rho_min: float = 0.0
+    rho_min: Annotated[float, at_least(0)] = 0.0
     """Radius at the smallest learning rate, for proportional."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, FRACTION] = 0.0
     """Label smoothing, in [0, 1)."""
-    ema: MaybeFloat = None
+    ema: Annotated[float | None, below_one("a decay", SWITCH_OFF)] = None
     """Decay of a moving average of parameters to evaluate and save; 0.99 is usual."""
 
-    eval_every: float = 1.0
+    eval_every: Annotated[float, positive(), COUNTABLE] = 1.0
     """Epochs between two evaluations."""
-    early_exit_accuracy: MaybeFloat = None
+    early_exit_accuracy: Annotated[float | None, positive(SWITCH_OFF), ACCURACY] = None
     """Stop at this accuracy on the training labels."""
-    early_exit_loss: MaybeFloat = None
+    early_exit_loss: Annotated[float | None, at_least(0, SWITCH_OFF)] = None
     """Stop at this loss on the training set."""
-    save_checkpoint: tuple[float, ...] = ()
+    save_checkpoint: Annotated[tuple[float, ...], SAVED] = ()
     """Epochs between checkpoints (one number) or of checkpoints (several)."""
 
-    resume_every: int = 1000
+    resume_every: Annotated[int, positive()] = 1000
     """Steps between points to resume from, in addition to the ends of epochs."""
     resume: bool = False
     """Continue the run if it exists."""
-    name: str = ""
+    name: Annotated[str, INSIDE, SHOWABLE] = ""
     """Folder inside --save-dir (NAME)."""
     save_dir: Path = Path("runs")
     """Directory of all runs (SAVE_DIR)."""
     device: str = "cpu"
     """Device: cpu, cuda, cuda:1, mps, ... (DEVICE)."""
-    workers: int = 0
+    workers: Annotated[int, at_least(0)] = 0
     """Processes that load images (WORKERS); 0 keeps small data on the device."""
     dtype: Literal["float32", "float64"] = "float32"
     """Dtype of parameters and images."""
