@@ -15,8 +15,8 @@ from rich.progress import track
 
 import gradfilter as gf
 from benchmarks._noise_rules import STEPS, Rule, rule_of
+from gradfilter.lab.train._accuracies import accuracies
 from gradfilter.lab.train._build_training import build_training, update_of
-from gradfilter.lab.train._evaluation import accuracies
 from gradfilter.lab.train._training import Training, advance
 
 EVERY = 50

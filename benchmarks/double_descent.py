@@ -36,8 +36,8 @@ from benchmarks._machine import machine
 from benchmarks._random_features import measure
 from benchmarks._results import write
 from gradfilter import diagnostics
+from gradfilter.lab.train._accuracies import accuracies
 from gradfilter.lab.train._build_training import build_training
-from gradfilter.lab.train._evaluation import accuracies
 from gradfilter.lab.train._train_command import parse_train
 from gradfilter.lab.train._training import advance
 

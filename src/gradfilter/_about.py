@@ -18,6 +18,7 @@ commands:
   stats        measure its checkpoints: Jacobians, sharpness, agreement
   sweep        many trainings, by several workers or machines
   report       tables and figures of finished runs
+  runs         list trainings: state, epoch, loss, accuracy
 
 options:
   -h, --help   this text; after a command, the options of that command

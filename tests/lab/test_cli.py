@@ -24,6 +24,9 @@ ANSWERS = {
     "sweep --gird seed=0": 2,
     "report --help": 0,
     "report --uot here": 2,
+    "runs --help": 0,
+    "runs --jsno": 2,
+    "runs nowhere": 2,
 }
 """Command lines that are answered at once, and their exit codes."""
 

@@ -18,13 +18,14 @@ from gradfilter.lab._constraints import (
 )
 from gradfilter.lab._demo_config import DemoConfig
 from gradfilter.lab._help import COLUMN, help_text, options_of
+from gradfilter.lab._runs_config import RunsConfig
 from gradfilter.lab._usage import UsageError, option_name
 from gradfilter.lab.report._report_config import ReportConfig
 from gradfilter.lab.stats._stats_config import StatsConfig
 from gradfilter.lab.sweep._sweep_config import SweepConfig
 from gradfilter.lab.train._train_config import TrainConfig
 
-CONFIGS = [TrainConfig, StatsConfig, SweepConfig, DemoConfig, ReportConfig]
+CONFIGS = [TrainConfig, StatsConfig, SweepConfig, DemoConfig, ReportConfig, RunsConfig]
 EVEN = Constraint("even numbers", lambda n: n % 2 == 0, "2 is one.", each=True, shown=repr)
 
 

@@ -242,7 +242,7 @@ def test_a_misspelt_command_is_told_the_nearest():
     assert "Did you mean" not in refused("--nonsense")
 
 
-@pytest.mark.parametrize("name", ["demo", "train", "stats", "sweep", "report"])
+@pytest.mark.parametrize("name", ["demo", "train", "stats", "sweep", "report", "runs"])
 def test_paragraphs_of_help_are_no_wider_than_a_page(name, monkeypatch):
     lines = {}
     for columns in (60, 80, 200):
@@ -260,7 +260,8 @@ def test_paragraphs_of_help_are_no_wider_than_a_page(name, monkeypatch):
                 assert len(f"{line} {following.split()[0]}") > min(79, columns)
         assert len(paragraphs) > 1 and paragraphs[0].endswith(".")
         assert any(line.startswith("  -h, --help") for line in lines[columns][table:])
-    assert lines[80] != lines[200] or name == "report"  # tables are as wide as the terminal
+    # Tables are as wide as the terminal.
+    assert lines[80] != lines[200]
 
 
 def test_help_version_and_unknown_commands():

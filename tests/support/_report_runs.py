@@ -6,8 +6,7 @@ from dataclasses import fields
 
 from gradfilter.lab.stats._stats_files import StatsRecord, document, write
 from gradfilter.lab.train._evaluation import Evaluation
-from gradfilter.lab.train._record import METRICS
-from gradfilter.lab.train._run_place import place_of, plain_settings
+from gradfilter.lab.train._run_place import METRICS, place_of, plain_settings
 from gradfilter.lab.train._train_config import TrainConfig
 
 STEPS = 4

@@ -92,6 +92,16 @@ def _report(options: Sequence[str]) -> int:
     return report(config)
 
 
+def _runs(options: Sequence[str]) -> int:
+    from gradfilter.lab._options import parse
+    from gradfilter.lab._runs_config import RunsConfig
+
+    config = parse(RunsConfig, "gradfilter runs", options)
+    from gradfilter.lab._list_runs import runs
+
+    return runs(config)
+
+
 # Each command parses its options before it imports the modules that do the work, so that --help
 # and a misspelt option answer fast.
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
@@ -100,4 +110,5 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "stats": _stats,
     "sweep": _sweep,
     "report": _report,
+    "runs": _runs,
 }

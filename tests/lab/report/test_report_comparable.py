@@ -14,7 +14,7 @@ from gradfilter.lab.report._legend import Legend, Line, style_number
 from gradfilter.lab.report._report_config import ReportConfig
 from gradfilter.lab.report._runs import read_runs, usual_variant
 from gradfilter.lab.report._settings import Setting, band, groups_of, points
-from gradfilter.lab.train._record import METRICS
+from gradfilter.lab.train._run_place import METRICS
 
 ONE = [sparse(STEPS)]
 

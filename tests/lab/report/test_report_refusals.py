@@ -9,7 +9,7 @@ from gradfilter.lab._cli import main
 from gradfilter.lab.report._report import report
 from gradfilter.lab.report._report_config import ReportConfig
 from gradfilter.lab.report._runs import read_runs
-from gradfilter.lab.train._record import METRICS
+from gradfilter.lab.train._run_place import METRICS
 from gradfilter.lab.train._train import train
 from gradfilter.lab.train._train_config import TrainConfig
 

@@ -19,9 +19,9 @@ import gradfilter as gf
 from _lab import command, config, metrics, numbers, only_run, refused
 from gradfilter.lab._options import arguments, presets
 from gradfilter.lab.train import _train as _trackers
+from gradfilter.lab.train._accuracies import accuracies
 from gradfilter.lab.train._archive import checkpoints, read_tensors
 from gradfilter.lab.train._build_training import build_training, schedule_of, update_of
-from gradfilter.lab.train._evaluation import accuracies
 from gradfilter.lab.train._record import resume, write_point
 from gradfilter.lab.train._restore import restored
 from gradfilter.lab.train._run_place import find_runs, place_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,13 @@ from gradfilter.lab._run_files import ForeignError, printable, reading
 from gradfilter.lab._usage import LARGEST, UsageError
 from gradfilter.lab.stats._stats_files import MOST, Document, read
 from gradfilter.lab.train._evaluation import NUMBERS, read_evaluations
-from gradfilter.lab.train._record import METRICS
-from gradfilter.lab.train._run_place import check_types, read_config
+from gradfilter.lab.train._run_place import (
+    METRICS,
+    check_types,
+    read_config,
+    run_directories,
+    without_record,
+)
 from gradfilter.lab.train._train_config import TrainConfig
 
 # --- Evaluations of a training, as columns of numbers ---
@@ -245,8 +250,8 @@ def read_runs(dirs: Sequence[Path]) -> tuple[list[RecordedRun], list[str]]:
     Raises:
         UsageError: A directory does not exist.
     """
-    runs, skipped = [], _without_record(dirs)
-    for place in _places(dirs):
+    runs, skipped = [], without_record(dirs)
+    for place in run_directories(dirs):
         try:
             record = read_config(place)
         except UsageError as error:
@@ -266,26 +271,6 @@ def read_runs(dirs: Sequence[Path]) -> tuple[list[RecordedRun], list[str]]:
     for line in skipped:
         log.warning("skipped: %s", line)
     return runs, skipped
-
-
-def _places(dirs: Sequence[Path]) -> Iterator[Path]:
-    seen = set()
-    for folder in dirs:
-        if not folder.is_dir():
-            raise UsageError(
-                f"DIR: expected a directory with trainings, found none at {str(folder)!r}. "
-                "gradfilter train writes into runs unless --save-dir names another."
-            )
-        for path in sorted(folder.rglob("config.json")):
-            if (real := path.resolve()) not in seen:
-                seen.add(real)
-                yield path.parent
-
-
-def _without_record(dirs: Sequence[Path]) -> list[str]:
-    found = {path.resolve() for folder in dirs for path in folder.rglob(METRICS)}
-    lost = sorted(path for path in found if not path.with_name("config.json").exists())
-    return [f"{str(path)!r} has no config.json next to it." for path in lost]
 
 
 def _run(

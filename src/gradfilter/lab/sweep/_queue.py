@@ -31,8 +31,7 @@ from gradfilter.lab.sweep._plan import Params, Plan, key_of
 from gradfilter.lab.sweep._storage import Storage
 from gradfilter.lab.train._build_training import data_of
 from gradfilter.lab.train._evaluation import read_evaluations
-from gradfilter.lab.train._record import METRICS
-from gradfilter.lab.train._run_place import BusyError, place_of
+from gradfilter.lab.train._run_place import METRICS, BusyError, place_of
 from gradfilter.lab.train._train import train
 from gradfilter.lab.train._train_config import TrainConfig
 

@@ -45,7 +45,7 @@ from gradfilter.lab.train._archive import (
     tensors_of,
 )
 from gradfilter.lab.train._evaluation import Evaluation, read_evaluations
-from gradfilter.lab.train._run_place import plain_settings
+from gradfilter.lab.train._run_place import METRICS, plain_settings
 from gradfilter.lab.train._training import Training
 
 # --- Check that a data set is the one that a run started with ---
@@ -185,9 +185,6 @@ def _without(prefix: str, flat: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 # --- The record ---
-
-
-METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -258,6 +258,35 @@ def _record(found: Any) -> dict[str, Any]:
     if found.get("command") == "train":
         check_types(found["settings"])
     return found
+
+
+METRICS = "metrics.jsonl"
+
+
+def run_directories(dirs: Sequence[Path]) -> Iterator[Path]:
+    """Yield the directories with a ``config.json`` below some directories, each once.
+
+    Raises:
+        UsageError: A directory does not exist.
+    """
+    seen = set()
+    for folder in dirs:
+        if not folder.is_dir():
+            raise UsageError(
+                f"DIR: expected a directory with trainings, found none at {str(folder)!r}. "
+                "gradfilter train writes into runs unless --save-dir names another."
+            )
+        for path in sorted(folder.rglob("config.json")):
+            if (real := path.resolve()) not in seen:
+                seen.add(real)
+                yield path.parent
+
+
+def without_record(dirs: Sequence[Path]) -> list[str]:
+    """Return a line about each file of metrics that has no ``config.json`` next to it."""
+    found = {path.resolve() for folder in dirs for path in folder.rglob(METRICS)}
+    lost = sorted(path for path in found if not path.with_name("config.json").exists())
+    return [f"{str(path)!r} has no config.json next to it." for path in lost]
 
 
 def find_runs(save_dir: Path, **wanted: Any) -> list[Path]:

@@ -20,7 +20,8 @@ from gradfilter.grads._microbatch import GradFunction
 from gradfilter.lab._crew import Crew
 from gradfilter.lab.data._batches import Augment, Order, batches, steps_until
 from gradfilter.lab.data._samples import Data
-from gradfilter.lab.train._evaluation import Evaluation, accuracies
+from gradfilter.lab.train._accuracies import accuracies
+from gradfilter.lab.train._evaluation import Evaluation
 from gradfilter.lab.train._train_config import TrainConfig
 
 # --- Peak memory ---
