@@ -1,1 +1,1 @@
-"""Measurements that decide what the library does; run from the root of the repository."""
+"""Benchmarks of the library and of similar libraries; run them from the root of the repository."""

@@ -1,21 +1,21 @@
-"""Run all benchmarks, collect their results in one file per device, and write the page of them.
+"""Run all benchmarks, collect their results in one file per device, and write a page with them.
 
-Every part is a script of this folder and runs in a process of its own: what one leaves in the
-memory allocator, in torch's settings or in other libraries' hooks does not reach the next, and
-each may choose its own number of threads. A part that fails is reported at the end, and the others
-run all the same. The file of the device is written anew after every part, the page at the end; what
-stands in which file, and why, is said in _collected.py.
+Every part is a script of this folder and runs in its own process. So the memory allocator, the
+settings of torch and hooks of other libraries are new for every part, and every part can choose its
+number of threads. If a part fails, the others still run, and the failure is reported at the end.
+The file of the device is written again after every part, the page at the end. _collected.py
+explains the files.
 
     python -m benchmarks                              # about an hour on two cores
     python -m benchmarks --only update sharpness
-    python -m benchmarks --quick                      # under five minutes; says nothing about speed
+    python -m benchmarks --quick                      # minutes; a test, its times mean nothing
     python -m benchmarks --device cuda
-    python -m benchmarks --studies                    # label noise and double descent too: hours
-    python -m benchmarks --page                       # nothing is measured
+    python -m benchmarks --studies                    # also label noise and double descent: hours
+    python -m benchmarks --page                       # writes the page and measures nothing
 
-The studies are science rather than timing. They run when they are named, with ``--studies``, and,
-those that have a small version, in a quick run. What a quick run finds goes into a temporary
-folder, or into ``--out``.
+The studies measure accuracy and not time. A study runs if it is named with ``--only``, or with
+``--studies``, or in a quick run if it has a small version. A quick run writes its results into a
+temporary folder, or into ``--out``.
 """
 
 import argparse
@@ -49,26 +49,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="NAME", default=[],
-                        help=f"some parts: {', '.join(PARTS)}")  # fmt: skip
-    parser.add_argument("--studies", action="store_true", help="the long studies, too")
+                        help=f"run only these parts: {', '.join(PARTS)}")  # fmt: skip
+    parser.add_argument("--studies", action="store_true", help="run also the long studies")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
-        "--rounds", type=int, help="timed rounds (each script has its usual number)"
+        "--rounds", type=int, help="timed rounds (default: the usual number of each script)"
     )
-    parser.add_argument("--quick", action="store_true", help="few rounds, small sizes")
-    parser.add_argument("--out", type=Path, help="folder of the results; the page goes there, too")
-    parser.add_argument("--page", action="store_true", help="write the page, measure nothing")
+    parser.add_argument("--quick", action="store_true", help="use few rounds and small sizes")
+    parser.add_argument("--out", type=Path, help="folder for the results and the page")
+    parser.add_argument("--page", action="store_true", help="write the page and measure nothing")
     options = parser.parse_args(arguments)
     for name in options.only:
         if not PARTS[name].runs_on(options.device):
             parser.error(f"{name} does not run with --device {options.device}.")
         if options.quick and PARTS[name].quick is None:
-            parser.error(f"{name} has no quick version. Leave --quick out; it takes hours.")
+            parser.error(f"{name} has no quick version. Omit --quick; it takes hours.")
     return options
 
 
 def chosen(options: argparse.Namespace) -> list[str]:
-    """The names of the parts to run."""
+    """Return the names of the parts to run."""
     if options.page:
         return []
     usual = [
@@ -81,15 +81,15 @@ def chosen(options: argparse.Namespace) -> list[str]:
 
 
 def run(line: Sequence[str]) -> int:
-    """Run a part, whose output goes to the terminal."""
+    """Run a part; its output goes to the terminal."""
     return subprocess.run(line, cwd=ROOT, check=False).returncode
 
 
 def main(arguments: list[str] | None = None, run: Run = run) -> int:
-    """Returns 1 if a part failed."""
+    """Run the chosen parts; return 1 if a part failed, and otherwise 0."""
     options = parse(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("Expected a CUDA device, found none. Leave --device out to measure this CPU.")
+        sys.exit("Expected a CUDA device, found none. Omit --device to measure this CPU.")
     console = Console()
     out = _folder(options)
     target = ROOT / "docs" if out == RESULTS else out
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None, run: Run = run) -> int:
 def _folder(options: argparse.Namespace) -> Path:
     if options.out is not None:
         return Path(options.out).resolve()
-    # Sizes that say nothing must not take the place of numbers that are cited.
+    # Results of small sizes must not replace the committed results, which pages cite.
     return Path(tempfile.mkdtemp(prefix="gradfilter-benchmarks-")) if options.quick else RESULTS
 
 

@@ -1,13 +1,13 @@
-"""One file with what all parts measured on one device: what the page is made of.
+"""Collect the results of all parts on one device in one file; the page is made from this file.
 
-Every script writes a file of its own, NAME-cpu.json, with all it knows. Those files are the
-source: numbers elsewhere link to them, and one script can be run again without the others. The
-file of a device, cpu.json or nvidia-h200.json, is collected from them and is never measured by
-itself. It keeps of every part the machine, and of every contender the ratio to the base, then
-seconds and memory, as median and quartiles; what is left out are single values and extremes.
+Every script writes its own file with all its results, NAME-cpu.json. Numbers on pages link to these
+files, and one script can run again without the others. The file of a device, for example cpu.json
+or nvidia-h200.json, is collected from them. For every part it contains the machine, and for every
+contender the ratio to the base, the seconds and the memory, each as median and quartiles. It does
+not contain single values, minimum and maximum.
 
-The scripts' file names tell a CPU from a GPU, but not one GPU from another. So a GPU's parts have
-a folder named after it, next to the collected file.
+The file names of the scripts distinguish a CPU from a GPU, but not one GPU from another. So the
+parts of a GPU have a folder with its name, next to the collected file.
 """
 
 import json
@@ -28,22 +28,22 @@ CELL = ("ratio", "seconds", "peak_bytes", "failure")
 
 
 def slug(name: str) -> str:
-    """NVIDIA H200 -> nvidia-h200."""
+    """Turn a device name into a file name: NVIDIA H200 -> nvidia-h200."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def file_of_device(device: str, device_name: str) -> str:
-    """All CPUs share one file: which one it was stands in it."""
+    """Return the file name of a device. All CPUs share one file, which contains the CPU's name."""
     return f"{'cpu' if device == 'cpu' else slug(device_name)}.json"
 
 
 def folder_of_parts(out: Path, device: str, device_name: str) -> Path:
-    """Where the parts of a device are written, and looked for."""
+    """Return the folder where the parts of a device are written and read."""
     return out if device == "cpu" else out / slug(device_name)
 
 
 def collect(out: Path, device: str, device_name: str) -> Path:
-    """Write the file of a device anew from the parts that are there; the others stay in it.
+    """Write the file of a device from the existing parts; parts without a file do not change.
 
     Returns:
         Its path.
@@ -58,7 +58,9 @@ def collect(out: Path, device: str, device_name: str) -> Path:
                 json.loads(file.read_text())
             )
     if not parts:
-        raise FileNotFoundError(f"No part has results in {folder}. Run one first.")
+        raise FileNotFoundError(
+            f"Expected the results of at least one part in {folder}, found none. Run a part first."
+        )
     newest = max((part["machine"] for part in parts.values()), key=lambda facts: facts["date"])
     contents = {
         "device": path.stem,
@@ -70,10 +72,10 @@ def collect(out: Path, device: str, device_name: str) -> Path:
 
 
 def shortened(contents: Json) -> Json:
-    """What is kept of a part's file."""
+    """Return the content of a part's file without single values and extremes."""
     machine = {key: contents[key] for key in MACHINE if key in contents}
     kept = {key: value for key, value in contents.items() if key not in machine}
-    if "lines" in contents:  # one per run, which are left out
+    if "lines" in contents:  # one per run; only their seeds are kept
         kept |= {"seeds": sorted({line["seed"] for line in contents["lines"]})}
     return {"machine": machine} | _pruned(kept)
 
@@ -83,6 +85,6 @@ def _pruned(node: Any) -> Any:
         return [_pruned(item) for item in node]
     if not isinstance(node, dict):
         return node
-    if "seconds" in node and "failure" in node:  # a contender's cell: the ratio first
+    if "seconds" in node and "failure" in node:  # the cell of a contender: the ratio first
         node = {key: node[key] for key in CELL if node.get(key) is not None}
     return {key: _pruned(value) for key, value in node.items() if key not in RAW}

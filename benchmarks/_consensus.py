@@ -1,4 +1,4 @@
-"""The consensus filter on plain stacked gradients, as somebody without this library writes it."""
+"""Compute the consensus filter on stacked gradients without this library."""
 
 import torch
 from torch import Tensor
@@ -7,15 +7,15 @@ Tree = dict[str, Tensor]
 
 
 def sq_norms(grads: Tree) -> Tensor:
-    """Squared norms of the rows. (N,)."""
-    # Unit by unit first: one float32 sum of a million squares is off by 4e-5.
+    """Compute the squared norms of the rows. (N,)."""
+    # First per unit: a single float32 sum of a million squares has an error of 4e-5.
     units = [g.reshape(*g.shape[:2], -1) for g in grads.values()]  # (N, units, rest)
     norms = [torch.linalg.vector_norm(torch.linalg.vector_norm(u, dim=2), dim=1) for u in units]
     return torch.stack(norms).square().sum(0)
 
 
 def consensus(grads: Tree) -> Tree:
-    """The rows, weighed by their cosines with the sum of the other unit rows."""
+    """Average the rows, weighted by their cosines with the sum of the other unit rows."""
     rows = {name: g.flatten(1) for name, g in grads.items()}  # (N, p)
     inverse = sq_norms(grads).rsqrt()
     dots = torch.stack([g @ (inverse @ g) for g in rows.values()]).sum(0)
@@ -24,7 +24,7 @@ def consensus(grads: Tree) -> Tree:
 
 
 def consensus_weights(sums: Tensor) -> Tensor:
-    """Weights from the products of every unit row with the sum of all. (N,)."""
+    """Compute weights from the products of every unit row with the sum of all. (N,)."""
     cosines = (sums - 1) / (sums.sum() - 2 * sums + 1).sqrt()
     excess = cosines.clamp(min=0)
     return excess / excess.sum()

@@ -1,4 +1,4 @@
-"""The routes to a convolution's weight gradients, timed on every layer of a model."""
+"""Time the routes to the weight gradients of convolutions, on every layer of a model."""
 
 from dataclasses import asdict
 from functools import partial
@@ -23,7 +23,7 @@ def convolutions(
     rounds: int,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """All routes on every different convolution of a model, and the fastest of each."""
+    """Time all routes on every different convolution of a model, and find the fastest of each."""
     ((_, samples),) = task.workloads
     with torch.device("meta"):  # shapes only
         layers = layers_of(task.model(), task.batch(microbatches * samples)[0])
@@ -48,7 +48,7 @@ def convolutions(
 def _compare(
     layer: Layer, microbatches: int, dtype: torch.dtype, rounds: int, device: torch.device
 ) -> tuple[dict[str, Result], dict[str, float]]:
-    """The results of all routes, and how far each is from the loop, relative."""
+    """Time all routes; return the results, and the relative difference of each from the loop."""
     make = partial(torch.randn, dtype=dtype, device=device)
     x, weight = make(layer.inputs), make(layer.weight)
     d = torch.randn_like(F.conv2d(x, weight, None, layer.stride, layer.padding))

@@ -1,7 +1,7 @@
 """Charts of the page: dots with quartiles on a logarithmic axis, and lines.
 
-A dot has its name next to it and its number behind it, so that no legend has to be looked up. What
-is drawn depends on nothing but the data: the files say neither when nor by what they were made.
+Every dot has its name and its number next to it, so that no legend is necessary. The files depend
+only on the data: they contain no date and no version of the program.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 OURS, OTHERS, WRONG = "#1754b8", "#707070", "#b03030"
 STYLE = {
     "svg.hashsalt": "benchmarks",
-    "svg.fonttype": "none",  # text as text, not as outlines of letters: half the size
-    "font.sans-serif": ["DejaVu Sans", "Verdana"],  # of one width
+    "svg.fonttype": "none",  # text as text, not as outlines of letters: half the file size
+    "font.sans-serif": ["DejaVu Sans", "Verdana"],  # both have letters of the same width
     "font.size": 8,
 }
 WIDTH, ROW, HEAD, FOOT = 9.6, 0.2, 0.42, 0.6  # inches
@@ -28,7 +28,7 @@ Value = tuple[float, float, float]  # lower end, middle, upper end
 
 @dataclass(frozen=True)
 class Dot:
-    """One line of a panel; without a value there is a note in its place, or it is a heading."""
+    """One line of a panel; a line without a value shows a note, or is a heading."""
 
     label: str
     value: Value | None
@@ -46,19 +46,19 @@ class Panel:
 
 @dataclass(frozen=True)
 class Dots:
-    """Panels that share their axis, and their labels where those are the same."""
+    """Panels with a common axis, and with common labels if they are equal."""
 
     panels: Sequence[Panel]
     columns: int
     axis: str
     log: bool = True
-    mark: float | None = 1.0  # where the base stands
-    digits: str = ""  # how a value is written; empty for three digits
+    mark: float | None = 1.0  # the position of the base
+    digits: str = ""  # the format of a value; empty for three digits
 
 
 @dataclass(frozen=True)
 class Line:
-    """Points and a name."""
+    """A line through points, with its name."""
 
     name: str
     x: Sequence[float]
@@ -67,7 +67,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Lines:
-    """Panels of lines over one logarithmic axis; each with marked places and what they are."""
+    """Panels of lines with one logarithmic axis; each panel has named marks on this axis."""
 
     panels: Sequence[tuple[str, Sequence[Line]]]
     axis: str
@@ -78,12 +78,12 @@ Chart = Dots | Lines
 
 
 def short(value: float) -> str:
-    """1.68, 28, 159."""
+    """Format a ratio: 1.68, 28, 159."""
     return f"{value:.2f}" if value < 9.995 else f"{value:.0f}"
 
 
 def draw(chart: Chart, path: Path) -> None:
-    """Write a chart as the same file for the same data."""
+    """Write a chart; the same data give the same file."""
     with mpl.rc_context(STYLE):
         figure = _dots(chart) if isinstance(chart, Dots) else _lines(chart)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def draw(chart: Chart, path: Path) -> None:
 
 def _figure(height: float) -> Figure:
     figure = Figure(figsize=(WIDTH, height), dpi=110, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)  # without pyplot there is no window system to choose
+    FigureCanvasAgg(figure)  # without pyplot, no window system is needed
     return figure
 
 
@@ -131,7 +131,7 @@ def _dots(chart: Dots) -> Figure:
 
 
 def _ticks(reach: float) -> tuple[float, ...]:
-    """The digits that are labelled: more of them the shorter the axis."""
+    """Return the digits that get a label: more of them on a shorter axis."""
     if reach < 6:
         return (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)
     return (1, 2, 3, 5) if reach < 20 else (1, 2, 5)

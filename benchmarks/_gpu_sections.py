@@ -1,4 +1,4 @@
-"""The section of the page about what only a GPU can tell."""
+"""The section of the page about measurements that need a GPU."""
 
 from typing import Any
 
@@ -22,9 +22,9 @@ def gpu(part: Json) -> Section:
     return Section(
         "Large models, captured steps, waits and convolutions",
         ("gpu",),
-        "Timed: plans and whole steps on large models in float32 and bfloat16 autocast, and a step "
-        "of `train_step` launched kernel by kernel and the same step as one CUDA graph "
-        "(`gradfilter.capture`), over one plain forward and backward pass.",
+        "Measured: the time of plans and whole steps on large models, in float32 and with bfloat16 "
+        "autocast. Also a step of `train_step` that launches every kernel, and the same step as "
+        "one CUDA graph (`gradfilter.capture`). The base is one plain forward and backward pass.",
         "\n".join(tables),
         Dots(panels(contests, "plain", _ours), 2, over("plain")) if contests else None,
         "\n".join(filter(None, [_waits(cases), _convolutions(cases.get("conv", {}))])),
@@ -40,7 +40,7 @@ def _named(case: Json) -> Json:
 
 
 def _waits(cases: Json) -> str:
-    """Whether a step makes the host wait."""
+    """Show whether a step makes the host wait."""
     found = {name: case for name, case in cases.items() if "waits" in case}
     if not found:
         return ""
@@ -52,7 +52,7 @@ def _waits(cases: Json) -> str:
 
 
 def _convolutions(case: Json) -> str:
-    """How often each route to a convolution's weight gradients is the fastest."""
+    """Count how often each route to the weight gradients of a convolution is the fastest."""
     found = {key: layers for key, layers in case.items() if isinstance(layers, list)}
     if not found:
         return ""
@@ -63,4 +63,4 @@ def _convolutions(case: Json) -> str:
         [key, *(str(sum(layer["fastest"] == route for layer in layers)) for route in routes)]
         for key, layers in found.items()
     ]
-    return markdown(["convolutions whose fastest route is", *routes], rows)
+    return markdown(["number of convolutions with the fastest route", *routes], rows)

@@ -1,4 +1,4 @@
-"""The page of all results: Markdown and charts, a function of the devices' files alone."""
+"""Write the page of all results, Markdown and charts, from the files of the devices alone."""
 
 import json
 import os
@@ -18,27 +18,28 @@ PAGE, PICTURES = "benchmarks.md", "pictures"
 HEAD = """\
 # Benchmarks
 
-Times are ratios to a base that is named, taken round by round: in every round each contender runs
-once, one after the other in rotating order, so that a drift of the machine cancels. A number is
-the median with its [lower, upper] quartile; below 1 is faster than the base. In the charts a dot is
-the median and the line behind it spans the quartiles. What is gradfilter's is **bold** and blue.
-Above the tables it is said who is ahead of us at the same work. *Load* is how many programs wanted
-to run when a part began, those of the part before it among them.
+Times are ratios to a base, which every section names. In every round each contender runs once, and
+the order changes from round to round. The ratios are computed within a round, so a slow drift of
+the machine has no effect. A number is the median with its [lower, upper] quartile; below 1 is
+faster than the base. In the charts a dot is the median, and the line goes from the lower to the
+upper quartile. Results of gradfilter are **bold** and blue. Above each table a list names the
+contenders that are faster than ours at the same work. *Load* is the number of programs that were
+ready to run when a part started, including those of the part before it.
 
-This page is written by `python -m benchmarks`, which measures everything again. Its numbers are in
+`python -m benchmarks` measures everything again and writes this page. The numbers are in
 {files}.
-It needs the extra `bench` (`pip install -e ".[bench]"` in a clone), also for `--quick`, which
-measures everything in minutes and without meaning. With `--only NAME` a part is measured, and with
-`--page` nothing: the page is written from the files that are there.
+The command needs the extra `bench` (`pip install -e ".[bench]"` in a clone). `--quick` runs
+everything in minutes as a test; its times mean nothing. `--only NAME` measures one part. `--page`
+measures nothing and writes the page from the existing files.
 """
 
 
 def write_page(results: Path, target: Path) -> Path:
-    """Write the page of all devices whose files are in a folder.
+    """Write the page about all devices with files in a folder.
 
     Args:
         results: The folder.
-        target: The folder of the page; charts go into one beneath it.
+        target: The folder for the page; the charts go into a folder inside it.
 
     Returns:
         The path of the page.
@@ -55,7 +56,7 @@ def write_page(results: Path, target: Path) -> Path:
 
 
 def page(results: Path, target: Path) -> tuple[str, dict[str, Chart]]:
-    """The page's text and its charts by file name; nothing is written."""
+    """Return the text of the page and its charts by file name, without writing them."""
     devices = [path for path in sorted(results.glob("*.json")) if _is_device(path)]
     away = Path(os.path.relpath(results, target)).as_posix()
     files = " and ".join(f"[`{path.name}`]({away}/{path.name})" for path in devices)
@@ -73,7 +74,7 @@ def _is_device(path: Path) -> bool:
 
 
 def _device(contents: Json, away: str) -> tuple[str, dict[str, Chart]]:
-    """Everything about one device, and its charts by file name."""
+    """Return the text about one device, and its charts by file name."""
     device, facts, parts = (contents[key] for key in ("device", "machine", "parts"))
     names = dict.fromkeys(part["machine"]["device_name"] for part in parts.values())
     title = " and ".join(names) + (f", {facts['cores']} cores" if device == "cpu" else "")
@@ -85,14 +86,14 @@ def _device(contents: Json, away: str) -> tuple[str, dict[str, Chart]]:
         return f"![{alt}]({PICTURES}/{file})\n"
 
     if (chart := summary(parts)) is not None:
-        alt = "Time over one plain forward and backward pass, of every contender"
-        blocks.append(f"{picture('summary', alt, chart)}\n*{alt}; details follow.*\n")
+        alt = "Time of every contender over one plain forward and backward pass"
+        blocks.append(f"{picture('summary', alt, chart)}\n*{alt}. Details are below.*\n")
     if facts.get("peers"):
         versions = ", ".join(f"{name} {version}" for name, version in facts["peers"].items())
         blocks.append(f"Other libraries: {versions}.\n")
     for section in sections(parts):
         files = [parts[name]["file"] for name in section.parts]
-        if device != "cpu":  # the parts' own files need not be kept
+        if device != "cpu":  # the files of the parts may be missing
             files = [f"{device}.json"]
         link = [f"[`{file}`]({away}/{file})" for file in files]
         command = f"python -m benchmarks --only {' '.join(section.parts)}"
@@ -106,7 +107,7 @@ def _device(contents: Json, away: str) -> tuple[str, dict[str, Chart]]:
 
 
 def sections(parts: dict[str, Json]) -> list[Section]:
-    """One for everything that was measured, in the order of the questions."""
+    """Return the sections of all measured parts, in the order of the questions."""
     with_results = [name for name in SECTIONS if parts.get(name, {}).get("workloads")]
     found = [SECTIONS[name](parts[name]) for name in with_results]
     found += [gpu(parts["gpu"])] if "gpu" in parts else []
@@ -114,7 +115,7 @@ def sections(parts: dict[str, Json]) -> list[Section]:
 
 
 def _machine(part: Json) -> str:
-    """Where, when and how thoroughly a part was measured."""
+    """Describe the machine, the date and the number of rounds of a part."""
     facts = part["machine"]
     contests = part.get("workloads", [])
     days = sorted({measured["date"][:10] for measured in contests or [facts]})
@@ -125,7 +126,9 @@ def _machine(part: Json) -> str:
     said += [f"TF32 in {' and '.join(tf32)}"] if tf32 else []
     said += [f"load {facts['load']:.1f}"] if "load" in facts else []
     said += [f"{_reach(rounds)} rounds"] if rounds else []
-    said += [_reach(days)] + (["**a quick run, which says nothing**"] if part.get("quick") else [])
+    said += [_reach(days)] + (
+        ["**a quick run: its times mean nothing**"] if part.get("quick") else []
+    )
     return ", ".join(said)
 
 
@@ -138,11 +141,11 @@ def _reach(values: list[Any]) -> str:
 
 
 def summary(parts: dict[str, Json]) -> Dots | None:
-    """Everybody's time over plain, on the models that microbatches and samples have in common."""
+    """Chart the time of every contender over plain, on models that both parts measured."""
     rows, samples = (
         {c["model"]: c for c in parts.get(name, {}).get("workloads", [])[::-1]}
         for name in ("fused_vs_looped", "per_sample")
-    )  # [::-1]: of several sizes the first stays
+    )  # [::-1]: of several sizes the first is used
     drawn = [
         Panel(model["title"], _everybody(rows[name], model))
         for name, model in reversed(samples.items())

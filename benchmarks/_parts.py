@@ -1,4 +1,4 @@
-"""What `python -m benchmarks` runs: scripts of this folder, each of which writes one file."""
+"""The parts of `python -m benchmarks`: scripts of this folder; each writes one file."""
 
 import sys
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Part:
-    """A script and what it is called with.
+    """A script and its arguments.
 
     Attributes:
-        script: Its module in this folder.
-        arguments: What it is always called with.
-        quick: What it is called with in a quick run; None leaves it out of those.
-        study: Takes hours rather than minutes, and only CPUs.
-        only_cuda: Has nothing to say on a CPU.
+        script: The module in this folder.
+        arguments: The arguments of every run.
+        quick: The further arguments of a quick run; None if there is no quick version.
+        study: True for a study, which takes hours, and runs only on CPUs.
+        only_cuda: True if the part needs a GPU.
     """
 
     script: str
@@ -24,10 +24,11 @@ class Part:
     only_cuda: bool = False
 
     def runs_on(self, device: str) -> bool:
+        """Return whether the part runs on a device."""
         return device == "cuda" if self.only_cuda else device == "cpu" or not self.study
 
 
-# The name is that of the file: NAME-cpu.json. A quick run leaves out the models and the sizes that
+# The key is the name of the file: NAME-cpu.json. A quick run omits the models and the sizes that
 # take longest.
 PARTS = {
     "fused_vs_looped": Part(
@@ -55,7 +56,7 @@ PARTS = {
 def command(
     part: Part, *, device: str, out: Path, quick: bool = False, rounds: int | None = None
 ) -> list[str]:
-    """What runs a part in a process of its own."""
+    """Return the command that runs a part in its own process."""
     line = [sys.executable, "-m", f"benchmarks.{part.script}", "--out", str(out), *part.arguments]
     line += (part.quick or ()) if quick else ()
     if not part.study:

@@ -1,4 +1,4 @@
-"""The sections of the page about rows of gradients: plans, peers, memory, growth, rules."""
+"""The sections of the page about rows of gradients: plans, peers, memory, growth, overrides."""
 
 from benchmarks import _tables
 from benchmarks._dots import Dot, Dots, Panel, Value, short
@@ -21,18 +21,19 @@ PLAIN = "one plain forward and backward pass"
 
 def fused_vs_looped(part: Json) -> Section:
     contests = part["workloads"]
-    said = {name: reach(contests, name) for name in ("fused", "loop", "vmap")}
+    medians = {name: reach(contests, name) for name in ("fused", "loop", "vmap")}
     return Section(
         "Which plan computes the rows?",
         ("fused_vs_looped",),
-        f"Timed: the gradients of M microbatches of B samples, their Gram, the agreement filter on "
-        f"it and the combination of all rows, over {PLAIN} of torch over the same M·B samples. "
-        "`loop` is M ordinary backward passes, `vmap` is `torch.func.vmap(grad)`, `fused` is what "
-        '`plan="auto"` takes. `fused step` and `step_GAF` are whole steps with SGD; the latter is '
-        "of the package gradient-agreement-filtering, which halves where ours takes the mean, "
-        "needs classes and more than one sample per row, and in every step gathers its samples one "
-        "by one from a data set and counts the hits.\n\n"
-        "Medians over all models: fused **{fused}**, loop {loop}, vmap {vmap}. ".format(**said)
+        f"Measured: the time for the gradients of M microbatches of B samples, their Gram, the "
+        f"agreement filter and the weighted sum of all rows. The base is {PLAIN} of torch for the "
+        "same M·B samples. `loop` is M ordinary backward passes, `vmap` is "
+        '`torch.func.vmap(grad)`, and `fused` is the choice of `plan="auto"`. `fused step` and '
+        "`step_GAF` are whole steps with SGD. `step_GAF` is from the package "
+        "gradient-agreement-filtering. It halves where ours takes the mean, and it needs classes "
+        "and more than one sample per row. In every step it also collects its samples one by one "
+        "from a data set and counts the correct predictions.\n\n"
+        "Medians over all models: fused **{fused}**, loop {loop}, vmap {vmap}. ".format(**medians)
         + faster(contests, [("fused", ("loop", "vmap")), ("fused step", ("step_GAF",))]),
         by_contest(contests, "plain", _fused),
         Dots(panels(contests, "plain", _fused, aligned=True), 2, over("plain")),
@@ -45,8 +46,8 @@ def growth(part: Json) -> Section:
     return Section(
         "How does the time grow with M?",
         ("growth",),
-        "Timed: rows, Gram, agreement filter and combination under plan `fused`, the same samples "
-        f"cut into M microbatches, over the same with {base}.",
+        "Measured: the time for rows, Gram, agreement filter and weighted sum with plan `fused`, "
+        f"for the same samples divided into M microbatches. The base is the same with {base}.",
         by_contender(contests, base, _rows),
         Dots(panels(contests, base, _rows, aligned=True), 2, over(base)),
     )
@@ -77,10 +78,10 @@ def memory(part: Json) -> Section:
     return Section(
         "How much memory?",
         ("memory",),
-        "Counted: the most new storage that is held at one time, from the first row to the "
-        f"combined gradient, over {PLAIN}; in brackets megabytes and the time over plain, of few "
-        "rounds. M·P is what M rows of all parameters take. `fused, 2 P` may keep two gradients "
-        "(`memory_budget=`), `fused, nothing` none at all.",
+        "Measured: the largest amount of new memory at any one time, from the first row to the "
+        f"weighted sum. The base is {PLAIN}. In brackets are the megabytes, and the time over the "
+        "base from a few rounds. M·P is the memory of M rows of all parameters. `fused, 2 P` may "
+        "keep two gradients (`memory_budget=`), and `fused, nothing` may keep none.",
         _tables.markdown(["", "M·P", *names], rows) + _tables.failures(contests),
         Dots(drawn, 2, "peak memory over plain, logarithmic"),
     )
@@ -104,13 +105,14 @@ def rules(part: Json) -> Section:
     contests, base = part["workloads"], "all rules"
     dots = [_tables.dot(c["title"], c["results"]["without"], False) for c in contests]
     return Section(
-        "What does every rule of the fused plan save?",
+        "How much time does each operation override save?",
         ("rules",),
-        "A rule runs one kernel for all rows, where vmap would take the operation apart or could "
-        "not run it. Timed: a small model that leans on the operation, without its rule, over the "
-        f"same with all rules. Without: {reach(contests, 'without')}.",
+        "An operation override of the fused plan runs one kernel for all rows. Without it, vmap "
+        "would split the operation into several, or could not run it. Measured: the time of a "
+        "small model that mostly consists of the operation, without its override. The base is the "
+        f"same model with all overrides. The medians are {reach(contests, 'without')}.",
         by_contest(contests, base, lambda name: False),
-        Dots([Panel("without the rule", dots)], 1, over("the same with all rules")),
+        Dots([Panel("without the override", dots)], 1, over("the same with all overrides")),
     )
 
 
@@ -122,13 +124,14 @@ def per_sample(part: Json) -> Section:
         for asked in ("norms", "consensus", "rows")
     ]
     return Section(
-        "Per-sample gradients: ours and other libraries'",
+        "Per-sample gradients: gradfilter and other libraries",
         ("per_sample",),
-        f"Timed: three questions about the gradients of N single samples, over {PLAIN}. *Norms*: "
-        "the squared norm of every row. *Consensus*: norms, cosines and the weighted sum of "
-        "`consensus_filter`. *Rows*: the gradients themselves. opacus has hooks and ghost "
-        "clipping, ExpandedWeights and `vmap(grad)` are torch's own, torchjd is autogram. Nothing "
-        f"is timed before all answers agree with a float64 loop.\n\n{faster(contests, pairs)}",
+        f"Measured: the time for three computations with the gradients of N single samples. The "
+        f"base is {PLAIN}. *Norms*: the squared norm of every row. *Consensus*: norms, cosines and "
+        "the weighted sum of `consensus_filter`. *Rows*: the gradients themselves. opacus uses "
+        "hooks and ghost clipping, ExpandedWeights and `vmap(grad)` are part of torch, and torchjd "
+        "is its autogram. Before the measurement all results are compared with a float64 loop.\n\n"
+        f"{faster(contests, pairs)}",
         by_contender(contests, "plain", is_ours),
         Dots([_by_question(contest) for contest in contests], 2, over("plain")),
     )
@@ -145,16 +148,18 @@ def padded(part: Json) -> Section:
     return Section(
         "Padded text, one row per text",
         ("padded",),
-        "A collator pads to the longest text, and BERT asks each text whether it has padding. "
-        f"Fused: {batches} batches, {steps} steps of `FilteredTrainer`. Timed: rows, agreement "
-        f"filter and combination of one batch, over {PLAIN}.",
+        "A collator pads all texts to the longest one, and BERT checks each text for padding. The "
+        f"fused plan worked for {batches} batches and {steps} steps of `FilteredTrainer`. "
+        "Measured: the time for rows, agreement filter and weighted sum of one batch. The base is "
+        f"{PLAIN}.",
         by_contender(rows, "plain", lambda name: name == "fused"),
-        more=f"Eight steps of training, over those of transformers' Trainer:\n\n{over_trainer}",
+        more=f"The time of eight training steps; the base is the Trainer of transformers:\n\n"
+        f"{over_trainer}",
     )
 
 
 def _by_question(contest: Json) -> Panel:
-    """Questions one after the other, libraries under each."""
+    """List the computations, with the libraries under each."""
     names = [name for name in contest["results"] if name != "plain"]
     questions = list(dict.fromkeys(name.split(": ")[1] for name in names))
     ordered = [name for q in questions for name in names if name.endswith(f": {q}")]

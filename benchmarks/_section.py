@@ -1,4 +1,4 @@
-"""A section of the page: a question, what was measured to answer it, and the numbers."""
+"""A section of the page: a question, the measurement, and the numbers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +10,10 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Section:
-    """A question, what was measured to answer it, the answer, and its numbers.
+    """A question, the measurement, the answer, and the numbers.
 
     Attributes:
-        parts: Whose results these are: files to link to, and names for the command line.
+        parts: The parts with the results: files to link to, and names for the command line.
     """
 
     title: str
@@ -25,10 +25,10 @@ class Section:
 
 
 def over(base: str) -> str:
-    """The label of an axis."""
+    """Return the label of an axis."""
     return f"time over {base}: median and quartiles, logarithmic"
 
 
 def is_ours(name: str) -> bool:
-    """Whether a contender of that name is gradfilter's."""
+    """Return whether the name of a contender is one of gradfilter."""
     return name.startswith("gradfilter")

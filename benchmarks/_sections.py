@@ -1,4 +1,4 @@
-"""The sections of the page about time and memory, each made of one part of a device's results."""
+"""The sections of the page about time and memory; each uses the results of one part."""
 
 from collections.abc import Callable
 

@@ -17,18 +17,18 @@ def sharpness(part: Json) -> Section:
     contests = sorted(part["workloads"], key=lambda contest: _way(contest["title"]))
     around = [contest for contest in contests if _around(contest["title"])]
     ways = [contest for contest in contests if contest not in around]
-    tables = [by_contender(around, "torch", _links)] if around else []
+    tables = [by_contender(around, "torch", _transforms)] if around else []
     return Section(
         "Sharpness-aware steps",
         ("sharpness",),
-        "Timed: whole steps over one of torch (forward, backward, SGD with momentum) on the same "
-        "samples. SAM needs two gradients, so 2 is the floor. `plain`, `SAM` and `GSAM` are our "
-        "links, with one row of all samples or with M rows; *in place* is `donate=True`. "
-        "*Optimizers* are put around torch's SGD: `gradfilter.interop` and pytorch_optimizer, "
-        "which must end at the same parameters before they are timed.\n\n"
-        + faster(around, _AROUND),
-        "\n".join([*tables, by_contest(ways, "torch", _links)]),
-        Dots(panels(contests, "torch", _links), 2, over("a plain step of torch")),
+        "Measured: the time of a whole step. The base is a step of torch (forward, backward, SGD "
+        "with momentum) for the same samples. SAM needs two gradients, so its ratio is at least "
+        "about 2. `plain`, `SAM` and `GSAM` are chains of our transforms, with one row of all "
+        "samples or with M rows; *in place* is `donate=True`. *Optimizers* are classes around the "
+        "SGD of torch: `gradfilter.interop` and pytorch_optimizer. Before the measurement they "
+        "must reach the same parameters.\n\n" + faster(around, _AROUND),
+        "\n".join([*tables, by_contest(ways, "torch", _transforms)]),
+        Dots(panels(contests, "torch", _transforms), 2, over("a plain step of torch")),
     )
 
 
@@ -42,7 +42,7 @@ _AROUND = [
 ]
 
 
-def _links(name: str) -> bool:
+def _transforms(name: str) -> bool:
     return is_ours(name) or name in ("plain", "SAM", "GSAM")
 
 
@@ -51,7 +51,7 @@ def _around(title: str) -> bool:
 
 
 def _way(title: str) -> tuple[bool, str]:
-    """Optimizers first, then each way with its models side by side."""
+    """Sort optimizers first, then the models of each way together."""
     _, _, way = title.partition(", N = ")
     return not _around(way), way
 
@@ -67,13 +67,13 @@ def update(part: Json) -> Section:
     return Section(
         "Update rules and clipping",
         ("update",),
-        "Timed: clipping, the update rule and the new parameters, with gradients that are there "
-        "already, over `torch.optim` with `foreach=True` without clipping. *Gated* means that the "
-        "step may be skipped, *donated* that results are written into the old tensors, as torch's "
-        "optimizers do. timm and pytorch_optimizer clip unit by unit (AGC) in front of torch's "
-        "SGD, and so does `gradfilter.interop.AGC`; before anything is timed, all must end at the "
-        "same parameters.\n\n"
-        f"Rules without clipping. {alone}\n\nWith AGC. {agc}",
+        "Measured: the time for clipping, the update rule and the new parameters, with given "
+        "gradients. The base is `torch.optim` with `foreach=True` without clipping. *Gated*: the "
+        "step may be skipped. *Donated*: results are written into the old tensors, as in the "
+        "optimizers of torch. timm, pytorch_optimizer and `gradfilter.interop.AGC` clip unit by "
+        "unit (AGC) before the SGD of torch. Before the measurement all must reach the same "
+        "parameters.\n\n"
+        f"Update rules without clipping. {alone}\n\nWith AGC. {agc}",
         by_contender(contests, "torch", _steps),
         Dots(panels(contests, "torch", _steps), 2, over("torch.optim with foreach")),
     )
@@ -90,15 +90,16 @@ def distributed(part: Json) -> Section:
     sent = ["bytes that a rank sends", "", *(_bytes(contests, name) for name in names)]
     table = by_contest(contests, "DDP", lambda name: True)
     lines = table.split("\n")
-    rows = 2 + len(contests)  # behind them stand the failures
+    rows = 2 + len(contests)  # the failures are after them
     sent_line = "| " + " | ".join(sent) + " |"
     return Section(
         "On several ranks",
         ("distributed",),
-        "Timed: a training step on W processes of this machine, over one of "
-        "DistributedDataParallel with the same samples. M rows per rank become one stack, whose "
-        "mean is taken, or which is filtered by agreement or consensus.\n\n"
-        f"One row per rank and the mean is what DDP does. {faster(contests, [(mean, ('DDP',))])}",
+        "Measured: the time of a training step on W processes of this machine. The base is a step "
+        "of DistributedDataParallel with the same samples. The M rows of every rank are joined in "
+        "one stack. Then their mean is taken, or they are filtered by agreement or consensus.\n\n"
+        "DDP does the same work as one row per rank with the mean. "
+        f"{faster(contests, [(mean, ('DDP',))])}",
         "\n".join([*lines[:rows], sent_line, *lines[rows:]]),
         Dots(panels(contests, "DDP", lambda name: True, aligned=True), 2, over("a step of DDP")),
     )
@@ -117,10 +118,10 @@ def stats(part: Json) -> Section:
     return Section(
         "Norms of Jacobians",
         ("stats",),
-        "Timed: the Frobenius norm or the largest singular value of the Jacobian of C logits in "
-        "the input, of N images, over the published loop of a backward pass per class. The others "
-        "hold the Jacobian; the functions of `gradfilter.diagnostics` need not.\n\n"
-        + faster(contests, pairs),
+        "Measured: the time for the Frobenius norm, or the largest singular value, of the Jacobian "
+        "of C logits with respect to the input, for N images. The base is the published loop with "
+        "one backward pass per class. All contenders store the Jacobian, except the functions of "
+        "`gradfilter.diagnostics`, which need not store it.\n\n" + faster(contests, pairs),
         by_contender(contests, base, _function),
         Dots(panels(contests, base, _function), 2, over("the published loop")),
     )

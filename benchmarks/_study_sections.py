@@ -12,7 +12,7 @@ SAME, TIMED = "equal_samples", "equal_time"
 
 
 def percent(numbers: Json | None) -> str:
-    """94.4 ± 1.2."""
+    """Format a mean and a standard deviation in per cent: 94.4 ± 1.2."""
     return f"{100 * numbers['mean']:.1f} ± {100 * numbers['sd']:.1f}" if numbers else ""
 
 
@@ -34,15 +34,19 @@ def label_noise(parts: dict[str, Json]) -> Section:
     head = ["rule", "rate", "test %", "memorised %", "test % at equal time", "ms per step"]
     drawn = [
         Panel(title, [_accuracy(rule, found[at]) for rule, found in lines])
-        for title, at in (("after the same samples", SAME), ("after the same time", TIMED))
+        for title, at in (
+            ("after the same samples, at the best rate of each rule", SAME),
+            ("after the same time, at the best rate of each rule", TIMED),
+        )
     ]
     return Section(
         "Which rules help against wrong labels?",
         ("label_noise",),
         f"Digits with {100 * noise:g} % wrong labels, a small MLP, {part['steps']} steps. Every "
-        "rule has its own best learning rate by a validation split; shown is the test accuracy of "
-        f"the last step, mean ± deviation of {len(part['seeds'])} other seeds. Blue: rules that "
-        "look at every sample.",
+        "rule is trained at its own best learning rate, which a validation split selects for this "
+        "fraction of wrong labels. The table shows the test accuracy after the last step, as mean "
+        f"± standard deviation over {len(part['seeds'])} other seeds. Blue: rules that use a row "
+        "per sample.",
         markdown(head, rows),
         Dots(drawn, 2, "test accuracy in %", log=False, mark=None, digits=".1f"),
     )
@@ -74,10 +78,12 @@ def default_rule(parts: dict[str, Json]) -> Section:
     return Section(
         "One rule for right and wrong labels",
         ("default_rule", *(["clean_labels"] if "clean_labels" in parts else [])),
-        "The same network; one learning rate per rule for all three fractions of wrong labels, by "
-        f"a validation split. Test accuracy of the last step in %, mean ± deviation of "
-        f"{len(part['seeds'])} other seeds; *timed*: stopped when plain training is at its end. "
-        "*Averaged* is `ema_params(0.99)`, *budget 0.3, power 3* is `budget_clip()`.",
+        "The same network. Every rule is trained at its own best single learning rate for all "
+        "three fractions of wrong labels; a validation split selects it. The table shows the test "
+        "accuracy after the last step in %, as mean ± standard deviation over "
+        f"{len(part['seeds'])} other seeds. *timed*: training stops when plain training has "
+        "finished. *averaged* is `ema_params(0.99)`, and *budget 0.3, power 3* is `budget_clip()`. "
+        "*plain, for right labels* is plain training at its best rate for right labels alone.",
         markdown(head, rows),
         Dots(drawn, 3, "test accuracy in %", log=False, mark=None, digits=".1f"),
     )
@@ -95,15 +101,18 @@ def rule_search(parts: dict[str, Json]) -> Section:
     head = ["rule", "rate", "average", *(f"test %, {100 * n:g} % wrong" for n in noises)]
     wanted = part["wanted"]
     return Section(
-        "What was tried for that rule",
+        "The search for this rule",
         ("rule_search",),
-        f"{len(part['rules'])} settings, each with {len(part['seeds'])} seeds. Wanted: at most "
-        f"{100 * wanted['cost_on_clean_labels']:.1f} points lost on right labels, "
+        f"{len(part['rules'])} settings, each with {len(part['seeds'])} seeds and at the learning "
+        "rate in the table. The aims: a loss of at most "
+        f"{100 * wanted['cost_on_clean_labels']:.1f} points on right labels, "
         + " and ".join(
-            f"at least {100 * wanted[str(n)]:g} % at {100 * n:g} % wrong ones" for n in noises if n
+            f"at least {100 * wanted[str(n)]:g} % at {100 * n:g} % wrong labels"
+            for n in noises
+            if n
         )
-        + f". {len(reached)} reach all three. They were chosen by these test accuracies, so this "
-        "is no result; the section before is.",
+        + f". {len(reached)} settings reach all aims. They were selected by these test accuracies, "
+        "so this table is not a result. The section before it is the result, with other seeds.",
         markdown(head, rows),
     )
 
@@ -129,13 +138,14 @@ def double_descent(parts: dict[str, Json]) -> Section:
     return Section(
         "Double descent",
         ("double_descent_features", "double_descent_widths"),
-        f"Digits with {100 * widths['noise']:g} % wrong training labels, means of "
-        f"{len(widths['seeds'])} seeds, whose single values are in the files. "
-        f"Ridgeless regression on p random features of n = {features['samples']} images must peak "
-        f"at p = n: the test error does at {features['peaks']['test_error']}, the empirical "
-        f"Lipschitz constant at {features['peaks']['lipschitz']}. For two hidden layers of h units "
-        f"the peaks are at {widths['peaks']['test_error']} and {widths['peaks']['lipschitz']}; the "
-        f"first width that learns all training labels is {widths['first_without_train_error']}.",
+        f"Digits with {100 * widths['noise']:g} % wrong training labels. The numbers are means "
+        f"over {len(widths['seeds'])} seeds; the files contain the values of every seed. In "
+        f"theory, ridgeless regression on p random features of n = {features['samples']} images "
+        f"has its peak at p = n. The measured peak of the test error is at "
+        f"{features['peaks']['test_error']}, and that of the empirical Lipschitz constant at "
+        f"{features['peaks']['lipschitz']}. For two hidden layers of h units the peaks are at "
+        f"{widths['peaks']['test_error']} and {widths['peaks']['lipschitz']}. The first width that "
+        f"learns all training labels is {widths['first_without_train_error']}.",
         markdown(head, rows),
         Lines(drawn, "size of the model, logarithmic", marks),
     )
@@ -155,7 +165,7 @@ def _lines(part: Json, size: str, names: Sequence[str]) -> list[Line]:
     return [Line(n.replace("_", " "), x, [p[n] for p in part["means"]]) for n in names]
 
 
-# By the parts that a section cannot do without.
+# The keys are the parts that a section needs.
 STUDIES: dict[tuple[str, ...], Callable[[dict[str, Json]], Section]] = {
     ("label_noise",): label_noise,
     ("default_rule",): default_rule,

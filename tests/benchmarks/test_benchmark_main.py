@@ -174,7 +174,7 @@ def test_one_failing_part_does_not_lose_the_others(tmp_path, monkeypatch, capsys
     assert list(cell["ratio"]) == ["median", "lower_quartile", "upper_quartile"]
     text = (tmp_path / "benchmarks.md").read_text()
     assert "### Update rules and clipping" in text and "How much memory" not in text
-    assert "a quick run, which says nothing" in text
+    assert "a quick run: its times mean nothing" in text
     assert "(update-cpu.json)" not in text and "(./update-cpu.json)" in text
     assert (tmp_path / "pictures" / "benchmarks-cpu-update.svg").exists()
 
@@ -204,7 +204,7 @@ def test_a_part_whose_file_is_gone_stays(tmp_path):
 
 
 def test_nothing_to_collect(tmp_path):
-    with pytest.raises(FileNotFoundError, match="Run one first"):
+    with pytest.raises(FileNotFoundError, match="at least one part .* Run a part first"):
         collect(tmp_path, "cpu", "any")
 
 
@@ -309,9 +309,9 @@ def test_who_is_ahead_of_ours_is_said():
     contests = [contest(ours=2.0, theirs=1.5, close=1.999, slow=3.0), {**contest(), "results": {}}]
     others = ("theirs", "close", "slow", "absent")
     assert faster(contests, [("ours", others)]) == (
-        "Ahead of ours:\n\n- some model: `theirs` 1.50; `ours` 2.00"
+        "Faster than ours:\n\n- some model: `theirs` 1.50; `ours` 2.00"
     )
-    assert faster(contests, [("ours", ["slow"])]) == "Nobody is ahead of ours."
+    assert faster(contests, [("ours", ["slow"])]) == "No other contender is faster."
 
 
 def test_studies_say_how_many_seeds_they_had():
