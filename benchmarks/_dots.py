@@ -168,7 +168,7 @@ def _panel(axes: Axes, panel: Panel, chart: Dots, *, labelled: bool) -> None:
 
 
 def _lines(chart: Lines) -> Figure:
-    figure = _figure(2.9)
+    figure = _figure(3.3)
     for axes, (title, lines), marks in zip(
         figure.subplots(1, len(chart.panels), squeeze=False)[0],
         chart.panels,
@@ -186,6 +186,7 @@ def _lines(chart: Lines) -> Figure:
         axes.set_ylim(bottom=0)
         axes.grid(color="0.92")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=7)
+        # Below the axes, where it covers no line.
+        axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     figure.supxlabel(chart.axis, fontsize=8)
     return figure

@@ -1,4 +1,4 @@
-"""What the GPU benchmark measures: each case prints a table and returns what goes into the JSON."""
+"""The cases of the GPU benchmark: each prints a table and returns its results for the JSON."""
 
 import traceback
 from collections.abc import Callable
@@ -26,7 +26,7 @@ UPDATE = gf.chain(gf.agree_filter(THRESHOLD), gf.sgd(0.1, momentum=0.9))
 
 @dataclass(frozen=True)
 class Options:
-    """Where and how thoroughly a case is measured."""
+    """The device, the number of rounds, and whether the run is quick."""
 
     device: torch.device
     rounds: int
@@ -37,7 +37,7 @@ Case = Callable[[Options], dict[str, Any]]
 
 
 def plans(name: str, options: Options, *, bf16: bool = False) -> dict[str, Any]:
-    """Every plan, a whole step and the published step on one model."""
+    """Measure every plan, a whole step and the published step on one model."""
     task = tasks(quick=options.quick)[name]
     (size,) = task.workloads
     workload = fused_vs_looped.measure(name, task, size, options.rounds, options.device, bf16=bf16)
@@ -51,7 +51,7 @@ def plans(name: str, options: Options, *, bf16: bool = False) -> dict[str, Any]:
 
 
 def _differences(name: str, options: Options, bf16: bool) -> dict[str, float]:
-    """How far the Gram of the best plan is from the loop's, relative; with and without TF32."""
+    """Return the relative difference of the fused Gram from the loop, with and without TF32."""
     task = tasks(quick=options.quick)[name]
     ((microbatches, samples),) = task.workloads
     setting = Setting.of(task, microbatches * samples, options.device, bf16=bf16)
@@ -67,7 +67,7 @@ def _differences(name: str, options: Options, bf16: bool) -> dict[str, float]:
 
 
 def captured(name: str, options: Options) -> dict[str, Any]:
-    """A whole step replayed from a CUDA graph, and the same step launched kernel by kernel."""
+    """Measure a step as a CUDA graph, and the same step with one launch per kernel."""
     microbatches, samples = (2, 2) if options.quick else (8, 16)
     setting = Setting.of(TASKS[name], microbatches * samples, options.device)
     step = gf.train_step(setting.loss, UPDATE, microbatches=microbatches, plan="fused")
@@ -95,12 +95,12 @@ def captured(name: str, options: Options) -> dict[str, Any]:
 
 
 def waits(name: str, options: Options) -> dict[str, Any]:
-    """Whether a step makes the host wait for the device, and where."""
+    """Check whether a step makes the host wait for the device, and where."""
     if options.device.type != "cuda":
         return {"failure": "needs a CUDA device"}
     setting = Setting.of(TASKS[name], 32, options.device)
     step = setting.step(8, "fused", UPDATE)
-    step()  # libraries set themselves up at the first call, and may wait for that
+    step()  # the first call initialises libraries, and may wait
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -117,7 +117,7 @@ def waits(name: str, options: Options) -> dict[str, Any]:
 
 
 def most_memory(options: Options) -> dict[str, Any]:
-    """The memory benchmark for ResNet18 with many rows."""
+    """Run the memory benchmark for ResNet18 with many rows."""
     sizes = ((2, 2),) if options.quick else memory.SIZES["resnet18"]
     task = TASKS["resnet18"]
     workloads = [memory.measure("resnet18", task, s, options.rounds, options.device) for s in sizes]
@@ -126,7 +126,7 @@ def most_memory(options: Options) -> dict[str, Any]:
 
 
 def routes(options: Options) -> dict[str, Any]:
-    """Ways to a convolution's weight gradients, layer by layer."""
+    """Measure the routes to the weight gradients of convolutions, layer by layer."""
     microbatches = 2 if options.quick else 8
     found = {}
     for name in ("resnet18",) if options.quick else ("resnet18", "resnet50"):

@@ -1,4 +1,4 @@
-"""The models of the GPU benchmark, and small ones of the same kinds to try its code with."""
+"""The models of the GPU benchmark, and small models of the same kinds for tests of its code."""
 
 from functools import partial
 
@@ -8,20 +8,20 @@ from benchmarks._models import GPT, Task, images, resnet18, texts
 
 
 def resnet50() -> nn.Module:
-    from torchvision.models import resnet50 as build  # slow to import, and needed only here
+    from torchvision.models import resnet50 as build  # imported here because the import is slow
 
     return build(num_classes=1000)
 
 
 def vit(name: str, size: int) -> nn.Module:
-    """timm's."""
+    """Return a Vision Transformer of timm."""
     from timm import create_model
 
     return create_model(name, img_size=size, num_classes=1000)
 
 
 class Logits(nn.Module):
-    """A language model of transformers, from tokens to logits."""
+    """A language model of transformers that maps tokens to logits."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Logits(nn.Module):
 
 
 def gpt2(vocab: int, length: int, width: int, depth: int, heads: int) -> nn.Module:
-    """transformers' GPT-2 with random weights; without dropout, so that plans can be compared."""
+    """Return the GPT-2 of transformers with random weights, without dropout to compare plans."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -51,7 +51,7 @@ def gpt2(vocab: int, length: int, width: int, depth: int, heads: int) -> nn.Modu
 
 
 def tasks(*, quick: bool) -> dict[str, Task]:
-    """Every model with the one size (M, B) at which it is measured."""
+    """Return all models, each with the size (M, B) that is measured."""
     if quick:
         return {
             "resnet18": Task("ResNet18", resnet18, images(100), ((2, 2),)),

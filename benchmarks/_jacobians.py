@@ -1,4 +1,4 @@
-"""Ways to the input Jacobians of a batch that are in use, to compare the library's with."""
+"""Common ways to compute the input Jacobians of a batch, for comparison with gradfilter."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ Way = Callable[[nn.Module, Tensor], Tensor]  # (N, C, *shape)
 
 
 def loop_published(model: nn.Module, x: Tensor) -> Tensor:
-    """A backward pass per class, as published: the weights' gradients are computed and summed."""
+    """Run a backward pass per class, as published; it also sums gradients of the weights."""
     x = x.detach().clone().requires_grad_()
     logits, rows = model(x), []
     for number in range(logits.shape[1]):
@@ -22,7 +22,7 @@ def loop_published(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def loop_inputs_only(model: nn.Module, x: Tensor) -> Tensor:
-    """The same loop with no gradient of a weight computed."""
+    """Run the same loop without gradients of the weights."""
     x = x.detach().clone().requires_grad_()
     logits = model(x)
     rows = [
@@ -33,7 +33,7 @@ def loop_inputs_only(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def jacrev(model: nn.Module, x: Tensor) -> Tensor:
-    """`torch.func.jacrev`, vmapped over the samples; the weights are left out of the graph."""
+    """Compute `torch.func.jacrev` with vmap over the samples, without gradients of the weights."""
     one = torch.func.jacrev(lambda sample: model(sample[None])[0])
     with torch.no_grad():
         return torch.func.vmap(one)(x)
@@ -47,11 +47,11 @@ WAYS: dict[str, Way] = {
 
 
 def frobenius(jacobian: Tensor) -> Tensor:
-    """The norm of each sample's. (N,)."""
+    """Compute the norm of the Jacobian of each sample. (N,)."""
     return jacobian.flatten(1).norm(dim=1)
 
 
 def spectral(jacobian: Tensor) -> Tensor:
-    """The largest singular value of each sample's, the cheap way: of the C x C Gram. (N,)."""
+    """Compute the largest singular value for each sample, from the small C x C Gram. (N,)."""
     rows = jacobian.flatten(2)
     return torch.linalg.eigvalsh(rows @ rows.mT)[:, -1].sqrt()

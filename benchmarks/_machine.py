@@ -1,4 +1,4 @@
-"""Where and when something was measured."""
+"""Facts about the machine and the time of a measurement."""
 
 import os
 import platform
@@ -17,12 +17,12 @@ PEERS = ("gradient-agreement-filtering", "opacus", "pytorch-optimizer", "timm", 
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The facts without which a number of seconds says nothing."""
+    """Return the facts that are necessary to interpret a number of seconds."""
     return {
         "device": device.type,
         "device_name": _name(device),
         "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],  # above 0 at the start, something else was running
+        "load": os.getloadavg()[0],  # if it is above 0 at the start, another program was running
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -39,7 +39,7 @@ def _cuda(device: torch.device) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),
         "capability": list(torch.cuda.get_device_capability(device)),
         "memory_bytes": torch.cuda.get_device_properties(device).total_memory,
-        # How float32 is multiplied: TF32 keeps 10 bits of the mantissa.
+        # The multiplication of float32: TF32 keeps 10 bits of the mantissa.
         "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
         "tf32_convolution": torch.backends.cudnn.allow_tf32,
     }
@@ -54,7 +54,7 @@ def _versions() -> Iterator[tuple[str, str]]:
 def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")  # only Linux has it; platform.processor() is empty there
+    info = Path("/proc/cpuinfo")  # exists only on Linux, where platform.processor() is empty
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()

@@ -1,8 +1,8 @@
-"""Many trainings on digits as one batch of matrices, so that a rule can be tried in seconds.
+"""Run many trainings on digits as one batch of matrices, so that a rule takes seconds.
 
-The network 64-256-256-10 is written out. Norms and products of the rows' gradients come from each
-layer's inputs and cotangents, as in the library's fused plan; what comes out is compared with the
-lab's own training before any rule is tried.
+The network 64-256-256-10 is written out. Norms and products of the gradients are computed from the
+inputs and cotangents of each layer, as in the fused plan of the library. Before any rule is tried,
+the result is compared with a training of the lab.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks._noise_rules import STEPS, Rule
-from benchmarks._noise_runs import CPU, Task, begun
+from benchmarks._noise_runs import CPU, Task, build_run
 from gradfilter.lab.data._batches import class_balanced
 from gradfilter.lab.data._load import load_data
 from gradfilter.lab.models._build import build_model
@@ -28,15 +28,15 @@ MOMENTUM = 0.9
 
 @dataclass(frozen=True)
 class Runs:
-    """R trainings, each with its own noise and seed, before the first step.
+    """R trainings before the first step, each with its own noise and seed.
 
     Attributes:
         images: (R, N, 64).
-        labels: (R, N), some of them wrong.
+        labels: (R, N), some of which are wrong.
         clean: (R, N).
         test_images: (R, T, 64).
         test_labels: (R, T).
-        batches: (R, steps, M): which samples.
+        batches: (R, steps, M), the indices of the samples.
         weights: Weight and bias of every layer, (R, ...).
     """
 
@@ -51,13 +51,13 @@ class Runs:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a rule may look at: M rows in each of R trainings.
+    """The arguments of a rule: M rows in each of R trainings.
 
     Attributes:
-        layers: Of each layer the inputs and the cotangents, (R, M, width).
+        layers: The inputs and the cotangents of each layer, (R, M, width).
         own: The probability that the network gives each row's label, (R, M).
         labels: (R, M).
-        memory: What the rule keeps from step to step.
+        memory: Values that the rule keeps between steps.
     """
 
     layers: list[tuple[Tensor, Tensor]]
@@ -67,43 +67,43 @@ class Batch:
 
     @cached_property
     def gram(self) -> Tensor:
-        """(R, M, M)."""
+        """The inner products of all rows, (R, M, M)."""
         return torch.stack([(h @ h.mT + 1) * (g @ g.mT) for h, g in self.layers]).sum(0)
 
     @cached_property
     def norms(self) -> Tensor:
-        """(R, M)."""
+        """The norms of all rows, (R, M)."""
         parts = [(h.square().sum(-1) + 1) * g.square().sum(-1) for h, g in self.layers]
         return torch.stack(parts).sum(0).sqrt().clamp(min=1e-12)
 
     @cached_property
     def unit_gram(self) -> Tensor:
-        """(R, M, M)."""
+        """The inner products of all unit rows, (R, M, M)."""
         return self.gram / self.norms[:, :, None] / self.norms[:, None]
 
     @cached_property
     def cosines(self) -> Tensor:
-        """Of each row with the sum of the other unit rows, (R, M)."""
+        """The cosine of each row with the sum of the other unit rows, (R, M)."""
         sums = self.unit_gram.sum(-1)
         others = sums.sum(-1, keepdim=True) - 2 * sums + 1
         return (sums - 1) / others.clamp(min=1e-6).sqrt()
 
 
 Weigh = Callable[[Batch], Tensor]
-"""The weights (R, M) of the rows in the gradient."""
+"""Compute the weights (R, M) of the rows in the gradient."""
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A rule, and what it is trained with.
+    """A rule and the hyperparameters of its training.
 
     Attributes:
-        name: Of the rule.
+        name: The name of the rule.
         weigh: The rule.
         lr: The learning rate.
-        average: Decay of the averaged parameters that are measured; 0 measures the last ones.
-        weight_decay: L2.
-        cosine: Let the learning rate fall to 0 along a cosine.
+        average: The decay of the averaged parameters; 0 measures the last parameters.
+        weight_decay: The L2 weight decay.
+        cosine: Whether the learning rate falls to 0 along a cosine.
     """
 
     name: str
@@ -115,7 +115,7 @@ class Tried:
 
 
 def load(noises: tuple[float, ...], seeds: tuple[int, ...], steps: int = STEPS) -> Runs:
-    """Every noise with every seed, in this order."""
+    """Load the data for every noise with every seed, in this order."""
     columns: dict[str, list[Tensor]] = {}
     weights = []
     for noise in noises:
@@ -143,7 +143,7 @@ def load(noises: tuple[float, ...], seeds: tuple[int, ...], steps: int = STEPS) 
 
 
 def outputs(weights: list[Tensor], images: Tensor) -> list[Tensor]:
-    """The inputs of the three layers, and the logits."""
+    """Compute the inputs of the three layers, and the logits."""
     values = [images]
     for i in (0, 2, 4):
         linear = torch.baddbmm(weights[i + 1][:, None], values[-1], weights[i].mT)
@@ -152,7 +152,7 @@ def outputs(weights: list[Tensor], images: Tensor) -> list[Tensor]:
 
 
 def train(runs: Runs, tried: Tried) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The weights at the end, and of each training (R,): final, best, memorised."""
+    """Train; return the last weights, and final, best and memorised of each training (R,)."""
     weights = [leaf.clone() for leaf in runs.weights]
     velocity = [torch.zeros_like(leaf) for leaf in weights]
     averaged = [leaf.clone() for leaf in weights]
@@ -192,13 +192,13 @@ def train(runs: Runs, tried: Tried) -> tuple[list[Tensor], dict[str, Tensor]]:
 
 
 def accuracy(weights: list[Tensor], images: Tensor, labels: Tensor) -> Tensor:
-    """The part that is answered with these labels, (R,)."""
+    """Return the fraction of images that get these labels, (R,)."""
     return (outputs(weights, images)[-1].argmax(-1) == labels).float().mean(1)
 
 
 def check_against_the_lab(tried: Tried, rule: Rule, steps: int = 30) -> None:
-    """Raise if both do not come to the same parameters: the search would then mean nothing."""
-    run = begun(rule, Task(rule.name, tried.lr, 0.3, 0, False))
+    """Check that the lab reaches the same parameters; otherwise the search has no meaning."""
+    run = build_run(rule, Task(rule.name, tried.lr, 0.3, 0, False))
     advance(run, steps)
     ours, _ = train(load((0.3,), (0,), steps), tried)
     for leaf, theirs in zip(ours, run.state["params"].values(), strict=True):

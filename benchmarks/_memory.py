@@ -1,4 +1,4 @@
-"""Peak memory of the new storage that a computation makes."""
+"""Measure the peak memory of the new storage of a computation."""
 
 import gc
 from collections.abc import Callable
@@ -8,12 +8,12 @@ from torch.autograd.profiler import profile
 
 
 def peak_bytes(computation: Callable[[], object], device: torch.device) -> int:
-    """The largest number of bytes allocated at one time, above what was allocated at the start.
+    """Return the largest number of bytes allocated at one time, in addition to those at the start.
 
-    What existed before is not counted; the result is. Run the computation once beforehand, so that
-    workspaces which libraries allocate once and keep are not counted either.
+    The result of the computation is counted, and tensors from before are not. Run the computation
+    once before, so that the permanent workspaces of libraries are not counted.
     """
-    gc.collect()  # cycles left from before would be freed at some moment in the middle
+    gc.collect()  # otherwise old reference cycles could be freed during the computation
     return _cuda_peak(computation, device) if device.type == "cuda" else _cpu_peak(computation)
 
 
@@ -27,11 +27,11 @@ def _cuda_peak(computation: Callable[[], object], device: torch.device) -> int:
 
 
 def _cpu_peak(computation: Callable[[], object]) -> int:
-    # The profiler hears of every allocation and every free from torch's CPU allocator itself, at
-    # the moment it happens. Resident memory would also count pages that malloc keeps after a free,
-    # and a TorchDispatchMode sees the results of operators, but neither the scratch tensors inside
-    # their kernels nor the moment at which autograd lets go of what it saved. Memory that does not
-    # come from torch's allocator, such as oneDNN's scratch pads, is in none but the first.
+    # The profiler records every allocation and every free of torch's CPU allocator when it happens.
+    # Resident memory would also include pages that malloc keeps after a free. A TorchDispatchMode
+    # sees the results of operators, but not the temporary tensors inside their kernels, nor the
+    # moment when autograd frees saved tensors. Memory from other allocators, such as that of
+    # oneDNN, is visible only in resident memory.
     with profile(profile_memory=True) as recorded:
         result = computation()
     del result

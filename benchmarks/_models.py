@@ -1,4 +1,4 @@
-"""The models that are measured, small enough for a laptop: each with data and workloads."""
+"""The measured models, with data and sizes; all are small enough for a laptop."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ class Task:
     model: Callable[[], nn.Module]
     batch: Callable[[int], Batch]
     workloads: tuple[tuple[int, int], ...]
-    classifies: bool = True  # one class per sample, as the published step takes for granted
+    classifies: bool = True  # one class per sample, as the published step requires
 
 
 def criterion(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy over the last axis of the logits, for images and for sequences."""
+    """Compute the cross-entropy over the last axis of the logits, for images and sequences."""
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 
@@ -56,8 +56,8 @@ def lenet() -> nn.Module:
 
 
 def resnet18() -> nn.Module:
-    """torchvision's own, with BatchNorm and in-place ReLUs."""
-    from torchvision.models import resnet18 as build  # slow to import, and needed only here
+    """Return the model of torchvision, with BatchNorm and in-place ReLUs."""
+    from torchvision.models import resnet18 as build  # imported here because the import is slow
 
     return build(num_classes=100)
 
@@ -84,7 +84,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Patches of 4 on images of 32, mean over the 64 tokens."""
+    """A Vision Transformer with patches of 4, images of 32, and a mean over the 64 tokens."""
 
     def __init__(self, width: int = 192, depth: int = 6, heads: int = 3) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class ViT(nn.Module):
 
 
 class GPT(nn.Module):
-    """A causal language model whose head is its token embedding."""
+    """A causal language model; its head shares the weight of the token embedding."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ def texts(vocab: int, length: int) -> Callable[[int], Batch]:
     return lambda n: (torch.randint(vocab, (n, length)), torch.randint(vocab, (n, length)))
 
 
-# (128, 1) is the per-sample case. The first workload of each is what --quick runs.
+# (128, 1) has one row per sample. --quick runs the first workload of each model.
 TASKS = {
     "mlp": Task("MLP 3072-512-512-10", mlp, images(10), ((8, 16), (32, 4), (128, 1))),
     "lenet": Task("LeNet", lenet, images(10), ((8, 16), (128, 1))),

@@ -1,4 +1,4 @@
-"""The rules that are compared on wrong labels: all but learning rate and seed."""
+"""The rules that are compared with wrong labels, without learning rates and seeds."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -8,7 +8,7 @@ from gradfilter.lab.train._train_config import TrainConfig
 
 STEPS = 1500
 BASE = TrainConfig(data="digits", model="mlp_256", steps=STEPS, momentum=0.9, samples_per_class=8)
-"""Every rule sees the same 80 samples in a step, eight of every class."""
+"""Every rule uses the same 80 samples in a step, eight of every class."""
 THRESHOLDS = (0.9, 0.95, 0.97, 1.0)
 CLIP = 1.0
 PER_SAMPLE: dict[str, Any] = {"per_sample": True}
@@ -16,13 +16,13 @@ PER_SAMPLE: dict[str, Any] = {"per_sample": True}
 
 @dataclass(frozen=True)
 class Rule:
-    """What is done to the rows of a batch.
+    """A rule for the rows of a batch.
 
     Attributes:
-        name: In tables and files.
-        settings: Of `TrainConfig`.
-        ema: Decay of the averaged parameters that are measured instead of the last ones.
-        reducer: Instead of the one that the settings name, for rules that are no options.
+        name: The name in tables and files.
+        settings: Fields of `TrainConfig`.
+        ema: The decay of the averaged parameters, which are measured instead of the last ones.
+        reducer: The reducer for rules that are not options of `TrainConfig`.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Rule:
     reducer: gf.Transform | None = None
 
     def config(self, **others: Any) -> TrainConfig:
+        """Return the configuration of a training with this rule."""
         return replace(BASE, **self.settings, **others)
 
 
@@ -43,7 +44,7 @@ def _rows(microbatches: int) -> dict[str, Any]:
 
 
 def rules() -> list[Rule]:
-    """Plain training, every filter with and without clipped rows, and the sharp ones."""
+    """Return plain training, every filter with and without clipped rows, SAM, GSAM and AGC."""
     filters = [
         *(
             Rule(f"agree {t:g}, M = {m}", {**_rows(m), "agree": t})
@@ -70,7 +71,7 @@ def rules() -> list[Rule]:
 
 
 def candidates() -> list[Rule]:
-    """The best of `rule_search.py` for clean and noisy labels, and what they are measured by."""
+    """Return the best rules of `rule_search.py`, and the rules they are compared with."""
     soft = {**PER_SAMPLE, "consensus": 1.0}
     found: list[Rule] = []
     for power in (0.0, 3.0):
@@ -96,5 +97,5 @@ def _averaged(rule: Rule) -> Rule:
 
 
 def rule_of(name: str) -> Rule:
-    """The rule of this name; processes tell each other names, for functions cannot be sent."""
+    """Return the rule with a name. Processes send names, because functions cannot be sent."""
     return next(rule for rule in (*rules(), *candidates()) if rule.name == name)

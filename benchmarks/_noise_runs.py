@@ -1,4 +1,4 @@
-"""One training of a rule on noisy digits, and many of them in several processes."""
+"""Train a rule on digits with wrong labels, once or many times in several processes."""
 
 import json
 import math
@@ -25,14 +25,14 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Task:
-    """One training: a rule, and what it is tried with.
+    """One training of a rule.
 
     Attributes:
-        rule: Its name.
-        learning_rate: Constant.
-        noise: Fraction of the training labels that are wrong.
-        seed: Of split, wrong labels, parameters and batches.
-        validate: Hold a fifth of the training part back to choose by, its labels clean.
+        rule: The name of the rule.
+        learning_rate: The constant learning rate.
+        noise: The fraction of wrong training labels.
+        seed: The seed for split, wrong labels, parameters and batches.
+        validate: Whether a fifth of the training part, with right labels, is a validation split.
     """
 
     rule: str
@@ -42,8 +42,8 @@ class Task:
     validate: bool
 
 
-def begun(rule: Rule, task: Task) -> Training:
-    """The training before its first step."""
+def build_run(rule: Rule, task: Task) -> Training:
+    """Build a training before its first step."""
     seeds = {"seed": task.seed, "data_split_seed": task.seed, "label_seed": task.seed}
     config = rule.config(
         learning_rate=task.learning_rate,
@@ -54,21 +54,21 @@ def begun(rule: Rule, task: Task) -> Training:
     run = build_training(config, CPU)
     if rule.reducer is not None or rule.ema is not None:
         chain = update_of(config, STEPS, 1.0)
-        links = [*chain.links] if rule.reducer is None else [rule.reducer, chain.links[-1]]
+        transforms = [*chain.links] if rule.reducer is None else [rule.reducer, chain.links[-1]]
         if rule.ema is not None:
-            links.append(gf.ema_params(rule.ema))
+            transforms.append(gf.ema_params(rule.ema))
         loss = gf.model_loss(run.model, torch.nn.CrossEntropyLoss())
         rows = None if config.per_sample else config.microbatches
-        run.step = gf.train_step(loss, gf.chain(*links), microbatches=rows)
+        run.step = gf.train_step(loss, gf.chain(*transforms), microbatches=rows)
         run.state = run.step.init(run.model, seed=task.seed)
     return run
 
 
 def train(task: Task) -> dict[str, Any]:
-    """Train, and what came of it: a curve, and the numbers at its end."""
+    """Train; return the task with the seconds and a curve of accuracies."""
     torch.set_num_threads(1)
     rule = rule_of(task.rule)
-    run = begun(rule, task)
+    run = build_run(rule, task)
     curve, start = [], time.perf_counter()
     for until in range(EVERY, STEPS + 1, EVERY):
         advance(run, until)
@@ -82,7 +82,7 @@ def train(task: Task) -> dict[str, Any]:
 
 
 class Done:
-    """The trainings that are finished, one line of JSON each, kept whatever happens."""
+    """The finished trainings; each is saved at once as one line of JSON."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -93,7 +93,7 @@ class Done:
         return self.found[_key(asdict(task))]
 
     def all_of(self, tasks: Iterable[Task], jobs: int, label: str) -> None:
-        """Do those of the tasks that have not been done yet."""
+        """Run the tasks that are not finished yet."""
         missing = [task for task in tasks if _key(asdict(task)) not in self.found]
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
             futures = [pool.submit(train, task) for task in missing]

@@ -1,7 +1,7 @@
-"""Per-sample gradients and their norms by other libraries, called as their documentation has it.
+"""Per-sample gradients and their norms with other libraries, used as in their documentation.
 
-Each function takes a model, which it leaves alone, and a batch, and returns what is timed. Row n is
-the gradient of the loss of sample n.
+Each function takes a model and a batch, and returns the function that is measured. The model does
+not change. Row n is the gradient of the loss of sample n.
 """
 
 import copy
@@ -20,7 +20,7 @@ GradSamples = Callable[[], Tree]  # one tensor (N, *shape) per parameter
 
 
 def opacus(model: nn.Module, batch: Batch) -> GradSamples:
-    """Opacus with its hooks, one hand-written rule per kind of layer."""
+    """Compute rows by the hooks of Opacus, which has a rule per kind of layer."""
     from opacus.grad_sample import GradSampleModule
 
     inputs, targets = batch
@@ -36,7 +36,7 @@ def opacus(model: nn.Module, batch: Batch) -> GradSamples:
 
 
 def expanded_weights(model: nn.Module, batch: Batch) -> GradSamples:
-    """torch's own ExpandedWeights."""
+    """Compute rows by ExpandedWeights of torch."""
     from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
     inputs, targets = batch
@@ -54,7 +54,7 @@ def expanded_weights(model: nn.Module, batch: Batch) -> GradSamples:
 
 
 def vmap_grad(model: nn.Module, batch: Batch) -> GradSamples:
-    """The recipe of torch.func's tutorial."""
+    """Compute rows as in the tutorial of torch.func."""
     params = {name: p.detach() for name, p in model.named_parameters()}
 
     def loss(params: Tree, sample: Tensor, target: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def vmap_grad(model: nn.Module, batch: Batch) -> GradSamples:
 
 
 def opacus_ghost_norms(model: nn.Module, batch: Batch) -> Callable[[], Tensor]:
-    """Squared norms by Opacus's ghost clipping, without per-sample gradients."""
+    """Compute squared norms by ghost clipping of Opacus, without per-sample gradients."""
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
 
     inputs, targets = batch
@@ -84,13 +84,13 @@ def opacus_ghost_norms(model: nn.Module, batch: Batch) -> Callable[[], Tensor]:
 
 
 def torchjd_norms(model: nn.Module, batch: Batch) -> Callable[[], Tensor]:
-    """Squared norms: the diagonal of TorchJD's Gram."""
+    """Compute squared norms as the diagonal of the Gram of TorchJD."""
     gram = _torchjd_gram(copy.deepcopy(model), batch)
     return lambda: gram()[1].diagonal()
 
 
 def torchjd_consensus(model: nn.Module, batch: Batch) -> Callable[[], Tree]:
-    """Consensus by TorchJD: weights from its Gram, and one more backward pass with them."""
+    """Compute consensus by TorchJD: weights from its Gram, then one more backward pass."""
     model = copy.deepcopy(model)
     gram = _torchjd_gram(model, batch)
     names, params = zip(*model.named_parameters(), strict=True)
@@ -105,7 +105,7 @@ def torchjd_consensus(model: nn.Module, batch: Batch) -> Callable[[], Tree]:
 
 
 def _torchjd_gram(model: nn.Module, batch: Batch) -> Callable[[], tuple[Tensor, Tensor]]:
-    """The losses with their graph, and the Gram of their gradients."""
+    """Return a function for the losses with their graph, and the Gram of their gradients."""
     from torchjd.autogram import Engine
 
     inputs, targets = batch
@@ -119,10 +119,10 @@ def _torchjd_gram(model: nn.Module, batch: Batch) -> Callable[[], tuple[Tensor, 
 
 
 STACKS = {"opacus": opacus, "ExpandedWeights": expanded_weights, "vmap(grad)": vmap_grad}
-"""Libraries that make the rows, from which everything else is computed."""
+"""Libraries that compute the rows; all answers are computed from the rows."""
 
 DIRECT = {
     "norms": {"opacus ghost": opacus_ghost_norms, "torchjd": torchjd_norms},
     "consensus": {"torchjd": torchjd_consensus},
 }
-"""Libraries that answer a question without making the rows."""
+"""Libraries that answer a question without the rows."""

@@ -1,4 +1,4 @@
-"""Contenders timed against each other, then the memory of those that got through."""
+"""Time contenders in turn, then measure the memory of those that did not fail."""
 
 from collections.abc import Callable
 from functools import cache
@@ -13,7 +13,7 @@ from benchmarks._timing import Contender, Timings, clock_for, interleave, reason
 def race(
     entrants: dict[str, Contender], rounds: int, device: torch.device, *, base: str
 ) -> tuple[dict[str, Result], Timings]:
-    """Time all contenders, ratios to ``base``; what fails has its reason for a result."""
+    """Time all contenders, with ratios to ``base``; the result of a failure is its reason."""
     timings = interleave(entrants, rounds, clock_for(device))
     results = {}
     for name, run in entrants.items():
@@ -31,6 +31,6 @@ def race(
 
 
 def deferred(build: Callable[[], Contender]) -> Contender:
-    """A contender built at its first call: what it needs and lacks is its own failure only."""
+    """Build a contender at its first call, so that a missing package fails only this one."""
     built = cache(build)
     return lambda: built()()

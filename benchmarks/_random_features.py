@@ -11,16 +11,16 @@ from gradfilter.lab.data._load import load_data
 
 @dataclass(frozen=True)
 class Point:
-    """What was measured at one number of features.
+    """The results for one number of features.
 
     Attributes:
-        features: p.
-        train_error: Part of the training labels, wrong ones included, that is not predicted.
-        test_error: Part of the test labels that is not predicted.
-        test_mse: Mean squared error on one-hot test labels.
+        features: The number of features p.
+        train_error: The fraction of training labels, right or wrong, that is not predicted.
+        test_error: The fraction of test labels that is not predicted.
+        test_mse: The mean squared error on one-hot test labels.
         lipschitz: √(mean σ²) over the test images, σ the operator norm of the input Jacobian.
         closed_form: The same from the formula of the Jacobian.
-        weight_norm: Frobenius norm of the fitted weights.
+        weight_norm: The Frobenius norm of the fitted weights.
     """
 
     features: int
@@ -33,13 +33,13 @@ class Point:
 
 
 def measure(features: int, samples: int, noise: float, seed: int) -> Point:
-    """Fit f(x) = Aᵀ relu(W x)/√p without a ridge, A of the smallest norm, and measure it.
+    """Fit f(x) = Aᵀ relu(W x)/√p without a ridge, with A of the smallest norm, and measure it.
 
     Args:
-        features: p.
-        samples: n training images of the digits.
-        noise: Fraction of their labels that is wrong.
-        seed: Of the split, the wrong labels and the features W.
+        features: The number of features p.
+        samples: The number n of training images.
+        noise: The fraction of wrong training labels.
+        seed: The seed for the split, the wrong labels and the features W.
     """
     data = load_data(
         "digits",

@@ -1,4 +1,4 @@
-"""A table and a chart of measured workloads."""
+"""Print tables and draw a chart of measured workloads."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,7 +45,7 @@ def by_contender(
     base: str = "plain",
     title: str = "Over one plain forward and backward pass",
 ) -> None:
-    """The same with one column per contest and one row per contender, for many contenders."""
+    """Print one column per contest and one row per contender, for many contenders."""
     grid = Table(title=title, caption=about)
     grid.add_column("")
     for contest in contests:
@@ -69,7 +69,7 @@ def _line(contest: Contest, name: str, base: str) -> str:
 
 
 def _parts(result: Result, compared: bool) -> list[str]:
-    """The ratio if there is one, the time, the memory; or why there is none of it."""
+    """Return the ratio if there is one, the time and the memory, or the reason of a failure."""
     if result.seconds is None or result.peak_bytes is None:
         return [f"[red]{escape(str(result.failure))}[/red]", ""]
     parts = [f"{result.seconds.median * 1e3:.1f} ms", f"{result.peak_bytes / MB:.0f} MB"]
@@ -84,8 +84,8 @@ def _short(ratio: float) -> str:
 
 
 def chart(workloads: Sequence[Workload], plans: Sequence[str], about: str, path: Path) -> None:
-    """Draw time and memory over plain, on a log scale, bars growing from 1."""
-    # Without pyplot there is no window system to choose, and no figure to close.
+    """Draw time and memory over plain on a logarithmic axis, with bars that start at 1."""
+    # Without pyplot, no window system is needed and no figure has to be closed.
     figure = Figure(figsize=(10, 1.2 + 0.28 * len(workloads) * (len(plans) + 1)), dpi=120)
     FigureCanvasAgg(figure)
     time, memory = figure.subplots(1, 2, sharey=True)

@@ -1,4 +1,4 @@
-"""What one benchmark measured, as data: the table, the chart and the JSON are made of it."""
+"""The results of a benchmark as data; table, chart and JSON are made from them."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -8,12 +8,12 @@ from typing import Any
 from benchmarks._timing import Spread
 
 SAME = ("benchmark", "device_name", "threads", "torch", "python", "quick")
-"""Facts that two runs must share for their numbers to stand in one file."""
+"""Facts that must be equal for two runs, if their numbers are in one file."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One cell: what a contender took, or why it could not."""
+    """The time and memory of a contender, or the reason why it failed."""
 
     seconds: Spread | None = None
     ratio: Spread | None = None
@@ -23,13 +23,13 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Contest:
-    """One model on some samples, and the result of every contender by name."""
+    """One model on some samples, with the result of every contender by name."""
 
     model: str
     title: str
     parameters: int
     results: dict[str, Result]
-    ratios: dict[str, Spread] = field(default_factory=dict)  # "a / b", other than to the base
+    ratios: dict[str, Spread] = field(default_factory=dict)  # "a / b", not to the base
 
     @property
     def label(self) -> str:
@@ -49,9 +49,9 @@ class Workload(Contest):
 
 
 def save(path: Path, facts: dict[str, Any], contests: list[Contest]) -> None:
-    """Write the contests; those of other models stay, if the same machine measured them.
+    """Write the contests; keep those of other models, if the same machine measured them.
 
-    So a machine that others use as well can be asked for one model at a time.
+    So the models can be measured one at a time.
     """
     measured = {contest.model for contest in contests}
     old = [w for w in earlier(path, facts).get("workloads", []) if w["model"] not in measured]
@@ -60,7 +60,7 @@ def save(path: Path, facts: dict[str, Any], contests: list[Contest]) -> None:
 
 
 def earlier(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """What the file holds already, if it is comparable."""
+    """Return the contents of the file if they are comparable, and otherwise an empty dict."""
     contents = json.loads(path.read_text()) if path.exists() else {}
     return contents if all(contents.get(key) == facts[key] for key in SAME) else {}
 
@@ -71,7 +71,7 @@ def write(path: Path, contents: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> list[Workload]:
-    """The workloads that `save` wrote, those of earlier runs included."""
+    """Return the workloads that `save` wrote, also those of earlier runs."""
     workloads = json.loads(path.read_text())["workloads"]
     fields = Workload.__dataclass_fields__
     return [

@@ -1,4 +1,4 @@
-"""Rules that weigh the rows of a batch, written out for the search: what was tried, by family."""
+"""Rules for the weights of rows, written out for the search of rules."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from benchmarks._many_digits import Batch, Weigh
 
 
 def mean(batch: Batch) -> Tensor:
-    """Plain training."""
+    """Give all rows the same weight: plain training."""
     return torch.full_like(batch.norms, 1 / batch.norms.shape[-1])
 
 
 def limited(batch: Batch, limit: Tensor | float) -> Tensor:
-    """min(1, limit/norm)."""
+    """Return min(1, limit/norm)."""
     return (limit / batch.norms).clamp(max=1)
 
 
 def clip(limit: float) -> Weigh:
-    """The norms of all rows bounded."""
+    """Limit the norms of all rows."""
     return lambda batch: limited(batch, limit) / batch.norms.shape[-1]
 
 
 def clip_at_median(multiple: float) -> Weigh:
-    """Bounded by a multiple of the batch's median norm."""
+    """Limit the norms by a multiple of the median norm of the batch."""
 
     def weigh(batch: Batch) -> Tensor:
         median = batch.norms.median(-1, keepdim=True).values
@@ -38,7 +38,7 @@ def normalised(raw: Tensor) -> Tensor:
 
 
 def consensus(threshold: float = 1.0, limit: float = torch.inf, *, hard: bool = False) -> Weigh:
-    """`gradfilter.consensus_filter` after `gradfilter.clip_per_row`."""
+    """Apply `gradfilter.consensus_filter` after `gradfilter.clip_per_row`."""
 
     def weigh(batch: Batch) -> Tensor:
         excess = (batch.cosines - (1 - threshold)).clamp(min=0)
@@ -48,7 +48,7 @@ def consensus(threshold: float = 1.0, limit: float = torch.inf, *, hard: bool = 
 
 
 def consensus_at_median(multiple: float) -> Weigh:
-    """Soft consensus, rows bounded by a multiple of the batch's median norm."""
+    """Apply soft consensus to rows limited by a multiple of the median norm."""
 
     def weigh(batch: Batch) -> Tensor:
         median = batch.norms.median(-1, keepdim=True).values
@@ -58,7 +58,7 @@ def consensus_at_median(multiple: float) -> Weigh:
 
 
 def saturated(multiple: float, limit: float) -> Weigh:
-    """Soft consensus that no longer grows from a multiple of the median cosine on."""
+    """Apply soft consensus with weights limited by a multiple of the median cosine."""
 
     def weigh(batch: Batch) -> Tensor:
         agreed = batch.cosines.clamp(min=0)
@@ -70,7 +70,7 @@ def saturated(multiple: float, limit: float) -> Weigh:
 
 
 def never_rejecting(power: float, limit: float) -> Weigh:
-    """Weights ((1 + s)/2)^power."""
+    """Use the weights ((1 + s)/2)^power."""
 
     def weigh(batch: Batch) -> Tensor:
         raw = ((1 + batch.cosines) / 2).clamp(min=0) ** power
@@ -80,7 +80,7 @@ def never_rejecting(power: float, limit: float) -> Weigh:
 
 
 def within_classes(limit: float = torch.inf) -> Weigh:
-    """Soft consensus, every row compared with those of its own label only."""
+    """Apply soft consensus, and compare every row only with rows of the same label."""
 
     def weigh(batch: Batch) -> Tensor:
         same = (batch.labels[:, :, None] == batch.labels[:, None]).float()
@@ -94,7 +94,7 @@ def within_classes(limit: float = torch.inf) -> Weigh:
 
 
 def geometric_median(batch: Batch) -> Tensor:
-    """Five steps of Weiszfeld's iteration from the mean."""
+    """Make five steps of Weiszfeld's iteration, starting from the mean."""
     gram, sq_norms = batch.gram, batch.norms.square()
     weights = mean(batch)
     for _ in range(5):
@@ -106,7 +106,7 @@ def geometric_median(batch: Batch) -> Tensor:
 
 
 def not_normalised(limit: float, slope: float) -> Weigh:
-    """Every clipped row times min(1, slope·s): a batch that disagrees takes a smaller step."""
+    """Multiply clipped rows by min(1, slope·s): batches that disagree make smaller steps."""
 
     def weigh(batch: Batch) -> Tensor:
         agreed = (slope * batch.cosines).clamp(0, 1)
@@ -116,7 +116,7 @@ def not_normalised(limit: float, slope: float) -> Weigh:
 
 
 def bound_by_agreement(limit: float, slope: float, floor: float) -> Weigh:
-    """Clipping at a limit that grows with a row's cosine."""
+    """Clip every row at a limit that grows with its cosine."""
 
     def weigh(batch: Batch) -> Tensor:
         allowed = limit * (floor + slope * batch.cosines).clamp(min=0)
@@ -126,12 +126,12 @@ def bound_by_agreement(limit: float, slope: float, floor: float) -> Weigh:
 
 
 def own_probability(power: float) -> Weigh:
-    """The gradient of the generalised cross entropy: weights p(label)^power."""
+    """Use the weights p(label)^power of the generalised cross entropy."""
     return lambda batch: batch.own**power / batch.norms.shape[-1]
 
 
 def level(norms: Tensor, shares: Tensor, total: Tensor) -> Tensor:
-    """The c with Σ min(norm, c·share) = total; infinite where even all of it is not too much."""
+    """Return c with Σ min(norm, c·share) = total, or infinity if all rows fit into the total."""
     full_at, order = (norms / shares).sort(-1)
     norms, shares = norms.gather(-1, order), shares.gather(-1, order)
     left = total - (norms.cumsum(-1) - norms)
@@ -142,13 +142,13 @@ def level(norms: Tensor, shares: Tensor, total: Tensor) -> Tensor:
 
 
 def budget(size: float, *, fall: float = 1.0, power: float = 0.0, relative: bool = False) -> Weigh:
-    """`gradfilter.budget_clip`, and its relatives.
+    """Apply `gradfilter.budget_clip`, or a similar rule.
 
     Args:
-        size: b, of the mean norm.
-        fall: What is allowed is b·(b/mean norm)^fall.
-        power: How much of it goes to rows that agree.
-        relative: b is ``size`` times the mean norm of the first step.
+        size: The limit b of the mean norm.
+        fall: The exponent in the allowed mean norm b·(b/mean norm)^fall.
+        power: The exponent of the cosines in the shares; larger values favour rows that agree.
+        relative: Whether b is ``size`` times the mean norm of the first step.
     """
 
     def weigh(batch: Batch) -> Tensor:
@@ -163,7 +163,7 @@ def budget(size: float, *, fall: float = 1.0, power: float = 0.0, relative: bool
 
 
 def smaller_batch_step(size: float) -> Weigh:
-    """All rows times min(1, b/mean norm)²: the budget without choosing among rows."""
+    """Multiply all rows by min(1, b/mean norm)²: a budget with equal factors for all rows."""
 
     def weigh(batch: Batch) -> Tensor:
         found = batch.norms.mean(-1, keepdim=True)
@@ -173,7 +173,7 @@ def smaller_batch_step(size: float) -> Weigh:
 
 
 def clip_or_not(size: float) -> Weigh:
-    """Nothing while the mean norm is under b, else every row clipped at b²/mean norm."""
+    """Clip every row at b²/mean norm if the mean norm is above b, otherwise do nothing."""
 
     def weigh(batch: Batch) -> Tensor:
         found = batch.norms.mean(-1, keepdim=True)

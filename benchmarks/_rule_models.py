@@ -1,4 +1,4 @@
-"""For every rule of the fused plan a small model in which its operation takes most of the time."""
+"""One small model per operation override, in which the operation takes most of the time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ WIDTH, LENGTH, CLASSES = 256, 32, 10
 
 
 class Pooled(nn.Module):
-    """Layers on sequences (B, T, width), then the mean over T and classes."""
+    """Layers on sequences (B, T, width), then the mean over T, then a layer for classes."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Pooled(nn.Module):
 
 
 class Attention(nn.Module):
-    """Nothing but the products of attention."""
+    """The products of attention, without linear layers."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.unflatten(-1, (4, -1)).transpose(1, 2) for t in (q, k, v))
@@ -40,7 +40,7 @@ class Attention(nn.Module):
 
 
 class Normed(nn.Module):
-    """Convolutions with a norm behind each."""
+    """Convolutions with a norm after each."""
 
     def __init__(self, norm: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def tokens(n: int) -> Batch:
 
 @dataclass(frozen=True)
 class RuleCase:
-    """A rule, by the name under which stacks count it, and a task that leans on it."""
+    """An override, under the name that stacks count, and a task that mostly uses it."""
 
     rule: str
     functions: tuple[str, ...]

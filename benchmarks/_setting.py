@@ -1,4 +1,4 @@
-"""One model with one batch on one device, and the computations on them that are timed."""
+"""A model with a batch on a device, and the computations that are measured with them."""
 
 import copy
 from collections.abc import Callable
@@ -17,14 +17,14 @@ from gradfilter._types import Params, Tree
 from gradfilter.grads._loss import ModelLoss
 from gradfilter.grads._microbatch import Plan
 
-# Nothing is rejected from 2 on. Random data agree by chance only, and what a filter rejects it need
-# not combine: with a usual threshold a contender would be the faster the more it throws away.
+# A threshold of 2 rejects nothing. Random data agree only by chance, and a filter does not combine
+# rejected rows. With a usual threshold a contender would be faster if it rejects more.
 THRESHOLD = 2.0
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A model in training mode, as a module and as a pure loss, and N samples."""
+    """A model in training mode, as a module and as a pure loss, with N samples."""
 
     model: nn.Module
     batch: Batch
@@ -51,16 +51,17 @@ class Setting:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def plain(self) -> None:
-        """One forward and backward pass over all N samples at once."""
+        """Run one forward and backward pass for all N samples."""
         inputs, targets = self.batch
         with self.autocast():
             loss = criterion(self.model(inputs), targets)
         loss.backward()
-        # Freed at the end, not the start, so that no contender holds the gradients of others.
+        # Free the gradients at the end, so that they are not counted as memory of the next
+        # contender.
         self.model.zero_grad(set_to_none=True)
 
     def rows(self, microbatches: int, plan: Plan, **options: Any) -> Callable[[], gf.GradStack]:
-        """The gradients of M microbatches."""
+        """Return a function that computes the gradients of M microbatches."""
         grads_of = gf.microbatch_grads(self.loss, microbatches, plan=plan, **options)
 
         def compute() -> gf.GradStack:
@@ -70,7 +71,7 @@ class Setting:
         return compute
 
     def filtered(self, microbatches: int, plan: Plan, **options: Any) -> Contender:
-        """Rows, their Gram, the agreement filter on it, and the combination of all rows."""
+        """Return a function that computes rows, Gram, agreement filter and weighted sum."""
         rows, filter_ = self.rows(microbatches, plan, **options), gf.agree_filter(THRESHOLD)
         state = filter_.init(self.params)
         return lambda: filter_.update(rows(), state, self.params)
@@ -84,7 +85,7 @@ class Setting:
         donate: bool = False,
         **options: Any,
     ) -> Contender:
-        """A whole step, always from the same parameters, or in place as torch's optimizers are."""
+        """Return a whole step, from the same parameters each time, or in place with ``donate``."""
         rows, params = self.rows(microbatches, plan, **options), self.params
         state = update.init(params)
         if not donate:
@@ -93,14 +94,15 @@ class Setting:
         return lambda: update(own, state, rows(), donate=True)
 
     def published(self, microbatches: int) -> Contender:
-        """A whole step of the filter's authors' own package, as its documentation has it.
+        """Return a whole step of the published package, used as in its documentation.
 
-        The data lie on the device already, which spares it the copies of a training run.
+        The data are already on the device, so the copies of a training run are not measured.
         """
         from gradient_agreement_filtering import step_GAF
 
         model = copy.deepcopy(self.model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)  # stays where it is
+        # The lr is 0, so the parameters do not change.
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
         data = TensorDataset(*self.batch)
         parts = torch.arange(len(data)).chunk(microbatches)
         subsets = [Subset(data, part.tolist()) for part in parts]

@@ -1,7 +1,7 @@
-"""SAM and GSAM as optimizers around SGD: another library's and ours, called as documented.
+"""SAM and GSAM as optimizers around SGD, of another library and of ours, used as documented.
 
-Each takes a model, which it trains, a batch, and the learning rate of the SGD, and returns one
-step. All are made for the same mathematics: SAM with ρ, GSAM with ρ and α on top.
+Each function takes a model, a batch and the learning rate of SGD, and returns a function that makes
+one step. All compute the same: SAM with ρ, and GSAM with ρ and α.
 """
 
 from collections.abc import Callable
@@ -73,7 +73,7 @@ def _with_closure(optimizer: torch.optim.Optimizer, batch: Batch) -> Contender:
 
 
 def _constant(rho: float) -> SimpleNamespace:
-    """A schedule, as far as both libraries ask one."""
+    """Return a schedule with the method that both libraries use."""
     return SimpleNamespace(step=lambda: rho)
 
 

@@ -1,4 +1,4 @@
-"""Multiplications in float32 as they are meant, not with 10 bits of mantissa."""
+"""Multiply float32 with full precision, and not with the 10 bits of TF32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def tf32_off() -> Iterator[None]:
-    """Multiply float32 as float32."""
+    """Multiply float32 with full precision inside this context."""
     switches = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [switch.allow_tf32 for switch in switches]
     try:

@@ -1,8 +1,8 @@
-"""Timing of contenders against each other: interleaved, in rotating order, with the spread.
+"""Time contenders in turn, in an order that rotates, and report quartiles.
 
-On a machine that also does other work, speed drifts over seconds and minutes. Contenders that are
-timed one after the other then compare moments, not programs. Here every round runs each contender
-once and starts one place further on, and contenders are compared round by round.
+On a machine that also does other work, the speed changes within seconds and minutes. If contenders
+were timed one after the other, the result would depend on the moment. Here every round runs each
+contender once and starts with the next contender. Contenders are compared within each round.
 """
 
 import statistics
@@ -18,7 +18,7 @@ Clock = Callable[[Contender], float]
 
 @dataclass(frozen=True)
 class Spread:
-    """What is reported of a list of measurements."""
+    """Median, quartiles and extremes of a list of measurements."""
 
     median: float
     lower_quartile: float
@@ -28,7 +28,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> "Spread":
-        # quantiles() needs two values; one value is its own spread.
+        # quantiles() needs two values, so a single value is used twice.
         low, median, high = statistics.quantiles(
             values if len(values) > 1 else values * 2, n=4, method="inclusive"
         )
@@ -37,7 +37,7 @@ class Spread:
 
 @dataclass
 class Timings:
-    """Seconds per round of each contender, and why the others have none."""
+    """Seconds per round of each contender, and the reasons of those that failed."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
@@ -46,13 +46,13 @@ class Timings:
         return Spread.of(self.seconds[name])
 
     def ratio_to(self, base: str, name: str) -> Spread:
-        """Ratios taken within each round, where a drift of the machine cancels."""
+        """Return the ratios within each round, so that a drift of the machine has no effect."""
         pairs = zip(self.seconds[name], self.seconds[base], strict=True)
         return Spread.of([own / other for own, other in pairs])
 
 
 def clock_for(device: torch.device) -> Clock:
-    """How to time one call on a device, in seconds."""
+    """Return a function that times one call on a device, in seconds."""
     return _cuda_seconds if device.type == "cuda" else _cpu_seconds
 
 
@@ -63,8 +63,8 @@ def _cpu_seconds(contender: Contender) -> float:
 
 
 def _cuda_seconds(contender: Contender) -> float:
-    # The device is idle when the first event is recorded, so time in which it waits for the host
-    # to launch kernels counts, as it does in training.
+    # The device is idle when the first event is recorded. So the time in which it waits for the
+    # host to launch kernels also counts, as in training.
     torch.cuda.synchronize()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
@@ -75,7 +75,7 @@ def _cuda_seconds(contender: Contender) -> float:
 
 
 def rotations(names: list[str], rounds: int) -> Iterator[list[str]]:
-    """The order of each round: every contender comes first, second, ... equally often."""
+    """Yield the order of each round: every contender is equally often first, second, and so on."""
     for r in range(rounds):
         start = r % len(names)
         yield names[start:] + names[:start]
@@ -84,9 +84,9 @@ def rotations(names: list[str], rounds: int) -> Iterator[list[str]]:
 def interleave(
     contenders: dict[str, Contender], rounds: int, clock: Clock, *, warmup: int = 1
 ) -> Timings:
-    """Time every contender once per round, after rounds that are not counted.
+    """Time every contender once per round, after rounds to warm up.
 
-    A contender that raises takes no further part, and its reason is kept.
+    If a contender raises an error, it takes no further part, and the reason is kept.
     """
     timings = Timings({name: [] for name in contenders})
     for number, order in enumerate(rotations(list(contenders), warmup + rounds)):
@@ -95,7 +95,7 @@ def interleave(
                 continue
             try:
                 seconds = clock(contenders[name])
-            except Exception as error:  # whatever it is, it goes into the report
+            except Exception as error:  # the report shows any error
                 timings.failures[name] = reason(error)
                 del timings.seconds[name]
                 continue
@@ -105,7 +105,7 @@ def interleave(
 
 
 def reason(error: Exception) -> str:
-    """One line about an error; text only, for its traceback would keep tensors alive."""
+    """Return one line about an error, as text, because a traceback would keep tensors alive."""
     text = str(error).strip()
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in text:
         return "out of memory"

@@ -1,4 +1,4 @@
-"""Training steps in plain torch, for comparison. They stay at the same parameters: lr is 0."""
+"""Training steps in plain torch, for comparison. The lr is 0, so parameters do not change."""
 
 import copy
 
@@ -10,7 +10,7 @@ from benchmarks._timing import Contender
 
 
 def plain_step(setting: Setting) -> Contender:
-    """Forward, backward, SGD with momentum."""
+    """Return a step with forward, backward, and SGD with momentum."""
     model = copy.deepcopy(setting.model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
     inputs, targets = setting.batch
@@ -24,7 +24,7 @@ def plain_step(setting: Setting) -> Contender:
 
 
 def sam_step(setting: Setting, rho: float) -> Contender:
-    """SAM as it is usually written: up along the gradient, a second gradient, down, SGD."""
+    """Return a step of SAM: perturb along the gradient, second gradient, restore, SGD."""
     model = copy.deepcopy(setting.model)
     params = list(model.parameters())
     optimizer = torch.optim.SGD(params, lr=0.0, momentum=0.9)

@@ -1,7 +1,7 @@
-"""Clipping by several libraries, each in front of the same optimizer of torch.optim.
+"""Clipping with several libraries, each before the same optimizer of torch.optim.
 
-Each takes leaves with gradients and the optimizer of them, and returns what is to be called before
-the optimizer's step. All clip unit by unit (AGC), in place.
+Each function takes leaves with gradients and their optimizer, and returns a function to call before
+the step of the optimizer. All clip unit by unit (AGC), in place.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def timm(leaves: list[nn.Parameter], optimizer: Optimizer, clipping: float) -> C
 def pytorch_optimizer(
     leaves: list[nn.Parameter], optimizer: Optimizer, clipping: float
 ) -> Callable[[], None]:
-    """Parameter by parameter, which is how the library's own Ranger21 calls its function."""
+    """Clip every parameter separately, as the optimizer Ranger21 of the library does."""
     from pytorch_optimizer import agc
 
     @torch.no_grad()
@@ -36,7 +36,7 @@ def pytorch_optimizer(
 def interop(
     leaves: list[nn.Parameter], optimizer: Optimizer, clipping: float
 ) -> Callable[[], None]:
-    """Ours, which the optimizer's step calls itself."""
+    """Clip with AGC of gradfilter, which is called by the step of the optimizer."""
     from gradfilter.interop import AGC
 
     AGC(optimizer, clipping)

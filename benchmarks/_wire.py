@@ -1,4 +1,4 @@
-"""What collectives send, counted from the tensors that torch hands to the process group."""
+"""Count the bytes that collectives send, from the tensors passed to the process group."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def _bytes(tensors):
 
 
 class Wire(TorchDispatchMode):
-    """Counts the bytes one rank sends, with ring algorithms, and names every collective."""
+    """Count the bytes that one rank sends with ring algorithms, and record every collective."""
 
     def __init__(self, size):
         super().__init__()
@@ -35,15 +35,15 @@ class Wire(TorchDispatchMode):
             return _bytes(args[1]) * share  # (output, input)
         if name in ("_allgather_base_", "allgather_into_tensor_coalesced_"):
             return _bytes(args[1]) * (self.size - 1)
-        if name == "broadcast_":  # all it takes, to the account of where it comes from
+        if name == "broadcast_":  # all bytes count for the rank that sends them
             return _bytes(args[0]) * (self.size - 1) if args[2] == dist.get_rank() else 0.0
         if name in ("allreduce_", "all_reduce"):
             return 2 * _bytes(args[0]) * share
-        raise AssertionError(f"no formula for what {name} sends")
+        raise AssertionError(f"expected a collective with a known number of bytes, found {name}")
 
 
 def loopback_bytes(statistics: Path = Path("/proc/net/dev")) -> int | None:
-    """What this machine has sent to itself so far, if it says so."""
+    """Return the bytes that this machine has sent to itself, or None if unknown."""
     if not statistics.exists():
         return None
     for line in statistics.read_text().splitlines():

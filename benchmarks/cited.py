@@ -1,12 +1,13 @@
-"""Measured numbers in pages and notebooks, compared with the files they came from.
+"""Compare the measured numbers in pages and notebooks with the files that contain them.
 
-A number is cited as a link whose fragment walks through the JSON: ``/key`` into an object, ``/3``
-into a list, and ``/key=value&other=value`` to the one item of a list that has these values:
+A number is cited as a link. The fragment of the link is a path in the JSON: ``/key`` selects a
+value of an object, ``/3`` an item of a list, and ``/key=value&other=value`` the only item of a list
+with these values:
 
     [1.68](../benchmarks/results/fused_vs_looped-cpu.json#/workloads/model=mlp/results/fused/...)
 
-    python -m benchmarks.cited docs             # what is wrong
-    python -m benchmarks.cited --write docs     # put the files' values into the pages
+    python -m benchmarks.cited docs             # list wrong numbers
+    python -m benchmarks.cited --write docs     # write the values of the files into the pages
 """
 
 import argparse
@@ -23,13 +24,13 @@ from docs._results import at, locate
 CITATION = re.compile(r"\[(?P<text>[^\]\[]+)\]\((?P<file>[^)#\s]+\.json)#(?P<walk>/[^)\s]+)\)")
 NUMBER = re.compile(r"-?(?:\d+(?:,\d{3})*)?(?:\.\d+|(?<=\d))")
 
-# What a text counts in, where the files have fractions, bytes and seconds.
+# The factors of units in a text; the files have fractions, bytes and seconds.
 UNITS = {"%": 1e2, "points": 1e2, "MB": 1e-6, "GB": 1e-9, "ms": 1e3}
 
 
 @dataclass(frozen=True)
 class Citation:
-    """A number on a page, and the value it claims to be."""
+    """A number on a page, and the value in the file."""
 
     page: Path
     link: str
@@ -38,10 +39,12 @@ class Citation:
 
     @property
     def right(self) -> str:
-        """The text with the file's value, rounded to the digits that the text has."""
+        """The text with the value of the file, rounded to the digits of the text."""
         shown = NUMBER.search(self.text)
         if shown is None:
-            raise ValueError(f"{self.page}: {self.text!r} has no number in it.")
+            raise ValueError(
+                f"{self.page}: expected a number in the text of a citation, found {self.text!r}."
+            )
         digits = len(shown[0].partition(".")[2])
         value = self.value * next((by for unit, by in UNITS.items() if unit in self.text), 1)
         number = f"{value:,.{digits}f}" if "," in shown[0] else f"{value:.{digits}f}"
@@ -50,7 +53,7 @@ class Citation:
 
 
 def citations(page: Path) -> Iterator[Citation]:
-    """All of them on one page; a link that leads to no number is a KeyError that says why."""
+    """Yield all citations of a page; raise a KeyError if a link does not lead to a number."""
     for link in CITATION.finditer(page.read_text()):
         try:
             contents = json.loads((page.parent / link["file"]).read_text())
@@ -61,14 +64,16 @@ def citations(page: Path) -> Iterator[Citation]:
 
 
 def walked(contents: Any, walk: str) -> float:
-    """The number at the end of a walk."""
+    """Return the number at the end of a path."""
     return float(at(contents, locate(contents, walk)))
 
 
 def main(arguments: list[str] | None = None) -> int:
     command = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     command.add_argument("folder", type=Path)
-    command.add_argument("--write", action="store_true", help="put the files' values in")
+    command.add_argument(
+        "--write", action="store_true", help="write the values of the files into the pages"
+    )
     choice = command.parse_args(arguments)
     wrong = 0
     for page in sorted([*choice.folder.rglob("*.md"), *choice.folder.rglob("*.ipynb")]):

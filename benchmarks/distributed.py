@@ -1,9 +1,10 @@
-"""What filtering across ranks costs: a training step against one of DistributedDataParallel.
+"""Measure training steps with rows of several ranks; the base is DistributedDataParallel.
 
-W processes on this machine train one model, each on samples of its own, with SGD. DDP averages the
-gradients of all ranks; the others make one stack of M rows per rank and take their mean, or filter
-them by agreement or consensus. Bytes are what one rank sends in a step, counted from the sizes of
-all collectives, and what the loopback interface really carried, over the number of ranks.
+W processes on this machine train one model with SGD; each has its own samples. DDP averages the
+gradients of all ranks. The other contenders join M rows per rank in one stack, and take their mean
+or filter them by agreement or consensus. Two numbers of bytes are recorded per rank and step: one
+is counted from the sizes of all collectives, and the other is the traffic of the loopback interface
+divided by the number of ranks.
 
     python benchmarks/distributed.py
     python benchmarks/distributed.py --models mlp-2M --worlds 2
@@ -27,7 +28,7 @@ from rich.table import Table
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-if not __package__:  # run as a file: make the folder around it the package it is
+if not __package__:  # run as a file: make the package importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gradfilter as gf
@@ -45,7 +46,7 @@ NAME = Path(__file__).stem
 CPU = torch.device("cpu")
 BASE = "DDP"
 LR, MOMENTUM, CLASSES = 1e-3, 0.9, 10
-STEPS = 4  # one after the other, as in training: at the end of each the ranks need not be level
+STEPS = 4  # in a row, as in training: ranks need not finish a step at the same time
 
 
 def mlp(width: int) -> nn.Module:
@@ -74,9 +75,9 @@ CASES = {
         16,
     ),
 }
-LINKS = {
+TRANSFORMS = {
     "mean": gf.mean_rows,
-    "agreement": lambda: gf.agree_filter(2.0),  # nothing is rejected, all is combined
+    "agreement": lambda: gf.agree_filter(2.0),  # rejects nothing, so all rows are combined
     "consensus": lambda: gf.consensus_filter(2.0),
 }
 ROWS = (1, 4)  # M
@@ -84,7 +85,7 @@ ROWS = (1, 4)  # M
 
 @dataclass(frozen=True, kw_only=True)
 class OnRanks(Contest):
-    """One model on W ranks; bytes are those that one rank sends in one step."""
+    """The results of one model on W ranks, with the bytes that one rank sends in one step."""
 
     ranks: int
     samples_per_rank: int
@@ -93,21 +94,21 @@ class OnRanks(Contest):
 
 
 def of_torch(model: nn.Module, batch: Batch) -> Contender:
-    spread = DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(spread.parameters(), lr=LR, momentum=MOMENTUM)
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=LR, momentum=MOMENTUM)
 
     def step() -> None:
         optimizer.zero_grad()
-        nn.functional.cross_entropy(spread(batch[0]), batch[1]).backward()
+        nn.functional.cross_entropy(ddp(batch[0]), batch[1]).backward()
         optimizer.step()
 
     return step
 
 
 def ours(
-    link: gf.Transform, m: int, model: nn.Module, batch: tuple[torch.Tensor, ...]
+    transform: gf.Transform, m: int, model: nn.Module, batch: tuple[torch.Tensor, ...]
 ) -> Contender:
-    update = gf.chain(across_ranks(), link, gf.sgd(LR, momentum=MOMENTUM))
+    update = gf.chain(across_ranks(), transform, gf.sgd(LR, momentum=MOMENTUM))
     grads_of = gf.microbatch_grads(gf.model_loss(model, nn.functional.cross_entropy), m)
     params, buffers = gf.extract(model)
     now: list[Any] = [params, update.init(params), buffers]
@@ -129,16 +130,16 @@ def entrants(case: Case, device: torch.device, samples: int) -> dict[str, Conten
         torch.randint(CLASSES, (samples,), generator=g).to(device),
     )
     steps = {
-        f"{name}, M = {m}": ours(link(), m, model, batch)
+        f"{name}, M = {m}": ours(make(), m, model, batch)
         for m in ROWS
-        for name, link in LINKS.items()
+        for name, make in TRANSFORMS.items()
     }
-    # DDP last: it owns the model from then on, and the others have copies of its parameters.
+    # DDP is the last, because it then owns the model. The others have copies of its parameters.
     return {BASE: of_torch(model, batch), **steps}
 
 
 def timed(steps: dict[str, Contender], rounds: int, device: torch.device) -> Timings:
-    """Seconds per step of the slowest rank, round by round."""
+    """Time all steps; return the seconds per step of the slowest rank in every round."""
 
     seconds_of = clock_for(device)
 
@@ -153,14 +154,14 @@ def timed(steps: dict[str, Contender], rounds: int, device: torch.device) -> Tim
 
 
 def counted(step: Contender) -> float:
-    """What this rank sends in one step."""
+    """Count the bytes that this rank sends in one step."""
     with Wire(dist.get_world_size()) as wire:
         step()
     return wire.sent
 
 
 def carried(step: Contender) -> float | None:
-    """What the loopback interface carries in one step, over the number of ranks."""
+    """Return the bytes on the loopback interface in one step, divided by the number of ranks."""
     dist.barrier()
     before = loopback_bytes()
     for _ in range(STEPS):
@@ -173,7 +174,7 @@ def carried(step: Contender) -> float | None:
 
 
 def on_rank(rank: int, size: int, store: str, options: dict[str, Any], out: "Queue[Any]") -> None:
-    """One process: every case, and from the first rank what came of it."""
+    """Run all cases in one process; the first rank puts the results into the queue."""
     device = torch.device(options["device"], rank) if options["device"] == "cuda" else CPU
     if device == CPU:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
@@ -186,7 +187,7 @@ def on_rank(rank: int, size: int, store: str, options: dict[str, Any], out: "Que
         samples = options["samples"] or case.samples
         steps = entrants(case, device, samples)
         timings = timed(steps, options["rounds"], device)
-        # DDP's reducer talks below the dispatcher, so that its formula stands in for counting.
+        # DDP sends without the dispatcher, so its bytes come from a formula instead of a count.
         size_of = sum(p.numel() * p.element_size() for p in case.model().parameters())
         sent = {BASE: 2 * size_of * (size - 1) / size}
         sent |= {name: counted(step) for name, step in steps.items() if name != BASE}
@@ -213,9 +214,9 @@ def on_rank(rank: int, size: int, store: str, options: dict[str, Any], out: "Que
 
 
 def measure(size: int, options: dict[str, Any]) -> list[OnRanks]:
-    """All cases on so many ranks."""
+    """Run all cases on a number of ranks."""
     if options["device"] == "cuda" and torch.cuda.device_count() < size:
-        print(f"W = {size} left out: it needs {size} GPUs, found {torch.cuda.device_count()}")
+        print(f"Skipped W = {size}: expected {size} GPUs, found {torch.cuda.device_count()}")
         return []
     context = torch.multiprocessing.get_context("spawn")
     out = context.Queue()
@@ -231,7 +232,7 @@ def measure(size: int, options: dict[str, Any]) -> list[OnRanks]:
 
 
 def show(contests: list[OnRanks], about: str) -> None:
-    grid = Table(title="A step on W ranks, over one of DDP", caption=about)
+    grid = Table(title="A step on W ranks, over a step of DDP", caption=about)
     for name in ("", "time over DDP", "milliseconds", "counted bytes over DDP", "on loopback"):
         grid.add_column(name, justify="right" if name else "left")
     for contest in contests:

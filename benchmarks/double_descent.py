@@ -1,14 +1,14 @@
-"""Double descent, in error and in the empirical Lipschitz constant: where is the peak?
+"""Find the peak of double descent, in the error and in the empirical Lipschitz constant.
 
-Two studies on digits with 20 % wrong training labels, five seeds each.
+There are two studies on digits with 20 % wrong training labels, with five seeds each.
 
-features: ridgeless regression on p random ReLU features of n = 200 images. Theory puts the peak at
-p = n exactly, and the Jacobian has a closed form: this is the test of the measuring code.
+features: ridgeless regression on p random ReLU features of n = 200 images. In theory the peak is
+exactly at p = n, and the Jacobian has a closed form. So this study also tests the measurement.
 
-widths: two hidden layers of h units, trained as the preset double-descent-digits says (fewer epochs
-with --quick). The Lipschitz constant is √(mean σ²) over the training images, σ the largest singular
-value of the Jacobian of the logits; the threshold is the first width at which no training label,
-right or wrong, is missed.
+widths: networks with two hidden layers of h units, trained with the preset double-descent-digits
+(with --quick for fewer epochs). The Lipschitz constant is √(mean σ²) over the training images,
+where σ is the largest singular value of the Jacobian of the logits. The threshold is the first
+width that predicts all training labels, right or wrong.
 
     python benchmarks/double_descent.py --part features
     python benchmarks/double_descent.py --part widths
@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-if not __package__:  # run as a file: make the folder around it the package it is
+if not __package__:  # run as a file: make the package importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._machine import machine
@@ -91,9 +91,13 @@ def main(args: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--part", choices=("features", "widths"), required=True)
-    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--epochs", type=float, help="of widths, instead of the preset's")
-    parser.add_argument("--quick", action="store_true", help="few points; says nothing")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="number of processes, each with one thread"
+    )
+    parser.add_argument(
+        "--epochs", type=float, help="epochs for --part widths, instead of those of the preset"
+    )
+    parser.add_argument("--quick", action="store_true", help="use few points, as a test")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     given = parser.parse_args(args)
     seeds = SEEDS[:2] if given.quick else SEEDS
@@ -106,7 +110,7 @@ def main(args: list[str] | None = None) -> None:
             futures = [pool.submit(feature_line, p, seed) for p in sizes for seed in seeds]
         else:
             sizes = WIDTHS[::7] if given.quick else WIDTHS
-            # The widest first: at the end nobody waits for a long one.
+            # Start with the widest, so that no long training is left at the end.
             futures = [pool.submit(width_line, h, s, epochs) for h in sizes[::-1] for s in seeds]
         done = track(as_completed(futures), total=len(futures), description=given.part)
         lines = [future.result() for future in done]
@@ -130,7 +134,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _peak(means: list[dict[str, Any]], size: str, name: str) -> int | None:
-    """Where the second rise ends: the highest point after the first valley."""
+    """Return the size at the peak: the highest point after the first valley."""
     values = [point[name] for point in means]
     down = next((i for i in range(1, len(values)) if values[i] > values[i - 1]), None)
     if down is None:

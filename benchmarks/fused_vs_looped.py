@@ -1,10 +1,10 @@
-"""What a step with filtered microbatch gradients costs, over one plain forward and backward pass.
+"""Measure steps with filtered microbatch gradients; the base is a plain forward and backward pass.
 
-Plain is a forward and a backward pass over all N = M·B samples at once. A plan computes the M rows,
-their Gram, the agreement filter on it and the combination of all rows. Two contenders are whole
-steps, which also move the parameters by SGD with momentum: ``step_GAF``, the published package of
-the filter's authors, and ours to compare with it. Reported are the time over plain, taken round by
-round, and the peak memory of new storage.
+Plain is one forward and backward pass for all N = M·B samples. A plan computes the M rows, their
+Gram, the agreement filter and the weighted sum of all rows. Two contenders are whole steps, which
+also change the parameters by SGD with momentum: ``step_GAF`` of the published package, and ours for
+comparison. The results are the time over plain, computed within each round, and the peak memory of
+new storage.
 
     python benchmarks/fused_vs_looped.py --device cpu
     python -m benchmarks.fused_vs_looped --quick --models mlp gpt
@@ -15,14 +15,14 @@ import sys
 import warnings
 from pathlib import Path
 
-# The profiler, which counts the memory, otherwise reports its every start; read by torch's import.
+# Without this the memory profiler prints a line at every start. torch reads it when it is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
-if not __package__:  # run as a file: make the folder around it the package it is
+if not __package__:  # run as a file: make the package importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gradfilter as gf
@@ -42,7 +42,7 @@ COMPARED = ((PUBLISHED, STEP), (PUBLISHED, "fused"))
 
 
 def contenders(setting: Setting, microbatches: int) -> dict[str, Contender]:
-    """Plain, every plan and a whole step of ours, over the same model and the same data."""
+    """Return plain, every plan and a whole step of ours, for the same model and data."""
     update = gf.chain(gf.agree_filter(THRESHOLD), gf.sgd(0.1, momentum=0.9))
     return {
         "plain": setting.plain,
@@ -60,11 +60,11 @@ def measure(
     *,
     bf16: bool = False,
 ) -> Workload:
-    """All contenders on one model at one size (M, B)."""
+    """Measure all contenders on one model at one size (M, B)."""
     microbatches, samples = size
     setting = Setting.of(task, microbatches * samples, device, bf16=bf16)
     entrants = contenders(setting, microbatches)
-    if task.classifies and samples > 1:  # one sample per row is not what it is for
+    if task.classifies and samples > 1:  # it needs more than one sample per row
         entrants[PUBLISHED] = deferred(lambda: setting.published(microbatches))
     results, timings = race(entrants, rounds, device, base="plain")
     ratios = {
@@ -86,8 +86,8 @@ def measure(
 def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__, TASKS).parse_args(arguments)
     device = torch.device(options.device)
-    # vmap says that it has no batching rule for some operation on this device, and is slow there.
-    # How slow is what is measured here.
+    # vmap warns that it has no batching rule for an operation on this device and is slow. The
+    # benchmark measures how slow.
     warnings.filterwarnings("ignore", message="There is a performance drop")
 
     sizes = [

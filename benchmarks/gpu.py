@@ -1,12 +1,12 @@
-"""Everything that has to be known of a GPU, in one command of a few minutes.
+"""Run all measurements that need a GPU, in a few minutes.
 
-Plans on four kinds of model in float32 and bfloat16, a captured step, whether a step waits for the
-device, ways to a convolution's weight gradients, and memory. A case that fails is recorded with its
-reason, and the JSON is written after every case.
+The cases are plans on four kinds of model in float32 and bfloat16, a captured step, a check whether
+a step waits for the device, the routes to the weight gradients of convolutions, and memory. If a
+case fails, its reason is recorded. The JSON is written after every case.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --cases resnet18 conv
-    python benchmarks/gpu.py --device cpu --quick      (tries the code out, measures nothing)
+    python benchmarks/gpu.py --device cpu --quick      (tests the code only)
 """
 
 import gc
@@ -16,13 +16,13 @@ import time
 import warnings
 from pathlib import Path
 
-# The profiler, which counts the memory, otherwise reports its every start; read by torch's import.
+# Without this the memory profiler prints a line at every start. torch reads it when it is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
 from rich.console import Console
 
-if not __package__:  # run as a file: make the folder around it the package it is
+if not __package__:  # run as a file: make the package importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._command import facts, parser, rounds_of
@@ -38,7 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
     command.set_defaults(device="cuda")
     choice = command.parse_args(arguments)
     options = Options(torch.device(choice.device), rounds_of(choice), choice.quick)
-    warnings.filterwarnings("ignore", message="There is a performance drop")  # vmap, see its time
+    warnings.filterwarnings(
+        "ignore", message="There is a performance drop"
+    )  # from vmap; its time shows it
     console = Console()
     head = facts(NAME, choice)
     target = choice.out / f"{NAME}-{choice.device}.json"
@@ -47,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         start = time.perf_counter()
         try:
             cases[name] = CASES[name](options)
-        except Exception as error:  # whatever it is, the other cases go on
+        except Exception as error:  # for any error, the other cases continue
             cases[name] = {"failure": reason(error)}
         cases[name]["took"] = time.perf_counter() - start
         write(target, {**head, "cases": cases})

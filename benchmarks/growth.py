@@ -1,7 +1,7 @@
-"""How the time grows with the number of microbatches, the number of samples being the same.
+"""Measure how the time grows with the number of microbatches, for the same samples.
 
-N samples are cut into M microbatches, and M goes up. Timed are the rows, their Gram, the agreement
-filter on it and the combination of all rows, over the same with M = 2.
+N samples are divided into M microbatches, for several M. The measured time includes the rows, their
+Gram, the agreement filter and the weighted sum of all rows. The base is the same with M = 2.
 
     python benchmarks/growth.py
 """
@@ -10,14 +10,14 @@ import os
 import sys
 from pathlib import Path
 
-# The profiler, which counts the memory, otherwise reports its every start; read by torch's import.
+# Without this the memory profiler prints a line at every start. torch reads it when it is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
-if not __package__:  # run as a file: make the folder around it the package it is
+if not __package__:  # run as a file: make the package importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._command import caption, facts, parser, rounds_of
@@ -29,7 +29,7 @@ from benchmarks._setting import Setting
 
 NAME = Path(__file__).stem
 BASE = "M = 2"
-# ResNet18 ends in maps of 1 x 1: BatchNorm needs more than one sample there.
+# The last maps of ResNet18 are 1 x 1, so BatchNorm needs more than one sample there.
 COUNTS = {"mlp": (2, 8, 32, 128), "resnet18": (2, 8, 32)}
 SAMPLES = 128
 
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     head = facts(NAME, options)
     save(options.out / f"{NAME}-{device.type}.json", head, contests)
-    by_contender(contests, caption(head), base=BASE, title=f"Over {BASE}, same samples")
+    by_contender(contests, caption(head), base=BASE, title=f"Over {BASE}, for the same samples")
 
 
 if __name__ == "__main__":

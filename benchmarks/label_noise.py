@@ -1,13 +1,13 @@
-"""Which rules help against wrong labels, and what they cost, each at its own best learning rate.
+"""Compare rules with wrong labels, and their cost, each at its own best learning rate.
 
-On digits, a network 64-256-256-10 sees the same 1500 batches of 80 samples under every rule, eight
-samples of every class. The learning rate of a rule is the one with the highest final accuracy on a
-validation split (a fifth of the training part, true labels) over two seeds that are not used again:
-six rates, and further ones until the best is neither the lowest nor the highest that was tried.
-Then it is trained on the whole training part with five other seeds. Accuracies are those of the
-last step; "best" is the highest of the 30 evaluations, picked with the test labels, so an upper
-bound and no result. At equal time a rule stops where plain training is at its end; the cost of a
-step is measured apart, the rules taking turns.
+A network 64-256-256-10 is trained on digits. Every rule uses the same 1500 batches of 80 samples,
+eight of every class. The learning rate of a rule is the one with the highest final accuracy on a
+validation split (a fifth of the training part, with right labels), over two seeds that are not used
+again. Six rates are tried, and more until the best is neither the lowest nor the highest rate. Then
+the rule is trained on the whole training part with five other seeds. Accuracies are those after the
+last step. "best" is the highest of the 30 evaluations; test labels select it, so it is an upper
+bound and not a result. At equal time, a rule stops when plain training has finished; the time of a
+step is measured separately, with the rules in turn.
 
     python benchmarks/label_noise.py                  # the rules at 30 % noise
     python benchmarks/label_noise.py --part default   # one rate for 0, 30 and 50 %, ten seeds
@@ -26,12 +26,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-if not __package__:  # run as a file: make the folder around it the package it is
+if not __package__:  # run as a file: make the package importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._machine import machine
 from benchmarks._noise_rules import STEPS, Rule, candidates, rules
-from benchmarks._noise_runs import CPU, EVERY, Done, Task, begun
+from benchmarks._noise_runs import CPU, EVERY, Done, Task, build_run
 from benchmarks._results import write
 from gradfilter.lab.train._training import advance
 
@@ -41,15 +41,15 @@ PARTS = ("rules", "default", "clean")
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared, and with what.
+    """A comparison of rules.
 
     Attributes:
-        name: Of the file that is written.
-        rules: To be compared.
-        noises: Fractions of wrong labels; a rule has one learning rate for all of them.
-        ladder: Learning rates.
-        first: The lowest and the highest of them that every rule is tried with.
-        seeds: Of the trainings that count.
+        name: The name of the file.
+        rules: The rules to compare.
+        noises: The fractions of wrong labels; a rule has one learning rate for all of them.
+        ladder: The learning rates, in increasing order.
+        first: The lowest and the highest rate that every rule is tried with.
+        seeds: The seeds of the final trainings.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Study:
 
 
 def study(part: str) -> Study:
-    """The study of this name."""
+    """Return the study with a name."""
     one_three = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
     one_two_five = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
     five, ten, noises = tuple(range(5)), tuple(range(10)), (0.0, 0.3, 0.5)
@@ -80,9 +80,10 @@ Means = dict[float, float]
 
 
 def sweep(done: Done, chosen: Study, jobs: int) -> dict[str, tuple[float, Means]]:
-    """For each rule the rate of the highest validation accuracy over all noises, and all means.
+    """Return for each rule the rate with the best validation accuracy, and all mean accuracies.
 
-    A rule whose best rate is the lowest or the highest it was tried with gets one more.
+    The accuracy is a mean over all noises. If the best rate of a rule is the lowest or the highest
+    one tried, one more is tried.
     """
     low, high = (chosen.ladder.index(rate) for rate in chosen.first)
     tried = {rule.name: (low, high) for rule in chosen.rules}
@@ -115,7 +116,7 @@ def sweep(done: Done, chosen: Study, jobs: int) -> dict[str, tuple[float, Means]
 
 
 def spread(values: list[float]) -> dict[str, Any]:
-    """Mean and sample deviation."""
+    """Return the mean and the sample standard deviation."""
     return {
         "mean": round(statistics.mean(values), 5),
         "sd": round(statistics.stdev(values), 5),
@@ -124,7 +125,7 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 
 def summary(curves: list[list[dict[str, float]]], at: int) -> dict[str, Any]:
-    """Numbers of all seeds after ``at`` steps."""
+    """Summarise the results of all seeds after ``at`` steps."""
     index = at // EVERY - 1
     return {
         "steps": (index + 1) * EVERY,
@@ -140,9 +141,9 @@ def summary(curves: list[list[dict[str, float]]], at: int) -> dict[str, Any]:
 
 
 def step_costs(chosen: list[Rule], rounds: int, steps: int = 10) -> dict[str, float]:
-    """Milliseconds of a step: the median over rounds in which all rules take turns."""
+    """Return the milliseconds per step: the median over rounds that run all rules in turn."""
     torch.set_num_threads(1)
-    runs = {rule.name: begun(rule, Task(rule.name, 0.05, 0.3, 0, False)) for rule in chosen}
+    runs = {rule.name: build_run(rule, Task(rule.name, 0.05, 0.3, 0, False)) for rule in chosen}
     for run in runs.values():
         advance(run, steps)
     costs: dict[str, list[float]] = {name: [] for name in runs}
@@ -159,10 +160,12 @@ def main(args: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--part", choices=PARTS, default="rules")
-    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--rounds", type=int, default=40, help="of the step costs")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="number of processes, each with one thread"
+    )
+    parser.add_argument("--rounds", type=int, default=40, help="rounds for the time of a step")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--work", type=Path, help="where finished trainings are kept")
+    parser.add_argument("--work", type=Path, help="file for finished trainings")
     given = parser.parse_args(args)
     chosen = study(given.part)
     given.out.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""The most memory a filtered step holds at one time, over a plain forward and backward pass.
+"""Measure the peak memory of a filtered step; the base is a plain forward and backward pass.
 
-Counted is new storage from the first row to the combined gradient. M rows are M·P numbers, and a
-plan that holds them pays for those. A small ``memory_budget`` lets plan "fused" keep less, or in
-the end nothing, each question then being a backward pass of its own. Times come from few rounds:
-see fused_vs_looped.py for those.
+The memory is new storage from the first row to the weighted sum. M rows are M·P numbers, which a
+plan needs if it stores them. With a smaller ``memory_budget``, plan "fused" keeps less, and with a
+budget of 0 nothing; then each question runs its own backward pass. The times here are from a few
+rounds; fused_vs_looped.py measures them better.
 
     python benchmarks/memory.py
 """
@@ -13,7 +13,7 @@ import sys
 import warnings
 from pathlib import Path
 
-# The profiler, which counts the memory, otherwise reports its every start; read by torch's import.
+# Without this the memory profiler prints a line at every start. torch reads it when it is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-if not __package__:  # run as a file: make the folder around it the package it is
+if not __package__:  # run as a file: make the package importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._command import caption, facts, parser, rounds_of
@@ -62,7 +62,7 @@ def measure(
 
 
 def print_table(workloads: list[Workload], about: str) -> None:
-    grid = Table(title="Peak memory, and over plain", caption=about)
+    grid = Table(title="Peak memory, and its ratio to plain", caption=about)
     grid.add_column("model (M, B)")
     for name in ("M·P", "plain", *PLANS, *BUDGETS):
         grid.add_column(name, justify="right")
@@ -88,7 +88,9 @@ def _size(held: int, plain: int | None) -> str:
 def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__, SIZES, rounds=3).parse_args(arguments)
     device = torch.device(options.device)
-    warnings.filterwarnings("ignore", message="There is a performance drop")  # vmap, see its time
+    warnings.filterwarnings(
+        "ignore", message="There is a performance drop"
+    )  # from vmap; its time shows it
     sizes = [
         (name, (2, 2) if options.quick else size)
         for name in options.models

@@ -1,10 +1,11 @@
-"""Per-sample gradients of padded text: fused, though a model asks texts for their padding.
+"""Measure per-sample gradients of padded text, with a model that checks texts for padding.
 
-A collator pads a batch to its longest text, and a model asks whether there is any padding. One text
-at a time the answers differ. Counted: in how many of 20 batches plan "auto" stays fused, and in how
-many steps of `FilteredTrainer` with one row per text. Timed, a batch at a time: rows, agreement
-filter and combination by both plans, over one forward and backward pass; and eight steps of
-training, over those of transformers' Trainer.
+A collator pads a batch to its longest text, and the model checks whether there is padding. For
+single texts the results of this check differ. The benchmark counts the batches (of 20) in which
+plan "auto" uses the fused plan, and the steps of `FilteredTrainer` with one row per text in which
+it does. It measures, per batch, the time of rows, agreement filter and weighted sum for both plans;
+the base is one forward and backward pass. It also measures eight training steps; the base is the
+Trainer of transformers.
 
     python benchmarks/padded.py
 """
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# The profiler, which counts the memory, otherwise reports its every start; read by torch's import.
+# Without this the memory profiler prints a line at every start. torch reads it when it is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-if not __package__:  # run as a file: make the folder around it the package it is
+if not __package__:  # run as a file: make the package importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gradfilter as gf
@@ -47,7 +48,7 @@ Batch = dict[str, Tensor]
 
 
 def bert(width: int, device: torch.device) -> nn.Module:
-    """A small BERT that classifies texts."""
+    """Return a small BERT that classifies texts."""
     import transformers
 
     torch.manual_seed(0)
@@ -64,25 +65,25 @@ def bert(width: int, device: torch.device) -> nn.Module:
 
 
 def texts(count: int) -> list[dict[str, Any]]:
-    """Texts of a quarter to all of the greatest length."""
+    """Return texts with lengths from a quarter of the maximum to the maximum."""
     lengths = torch.randint(LENGTH // 4, LENGTH + 1, (count,))
     words = [torch.randint(3, VOCABULARY, (int(length),)) for length in lengths]
     return [{"input_ids": w, "labels": torch.randint(CLASSES, ())} for w in words]
 
 
 def collate(rows: list[dict[str, Any]]) -> Batch:
-    """Pad to the longest text."""
+    """Pad all texts to the longest one."""
     words = [row["input_ids"] for row in rows]
-    there = [torch.ones_like(w) for w in words]
+    masks = [torch.ones_like(w) for w in words]
     return {
         "input_ids": nn.utils.rnn.pad_sequence(words, batch_first=True),
-        "attention_mask": nn.utils.rnn.pad_sequence(there, batch_first=True),
+        "attention_mask": nn.utils.rnn.pad_sequence(masks, batch_first=True),
         "labels": torch.stack([row["labels"] for row in rows]),
     }
 
 
 def filtered(model: nn.Module, plan: str) -> Callable[[Batch], gf.GradStack]:
-    """Rows, agreement filter and combination of one batch."""
+    """Return a function that computes rows, agreement filter and weighted sum of a batch."""
     params, buffers = gf.extract(model)
     grads_of = gf.per_sample_grads(gf.model_loss(model), plan=plan)
     filter_ = gf.agree_filter(THRESHOLD)
@@ -97,7 +98,7 @@ def filtered(model: nn.Module, plan: str) -> Callable[[Batch], gf.GradStack]:
 
 
 def fell_back(run: Callable[[], object]) -> int:
-    """How often the loop was taken."""
+    """Count how often the plan fell back to the loop."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run()
@@ -105,7 +106,7 @@ def fell_back(run: Callable[[], object]) -> int:
 
 
 def trained(model: nn.Module, data: list[Any], size: int, *, ours: bool, on_cpu: bool) -> None:
-    """Eight steps of training, of ours or of Trainer's own."""
+    """Run eight training steps with FilteredTrainer or with Trainer."""
     import transformers
 
     from gradfilter.interop import FilteredTrainer
@@ -135,7 +136,7 @@ def trained(model: nn.Module, data: list[Any], size: int, *, ours: bool, on_cpu:
 
 
 def contenders(model: nn.Module, batches: list[Batch]) -> dict[str, Contender]:
-    """A pass over the next batch, and the rows of the next batch, by each plan."""
+    """Return contenders that use the next batch: a plain pass, and the rows with each plan."""
 
     def plain(batch: Batch) -> None:
         model(**batch).loss.backward()
@@ -162,7 +163,7 @@ def contenders(model: nn.Module, batches: list[Batch]) -> dict[str, Contender]:
 def measure(
     name: str, size: int, rounds: int, device: torch.device
 ) -> tuple[list[Contest], dict[str, int]]:
-    """All contenders on one model, and how often each batch and step was fused."""
+    """Measure all contenders on one model, and count the fused batches and steps."""
     model, title = bert(WIDTHS[name], device), f"BERT 4 x {WIDTHS[name]}, {size} texts"
     parameters = sum(p.numel() for p in model.parameters())
     batches = [
@@ -204,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
     target = options.out / f"{NAME}-{device.type}.json"
     save(target, {**head, "fused": counts}, contests)
     by_contender(contests[::2], caption(head))
-    by_contender(contests[1::2], caption(head), base="Trainer", title="Over training by Trainer")
+    by_contender(contests[1::2], caption(head), base="Trainer", title="Over training with Trainer")
     for name, found in counts.items():
         Console().print(
             f"{name}: {found['fused_batches']} of {found['batches']} batches fused, "

@@ -1,8 +1,8 @@
-"""Per-sample gradients, their norms and their consensus: ours and those of other libraries.
+"""Measure the time of per-sample gradients, their norms and their consensus, for all libraries.
 
-N samples, each a row of its own. Three things are asked: the squared norms of all rows, the
-gradient that the consensus filter makes of them (norms, cosines, weighted sum), and the rows
-themselves. Before anything is timed, all answers are compared with a float64 loop.
+Each of N samples is one row. There are three questions: the squared norms of all rows, the gradient
+that the consensus filter computes (norms, cosines, weighted sum), and the rows themselves. Before
+the measurement, all answers are compared with a float64 loop.
 
     python benchmarks/per_sample.py
 """
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-# The profiler, which counts the memory, otherwise reports its every start; read by torch's import.
+# Without this the memory profiler prints a line at every start. torch reads it when it is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-if not __package__:  # run as a file: make the folder around it the package it is
+if not __package__:  # run as a file: make the package importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gradfilter as gf
@@ -43,7 +43,7 @@ from gradfilter.grads._microbatch import Plan
 NAME = Path(__file__).stem
 MODELS = ("mlp", "lenet")
 SAMPLES, FEW = 128, 8  # the second with --quick
-TOLERANCE = 1e-4  # relative, of a whole answer
+TOLERANCE = 1e-4  # relative, for a whole answer
 
 Tree = dict[str, Tensor]
 Answer = Tensor | Tree
@@ -62,7 +62,7 @@ def label(library: str, question: str) -> str:
 def ours(
     params: Tree, loss: ModelLoss, batch: Batch, plan: Plan
 ) -> dict[str, Callable[[], Answer]]:
-    """What this library answers to each question."""
+    """Return the function of gradfilter for each question."""
     grads_of, filter_ = gf.per_sample_grads(loss, plan=plan), gf.consensus_filter()
     state = filter_.init(params)
     return {
@@ -73,7 +73,7 @@ def ours(
 
 
 def contenders(setting: Setting) -> dict[str, Contender]:
-    """Plain, and everybody who can answer a question."""
+    """Return the plain pass, and for each question all libraries that can answer it."""
     model, batch = setting.model, setting.batch
     entrants: dict[str, Contender] = {"plain": setting.plain}
     for question, run in ours(setting.params, setting.loss, batch, "fused").items():
@@ -94,16 +94,16 @@ def asked(
     model: nn.Module,
     batch: Batch,
 ) -> Contender:
-    """A question put to rows that are made first."""
+    """Return a function that computes the rows and then answers a question."""
     grads = stack(model, batch)
     return lambda: question(grads())
 
 
 def check(entrants: dict[str, Contender], setting: Setting) -> None:
-    """Refuse to time answers that differ from those of a float64 loop.
+    """Check that all answers agree with a float64 loop.
 
     Raises:
-        ValueError: An answer is wrong. Contenders that give none are left to the race to report.
+        ValueError: An answer is wrong. If a contender gives no answer, the race reports it.
     """
     model = copy.deepcopy(setting.model).double()
     inputs, targets = setting.batch
@@ -119,11 +119,14 @@ def check(entrants: dict[str, Contender], setting: Setting) -> None:
                 continue
             difference = _difference(given, expected)
             if not difference <= TOLERANCE:
-                raise ValueError(f"{name} is off by {difference:.1e} from a float64 loop.")
+                raise ValueError(
+                    f"Expected the answer of a float64 loop, found a relative difference of "
+                    f"{difference:.1e} for {name}."
+                )
 
 
 def _difference(given: Answer, expected: Answer) -> float:
-    """Relative, in norm."""
+    """Return the relative difference in norm."""
     if isinstance(given, Tensor):
         given, expected = {"": given}, {"": expected}
     off = sum((given[name] - e).double().square().sum() for name, e in expected.items())
@@ -133,7 +136,7 @@ def _difference(given: Answer, expected: Answer) -> float:
 def measure(name: str, task: Task, samples: int, rounds: int, device: torch.device) -> Contest:
     setting = Setting.of(task, samples, device)
     entrants = contenders(setting)
-    with tf32_off():  # a GPU's ten bits are not what is checked
+    with tf32_off():  # otherwise a GPU multiplies with ten bits, and the check would fail
         check(entrants, setting)
     results, _ = race(entrants, rounds, device, base="plain")
     return Contest(
@@ -147,7 +150,7 @@ def measure(name: str, task: Task, samples: int, rounds: int, device: torch.devi
 def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__, MODELS).parse_args(arguments)
     device = torch.device(options.device)
-    # Opacus's hooks on a first layer, whose input needs no gradient, which is as it should be.
+    # Opacus has hooks on the first layer, whose input needs no gradient. This is correct.
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     samples = FEW if options.quick else SAMPLES
     contests = [

@@ -1,7 +1,8 @@
-"""What every rule of the fused plan saves: the same pass with the rule and without it.
+"""Measure the time that each operation override of the fused plan saves.
 
-A rule runs one kernel for all rows where vmap would take the operation apart, or could not run it
-at all. Timed are rows, Gram, agreement filter and combination, over the same with all rules.
+An override runs one kernel for all rows. Without it, vmap would split the operation into several,
+or could not run it. The measured time includes rows, Gram, agreement filter and weighted sum,
+without one override. The base is the same with all overrides.
 
     python benchmarks/rules.py
     python benchmarks/rules.py --rules linear conv
@@ -13,14 +14,14 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-# The profiler, which counts the memory, otherwise reports its every start; read by torch's import.
+# Without this the memory profiler prints a line at every start. torch reads it when it is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
-if not __package__:  # run as a file: make the folder around it the package it is
+if not __package__:  # run as a file: make the package importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gradfilter as gf
@@ -39,12 +40,12 @@ SAMPLES, MICROBATCHES = 128, 8
 
 
 def called(function: Callable[..., object]) -> str:
-    """The name that all spellings of a function share: those of ``torch.ops`` name an overload."""
+    """Return the name of a function without the overload that names in ``torch.ops`` have."""
     return function.__name__.partition(".")[0]
 
 
 def without(case: RuleCase, run: Contender) -> Contender:
-    """The same with the case's rule out of the table."""
+    """Return the same computation without the override of a case."""
     own = {
         function: rule for function, rule in OVERRIDES.items() if called(function) in case.functions
     }
@@ -68,7 +69,7 @@ def measure(case: RuleCase, samples: int, rounds: int, device: torch.device) -> 
     loss = gf.model_loss(model, case.criterion)
     grads_of = gf.microbatch_grads(loss, MICROBATCHES, plan="fused")
     if grads_of(params, batch, buffers=buffers).overrides[case.rule] < 1:
-        raise RuntimeError(f"Expected a model that takes rule {case.rule!r}.")
+        raise RuntimeError(f"Expected a model that uses the override {case.rule!r}, found none.")
     filter_ = gf.agree_filter(THRESHOLD)
     state = filter_.init(params)
 
@@ -84,7 +85,9 @@ def measure(case: RuleCase, samples: int, rounds: int, device: torch.device) -> 
 def main(arguments: list[str] | None = None) -> None:
     cases = {case.rule: case for case in CASES}
     options = parser(__doc__, cases, called="rules").parse_args(arguments)
-    warnings.filterwarnings("ignore", message="There is a performance drop")  # it is what is shown
+    warnings.filterwarnings(
+        "ignore", message="There is a performance drop"
+    )  # the benchmark shows this drop
     device = torch.device(options.device)
     samples = 2 * MICROBATCHES if options.quick else SAMPLES
     contests = [
@@ -93,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     head = facts(NAME, options)
     save(options.out / f"{NAME}-{device.type}.json", head, contests)
-    table(contests, (WITHOUT,), caption(head), base=BASE, title="Over the same with all rules")
+    table(contests, (WITHOUT,), caption(head), base=BASE, title="Over the same with all overrides")
 
 
 if __name__ == "__main__":

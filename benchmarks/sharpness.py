@@ -1,11 +1,11 @@
-"""What a sharpness-aware step costs, over a plain step of torch on the same N samples.
+"""Measure the time of sharpness-aware steps; the base is a plain step of torch.
 
-A plain step of torch is a forward pass, a backward pass and ``torch.optim.SGD`` with momentum. SAM
-needs the gradient twice, so 2 is the floor, which SAM written by hand in torch is there to show.
-Our own plain step, with one row of all samples and with M rows, shows what of the rest is SAM's.
-torch's optimizers work in place, so ours do too (``donate=True``), and once they do not. The last
-race is between optimizers that are put around SGD, ours and those of pytorch_optimizer. Before it,
-everybody takes a step in float64 and must end at the same parameters.
+A plain step of torch is a forward pass, a backward pass and ``torch.optim.SGD`` with momentum, for
+the same N samples. SAM needs two gradients, so its ratio is at least about 2; SAM written by hand
+in torch shows this limit. Our own plain step, with one row of all samples and with M rows, shows
+which part of the rest belongs to SAM. The optimizers of torch work in place, so ours do too
+(``donate=True``), except in one race. The last race compares optimizers around SGD, ours and those
+of pytorch_optimizer. Before it, all make a step in float64, and must reach the same parameters.
 
     python benchmarks/sharpness.py
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-# The profiler, which counts the memory, otherwise reports its every start; read by torch's import.
+# Without this the memory profiler prints a line at every start. torch reads it when it is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-if not __package__:  # run as a file: make the folder around it the package it is
+if not __package__:  # run as a file: make the package importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gradfilter as gf
@@ -49,14 +49,14 @@ SHARP = {
 }
 BASE, HAND = "torch", "torch, SAM by hand"
 AROUND = "optimizers"
-TOLERANCE = 1e-6  # relative, of the way that all parameters went
+TOLERANCE = 1e-6  # relative to the change of all parameters
 
 
 @dataclass(frozen=True)
 class Way:
-    """How our steps are taken; each way runs against torch in a race of its own.
+    """One variant of our steps; each variant has its own race against torch.
 
-    With few contenders: what one leaves behind in the memory allocator, the next one pays for.
+    Every race has few contenders, because memory that one leaves in the allocator slows the next.
     """
 
     title: str
@@ -74,17 +74,18 @@ WAYS = (
 
 
 def contenders(setting: Setting, way: Way) -> dict[str, Contender]:
-    """Two steps of torch, and ours, none of whose rows is rejected."""
+    """Return two steps of torch and our steps, which reject no row."""
     entrants = {BASE: plain_step(setting), HAND: sam_step(setting, RHO)}
-    for name, links in SHARP.items():
-        # An lr of 0, as torch's steps here have: what is written in place stays as it is.
-        update = gf.chain(way.reducer, *links, gf.sgd(0.0, momentum=MOMENTUM))
+    for name, transforms in SHARP.items():
+        # The lr is 0, as in the steps of torch here, so steps in place do not change the
+        # parameters.
+        update = gf.chain(way.reducer, *transforms, gf.sgd(0.0, momentum=MOMENTUM))
         entrants[name] = setting.step(way.microbatches, "auto", update, donate=way.donate)
     return entrants
 
 
 def optimizers(setting: Setting) -> dict[str, Contender]:
-    """Two steps of torch, our pure ones in place, and optimizers around SGD."""
+    """Return two steps of torch, our pure steps in place, and optimizers around SGD."""
     pure = contenders(setting, WAYS[0])
     entrants = {BASE: pure[BASE], HAND: pure[HAND]}
     for name, libraries in OPTIMIZERS.items():
@@ -96,10 +97,12 @@ def optimizers(setting: Setting) -> dict[str, Contender]:
 
 
 def check(setting: Setting, lr: float = 0.1) -> None:
-    """Refuse to time steps that end elsewhere than ours, in float64.
+    """Check that all optimizers reach the same parameters as gradfilter, in float64.
 
     Raises:
-        ValueError: Somebody ends elsewhere. Who cannot step at all is left to the race to report.
+        ValueError: An optimizer reaches other parameters. If it cannot make a step, the race
+        reports
+            it.
     """
     inputs, targets = setting.batch
     batch = inputs.double(), targets
@@ -117,12 +120,15 @@ def check(setting: Setting, lr: float = 0.1) -> None:
                 continue
             difference = _off(model, right, begin)
             if not difference <= TOLERANCE:
-                raise ValueError(f"{title} is off by {difference:.1e} after a step.")
+                raise ValueError(
+                    f"Expected the parameters of gradfilter after a step, found a relative "
+                    f"difference of {difference:.1e} for {title}."
+                )
 
 
 @torch.no_grad()
 def _off(model: nn.Module, right: dict[str, Tensor], begin: nn.Module) -> float:
-    """How far from where it should be, over how far that is."""
+    """Return the distance to the right parameters, divided by the length of the step."""
     start = dict(begin.named_parameters())
     off = sum((p - right[name]).square().sum() for name, p in model.named_parameters())
     way = sum((start[name] - p).square().sum() for name, p in right.items())
@@ -130,7 +136,7 @@ def _off(model: nn.Module, right: dict[str, Tensor], begin: nn.Module) -> float:
 
 
 def measure(name: str, way: Way | None, samples: int, rounds: int, device: torch.device) -> Contest:
-    """One race; without a way, of optimizers around SGD."""
+    """Run one race; without a way, the race of optimizers around SGD."""
     setting = Setting.of(TASKS[name], samples, device)
     if way is None:
         check(setting)

@@ -1,9 +1,9 @@
-"""What the Jacobians of a ResNet cost: norm and operator norm against loops and jacrev.
+"""Measure the time of the norm and the operator norm of a Jacobian, and that of loops and jacrev.
 
-ResNet18 of width 16 without BatchNorm on images of 32 x 32, in batches of 64, for 10 and for 100
-classes. The loops run one backward pass per class, once as published, which also computes the
-gradients of the weights, and once without those; jacrev is vmapped over the samples. All of them
-hold the Jacobian and take its norm, or the largest eigenvalue of its Gram.
+The model is a ResNet18 of width 16 without BatchNorm, with images of 32 x 32 in batches of 64, for
+10 and for 100 classes. The loops run one backward pass per class. The published loop also computes
+the gradients of the weights; the other loop does not. jacrev uses vmap over the samples. All three
+store the Jacobian, and compute its norm or the largest eigenvalue of its Gram.
 
     python benchmarks/stats.py
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-# The profiler, which counts the memory, otherwise reports its every start; read by torch's import.
+# Without this the memory profiler prints a line at every start. torch reads it when it is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-if not __package__:  # run as a file: make the folder around it the package it is
+if not __package__:  # run as a file: make the package importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gradfilter.diagnostics as gd
@@ -47,7 +47,7 @@ def _operator_norm(method: str) -> Measure:
     return lambda model, x: gd.operator_norm(model, x, method=method).values
 
 
-# By title: what the others make of the Jacobian, and our ways to the same numbers.
+# By title: the function of the Jacobian that the others use, and our functions for the same.
 MEASURES: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, Measure]]] = {
     "Frobenius norm": (frobenius, {"jacobian_norm": gd.jacobian_norm}),
     "operator norm": (
@@ -58,7 +58,7 @@ MEASURES: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, Measure]]] = {
 
 
 def contenders(title: str, model: nn.Module, x: Tensor) -> dict[str, Contender]:
-    """Everyone's way to one measure of the same batch."""
+    """Return all contenders for one measure on the same batch."""
     reduce, ours = MEASURES[title]
     others = {name: lambda way=way: reduce(way(model, x)) for name, way in WAYS.items()}
     return {**others, **{name: partial(measure, model, x) for name, measure in ours.items()}}
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     head = facts(NAME, options)
     save(options.out / f"{NAME}-{device.type}.json", head, contests)
-    by_contender(contests, caption(head), base=BASE, title="Over the loop, as published")
+    by_contender(contests, caption(head), base=BASE, title="Over the published loop")
 
 
 if __name__ == "__main__":

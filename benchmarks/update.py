@@ -1,9 +1,9 @@
-"""What one update of all parameters costs, over torch.optim on the same gradients.
+"""Measure the time of one update of all parameters; the base is torch.optim.
 
-Gradients are there already: what is timed is clipping, the update rule, and the new parameters.
-"Gated" means that the step may be skipped (``keep``), as it may behind every filter; "donated" that
-the results are written into the old tensors, which is what torch.optim does. The others leave all
-they are given as it was, and so make new parameters and a new state.
+The gradients are given. The measured time includes clipping, the update rule and the new
+parameters. "Gated": the step may be skipped (``keep``), as after every filter. "Donated": the
+results are written into the old tensors, as torch.optim does. The other contenders do not change
+their arguments, so they allocate new parameters and a new state.
 
     python benchmarks/update.py
     python benchmarks/update.py --rules adamw
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-# The profiler, which counts the memory, otherwise reports its every start; read by torch's import.
+# Without this the memory profiler prints a line at every start. torch reads it when it is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-if not __package__:  # run as a file: make the folder around it the package it is
+if not __package__:  # run as a file: make the package importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gradfilter as gf
@@ -37,7 +37,7 @@ from benchmarks._update_peers import CLIPS, TIMM
 NAME = Path(__file__).stem
 Shapes = dict[str, torch.Size]
 Tree = dict[str, Tensor]
-Step = Callable[[], list[Tensor]]  # to the parameters after it
+Step = Callable[[], list[Tensor]]  # makes a step and returns the parameters
 
 LR, CLIPPING = 1e-4, 0.01
 RULES: dict[str, Callable[[], gf.Transform]] = {
@@ -53,14 +53,14 @@ WAYS = {
 }
 COMPILED = {"ours, gated, compiled": {"gated": True, "compiled": True}}
 BASE = "torch"
-TORCH = {  # what of torch.optim's code steps
+TORCH = {  # the implementation of torch.optim
     BASE: {"foreach": True},
     "torch, fused": {"fused": True},
-    "torch, for loop": {"foreach": False},  # torch's choice on a CPU
+    "torch, for loop": {"foreach": False},  # the default of torch on a CPU
 }
-# One parameter of each kind in the models that are measured: what a unit is depends on it.
+# One parameter of each kind in the measured models, because units depend on the kind.
 CHECKED = {"conv": torch.Size((4, 3, 2, 2)), "linear": torch.Size((5, 7)), "bias": torch.Size((5,))}
-TOLERANCE = 1e-4  # relative, of the way that all parameters went
+TOLERANCE = 1e-4  # relative to the change of all parameters
 
 
 def random_tree(shapes: Shapes, size: float, seed: int, device: torch.device) -> Tree:
@@ -71,7 +71,7 @@ def random_tree(shapes: Shapes, size: float, seed: int, device: torch.device) ->
 
 
 def start(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> tuple[Tree, Tree]:
-    """Parameters and gradients, the same ones for everybody."""
+    """Return parameters and gradients, the same for all contenders."""
     trees = (random_tree(shapes, size, seed, device) for seed, size in enumerate((0.05, 0.01)))
     params, grads = ({name: t.to(dtype) for name, t in tree.items()} for tree in trees)
     return params, grads
@@ -87,7 +87,7 @@ def ours(
     compiled: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Step:
-    """Steps of ours, each from where the last one ended."""
+    """Return a function for steps of gradfilter; each continues from the previous step."""
     update = RULES[rule]()
     params, grads = start(shapes, device, dtype)
     now = [params, update.init(params)]
@@ -110,7 +110,7 @@ def of_torch(
     dtype: torch.dtype = torch.float32,
     **implementation: bool,
 ) -> Step:
-    """Steps of torch.optim on lists of tensors, behind somebody's clipping or none."""
+    """Return a function for steps of torch.optim, with a library's clipping or without."""
     params, grads = start(shapes, device, dtype)
     leaves = [nn.Parameter(p) for p in params.values()]
     for leaf, g in zip(leaves, grads.values(), strict=True):
@@ -132,7 +132,7 @@ def of_torch(
 
 
 def builders(rule: str, *, compiled: bool) -> dict[str, Callable[..., Step]]:
-    """Everybody who can take a step of this rule, by name; torch's own alone do not clip."""
+    """Return builders of all contenders for an update rule; those of torch alone do not clip."""
     clips = "agc" in rule
     found: dict[str, Callable[..., Step]] = {
         name: partial(of_torch, rule, **how) for name, how in TORCH.items()
@@ -144,10 +144,11 @@ def builders(rule: str, *, compiled: bool) -> dict[str, Callable[..., Step]]:
 
 
 def check(rule: str, device: torch.device) -> None:
-    """Refuse to time steps that end at other parameters than ours do, in float64.
+    """Check that all contenders reach the same parameters as gradfilter, in float64.
 
     Raises:
-        ValueError: Somebody ends elsewhere. Who cannot step at all is left to the race to report.
+        ValueError: A contender reaches other parameters. If it cannot make a step, the race reports
+            it.
     """
     entrants = builders(rule, compiled=False)
     if "agc" in rule:
@@ -164,7 +165,10 @@ def check(rule: str, device: torch.device) -> None:
     for name, end in ends.items():
         difference = ((end - right).norm() / (right - begin).norm()).item()
         if not difference <= TOLERANCE:
-            raise ValueError(f"{rule}: {name} is off by {difference:.1e} after three steps.")
+            raise ValueError(
+                f"{rule}: expected the parameters of gradfilter after three steps, found a "
+                f"relative difference of {difference:.1e} for {name}."
+            )
 
 
 def _flat(params: Iterable[Tensor]) -> Tensor:

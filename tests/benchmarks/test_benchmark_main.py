@@ -204,7 +204,7 @@ def test_a_part_whose_file_is_gone_stays(tmp_path):
 
 
 def test_nothing_to_collect(tmp_path):
-    with pytest.raises(FileNotFoundError, match="at least one part .* Run a part first"):
+    with pytest.raises(FileNotFoundError, match=r"at least one part .* Run a part first"):
         collect(tmp_path, "cpu", "any")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from benchmarks._many_digits import Tried, check_against_the_lab
 from benchmarks._noise_rules import candidates, rules
-from benchmarks._noise_runs import Done, Task, begun
+from benchmarks._noise_runs import Done, Task, build_run
 from benchmarks._random_features import measure
 
 from benchmarks import _noise_runs, _row_weights, double_descent, label_noise
@@ -32,8 +32,8 @@ def test_a_width_is_trained_as_the_preset_says_and_measured():
 
 @pytest.mark.parametrize("rule", [*rules(), *candidates()], ids=lambda rule: rule.name)
 def test_every_rule_trains_on_the_same_samples(rule):
-    run = begun(rule, Task(rule.name, 0.05, 0.3, 0, True))
-    plain = begun(rules()[0], Task("plain", 0.05, 0.3, 0, True))
+    run = build_run(rule, Task(rule.name, 0.05, 0.3, 0, True))
+    plain = build_run(rules()[0], Task("plain", 0.05, 0.3, 0, True))
     for own, other in zip(run.order(0, 3), plain.order(0, 3), strict=True):
         assert sorted(own.tolist()) == sorted(other.tolist())
     before = run.state["params"]["head.weight"].clone()

@@ -41,7 +41,7 @@ def test_whoever_ends_elsewhere_is_refused(rule, monkeypatch):
         return (lambda: (step(), step())[1]) if twice else step
 
     monkeypatch.setattr(update, "ours", wrong)
-    with pytest.raises(ValueError, match=r"ours, twice is off by .* after three steps"):
+    with pytest.raises(ValueError, match=r"after three steps, found .* for ours, twice"):
         update.check(rule, CPU)
 
 
