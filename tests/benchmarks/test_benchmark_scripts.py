@@ -127,4 +127,4 @@ def test_padded_text_is_counted_and_timed(tmp_path, capsys):
     assert list(training["results"]) == ["Trainer", "FilteredTrainer"]
     assert "20 of 20 batches fused, 8 of 8 steps" in capsys.readouterr().out
     section = row_sections.padded(written)
-    assert "20 of 20 batches, 8 of 8 steps" in section.text and "FilteredTrainer" in section.more
+    assert "20 of 20 batches and 8 of 8 steps" in section.text and "FilteredTrainer" in section.more
