@@ -75,14 +75,30 @@ def split(batch: Any, microbatches: int | None) -> tuple[list[Tensor], Rebuild]:
             f"M = {rows}. Use a batch of {max(size // rows, 1) * rows}, or drop the last "
             "incomplete batch (DataLoader(..., drop_last=True))."
         )
+    tensors = [rearrange(values[i], "(m b) ... -> m b ...", m=rows) for i in places]
+    return tensors, Structure(values, places, unflatten)
 
-    def rebuild(tensors: Iterable[Tensor]) -> Any:
-        filled = list(values)
-        for place, tensor in zip(places, tensors, strict=True):
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """The structure of a batch.
+
+    Attributes:
+        values: The leaves of the batch.
+        places: The places of the tensors among them.
+        unflatten: Puts leaves into the structure.
+    """
+
+    values: list[Any]
+    places: list[int]
+    unflatten: Callable[[Iterable[Any]], Any]
+
+    def __call__(self, tensors: Iterable[Tensor]) -> Any:
+        """Return the batch with other tensors."""
+        filled = list(self.values)
+        for place, tensor in zip(self.places, tensors, strict=True):
             filled[place] = tensor
-        return unflatten(filled)
-
-    return [rearrange(values[i], "(m b) ... -> m b ...", m=rows) for i in places], rebuild
+        return self.unflatten(filled)
 
 
 def _not_dense(value: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -38,31 +39,13 @@ def vmap_rows(
         chunk_size: The number of rows computed at a time; None for all of them.
         used: A set that gets the names of the tensors in attributes that the loss uses.
     """
-    recorded = Recorded()
-
-    def row(params: Params, tensors: list[Tensor], buffers: Tree) -> tuple[Tensor, Any]:
-        nonlocal recorded
-        own = {name: b.clone() for name, b in buffers.items()}
-        for p in params.values():
-            as_parameter(p)
-        with RecordRunningStats(own, loss.cumulative, loss.attribute_tensors()) as mode:
-            row_leaves.update(params)
-            value, after, aux = loss.writing(params, batch.rebuild(tensors), own)
-        check_differentiable(value)
-        refuse_new_hooks(params)
-        recorded = mode.recorded
-        used.update(mode.used_attributes)
-        mode.check(after)
-        counters = {name: b for name, b in after.items() if name.endswith("num_batches_tracked")}
-        return value, (counters, recorded.moments, () if aux is None else (aux,))
-
-    row_leaves: Tree = {}
+    row = _Row(loss, batch, used)
     guarded = [(f"parameter {name!r}", p) for name, p in params.items()]
     versions = Versions(guarded)
     try:
         with WriteWatch(guarded, written_parameter):
             rows, (losses, (counters, moments, aux)) = vmap(
-                grad_and_value(row, has_aux=True),
+                grad_and_value(row.evaluate, has_aux=True),
                 in_dims=(0 if per_row else None, 0, None),
                 randomness="different",
                 chunk_size=chunk_size,
@@ -75,18 +58,55 @@ def vmap_rows(
             'holds all rows. Use plan="loop".'
         ) from error
     finally:
-        loss.clean_attributes(row_leaves, _last_row)
+        loss.clean_attributes(row.leaves, _last_row)
     if (name := versions.written()) is not None:
         raise written_parameter(name)
     if losses.requires_grad:  # the graph of another tensor than the given parameters
         loss.ends(losses, ())
-    after = replay(batch.buffers, counters, recorded, moments, loss.cumulative)
+    after = replay(batch.buffers, counters, row.recorded, moments, loss.cumulative)
     for name, hooks in loss.hooks.items():
         if name in rows:
             rows[name] = apply_hooks(rows[name], hooks)
     # The loss has a graph of another tensor than the parameters, such as a module that it holds.
     rows = {name: leaf.detach() for name, leaf in rows.items()}
     return rows, losses.detach(), after, aux[0] if aux else None
+
+
+@dataclass(eq=False)
+class _Row:
+    """The loss of one row under vmap, and what its evaluation leaves.
+
+    Attributes:
+        loss: The loss.
+        batch: All rows.
+        used: The names of the tensors in attributes that the loss has used.
+        leaves: The row's view of the parameters.
+        recorded: The changes of running statistics.
+    """
+
+    loss: NormalizedLoss
+    batch: Batch
+    used: set[str]
+    leaves: Tree = field(default_factory=dict)
+    recorded: Recorded = field(default_factory=Recorded)
+
+    def evaluate(
+        self, params: Params, tensors: list[Tensor], buffers: Tree
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """Return the loss, and (counters, moments, aux) of the row."""
+        loss, own = self.loss, {name: b.clone() for name, b in buffers.items()}
+        for p in params.values():
+            as_parameter(p)
+        with RecordRunningStats(own, loss.cumulative, loss.attribute_tensors()) as mode:
+            self.leaves.update(params)
+            value, after, aux = loss.writing(params, self.batch.rebuild(tensors), own)
+        check_differentiable(value)
+        refuse_new_hooks(params)
+        self.recorded = mode.recorded
+        self.used.update(mode.used_attributes)
+        mode.check(after)
+        counters = {name: b for name, b in after.items() if name.endswith("num_batches_tracked")}
+        return value, (counters, mode.recorded.moments, () if aux is None else (aux,))
 
 
 def _last_row(tensor: Tensor) -> Tensor:

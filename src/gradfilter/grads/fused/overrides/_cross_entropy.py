@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,40 +33,56 @@ def class_loss(function: Callable[..., Tensor]) -> Override:
             return NotImplemented
         if target.is_floating_point() or target.ndim != max(input.ndim - 1, 0):
             return NotImplemented
-        options = {"weight": weight, "ignore_index": ignore_index, **smoothing}
+        losses = _ClassLoss(function, weight, ignore_index, reduction, smoothing)
         rows, targets = host.level.lower(input), host.level.lower(target)
-
-        def losses(rows: Tensor, targets: Tensor) -> Tensor:
-            if input.ndim == 1:  # a row of one sample, without a sample axis
-                rows, targets = rows.unsqueeze(1), targets.unsqueeze(1)
-            _note_ignored(host.tape, targets, ignore_index)
-            each = function(rows.flatten(0, 1), targets.flatten(0, 1), **options, reduction="none")
-            found = _reduced(each.view(targets.shape), targets, weight, ignore_index, reduction)
-            return found.view(len(found), *target.shape) if reduction == "none" else found
-
-        return host.run(function.__name__, losses, rows, targets)
+        return host.run(function.__name__, losses.of_rows, host.tape, rows, targets)
 
     return override
 
 
-def _note_ignored(tape: Tape, targets: Tensor, ignored: int) -> None:
-    """Record the rows that have only ignored labels, if the losses cannot be read."""
-    if not readable(targets):
-        nothing = (targets == ignored).flatten(1).all(1)
-        tape.ignored = nothing if tape.ignored is None else tape.ignored & nothing
+@dataclass(frozen=True, eq=False)
+class _ClassLoss:
+    """A loss against class labels with its options, named as torch names them."""
 
+    function: Callable[..., Tensor]
+    weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    smoothing: dict[str, float]
 
-def _reduced(
-    losses: Tensor, targets: Tensor, weight: Tensor | None, ignored: int, reduction: str
-) -> Tensor:
-    """Reduce the losses of every row as torch does; a mean is over the labels not ignored."""
-    if reduction == "none":
-        return losses
-    wide = torch.promote_types(losses.dtype, torch.float32)  # torch's own kernels sum in this dtype
-    total = losses.flatten(1).sum(1, dtype=wide)
-    if reduction == "mean":
-        counts = targets != ignored
-        if weight is not None:
-            counts = torch.where(counts, weight[torch.where(counts, targets, 0).long()], 0.0)
-        total = total / counts.flatten(1).sum(1, dtype=wide)
-    return total.to(losses.dtype)
+    def of_rows(self, tape: Tape, rows: Tensor, targets: Tensor) -> Tensor:
+        """Compute the losses of all rows by one kernel."""
+        shape = targets.shape
+        if rows.ndim == 2:  # a row of one sample, without a sample axis
+            rows, targets = rows.unsqueeze(1), targets.unsqueeze(1)
+        self._note_ignored(tape, targets)
+        each = self.function(
+            rows.flatten(0, 1),
+            targets.flatten(0, 1),
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            **self.smoothing,
+            reduction="none",
+        )
+        found = self._reduced(each.view(targets.shape), targets)
+        return found.view(shape) if self.reduction == "none" else found
+
+    def _note_ignored(self, tape: Tape, targets: Tensor) -> None:
+        """Record the rows that have only ignored labels, if the losses cannot be read."""
+        if not readable(targets):
+            nothing = (targets == self.ignore_index).flatten(1).all(1)
+            tape.ignored = nothing if tape.ignored is None else tape.ignored & nothing
+
+    def _reduced(self, losses: Tensor, targets: Tensor) -> Tensor:
+        """Reduce the losses of every row as torch does; a mean is over the labels not ignored."""
+        if self.reduction == "none":
+            return losses
+        # torch's own kernels sum in this dtype.
+        wide = torch.promote_types(losses.dtype, torch.float32)
+        total = losses.flatten(1).sum(1, dtype=wide)
+        if self.reduction == "mean":
+            counts, weight = targets != self.ignore_index, self.weight
+            if weight is not None:
+                counts = torch.where(counts, weight[torch.where(counts, targets, 0).long()], 0.0)
+            total = total / counts.flatten(1).sum(1, dtype=wide)
+        return total.to(losses.dtype)

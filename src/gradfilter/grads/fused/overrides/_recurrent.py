@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,24 +28,38 @@ def recurrent(kernel: Callable[..., Any]) -> Override:
             )
         given: list[Any] = [*args]
         hidden, weights, *rest = given
-        states = (hidden,) if isinstance(hidden, Tensor) else tuple(hidden)
-        tensors = [host.level.lower(t) for t in (input, *states, *weights)]
-
-        def one(per_row: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            x, own, mine = per_row[0], per_row[1 : 1 + len(states)], per_row[1 + len(states) :]
-            state = own[0] if isinstance(hidden, Tensor) else tuple(own)
-            found: tuple[Tensor, ...] = kernel(x, state, list(mine), *rest)
-            return found
-
-        return host.run("rnn", _each, one, tensors)
+        states = () if isinstance(hidden, Tensor) else tuple(hidden)
+        network = _Network(kernel, len(states), rest)
+        tensors = [host.level.lower(t) for t in (input, *(states or (hidden,)), *weights)]
+        return host.run("rnn", network.of_rows, tensors)
 
     return override
 
 
-def _each(one: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    # unbind instead of indexing, because its backward pass stacks the rows' gradients once.
-    rows = zip(*(t.unbind() for t in tensors), strict=True)
-    return tuple(torch.stack(parts) for parts in zip(*(one(row) for row in rows), strict=True))
+@dataclass(frozen=True)
+class _Network:
+    """A recurrent network.
+
+    Attributes:
+        kernel: torch's function.
+        states: The number of states in a tuple; 0 for one state that is not in a tuple.
+        options: The arguments after input, states and weights.
+    """
+
+    kernel: Callable[..., tuple[Tensor, ...]]
+    states: int
+    options: list[Any]
+
+    def of_rows(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        """Run the kernel row by row, given input, states and weights (M, ...)."""
+        # unbind instead of indexing, because its backward pass stacks the rows' gradients once.
+        rows = zip(*(t.unbind() for t in tensors), strict=True)
+        return tuple(torch.stack(parts) for parts in zip(*map(self._of_row, rows), strict=True))
+
+    def _of_row(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        end = 1 + max(self.states, 1)
+        state = tensors[1:end] if self.states else tensors[1]
+        return self.kernel(tensors[0], state, list(tensors[end:]), *self.options)
 
 
 # --- Cells: two linear layers and a function of their sum ---
