@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from gradfilter.grads._call_context import CallContext, random_state_restored
 from gradfilter.grads._normalized_loss import NormalizedLoss
 
 # --- A pure loss at one batch, and its gradient ---
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +45,9 @@ class LossAt:
         self.loss.check_params(params)
         return self.loss.pure(params, self.batch, self.buffers)[0]
 
-    def with_module_state(self, leaves: Tree, backward: Callable[[], T]) -> T:
-        """Run a backward pass in which checkpointed parts run forward again at these leaves."""
-        return self.loss.with_module_state(leaves, self.buffers, backward)
+    def module_state(self, leaves: Tree) -> AbstractContextManager[None]:
+        """Return a context in which checkpointed parts run forward again at these leaves."""
+        return self.loss.module_state(leaves, self.buffers)
 
     def gradient(self, params: Params, *, twice: bool = False) -> tuple[Tensor, Tree, Tree]:
         """Compute f(w), ∇f(w) and the leaves; with ``twice`` the gradient is differentiable.
@@ -62,14 +59,10 @@ class LossAt:
             _tree.device_of(leaves)  # refuses an empty dict
             value = self.value(leaves)
             self.loss.check_reaches(value, leaves.values())
-            differentiate = partial(
-                torch.autograd.grad,
-                value,
-                list(leaves.values()),
-                create_graph=twice,
-                materialize_grads=True,
-            )
-            slopes = self.with_module_state(leaves, differentiate)
+            with self.module_state(leaves):
+                slopes = torch.autograd.grad(
+                    value, list(leaves.values()), create_graph=twice, materialize_grads=True
+                )
         return value, dict(zip(leaves, slopes, strict=True)), leaves
 
 
@@ -216,16 +209,16 @@ def _product(
         moved = [torch.zeros_like(leaf) for leaf in leaves.values()]
         if slopes:
             directions = [along[name] for name, g in gradient.items() if g.requires_grad]
-            differentiate = partial(
-                torch.autograd.grad,
-                slopes,
-                list(leaves.values()),
-                directions,
-                retain_graph=True,
-                materialize_grads=True,
-            )
-            with plain_attention():  # checkpointed parts run again
-                moved = list(at.with_module_state(leaves, differentiate))
+            with plain_attention(), at.module_state(leaves):  # checkpointed parts run again
+                moved = list(
+                    torch.autograd.grad(
+                        slopes,
+                        list(leaves.values()),
+                        directions,
+                        retain_graph=True,
+                        materialize_grads=True,
+                    )
+                )
         return torch.cat([m.reshape(-1).to(v.dtype) for m in moved])[None]
 
     size = sum(leaf.numel() for leaf in leaves.values())

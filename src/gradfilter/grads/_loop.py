@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -80,9 +79,8 @@ def _gradients(
     ends = loss.ends(value, leaves.values())
     if ends.reentrant:
         return _reentrant(loss, value, leaves, buffers, ends)
-    differentiate = partial(torch.autograd.grad, value, list(leaves.values()), allow_unused=True)
-    found: tuple[Tensor | None, ...] = loss.with_module_state(leaves, buffers, differentiate)
-    return found
+    with loss.module_state(leaves, buffers):
+        return torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
 
 
 def _reentrant(
@@ -94,8 +92,10 @@ def _reentrant(
     kept = [p.grad for p in bystanders]
     for p in bystanders:
         p.grad = None
+    backward: Any = value.backward  # torch does not type it
     try:
-        loss.with_module_state(leaves, buffers, value.backward)
+        with loss.module_state(leaves, buffers):
+            backward()
         for name, p in own.items():
             if p.grad is not None:
                 raise loss.bypassed(name, p)

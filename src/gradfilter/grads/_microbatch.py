@@ -6,11 +6,10 @@ at other parameters.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -25,17 +24,17 @@ from gradfilter.grads._call_context import (
     CallContext,
     Versions,
     random_state,
-    random_state_restored,
+    set_random_state,
 )
 from gradfilter.grads._error_notes import add_plan_note, note_anomaly, reason_of, stacklevel
 from gradfilter.grads._loop import Rows, loop_rows
 from gradfilter.grads._loss import ModelLoss, RefusedByAll
-from gradfilter.grads._module_attributes import CONTAINERS, same_value, tensors_in
 from gradfilter.grads._normalized_loss import NormalizedLoss
+from gradfilter.grads._remembered_attributes import check_remembered
 from gradfilter.grads._stack import ComputedDenseStack, ComputedStack, StackOrigin
 from gradfilter.grads._vmap import vmap_rows
-from gradfilter.grads.fused._forward import BatchWritten, Forward, forward, forward_single
-from gradfilter.grads.fused._fused_stack import FusedStack, LazyRows, chunked_rows
+from gradfilter.grads.fused._forward import Forward, forward_single
+from gradfilter.grads.fused._fused_stack import FusedStack, LazyRows, PassSource, SinglePass
 from gradfilter.grads.fused._lift import untraced
 from gradfilter.grads.fused._modules_by_row import ByRow
 from gradfilter.grads.fused._row_groups import Grouping, forward_in_groups
@@ -62,127 +61,6 @@ def bytes_of(budget: int | float, device: torch.device) -> int:
     if device.type == "cuda":
         return int(budget * torch.cuda.get_device_properties(device).total_memory)
     return int(budget * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-# --- Attributes that a pass changes. ---
-#
-# After M passes in order, row m has seen the attributes that row m - 1 left in the modules. In a
-# pass over all rows no row sees them. That is correct for an activation that is only stored, and
-# wrong for a counter or a recurrent state.
-
-
-def check_remembered(
-    loss: NormalizedLoss,
-    params: Params,
-    batch: Batch,
-    context: CallContext,
-    used: set[str] | None,
-    rows: Sequence[int] = (-1,),
-) -> None:
-    """Refuse a pass over all rows whose result would differ from that of a loop over rows.
-
-    Args:
-        loss: The loss.
-        params: The parameters, the same for all rows.
-        batch: The rows.
-        context: The context before the pass.
-        used: The tensors in attributes that the pass used, by name; None if it has changed no
-            attribute.
-        rows: The rows that run again if there is no other way to decide.
-
-    Raises:
-        RuntimeError: A number was drawn on the host, or an attribute changes the loss of rows.
-    """
-    moved = context.host.moved()
-    if moved is not None:
-        raise RuntimeError(
-            f"the loss draws random numbers from {moved}: one draw for all rows. Draw with torch"
-        )
-    if used is None:
-        return
-    unsure: str | None = None
-    for name, before, now in context.attributes.changes():
-        if _counts(before, now):
-            raise RuntimeError(
-                f"the forward pass changes attribute {name!r}, and every row would see the same "
-                "value. Count outside of forward, or in a buffer"
-            )
-        if name in used and not _hold_the_same(before, now):
-            raise RuntimeError(
-                f"the forward pass reads attribute {name!r} and writes it: a state that cannot be "
-                "handed from row to row. Make it a buffer (register_buffer)"
-            )
-        if not (_has_tensors(before) and _has_tensors(now)):
-            unsure = name
-    # A new attribute cannot have been used, but a branch may ask whether it exists.
-    if unsure is not None and any(
-        _answers_differ(loss, params, batch, context, row) for row in rows
-    ):
-        raise RuntimeError(
-            f"the forward pass changes attribute {unsure!r}, and the next row would give another "
-            "answer. Make it a buffer (register_buffer), or compute it before"
-        )
-
-
-def _counts(before: Any, now: Any) -> bool:
-    if isinstance(before, dict) and isinstance(now, dict):
-        return any(_counts(before.get(k), v) for k, v in now.items())
-    if type(before) in CONTAINERS or isinstance(before, tuple):
-        if not isinstance(now, type(before)) or len(before) != len(now):
-            return type(before) in CONTAINERS
-        if isinstance(before, set):
-            return any(not isinstance(item, Tensor) for item in before ^ now)
-        return any(map(_counts, before, now))
-    if same_value(before, now):
-        return False
-    number = isinstance(before, (int, float, complex)) and not isinstance(before, bool)
-    return number and isinstance(now, (int, float, complex))
-
-
-def _hold_the_same(before: Any, now: Any) -> bool:
-    """Return whether only the container is new; recurrent modules rebuild their weight list."""
-    return all(
-        a is b for a, b in itertools.zip_longest(tensors_in(before), tensors_in(now), fillvalue=now)
-    )
-
-
-def _has_tensors(value: Any) -> bool:
-    return any(True for _ in tensors_in(value))
-
-
-def _answers_differ(
-    loss: NormalizedLoss, params: Params, batch: Batch, context: CallContext, place: int
-) -> bool:
-    """Return whether the new attributes change the loss of a row."""
-    after = context.attributes.present()
-    row = batch.rebuild(t[place].clone() for t in batch.tensors)
-
-    def value() -> Tensor:
-        leaves = {name: loss.leaf(name, p) for name, p in params.items()}
-        with torch.enable_grad():
-            return loss.pure(leaves, row, batch.buffers)[0].detach()
-
-    return not _equal(*(_at(context, moment, value) for moment in (context.attributes, after)))
-
-
-def _at(context: CallContext, moment: Any, value: Callable[[], Tensor]) -> Tensor | None:
-    present, drawn = context.attributes.present(), context.host.present()
-    with random_state_restored(context.device):
-        context.rewind()
-        moment.restore()
-        try:
-            return value()
-        except Exception:
-            return None  # a pass that fails differs from one that succeeds
-        finally:
-            present.restore()
-            drawn.restore()
-
-
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return False
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 # --- The function of parameters and batch: checks, choice of plan, evaluation elsewhere ---
@@ -247,6 +125,8 @@ class BatchPasses:
         batch: The rows.
         context: The context of the call.
         params: The parameters as they were given.
+        grouping: The way the rows run in plan "fused".
+        random_after: The random state after the first pass over all rows; None before it.
     """
 
     settings: GradFunction
@@ -254,14 +134,13 @@ class BatchPasses:
     batch: Batch
     context: CallContext
     params: Params
-    _grouping: Grouping = field(init=False)
-    _random_after: dict[str, Any] | None = None
-    _copies: bool = False
+    grouping: Grouping = field(init=False)
+    random_after: dict[str, Any] | None = None
     _fallback: str = ""
 
     def __post_init__(self) -> None:
         """Record the versions of the parameters."""
-        self._grouping = Grouping(ByRow(self.settings.by_row))
+        self.grouping = Grouping(ByRow(self.settings.by_row))
         self._given = Versions((f"parameter {name!r}", p) for name, p in self.params.items())
 
     def first(self) -> ComputedStack:
@@ -341,61 +220,19 @@ class BatchPasses:
         return rows
 
     def _fused(self, params: Params, per_row: bool, origin: StackOrigin) -> ComputedStack:
-        def check(part: Forward, rows: Sequence[int]) -> None:
-            used = part.used if part.changed else None
-            check_remembered(self.loss, params, self.batch, self.context, used, rows)
-
-        def run(batch: Batch, params: Params, grouping: Grouping, first: bool = False) -> Forward:
-            if len(batch) == 1:
-                return forward_single(self.loss, params, batch, per_row, self.context.modes)
-            found = forward_in_groups(
-                partial(self._at_once, per_row=per_row, by_row=grouping.by_row),
-                batch,
-                params,
-                per_row,
-                grouping,
-                self.context,
-                lambda: self.loss.modules,
-                check if first and not per_row else None,
-            )
-            self.settings.by_row.update(grouping.by_row)
-            return found
-
+        run = FusedPass(self, params, per_row)
         if per_row and self.settings.chunk_size is not None:
-            rows = chunked_rows(
-                lambda batch, params: run(batch, params, Grouping(self._grouping.by_row)),
-                self.batch,
-                params,
-                self.settings.chunk_size,
-            )
+            rows = run.in_chunks(self.settings.chunk_size)
             if rows is not None:
                 grads, losses, after, aux = rows
                 return ComputedDenseStack(
                     grads, losses=losses, buffers=after, aux=aux, origin=origin, plan="fused"
                 )
-        given = Versions((f"parameter {name!r}", p) for name, p in params.items())
-        first = run(self.batch, params, self._grouping, True)
+        first = run.first()
         losses = first.losses.detach()
-        if not per_row:
-            if len(self.batch) > 1:
-                check(first, [group[-1] for group in first.groups] or [-1])
-            if self._random_after is None:
-                self._random_after = random_state(self.context.device)
-
-        def rerun() -> Forward:
-            given.check()
-            with self.context.restored():
-                found = run(self.batch, params, self._grouping)
-            _check_repeated(losses, found.losses.detach())
-            return found
-
-        def fallback(refusal: Exception) -> Tree:
-            given.check()
-            return self._loop_instead(params, per_row, refusal)
-
         budget = bytes_of(self.settings.memory_budget, self.context.device)
         return FusedStack(
-            LazyRows(rerun, first, budget, fallback, self.loss.hooks),
+            LazyRows(run, first, budget, self.loss.hooks),
             tuple(params),
             len(losses),
             losses,
@@ -404,17 +241,7 @@ class BatchPasses:
             origin,
         )
 
-    def _at_once(self, batch: Batch, params: Params, per_row: bool, by_row: ByRow) -> Forward:
-        if not self._copies:
-            try:
-                return forward(self.loss, params, batch, per_row, by_row)
-            except BatchWritten:
-                self._copies = True
-                self.context.rewind()
-        copies = replace(batch, tensors=[t.clone() for t in batch.tensors])
-        return forward(self.loss, params, copies, per_row, by_row, own_batch=True)
-
-    def _loop_instead(self, params: Params, per_row: bool, refusal: Exception) -> Tree:
+    def loop_instead(self, params: Params, per_row: bool, refusal: Exception) -> Tree:
         """Compute the rows by the loop, after the backward pass over all rows was refused."""
         if self.settings.plan != "auto" or len(self.batch) == 1:
             add_plan_note(refusal, self.settings.plan)
@@ -431,7 +258,7 @@ class BatchPasses:
 
     def _check_undrawn(self, refusal: Exception) -> None:
         """Refuse the loop if it would draw other random numbers than the pass before it."""
-        before, after = self.context.random, self._random_after
+        before, after = self.context.random, self.random_after
         if after is not None and any(not torch.equal(after[kind], before[kind]) for kind in before):
             raise RuntimeError(
                 f"{reason_of(refusal)}. The rows drew their random numbers all at once, and the "
@@ -444,6 +271,92 @@ def _read(loss: NormalizedLoss, batch: Batch) -> Iterator[tuple[str, Tensor]]:
     yield from (("batch", t) for t in batch.tensors)
     yield from ((f"buffer {name!r}", b) for name, b in batch.buffers.items())
     yield from loss.criterion_buffers()
+
+
+@dataclass(eq=False)
+class FusedPass(PassSource):
+    """A pass of plan "fused" at given parameters, which can run again.
+
+    Attributes:
+        passes: All passes over the batch.
+        params: The parameters, detached; with ``per_row`` each with a leading axis M.
+        per_row: True if every row has its own parameters.
+    """
+
+    passes: BatchPasses
+    params: Params
+    per_row: bool
+
+    def __post_init__(self) -> None:
+        """Record the versions of the parameters."""
+        self._given = Versions((f"parameter {name!r}", p) for name, p in self.params.items())
+
+    def first(self) -> Forward:
+        """Run the forward pass, and refuse it if a loop over rows would give another result."""
+        passes = self.passes
+        found = self._run(passes.batch, self.params, passes.grouping, check=not self.per_row)
+        self._losses = found.losses.detach()
+        if not self.per_row:
+            if len(passes.batch) > 1:
+                rows = [group[-1] for group in found.groups] or [-1]
+                check_remembered(
+                    passes.loss, self.params, passes.batch, passes.context, found.remembered, rows
+                )
+            if passes.random_after is None:
+                passes.random_after = random_state(passes.context.device)
+        return found
+
+    def rerun(self) -> Forward:
+        """Run the forward pass again, in the context of the call."""
+        self._given.check()
+        with self.passes.context.restored():
+            found = self._run(self.passes.batch, self.params, self.passes.grouping)
+        _check_repeated(self._losses, found.losses.detach())
+        return found
+
+    def fallback(self, refusal: Exception) -> Tree:
+        """Compute the rows by the loop, or raise the refusal."""
+        self._given.check()
+        return self.passes.loop_instead(self.params, self.per_row, refusal)
+
+    def in_chunks(self, size: int) -> Rows | None:
+        """Compute rows (M, *shape), ``size`` at a time, because M sets of parameters are large.
+
+        Returns:
+            None if the loss draws random numbers: they are drawn for all rows together, so a chunk
+            alone would draw different ones.
+        """
+        device, batch = self.passes.context.device, self.passes.batch
+        grouping = replace(self.passes.grouping, groups=None)
+        before = random_state(device)
+        found: list[Rows] = []
+        buffers: Tree = batch.buffers
+        for low in range(0, len(batch), size):
+            rows = slice(low, low + size)
+            some = replace(batch, tensors=[t[rows] for t in batch.tensors], buffers=buffers)
+            grouping.groups = None
+            part = self._run(some, {name: p[rows] for name, p in self.params.items()}, grouping)
+            self.passes.grouping.copies = grouping.copies
+            after = random_state(device)
+            if any(not torch.equal(after[kind], before[kind]) for kind in before):
+                set_random_state(before, device)
+                return None
+            buffers = part.buffers
+            own = LazyRows(SinglePass(part), part, budget=0).rows(list(self.params))
+            found.append((own, part.losses.detach(), buffers, part.aux))
+        grads, losses, _, aux = zip(*found, strict=True)
+        joined = None if aux[0] is None else _tree.tree_map(lambda *t: torch.cat(t), *aux)
+        return _tree.tree_map(lambda *t: torch.cat(t), *grads), torch.cat(losses), buffers, joined
+
+    def _run(
+        self, batch: Batch, params: Params, grouping: Grouping, *, check: bool = False
+    ) -> Forward:
+        loss, context = self.passes.loss, self.passes.context
+        if len(batch) == 1:
+            return forward_single(loss, params, batch, self.per_row, context)
+        found = forward_in_groups(loss, params, batch, self.per_row, grouping, context, check=check)
+        self.passes.settings.by_row.update(grouping.by_row)
+        return found
 
 
 def _check_repeated(losses: Tensor, again: Tensor) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -165,9 +166,6 @@ def _holds(value: Any, parameter: Any, depth: int) -> bool:
 
 
 # --- The normalized loss ---
-
-
-T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -366,15 +364,17 @@ class NormalizedLoss:
             )
         return found
 
-    def with_module_state(self, params: Params, buffers: Tree, compute: Callable[[], T]) -> T:
-        """Run a function with the module's tensors replaced, as in a forward pass.
+    @contextmanager
+    def module_state(self, params: Params, buffers: Tree) -> Iterator[None]:
+        """Replace the module's tensors inside the context, as in a forward pass.
 
         Backward passes need this, because activation checkpointing calls the module again.
         """
         if self.places is None:
-            return compute()
+            yield
+            return
         with self.places.filled({**params, **{name: b.clone() for name, b in buffers.items()}}):
-            return compute()
+            yield
 
     def pure(self, params: Params, batch: Any, buffers: Tree) -> tuple[Tensor, Tree, Any]:
         """Evaluate the loss without changing its arguments."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gradfilter.grads.fused._factors import DenseFactor
-from gradfilter.grads.fused._tape import Tape, Weight
+from gradfilter.grads.fused._tape import LeafVisitor, Tape, Weight
 from gradfilter.grads.fused.overrides._row_operation import Gradients, RowOperation
 
 M, B, D = 3, 4, 2
@@ -50,16 +50,19 @@ def leaf(value):
     return value.expand(M, *value.shape).clone().requires_grad_()
 
 
+class Collect(LeafVisitor):
+    def __init__(self):
+        self.found = {}
+
+    def visit(self, name, factors, grad):
+        self.found[name] = factors, grad
+
+
 def run(operation, tape, x, weight, bias):
-    found = {}
+    visitor = Collect()
     losses = operation.apply(tape, x, weight, bias).sin().sum((1, 2))
-    tape.backward(
-        losses,
-        torch.ones(M, dtype=x.dtype),
-        lambda name, factors, grad: found.update({name: (factors, grad)}),
-        retain=False,
-    )
-    return found
+    tape.backward(losses, torch.ones(M, dtype=x.dtype), visitor, retain=False)
+    return visitor.found
 
 
 def test_gradients_of_leaves_become_factors():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from gradfilter import _tree
 from gradfilter._types import Params, Tree
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._buffer_watch import BufferWatch, RunningUpdates
-from gradfilter.grads._call_context import Versions
+from gradfilter.grads._call_context import CallContext, Versions
 from gradfilter.grads._loop import untouched, written_parameter
 from gradfilter.grads._normalized_loss import NormalizedLoss, as_parameter
 from gradfilter.grads._one_image import STRAIGHTENED, one_image
@@ -30,7 +30,7 @@ from gradfilter.grads.fused._host import Host
 from gradfilter.grads.fused._lift import Level, repeated
 from gradfilter.grads.fused._modules_by_row import ByRow
 from gradfilter.grads.fused._row_questions import GRAPH, VALUES
-from gradfilter.grads.fused._tape import Tape
+from gradfilter.grads.fused._tape import LeafVisitor, Tape
 from gradfilter.grads.fused.overrides._registry import OVERRIDES
 from gradfilter.grads.fused.overrides._spellings import spellings
 from gradfilter.grads.fused.overrides._vmap_faults import refuse_nested
@@ -85,7 +85,7 @@ class Forward:
         tape: The tape on which a backward pass leaves the gradients.
         buffers: The buffers after all rows, in order.
         aux: The second value that the loss returned, stacked over the rows.
-        run_backward: Runs a backward pass with the modules and modes that it needs.
+        single: The state that the backward pass of a single row needs; None for several rows.
         groups: The rows of each pass, if rows that answer the host differently ran separately.
         by_row: The classes of the modules that ran row by row.
         used: The tensors in attributes of modules that the loss used, by name.
@@ -96,11 +96,44 @@ class Forward:
     tape: Tape
     buffers: Tree
     aux: Any
-    run_backward: Callable[[Callable[[], None]], None] = lambda run: run()
+    single: SingleRow | None = None
     groups: tuple[tuple[int, ...], ...] = ()
     by_row: tuple[str, ...] = ()
     used: set[str] = field(default_factory=set)
     changed: bool = False
+
+    @property
+    def remembered(self) -> set[str] | None:
+        """The names in ``used``, or None if no attribute has changed."""
+        return self.used if self.changed else None
+
+    def backward(self, cotangent: Tensor, visitor: LeafVisitor, *, retain: bool) -> None:
+        """Run one backward pass, and hand every leaf that has a gradient to the visitor."""
+        with nullcontext() if self.single is None else self.single.state():
+            self.tape.backward(self.losses, cotangent, visitor, retain=retain)
+
+
+@dataclass(frozen=True, eq=False)
+class SingleRow:
+    """The state of the modules in the forward pass of a single row.
+
+    A checkpoint runs parts of that pass again during the backward pass.
+    """
+
+    loss: NormalizedLoss
+    leaves: Params
+    batch: Batch
+    context: CallContext
+
+    @contextmanager
+    def state(self) -> Iterator[None]:
+        """Restore that state inside the context."""
+        with (
+            self.context.modes(),
+            one_image(self.batch, self.loss.modules),
+            self.loss.module_state(self.leaves, self.batch.buffers),
+        ):
+            yield
 
 
 BATCH = ""
@@ -263,15 +296,16 @@ def _refuse_backward_hooks(loss: NormalizedLoss) -> None:
             )
 
 
-def _reenter(guarded: dict[int, str], host: Host, run: Callable[[], Any]) -> Any:
-    """Run a function under the level and the overrides of a forward pass that has ended."""
+@contextmanager
+def _reenter(guarded: dict[int, str], host: Host) -> Iterator[None]:
+    """Enter the level and the overrides of a forward pass that has ended."""
     with Level.entered(host.level.rows) as level:
         if level.number != host.level.number:
             raise RuntimeError(
                 "a hook cannot run over all rows at once inside another transform of torch.func"
             )
         with Overrides(host, guarded):
-            return run()
+            yield
 
 
 def _last_row(level: Level, tensor: Tensor) -> Tensor:
@@ -296,7 +330,7 @@ def forward_single(
     params: Params,
     batch: Batch,
     per_row: bool,
-    modes: Callable[[], AbstractContextManager[None]],
+    context: CallContext,
 ) -> Forward:
     """Evaluate the loss of a single row, without vmap.
 
@@ -305,7 +339,7 @@ def forward_single(
         params: The parameters; with ``per_row`` each with a leading axis of 1.
         batch: The row.
         per_row: True if the parameters have that axis.
-        modes: Sets the modes (training, evaluation) that the modules have in this pass.
+        context: The context of the call, with the modes (training, evaluation) of the modules.
     """
     leaves = {name: loss.leaf(name, p.squeeze(0) if per_row else p) for name, p in params.items()}
     loss.hook(leaves)
@@ -332,17 +366,13 @@ def forward_single(
             "runs in every plan"
         )
 
-    def run_backward(backward: Callable[[], None]) -> None:
-        with modes(), one_image(batch, loss.modules):
-            loss.with_module_state(leaves, batch.buffers, backward)
-
     # The result of a hook need not be linear in the gradient.
     tape = Tape({name: leaf.detach().unsqueeze(0) for name, leaf in leaves.items()}, leaves)
     seen = hooked_tensors or hooked_nodes or loss.hooks or ends.custom or any(_backward_hooks(loss))
     tape.linear = not seen
     after = {name: b.detach() for name, b in after.items()}
     aux = None if aux is None else _tree.tree_map(lambda t: t.detach().unsqueeze(0), aux)
-    return Forward(losses, tape, after, aux, run_backward)
+    return Forward(losses, tape, after, aux, SingleRow(loss, leaves, batch, context))
 
 
 def _backward_hooks(loss: NormalizedLoss) -> Iterator[bool]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -13,11 +14,8 @@ from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter._readable import readable
-from gradfilter._types import Params, Tree
-from gradfilter.grads._batch import Batch
-from gradfilter.grads._call_context import random_state, set_random_state
+from gradfilter._types import Tree
 from gradfilter.grads._error_notes import note_anomaly, reason_of
-from gradfilter.grads._loop import Rows
 from gradfilter.grads._module_tensors import Hook, apply_hooks
 from gradfilter.grads._stack import (
     ComputedStack,
@@ -43,7 +41,7 @@ from gradfilter.grads.fused._factors import (
 from gradfilter.grads.fused._forward import Forward
 from gradfilter.grads.fused._lift import autocast_dtype, untraced
 from gradfilter.grads.fused._row_groups import GroupedFactor
-from gradfilter.grads.fused._tape import Layer, Modes, choose_modes
+from gradfilter.grads.fused._tape import Layer, LeafVisitor, Modes, choose_modes
 
 # --- The rows of one pass, computed on demand ---
 
@@ -57,6 +55,33 @@ class State(Enum):
     GRAPH = "graph"
     FACTORS = "factors"
     RELEASED = "released"
+
+
+class PassSource(ABC):
+    """Gives a pass again after its graph was freed, or its rows in another way."""
+
+    @abstractmethod
+    def rerun(self) -> Forward:
+        """Run the forward pass again, with the same random numbers."""
+
+    @abstractmethod
+    def fallback(self, refusal: Exception) -> Tree:
+        """Compute the rows without the backward pass that was refused, or raise."""
+
+
+@dataclass(frozen=True)
+class SinglePass(PassSource):
+    """A pass that answers one question, so that it never runs again."""
+
+    forward: Forward
+
+    def rerun(self) -> Forward:
+        """Return the pass itself."""
+        return self.forward
+
+    def fallback(self, refusal: Exception) -> Tree:
+        """Raise the refusal."""
+        raise refusal
 
 
 class LazyRows:
@@ -83,14 +108,13 @@ class LazyRows:
 
     Two cases differ. If the factors exceed the budget (``modes.keeps`` is False), every question
     takes a backward pass of its own and the state stays GRAPH; only a `total` of all leaves
-    releases the graph, unless ``expect_more`` is set. If the backward pass is refused, ``fallback``
-    gives the rows, which become the factors.
+    releases the graph, unless ``expect_more`` is set. If the backward pass is refused, the source
+    gives the rows in another way, and they become the factors.
 
     Args:
-        rerun: Runs the forward pass again, with the same random numbers.
+        source: Gives the forward pass again.
         first: The forward pass that has run.
         budget: The bytes that may be held between questions.
-        fallback: Computes the rows in another way if the backward pass is refused, or raises.
         hooks: The hooks that the user registered on parameters, to be run on every row.
 
     Attributes:
@@ -101,13 +125,12 @@ class LazyRows:
 
     def __init__(
         self,
-        rerun: Callable[[], Forward],
+        source: PassSource,
         first: Forward,
         budget: int,
-        fallback: Callable[[Exception], Tree] | None = None,
         hooks: dict[str, list[Hook]] | None = None,
     ) -> None:
-        self._rerun, self._fallback_rows = rerun, fallback
+        self._source = source
         self.fallback = ""  # the reason why the loop has computed the rows
         # With a single row, autograd runs the hooks on the leaves themselves.
         self._hooks = (hooks or {}) if first.tape.alone is None else {}
@@ -243,18 +266,10 @@ class LazyRows:
 
     def _weighted(self, weights: Tensor) -> Tree | None:
         """Run one backward pass with weighted losses. Return None if it was refused."""
-        found: Tree = {}
         # The finite norm of a dead row does not help: 0 times an infinite derivative is NaN.
-        live = self._live((), weights)
-
-        def visit(name: str, factors: list[Factor], grad: Tensor | None) -> None:
-            parts = [factor.total(None, live) for factor in factors]
-            if grad is not None:
-                parts.append(DenseFactor(grad).total(None, live))
-            found[name] = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-
-        done = self._backward(weights, visit, retain=self.expect_more)
-        return found if done else None
+        totals = _Totals(self._live((), weights))
+        done = self._backward(weights, totals, retain=self.expect_more)
+        return totals.found if done else None
 
     def _sum(
         self,
@@ -274,14 +289,9 @@ class LazyRows:
     def _ask(self, names: Collection[str], question: Question, *, join: bool = False) -> Tree:
         """Return the answers of the named leaves that have a gradient."""
         if not self.modes.keeps and self.state is not State.FACTORS:
-            found: Tree = {}
-
-            def visit(name: str, factors: list[Factor], grad: Tensor | None) -> None:
-                if name in names:
-                    found[name] = question(self._as_factor(name, factors, grad), name)
-
-            if self._backward(None, visit):
-                return found
+            answers = _Answers(self, names, question)
+            if self._backward(None, answers):
+                return answers.found
         factors = self._factors()
         chosen = {name: factors[name] for name in factors if name in names}
         if join:
@@ -296,16 +306,12 @@ class LazyRows:
         if self.state is State.FACTORS and written(_held(self._kept), self._versions):
             self.release()  # `rows` returns what is held, and the user has written into it
         if self.state is not State.FACTORS:
-            kept: dict[str, Factor] = {}
-
-            def visit(name: str, factors: list[Factor], grad: Tensor | None) -> None:
-                kept[name] = self._as_factor(name, factors, grad)
-
-            if self._backward(None, visit):
-                self._enter_factors(kept)
+            kept = _KeptFactors(self)
+            if self._backward(None, kept):
+                self._enter_factors(kept.found)
         return self._kept
 
-    def _as_factor(self, name: str, factors: list[Factor], grad: Tensor | None) -> Factor:
+    def as_factor(self, name: str, factors: list[Factor], grad: Tensor | None) -> Factor:
         """Return the one factor of a complete leaf, in the leaf's mode."""
         parts = [*factors] if grad is None else [*factors, DenseFactor(grad)]
         if name in self._hooks:
@@ -325,13 +331,13 @@ class LazyRows:
         return DenseFactor(tiled.rows()) if mode == "store" else tiled
 
     def _backward(
-        self, weights: Tensor | None, visit: Callable[..., None], *, retain: bool = True
+        self, weights: Tensor | None, visitor: LeafVisitor, *, retain: bool = True
     ) -> bool:
-        """Run one backward pass. Return False if it was refused: the fallback's rows are then held.
+        """Run one backward pass. Return False if it was refused: the source's rows are then held.
 
         The graph is retained only if ``retain`` is set and factors are not kept.
         """
-        run = self._forward or self._rerun()
+        run = self._forward or self._source.rerun()
         retain = retain and not self.modes.keeps
         if retain:
             self._enter_graph(run)
@@ -342,13 +348,11 @@ class LazyRows:
         try:
             # Autocast applies to the forward pass only; the answers are computed exactly.
             with self._no_autocast():
-                run.run_backward(lambda: run.tape.backward(losses, cotangent, visit, retain=retain))
+                run.backward(cotangent, visitor, retain=retain)
         except Exception as refusal:
             note_anomaly(refusal)
-            if self._fallback_rows is None:
-                raise
             self.release()
-            rows = self._fallback_rows(refusal)
+            rows = self._source.fallback(refusal)
             self.fallback = reason_of(refusal)
             self._enter_factors({name: DenseFactor(leaf) for name, leaf in rows.items()})
             return False
@@ -356,6 +360,45 @@ class LazyRows:
 
     def _no_autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, enabled=False)
+
+
+@dataclass
+class _Totals(LeafVisitor):
+    """Sums the gradients of all rows, in a backward pass with weighted losses."""
+
+    live: Tensor | None
+    found: Tree = field(default_factory=dict)
+
+    def visit(self, name: str, factors: list[Factor], grad: Tensor | None) -> None:
+        parts = [factor.total(None, self.live) for factor in factors]
+        if grad is not None:
+            parts.append(DenseFactor(grad).total(None, self.live))
+        self.found[name] = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
+@dataclass
+class _Answers(LeafVisitor):
+    """Answers a question about some leaves, and keeps no factor."""
+
+    rows: LazyRows
+    names: Collection[str]
+    question: Question
+    found: Tree = field(default_factory=dict)
+
+    def visit(self, name: str, factors: list[Factor], grad: Tensor | None) -> None:
+        if name in self.names:
+            self.found[name] = self.question(self.rows.as_factor(name, factors, grad), name)
+
+
+@dataclass
+class _KeptFactors(LeafVisitor):
+    """Keeps the factor of each leaf."""
+
+    rows: LazyRows
+    found: dict[str, Factor] = field(default_factory=dict)
+
+    def visit(self, name: str, factors: list[Factor], grad: Tensor | None) -> None:
+        self.found[name] = self.rows.as_factor(name, factors, grad)
 
 
 def _held(kept: dict[str, Factor]) -> dict[str, Tensor]:
@@ -487,39 +530,3 @@ class FusedStack(ComputedStack):
     def _first(self, count: int) -> FusedStack:
         losses, aux, scale = first_rows((self.losses, self.aux, self.scale), count)
         return replace(self, count=count, losses=losses, aux=aux, scale=scale)
-
-
-# --- Rows at parameters of their own, some at a time: M sets of parameters need much memory ---
-
-
-def chunked_rows(
-    run: Callable[[Batch, Params], Forward], batch: Batch, params: Params, size: int
-) -> Rows | None:
-    """Compute rows (M, *shape), ``size`` at a time; None if the loss draws random numbers.
-
-    Random numbers are drawn for all rows together, so a chunk alone would draw different ones.
-    """
-    device = _tree.device_of(params)
-    before = random_state(device)
-    found: list[Rows] = []
-    buffers: Tree = batch.buffers
-    for low in range(0, len(batch), size):
-        rows = slice(low, low + size)
-        tensors = [t[rows] for t in batch.tensors]
-        part = run(
-            replace(batch, tensors=tensors, buffers=buffers),
-            {name: p[rows] for name, p in params.items()},
-        )
-        after = random_state(device)
-        if any(not torch.equal(after[kind], before[kind]) for kind in before):
-            set_random_state(before, device)
-            return None
-        buffers = part.buffers
-        found.append((_rows_of(part, params), part.losses.detach(), buffers, part.aux))
-    grads, losses, _, aux = zip(*found, strict=True)
-    joined = None if aux[0] is None else _tree.tree_map(lambda *t: torch.cat(t), *aux)
-    return _tree.tree_map(lambda *t: torch.cat(t), *grads), torch.cat(losses), buffers, joined
-
-
-def _rows_of(part: Forward, params: Params) -> Tree:
-    return LazyRows(lambda: part, part, budget=0).rows(list(params))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +25,11 @@ class Host:
     level: Level
     tape: Tape
     running: RunningUpdates
-    reenter: Callable[[Host, Callable[[], Any]], Any] = lambda host, run: run()
+    reenter: Callable[[Host], AbstractContextManager[None]] = lambda host: nullcontext()
 
-    def run_in_pass(self, run: Callable[[], Any]) -> Any:
-        """Run a function in a hook of the backward pass, under the level and the overrides."""
-        return self.reenter(self, run)
+    def in_pass(self) -> AbstractContextManager[None]:
+        """Return a context with the level and the overrides, for a hook of the backward pass."""
+        return self.reenter(self)
 
     drew: bool = False
     """True if a single random number was drawn for each row; answers may depend on it."""

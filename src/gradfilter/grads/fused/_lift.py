@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, TypeVar, cast
@@ -74,12 +74,14 @@ class Level:
 
     def lift_call(self, compute: Callable[..., Any], *args: Any) -> Any:
         """Run ``compute`` on the tensors of all rows, and wrap the result for one row."""
-        return self.wrap(self.on_all_rows(compute, *args))
+        with self.on_all_rows():
+            found = compute(*args)
+        return self.wrap(found)
 
-    def on_all_rows(self, compute: Callable[..., Any], *args: Any) -> Any:
-        """Run ``compute`` on the tensors of all rows."""
-        with temporarily_pop_interpreter_stack():
-            return compute(*args)
+    def on_all_rows(self) -> AbstractContextManager[None]:
+        """Return a context that leaves vmap, in order to compute with the tensors of all rows."""
+        context: AbstractContextManager[None] = temporarily_pop_interpreter_stack()
+        return context
 
 
 def shared(rows: Tensor) -> bool:

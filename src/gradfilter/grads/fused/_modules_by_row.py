@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -112,14 +113,8 @@ def _may(module: nn.Module) -> bool:
 @contextmanager
 def _replaced(module: nn.Module, handed: HandedOn) -> Iterator[None]:
     """Make the forward pass of a module run row by row."""
-    forward, before = module.forward, module.__dict__.get("forward")
-
-    def by_row(*args: Any, **kwargs: Any) -> Any:
-        if not handed.host.level.is_innermost():
-            return forward(*args, **kwargs)
-        return handed.run(module, forward, args, kwargs)
-
-    module.forward = by_row
+    before = module.__dict__.get("forward")
+    module.forward = ForwardByRow(module, module.forward, handed)
     try:
         yield
     finally:
@@ -127,6 +122,27 @@ def _replaced(module: nn.Module, handed: HandedOn) -> Iterator[None]:
             del module.__dict__["forward"]
         else:
             module.forward = before
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardByRow:
+    """The forward pass of a module that runs row by row.
+
+    Attributes:
+        module: The module.
+        forward: Its own forward pass.
+        handed: The row-by-row calls of the present pass over all rows.
+    """
+
+    module: nn.Module
+    forward: Callable[..., Any]
+    handed: HandedOn
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run row by row, except inside a transform of the loss's own."""
+        if not self.handed.host.level.is_innermost():
+            return self.forward(*args, **kwargs)
+        return self.handed.run(self, args, kwargs)
 
 
 class HandedOn:
@@ -144,32 +160,31 @@ class HandedOn:
         self.modules: list[nn.Module] = []
         self._seen: set[str] = set()
 
-    def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def run(self, call: ForwardByRow, args: Any, kwargs: Any) -> Any:
         """Run one call of a module row by row."""
-        level = self.host.level
+        module, level = call.module, self.host.level
         self.modules.append(module)
         values, rebuild = _tree.flatten((args, kwargs))
         _check_plain(module, values)
         shared = [v for v in values if isinstance(v, Tensor) and not level.batched(v)]
         versions = [v._version for v in shared]
         buffers = _Buffers(module, self.host)
-
-        def every_row() -> Any:
-            rows = [
-                level.lower(v).unbind() if level.batched(v) else [v] * level.rows for v in values
-            ]
-            outputs = []
-            for m, to_row in enumerate(_rows_of_parameters(module, level)):
-                to_row()
-                buffers.to_next_row()
-                given = rebuild(row[m] for row in rows)
-                outputs.append(forward(*given[0], **given[1]))
-                _check_kept(module, [row[m] for row in rows], _tree.leaves(given))
-            return _stacked(module, outputs)
-
         before = [(table, dict(table)) for table in _tables(module)]
         try:
-            found = level.on_all_rows(every_row)
+            with level.on_all_rows():
+                rows = [
+                    level.lower(v).unbind() if level.batched(v) else [v] * level.rows
+                    for v in values
+                ]
+                parameters = _Parameters(module, level)
+                outputs = []
+                for m in range(level.rows):
+                    parameters.to_row(m)
+                    buffers.to_next_row()
+                    given = rebuild(row[m] for row in rows)
+                    outputs.append(call.forward(*given[0], **given[1]))
+                    _check_kept(module, [row[m] for row in rows], _tree.leaves(given))
+                found = _stacked(module, outputs)
             written = buffers.finish()
         finally:
             for table, tensors in before:
@@ -189,25 +204,25 @@ def _tables(module: nn.Module) -> list[dict[str, Any]]:
     return [table for part in module.modules() for table in (part._parameters, part._buffers)]
 
 
-def _rows_of_parameters(module: nn.Module, level: Level) -> Iterator[Callable[[], None]]:
-    """Yield, for every row, a function that sets the module's parameters to the row's tensors."""
-    unbound: dict[int, tuple[Tensor, ...]] = {}
-    places = []
-    for table in _tables(module):
-        for key, tensor in table.items():
-            if level.batched(tensor):
-                # All rows at once: the gradient of one row would be as large as that of all.
-                rows = unbound.setdefault(id(tensor), level.lower(tensor).unbind())
-                if isinstance(tensor, nn.Parameter):
-                    rows = tuple(as_parameter(row) for row in rows)
-                places.append((table, key, rows))
-    for m in range(level.rows):
+class _Parameters:
+    """The parameters of a module, each with a tensor for every row."""
 
-        def to_row(m: int = m) -> None:
-            for table, key, rows in places:
-                table[key] = rows[m]
+    def __init__(self, module: nn.Module, level: Level) -> None:
+        unbound: dict[int, tuple[Tensor, ...]] = {}
+        self._places: list[tuple[dict[str, Any], str, tuple[Tensor, ...]]] = []
+        for table in _tables(module):
+            for key, tensor in table.items():
+                if level.batched(tensor):
+                    # All rows at once: the gradient of one row would be as large as that of all.
+                    rows = unbound.setdefault(id(tensor), level.lower(tensor).unbind())
+                    if isinstance(tensor, nn.Parameter):
+                        rows = tuple(as_parameter(row) for row in rows)
+                    self._places.append((table, key, rows))
 
-        yield to_row
+    def to_row(self, m: int) -> None:
+        """Set the module's parameters to the tensors of row m."""
+        for table, key, rows in self._places:
+            table[key] = rows[m]
 
 
 class _Buffers:

@@ -9,19 +9,21 @@ the rows. The stack then looks as if it came from one pass.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter._types import Params
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._call_context import CallContext, random_state, set_random_state
+from gradfilter.grads._normalized_loss import NormalizedLoss
+from gradfilter.grads._remembered_attributes import check_remembered
 from gradfilter.grads.fused._conv_factor import ConvFactor
 from gradfilter.grads.fused._factors import (
     DenseFactor,
@@ -30,10 +32,10 @@ from gradfilter.grads.fused._factors import (
     OuterFactor,
     TiledFactor,
 )
-from gradfilter.grads.fused._forward import Forward
+from gradfilter.grads.fused._forward import BatchWritten, Forward, forward
 from gradfilter.grads.fused._modules_by_row import ByRow
 from gradfilter.grads.fused._row_questions import Disagreement
-from gradfilter.grads.fused._tape import Tape, Use, Visit
+from gradfilter.grads.fused._tape import LeafVisitor, Tape, Use
 
 # --- Merge the factors of groups into one factor of all rows ---
 
@@ -182,34 +184,34 @@ class Grouping:
     Attributes:
         by_row: The modules that run row by row.
         groups: The rows of each group, in order; None before the first pass.
+        copies: True if the loss writes into the batch, so that it gets a copy.
     """
 
     by_row: ByRow
     groups: list[list[int]] | None = None
+    copies: bool = False
 
 
 def forward_in_groups(
-    run: Callable[[Batch, Params], Forward],
-    batch: Batch,
+    loss: NormalizedLoss,
     params: Params,
+    batch: Batch,
     per_row: bool,
     grouping: Grouping,
     context: CallContext,
-    modules: Callable[[], Mapping[str, nn.Module]],
-    check: Callable[[Forward, list[int]], None] | None = None,
+    *,
+    check: bool = False,
 ) -> Forward:
     """Run a forward pass over all rows, with one group for each set of answers to the host.
 
     Args:
-        run: The pass over some rows.
-        batch: All rows.
+        loss: The loss.
         params: The parameters; with ``per_row`` each with a leading axis M.
+        batch: All rows.
         per_row: True if every row has its own parameters.
         grouping: The grouping to begin with; the first pass stores its result there.
         context: The context of the call, with the random state at its start.
-        modules: Lists the modules of the model, by name.
-        check: Refuses module state that one group leaves for the rows of others. None if it has
-            been checked.
+        check: True to refuse module state that one group leaves for the rows of others.
 
     Raises:
         RuntimeError: The rows cannot be split into groups: there are too many groups, they write
@@ -229,7 +231,7 @@ def forward_in_groups(
             context.attributes.restore()
         attempts += 1
         try:
-            part = run(some, own)
+            part = _at_once(loss, own, some, per_row, grouping, context)
         except RuntimeError as refusal:
             # A group would draw other random numbers, and with those rows may answer differently.
             groups: list[list[int]] = []
@@ -238,7 +240,7 @@ def forward_in_groups(
             count = len(parts) + len(groups) + len(ahead) - 1
             if groups and (count == 2 or count < len(batch)) and count <= MOST_GROUPS:
                 ahead[:1] = groups
-            elif grouping.by_row.learn(refusal, modules()):
+            elif grouping.by_row.learn(refusal, loss.modules):
                 # The groups may come from questions that are now answered row by row.
                 ahead, parts, left, start = [*begin], [], [], context.random
             else:
@@ -248,10 +250,11 @@ def forward_in_groups(
             continue
         parts.append((rows, part))
         ahead.pop(0)
-        if not whole and check is not None:
+        if not whole and check:
             left.append({name for name, *_ in context.attributes.changes()})
             if ahead:
-                check(part, [group[-1] for group, _ in parts] + [group[-1] for group in ahead])
+                last = [group[-1] for group in (*(rows for rows, _ in parts), *ahead)]
+                check_remembered(loss, params, batch, context, part.remembered, last)
         if ahead:
             start = random_state(context.device)
     _check_left(left)
@@ -260,6 +263,25 @@ def forward_in_groups(
     if grouping.groups is None:
         grouping.groups = [rows for rows, _ in parts]
     return parts[0][1] if len(parts) == 1 else _together(parts, batch)
+
+
+def _at_once(
+    loss: NormalizedLoss,
+    params: Params,
+    batch: Batch,
+    per_row: bool,
+    grouping: Grouping,
+    context: CallContext,
+) -> Forward:
+    """Run one pass over some rows; give the loss a copy of them if it writes into the batch."""
+    if not grouping.copies:
+        try:
+            return forward(loss, params, batch, per_row, grouping.by_row)
+        except BatchWritten:
+            grouping.copies = True
+            context.rewind()
+    copies = replace(batch, tensors=[t.clone() for t in batch.tensors])
+    return forward(loss, params, copies, per_row, grouping.by_row, own_batch=True)
 
 
 def _apart(rows: list[int], answers: list[str]) -> list[list[int]]:
@@ -353,18 +375,18 @@ def _uses(tapes: list[Tape], count: int) -> list[Use]:
     rows = [len(next(iter(tape.leaves.values()))) for tape in tapes]
 
     most = max(range(len(rows)), key=rows.__getitem__)
-
-    def together(uses: tuple[Use, ...]) -> Use:
+    found = []
+    for uses in zip(*(tape.uses for tape in tapes), strict=True):
         ghosts = [use.ghost_flops for use in uses]
         ghost = None if None in ghosts else ghosts[most]
-        return replace(
+        together = replace(
             uses[0],
             flops=sum(use.flops for use in uses),
             kept=sum(use.kept for use in uses),
             ghost_flops=ghost and ghost * count**2 // rows[most] ** 2,
         )
-
-    return [together(uses) for uses in zip(*(tape.uses for tape in tapes), strict=True)]
+        found.append(together)
+    return found
 
 
 @dataclass
@@ -384,21 +406,30 @@ class GroupedTape(Tape):
         """Register no hooks on the leaves; those of the parts have them."""
 
     @override
-    def backward(self, losses: Tensor, cotangent: Tensor, visit: Visit, *, retain: bool) -> None:
+    def backward(
+        self, losses: Tensor, cotangent: Tensor, visitor: LeafVisitor, *, retain: bool
+    ) -> None:
         """Run the backward passes of all groups, each with the modules and modes that it needs."""
         found: dict[str, list[FactorPart]] = {}
         for rows, part in self.parts:
-            _backward(part, rows, cotangent[rows], found, retain)
+            part.backward(cotangent[rows], _Collector(rows, found), retain=retain)
         with torch.no_grad():  # as it is while a backward pass runs
             for name in list(found):
-                visit(name, merged(found.pop(name), len(losses)), None)
+                visitor.visit(name, merged(found.pop(name), len(losses)), None)
 
 
-def _backward(
-    part: Forward, rows: Tensor, cotangent: Tensor, found: dict[str, list[FactorPart]], retain: bool
-) -> None:
-    def visit(name: str, factors: list[Factor], grad: Tensor | None) -> None:
+@dataclass(frozen=True)
+class _Collector(LeafVisitor):
+    """Collects the factors of one group's leaves.
+
+    Attributes:
+        rows: The numbers of the group's rows. (k,) int64.
+        found: The parts of each leaf, those of earlier groups first.
+    """
+
+    rows: Tensor
+    found: dict[str, list[FactorPart]]
+
+    def visit(self, name: str, factors: list[Factor], grad: Tensor | None) -> None:
         own = [*factors] if grad is None else [*factors, DenseFactor(grad)]
-        found.setdefault(name, []).append(FactorPart(rows, own))
-
-    part.run_backward(lambda: part.tape.backward(part.losses, cotangent, visit, retain=retain))
+        self.found.setdefault(name, []).append(FactorPart(self.rows, own))

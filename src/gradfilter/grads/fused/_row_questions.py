@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -105,10 +106,8 @@ def value_of(convert: Callable[..., Any]) -> Override:
                 "number and asks for a value, which may be another one in every row"
             )
         rows = host.level.lower(tensor)
-        answers: list[Any] = []
-        host.level.on_all_rows(
-            lambda: answers.extend(convert(row, *args, **kwargs) for row in rows.detach().unbind())
-        )
+        with host.level.on_all_rows():
+            answers: list[Any] = [convert(row, *args, **kwargs) for row in rows.detach().unbind()]
         texts = [_text(answer) for answer in answers]
         if any(text != texts[0] for text in texts):
             if convert is torch.Tensor.__bool__ and asks_for_a_shortcut():
@@ -191,7 +190,9 @@ def _answer(read: Callable[[Tensor], Any]) -> Override:
     def override(host: Host, tensor: Tensor, *_: Any) -> Any:
         if not host.level.batched(tensor):
             return NotImplemented
-        return host.level.on_all_rows(read, _functorch.get_unwrapped(tensor))
+        rows = _functorch.get_unwrapped(tensor)
+        with host.level.on_all_rows():
+            return read(rows)
 
     return override
 
@@ -205,7 +206,8 @@ def _require_grad(host: Host, tensor: Tensor, requires_grad: bool = True) -> Any
     if not host.level.batched(tensor):
         return NotImplemented
     rows = _functorch.get_unwrapped(tensor)
-    host.level.on_all_rows(rows.requires_grad_, requires_grad)
+    with host.level.on_all_rows():
+        rows.requires_grad_(requires_grad)
     return tensor
 
 
@@ -213,28 +215,38 @@ def _register_hook(host: Host, tensor: Tensor, hook: Callable[[Tensor], Any]) ->
     """Replace `torch.Tensor.register_hook`: the hook sees the gradient of a row."""
     if not host.level.batched(tensor):
         return NotImplemented
-    rows = _functorch.get_unwrapped(tensor)
+    rows: Any = _functorch.get_unwrapped(tensor)
     for name, leaf in host.tape.leaves.items():
         if leaf is rows:
             raise hooked_parameter(name)
-    place = _functorch.maybe_get_bdim(tensor)
     # A hook need not be linear, so it must see the unweighted gradient of every row.
     host.tape.linear = False
+    on_rows = RowHook(host, _functorch.maybe_get_bdim(tensor), hook)
+    with host.level.on_all_rows():
+        return rows.register_hook(on_rows)
 
-    def on_rows(grad: Tensor) -> Tensor | None:
-        def run() -> Any:
-            with torch.no_grad():
-                row = _functorch._add_batch_dim(grad, place, host.level.number)
-                found = hook(row)
-                return None if found is None else host.level.lower(found)
 
-        found = host.run_in_pass(run)
-        if found is None:
-            return None
-        changed: Tensor = found.movedim(0, place).to(grad.dtype)
-        return changed
+@dataclass(frozen=True, eq=False)
+class RowHook:
+    """A hook on the gradient of all rows, which runs the user's hook on the gradient of a row.
 
-    return host.level.on_all_rows(rows.register_hook, on_rows)
+    Attributes:
+        host: The forward pass in which the hook was registered.
+        place: The dim of the rows.
+        hook: The user's hook.
+    """
+
+    host: Host
+    place: int
+    hook: Callable[[Tensor], Any]
+
+    def __call__(self, grad: Tensor) -> Tensor | None:
+        """Return the changed gradient, or None if the user's hook returns None."""
+        level = self.host.level
+        with self.host.in_pass(), torch.no_grad():
+            found = self.hook(_functorch._add_batch_dim(grad, self.place, level.number))
+            rows = None if found is None else level.lower(found)
+        return None if rows is None else rows.movedim(0, self.place).to(grad.dtype)
 
 
 def _refused(name: str) -> Override:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,18 @@ from gradfilter.grads.fused._factors import Factor
 # --- The tape ---
 
 
-Visit = Callable[[str, list[Factor], Tensor | None], None]
+class LeafVisitor(ABC):
+    """Gets the gradient of each leaf during a backward pass, as soon as the leaf is complete."""
+
+    @abstractmethod
+    def visit(self, name: str, factors: list[Factor], grad: Tensor | None) -> None:
+        """Take the gradient of one leaf.
+
+        Args:
+            name: The leaf's name.
+            factors: The factors that overrides recorded.
+            grad: The gradient from autograd in addition to them, (M, *shape), or None.
+        """
 
 
 @dataclass(frozen=True)
@@ -59,13 +71,13 @@ class Use:
 class Tape:
     """The leaves of one forward pass, (M, *shape) each, which collects their gradients.
 
-    A leaf is complete when the backward pass has finished every use of it. Then ``visit`` gets its
-    name, the factors that overrides recorded, and the gradient (M, *shape) from autograd.
+    A leaf is complete when the backward pass has finished every use of it. Then the visitor of
+    that pass gets its gradient.
 
     Attributes:
         leaves: The leaves, (M, *shape) each.
         alone: For a single row, the leaves as the loss used them, without a leading axis.
-        visit: The function that gets complete leaves during a backward pass.
+        visitor: The visitor of the present backward pass.
         uses: The uses of leaves that overrides recorded.
         overrides: The number of times each override ran.
         ignored: The rows that had only ignored labels in every class loss; None if not recorded,
@@ -75,7 +87,7 @@ class Tape:
 
     leaves: Tree
     alone: Tree | None = None
-    visit: Visit | None = None
+    visitor: LeafVisitor | None = None
     uses: list[Use] = field(default_factory=list)
     overrides: Counter[str] = field(default_factory=Counter)
     ignored: Tensor | None = None
@@ -106,8 +118,8 @@ class Tape:
 
     def _finish(self, name: str, grad: Tensor | None) -> None:
         factors = self._factors.pop(name, [])
-        if self.visit is not None and (factors or grad is not None):
-            self.visit(name, factors, grad)
+        if self.visitor is not None and (factors or grad is not None):
+            self.visitor.visit(name, factors, grad)
 
     def record(self, weight: Weight, factor: Factor) -> Tensor | None:
         """Record the gradient of a weight, and return the gradient that autograd gets."""
@@ -116,16 +128,18 @@ class Tape:
         self._factors.setdefault(weight.leaf, []).append(factor)
         return None
 
-    def backward(self, losses: Tensor, cotangent: Tensor, visit: Visit, *, retain: bool) -> None:
-        """Run one backward pass, and hand every leaf that has a gradient to ``visit``."""
-        self.visit = visit
+    def backward(
+        self, losses: Tensor, cotangent: Tensor, visitor: LeafVisitor, *, retain: bool
+    ) -> None:
+        """Run one backward pass, and hand every leaf that has a gradient to the visitor."""
+        self.visitor = visitor
         try:
             inputs = list((self.alone or self.leaves).values())
             torch.autograd.backward(losses, cotangent, retain_graph=retain, inputs=inputs)
             for name in list(self._factors):
                 self._finish(name, None)
         finally:
-            self.visit = None
+            self.visitor = None
             self._factors.clear()
 
 

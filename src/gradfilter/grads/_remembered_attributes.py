@@ -1,0 +1,143 @@
+"""Refuse a pass over all rows if attributes of modules make its result differ from that of a loop.
+
+After M passes in order, row m has seen the attributes that row m - 1 left in the modules. In a
+pass over all rows no row sees them. That is correct for an activation that is only stored, and
+wrong for a counter or a recurrent state.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradfilter._types import Params, Tree
+from gradfilter.grads._batch import Batch
+from gradfilter.grads._call_context import CallContext, random_state_restored
+from gradfilter.grads._module_attributes import CONTAINERS, Attributes, same_value, tensors_in
+from gradfilter.grads._normalized_loss import NormalizedLoss
+
+
+def check_remembered(
+    loss: NormalizedLoss,
+    params: Params,
+    batch: Batch,
+    context: CallContext,
+    used: set[str] | None,
+    rows: Sequence[int] = (-1,),
+) -> None:
+    """Refuse a pass over all rows whose result would differ from that of a loop over rows.
+
+    Args:
+        loss: The loss.
+        params: The parameters, the same for all rows.
+        batch: The rows.
+        context: The context before the pass.
+        used: The tensors in attributes that the pass used, by name; None if it has changed no
+            attribute.
+        rows: The rows that run again if there is no other way to decide.
+
+    Raises:
+        RuntimeError: A number was drawn on the host, or an attribute changes the loss of rows.
+    """
+    moved = context.host.moved()
+    if moved is not None:
+        raise RuntimeError(
+            f"the loss draws random numbers from {moved}: one draw for all rows. Draw with torch"
+        )
+    if used is None:
+        return
+    unsure: str | None = None
+    for name, before, now in context.attributes.changes():
+        if _counts(before, now):
+            raise RuntimeError(
+                f"the forward pass changes attribute {name!r}, and every row would see the same "
+                "value. Count outside of forward, or in a buffer"
+            )
+        if name in used and not _hold_the_same(before, now):
+            raise RuntimeError(
+                f"the forward pass reads attribute {name!r} and writes it: a state that cannot be "
+                "handed from row to row. Make it a buffer (register_buffer)"
+            )
+        if not (_has_tensors(before) and _has_tensors(now)):
+            unsure = name
+    # A new attribute cannot have been used, but a branch may ask whether it exists.
+    if unsure is not None and any(
+        _answers_differ(loss, params, batch, context, row) for row in rows
+    ):
+        raise RuntimeError(
+            f"the forward pass changes attribute {unsure!r}, and the next row would give another "
+            "answer. Make it a buffer (register_buffer), or compute it before"
+        )
+
+
+def _counts(before: Any, now: Any) -> bool:
+    if isinstance(before, dict) and isinstance(now, dict):
+        return any(_counts(before.get(k), v) for k, v in now.items())
+    if type(before) in CONTAINERS or isinstance(before, tuple):
+        if not isinstance(now, type(before)) or len(before) != len(now):
+            return type(before) in CONTAINERS
+        if isinstance(before, set):
+            return any(not isinstance(item, Tensor) for item in before ^ now)
+        return any(map(_counts, before, now))
+    if same_value(before, now):
+        return False
+    number = isinstance(before, (int, float, complex)) and not isinstance(before, bool)
+    return number and isinstance(now, (int, float, complex))
+
+
+def _hold_the_same(before: Any, now: Any) -> bool:
+    """Return whether only the container is new; recurrent modules rebuild their weight list."""
+    return all(
+        a is b for a, b in itertools.zip_longest(tensors_in(before), tensors_in(now), fillvalue=now)
+    )
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(True for _ in tensors_in(value))
+
+
+def _answers_differ(
+    loss: NormalizedLoss, params: Params, batch: Batch, context: CallContext, place: int
+) -> bool:
+    """Return whether the new attributes change the loss of a row."""
+    after = context.attributes.present()
+    row = batch.rebuild(t[place].clone() for t in batch.tensors)
+    before, now = (
+        _loss_with(attributes, loss, params, row, batch.buffers, context)
+        for attributes in (context.attributes, after)
+    )
+    return not _equal(before, now)
+
+
+def _loss_with(
+    attributes: Attributes,
+    loss: NormalizedLoss,
+    params: Params,
+    row: Any,
+    buffers: Tree,
+    context: CallContext,
+) -> Tensor | None:
+    """Compute the loss of a row with given attributes; None if it fails."""
+    present, drawn = context.attributes.present(), context.host.present()
+    with random_state_restored(context.device):
+        context.rewind()
+        attributes.restore()
+        try:
+            leaves = {name: loss.leaf(name, p) for name, p in params.items()}
+            with torch.enable_grad():
+                return loss.pure(leaves, row, buffers)[0].detach()
+        except Exception:
+            return None  # a pass that fails differs from one that succeeds
+        finally:
+            present.restore()
+            drawn.restore()
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return False
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
