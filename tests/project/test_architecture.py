@@ -3,6 +3,7 @@
 import ast
 import inspect
 import subprocess
+import symtable
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -164,6 +165,29 @@ def test_a_module_for_one_neighbour_has_a_reason_to_be_a_file():
         if len(found) == 1 and name.rpartition(".")[0] == next(iter(found)).rpartition(".")[0]
     }
     assert alone == set(NEIGHBOURS)
+
+
+def closures(table):
+    """The functions of a file that refer to variables of a function around them."""
+    for inner in table.get_children():
+        if isinstance(inner, symtable.Function) and inner.get_name() not in COMPREHENSIONS:
+            yield inner.get_name(), {*inner.get_frees()} - {"__class__"}
+        yield from closures(inner)
+
+
+COMPREHENSIONS = {"genexpr", "listcomp", "setcomp", "dictcomp", "<genexpr>"}
+
+
+def test_state_in_the_computation_of_rows_is_named():
+    """A function that would close over more than two things is a class with named fields."""
+    found = [
+        (path.name, name, sorted(free))
+        for path in FILES
+        if "grads" in path.relative_to(SOURCE).parts
+        for name, free in closures(symtable.symtable(path.read_text(), path.name, "exec"))
+        if len(free) > 2
+    ]
+    assert found == []
 
 
 def import_graph():

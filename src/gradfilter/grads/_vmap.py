@@ -39,7 +39,7 @@ def vmap_rows(
         chunk_size: The number of rows computed at a time; None for all of them.
         used: A set that gets the names of the tensors in attributes that the loss uses.
     """
-    row = _Row(loss, batch, used)
+    row = _RowLoss(loss, batch, used)
     guarded = [(f"parameter {name!r}", p) for name, p in params.items()]
     versions = Versions(guarded)
     try:
@@ -73,7 +73,7 @@ def vmap_rows(
 
 
 @dataclass(eq=False)
-class _Row:
+class _RowLoss:
     """The loss of one row under vmap, and what its evaluation leaves.
 
     Attributes:
