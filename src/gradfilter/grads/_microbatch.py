@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter._types import Params, Tree
@@ -306,16 +307,16 @@ class FusedPass(PassSource):
                 passes.random_after = random_state(passes.context.device)
         return found
 
+    @override
     def rerun(self) -> Forward:
-        """Run the forward pass again, in the context of the call."""
         self._given.check()
         with self.passes.context.restored():
             found = self._run(self.passes.batch, self.params, self.passes.grouping)
         _check_repeated(self._losses, found.losses.detach())
         return found
 
+    @override
     def fallback(self, refusal: Exception) -> Tree:
-        """Compute the rows by the loop, or raise the refusal."""
         self._given.check()
         return self.passes.loop_instead(self.params, self.per_row, refusal)
 

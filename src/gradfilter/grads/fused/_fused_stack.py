@@ -75,12 +75,12 @@ class SinglePass(PassSource):
 
     forward: Forward
 
+    @override
     def rerun(self) -> Forward:
-        """Return the pass itself."""
         return self.forward
 
+    @override
     def fallback(self, refusal: Exception) -> Tree:
-        """Raise the refusal."""
         raise refusal
 
 
@@ -369,6 +369,7 @@ class _Totals(LeafVisitor):
     live: Tensor | None
     found: Tree = field(default_factory=dict)
 
+    @override
     def visit(self, name: str, factors: list[Factor], grad: Tensor | None) -> None:
         parts = [factor.total(None, self.live) for factor in factors]
         if grad is not None:
@@ -385,6 +386,7 @@ class _Answers(LeafVisitor):
     question: Question
     found: Tree = field(default_factory=dict)
 
+    @override
     def visit(self, name: str, factors: list[Factor], grad: Tensor | None) -> None:
         if name in self.names:
             self.found[name] = self.question(self.rows.as_factor(name, factors, grad), name)
@@ -397,6 +399,7 @@ class _KeptFactors(LeafVisitor):
     rows: LazyRows
     found: dict[str, Factor] = field(default_factory=dict)
 
+    @override
     def visit(self, name: str, factors: list[Factor], grad: Tensor | None) -> None:
         self.found[name] = self.rows.as_factor(name, factors, grad)
 

@@ -430,6 +430,7 @@ class _Collector(LeafVisitor):
     rows: Tensor
     found: dict[str, list[FactorPart]]
 
+    @override
     def visit(self, name: str, factors: list[Factor], grad: Tensor | None) -> None:
         own = [*factors] if grad is None else [*factors, DenseFactor(grad)]
         self.found.setdefault(name, []).append(FactorPart(self.rows, own))
