@@ -43,7 +43,11 @@ NOT_CALLED = {
     *("InputCurvature", "HessianTop", "HessianTrace", "OperatorNorm", "NoiseScale"),
 }
 # Imported when they are first asked for.
-LAZY = {"_lightning.py": {"lightning"}, "_transformers.py": {"transformers"}}
+LAZY = {
+    "_lightning.py": {"lightning"},
+    "_transformers.py": {"transformers"},
+    "_agreement_plot.py": {"matplotlib"},
+}
 
 
 def imports(path):

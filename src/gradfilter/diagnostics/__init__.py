@@ -1,5 +1,6 @@
 """Measure a network: input Jacobians, curvature, sharpness, noise and agreement of gradients."""
 
+from gradfilter.diagnostics._agreement_plot import plot_agreement as plot_agreement
 from gradfilter.diagnostics._input_curvature import InputCurvature as InputCurvature
 from gradfilter.diagnostics._input_curvature import loss_curvature as loss_curvature
 from gradfilter.diagnostics._jacobian import input_jacobian as input_jacobian
