@@ -15,6 +15,7 @@ usage: gradfilter COMMAND [options]
 commands:
   demo         digits with wrong labels, trained in three ways, in a minute
   train        one training: data, model, filters, schedules, checkpoints
+  find-lr      a learning rate for the rule of a training
   stats        measure its checkpoints: Jacobians, sharpness, agreement
   sweep        many trainings, by several workers or machines
   report       tables and figures of finished runs

@@ -16,6 +16,8 @@ ANSWERS = {
     "train --epoch 3": 2,
     "train --leraning-rate 3": 2,
     "train --epochs x": 2,
+    "find-lr --help": 0,
+    "find-lr --lwo 1": 2,
     "demo --help": 0,
     "demo --stps 3": 2,
     "stats --help": 0,

@@ -242,7 +242,7 @@ def test_a_misspelt_command_is_told_the_nearest():
     assert "Did you mean" not in refused("--nonsense")
 
 
-@pytest.mark.parametrize("name", ["demo", "train", "stats", "sweep", "report", "runs"])
+@pytest.mark.parametrize("name", ["demo", "train", "find-lr", "stats", "sweep", "report", "runs"])
 def test_paragraphs_of_help_are_no_wider_than_a_page(name, monkeypatch):
     lines = {}
     for columns in (60, 80, 200):

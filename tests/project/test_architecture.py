@@ -141,6 +141,7 @@ NEIGHBOURS = {
     "gradfilter.interop._filtered": "a public class",
     "gradfilter.interop._published_schedulers": "public classes",
     "gradfilter.lab._demo": "a command",
+    "gradfilter.lab._find_lr": "a command",
     "gradfilter.lab._help": "the help; the other file parses what is typed",
     "gradfilter.lab._list_runs": "a command",
     "gradfilter.lab.data._sources": "the data sets, which the loader finds by name",

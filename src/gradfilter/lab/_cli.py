@@ -57,6 +57,15 @@ def _train(options: Sequence[str]) -> int:
     return train_command(options)
 
 
+def _find_lr(options: Sequence[str]) -> int:
+    from gradfilter.lab._find_lr_config import parse_find_lr
+
+    command = parse_find_lr(options)
+    from gradfilter.lab._find_lr import find_lr
+
+    return find_lr(command)
+
+
 def _stats(options: Sequence[str]) -> int:
     from gradfilter.lab._options import environment_arguments, from_files, parse
     from gradfilter.lab.stats._stats_config import StatsConfig, refuse_unread
@@ -107,6 +116,7 @@ def _runs(options: Sequence[str]) -> int:
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "demo": _demo,
     "train": _train,
+    "find-lr": _find_lr,
     "stats": _stats,
     "sweep": _sweep,
     "report": _report,

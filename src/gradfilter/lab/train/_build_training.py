@@ -22,7 +22,11 @@ from gradfilter.lab.train._training import Training, no_totals
 
 
 def update_of(
-    config: TrainConfig, total_steps: int, steps_per_epoch: float, crew: Crew = ALONE
+    config: TrainConfig,
+    total_steps: int,
+    steps_per_epoch: float,
+    crew: Crew = ALONE,
+    lr: gf.Schedule | None = None,
 ) -> gf.Transform:
     """Build the chain in the order: rows, one gradient, sharpness, clipping, update rule.
 
@@ -31,8 +35,9 @@ def update_of(
         total_steps: Length of the training, for schedules.
         steps_per_epoch: Converts settings in epochs to steps.
         crew: The processes whose rows are reduced.
+        lr: Schedule of the learning rate, in place of that of the settings.
     """
-    lr = schedule_of(config, total_steps, steps_per_epoch)
+    lr = schedule_of(config, total_steps, steps_per_epoch) if lr is None else lr
     reducer = reducer_of(config)
     if config.budget_clip is not None:
         # Taken over the rows of all processes: the budget belongs to the whole batch.
@@ -159,13 +164,19 @@ def _rule(config: TrainConfig, lr: gf.Schedule) -> gf.Transform:
 BATCH_SIZE = 80
 
 
-def build_training(config: TrainConfig, device: torch.device, crew: Crew = ALONE) -> Training:
+def build_training(
+    config: TrainConfig,
+    device: torch.device,
+    crew: Crew = ALONE,
+    lr: gf.Schedule | None = None,
+) -> Training:
     """Build a training before its first step.
 
     Args:
         config: Settings that passed `check_values`; checks that need data or model are done here.
         device: The device to train on.
         crew: The processes that train together.
+        lr: Schedule of the learning rate, in place of that of the settings.
 
     Raises:
         UsageError: The data set is missing, or settings do not fit data, model or processes.
@@ -204,7 +215,7 @@ def build_training(config: TrainConfig, device: torch.device, crew: Crew = ALONE
         model.compile()
     # A compiled model cannot be run over all rows at once.
     plan: Plan = "loop" if config.compile else "auto"
-    update = update_of(config, total, per_epoch, crew)
+    update = update_of(config, total, per_epoch, crew, lr)
     step = gf.train_step(loss, update, microbatches=rows, plan=plan)
     all_rows = None
     if config.per_sample:
