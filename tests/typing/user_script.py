@@ -16,6 +16,20 @@ def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str,
     return cross_entropy(logits, labels), {"accuracy": accuracy}
 
 
+def halve(
+    grads: gf.Tree, state: dict[str, Tensor], params: gf.Params, /, **extra: object
+) -> tuple[gf.Tree, dict[str, Tensor], dict[str, Tensor]]:
+    return {name: g / 2 for name, g in grads.items()}, state, {}
+
+
+def spread(rows: gf.GradStack) -> float:
+    return rows.sq_norms().std().item()
+
+
+def update_rule(lr: gf.Schedule | float) -> gf.Transform:
+    return gf.chain(gf.transform("halve", "tree -> tree", halve), gf.sgd(lr, momentum=0.9))
+
+
 def log(number: int, info: gf.Info | dict[str, Tensor]) -> None:
     print(number, {name: round(value, 3) for name, value in gf.scalars(info).items()})
 
@@ -33,6 +47,7 @@ def main() -> None:
     reveal_type(rows.buffers)  # dict[str, Tensor]
     reveal_type(rows.gram())  # Tensor
     reveal_type(rows.explain())  # str
+    reveal_type(spread(rows))  # float
     reveal_type(diagnostics.agreement(rows))  # Tensor
     reveal_type(diagnostics.noise_scale(rows, batch_size=8).samples)  # Tensor
 
@@ -40,7 +55,7 @@ def main() -> None:
     lr = gf.schedules.cosine(0.1, total_steps=100, warmup_steps=10)
     threshold = gf.schedules.linear(1.5, 100, min_value=1.0)
     agree = gf.scheduled(gf.agree_filter, threshold=threshold)
-    update = gf.chain(agree, gf.agc_clip(0.01), gf.sgd(lr, momentum=0.9))
+    update = gf.chain(agree, gf.agc_clip(0.01), update_rule(lr))
     reveal_type(lr)  # Schedule
     reveal_type(update)  # Transform
     params, chain_state, info = update(params, update.init(params), rows)
