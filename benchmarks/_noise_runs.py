@@ -54,7 +54,7 @@ def build_run(rule: Rule, task: Task) -> Training:
     run = build_training(config, CPU)
     if rule.reducer is not None or rule.ema is not None:
         chain = update_of(config, STEPS, 1.0)
-        transforms = [*chain.links] if rule.reducer is None else [rule.reducer, chain.links[-1]]
+        transforms = [*chain.parts] if rule.reducer is None else [rule.reducer, chain.parts[-1]]
         if rule.ema is not None:
             transforms.append(gf.ema_params(rule.ema))
         loss = gf.model_loss(run.model, torch.nn.CrossEntropyLoss())

@@ -50,6 +50,7 @@ __all__ = [
     "freeze",
     "gate",
     "gsam_decompose",
+    "hyperparameters",
     "insert",
     "interop",
     "link",

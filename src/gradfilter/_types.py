@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradfilter._made import Made, Remade
+from gradfilter._factory import FactoryCall, MadeByFactory
 from gradfilter._overlap import refuse_shared_memory
 from gradfilter._readable import differentiated
-from gradfilter._tree import as_bool_tensor, device_of, donate_into, select, tree_map
+from gradfilter._tree import as_bool_tensor, device_of, donate_into, select
 
 Tree = dict[str, Tensor]
 """One tensor per leaf, keyed by the dotted names of ``nn.Module.named_parameters``."""
@@ -32,29 +34,116 @@ GLOBAL_NAMES = frozenset({"keep", "weights", "rows", "clean_grads"})
 """Published names that later transforms may use. Every other published name is a metric."""
 
 
-@dataclass(frozen=True, eq=False)
-class Offer:
-    """The extra keyword ``offer``: the transform with this ``update`` may apply its updates itself.
+class Kind(StrEnum):
+    """The signature of a transform: the form of the gradients that it takes and gives.
 
-    It is made to the last transform, whose updates no other transform sees. An update rule that
-    accepts follows ``keep`` and returns new parameters and its new state, both as `Applied`; if
-    they are donated, in the old tensors. All others ignore it. An update rule inside another
-    transform also ignores it, because its ``update`` is not the offered one.
+    A kind is its text, for example ``rows -> tree``. ``rows`` are a GradStack, ``tree`` is one
+    gradient, ``update`` is a change that is added to the parameters.
     """
 
-    update: Callable[..., Any]
-    donate: bool
+    takes: str
+    gives: str
+
+    def __new__(cls, takes: str, gives: str) -> Kind:
+        """Make a member from the two forms."""
+        kind = str.__new__(cls, f"{takes} -> {gives}")
+        kind._value_ = str(kind)
+        kind.takes, kind.gives = takes, gives
+        return kind
+
+    ROWS_TO_ROWS = "rows", "rows"
+    ROWS_TO_TREE = "rows", "tree"
+    ROWS_TO_UPDATE = "rows", "update"
+    TREE_TO_TREE = "tree", "tree"
+    TREE_TO_UPDATE = "tree", "update"
+    UPDATE_TO_UPDATE = "update", "update"
+
+    @property
+    def is_update_rule(self) -> bool:
+        """Whether gradients become an update."""
+        return self.gives == "update" != self.takes
+
+
+KINDS: dict[str, Kind] = {str(kind): kind for kind in Kind}
+"""The kinds by their text. (A compiler does not follow an iteration over the enum.)"""
 
 
 @dataclass(frozen=True, eq=False)
-class Applied:
-    """New values in place of updates or of a state that must still be gated."""
+class Context:
+    """The values that a transform may use in addition to gradients, state and parameters.
 
-    tree: Any
+    Attributes:
+        values: By name: the extra keywords of the caller, and all that earlier transforms of the
+            chain published, metrics as ``name/metric``. A missing value is None as an attribute.
+    """
+
+    values: Mapping[str, Any]
+
+    @property
+    def keep(self) -> Tensor | bool | None:
+        """Whether the step is applied, a bool (), as far as the earlier transforms know."""
+        return self.values.get("keep")
+
+    @property
+    def rows(self) -> Any:
+        """The GradStack that the last reducer reduced."""
+        return self.values.get("rows")
+
+    @property
+    def weights(self) -> Tensor | None:
+        """The weights (M,) by which the rows were combined."""
+        return self.values.get("weights")
+
+    @property
+    def clean_grads(self) -> Any:
+        """The gradients before `sam_perturb`: a GradStack or a tree."""
+        return self.values.get("clean_grads")
+
+    @property
+    def grad_fn(self) -> Callable[[Params], Any] | None:
+        """The caller's function from parameters to gradients."""
+        return self.values.get("grad_fn")
+
+    @property
+    def count(self) -> Tensor | int | None:
+        """The caller's number of the step, for schedules."""
+        return self.values.get("count")
+
+    def having(self, values: Mapping[str, Any]) -> Context:
+        """Return this context with more values, or newer ones."""
+        return Context({**self.values, **values})
+
+
+Compute = Callable[[Any, State, Params, Context], tuple[Any, State, Out]]
+"""``compute(grads, state, params, context) -> (grads, state, out)``, pure."""
+
+
+def all_keep(params: Params, *keeps: Tensor | bool | None) -> Tensor | None:
+    """Return whether all of these bools () are true; None if none of them is given."""
+    given = [as_bool_tensor(keep, device_of(params)) for keep in keeps if keep is not None]
+    return reduce(torch.logical_and, given) if given else None
+
+
+def apply_updates(
+    params: Params, state: State, updates: Tree, new_state: State, keep: Tensor | None
+) -> tuple[Params, State]:
+    """Add updates to the parameters, unless ``keep`` is false: then nothing changes, bit for bit.
+
+    Args:
+        params: The parameters before the step.
+        state: The state before the step.
+        updates: The update of every parameter.
+        new_state: The state after the step.
+        keep: A bool (); None to apply the updates without asking.
+    """
+    new_params = {name: p + updates[name] for name, p in params.items()}
+    if keep is None:
+        return new_params, new_state
+    return select(keep, new_params, params), select(keep, new_state, state)
 
 
 @dataclass(frozen=True, eq=False)
-class Transform(Remade):
+class Transform(MadeByFactory):
     """One transform: two pure functions and their description.
 
     ``init(params) -> state`` and ``update(grads, state, params, **extra) -> (grads, state, out)``.
@@ -63,49 +152,91 @@ class Transform(Remade):
     before, and the parameters at which the gradients were taken. The transform returns new objects
     and mutates nothing; it ignores every unknown extra keyword; it never reads the value of a
     tensor on the host. It does not use ``keep``: the caller that applies the update does, once, for
-    the parameters and all states together. (The exception is an update rule that takes an `Offer`.)
+    the parameters and all states together.
 
     Attributes:
         name: The name in metrics, state dictionaries and errors. Empty for a chain.
-        kinds: The signatures the transform has, ``"in -> out"`` with in and out among ``rows``,
-            ``tree`` and ``update``. Most transforms have one; some take several inputs.
+        kinds: The signatures the transform has. Most transforms have one; some take several inputs.
         init: Makes the first state from the parameters.
-        update: The transform itself.
+        compute: The transform itself, ``compute(grads, state, params, context)``. `update` is the
+            same with keywords in place of the `Context`.
         needs: The global names that an earlier transform must publish.
         publishes: All names in ``out``: global names and metrics.
-        links: The transforms of a chain; empty for all others.
-        made: The call of the factory that made it, used for pickling.
+        parts: The transforms of a chain; empty for all others.
+        made_by: The call of the factory that made it.
+        apply: A faster way to the same new parameters and state, if there is one; see `applied_by`.
 
     Calling a transform that ends in an update applies it:
     ``transform(params, state, grads, **extra) -> (params, state, info)``.
     """
 
     name: str
-    kinds: tuple[str, ...]
+    kinds: tuple[Kind, ...]
     init: Callable[[Params], State]
-    update: Callable[..., tuple[Any, State, Out]]
+    compute: Compute
     needs: frozenset[str] = frozenset()
     publishes: frozenset[str] = frozenset()
-    links: tuple[Transform, ...] = ()
-    made: Made | None = None
+    parts: tuple[Transform, ...] = ()
+    made_by: FactoryCall | None = None
+    # Not an argument: `replace(transform, compute=...)` must not keep what belonged to the old one.
+    apply: Callable[..., tuple[Params, State, Out]] | None = field(default=None, init=False)
 
     @property
     @override
     def core(self) -> Any:
         """The name and the functions."""
-        return self.name, self.update, self.init
+        return self.name, self.compute, self.init
 
     @override
     def __repr__(self) -> str:
-        """Return a chain by its transforms, a transform by its kinds."""
-        if self.links:
-            return f"chain({', '.join(link.name for link in self.links)})"
-        return f"<{self.name}: {self.kind}>"
+        """Return the call that made it, or name and kinds if there is none."""
+        return f"<{self.name}: {self.kind}>" if self.call is None else str(self.call)
 
     @property
     def kind(self) -> str:
         """The signature as text, for example ``rows -> tree``."""
         return " or ".join(self.kinds)
+
+    @property
+    def is_update_rule(self) -> bool:
+        """Whether gradients become an update in some of the kinds."""
+        return any(kind.is_update_rule for kind in self.kinds)
+
+    def update(
+        self, grads: Any, state: State, params: Params, /, **extra: Any
+    ) -> tuple[Any, State, Out]:
+        """Transform gradients.
+
+        Args:
+            grads: A GradStack or a stacked dict if the transform takes rows, else a tree.
+            state: The result of ``init`` or of the last call.
+            params: The parameters at which the gradients were taken.
+            **extra: ``keep``, ``weights``, ``rows``, ``clean_grads``, ``count``, ``value``,
+                ``grad_fn``, and keywords for your own transforms.
+
+        Returns:
+            The new gradients (or an update), the new state, and the published values.
+        """
+        return self.compute(grads, state, params, Context(extra))
+
+    def applied_by(self, apply: Callable[..., tuple[Params, State, Out]]) -> Transform:
+        """Return this transform with a function that computes and applies its updates in one pass.
+
+        Args:
+            apply: ``apply(grads, state, params, context, *, donate) -> (params, state, out)``, up
+                to rounding `compute` and `apply_updates`. It follows ``context.keep`` and every
+                ``keep`` that it publishes. With ``donate`` it may write into ``params`` and
+                ``state``. A chain that ends in this transform uses it.
+        """
+        new = replace(self)
+        object.__setattr__(new, "apply", apply)
+        return new
+
+    @override
+    def with_call(self, made_by: FactoryCall) -> Transform:
+        """Return the same transform with the call that made it."""
+        new = replace(self, made_by=made_by)
+        return new if self.apply is None else new.applied_by(self.apply)
 
     def metric(self, name: str) -> str:
         """Return the key under which ``info`` shows a metric of this transform."""
@@ -133,7 +264,7 @@ class Transform(Remade):
             function of `microbatch_grads` computes inside are refused: they would count as
             constants.
         """
-        if not all(kind.endswith("-> update") for kind in self.kinds):
+        if not all(kind.gives == "update" for kind in self.kinds):
             raise TypeError(
                 f"Expected a chain that ends in an update rule, found one of kind {self.kind!r}. "
                 "End it with sgd(lr), adam(lr), adamw(lr) or rmsprop(lr)."
@@ -144,26 +275,21 @@ class Transform(Remade):
                 "argument. The order is not that of optax (gradients, state, params): the "
                 "parameters come first."
             )
-        offer = Offer((self.links or (self,))[-1].update, donate)
         if donate:
             refuse_shared_memory(params, state)
         # Parameters may have requires_grad, but a step is not part of an ordinary graph. With
         # torch.func the derivative is requested explicitly.
         with nullcontext() if differentiated() else torch.no_grad():
-            updates, new_state, out = self.update(grads, state, params, offer=offer, **extra)
-            gated = "keep" in out or "keep" in extra
-            keep = as_bool_tensor(out.get("keep", True), device_of(params))
-            keep = keep & as_bool_tensor(extra.get("keep", True), device_of(params))
-
-            def settled(new: Any, old: Any) -> Any:
-                if isinstance(new, Applied):
-                    return new.tree
-                return select(keep, new, old) if gated else new
-
-            if not isinstance(updates, Applied):
-                updates = {name: p + updates[name] for name, p in params.items()}
-            new_params = settled(updates, params)
-            new_state = tree_map(settled, new_state, state)
+            context = Context(extra)
+            if self.apply is None:
+                updates, new_state, out = self.compute(grads, state, params, context)
+                keep = all_keep(params, context.keep, out.get("keep"))
+                new_params, new_state = apply_updates(params, state, updates, new_state, keep)
+            else:
+                new_params, new_state, out = self.apply(
+                    grads, state, params, context, donate=donate
+                )
+                keep = all_keep(params, context.keep, out.get("keep"))
             if donate:
                 new_params = donate_into(params, new_params)
                 new_state = donate_into(state, new_state)
@@ -172,4 +298,5 @@ class Transform(Remade):
         if release is not None:
             release()
         metrics = {self.metric(k): v for k, v in out.items() if k not in GLOBAL_NAMES}
-        return new_params, new_state, {"keep": keep, **metrics}
+        kept = as_bool_tensor(True, device_of(params)) if keep is None else keep
+        return new_params, new_state, {"keep": kept, **metrics}

@@ -154,7 +154,7 @@ def rules(m, seeds):
         params = {name: torch.zeros(shape) for name, shape in ODD.items()}
         for make in RULES.values():
             link = make()
-            if len(link.links) < 2 and link.name in ("sign_agreement", "aggregate") and seed % 3:
+            if len(link.parts) < 2 and link.name in ("sign_agreement", "aggregate") and seed % 3:
                 continue  # they look at every row there is
             expected = link.update(gf.DenseStack(full), link.init(params), params)
             found = link.update(RankStack(mine(full)), link.init(params), params)

@@ -463,7 +463,7 @@ def test_a_users_finite_filter_is_enough_where_it_guards_rows():
     first = gf.chain(gf.clip_per_row(1.0), gf.finite_filter(), gf.agree_filter())
     late = gf.chain(gf.agree_filter(), gf.finite_filter())
     make = lambda chain, s: Filtered(model, F.cross_entropy, chain, sgd(model), 4, scaler=s)
-    names = lambda chain, s=scaler: [part.name for part in make(chain, s).transforms.links]
+    names = lambda chain, s=scaler: [part.name for part in make(chain, s).transforms.parts]
     assert names(first) == ["clip_per_row", "finite_filter", "agree_filter"]
     assert names(late) == ["finite_filter", "agree_filter", "finite_filter"]
     assert names(late, None) == ["agree_filter", "finite_filter"]

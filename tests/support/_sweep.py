@@ -14,7 +14,8 @@ def studies_in(folder):
 
         def begin(*options):
             _, plan = parse_sweep([*options, "--save-dir", str(folder)])
-            queue = stack.enter_context(joined(plan, None, 1))
+            # No test waits until a heartbeat is old.
+            queue = stack.enter_context(joined(plan, None, 3600))
             enqueue(queue, retry_failed=False)
             return queue
 

@@ -62,7 +62,7 @@ class Breach:
             return KINDS[kind](grads, self.change), self.more(state, params), self.out()
 
         def knows_all_keywords(
-            grads, state, params, /, *, offer=None, keep=None, rows=None, weights=None, grad_fn=None
+            grads, state, params, /, *, keep=None, rows=None, weights=None, grad_fn=None
         ):
             return update(grads, state, params)
 
@@ -171,18 +171,18 @@ def test_a_lawful_transform_of_every_kind_holds(kind):
 
 def around(chain, function):
     """A chain with another update, which a chain around it does not know."""
-    return replace(chain, update=lambda *args, **extra: function(chain.update, *args, **extra))
+    return replace(chain, compute=lambda *args: function(chain.compute, *args))
 
 
-def twice(update, *args, offer=None, **extra):
-    updates, state, out = update(*args, **extra)
+def twice(compute, *args):
+    updates, state, out = compute(*args)
     return {name: 2 * u for name, u in updates.items()}, state, out
 
 
-def forgives(update, grads, state, params, **extra):
+def forgives(compute, grads, state, params, context):
     if isinstance(grads, dict):
         grads = {n: grads.get(n, torch.zeros_like(p)) for n, p in params.items()}
-    return update(grads, state, params, **extra)
+    return compute(grads, state, params, context)
 
 
 TREES = gf.chain(gf.agc_clip(), gf.sgd(0.1))

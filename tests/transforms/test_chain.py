@@ -1,5 +1,7 @@
 """Chains: what is refused when built and when called, and what they compose to."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -37,7 +39,11 @@ def call(update, grads=ROWS, params=PARAMS, **extra):
             r"transform 2, 'ema_params', takes an update, found a tree. Put it after sgd",
         ),
         (lambda: [gf.agree_filter, sgd()], TypeError, r"found function. Call the factory"),
-        (lambda: [[gf.mean_rows(), sgd()]], TypeError, r"found list. Unpack it: chain\(\*links\)"),
+        (
+            lambda: [[gf.mean_rows(), sgd()]],
+            TypeError,
+            r"found list. Unpack it: chain\(\*transforms\)",
+        ),
         (
             lambda: [gf.mean_rows(), torch.optim.SGD([torch.ones(1)])],
             TypeError,
@@ -315,6 +321,36 @@ def test_a_link_that_would_collide_with_a_keyword_of_chains_is_refused_when_made
     with pytest.raises(TypeError, match=r"own: .*'rows'.*Put `, /` behind params"):
         gf.link("own", "rows -> rows", collides)
     gf.link("own", "rows -> rows", fine)
+
+
+def test_methods_and_callable_objects_are_checked_for_such_names_like_functions():
+    class Own:
+        def update(self, rows, state, params, **extra):
+            return rows, state, {}
+
+        def __call__(self, grads, state, weights, **extra):
+            return grads, state, {}
+
+    with pytest.raises(TypeError, match="'rows'"):
+        gf.transform("own", "rows -> rows", Own().update)
+    with pytest.raises(TypeError, match="'weights'"):
+        gf.transform("own", "rows -> rows", Own())
+
+
+def test_another_function_in_a_transform_is_the_one_that_runs():
+    """An update rule that applies itself must not outlive the function that it stands for."""
+
+    def still(grads, state, params, context):
+        return (
+            {name: torch.zeros_like(p) for name, p in params.items()},
+            state,
+            {"lr": torch.ones(())},
+        )
+
+    params = {"w": torch.ones(2)}
+    for update in (gf.sgd(1.0), gf.chain(gf.sgd(1.0)), gf.named("x", gf.sgd(1.0))):
+        changed = replace(update, compute=still)
+        assert changed(params, update.init(params), params)[0]["w"].tolist() == [1.0, 1.0]
 
 
 def test_kinds_of_chains():

@@ -167,7 +167,7 @@ def test_a_schedule_for_a_number_says_what_to_write(name):
 
 
 def test_scheduled_wants_the_factory():
-    with pytest.raises(TypeError, match=r"found <agree_filter.*, not scheduled\(agree_filter"):
+    with pytest.raises(TypeError, match=r"found agree_filter.*, not scheduled\(agree_filter"):
         gf.scheduled(gf.agree_filter(0.97), threshold=gf.schedules.linear(1.0, 9))
     with pytest.raises(TypeError, match="expected a factory, found int"):
         gf.scheduled(3, threshold=gf.schedules.linear(1.0, 9))

@@ -15,6 +15,7 @@ import gradfilter as gf
 import gradfilter.schedules as gs
 from _cases import EXTRA, LR, make_params, make_rows, step
 from _naive import assert_same
+from gradfilter._types import Kind
 from gradfilter.distributed import across_ranks
 
 
@@ -148,13 +149,13 @@ def test_a_file_of_a_chain():
 def test_what_was_changed_since_is_not_pickled_as_what_it_was():
     for changed in (
         replace(gf.agc_clip(), name="mine"),
-        replace(gf.agc_clip(), update=flipped),
+        replace(gf.agc_clip(), compute=flipped),
         replace(gf.chain(gf.sgd(0.1)), init=none),
     ):
         with pytest.raises((pickle.PicklingError, AttributeError), match="local"):
             pickle.dumps(changed)
-    bare = gf.Transform("bare", ("tree -> tree",), none, flipped)
-    assert pickle.loads(pickle.dumps(bare)).update is flipped
+    bare = gf.Transform("bare", (Kind.TREE_TO_TREE,), none, flipped)
+    assert pickle.loads(pickle.dumps(bare)).compute is flipped
 
 
 def test_a_function_that_has_no_name_elsewhere_is_refused_by_pickle():

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,15 +28,39 @@ def shown(thing):
         return repr(thing)
 
 
-def test_a_chain_shows_its_links_and_a_link_its_kinds():
-    assert shown(gf.agree_filter(0.97)) == "<agree_filter: rows -> tree>"
-    assert shown(gf.agc_clip(0.01)) == f"<agc_clip: {gf.agc_clip(0.01).kind}>"
+def test_a_transform_shows_its_arguments_by_name_and_a_chain_its_transforms():
+    assert shown(gf.agree_filter(0.97)) == "agree_filter(threshold=0.97)"
+    assert shown(gf.mean_rows()) == "mean_rows()"
     update = gf.chain(gf.agree_filter(0.97), gf.agc_clip(0.01), gf.sgd(0.1))
-    assert shown(update) == str(update) == "chain(agree_filter, agc_clip, sgd)"
-    assert shown(gf.chain(gf.mean_rows())) == "chain(mean_rows)"
+    text = "chain(agree_filter(threshold=0.97), agc_clip(clipping=0.01), sgd(lr=0.1))"
+    assert shown(update) == str(update) == text
     assert shown(gf.named("head", gf.chain(gf.mean_rows(), gf.sgd(0.1)))) == (
-        "<head: rows -> update>"
+        "named(name='head', transform=chain(mean_rows(), sgd(lr=0.1)))"
     )
+    assert shown(gf.partition({"all": gf.adam(betas=(0.8, 0.9))}, starts_with_a)) == (
+        "partition(branches={'all': adam(betas=(0.8, 0.9))}, label=starts_with_a)"
+    )
+
+
+def test_schedules_and_what_they_drive_show_their_arguments():
+    lr = gf.schedules.cosine(0.1, 1000, warmup_steps=10)
+    assert shown(lr) == "cosine(max_value=0.1, total_steps=1000, warmup_steps=10)"
+    assert shown(gf.scheduled(gf.agc_clip, clipping=gf.schedules.linear(0.1, 5))) == (
+        "scheduled(agc_clip, clipping=linear(max_value=0.1, total_steps=5))"
+    )
+
+
+def test_values_of_tensors_are_not_shown():
+    assert shown(gf.sgd(torch.tensor(0.1))) == "sgd(lr=tensor of shape ())"
+
+
+def test_what_was_changed_since_it_was_made_shows_its_kinds():
+    changed = replace(gf.agc_clip(0.01), name="mine")
+    assert shown(changed) == "<mine: tree -> tree>"
+
+
+def starts_with_a(name):
+    return "all"
 
 
 @pytest.mark.parametrize("plan, name", [("fused", "FusedStack"), ("loop", "ComputedDenseStack")])

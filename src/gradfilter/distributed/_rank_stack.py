@@ -19,8 +19,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradfilter import _products, _tree
-from gradfilter._made import remembered
-from gradfilter._types import Out, Params, State, Transform, Tree
+from gradfilter._factory import factory
+from gradfilter._types import Context, Out, Params, State, Transform, Tree
 from gradfilter.distributed._ranks import Bucket, Ranks, added_up, combined, exchanged
 from gradfilter.grads._stack import (
     GRAM_UP_TO,
@@ -36,7 +36,7 @@ from gradfilter.grads._stack import (
 )
 from gradfilter.grads.fused._lift import untraced
 from gradfilter.transforms._fingerprint import described, shortened, whole_chain
-from gradfilter.transforms._transform import transform
+from gradfilter.transforms._transform import transform_in_context
 
 # --- The rows of all ranks, before they are cut or scaled ---
 
@@ -480,10 +480,10 @@ def check_same_chain(chain: Transform | None, ranks: Ranks) -> None:
     Raises:
         ValueError: They differ; the error names two ranks and the difference.
     """
-    links = () if chain is None else chain.links
-    names = [part.name for part in links]
-    links = links[names.index("across_ranks") :] if "across_ranks" in names else links
-    own = [described(part) for part in links]
+    parts = () if chain is None else chain.parts
+    names = [part.name for part in parts]
+    parts = parts[names.index("across_ranks") :] if "across_ranks" in names else parts
+    own = [described(part) for part in parts]
     others = ranks.gather_texts(json.dumps(own))
     for rank, text in enumerate(others):
         if text != others[0]:
@@ -514,7 +514,7 @@ def _bits(tensor: Tensor) -> Tensor:
 # --- The transform ---
 
 
-@remembered
+@factory
 def across_ranks(group: dist.ProcessGroup | None = None) -> Transform:
     """Let the following transforms of a chain see the rows of all ranks, as a `RankStack`.
 
@@ -563,9 +563,9 @@ def across_ranks(group: dist.ProcessGroup | None = None) -> Transform:
     """
 
     def update(
-        rows: GradStack, state: State, params: Params, /, **extra: Any
+        rows: GradStack, state: State, params: Params, context: Context
     ) -> tuple[GradStack, State, Out]:
-        keep, clean = extra.get("keep"), extra.get("clean_grads")
+        keep, clean = context.keep, context.clean_grads
         make_rank_stack = untraced(RankStack)  # ranks communicate between compiled graphs
         gathered = make_rank_stack(rows, group, keep=keep)
         out: Out = {} if keep is None else {"keep": gathered.keep}
@@ -579,4 +579,4 @@ def across_ranks(group: dist.ProcessGroup | None = None) -> Transform:
         check_same_chain(whole_chain(), ranks)
         return {}
 
-    return transform("across_ranks", "rows -> rows", update, init=init)
+    return transform_in_context("across_ranks", "rows -> rows", update, init=init)

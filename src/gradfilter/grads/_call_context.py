@@ -187,7 +187,7 @@ class Rewinds:
         if self._moments > 1:
             raise RuntimeError(
                 "Expected one gradient function in a captured step, found a second one called by "
-                "the loss or a link. Call step(state, batch) instead of capturing it."
+                "the loss or a transform. Call step(state, batch) instead of capturing it."
             )
 
 

@@ -194,10 +194,10 @@ def model_loss(
     return ModelLoss(model, criterion, has_aux)
 
 
-def refuse_class(criterion: Any, who: str = "") -> None:
+def refuse_class(criterion: Any, caller: str = "") -> None:
     """Refuse the class of a criterion: a call would take the outputs as its options."""
     if isinstance(criterion, type):
-        name, expected = criterion.__name__, f"{who}: expected" if who else "Expected"
+        name, expected = criterion.__name__, f"{caller}: expected" if caller else "Expected"
         raise TypeError(f"{expected} a criterion, found the class {name}. Call it: {name}().")
 
 

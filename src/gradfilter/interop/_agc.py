@@ -45,14 +45,14 @@ def clip_gradients(optimizer: Optimizer, exclude: Exclude | None) -> None:
         # A fused optimizer under GradScaler unscales in its kernel, so the limit is scaled instead.
         if (scale := getattr(optimizer, "grad_scale", None)) is not None:
             clipping = clipping * _tree.scalar(scale, next(iter(params.values())))
-        link = agc_clip(clipping, eps=group["agc_eps"])
+        clip = agc_clip(clipping, eps=group["agc_eps"])
         with torch.set_grad_enabled(group.get("differentiable", False)):
             if torch.is_grad_enabled():  # clone, because the step writes into the parameters
                 clones = {place: p.clone() for place, p in params.items()}
-                for place, g in link.update(grads, {}, clones)[0].items():
+                for place, g in clip.update(grads, {}, clones)[0].items():
                     params[place].grad = g
             else:  # in place, because DistributedDataParallel's gradients are views of its buckets
-                clipped, _, _ = link.update(grads, {}, params)
+                clipped, _, _ = clip.update(grads, {}, params)
                 copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]  # as torch's optimizers
                 copy(list(grads.values()), [clipped[place] for place in grads])
 

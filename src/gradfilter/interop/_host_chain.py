@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfilter import _tree
-from gradfilter._types import Out, Params, State, Transform, Tree
+from gradfilter._types import Kind, Out, Params, State, Transform, Tree
 from gradfilter.transforms._chain import chain
 from gradfilter.transforms._reducers import finite_filter
 from gradfilter.transforms._transform import REDUCERS
@@ -27,34 +27,34 @@ def filter_chain(transforms: Transform, *, guarded: bool) -> Transform:
         TypeError: The chain applies updates itself, gives rows, or takes a tree.
     """
     built = chain(transforms)
-    if built.kinds != ("rows -> tree",):
+    if built.kinds != (Kind.ROWS_TO_TREE,):
         raise TypeError(
             f"Filtered: expected a chain from rows to one gradient tree, found {built.kind!r}. "
             f"{_remedy(built)}"
         )
     if guarded and not _guards_rows(built):
-        names = [part.name for part in built.links]
+        names = [part.name for part in built.parts]
         start = names.index("across_ranks") + 1 if "across_ranks" in names else 0
-        return chain(*built.links[:start], finite_filter(), *built.links[start:])
+        return chain(*built.parts[:start], finite_filter(), *built.parts[start:])
     return built
 
 
 def _remedy(built: Transform) -> str:
-    if built.kind.endswith("update"):
-        rules = [part.name for part in built.links if part.kind.endswith("update")]
+    if any(kind.gives == "update" for kind in built.kinds):
+        rules = [part.name for part in built.parts if part.kinds[0].gives == "update"]
         return (
             f"Remove {', '.join(map(repr, rules))}: the wrapped optimizer makes the update, with "
             "its own learning rate and momentum."
         )
     if "rows" not in built.kind:
-        return f"Insert a reducer before {built.links[0].name!r}: {REDUCERS}."
-    return f"Insert a reducer after {built.links[-1].name!r}: {REDUCERS}."
+        return f"Insert a reducer before {built.parts[0].name!r}: {REDUCERS}."
+    return f"Insert a reducer after {built.parts[-1].name!r}: {REDUCERS}."
 
 
 def _guards_rows(built: Transform) -> bool:
     """Return whether rows that are not finite are removed before they are reduced."""
-    for part in built.links:
-        if "rows -> rows" not in part.kinds:
+    for part in built.parts:
+        if Kind.ROWS_TO_ROWS not in part.kinds:
             return False
         if any(key.split("/")[-1] == "finite" for key in part.publishes):
             return True
@@ -85,13 +85,13 @@ def own_state(state: State, params: Params) -> State:
     return _tree.tree_map(own, state)
 
 
-def check_owned(module: nn.Module, optimizer: torch.optim.Optimizer, who: str) -> None:
+def check_owned(module: nn.Module, optimizer: torch.optim.Optimizer, caller: str) -> None:
     """Refuse an optimizer of trainable parameters that get no gradient here.
 
     Args:
         module: The differentiated module, including the criterion's tensors.
         optimizer: The optimizer whose groups are checked.
-        who: The beginning of the error.
+        caller: The beginning of the error.
 
     Raises:
         ValueError: None of its parameters is the module's, or some are not.
@@ -107,13 +107,13 @@ def check_owned(module: nn.Module, optimizer: torch.optim.Optimizer, who: str) -
             held += p.requires_grad
     if held == alien:
         raise ValueError(
-            f"{who}: expected an optimizer over trainable parameters of the model, found none of "
-            "them in its groups. Make it from model.parameters(), after any copy or move of the "
+            f"{caller}: expected an optimizer over trainable parameters of the model, found none "
+            "of them in its groups. Make it from model.parameters(), after any copy or move of the "
             "model."
         )
     if alien:
         raise ValueError(
-            f"{who}: expected an optimizer over parameters of the model and of a criterion that "
+            f"{caller}: expected an optimizer over parameters of the model and of a criterion that "
             f"is a module, found {alien} of neither ({example}), which no gradient would reach. "
             "Make the module that holds them the criterion or a submodule of the model, or give "
             "them another optimizer."

@@ -24,12 +24,12 @@ from gradfilter.transforms._state_dict import load_state_dict, state_dict
 
 
 def check_division(
-    who: str, loader: Any, microbatches: int | None, batches: float, size: str, drop: str
+    caller: str, loader: Any, microbatches: int | None, batches: float, size: str, drop: str
 ) -> None:
     """Refuse a loader with a batch that cannot be cut into microbatches.
 
     Args:
-        who: The beginning of the error.
+        caller: The beginning of the error.
         loader: The loader; checked if it is a `DataLoader` with a known number of samples.
         microbatches: M, or None, which divides everything.
         batches: The largest number of batches used before the loader restarts or ends.
@@ -47,15 +47,15 @@ def check_division(
     full, last = divmod(len(cast(Sized, sampler.sampler)), sampler.batch_size)
     if full and sampler.batch_size % microbatches:
         raise ValueError(
-            f"{who}: expected {size} to be a multiple of microbatches={microbatches}, found "
+            f"{caller}: expected {size} to be a multiple of microbatches={microbatches}, found "
             f"{sampler.batch_size}. Use {max(sampler.batch_size // microbatches, 1) * microbatches}"
             ", or other microbatches."
         )
     if last % microbatches and not sampler.drop_last and batches > full:
         raise ValueError(
-            f"{who}: expected every batch to be a multiple of microbatches={microbatches}, found "
-            f"a last one of {last} samples in each epoch. Use {drop}, or as many samples as fill "
-            "it."
+            f"{caller}: expected every batch to be a multiple of microbatches={microbatches}, "
+            f"found a last one of {last} samples in each epoch. Use {drop}, or as many samples as "
+            "fill it."
         )
 
 
@@ -108,7 +108,7 @@ class Hosted(Filtered):
             has_aux=True,
         )
         # A step only reads the groups of its optimizer and calls it.
-        self.optimizer = cast(torch.optim.Optimizer, _Noted(optimizer, self._note))
+        self.optimizer = cast(torch.optim.Optimizer, _StepRecorder(optimizer, self._note))
 
     def serves(self, model: object, optimizer: object) -> bool:
         """Return whether the host still has the model and the optimizer that this was made for."""
@@ -159,7 +159,7 @@ class Hosted(Filtered):
         self.kept = True
 
 
-class _Noted:
+class _StepRecorder:
     """The optimizer that `Filtered` sees; its step does nothing but record that a step is due."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, step: Callable[[], None]) -> None:
@@ -196,11 +196,11 @@ class LossLog:
     It is a separate object, because attributes of a module are restored after a pass.
 
     Args:
-        who: The owner of the loss, for errors.
+        caller: The owner of the loss, for errors.
     """
 
-    def __init__(self, who: str) -> None:
-        self._who = who
+    def __init__(self, caller: str) -> None:
+        self._caller = caller
         self._values: dict[str, Tensor] | None = None
         self.options: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
@@ -229,15 +229,15 @@ class LossLog:
         assert self._values is not None  # asked before
         if not isinstance(value, Tensor | float | int):
             raise TypeError(
-                f"{self._who}: expected a number or a tensor to log as {name!r} in the loss of a "
-                f"microbatch, found {type(value).__name__}, which would be updated once for all "
+                f"{self._caller}: expected a number or a tensor to log as {name!r} in the loss of "
+                f"a microbatch, found {type(value).__name__}, which would be updated once for all "
                 "rows. Log a function of the outputs, or log it outside of the loss."
             )
         number = torch.as_tensor(value).detach()
         if number.numel() != 1:
             raise ValueError(
-                f"{self._who}: expected one number per microbatch to log as {name!r}, found shape "
-                f"{tuple(number.shape)}. Reduce it."
+                f"{self._caller}: expected one number per microbatch to log as {name!r}, found "
+                f"shape {tuple(number.shape)}. Reduce it."
             )
         self._values[name] = number.reshape(())
         self.options[name] = (args, kwargs)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from gradfilter import _products, _tree
-from gradfilter._types import Out, Params, State, Transform, Tree
+from gradfilter._types import Context, Out, Params, State, Transform, Tree
 from gradfilter.grads._call_context import (
     HostRandom,
     random_state,
@@ -28,7 +28,7 @@ from gradfilter.grads._call_context import (
 from gradfilter.grads._module_attributes import Attributes
 from gradfilter.interop._host_loss import ModuleView, module_of
 from gradfilter.transforms._sharpness_aware import DELTA, sam_perturb
-from gradfilter.transforms._transform import transform
+from gradfilter.transforms._transform import transform_in_context
 
 # --- One ordinary pass of a model, in place ---
 
@@ -564,7 +564,7 @@ def _sharpness_by_leaf(forms: dict[str, tuple[float, bool]]) -> Transform:
         sharpness(rho, adaptive)  # refuses impossible values
 
     def update(
-        grads: Tree, state: State, params: Params, /, *, grad_fn: Callable[[Params], Tree], **_: Any
+        grads: Tree, state: State, params: Params, context: Context
     ) -> tuple[Tree, State, Out]:
         def scaled(name: str, g: Tensor) -> Tensor:
             g = _tree.at_least_float32(g)
@@ -578,6 +578,7 @@ def _sharpness_by_leaf(forms: dict[str, tuple[float, bool]]) -> Transform:
             step = (forms[name][0] / size).to(g.dtype)
             near[name] = torch.addcmul(w, scaled(name, g), step).to(params[name].dtype)
         with torch.enable_grad():
-            return grad_fn(near), state, {"clean_grads": grads}
+            assert context.grad_fn is not None  # `transform_gradients` gives it
+            return context.grad_fn(near), state, {"clean_grads": grads}
 
-    return transform("sam_perturb", "tree -> tree", update, publishes=("clean_grads",))
+    return transform_in_context("sam_perturb", "tree -> tree", update, publishes=("clean_grads",))

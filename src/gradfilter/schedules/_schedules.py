@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradfilter import _tree
-from gradfilter._made import Made, Remade, remembered
+from gradfilter._factory import FactoryCall, MadeByFactory, factory
 from gradfilter._types import State
 
 # --- The type of schedules ---
@@ -30,7 +30,7 @@ def _nothing(count: Tensor) -> State:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Schedule(Remade):
+class Schedule(MadeByFactory):
     """A value for every step. A schedule is recognised by its type, not by being callable.
 
     Attributes:
@@ -38,7 +38,7 @@ class Schedule(Remade):
         init: ``init(count) -> state``; only `plateau` has a state.
         max_value: The largest value after the warm-up; `proportional` refers to both.
         min_value: The smallest value.
-        made: The call of the factory that made it, used for pickling.
+        made_by: The call of the factory that made it, used for pickling.
 
     Calling a schedule without a state gives its value:
 
@@ -52,7 +52,7 @@ class Schedule(Remade):
     max_value: float
     min_value: float
     init: Callable[[Tensor], State] = _nothing
-    made: Made | None = None
+    made_by: FactoryCall | None = None
 
     @property
     @override
@@ -62,12 +62,10 @@ class Schedule(Remade):
 
     @override
     def __repr__(self) -> str:
-        """Return the call that made it."""
-        if self.made is None:
+        """Return the call that made it, or its range if there is none."""
+        if self.call is None:
             return f"Schedule(max_value={self.max_value}, min_value={self.min_value})"
-        given = [repr(value) for value in self.made.args]
-        given += [f"{name}={value!r}" for name, value in self.made.kwargs.items()]
-        return f"{self.made.factory.__name__}({', '.join(given)})"
+        return str(self.call)
 
     def __call__(self, count: int | Tensor) -> Tensor:
         """Return the value at step ``count``, for schedules without a state."""
@@ -117,7 +115,7 @@ def progress(total_steps: int, warmup_steps: int) -> Curve:
 # --- Schedules that depend on the step alone: constant, linear, cosine, poly and step ---
 
 
-@remembered
+@factory
 def constant(value: float, *, warmup_steps: int = 0, init_value: float | None = None) -> Schedule:
     """Return a schedule of one value, after an optional warm-up from ``init_value`` (0).
 
@@ -135,7 +133,7 @@ def constant(value: float, *, warmup_steps: int = 0, init_value: float | None = 
     return after_warmup(lambda k: torch.full_like(k, value), value, value, warmup_steps, start)
 
 
-@remembered
+@factory
 def linear(
     max_value: float,
     total_steps: int,
@@ -166,7 +164,7 @@ def linear(
     return after_warmup(curve, max_value, min_value, warmup_steps, init_value)
 
 
-@remembered
+@factory
 def cosine(
     max_value: float,
     total_steps: int,
@@ -200,7 +198,7 @@ def cosine(
     return after_warmup(curve, max_value, min_value, warmup_steps, init_value)
 
 
-@remembered
+@factory
 def poly(
     max_value: float,
     power: float,
@@ -232,7 +230,7 @@ def poly(
     return after_warmup(curve, max_value, min_value, warmup_steps, init_value)
 
 
-@remembered
+@factory
 def step(
     max_value: float,
     every: int,
@@ -271,7 +269,7 @@ def step(
 # --- Schedules that depend on a metric or on the learning rate ---
 
 
-@remembered
+@factory
 def plateau(
     max_value: float,
     *,
@@ -349,7 +347,7 @@ def plateau(
     return Schedule(at, max_value, min_value, init)
 
 
-@remembered
+@factory
 def proportional(lr: Schedule, rho_min: float, rho_max: float) -> Schedule:
     """Return ρ in proportion to the learning rate of the same step, as in GSAM.
 

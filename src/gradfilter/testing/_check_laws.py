@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gradfilter._types import Transform
+from gradfilter._types import Kind, Transform
 from gradfilter.testing import _laws
 from gradfilter.testing import _laws as _machine_laws
 from gradfilter.testing._laws import SHAPES, M, Problem, TreeProblem
@@ -107,7 +107,7 @@ def check_laws(
     if not isinstance(transform, Transform):
         raise TypeError(
             f"check_laws: expected a transform, found {type(transform).__name__}. Call the "
-            "factory: my_link(), not my_link."
+            "factory: my_transform(), not my_transform."
         )
     unknown = sorted(set(skip) - set(LAWS))
     if unknown:
@@ -122,14 +122,14 @@ def check_laws(
     broken: dict[str, tuple[list[str], list[str]]] = {}  # by cause: the laws and the places
     first = None
     for update in completed(transform):
-        on = problem if "rows -> update" in update.kinds else tree
+        on = problem if Kind.ROWS_TO_UPDATE in update.kinds else tree
         for name, law in asked.items():
             try:
                 law(update, on)
             except Exception as error:  # any exception of a transform breaks the law
                 first = first or error
                 laws, places = broken.setdefault(_found(error), ([], []))
-                where = " -> ".join(part.name for part in update.links)
+                where = " -> ".join(part.name for part in update.parts)
                 laws += [] if name in laws else [name]
                 places += [] if where in places else [where]
     if broken:
@@ -150,7 +150,7 @@ def completed(transform: Transform) -> list[Transform]:
 
     The places are the first in the chain, where it gets the caller's tensors, and behind others.
     """
-    if transform.links and "rows -> update" in transform.kinds:
+    if transform.parts and Kind.ROWS_TO_UPDATE in transform.kinds:
         return [transform]  # complete already
     rule = sgd(0.1, momentum=0.9, weight_decay=0.01)
     before = {
@@ -161,11 +161,10 @@ def completed(transform: Transform) -> list[Transform]:
     after = {"rows": (mean_rows(), rule), "tree": (rule,), "update": ()}
     chains: list[Transform] = []
     for kind in transform.kinds:
-        takes, gives = kind.split(" -> ")
-        for links in before[takes]:
-            whole = chain(*links, transform, *after[gives])
-            known = [(part.name for part in other.links) for other in chains]
-            names = [part.name for part in whole.links]
+        for others in before[kind.takes]:
+            whole = chain(*others, transform, *after[kind.gives])
+            known = [(part.name for part in other.parts) for other in chains]
+            names = [part.name for part in whole.parts]
             if all(names != [*other] for other in known):
                 chains.append(whole)
     return chains

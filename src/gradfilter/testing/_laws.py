@@ -399,10 +399,10 @@ def state_round_trips(update: Transform, problem: Problem) -> None:
 def nesting_does_not_matter(update: Transform, problem: Problem) -> None:
     """``chain(chain(a, b), c)`` is ``chain(a, b, c)``."""
     params, _, rows = problem.started(update)
-    links = update.links or (update,)
-    for cut in range(1, len(links)):
+    parts = update.parts or (update,)
+    for cut in range(1, len(parts)):
         try:
-            nested = chain(chain(*links[:cut]), *links[cut:])
+            nested = chain(chain(*parts[:cut]), *parts[cut:])
         except (TypeError, ValueError) as error:  # a part alone may lack a published name
             ensure("needs" in str(error) or "takes" in str(error), str(error))
             continue

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gradfilter import _tree
-from gradfilter._made import remembered
+from gradfilter._factory import factory
 from gradfilter._readable import readable
-from gradfilter._types import Out, Params, State, Transform, Tree
+from gradfilter._types import Context, Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
-from gradfilter.transforms._transform import check_distance, check_number, transform
+from gradfilter.transforms._transform import check_distance, check_number, transform_in_context
 
 # --- The running comparison: each row against the mean of the rows accepted so far ---
 
@@ -111,7 +111,7 @@ def _in_tensors(gram: Tensor, usable: Tensor, threshold: float | Tensor, mean: b
 # --- The filter ---
 
 
-@remembered
+@factory
 def agree_filter(
     threshold: float = 0.97,
     *,
@@ -153,8 +153,8 @@ def agree_filter(
     Examples:
         >>> import torch, gradfilter as gf
         >>> rows = {"w": torch.tensor([[1.0, 0.0], [1.0, 0.2], [-1.0, 0.1]])}
-        >>> link, params = gf.agree_filter(0.97), {"w": torch.zeros(2)}
-        >>> grads, _, out = link.update(rows, link.init(params), params)
+        >>> agree, params = gf.agree_filter(0.97), {"w": torch.zeros(2)}
+        >>> grads, _, out = agree.update(rows, agree.init(params), params)
         >>> grads, out["accepted"]
         ({'w': tensor([1.0000, 0.1000])}, tensor([ True,  True, False]))
 
@@ -171,7 +171,7 @@ def agree_filter(
         )
 
     def update(
-        rows: GradStack, state: State, params: Params, /, **extra: Any
+        rows: GradStack, state: State, params: Params, context: Context
     ) -> tuple[Tree, State, Out]:
         if len(rows) < 2:
             raise ValueError(
@@ -187,7 +187,7 @@ def agree_filter(
         out = {"keep": keep, "weights": weights, "accepted": accepted, "cosine": cosine}
         return rows.combine(weights), state, out
 
-    return transform(
+    return transform_in_context(
         "agree_filter",
         "rows -> tree",
         update,

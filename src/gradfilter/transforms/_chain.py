@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch.optim import Optimizer
 
 from gradfilter import _tree
-from gradfilter._made import remembered
-from gradfilter._types import GLOBAL_NAMES, Out, Params, State, Transform
+from gradfilter._factory import factory
+from gradfilter._types import (
+    GLOBAL_NAMES,
+    KINDS,
+    Compute,
+    Context,
+    Kind,
+    Out,
+    Params,
+    State,
+    Transform,
+    all_keep,
+)
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._fingerprint import initialising
 from gradfilter.transforms._transform import REDUCERS, admit
@@ -20,117 +32,116 @@ from gradfilter.transforms._transform import REDUCERS, admit
 # --- Order: check that transforms fit behind each other, and propose a better place ---
 
 
-Links = tuple[Transform, ...]
-RULES = frozenset({"rows -> update", "tree -> update"})
+Parts = tuple[Transform, ...]
 BEHIND = "Put it after sgd, adam, adamw or rmsprop."
 
 
-def not_a_transform(found: Any, who: str = "chain") -> TypeError:
+def not_a_transform(found: Any, caller: str = "chain") -> TypeError:
     """Return the error for an argument of `chain`, or of another function, that is no transform."""
     kind = found if isinstance(found, type) else type(found)
     if isinstance(found, (list, tuple)):
-        fix = "Unpack it: chain(*links)."
+        fix = "Unpack it: chain(*transforms)."
     elif issubclass(kind, Optimizer):
         fix = "Use sgd(lr) and so on, or interop.Filtered to keep a torch optimizer."
     elif inspect.isroutine(found):
         fix = "Call the factory: agree_filter(0.97), not agree_filter."
     else:
         fix = "Factories such as agree_filter(0.97) make them, or transform() for one of your own."
-    return TypeError(f"{who}: expected transforms, found {kind.__name__}. {fix}")
+    return TypeError(f"{caller}: expected transforms, found {kind.__name__}. {fix}")
 
 
-def ways_through(links: Links) -> tuple[str, ...]:
+def ways_through(parts: Parts) -> tuple[Kind, ...]:
     """Return the kinds of the chain: every way from an input of the first transform to the end."""
-    ways, fitting = _ways(links)
-    if fitting < len(links):
-        raise TypeError(_why_not({here for _, here in ways}, links, fitting))
-    return tuple(sorted(f"{start} -> {end}" for start, end in ways))
+    ways, fitting = _ways(parts)
+    if fitting < len(parts):
+        raise TypeError(_why_not({here for _, here in ways}, parts, fitting))
+    return tuple(sorted(KINDS[f"{start} -> {end}"] for start, end in ways))
 
 
-def _ways(links: Links) -> tuple[set[tuple[str, str]], int]:
+def _ways(parts: Parts) -> tuple[set[tuple[str, str]], int]:
     """Return every (input, output) of the first transforms that fit, and their number."""
-    starts = {kind.split(" -> ")[0] for kind in links[0].kinds}
-    ways = {(start, start) for start in starts}
-    for position, part in enumerate(links):
-        steps = [kind.split(" -> ") for kind in part.kinds]
-        onward = {(start, out) for start, here in ways for into, out in steps if into == here}
+    ways = {(kind.takes, kind.takes) for kind in parts[0].kinds}
+    for position, part in enumerate(parts):
+        onward = {
+            (start, kind.gives) for start, here in ways for kind in part.kinds if kind.takes == here
+        }
         if not onward:
             return ways, position
         ways = onward
-    return ways, len(links)
+    return ways, len(parts)
 
 
-def _fits(links: Links) -> bool:
-    return _ways(links)[1] == len(links)
+def _fits(parts: Parts) -> bool:
+    return _ways(parts)[1] == len(parts)
 
 
-def _why_not(here: set[str], links: Links, position: int) -> str:
-    part, before = links[position], links[position - 1]
+def _why_not(here: set[str], parts: Parts, position: int) -> str:
+    part, before = parts[position], parts[position - 1]
     where = f"chain: transform {position + 1}, {part.name!r},"
-    rule = next((link for link in links[:position] if RULES & {*link.kinds}), None)
+    rule = next((part for part in parts[:position] if part.is_update_rule), None)
     if "update" in here and rule is None:
-        name = links[0].name
+        name = parts[0].name
         return f"chain: transform 1, {name!r}, takes an update, found none before it. {BEHIND}"
-    if rule is not None and RULES & {*part.kinds}:
+    if rule is not None and part.is_update_rule:
         return f"{where} is a second update rule after {rule.name!r}. Keep one of the two."
     if rule is not None:
         return (
             f"{where} stands after the update rule {rule.name!r}, and only transforms from update "
-            f"to update may, such as ema_params. {_move(links, position, rule)}"
+            f"to update may, such as ema_params. {_move(parts, position, rule)}"
         )
-    if part.kinds[0].startswith("update"):
+    if part.kinds[0].takes == "update":
         found = "a tree" if here == {"tree"} else "rows"
         return f"{where} takes an update, found {found}. {BEHIND}"
     if here == {"rows"}:
-        later = _reducer(links[position:])
+        later = _reducer(parts[position:])
         fix = (
             f"Insert a reducer before it: {REDUCERS}."
             if later is None
             else f"Put {later.name!r} before it."
         )
         return f"{where} takes one gradient tree, but rows reach it from {before.name!r}. {fix}"
-    reducer = _reducer(links[:position])
+    reducer = _reducer(parts[:position])
     cause = (
-        f"{_first_of_trees(links).name!r} works on one gradient."
+        f"{_first_of_trees(parts).name!r} works on one gradient."
         if reducer is None
         else f"{reducer.name!r} has already reduced the rows."
     )
-    return f"{where} takes rows, but a tree reaches it: {cause} {_move(links, position, part)}"
+    return f"{where} takes rows, but a tree reaches it: {cause} {_move(parts, position, part)}"
 
 
-def _move(links: Links, position: int, rule: Transform) -> str:
+def _move(parts: Parts, position: int, rule: Transform) -> str:
     """Return advice to move a transform, found by trial; ``rule`` is the update rule before it."""
-    part, before, reducer = links[position], links[:position], _reducer(links[:position])
+    part, before, reducer = parts[position], parts[:position], _reducer(parts[:position])
     for place in reversed(range(position)):
         if _fits((*before[:place], part, *before[place:])):
-            who = repr(part.name) if rule is part else "it"  # behind a rule it is the subject
-            return f"Move {who} before {before[place].name!r}."
-    if reducer is not None and "rows -> tree" in part.kinds:
+            subject = repr(part.name) if rule is part else "it"  # behind a rule it is the subject
+            return f"Move {subject} before {before[place].name!r}."
+    if reducer is not None and Kind.ROWS_TO_TREE in part.kinds:
         if reducer.name == "mean_rows" != part.name:
             return f"Put {part.name!r} in the place of 'mean_rows': a chain has one reducer."
         return f"Remove {part.name!r}: a chain has one reducer."
-    if RULES & {*part.kinds}:
-        rest = [link for link in before if link is not reducer]
+    if part.is_update_rule:
+        rest = [part for part in before if part is not reducer]
         if reducer is not None and _fits((*rest, part)):
             return f"Remove {reducer.name!r}: {part.name!r} has reducers of its own."
         return f"Put what stands before it inside {part.name!r}."
     if not _takes_rows(part) or all(map(_takes_rows, before)):
         return f"Put it inside {rule.name!r}, or leave it out."
-    later = _reducer(links[position + 1 :])
+    later = _reducer(parts[position + 1 :])
     between = f"a reducer ({REDUCERS})" if later is None else repr(later.name)
-    return f"Put {part.name!r}, and {between} behind it, before {_first_of_trees(links).name!r}."
+    return f"Put {part.name!r}, and {between} behind it, before {_first_of_trees(parts).name!r}."
 
 
-def _reducer(links: Links) -> Transform | None:
-    return next((link for link in links if "rows -> tree" in link.kinds), None)
+def _reducer(parts: Parts) -> Transform | None:
+    return next((part for part in parts if Kind.ROWS_TO_TREE in part.kinds), None)
 
 
-def _first_of_trees(links: Links) -> Transform:
-    return next(link for link in links if not _takes_rows(link))
+def _first_of_trees(parts: Parts) -> Transform:
+    return next(part for part in parts if not _takes_rows(part))
 
 
-def _takes_rows(link: Transform) -> bool:
-    return any(kind.startswith("rows") for kind in link.kinds)
+def _takes_rows(part: Transform) -> bool:
+    return any(kind.takes == "rows" for kind in part.kinds)
 
 
 # --- State: check that parameters and state are those of `init` ---
@@ -140,33 +151,33 @@ SHOWN = 6
 """The number of names of each kind that an error shows."""
 
 
-def check_tree(who: str, params: Any, *, expected: str = "the parameters") -> None:
+def check_tree(caller: str, params: Any, *, expected: str = "the parameters") -> None:
     """Refuse a module or an iterator of parameters in place of a dict of parameters."""
     if not isinstance(params, dict):
         raise TypeError(
-            f"{who}: expected {expected} as a dict[str, Tensor], found {type(params).__name__}. "
+            f"{caller}: expected {expected} as a dict[str, Tensor], found {type(params).__name__}. "
             "extract(model) gives one: params, buffers = extract(model)."
         )
 
 
-def check_state(who: str, whose: str, state: Any, names: Collection[str], remedy: str) -> None:
+def check_state(caller: str, owner: str, state: Any, names: Collection[str], remedy: str) -> None:
     """Refuse an object that is not a state, or that another ``init`` made.
 
     Args:
-        who: The beginning of the error.
-        whose: "chain" or "step".
+        caller: The beginning of the error.
+        owner: "chain" or "step".
         state: The given state; only its keys are checked.
         names: The keys that it must have.
         remedy: Advice on how to get the right state.
     """
     if not isinstance(state, dict):
         found = type(state).__name__
-        raise TypeError(f"{who}: expected the state of this {whose}, found {found}. {remedy}")
+        raise TypeError(f"{caller}: expected the state of this {owner}, found {found}. {remedy}")
     if set(state) != set(names):
         missing = [name for name in names if name not in state]
         extra = [str(name) for name in state if name not in names]
         raise ValueError(
-            f"{who}: expected the state of this {whose}, missing {_shown(missing)}, extra "
+            f"{caller}: expected the state of this {owner}, missing {_shown(missing)}, extra "
             f"{_shown(extra)}. {remedy}"
         )
 
@@ -192,18 +203,18 @@ BEGIN = (
 )
 
 
-@remembered
-def chain(*links: Transform) -> Transform:
+@factory
+def chain(*transforms: Transform) -> Transform:
     """Compose transforms: each gets the result of the one before, and all values published so far.
 
     Equivalent code, without checks, names and metrics:
 
-        for link in links:
-            grads, state[link], out = link.update(grads, state[link], params, **published)
+        for t in transforms:
+            grads, state[t], out = t.update(grads, state[t], params, **published)
             published |= out                        # `keep` is ANDed
 
     Args:
-        *links: At least one. A chain among them is replaced by its transforms, so that
+        *transforms: At least one. A chain among them is replaced by its transforms, so that
             ``chain(chain(a, b), c)`` is ``chain(a, b, c)``. Repeated names are numbered
             (``agc_clip``, ``agc_clip_2``); `named` gives a name outright.
 
@@ -223,10 +234,13 @@ def chain(*links: Transform) -> Transform:
         >>> sorted(info)[:3]
         ['agc_clip/clipped_fraction', 'agree_filter/accepted', 'agree_filter/cosine']
     """
-    flat = _flattened(links)
-    names = _names(flat)
+    flat = _flattened(transforms)
+    names = names_of(flat)
     kinds = ways_through(flat)
     _check_needs(flat)
+    by_name: dict[str, Compute] = {
+        name: part.compute for name, part in zip(names, flat, strict=True)
+    }
     label = "chain " + " -> ".join(part.name for part in flat)
 
     def init(params: Params) -> State:
@@ -234,41 +248,66 @@ def chain(*links: Transform) -> Transform:
         with initialising(built):
             return {name: part.init(params) for name, part in zip(names, flat, strict=True)}
 
-    def update(grads: Any, state: State, params: Params, /, **extra: Any) -> tuple[Any, State, Out]:
-        check_state(label, "chain", state, names, BEGIN)
-        grads = admit(label, kinds, grads, params)
-        visible: dict[str, Any] = dict(extra)
+    def run(
+        grads: Any, state: State, params: Params, context: Context, parts: Mapping[str, Compute]
+    ) -> tuple[Any, State, Out]:
+        """Run the parts one after another; each sees what those before it have published."""
         published: Out = {}
         new_state: dict[str, State] = {}
-        for name, part in zip(names, flat, strict=True):
+        for name, part in parts.items():
             if isinstance(grads, GradStack):
-                visible["rows"] = grads
-            grads, new_state[name], out = part.update(grads, state[name], params, **visible)
+                context = context.having({"rows": grads})
+            grads, new_state[name], out = part(grads, state[name], params, context)
             found = {k: v for k, v in out.items() if k in GLOBAL_NAMES}
-            if "keep" in visible and "keep" in found:
-                before = _tree.as_bool_tensor(visible["keep"], found["keep"].device)
+            if context.keep is not None and "keep" in found:
+                before = _tree.as_bool_tensor(context.keep, found["keep"].device)
                 found["keep"] = before & found["keep"]
             found |= {f"{name}/{k}": v for k, v in out.items() if k not in GLOBAL_NAMES}
-            visible |= found
+            context = context.having(found)
             published |= found
         return grads, new_state, published
+
+    def compute(
+        grads: Any, state: State, params: Params, context: Context
+    ) -> tuple[Any, State, Out]:
+        check_state(label, "chain", state, names, BEGIN)
+        return run(admit(label, kinds, grads, params), state, params, context, by_name)
 
     publishes = {
         key if key in GLOBAL_NAMES else f"{name}/{key}"
         for name, part in zip(names, flat, strict=True)
         for key in part.publishes
     }
-    built = Transform("", kinds, init, update, frozenset(), frozenset(publishes), flat)
+    built = Transform("", kinds, init, compute, frozenset(), frozenset(publishes), flat)
+    apply_last = flat[-1].apply
+    if apply_last is None:
+        return built
+
+    def apply(
+        grads: Any, state: State, params: Params, context: Context, *, donate: bool
+    ) -> tuple[Params, State, Out]:
+        check_state(label, "chain", state, names, BEGIN)
+        grads = admit(label, kinds, grads, params)
+        # The last part gives new parameters in place of an update: no part follows it.
+        applying = by_name | {names[-1]: partial(apply_last, donate=donate)}
+        new_params, new_state, out = run(grads, state, params, context, applying)
+        keep = all_keep(params, context.keep, out.get("keep"))
+        if keep is not None:
+            before = {name: state[name] for name in names[:-1]}
+            new_state |= _tree.select(keep, {name: new_state[name] for name in before}, before)
+        return new_params, new_state, out
+
+    built = built.applied_by(apply)  # what `init` finds
     return built
 
 
-@remembered
-def named(name: str, link: Transform) -> Transform:
+@factory
+def named(name: str, transform: Transform) -> Transform:
     """Give a transform (or a chain, which then stays one transform) a name for metrics and state.
 
     Args:
         name: The name, without ``/`` and ``.``, which join names in metrics and state dicts.
-        link: Any link.
+        transform: Any transform.
 
     Examples:
         >>> import gradfilter as gf
@@ -277,25 +316,29 @@ def named(name: str, link: Transform) -> Transform:
     """
     if not name or "/" in name or "." in name:
         raise ValueError(f"Expected a name without '/' and '.', found {name!r}.")
-    return replace(link, name=name, links=())
+    renamed = replace(transform, name=name, parts=())
+    # A chain that has become one transform gives an update, as every transform inside another does.
+    if transform.apply is None or transform.parts:
+        return renamed
+    return renamed.applied_by(transform.apply)
 
 
-def _flattened(links: tuple[Transform, ...]) -> tuple[Transform, ...]:
+def _flattened(parts: Parts) -> tuple[Transform, ...]:
     flat: list[Transform] = []
-    for part in links:
+    for part in parts:
         if not isinstance(part, Transform):
             raise not_a_transform(part)
-        flat.extend(part.links or (part,))
+        flat.extend(part.parts or (part,))
     if not flat:
         raise ValueError("chain: expected at least one transform, found none.")
     return tuple(flat)
 
 
-def _names(links: tuple[Transform, ...]) -> tuple[str, ...]:
+def names_of(parts: Parts) -> tuple[str, ...]:
     """Return every transform's name, numbered from its second appearance on."""
     seen: Counter[str] = Counter()
     names = []
-    for part in links:
+    for part in parts:
         seen[part.name] += 1
         names.append(part.name if seen[part.name] == 1 else f"{part.name}_{seen[part.name]}")
     if len(set(names)) < len(names):
@@ -306,10 +349,10 @@ def _names(links: tuple[Transform, ...]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _check_needs(links: tuple[Transform, ...]) -> None:
+def _check_needs(parts: Parts) -> None:
     published: set[str] = set()
-    for position, part in enumerate(links):
-        if any("rows" in kind for kind in part.kinds):
+    for position, part in enumerate(parts):
+        if any("rows" in (kind.takes, kind.gives) for kind in part.kinds):
             published.add("rows")
         missing = sorted(part.needs - published)
         if missing:

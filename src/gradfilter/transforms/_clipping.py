@@ -5,20 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradfilter import _products, _tree
-from gradfilter._made import remembered
+from gradfilter._factory import factory
 from gradfilter._readable import transformed
 from gradfilter._shards import cuts, is_sharded, local, parts, resharded
-from gradfilter._types import Out, Params, State, Transform, Tree
+from gradfilter._types import Context, Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._blocks import blocks
 from gradfilter.transforms._consensus import cosines_with_others
-from gradfilter.transforms._transform import check_number, check_predicate, is_off, transform
+from gradfilter.transforms._transform import (
+    check_number,
+    check_predicate,
+    is_off,
+    transform_in_context,
+)
 
 # --- Units: the output rows and filters of a weight, which adaptive clipping treats separately ---
 
@@ -149,7 +153,7 @@ def _shrink(norms: Tensor, limit: Tensor | float) -> Tensor:
     return torch.where(over, limit / torch.where(over, norms, 1.0), 1.0)
 
 
-@remembered
+@factory
 def clip_per_row(max_norm: float) -> Transform:
     """Scale every row to a norm of at most ``max_norm``.
 
@@ -179,17 +183,19 @@ def clip_per_row(max_norm: float) -> Transform:
     )
 
     def update(
-        rows: GradStack, state: State, params: Params, /, **extra: Any
+        rows: GradStack, state: State, params: Params, context: Context
     ) -> tuple[GradStack, State, Out]:
         norms = rows.sq_norms().sqrt()
         factors = _shrink(norms, max_norm)
         out = {"norm": norms, "clipped_fraction": (factors < 1).to(norms.dtype).mean()}
         return rows.scaled(factors), state, out
 
-    return transform("clip_per_row", "rows -> rows", update, publishes=("norm", "clipped_fraction"))
+    return transform_in_context(
+        "clip_per_row", "rows -> rows", update, publishes=("norm", "clipped_fraction")
+    )
 
 
-@remembered
+@factory
 def clip_by_global_norm(max_norm: float) -> Transform:
     """Scale the whole gradient to a norm of at most ``max_norm``.
 
@@ -218,7 +224,7 @@ def clip_by_global_norm(max_norm: float) -> Transform:
     )
 
     def update(
-        grads: Tree, state: State, params: Params, /, **extra: Any
+        grads: Tree, state: State, params: Params, context: Context
     ) -> tuple[Tree, State, Out]:
         norm = _products.norm(grads)
         factor = _shrink(norm, max_norm)
@@ -230,12 +236,12 @@ def clip_by_global_norm(max_norm: float) -> Transform:
         }
         return clipped, state, out
 
-    return transform(
+    return transform_in_context(
         "clip_by_global_norm", "tree -> tree", update, publishes=("norm", "clipped_fraction")
     )
 
 
-@remembered
+@factory
 def agc_clip(
     clipping: float | Tensor | None = 0.01,
     *,
@@ -319,7 +325,7 @@ def agc_clip(
         return dict(zip(within, scaled, strict=True)), factors < 1
 
     def update(
-        grads: Tree, state: State, params: Params, /, **extra: Any
+        grads: Tree, state: State, params: Params, context: Context
     ) -> tuple[Tree, State, Out]:
         chosen = {n: g for n, g in grads.items() if exclude is None or not exclude(n)}
         if clipping is None or is_off(clipping) or not chosen:
@@ -339,7 +345,7 @@ def agc_clip(
             shrunk.append(fewer)
         return clipped, state, {"clipped_fraction": torch.cat(shrunk).to(torch.float32).mean()}
 
-    return transform("agc_clip", "tree -> tree", update, publishes=("clipped_fraction",))
+    return transform_in_context("agc_clip", "tree -> tree", update, publishes=("clipped_fraction",))
 
 
 # --- Budget clipping: the rows of a batch share a limited sum of norms by their agreement ---
@@ -349,7 +355,7 @@ LEAST_SHARE = 1e-3
 """The smallest cosine used for a row; such a row gets what the others do not use."""
 
 
-@remembered
+@factory
 def budget_clip(budget: float = 0.3, *, power: float = 3.0) -> Transform:
     r"""Limit the mean norm of the rows, and give rows that agree a larger share.
 
@@ -388,8 +394,8 @@ def budget_clip(budget: float = 0.3, *, power: float = 3.0) -> Transform:
     Examples:
         >>> import torch, gradfilter as gf
         >>> rows, params = {"w": torch.tensor([[3.0], [1.0]])}, {"w": torch.zeros(1)}
-        >>> link = gf.budget_clip(0.5, power=0)  # mean norm 2: at most 0.5 is left of it
-        >>> link.update(rows, link.init(params), params)[0].sq_norms().sqrt()
+        >>> clip = gf.budget_clip(0.5, power=0)  # mean norm 2: at most 0.5 is left of it
+        >>> clip.update(rows, clip.init(params), params)[0].sq_norms().sqrt()
         tensor([0.5000, 0.5000], dtype=torch.float64)
     """
     fix = "It is a fraction of the mean row norm of the first step; 0.3 is a good start."
@@ -402,7 +408,7 @@ def budget_clip(budget: float = 0.3, *, power: float = 3.0) -> Transform:
         return {"first": torch.zeros((), dtype=first.dtype, device=_tree.device_of(params))}
 
     def update(
-        rows: GradStack, state: State, params: Params, /, **extra: Any
+        rows: GradStack, state: State, params: Params, context: Context
     ) -> tuple[GradStack, State, Out]:
         sq_norms = rows.sq_norms()
         usable = rows.live & sq_norms.isfinite()
@@ -426,7 +432,7 @@ def budget_clip(budget: float = 0.3, *, power: float = 3.0) -> Transform:
         }
         return rows.scaled(factors), {"first": first}, out
 
-    return transform(
+    return transform_in_context(
         "budget_clip",
         "rows -> rows",
         update,

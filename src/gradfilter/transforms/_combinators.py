@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from gradfilter import _tree
-from gradfilter._made import remembered
-from gradfilter._types import GLOBAL_NAMES, Out, Params, State, Transform, Tree
+from gradfilter._factory import factory
+from gradfilter._types import GLOBAL_NAMES, Context, Kind, Out, Params, State, Transform, Tree
 from gradfilter.grads._joined_stacks import choose, join
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._reducers import mean_weights
-from gradfilter.transforms._transform import admit, check_predicate, transform
+from gradfilter.transforms._transform import admit, check_predicate, transform_in_context
 
 # --- Transforms for some of the leaves: masked and freeze ---
 
@@ -30,27 +30,29 @@ def restrict(grads: Any, names: list[str]) -> Any:
     return {name: grads[name] for name in names}
 
 
-def restrict_extra(extra: Mapping[str, Any], names: list[str], params: Params) -> dict[str, Any]:
-    """Restrict the extra keywords for transforms that see only some leaves."""
-    narrowed = dict(extra)
-    if "grad_fn" in extra:
+def restrict_context(context: Context, names: list[str], params: Params) -> Context:
+    """Restrict the context for transforms that see only some leaves."""
+    grad_fn = context.grad_fn
+    narrowed: dict[str, Any] = {}
+    if grad_fn is not None:
         # The caller's function needs the whole model: the other leaves keep their values.
-        narrowed["grad_fn"] = lambda near: restrict(extra["grad_fn"]({**params, **near}), names)
-    for key in ("rows", "clean_grads"):
-        if extra.get(key) is not None:
-            narrowed[key] = restrict(extra[key], names)
-    return narrowed
+        narrowed["grad_fn"] = lambda near: restrict(grad_fn({**params, **near}), names)
+    if context.rows is not None:
+        narrowed["rows"] = restrict(context.rows, names)
+    if context.clean_grads is not None:
+        narrowed["clean_grads"] = restrict(context.clean_grads, names)
+    return context.having(narrowed)
 
 
-@remembered
-def masked(link: Transform, names: Callable[[str], bool]) -> Transform:
+@factory
+def masked(transform: Transform, names: Callable[[str], bool]) -> Transform:
     """Apply a transform to some leaves only; the others pass unchanged.
 
     Where the transform reduces rows, the other leaves pass as their mean. No single weight vector
     then describes the result, so ``weights`` is not published and sam_perturb cannot follow.
 
     Args:
-        link: Any transform or chain but an update rule.
+        transform: Any transform or chain but an update rule.
         names: Predicate on names; true means the transform sees the leaf.
 
     Raises:
@@ -65,10 +67,10 @@ def masked(link: Transform, names: Callable[[str], bool]) -> Transform:
         {'weight': tensor([[0.0100]]), 'bias': tensor([1.])}
     """
     check_predicate("masked", "names", names)
-    if any(kind in ("tree -> update", "rows -> update") for kind in link.kinds):
+    if transform.is_update_rule:
         raise TypeError(
             "masked: expected a transform that gives gradients, found the update rule "
-            f"{link.name!r}. "
+            f"{transform.name!r}. "
             "Use partition({...}, label), with freeze() for leaves that stay as they are."
         )
 
@@ -76,22 +78,24 @@ def masked(link: Transform, names: Callable[[str], bool]) -> Transform:
         seen = [name for name in tree if names(name)]
         if not seen:
             raise ValueError(
-                f"masked: expected the predicate to choose a leaf for {link.name!r}, found none "
-                f"among {sorted(tree)}."
+                "masked: expected the predicate to choose a leaf for "
+                f"{transform.name!r}, found none among {sorted(tree)}."
             )
         return seen, [name for name in tree if name not in set(seen)]
 
     def init(params: Params) -> State:
-        return link.init(restrict(params, chosen(params)[0]))
+        return transform.init(restrict(params, chosen(params)[0]))
 
-    def update(grads: Any, state: State, params: Params, /, **extra: Any) -> tuple[Any, State, Out]:
-        grads = admit(f"masked {link.name}", link.kinds, grads, params)
+    def compute(
+        grads: Any, state: State, params: Params, context: Context
+    ) -> tuple[Any, State, Out]:
+        grads = admit(f"masked {transform.name}", transform.kinds, grads, params)
         seen, others = chosen(params)
-        new, state, out = link.update(
+        new, state, out = transform.compute(
             restrict(grads, seen),
             state,
             restrict(params, seen),
-            **restrict_extra(extra, seen, params),
+            restrict_context(context, seen, params),
         )
         if not others:
             return new, state, out
@@ -104,10 +108,15 @@ def masked(link: Transform, names: Callable[[str], bool]) -> Transform:
             out = {name: value for name, value in out.items() if name != "weights"}
         return _join(new, rest, reduced), state, out
 
-    reduces = "rows -> tree" in link.kinds
-    publishes = link.publishes - {"weights"} if reduces else link.publishes
+    reduces = Kind.ROWS_TO_TREE in transform.kinds
+    publishes = transform.publishes - {"weights"} if reduces else transform.publishes
     return replace(
-        link, name=link.name or "masked", init=init, update=update, publishes=publishes, links=()
+        transform,
+        name=transform.name or "masked",
+        init=init,
+        compute=compute,
+        publishes=publishes,
+        parts=(),
     )
 
 
@@ -119,7 +128,7 @@ def _join(seen: Grads, others: Grads, reduced: Tree) -> Grads:
     return {**seen, **reduced}
 
 
-@remembered
+@factory
 def freeze(names: Callable[[str], bool] | None = None) -> Transform:
     """Return an update that changes nothing, bit for bit.
 
@@ -139,7 +148,6 @@ def freeze(names: Callable[[str], bool] | None = None) -> Transform:
     every = names is None
     if names is not None:
         check_predicate("freeze", "names", names)
-    alone = ("rows -> update", "tree -> update")
 
     def init(params: Params) -> State:
         if names is not None and not any(names(name) for name in params):
@@ -150,7 +158,7 @@ def freeze(names: Callable[[str], bool] | None = None) -> Transform:
         return {}
 
     def update(
-        grads: Any, state: State, params: Params, /, **extra: Any
+        grads: Any, state: State, params: Params, context: Context
     ) -> tuple[Tree, State, Out]:
         still = _tree.no_update(params)
         if every or isinstance(grads, GradStack):
@@ -159,15 +167,14 @@ def freeze(names: Callable[[str], bool] | None = None) -> Transform:
         return {n: still[n] if names(n) else g for n, g in grads.items()}, state, {}
 
     # With a predicate the other leaves need an update, so only the place after an update rule fits.
-    return transform(
-        "freeze", (*alone, "update -> update") if every else "update -> update", update, init=init
-    )
+    alone = (Kind.ROWS_TO_UPDATE, Kind.TREE_TO_UPDATE) if every else ()
+    return transform_in_context("freeze", (*alone, Kind.UPDATE_TO_UPDATE), update, init=init)
 
 
 # --- Different chains for different leaves ---
 
 
-@remembered
+@factory
 def partition(branches: Mapping[str, Transform], label: Callable[[str], str]) -> Transform:
     """Apply one complete chain to each group of leaves, with its own filter and its own skips.
 
@@ -176,7 +183,7 @@ def partition(branches: Mapping[str, Transform], label: Callable[[str], str]) ->
         label: A function from the name of a leaf to its label.
 
     Publishes: ``keep`` () (true if some branch applied its update), and per branch ``LABEL/keep``
-    and its metrics under ``LABEL/link/metric``.
+    and its metrics under ``LABEL/transform/metric``.
 
     Raises:
         TypeError: A branch does not end in an update, or does not take the same as the others.
@@ -218,20 +225,20 @@ def partition(branches: Mapping[str, Transform], label: Callable[[str], str]) ->
         }
 
     def update(
-        grads: Any, state: State, params: Params, /, **extra: Any
+        grads: Any, state: State, params: Params, context: Context
     ) -> tuple[Tree, State, Out]:
         updates: Tree = {}
         new_state: dict[str, State] = {}
         keeps: list[Tensor] = []
         out: Out = {}
         for key, own in groups(params).items():
-            branch_updates, branch_state, branch_out = branches[key].update(
+            branch_updates, branch_state, branch_out = branches[key].compute(
                 restrict(grads, own),
                 state[key],
                 restrict(params, own),
-                **restrict_extra(extra, own, params),
+                restrict_context(context, own, params),
             )
-            keep = branch_out.get("keep", extra.get("keep", True))
+            keep = branch_out.get("keep", True if context.keep is None else context.keep)
             keep = _tree.as_bool_tensor(keep, _tree.device_of(params))
             branch_updates = _tree.select(keep, branch_updates, _tree.no_update(branch_updates))
             new_state[key] = _tree.select(keep, branch_state, state[key])
@@ -246,15 +253,15 @@ def partition(branches: Mapping[str, Transform], label: Callable[[str], str]) ->
     publishes = {"keep"} | {f"{key}/keep" for key in branches}
     for key, branch in branches.items():
         publishes |= {f"{key}/{branch.metric(name)}" for name in branch.publishes - GLOBAL_NAMES}
-    return transform("partition", kinds, update, init=init, publishes=publishes)
+    return transform_in_context("partition", kinds, update, init=init, publishes=publishes)
 
 
-def _common_kinds(branches: Mapping[str, Transform]) -> tuple[str, ...]:
+def _common_kinds(branches: Mapping[str, Transform]) -> tuple[Kind, ...]:
     if not branches:
         raise ValueError("partition: expected at least one branch, found none.")
-    common = {"rows -> update", "tree -> update"}
+    common = {Kind.ROWS_TO_UPDATE, Kind.TREE_TO_UPDATE}
     for key, branch in branches.items():
-        if not any(kind in ("rows -> update", "tree -> update") for kind in branch.kinds):
+        if not branch.is_update_rule:
             raise TypeError(
                 f"partition: expected every branch to end in an update, found branch {key!r} of "
                 f"kind {branch.kind!r}. End it with sgd(lr), adamw(lr) or freeze()."
@@ -272,8 +279,8 @@ def _common_kinds(branches: Mapping[str, Transform]) -> tuple[str, ...]:
 # --- Run a transform only in the steps in which a bool allows it ---
 
 
-@remembered
-def gate(link: Transform, when: str) -> Transform:
+@factory
+def gate(transform: Transform, when: str) -> Transform:
     """Run a transform if a published or given bool is true, and bypass it otherwise.
 
     Chosen with `select`: the transform is computed in every step, and its result and state are used
@@ -281,7 +288,7 @@ def gate(link: Transform, when: str) -> Transform:
     keeps the step; an update rule changes nothing. Metrics are those of the transform as computed.
 
     Args:
-        link: Any link.
+        transform: Any transform.
         when: Name of a bool of shape (): an extra keyword of the update, ``keep``, or a metric of
             an earlier transform such as ``"finite_filter/finite"``.
 
@@ -295,8 +302,8 @@ def gate(link: Transform, when: str) -> Transform:
         >>> update(params, update.init(params), grads, late=torch.tensor(False))[0]
         {'w': tensor([0.])}
     """
-    name = link.name or "gate"
-    rules = {kind in ("rows -> update", "tree -> update") for kind in link.kinds}
+    name = transform.name or "gate"
+    rules = {kind.is_update_rule for kind in transform.kinds}
     if len(rules) > 1:
         raise TypeError(
             f"gate: {name!r} may be an update rule or follow one, and stepping around it would "
@@ -304,15 +311,17 @@ def gate(link: Transform, when: str) -> Transform:
         )
     is_rule = rules == {True}
 
-    def update(grads: Any, state: State, params: Params, /, **extra: Any) -> tuple[Any, State, Out]:
-        if when not in extra:
+    def compute(
+        grads: Any, state: State, params: Params, context: Context
+    ) -> tuple[Any, State, Out]:
+        if when not in context.values:
             raise ValueError(
                 f"gate: {name!r} runs when {when!r} is true, but that name was not given. Pass "
-                f"update(..., {when}=torch.tensor(True)), or name a metric of an earlier link."
+                f"update(..., {when}=torch.tensor(True)), or name a metric of an earlier transform."
             )
-        on = _tree.as_bool_tensor(extra[when], _tree.device_of(params))
-        grads = admit(name, link.kinds, grads, params)
-        new, new_state, out = link.update(grads, state, params, **extra)
+        on = _tree.as_bool_tensor(context.values[when], _tree.device_of(params))
+        grads = admit(name, transform.kinds, grads, params)
+        new, new_state, out = transform.compute(grads, state, params, context)
         if "keep" in out:
             out = out | {"keep": out["keep"] | ~on}
         if is_rule:
@@ -333,4 +342,4 @@ def gate(link: Transform, when: str) -> Transform:
             out = out | {"clean_grads": _tree.select(on, clean, result)}
         return result, _tree.select(on, new_state, state), out
 
-    return replace(link, name=name, update=update, links=())
+    return replace(transform, name=name, compute=compute, parts=())

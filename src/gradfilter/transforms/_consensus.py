@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from gradfilter._made import remembered
-from gradfilter._types import Out, Params, State, Transform, Tree
+from gradfilter._factory import factory
+from gradfilter._types import Context, Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
-from gradfilter.transforms._transform import check_distance, check_number, transform
+from gradfilter.transforms._transform import check_distance, check_number, transform_in_context
 
 
-@remembered
+@factory
 def consensus_filter(
     threshold: float = 1.0, *, soft: bool = True, min_accepted: int = 2
 ) -> Transform:
@@ -50,15 +48,15 @@ def consensus_filter(
     Examples:
         >>> import torch, gradfilter as gf
         >>> rows = {"w": torch.tensor([[1.0, 0.0], [0.8, 0.6], [-1.0, 0.0]])}
-        >>> link, params = gf.consensus_filter(soft=False), {"w": torch.zeros(2)}
-        >>> link.update(rows, link.init(params), params)[2]["accepted"]
+        >>> consensus, params = gf.consensus_filter(soft=False), {"w": torch.zeros(2)}
+        >>> consensus.update(rows, consensus.init(params), params)[2]["accepted"]
         tensor([False,  True, False])
     """
     check_distance("consensus_filter", threshold, "1 needs no tuning.")
     check_number("consensus_filter", "min_accepted", min_accepted, low=1, fix="Use 2.")
 
     def update(
-        rows: GradStack, state: State, params: Params, /, **extra: Any
+        rows: GradStack, state: State, params: Params, context: Context
     ) -> tuple[Tree, State, Out]:
         cosine, usable = cosines_with_others(rows, params)
         if soft:
@@ -81,7 +79,7 @@ def consensus_filter(
         }
         return rows.combine(weights), state, out
 
-    return transform(
+    return transform_in_context(
         "consensus_filter",
         "rows -> tree",
         update,

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from gradfilter import _tree
-from gradfilter._made import remembered
-from gradfilter._types import Out, Params, State, Transform, Tree
-from gradfilter.transforms._transform import check_number, transform
+from gradfilter._factory import factory
+from gradfilter._types import Context, Out, Params, State, Transform, Tree
+from gradfilter.transforms._transform import check_number, transform_in_context
 
 KEY = "ema_average"
 
 
-@remembered
+@factory
 def ema_params(decay: float = 0.999) -> Transform:
     """Keep an average of the parameters in the state; updates pass unchanged.
 
@@ -44,7 +42,7 @@ def ema_params(decay: float = 0.999) -> Transform:
         return {KEY: {name: _tree.at_least_float32(p).clone() for name, p in params.items()}}
 
     def update(
-        updates: Tree, state: State, params: Params, /, **extra: Any
+        updates: Tree, state: State, params: Params, context: Context
     ) -> tuple[Tree, State, Out]:
         average = {
             name: decay * state[KEY][name] + (1 - decay) * (p + updates[name])
@@ -52,11 +50,11 @@ def ema_params(decay: float = 0.999) -> Transform:
         }
         return updates, {KEY: average}, {}
 
-    return transform("ema_params", "update -> update", update, init=init)
+    return transform_in_context("ema_params", "update -> update", update, init=init)
 
 
 def ema_of(state: State) -> Tree:
-    """Return the averaged parameters in the state of a chain that has an `ema_params` link.
+    """Return the averaged parameters in the state of a chain that has an `ema_params` transform.
 
     Args:
         state: The state of a chain, or of `train_step`. Averages in several branches of a

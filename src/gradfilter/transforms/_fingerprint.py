@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gradfilter._made import Made, Remade
+from gradfilter._factory import FactoryCall, MadeByFactory
 from gradfilter._types import Transform
 
 DEPTH = 16
@@ -61,8 +61,8 @@ def _words(value: Any, depth: int) -> str:
     if isinstance(value, Tensor):
         few = value.device.type != "meta" and value.numel() <= SHOWN
         return str(value.detach().tolist()) if few else f"tensor of shape {tuple(value.shape)}"
-    if isinstance(value, Remade):
-        return _of_made(value, deeper)
+    if isinstance(value, MadeByFactory):
+        return _of_call(value, deeper)
     if isinstance(value, types.FunctionType):
         return _of_function(value, deeper)
     if isinstance(value, partial):
@@ -81,23 +81,23 @@ def _words(value: Any, depth: int) -> str:
     return name if isinstance(name, str) else type(value).__name__
 
 
-def _of_made(value: Any, depth: int) -> str:
-    made: Made | None = value.made
-    if made is None or made.core != value.core:  # written without a factory, or changed since
+def _of_call(value: Any, depth: int) -> str:
+    call: FactoryCall | None = value.call
+    if call is None:  # written without a factory, or changed since
         functions = " ".join(_words(part, depth) for part in value.core)
         return f"{type(value).__name__}({functions})"
-    bound = inspect.signature(made.factory).bind(*made.args, **made.kwargs)
-    parameters = inspect.signature(made.factory).parameters
+    bound = call.bound()
     given = []
     for name, argument in bound.arguments.items():
-        kind, default = parameters[name].kind, _words(parameters[name].default, depth)
+        parameter = bound.signature.parameters[name]
+        kind, default = parameter.kind, _words(parameter.default, depth)
         if kind is inspect.Parameter.VAR_POSITIONAL:
             given += [_words(item, depth) for item in argument]
         elif kind is inspect.Parameter.VAR_KEYWORD:
             given += [f"{key}={_words(argument[key], depth)}" for key in sorted(argument)]
         elif (text := _words(argument, depth)) != default:
             given.append(f"{name}={text}")
-    return f"{made.factory.__name__}({', '.join(given)})"
+    return f"{call.factory.__name__}({', '.join(given)})"
 
 
 def _of_function(function: types.FunctionType, depth: int) -> str:

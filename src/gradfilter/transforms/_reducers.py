@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradfilter import _tree
-from gradfilter._made import remembered
+from gradfilter._factory import factory
 from gradfilter._shards import whole
-from gradfilter._types import Out, Params, State, Transform, Tree
+from gradfilter._types import Context, Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
-from gradfilter.transforms._transform import check_number, transform
+from gradfilter.transforms._transform import check_number, transform_in_context
 
 # --- Reducers ---
 
@@ -24,7 +23,7 @@ def mean_weights(rows: GradStack) -> Tensor:
     return live / live.sum().clamp(min=1)
 
 
-@remembered
+@factory
 def mean_rows() -> Transform:
     """Combine the rows by their mean, as in ordinary training.
 
@@ -41,15 +40,15 @@ def mean_rows() -> Transform:
     """
 
     def update(
-        rows: GradStack, state: State, params: Params, /, **extra: Any
+        rows: GradStack, state: State, params: Params, context: Context
     ) -> tuple[Tree, State, Out]:
         weights = mean_weights(rows)
         return rows.combine(weights), state, {"weights": weights}
 
-    return transform("mean_rows", "rows -> tree", update, publishes=("weights",))
+    return transform_in_context("mean_rows", "rows -> tree", update, publishes=("weights",))
 
 
-@remembered
+@factory
 def aggregate(weighting: Callable[[Tensor], Tensor]) -> Transform:
     """Combine the rows with weights that any function computes from their Gram.
 
@@ -94,7 +93,7 @@ def aggregate(weighting: Callable[[Tensor], Tensor]) -> Transform:
         )
 
     def update(
-        rows: GradStack, state: State, params: Params, /, **extra: Any
+        rows: GradStack, state: State, params: Params, context: Context
     ) -> tuple[Tree, State, Out]:
         weights = weighting(rows.gram())
         if weights.shape != (len(rows),):
@@ -104,10 +103,10 @@ def aggregate(weighting: Callable[[Tensor], Tensor]) -> Transform:
             )
         return rows.combine(weights), state, {"weights": weights}
 
-    return transform("aggregate", "rows -> tree", update, publishes=("weights",))
+    return transform_in_context("aggregate", "rows -> tree", update, publishes=("weights",))
 
 
-@remembered
+@factory
 def sign_agreement(fraction: float) -> Transform:
     """Keep a coordinate of the mean only if enough rows agree in its sign (the AND-mask).
 
@@ -135,7 +134,7 @@ def sign_agreement(fraction: float) -> Transform:
     check_number("sign_agreement", "fraction", fraction, low=0, high=1, fix="1 asks for unanimity.")
 
     def update(
-        rows: GradStack, state: State, params: Params, /, **extra: Any
+        rows: GradStack, state: State, params: Params, context: Context
     ) -> tuple[Tree, State, Out]:
         weights = mean_weights(rows)
         mean = rows.combine(weights)
@@ -152,7 +151,7 @@ def sign_agreement(fraction: float) -> Transform:
         grads = {n: torch.where(agree[n] | ~g.isfinite(), g, 0.0) for n, g in mean.items()}
         return grads, state, {"weights": weights, "kept_fraction": kept / total}
 
-    return transform(
+    return transform_in_context(
         "sign_agreement", "rows -> tree", update, publishes=("weights", "kept_fraction")
     )
 
@@ -160,7 +159,7 @@ def sign_agreement(fraction: float) -> Transform:
 # --- Guard against gradients that are not finite ---
 
 
-@remembered
+@factory
 def finite_filter() -> Transform:
     """Remove rows that are not finite; skip the step if none is left.
 
@@ -180,7 +179,7 @@ def finite_filter() -> Transform:
     """
 
     def update(
-        grads: GradStack | Tree, state: State, params: Params, /, **extra: Any
+        grads: GradStack | Tree, state: State, params: Params, context: Context
     ) -> tuple[GradStack | Tree, State, Out]:
         if isinstance(grads, GradStack):
             norms = grads.sq_norms()
@@ -190,7 +189,7 @@ def finite_filter() -> Transform:
         finite = torch.stack([whole(g.isfinite().all()) for g in grads.values()]).all()
         return grads, state, {"keep": finite, "finite": finite}
 
-    return transform(
+    return transform_in_context(
         "finite_filter",
         ("rows -> rows", "tree -> tree"),
         update,

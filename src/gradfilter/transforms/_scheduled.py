@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from gradfilter import _tree
-from gradfilter._made import remembered, unremembered
-from gradfilter._types import Out, Params, State, Transform
+from gradfilter._factory import factory, undecorated
+from gradfilter._types import Context, Out, Params, State, Transform
 from gradfilter.schedules._schedules import Schedule
 from gradfilter.transforms._update_rules import new_count, schedule_value
 
 
-@remembered
+@factory
 def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transform:
     """Drive hyperparameters of a transform by schedules.
 
@@ -53,7 +53,7 @@ def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transfo
             f"scheduled: expected a factory, found {found}. Give the function itself and its "
             f"arguments by name: scheduled({name}, threshold=...), not scheduled({name}(...), ...)."
         )
-    factory = unremembered(factory)  # its transforms live for one step only
+    factory = undecorated(factory)  # its transforms live for one step only
     accepted = inspect.signature(factory).parameters
     unknown = sorted(set(schedules) - set(accepted))
     fixed, parts, moving = _apart(schedules)
@@ -85,14 +85,16 @@ def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transfo
             "link": structure.init(params),
         }
 
-    def update(grads: Any, state: State, params: Params, /, **extra: Any) -> tuple[Any, State, Out]:
+    def compute(
+        grads: Any, state: State, params: Params, context: Context
+    ) -> tuple[Any, State, Out]:
         values, schedule_states = {}, {}
         for name, s in moving.items():
             values[name], schedule_states[name] = schedule_value(
-                s, state["count"], state["schedules"][name], extra
+                s, state["count"], state["schedules"][name], context
             )
-        link = made(values)
-        grads, link_state, out = link.update(grads, state["link"], params, **extra)
+        transform = made(values)
+        grads, link_state, out = transform.compute(grads, state["link"], params, context)
         state = {
             "count": state["count"] + 1,
             "schedules": schedule_states,
@@ -102,7 +104,7 @@ def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transfo
 
     publishes = template.publishes | frozenset(moving)
     name = template.name or "scheduled"
-    return replace(template, name=name, init=init, update=update, publishes=publishes, links=())
+    return replace(template, name=name, init=init, compute=compute, publishes=publishes, parts=())
 
 
 def _apart(

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from gradfilter import _products, _tree
-from gradfilter._made import remembered
+from gradfilter._factory import factory
 from gradfilter._readable import readable
-from gradfilter._types import Out, Params, State, Transform, Tree
+from gradfilter._types import Context, Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack, as_stack
-from gradfilter.transforms._transform import check_leaves, check_number, transform
+from gradfilter.transforms._transform import check_leaves, check_number, transform_in_context
 
 DELTA = 1e-12  # keeps a zero gradient finite
 
 
-@remembered
+@factory
 def sam_perturb(
     rho: float,
     *,
@@ -96,24 +96,24 @@ def sam_perturb(
             for name, move in moves.items()
         }
 
-    def on_rows(rows: GradStack, state: State, params: Params, extra: Any) -> tuple[Any, ...]:
+    def on_rows(rows: GradStack, state: State, params: Params, context: Context) -> tuple[Any, ...]:
         finite = rows.live & rows.sq_norms().isfinite()
         weights = finite / finite.sum().clamp(min=1).to(_tree.wide(finite))
         if per_microbatch:
             near = torch.vmap(perturbed, in_dims=(None, 0))(params, rows.stacked())
             again = _named_errors(rows.at_rows, near)
         else:
-            again = _rows_at(perturbed(params, rows.combine(weights)), rows, extra)
+            again = _rows_at(perturbed(params, rows.combine(weights)), rows, context)
         gap = _surrogate_gap(rows, again, weights)
         return again, state, {"clean_grads": rows, "surrogate_gap": gap}
 
-    def on_tree(grads: Tree, state: State, params: Params, extra: Any) -> tuple[Any, ...]:
+    def on_tree(grads: Tree, state: State, params: Params, context: Context) -> tuple[Any, ...]:
         near = perturbed(params, grads)
-        rows, weights = extra.get("rows"), extra.get("weights")
+        rows, weights = context.rows, context.weights
         unknown = next(iter(grads.values())).new_full((), torch.nan)
-        if weights is None and rows is None and "grad_fn" in extra:
+        if weights is None and rows is None and context.grad_fn is not None:
             with torch.enable_grad():
-                again = extra["grad_fn"](near)
+                again = context.grad_fn(near)
             check_leaves("sam_perturb: grad_fn", again, params)
             return again, state, {"clean_grads": grads, "surrogate_gap": unknown}
         if weights is None:
@@ -122,18 +122,18 @@ def sam_perturb(
                 "grad_fn(params) -> gradients as an extra keyword, found neither. Put sam_perturb "
                 "behind a reducer in the same chain, or call update(..., grad_fn=...)."
             )
-        stack = _rows_at(near, rows, extra)
+        stack = _rows_at(near, rows, context)
         gap = unknown if rows is None else _surrogate_gap(rows, stack, weights)
         return stack.combine(weights), state, {"clean_grads": grads, "surrogate_gap": gap}
 
     def update(
-        grads: GradStack | Tree, state: State, params: Params, /, **extra: Any
+        grads: GradStack | Tree, state: State, params: Params, context: Context
     ) -> tuple[Any, ...]:
         if isinstance(grads, GradStack):
-            return on_rows(grads, state, params, extra)
-        return on_tree(grads, state, params, extra)
+            return on_rows(grads, state, params, context)
+        return on_tree(grads, state, params, context)
 
-    return transform(
+    return transform_in_context(
         "sam_perturb",
         "rows -> rows" if per_microbatch else ("rows -> rows", "tree -> tree"),
         update,
@@ -141,11 +141,11 @@ def sam_perturb(
     )
 
 
-def _rows_at(params: Params, rows: GradStack | None, extra: Any) -> GradStack:
+def _rows_at(params: Params, rows: GradStack | None, context: Context) -> GradStack:
     """Return the rows at other parameters, from the caller's grad_fn if it is given."""
-    if "grad_fn" in extra:
+    if context.grad_fn is not None:
         with torch.enable_grad():
-            fresh = as_stack(extra["grad_fn"](params))
+            fresh = as_stack(context.grad_fn(params))
         # Rows that were clipped or removed stay clipped or removed, as in `at`.
         return fresh if rows is None else rows.like(fresh)
     if rows is None:
@@ -171,7 +171,7 @@ def _surrogate_gap(clean: GradStack, again: GradStack, weights: Tensor) -> Tenso
     return torch.where(weights != 0, weights * rise, 0.0).sum()
 
 
-@remembered
+@factory
 def gsam_decompose(alpha: float) -> Transform:
     r"""Lower the loss at the perturbed point and the surrogate gap together (GSAM).
 
@@ -202,16 +202,16 @@ def gsam_decompose(alpha: float) -> Transform:
     check_number("gsam_decompose", "alpha", alpha, low=0, fix="The paper has 0.4 for ResNets.")
 
     def update(
-        grads: Tree, state: State, params: Params, /, **extra: Any
+        grads: Tree, state: State, params: Params, context: Context
     ) -> tuple[Tree, State, Out]:
-        clean = extra.get("clean_grads")
+        clean = context.clean_grads
         if isinstance(clean, GradStack):
-            if extra.get("weights") is None:
+            if context.weights is None:
                 raise ValueError(
                     "gsam_decompose: expected the weights that combine the clean rows, found none. "
                     "Put mean_rows() or another reducer that publishes weights before it."
                 )
-            clean = clean.combine(extra["weights"])
+            clean = clean.combine(context.weights)
         if clean is None:
             raise ValueError(
                 "gsam_decompose: expected clean_grads, found none. Put sam_perturb(rho) before it."
@@ -230,6 +230,6 @@ def gsam_decompose(alpha: float) -> Transform:
         cosine = a / (b.sqrt() * g2.sqrt() + DELTA)
         return found, state, {"cosine": cosine}
 
-    return transform(
+    return transform_in_context(
         "gsam_decompose", "tree -> tree", update, needs=("clean_grads",), publishes=("cosine",)
     )

@@ -11,7 +11,7 @@ from torch import nn
 
 from gradfilter import _tree
 from gradfilter._info import Info
-from gradfilter._types import Params, State, Transform, Tree
+from gradfilter._types import Kind, Params, State, Transform, Tree
 from gradfilter.grads._batch import more_than_a_batch
 from gradfilter.grads._call_context import random_state, random_state_restored, set_random_state
 from gradfilter.grads._loss import extract
@@ -154,7 +154,7 @@ def train_step(
     """
     if more or not isinstance(update, Transform):
         raise _no_chain(update, more)
-    if "rows -> update" not in update.kinds:
+    if Kind.ROWS_TO_UPDATE not in update.kinds:
         raise TypeError(
             f"train_step: expected a chain from rows to an update, found {update.kind!r}. Start "
             "with mean_rows() or a filter, and end with an update rule such as sgd(lr)."
@@ -175,12 +175,12 @@ def train_step(
 
 def _no_chain(update: Any, more: tuple[Any, ...]) -> TypeError:
     """Return the error for an argument that is not one chain."""
-    links = [part for part in (update, *more) if isinstance(part, Transform)]
-    if more and len(links) == 1 + len(more):
-        names = ", ".join(f"{part.name or 'chain'}(...)" for part in links)
+    transforms = [part for part in (update, *more) if isinstance(part, Transform)]
+    if more and len(transforms) == 1 + len(more):
+        names = ", ".join(f"{part.name or 'chain'}(...)" for part in transforms)
         return TypeError(
-            f"train_step: expected train_step(loss, update), found {len(links)} transforms. Make "
-            f"them one: train_step(loss, chain({names}), microbatches=8)."
+            f"train_step: expected train_step(loss, update), found {len(transforms)} transforms. "
+            f"Make them one: train_step(loss, chain({names}), microbatches=8)."
         )
     stranger = next(part for part in (update, *more) if not isinstance(part, Transform))
     if isinstance(stranger, int) and more:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,15 +10,22 @@ import torch
 from torch import Tensor
 
 from gradfilter import _tree
-from gradfilter._made import remembered
-from gradfilter._types import GLOBAL_NAMES, Out, Params, State, Transform, Tree
+from gradfilter._factory import factory
+from gradfilter._types import (
+    GLOBAL_NAMES,
+    KINDS,
+    Compute,
+    Context,
+    Kind,
+    Out,
+    Params,
+    State,
+    Transform,
+    Tree,
+)
 from gradfilter.grads._stack import GradStack, as_stack
 from gradfilter.schedules._schedules import Schedule
 
-KINDS = frozenset(
-    {f"{a} -> {b}" for a, b in (("rows", "rows"), ("rows", "tree"), ("tree", "tree"))}
-    | {f"{a} -> update" for a in ("rows", "tree", "update")}
-)
 REDUCERS = "mean_rows(), agree_filter() or consensus_filter()"
 
 
@@ -26,7 +34,7 @@ def no_state(params: Params) -> State:
     return {}
 
 
-@remembered
+@factory
 def transform(
     name: str,
     kinds: str | Iterable[str],
@@ -60,11 +68,32 @@ def transform(
         >>> ascent(params, ascent.init(params), {"w": torch.ones(1)})[0]
         {'w': tensor([0.5000])}
     """
-    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-    for kind in kinds:
+    _check_names(name, update)
+    return transform_in_context(
+        name,
+        kinds,
+        lambda grads, state, params, context: update(grads, state, params, **context.values),
+        init=init,
+        needs=needs,
+        publishes=publishes,
+    )
+
+
+def transform_in_context(
+    name: str,
+    kinds: str | Iterable[str],
+    compute: Compute,
+    *,
+    init: Callable[[Params], State] = no_state,
+    needs: Iterable[str] = (),
+    publishes: Iterable[str] = (),
+) -> Transform:
+    """Make a `Transform` as `transform` does, from a function that takes a `Context`."""
+    given = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    for kind in given:
         if kind not in KINDS:
             raise ValueError(f"{name}: expected kinds among {sorted(KINDS)}, found {kind!r}.")
-    _check_names(name, update)
+    parsed = tuple(KINDS[kind] for kind in given)
     unknown = sorted(set(needs) - GLOBAL_NAMES)
     if unknown:
         raise ValueError(
@@ -73,9 +102,9 @@ def transform(
         )
 
     def checked(
-        grads: Any, state: State, params: Params, /, **extra: Any
+        grads: Any, state: State, params: Params, context: Context
     ) -> tuple[Any, State, Out]:
-        grads, new_state, out = update(admit(name, kinds, grads, params), state, params, **extra)
+        grads, new_state, out = compute(admit(name, parsed, grads, params), state, params, context)
         check_leaves(f"{name}: result", grads, params)
         if not isinstance(grads, GradStack):
             grads = _tree.in_dtypes_of(params, grads)
@@ -86,7 +115,7 @@ def transform(
             raise
         return grads, new_state, out
 
-    return Transform(name, kinds, init, checked, frozenset(needs), frozenset(publishes))
+    return Transform(name, parsed, init, checked, frozenset(needs), frozenset(publishes))
 
 
 link = transform
@@ -95,21 +124,24 @@ link = transform
 
 def _check_names(name: str, update: Callable[..., Any]) -> None:
     """Refuse `def update(rows, state, params, **extra)`, to which chains also give ``rows=``."""
-    code = getattr(update, "__code__", None)
     # A scheduled transform is made in every step; under a compiler it has been checked before.
-    if torch.compiler.is_compiling() or code is None:
+    if torch.compiler.is_compiling():
         return
-    for parameter in code.co_varnames[code.co_posonlyargcount : min(3, code.co_argcount)]:
-        if parameter in GLOBAL_NAMES:
+    try:
+        parameters = list(inspect.signature(update).parameters.values())[:3]
+    except ValueError:  # a function of C without a signature
+        return
+    for parameter in parameters:
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.name in GLOBAL_NAMES:
             raise TypeError(
                 f"{name}: expected update(grads, state, params, /, **extra), found a parameter "
-                f"{parameter!r}, which chains also pass as a keyword. Put `, /` behind params."
+                f"{parameter.name!r}, which chains also pass as a keyword. Put `, /` behind params."
             )
 
 
-def admit(name: str, kinds: tuple[str, ...], grads: Any, params: Params) -> GradStack | Tree:
+def admit(name: str, kinds: tuple[Kind, ...], grads: Any, params: Params) -> GradStack | Tree:
     """Convert gradients to the form that these kinds take, or raise an error with the name."""
-    takes = {kind.split(" -> ")[0] for kind in kinds}
+    takes = {kind.takes for kind in kinds}
     if isinstance(grads, GradStack):
         if "rows" not in takes:
             raise TypeError(
@@ -167,7 +199,7 @@ def check_states(name: str, before: State, after: State) -> None:
 
 
 def check_number(
-    link_name: str,
+    transform_name: str,
     argument: str,
     value: Any,
     *,
@@ -185,8 +217,8 @@ def check_number(
         return
     if isinstance(value, Schedule):
         raise TypeError(
-            f"{link_name}: expected {argument} as a number, found a Schedule. Write "
-            f"scheduled({link_name}, {argument}=...): it takes a schedule for every argument."
+            f"{transform_name}: expected {argument} as a number, found a Schedule. Write "
+            f"scheduled({transform_name}, {argument}=...): it takes a schedule for every argument."
         )
     bad_type = isinstance(value, bool) or not isinstance(value, (int, float))
     outside = bad_type or not low <= value <= high
@@ -194,23 +226,23 @@ def check_number(
         sign = "<" if open_low else "<="
         top = f" {'<' if open_high else '<='} {high:g}" if high != float("inf") else ""
         raise ValueError(
-            f"{link_name}: expected {low:g} {sign} {argument}{top}, found {argument}={value!r}. "
-            f"{fix}"
+            f"{transform_name}: expected {low:g} {sign} {argument}{top}, found "
+            f"{argument}={value!r}. {fix}"
         )
 
 
-def check_distance(link_name: str, value: Any, fix: str) -> None:
+def check_distance(transform_name: str, value: Any, fix: str) -> None:
     """Refuse a threshold that is not a cosine distance; infinity accepts all rows."""
     if not (isinstance(value, float) and value == float("inf")):
         fix = f"It is a cosine distance, 1 - cos, and no percentage; {fix}"
-        check_number(link_name, "threshold", value, low=0, high=2, fix=fix)
+        check_number(transform_name, "threshold", value, low=0, high=2, fix=fix)
 
 
-def check_predicate(link_name: str, argument: str, value: Any) -> None:
+def check_predicate(transform_name: str, argument: str, value: Any) -> None:
     """Refuse a list of names in place of a function of a name."""
     if not callable(value):
         raise TypeError(
-            f"{link_name}: expected {argument} as a function of a leaf's name, found "
+            f"{transform_name}: expected {argument} as a function of a leaf's name, found "
             f"{type(value).__name__}. Use lambda name: name in {{...}}."
         )
 

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradfilter import _tree
-from gradfilter._made import remembered
+from gradfilter._factory import factory
 from gradfilter._readable import followed
-from gradfilter._types import Applied, Offer, Out, Params, State, Transform, Tree
+from gradfilter._types import (
+    Context,
+    Kind,
+    Out,
+    Params,
+    State,
+    Transform,
+    Tree,
+    all_keep,
+    apply_updates,
+)
 from gradfilter.schedules._schedules import Schedule, as_schedule
 from gradfilter.transforms._blocks import blocks
-from gradfilter.transforms._transform import check_leaves, check_number, is_off, transform
+from gradfilter.transforms._transform import (
+    check_leaves,
+    check_number,
+    is_off,
+    transform_in_context,
+)
 
 # --- One fused kernel per update rule reads and writes every number once ---
 
@@ -100,17 +114,17 @@ def new_count(params: Params) -> Tensor:
 
 
 def schedule_value(
-    schedule: Schedule, own: Tensor, state: State, extra: dict[str, Any]
+    schedule: Schedule, own: Tensor, state: State, context: Context
 ) -> tuple[Tensor, State]:
     """Return the value of a schedule at the caller's ``count=``, else at the own count."""
-    given = extra.get("count")
+    given = context.count
     if given is None:
         count = own
     elif isinstance(given, Tensor):
         count = given.to(own.device)
     else:
         count = torch.full_like(own, given)
-    return schedule.at(count, state, **{k: v for k, v in extra.items() if k != "count"})
+    return schedule.at(count, state, **{k: v for k, v in context.values.items() if k != "count"})
 
 
 def update_rule(
@@ -146,17 +160,17 @@ def update_rule(
         state = {buffer: _tree.zeros_like(params) for buffer in buffers}
         return {**state, "count": count, "lr": schedule.init(count)}
 
-    def begin(state: State, extra: dict[str, Any]) -> tuple[Tensor, Tensor, State]:
+    def begin(state: State, context: Context) -> tuple[Tensor, Tensor, State]:
         """Return the lr of this step, t and the schedule's state after it."""
-        value, lr_state = schedule_value(schedule, state["count"], state["lr"], extra)
+        value, lr_state = schedule_value(schedule, state["count"], state["lr"], context)
         return value, state["count"] + 1, lr_state
 
     def update(
-        grads: Tree, state: State, params: Params, /, **extra: Any
+        grads: Tree, state: State, params: Params, context: Context
     ) -> tuple[Tree, State, Out]:
         for buffer in buffers:
             check_leaves(f"{name}: state {buffer!r}", state[buffer], params)
-        value, t, lr_state = begin(state, extra)
+        value, t, lr_state = begin(state, context)
         updates: Tree = {}
         kept: dict[str, Tree] = {buffer: {} for buffer in buffers}
         for leaf, g in grads.items():
@@ -169,30 +183,26 @@ def update_rule(
                 kept[buffer][leaf] = own[buffer]
         return updates, {**kept, "count": t, "lr": lr_state}, {"lr": value}
 
-    formulas = transform(name, "tree -> update", update, init=init, publishes=("lr",))
+    formulas = transform_in_context(name, Kind.TREE_TO_UPDATE, update, init=init, publishes=("lr",))
     if kernel is None:
         return formulas
 
     def apply(
-        grads: Any, state: State, params: Params, /, **extra: Any
-    ) -> tuple[Any, State | Applied, Out]:
-        offer: Offer | None = extra.get("offer")
+        grads: Any, state: State, params: Params, context: Context, *, donate: bool
+    ) -> tuple[Params, State, Out]:
+        keep = all_keep(params, context.keep)
         own = {buffer: state[buffer] for buffer in buffers}
-        if (
-            offer is None
-            or offer.update is not apply
-            or not fits_kernel(params, (grads, *own.values()), cpu_dtypes)
-        ):
-            return formulas.update(grads, state, params, **extra)
-        value, t, lr_state = begin(state, extra)
-        keep, rest = None, {"count": t, "lr": lr_state}
-        if "keep" in extra:
-            keep = _tree.as_bool_tensor(extra["keep"], t.device)
+        if not fits_kernel(params, (grads, *own.values()), cpu_dtypes):
+            updates, new_state, out = formulas.compute(grads, state, params, context)
+            return *apply_updates(params, state, updates, new_state, keep), out
+        value, t, lr_state = begin(state, context)
+        rest = {"count": t, "lr": lr_state}
+        if keep is not None:
             rest = _tree.select(keep, rest, {key: state[key] for key in rest})
-        new, kept = run_kernel(kernel, params, grads, own, t, value, keep, offer.donate)
-        return Applied(new), Applied({**kept, **rest}), {"lr": value}
+        new, kept = run_kernel(kernel, params, grads, own, t, value, keep, donate)
+        return new, {**kept, **rest}, {"lr": value}
 
-    return replace(formulas, update=apply)
+    return formulas.applied_by(apply)
 
 
 # --- Adam and AdamW ---
@@ -202,7 +212,7 @@ Leaf = dict[str, Tensor]
 Lists = dict[str, Leaves]
 
 
-@remembered
+@factory
 def adam(
     lr: float | Schedule = 1e-3,
     *,
@@ -242,7 +252,7 @@ def adam(
     return _adam("adam", lr, betas, eps, amsgrad, maximize, l2=weight_decay, decoupled=0.0)
 
 
-@remembered
+@factory
 def adamw(
     lr: float | Schedule = 1e-3,
     *,
@@ -350,7 +360,7 @@ def _adam(
 # --- SGD and RMSprop ---
 
 
-@remembered
+@factory
 def sgd(
     lr: float | Schedule,
     *,
@@ -434,7 +444,7 @@ def sgd(
     )
 
 
-@remembered
+@factory
 def rmsprop(
     lr: float | Schedule = 1e-2,
     *,

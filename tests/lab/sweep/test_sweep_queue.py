@@ -32,7 +32,8 @@ def begun():
 
         def begin(folder, *options, storage=None):
             _, plan = parse_sweep([*options, "--", "--save-dir", str(folder)])
-            queue = stack.enter_context(joined(plan, storage, 1))
+            # No test waits until a heartbeat is old: `grow_old` makes it so.
+            queue = stack.enter_context(joined(plan, storage, 3600))
             enqueue(queue, retry_failed=False)
             return queue
 

@@ -153,7 +153,7 @@ CHAINS = {
 @pytest.mark.parametrize("options", CHAINS)
 def test_options_make_the_chain_they_name(options):
     update = update_of(parse_train(list(options)).settings, 10, 5)
-    assert [link.name for link in update.links] == CHAINS[options]
+    assert [link.name for link in update.parts] == CHAINS[options]
     _, lines = trained(*options, "--steps", 3)
     assert math.isfinite(lines[-1].loss)
 

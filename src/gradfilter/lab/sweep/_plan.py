@@ -111,13 +111,13 @@ def check_there(corners: Sequence[TrainConfig], option: str) -> None:
             raise (_of_one(option, error) if len(corners) > 1 else error) from None
 
 
-def _refuse_if_never_used(corners: Sequence[TrainConfig], name: str, whose: str) -> None:
+def _refuse_if_never_used(corners: Sequence[TrainConfig], name: str, owner: str) -> None:
     refusal = None
     for config in corners:
         try:
             refuse_ignored(config, [option_name(name)])
         except UsageError as error:
-            refusal = UsageError(f"{whose}{error}")
+            refusal = UsageError(f"{owner}{error}")
         else:
             return
     if refusal is not None:

@@ -43,28 +43,28 @@ def update_of(
         # Taken over the rows of all processes: the budget belongs to the whole batch.
         limit = gf.budget_clip(config.budget_clip, power=config.budget_power)
         reducer = gf.chain(limit, reducer)
-    links = [crew.spread(reducer)]
+    transforms = [crew.spread(reducer)]
     if config.clip_per_row is not None:
-        links.insert(0, gf.clip_per_row(config.clip_per_row))
+        transforms.insert(0, gf.clip_per_row(config.clip_per_row))
     if config.sam is not None:
         sharp = _perturbation(config, lr)
         # A perturbation per row comes before the rows are reduced to one gradient.
-        links.insert(len(links) - 1 if config.m_sharpness else len(links), sharp)
+        transforms.insert(len(transforms) - 1 if config.m_sharpness else len(transforms), sharp)
     if config.gsam is not None:
-        links.append(gf.gsam_decompose(config.gsam))
+        transforms.append(gf.gsam_decompose(config.gsam))
     if config.agc:
         patterns = config.agc_exclude
-        links.append(
+        transforms.append(
             gf.agc_clip(
                 config.agc,
                 eps=config.agc_eps,
                 exclude=lambda name: any(fnmatchcase(name, p) for p in patterns),
             )
         )
-    links.append(_rule(config, lr))
+    transforms.append(_rule(config, lr))
     if config.ema is not None:
-        links.append(gf.ema_params(config.ema))
-    return gf.chain(*links)
+        transforms.append(gf.ema_params(config.ema))
+    return gf.chain(*transforms)
 
 
 def reducer_of(config: TrainConfig) -> gf.Transform:
