@@ -7,7 +7,7 @@ from benchmarks._wire import Wire
 
 import gradfilter as gf
 from gradfilter.distributed import RankStack, across_ranks
-from gradfilter.distributed._ranks import LONG, Ranks
+from gradfilter.distributed._ranks import ALONE, LONG, Ranks
 
 P = 12_000  # divides by every W, so that nothing is filled up
 NUMBERS = 8  # bytes each, in float64
@@ -97,6 +97,33 @@ def gathering(count):
         found = ranks.gather(torch.full((count,), float(ranks.rank)))
     assert torch.equal(found, torch.arange(float(ranks.size))[:, None].expand(-1, count))
     return wire.sent / NUMBERS, wire.calls
+
+
+def test_a_process_alone_answers_with_its_own_tensors():
+    own = torch.tensor([[3.0, 4.0]], requires_grad=True)
+    assert (ALONE.rank, ALONE.size, ALONE.is_first, ALONE.name(0)) == (0, 1, True, 0)
+    assert torch.equal(ALONE.gather(own), own[None]) and not ALONE.gather(own).requires_grad
+    assert torch.equal(ALONE.exchange(own)(), own)
+    total = ALONE.total(own)
+    total += 1  # in memory of its own
+    assert torch.equal(total, own + 1) and own.tolist() == [[3.0, 4.0]]
+    assert torch.equal(ALONE.gather_on_host(own[0]), own)
+    assert ALONE.gather_texts("é") == ["é"]
+    assert ALONE.first_numbers([1, 0.5]) == [1.0, 0.5]
+    assert ALONE.on_any(lambda: True)() and not ALONE.on_any(lambda: False)()
+    ALONE.wait_for_all()
+
+
+def deciding():
+    ranks = Ranks.of(None)
+    last, none = ranks.on_any(lambda: ranks.rank == ranks.size - 1), ranks.on_any(lambda: False)
+    ranks.wait_for_all()
+    return ranks.first_numbers([ranks.rank + 0.5, 7]), last(), none()
+
+
+def test_ranks_decide_together(world):
+    for found in world.run(deciding):
+        assert found == ([0.5, 7.0], True, False)
 
 
 def test_cpus_gather_large_tensors_by_broadcasts_which_send_no_more(world):

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from gradfilter.lab._crew import started_processes
+from gradfilter.lab._processes import started_processes
 
 OPTIONS = ["--steps", "6", "--dtype", "float64", "--seeds", "2", "--noise", "0.3"]
 
@@ -71,11 +71,11 @@ def test_a_directory_in_use_is_one_line_and_no_traceback(tmp_path):
     done = launched(2, "--out", str(tmp_path))
     assert done.returncode != 0
     assert done.stderr.count("gradfilter demo: --out: expected a new or empty directory") == 1
-    assert "_crew.py" not in done.stderr  # torchrun has a traceback of its own
+    assert "_connect.py" not in done.stderr  # torchrun has a traceback of its own
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
-def test_one_variable_of_torchrun_alone_makes_no_crew(monkeypatch, name):
+def test_one_variable_of_torchrun_alone_makes_no_group(monkeypatch, name):
     for other in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, "2")

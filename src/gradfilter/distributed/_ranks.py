@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -36,19 +36,25 @@ class LostRanksError(RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """A process group as one of its members sees it.
+    """A process group as one of its members sees it, or a process alone.
 
-    Every method is a collective: all ranks call it, in the same order.
+    Every method is a collective unless it says otherwise: all ranks call it, in the same order. A
+    process alone answers with its own tensors.
 
     Attributes:
-        group: The process group.
+        group: The process group; None for a process alone.
         rank: This process's place in the group.
         size: The number of ranks, W.
     """
 
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
     rank: int
     size: int
+
+    @property
+    def is_first(self) -> bool:
+        """Return whether this is the rank that writes and prints; not a collective."""
+        return self.rank == 0
 
     @staticmethod
     def of(group: dist.ProcessGroup | None) -> Ranks:
@@ -73,7 +79,7 @@ class Ranks:
 
     def name(self, place: int) -> int:
         """Return the global rank of the member at a place in the group; not a collective."""
-        return dist.get_global_rank(self.group, place)
+        return place if self.group is None else dist.get_global_rank(self.group, place)
 
     def exchange(self, parcels: Tensor) -> Callable[[], Tensor]:
         """Start sending parcel w to rank w. (W, *shape).
@@ -81,6 +87,8 @@ class Ranks:
         Returns:
             A function that waits for the parcels of all ranks, rank by rank. (W, *shape)
         """
+        if self.group is None:
+            return lambda: parcels
         parts = torch.empty_like(parcels)
         return self._started(
             "exchanging gradients",
@@ -97,6 +105,9 @@ class Ranks:
         """
         tensor = tensor.detach()  # collectives have no graph
         parts = tensor.new_empty(self.size, *tensor.shape) if into is None else into
+        if self.group is None:
+            parts.copy_(tensor[None])
+            return lambda: parts
         if tensor.numel() > LONG and tensor.device.type == "cpu":
             return self._started("gathering", parts, lambda: self._broadcasts(parts, tensor))
         own = tensor.contiguous()[None]
@@ -122,6 +133,8 @@ class Ranks:
     def start_total(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Start `total` in the memory of the tensor, and wait for it when the result is called."""
         tensor = tensor.detach()
+        if self.group is None:
+            return lambda: tensor
         return self._started(
             "adding up",
             tensor,
@@ -134,6 +147,8 @@ class Ranks:
 
     def gather_on_host(self, numbers: Tensor) -> Tensor:
         """Return a few numbers of every rank without waiting for a device. (n,) -> (W, n)."""
+        if self.group is None:
+            return numbers[None]
         group = _host_group(self.group)
         parts = numbers.new_empty(self.size, len(numbers))
         with self._explained("comparing notes"):
@@ -153,6 +168,22 @@ class Ranks:
         return [
             bytes(said[:length]).decode() for said, (_, length) in zip(found, notes, strict=True)
         ]
+
+    def first_numbers(self, numbers: Sequence[float]) -> list[float]:
+        """Return the numbers of the first rank, for decisions that all ranks must share."""
+        found: list[float] = self.gather_on_host(torch.tensor(numbers).double())[0].tolist()
+        return found
+
+    def on_any(self, asked: Callable[[], bool]) -> Callable[[], bool]:
+        """Return a function that is True on all ranks if `asked` is True on one of them."""
+        if self.group is None:
+            return asked
+        return lambda: bool(self.gather_on_host(torch.tensor([asked()])).any())
+
+    def wait_for_all(self) -> None:
+        """Wait until all ranks reach this call."""
+        if self.group is not None:
+            dist.barrier(self.group)
 
     def _started(
         self, doing: str, result: Tensor, collectives: Callable[[], list[dist.Work | None]]
@@ -183,6 +214,10 @@ class Ranks:
                 "Nothing was updated in this step. Look for the first error among the ranks, and "
                 f"start all of them again from a checkpoint. torch.distributed says: {error}"
             ) from error
+
+
+ALONE = Ranks(None, 0, 1)
+"""A process without others."""
 
 
 def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 import gradfilter as gf
-from gradfilter.lab._crew import Crew, connected
+from gradfilter.distributed._ranks import Ranks
+from gradfilter.lab._connect import connected
 from gradfilter.lab._demo_config import (
     MICROBATCHES,
     DemoConfig,
@@ -190,9 +191,9 @@ def demo(config: DemoConfig) -> int:
     """
     check_values(config)
     device = own_device(usable_device(config.device))
-    with connected(device) as crew, interruptible() as stop:
-        train = partial(_train_all, config, device, crew, crew.together(stop))
-        if crew.is_first:
+    with connected(device) as ranks, interruptible() as stop:
+        train = partial(_train_all, config, device, ranks, ranks.on_any(stop))
+        if ranks.is_first:
             return 0 if _recorded(config, train) else stop.exit_code
         # The other ranks only compute; messages are printed once.
         finished = _finished_seeds(config, train(None))
@@ -216,7 +217,7 @@ def _recorded(config: DemoConfig, train: Callable[[Path], list[Measured]]) -> bo
 def _train_all(
     config: DemoConfig,
     device: torch.device,
-    crew: Crew,
+    ranks: Ranks,
     stopped: Callable[[], bool],
     folder: Path | None,
 ) -> list[Measured]:
@@ -225,7 +226,7 @@ def _train_all(
     Args:
         config: Options of the demo.
         device: Device to train on.
-        crew: The processes that train together.
+        ranks: The processes that train together.
         stopped: Returns whether to stop.
         folder: Folder of metrics and checkpoints; None to write nothing.
     """
@@ -243,7 +244,7 @@ def _train_all(
         total = config.steps * config.seeds
         rows = {m.name: progress.add_task(m.label, total=total) for m in METHODS}
         for seed in range(config.seed, config.seed + config.seeds):
-            runs = {m.name: _begun(train_config(m, config, seed), device, crew) for m in METHODS}
+            runs = {m.name: _begun(train_config(m, config, seed), device, ranks) for m in METHODS}
             for name, run in runs.items():
                 log(name, run)
             _take_turns(
@@ -262,8 +263,8 @@ def _train_all(
     return measured
 
 
-def _begun(config: TrainConfig, device: torch.device, crew: Crew) -> Training:
-    run = build_training(config, device, crew)
+def _begun(config: TrainConfig, device: torch.device, ranks: Ranks) -> Training:
+    run = build_training(config, device, ranks)
     state, totals, skipped = run.state, run.totals, run.skipped
     # The first step also loads code, so it is not timed; its results are discarded.
     advance(run, 1)

@@ -3,7 +3,6 @@
 import torch
 
 from gradfilter.distributed._ranks import Ranks
-from gradfilter.lab._crew import Crew
 from gradfilter.lab.train._build_training import build_training
 from gradfilter.lab.train._record import resume, write_point
 from gradfilter.lab.train._train import Watch, train_to_the_end
@@ -18,7 +17,7 @@ BASE = (
 def begun(options):
     torch.set_num_threads(1)
     config = parse_train([*BASE.split(), *options.split()]).settings
-    return build_training(config, torch.device("cpu"), Crew(Ranks.of(None)))
+    return build_training(config, torch.device("cpu"), Ranks.of(None))
 
 
 def flat(run):

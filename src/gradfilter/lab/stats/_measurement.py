@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gradfilter.lab._crew import Crew
+from gradfilter.distributed._ranks import Ranks
 from gradfilter.lab._run_files import ForeignError, printable, reading
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.data._samples import Samples
@@ -242,11 +242,11 @@ class Measurement:
         path = model.run / FOLDER / f"{name}.json"
         return cls(config, model, samples, start, stop, whole, path, origin(config, model))
 
-    def carry_out(self, crew: Crew, stopped: Callable[[], bool]) -> bool:
+    def carry_out(self, ranks: Ranks, stopped: Callable[[], bool]) -> bool:
         """Measure the missing batches, together with other processes, and write the file.
 
         Args:
-            crew: The processes that measure together.
+            ranks: The processes that measure together.
             stopped: Called before each batch; True stops the measurement.
 
         Returns:
@@ -257,24 +257,24 @@ class Measurement:
                 writing it, a file cannot be written, or a batch does not fit into memory.
         """
         folder, name = self.path.parent, self.path.stem
-        with locked(self.path, crew):
+        with locked(self.path, ranks):
             if self.path.exists():
                 self._refuse_other()
-                if crew.is_first:
+                if ranks.is_first:
                     self._clear()  # a previous process was killed after it wrote the file
                 return True
             done = [r for part in parts(folder, name) for r in finished(part, self.facts)]
             todo = missing(self.start, self.stop, done, self.config.batch_size)
-            crew.meet()  # no process writes before all have looked
-            place = 0 if crew.ranks is None else crew.ranks.rank
-            own = share(todo, place, crew.size)
-            over = self._append(own, part_path(folder, name, place), crew.is_first, stopped)
-            if crew.together(lambda: not over)():
+            ranks.wait_for_all()  # no process writes before all have looked
+            place = ranks.rank
+            own = share(todo, place, ranks.size)
+            over = self._append(own, part_path(folder, name, place), ranks.is_first, stopped)
+            if ranks.on_any(lambda: not over)():
                 return False
-            if crew.is_first:
+            if ranks.is_first:
                 with stats_errors_as_usage(self.path):
                     self._merge()
-            crew.meet()
+            ranks.wait_for_all()
         return True
 
     def _refuse_other(self) -> None:

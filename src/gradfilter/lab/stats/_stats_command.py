@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from gradfilter.lab._crew import connected
+from gradfilter.lab._connect import connected
 from gradfilter.lab._device import own_device, usable_device
 from gradfilter.lab._interrupt import interruptible
 from gradfilter.lab._processes import is_first_process
@@ -126,7 +126,7 @@ def stats(config: StatsConfig) -> int:
     finished = []
     interrupted: Path | None = None
     with ExitStack() as stack:
-        crew = stack.enter_context(connected(device))
+        ranks = stack.enter_context(connected(device))
         stop = stack.enter_context(interruptible())
         data = None
         for checkpoint in wanted:
@@ -135,11 +135,11 @@ def stats(config: StatsConfig) -> int:
             if config.restored_targets and not data.train.wrong.any():
                 raise UsageError("--restored-targets: the run has no wrong labels. Omit it.")
             measurement = Measurement.of(config, model)
-            if not measurement.carry_out(crew, stop):
+            if not measurement.carry_out(ranks, stop):
                 interrupted = measurement.path
                 break
             finished.append(measurement.path)
-        if crew.is_first:
+        if ranks.is_first:
             if finished:
                 print(summary(finished))
             if len(finished) < len(wanted):

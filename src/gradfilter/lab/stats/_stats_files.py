@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 import gradfilter as gf
-from gradfilter.lab._crew import Crew
+from gradfilter.distributed._ranks import Ranks
 from gradfilter.lab._run_files import (
     ForeignError,
     content_of,
@@ -154,12 +154,12 @@ def fingerprint(model: nn.Module) -> str:
 
 
 @contextmanager
-def locked(path: Path, crew: Crew) -> Iterator[None]:
+def locked(path: Path, ranks: Ranks) -> Iterator[None]:
     """Lock a file of numbers against other commands; the lock ends with the process.
 
     Args:
         path: The file to write.
-        crew: The processes that write it together.
+        ranks: The processes that write it together.
 
     Raises:
         UsageError: Another command holds the lock, or the folder cannot be written to.
@@ -167,7 +167,7 @@ def locked(path: Path, crew: Crew) -> Iterator[None]:
     lock_path = path.with_name(f".{path.stem}.lock")
     lock = FileLock(lock_path, timeout=0)
     refusal = ""
-    if crew.is_first:
+    if ranks.is_first:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             refuse_link(lock_path)  # older versions of filelock empty the target of a link
@@ -178,7 +178,7 @@ def locked(path: Path, crew: Crew) -> Iterator[None]:
             refusal = f"it cannot be written: {error.strerror or error}. Fix that, and repeat"
     try:
         # Only the first process knows the reason, and only its message is printed.
-        if crew.together(lambda: bool(refusal))():
+        if ranks.on_any(lambda: bool(refusal))():
             raise UsageError(f"{str(path)!r}: {refusal}.")
         yield
     finally:

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import gradfilter as gf
+from gradfilter.distributed import across_ranks
+from gradfilter.distributed._ranks import ALONE, Ranks
 from gradfilter.grads._microbatch import Plan
-from gradfilter.lab._crew import ALONE, Crew
 from gradfilter.lab._usage import UsageError, check
 from gradfilter.lab.data._batches import Order, augmentation, class_balanced, shuffled, steps_until
 from gradfilter.lab.data._load import load_data
@@ -25,7 +26,7 @@ def update_of(
     config: TrainConfig,
     total_steps: int,
     steps_per_epoch: float,
-    crew: Crew = ALONE,
+    ranks: Ranks = ALONE,
     lr: gf.Schedule | None = None,
 ) -> gf.Transform:
     """Build the chain in the order: rows, one gradient, sharpness, clipping, update rule.
@@ -34,7 +35,7 @@ def update_of(
         config: Checked settings.
         total_steps: Length of the training, for schedules.
         steps_per_epoch: Converts settings in epochs to steps.
-        crew: The processes whose rows are reduced.
+        ranks: The processes whose rows are reduced.
         lr: Schedule of the learning rate, in place of that of the settings.
     """
     lr = schedule_of(config, total_steps, steps_per_epoch) if lr is None else lr
@@ -43,7 +44,7 @@ def update_of(
         # Taken over the rows of all processes: the budget belongs to the whole batch.
         limit = gf.budget_clip(config.budget_clip, power=config.budget_power)
         reducer = gf.chain(limit, reducer)
-    transforms = [crew.spread(reducer)]
+    transforms = [reducer if ranks.size == 1 else gf.chain(across_ranks(), reducer)]
     if config.clip_per_row is not None:
         transforms.insert(0, gf.clip_per_row(config.clip_per_row))
     if config.sam is not None:
@@ -167,7 +168,7 @@ BATCH_SIZE = 80
 def build_training(
     config: TrainConfig,
     device: torch.device,
-    crew: Crew = ALONE,
+    ranks: Ranks = ALONE,
     lr: gf.Schedule | None = None,
 ) -> Training:
     """Build a training before its first step.
@@ -175,7 +176,7 @@ def build_training(
     Args:
         config: Settings that passed `check_values`; checks that need data or model are done here.
         device: The device to train on.
-        crew: The processes that train together.
+        ranks: The processes that train together.
         lr: Schedule of the learning rate, in place of that of the settings.
 
     Raises:
@@ -184,11 +185,11 @@ def build_training(
     data = data_of(config, device)
     model = model_of(config, data).to(device, getattr(torch, config.dtype))
     size, order = _batching(config, data)
-    rows = _rows(config, size, crew)
+    rows = _rows(config, size, ranks)
     _check_rows(config, model, data, size)
     augment = None
     if config.augmentation:
-        part = (crew.rank, crew.size)
+        part = (ranks.rank, ranks.size)
         augment = augmentation(data, flipped_only=config.crop_flipped_only, part=part)
     per_epoch = len(data.train) / size
     total = config.steps
@@ -215,7 +216,7 @@ def build_training(
         model.compile()
     # A compiled model cannot be run over all rows at once.
     plan: Plan = "loop" if config.compile else "auto"
-    update = update_of(config, total, per_epoch, crew, lr)
+    update = update_of(config, total, per_epoch, ranks, lr)
     step = gf.train_step(loss, update, microbatches=rows, plan=plan)
     all_rows = None
     if config.per_sample:
@@ -232,7 +233,7 @@ def build_training(
         augment=augment,
         batch_size=size,
         total_steps=total,
-        crew=crew,
+        ranks=ranks,
         state=step.init(model, seed=config.seed),
         totals=no_totals(device),
         skipped=torch.zeros((), device=device, dtype=torch.int64),
@@ -327,26 +328,26 @@ def _batching(config: TrainConfig, data: Data) -> tuple[int, Order]:
     return size, shuffled(n, batch_size=size, seed=config.seed)
 
 
-def _rows(config: TrainConfig, size: int, crew: Crew) -> int | None:
+def _rows(config: TrainConfig, size: int, ranks: Ranks) -> int | None:
     """Return the number of rows per process."""
     check(
-        size % crew.size == 0,
+        size % ranks.size == 0,
         "torchrun",
         f"a number of processes that divides the batch of {size} samples",
-        crew.size,
+        ranks.size,
         "Choose another --nproc-per-node, or another batch size.",
     )
     if config.per_sample:
         return None
     rows = config.microbatches
     check(
-        rows == 1 or rows % crew.size == 0,
+        rows == 1 or rows % ranks.size == 0,
         "torchrun",
         f"a number of processes that divides --microbatches {rows}",
-        crew.size,
+        ranks.size,
         "Choose another --nproc-per-node, or other microbatches.",
     )
-    return max(1, rows // crew.size)
+    return max(1, rows // ranks.size)
 
 
 def _check_rows(config: TrainConfig, model: nn.Module, data: Data, size: int) -> None:

@@ -14,7 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from gradfilter.lab._crew import connected
+from gradfilter.lab._connect import connected
 from gradfilter.lab._device import own_device, usable_device
 from gradfilter.lab._interrupt import interruptible
 from gradfilter.lab._processes import is_first_process
@@ -277,7 +277,7 @@ def pass_mark(run: Training, watch: Watch) -> bool:
     if measured is not None:
         # A plateau schedule never sees the test split: that would be training on it.
         watched = measured.loss if math.isnan(measured.val_loss) else measured.val_loss
-        good, watched = run.crew.agreed([exits and _is_good_enough(run, measured), watched])
+        good, watched = run.ranks.first_numbers([exits and _is_good_enough(run, measured), watched])
         over = over or bool(good)
         if watches:
             run.report = watched
@@ -337,15 +337,15 @@ def train(config: TrainConfig) -> int:
         if is_first_process():
             stack.enter_context(run_errors_as_usage(place))
             stack.enter_context(locked_run(place))
-        crew = stack.enter_context(connected(device))
+        ranks = stack.enter_context(connected(device))
         stop = stack.enter_context(interruptible())
-        stopped = crew.together(stop)
-        run = build_training(config, device, crew)
+        stopped = ranks.on_any(stop)
+        run = build_training(config, device, ranks)
         resumes = config.resume and newest_point(place) is not None
         if resumes:
             resume(place, run)
-        crew.meet()  # no process writes before all have looked
-        if crew.is_first:
+        ranks.wait_for_all()  # no process writes before all have looked
+        if ranks.is_first:
             return 0 if recorded(run, place, resumes, stopped) else stop.exit_code
         # The other ranks only compute; messages are printed once.
         return 0 if train_to_the_end(run, Watch(), stopped) else stop.exit_code

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import gradfilter as gf
 from gradfilter import _tree, diagnostics
 from gradfilter._types import State
+from gradfilter.distributed._ranks import Ranks
 from gradfilter.grads._call_context import random_state_restored, set_random_state
 from gradfilter.grads._microbatch import GradFunction
-from gradfilter.lab._crew import Crew
 from gradfilter.lab.data._batches import Augment, Order, batches, steps_until
 from gradfilter.lab.data._samples import Data
 from gradfilter.lab.train._accuracies import accuracies
@@ -141,7 +141,7 @@ class Training:
         augment: Augmentation of the images of a step, or None.
         batch_size: Samples per step, over all processes.
         total_steps: Length of the training, in steps.
-        crew: The processes that train together.
+        ranks: The processes that train together.
         state: State after ``done`` steps.
         done: Steps done.
         totals: Totals of the current epoch.
@@ -163,7 +163,7 @@ class Training:
     augment: Augment | None
     batch_size: int
     total_steps: int
-    crew: Crew
+    ranks: Ranks
     state: State
     totals: Totals
     skipped: Tensor
@@ -224,7 +224,7 @@ def advance(
     config = run.config
     stream = batches(
         run.data.train,
-        run.crew.share(run.order(run.done, until)),
+        _own_part(run.order(run.done, until), run.ranks),
         workers=config.workers,
         augment=run.augment,
         seed=config.seed,
@@ -257,18 +257,23 @@ def advance(
     run.epoch_seconds += spent
 
 
+def _own_part(batches: Tensor, ranks: Ranks) -> Tensor:
+    """Return this process's part of every batch, rank by rank. (steps, N) -> (steps, N/W)."""
+    return batches.reshape(len(batches), ranks.size, -1)[:, ranks.rank]
+
+
 def sync_ranks(run: Training) -> None:
     """Combine what several processes measured on their own rows: totals and running statistics.
 
     Parameters and transform states are always bitwise equal on all processes. The statistics of
     BatchNorm come from the samples of one process; here each becomes the mean over processes.
     """
-    if run.crew.size == 1:
+    if run.ranks.size == 1:
         return
-    totals = run.crew.mean(torch.stack([*run.totals.values()]))
+    totals = run.ranks.total(torch.stack([*run.totals.values()])) / run.ranks.size
     run.totals = dict(zip(run.totals, totals.unbind(), strict=True))
     buffers = {
-        name: run.crew.mean(buffer) if buffer.is_floating_point() else buffer
+        name: run.ranks.total(buffer) / run.ranks.size if buffer.is_floating_point() else buffer
         for name, buffer in run.state["buffers"].items()
     }
     run.state = {**run.state, "buffers": buffers}
