@@ -148,7 +148,7 @@ class Rewinds:
 
     def __init__(self, generator: torch.Generator, start: Tensor) -> None:
         self.generator = generator
-        self.states = [generator.clone_state()]
+        self.states: list[torch.Generator] = [generator.clone_state()]
         self._taken = 0
         self._moments = 0
         self.align(start)

@@ -259,10 +259,12 @@ class Filtered:
                 f"Filtered: expected a torch.amp.GradScaler or None, found {type(scaler).__name__}."
                 " Make it first: torch.amp.GradScaler(device)."
             )
-        self.model, self.criterion = model, criterion
-        self.optimizer, self.scaler = optimizer, scaler
+        self.model: nn.Module = model
+        self.criterion: Callable[..., Any] | None = criterion
+        self.optimizer: torch.optim.Optimizer = optimizer
+        self.scaler: torch.amp.GradScaler | None = scaler
         scales = scaler is not None and scaler.is_enabled()
-        self.transforms = filter_chain(transforms, guarded=scales)
+        self.transforms: Transform = filter_chain(transforms, guarded=scales)
         self._module, self._has_aux = view_of(model, criterion), has_aux
         self._microbatches = microbatches
         self._plan: Plan = plan_for(model, criterion, plan)

@@ -49,8 +49,11 @@ class CountingScheduler(ABC):
         if warmup_step is not None and warmup_steps:
             raise TypeError("Expected warmup_steps or warmup_step, found both. Give one of them.")
         warmup_steps = warmup_steps if warmup_step is None else warmup_step
-        self.schedule = self._schedule(max_value, T_max, min_value, warmup_steps, init_value)
-        self.optimizer, self.t = optimizer, 0
+        self.schedule: Schedule = self._schedule(
+            max_value, T_max, min_value, warmup_steps, init_value
+        )
+        self.optimizer: Optimizer | None = optimizer
+        self.t: int = 0
         if optimizer is not None:
             self.step()
 

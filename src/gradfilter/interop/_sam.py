@@ -233,7 +233,9 @@ class TwoPassOptimizer(Optimizer):
         listed = tensors_of(params)
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self.base_optimizer, self.model, self.scaler = base_optimizer, model, scaler
-        self.no_sync = nullcontext if no_sync is None else no_sync
+        self.no_sync: Callable[[], AbstractContextManager[Any]] = (
+            nullcontext if no_sync is None else no_sync
+        )
         self._closure: Callable[[], Any] | None = None
         self._called = model  # called by that closure
         self._share()
