@@ -136,7 +136,7 @@ class OuterFactor(Divisible):
         # With one position per row it is an outer product, limited by memory bandwidth.
         single = self.inputs.shape[1] == 1
         rows = columns * self.inputs if single else torch.bmm(columns, self.inputs)
-        return rows.view(self.count, -1, *self.shape[1:])
+        return rows.view(self.count, rows.shape[1], *self.shape[1:])
 
     @override
     def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
@@ -147,7 +147,7 @@ class OuterFactor(Divisible):
     @override
     def dot(self, leaf: Tensor) -> Tensor:
         """Compute Σ_t ⟨d_mt, V a_mt⟩ by a product like that of the forward pass."""
-        moved = self.inputs @ leaf.reshape(len(leaf), -1).T.to(self.inputs.dtype)
+        moved = self.inputs @ leaf.flatten(1).T.to(self.inputs.dtype)
         return paired(moved, self.outputs)
 
     @override
@@ -158,7 +158,7 @@ class OuterFactor(Divisible):
     def gram(self) -> Tensor:
         """Compute the ghost Gram, or the Gram of the rows if that is cheaper."""
         (n, p), d = self.outputs.shape[1:], self.inputs.shape[2]
-        if not n or ghost_flops(self.count, n, p, d) is None:
+        if ghost_flops(self.count, n, p, d) is None:
             return tiled_gram(self)
         return ghost_gram(self.inputs, self.outputs)
 
@@ -193,8 +193,11 @@ def by_rows(factor: F, bytes_of_row: int, answer: Callable[[F], Tensor]) -> Tens
 def ghost_flops(count: int, n: int, p: int, d: int) -> int | None:
     """Return the flops of the ghost Gram of (M, n, p) and (M, n, d), or None if rows are cheaper.
 
-    Ghost products take N (p + d), N = M n, where rows and their Gram take p d (n + M).
+    Ghost products take N (p + d), N = M n, where rows and their Gram take p d (n + M). Without
+    positions there is nothing to multiply.
     """
+    if not n:
+        return None
     products = count * n * (p + d)
     return 2 * count * n * products if products < LARGE_SUM * p * d * (1 + count / n) else None
 

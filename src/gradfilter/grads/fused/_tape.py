@@ -156,7 +156,7 @@ class Layer:
     Attributes:
         leaf: The leaf's name.
         shape: The leaf's shape.
-        rules: The overrides that used it, in order; none if only autograd did.
+        overrides: The overrides that used it, in order; none if only autograd did.
         mode: ``"store"``: the M rows are held, for Gram and combination. ``"stream"``: rows are
             computed for the Gram, some units at a time, and discarded; combinations come from
             inputs and output gradients. ``"ghost"``: the Gram also comes from those.
@@ -166,7 +166,7 @@ class Layer:
 
     leaf: str
     shape: tuple[int, ...]
-    rules: tuple[str, ...]
+    overrides: tuple[str, ...]
     mode: Mode
     flops: int
     bytes: int
@@ -197,12 +197,12 @@ class Modes:
         """Return a table with one line per leaf."""
         kept = f"{self.bytes / 1e6:.1f} MB kept between questions"
         how = kept if self.keeps else "nothing kept: a backward pass per question"
-        lines = [("leaf", "shape", "rules", "mode", "Mflop", "kB")]
+        lines = [("leaf", "shape", "overrides", "mode", "Mflop", "kB")]
         for layer in self.layers.values():
             shape = "x".join(map(str, layer.shape)) or "()"
-            rules = ", ".join(dict.fromkeys(layer.rules)) or "autograd"
+            overrides = ", ".join(dict.fromkeys(layer.overrides)) or "autograd"
             sizes = f"{layer.flops / 1e6:.1f}", f"{layer.bytes / 1e3:.0f}"
-            lines.append((layer.leaf, shape, rules, layer.mode, *sizes))
+            lines.append((layer.leaf, shape, overrides, layer.mode, *sizes))
         widths = [max(len(line[i]) for line in lines) for i in range(6)]
         table = [
             "  ".join(

@@ -109,7 +109,7 @@ def _apply(host: Host, index: Tensor, weight: Weight, padding: int, by_frequency
     kept = index.nbytes + index.numel() * width * weight.value.element_size()
     n = index.numel() // len(index)
     # A row uses n of the table's units: compare their products with those of the whole table.
-    ghost = ghost_flops(len(index), n, width, len(weight.value)) if n else None
+    ghost = ghost_flops(len(index), n, width, len(weight.value))
     host.used("embedding", weight, index.numel() * width, kept, ghost)
     return _Embedding(padding, by_frequency).apply(host.tape, index, weight, None)
 
@@ -130,7 +130,7 @@ class _Embedding(RowOperation[Tensor]):
         self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: Wanted
     ) -> Gradients:
         shape, index = weight.shape, saved[0].flatten(1)
-        grad = grad.reshape(len(grad), -1, shape[1])
+        grad = grad.reshape(*index.shape, shape[1])
         if self.padding >= 0:
             grad = torch.where((index == self.padding)[..., None], 0.0, grad)
         if self.by_frequency:  # counted within the row, as in its own backward pass

@@ -40,7 +40,7 @@ def linear_or_vmap(host: Host, x: Tensor, weight: Tensor, bias: Tensor | None = 
 def _apply(host: Host, x: Tensor, weight: Weight, bias: Weight | None) -> Tensor:
     x, weight, bias, no_autocast = in_autocast(x, weight, bias)
     p, d = weight.value.shape
-    n = x.numel() // d if d else 0
+    n = x.shape[:-1].numel()
     kept = n * (p + d) * x.element_size()
     host.used("linear", weight, 2 * n * p * d, kept, ghost_flops(len(x), n // len(x), p, d))
     host.used("linear", bias, n * p)
@@ -64,13 +64,18 @@ class _Linear(RowOperation[Tensor]):
     ) -> Gradients:
         (x,) = saved
         inputs = grad @ weight if wanted.input else None
-        outputs = grad.reshape(len(grad), -1, grad.shape[-1])
+        outputs = _by_position(grad)
         weights = biases = None
         if wanted.weight:
-            weights = OuterFactor(x.reshape(len(x), -1, x.shape[-1]), outputs, weight.shape)
+            weights = OuterFactor(_by_position(x), outputs, weight.shape)
         if wanted.bias:
             biases = DenseFactor(outputs.sum(1))
         return Gradients(inputs, weights, biases)
+
+
+def _by_position(rows: Tensor) -> Tensor:
+    """Return (M, ..., d) as (M, n, d), also where n or d is 0, from which -1 cannot be inferred."""
+    return rows.reshape(len(rows), rows.shape[1:-1].numel(), rows.shape[-1])
 
 
 # --- Weight normalisation: one weight for all rows, its gradient split row by row ---

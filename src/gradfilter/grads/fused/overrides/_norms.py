@@ -434,4 +434,5 @@ class _RMSNorm(RowOperation[Tensor]):
 
 def _sums(products: Tensor, shape: Sequence[int]) -> Tensor:
     """Sum over all dims but the normalised ones, row by row. (M, *shape)."""
-    return products.reshape(len(products), -1, *shape).sum(1)
+    positions = products.shape[1 : products.ndim - len(shape)].numel()
+    return products.reshape(len(products), positions, *shape).sum(1)
