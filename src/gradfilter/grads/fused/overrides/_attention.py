@@ -60,7 +60,7 @@ def _apply(operands: list[Tensor], mask: Tensor | None, options: dict[str, Any])
     rows = len(operands[0])
     query, key, value = (t.flatten(0, 1) for t in operands)
     y = F.scaled_dot_product_attention(query, key, value, mask, **options)
-    return y.unflatten(0, (rows, len(y) // rows))
+    return y.view(rows, len(y) // rows, *y.shape[1:])
 
 
 # --- nn.MultiheadAttention: linear layers and attention, which torch hides in one call ---
