@@ -177,6 +177,10 @@ class _Reference:
             if case.dtype == "float64"
             else PlainTraining(case, torch.float64).rows(case.seed)
         )
+        self.worst = {
+            name: _worst_row(leaf, self.wide.leaves[name])
+            for name, leaf in self.rows.leaves.items()
+        }
         self.answers = []
         for question in case.questions:
             arguments = Arguments(case, self.rows)
@@ -190,6 +194,14 @@ class _Reference:
             total = self.wide.sq_norms()
             if bool((self.rows.sq_norms() - total).abs().gt(0.5 * total).any()):
                 raise ArithmeticError("the plain loop is nowhere near float64")
+
+
+def _worst_row(plain: Tensor, wide: Tensor) -> float:
+    """The largest error of a row of a leaf, relative to the row's largest number."""
+    if not wide[0].numel():
+        return 0.0
+    size, error = (t.abs().reshape(len(t), -1).amax(1) for t in (wide, plain - wide))
+    return float(torch.where(size > 0, error / size, 0.0).max().clamp(max=0.1))
 
 
 class Arguments:
@@ -271,7 +283,7 @@ def _check_rows(case: Case, reference: _Reference, caught: list[Any]) -> None:
     rows = grads_of(params, batch, buffers=buffers)
     _check_fallbacks(case, caught)
     by_loop = case.plan == "loop" or bool(_fallbacks(caught))
-    compare = _Compare(case)
+    compare = _Compare(case, reference.worst)
     arguments = Arguments(case, reference.rows)
     want, wide, answers = reference.rows, reference.wide, reference.answers
     if case.random and not by_loop:
@@ -375,11 +387,14 @@ class _Compare:
 
     float64: one part in 10^9 of the leaf, and one in 10^12 of the whole row. Lower precisions:
     four times the error of the plain loop in the same precision against float64, plus eps times
-    the root of the width for every layer.
+    the root of the width for every layer. The plain loop may be near float64 in one answer by luck,
+    so the error of a leaf is at least that of its worst row, relative to the leaf: BatchNorm of two
+    samples keeps the fourth digit of a gradient in some rows and the fifth in others.
     """
 
-    def __init__(self, case: Case):
+    def __init__(self, case: Case, worst: dict[str, float] | None = None):
         self.exact = case.dtype == "float64"
+        self.worst = worst or {}
         self.eps = torch.finfo(DTYPES[case.dtype]).eps
         self.floor = 2 * self.eps * 6**0.5 * (len(case.layers) + 2)
 
@@ -388,11 +403,20 @@ class _Compare:
             if set(got) != set(plain):
                 raise Wrong(f"{what}: leaves {sorted(set(got) ^ set(plain))}")
             for name in plain:
-                self.one(f"{what}, {name}", got[name], plain[name], wide[name], scale)
+                worst = self.worst.get(name, 0.0)
+                self.one(f"{what}, {name}", got[name], plain[name], wide[name], scale, worst)
         else:
             self.one(what, got, plain, wide, scale)
 
-    def one(self, what: str, got: Tensor, plain: Tensor, wide: Tensor, scale: Any) -> None:
+    def one(
+        self,
+        what: str,
+        got: Tensor,
+        plain: Tensor,
+        wide: Tensor,
+        scale: Any,
+        worst_row: float = 0.0,
+    ) -> None:
         if got.shape != plain.shape or got.dtype != plain.dtype:
             raise Wrong(
                 f"{what}: {got.dtype} {tuple(got.shape)} for {plain.dtype} {tuple(plain.shape)}"
@@ -406,7 +430,8 @@ class _Compare:
         if self.exact:
             bound = 1e-9 * wide.abs() + 1e-11 * scale
         else:
-            bound = 4 * (plain - wide).abs().max() + self.floor * scale
+            own = torch.maximum((plain - wide).abs().max(), worst_row * wide.abs().max())
+            bound = 4 * own + self.floor * scale
         worst = (error - bound).nan_to_num(nan=float("inf"))
         if worst.numel() and worst.max() > 0:
             size = float(error.max() / (wide.abs().max() + 1e-300))
