@@ -86,7 +86,7 @@ class Context:
 
     @property
     def rows(self) -> Any:
-        """The GradStack that the last reducer reduced."""
+        """The latest GradStack of the chain, the one that a reducer has reduced."""
         return self.values.get("rows")
 
     @property

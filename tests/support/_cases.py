@@ -1,4 +1,4 @@
-"""One or more complete chains for every public link: what the conformance suite runs over."""
+"""One or more complete chains for every public transform: what the conformance suite runs over."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The laws of `gradfilter.testing`, over every public link."""
+"""The laws of `gradfilter.testing`, over every public transform."""
 
 import inspect
 
@@ -14,10 +14,10 @@ from gradfilter.testing._laws import Problem, no_host_sync
 PROBLEM = Problem(SHAPES, M, EXTRA)
 ON_A_GPU = "same_on_a_gpu"
 FREEZES = ("freeze", 1)
-every_link = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v[0]}-{v[1]}")
+every_transform = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v[0]}-{v[1]}")
 
 
-def test_every_public_link_is_a_case():
+def test_every_public_transform_is_a_case():
     public = {
         name
         for name, thing in ((name, getattr(gf, name)) for name in gf.__all__)
@@ -30,12 +30,12 @@ def test_every_public_link_is_a_case():
     assert public == set(CASES)
 
 
-@every_link
+@every_transform
 def test_every_case_goes_from_rows_to_an_update(variant):
     assert "rows -> update" in build(variant).kinds
 
 
-@every_link
+@every_transform
 @pytest.mark.parametrize("law", [name for name in LAWS if name != ON_A_GPU])
 def test_law(law, variant):
     if (law, variant) == ("changes_something", FREEZES):
@@ -47,7 +47,7 @@ def test_law(law, variant):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@every_link
+@every_transform
 def test_on_a_gpu_as_on_the_cpu_and_without_waiting(variant):
     LAWS[ON_A_GPU](build(variant), PROBLEM)
 

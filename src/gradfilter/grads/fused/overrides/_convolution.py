@@ -26,7 +26,7 @@ Sizes = int | Sequence[int]
 def conv(dims: int) -> Override:
     """Return the override of `torch.nn.functional.conv1d`, `conv2d` or `conv3d`."""
 
-    def override(
+    def replacement(
         host: Host,
         input: Tensor,
         weight: Tensor,
@@ -52,13 +52,13 @@ def conv(dims: int) -> Override:
         )
         return host.run("conv", _apply, host, host.level.lower(input), *weights, geometry)
 
-    return override
+    return replacement
 
 
 def conv_transpose(dims: int) -> Override:
     """Return the override of `torch.nn.functional.conv_transpose1d`, `2d` or `3d`."""
 
-    def override(
+    def replacement(
         host: Host,
         input: Tensor,
         weight: Tensor,
@@ -77,7 +77,7 @@ def conv_transpose(dims: int) -> Override:
         geometry = Geometry(dims, stride, padding, dilation, True, output_padding, groups)
         return host.run("conv", _apply, host, host.level.lower(input), *weights, geometry)
 
-    return override
+    return replacement
 
 
 def _weights(
@@ -147,13 +147,13 @@ class _Conv(RowOperation[Tensor]):
 def without_format(function: Callable[..., Tensor]) -> Override:
     """Return the override of `torch.Tensor.to` and similar, which vmap refuses with a format."""
 
-    def override(host: Host, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def replacement(host: Host, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         named = kwargs.pop("memory_format", torch.contiguous_format)
         if named is torch.contiguous_format or not host.level.batched(input):
             return NotImplemented
         return function(input, *args, **kwargs)
 
-    return override
+    return replacement
 
 
 FORMATS: dict[Callable[..., Any], Override] = {

@@ -17,7 +17,7 @@ from gradfilter.grads.fused._tape import Tape
 def class_loss(function: Callable[..., Tensor]) -> Override:
     """Return the override of `torch.nn.functional.cross_entropy` or `nll_loss`."""
 
-    def override(
+    def replacement(
         host: Host,
         input: Tensor,
         target: Tensor,
@@ -37,7 +37,7 @@ def class_loss(function: Callable[..., Tensor]) -> Override:
         rows, targets = host.level.lower(input), host.level.lower(target)
         return host.run(function.__name__, losses.of_rows, host.tape, rows, targets)
 
-    return override
+    return replacement
 
 
 @dataclass(frozen=True, eq=False)

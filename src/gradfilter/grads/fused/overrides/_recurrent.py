@@ -19,7 +19,7 @@ from gradfilter.grads.fused.overrides._linear import linear_or_vmap
 def recurrent(kernel: Callable[..., Any]) -> Override:
     """Return the override of `torch.lstm`, `torch.gru`, `torch.rnn_tanh` or `torch.rnn_relu`."""
 
-    def override(host: Host, input: Tensor, *args: Any) -> Any:
+    def replacement(host: Host, input: Tensor, *args: Any) -> Any:
         packed = len(args) > 0 and isinstance(args[2], (list, tuple))
         if packed:  # (data, batch_sizes, hidden, weights, ...)
             raise RuntimeError(
@@ -33,7 +33,7 @@ def recurrent(kernel: Callable[..., Any]) -> Override:
         tensors = [host.level.lower(t) for t in (input, *(states or (hidden,)), *weights)]
         return host.run("rnn", network.of_rows, tensors)
 
-    return override
+    return replacement
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ Gates = Callable[[Tensor, Tensor, Any], Any]
 def cell(gates: Gates) -> Override:
     """Return the override of `torch.lstm_cell` and its like."""
 
-    def override(
+    def replacement(
         host: Host,
         input: Tensor,
         hx: Tensor | Sequence[Tensor],
@@ -92,7 +92,7 @@ def cell(gates: Gates) -> Override:
         from_hidden = linear_or_vmap(host, states[0], w_hh, b_hh)
         return gates(from_input, from_hidden, states[0] if len(states) == 1 else states)
 
-    return override
+    return replacement
 
 
 def lstm(x: Tensor, h: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
