@@ -164,7 +164,7 @@ class Transform(MadeByFactory):
         publishes: All names in ``out``: global names and metrics.
         parts: The transforms of a chain; empty for all others.
         made_by: The call of the factory that made it.
-        apply: A faster way to the same new parameters and state, if there is one; see `applied_by`.
+        apply: Computes and applies the updates in one pass, if there is such a way: `with_apply`.
 
     Calling a transform that ends in an update applies it:
     ``transform(params, state, grads, **extra) -> (params, state, info)``.
@@ -176,16 +176,16 @@ class Transform(MadeByFactory):
     compute: Compute
     needs: frozenset[str] = frozenset()
     publishes: frozenset[str] = frozenset()
-    parts: tuple[Transform, ...] = ()
     made_by: FactoryCall | None = None
-    # Not an argument: `replace(transform, compute=...)` must not keep what belonged to the old one.
+    # Not arguments: `replace(transform, compute=...)` must not keep what belonged to the old one.
+    parts: tuple[Transform, ...] = field(default=(), init=False)
     apply: Callable[..., tuple[Params, State, Out]] | None = field(default=None, init=False)
 
     @property
     @override
     def core(self) -> Any:
-        """The name and the functions."""
-        return self.name, self.compute, self.init
+        """Everything that the call of a factory determines."""
+        return self.name, self.compute, self.init, self.kinds, self.needs, self.publishes
 
     @override
     def __repr__(self) -> str:
@@ -219,24 +219,31 @@ class Transform(MadeByFactory):
         """
         return self.compute(grads, state, params, Context(extra))
 
-    def applied_by(self, apply: Callable[..., tuple[Params, State, Out]]) -> Transform:
+    def with_apply(self, apply: Callable[..., tuple[Params, State, Out]]) -> Transform:
         """Return this transform with a function that computes and applies its updates in one pass.
 
         Args:
-            apply: ``apply(grads, state, params, context, *, donate) -> (params, state, out)``, up
-                to rounding `compute` and `apply_updates`. It follows ``context.keep`` and every
-                ``keep`` that it publishes. With ``donate`` it may write into ``params`` and
-                ``state``. A chain that ends in this transform uses it.
+            apply: ``apply(grads, state, params, context, *, donate) -> (params, state, out)``. Its
+                results are those of `compute` and `apply_updates`, up to rounding. It follows
+                ``context.keep`` and every ``keep`` that it publishes. With ``donate`` it may write
+                into ``params`` and ``state``. A chain that ends in this transform uses it.
         """
-        new = replace(self)
-        object.__setattr__(new, "apply", apply)
-        return new
+        return self._with(apply=apply)
+
+    def with_parts(self, parts: tuple[Transform, ...]) -> Transform:
+        """Return this transform as the chain of its parts."""
+        return self._with(parts=parts)
 
     @override
     def with_call(self, made_by: FactoryCall) -> Transform:
         """Return the same transform with the call that made it."""
-        new = replace(self, made_by=made_by)
-        return new if self.apply is None else new.applied_by(self.apply)
+        return self._with(made_by=made_by)
+
+    def _with(self, **changed: Any) -> Transform:
+        new = replace(self)
+        for name, value in {"apply": self.apply, "parts": self.parts, **changed}.items():
+            object.__setattr__(new, name, value)
+        return new
 
     def metric(self, name: str) -> str:
         """Return the key under which ``info`` shows a metric of this transform."""

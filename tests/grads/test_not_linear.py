@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import gradfilter as gf
@@ -76,3 +77,34 @@ def test_a_combination_is_that_of_the_rows(middle, plan, count):
         for name, p in model.named_parameters():
             wanted[name] += weights[m] * p.grad
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2, 3, 4, 8])
+@pytest.mark.parametrize("plan", ["fused", "loop"])
+def test_hooks_on_parameters_run_on_rows_of_their_own_weights_in_chunks(plan, chunk):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    model[0].weight.register_hook(lambda g: g.clamp(-0.01, 0.01))
+    x, y = torch.randn(8, 3).double(), torch.arange(8) % 2
+    params, _ = gf.extract(model)
+    noise = torch.Generator().manual_seed(1)
+    own = {
+        name: p + 0.1 * torch.randn(4, *p.shape, generator=noise, dtype=p.dtype)
+        for name, p in params.items()
+    }
+    expected = []
+    for m in range(4):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(own[name][m])
+        model.zero_grad()
+        F.cross_entropy(model(x[2 * m : 2 * m + 2]), y[2 * m : 2 * m + 2]).backward()
+        expected.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    assert max(row["0.weight"].abs().max() for row in expected) == 0.01  # the hook has an effect
+
+    grads_of = gf.microbatch_grads(
+        gf.model_loss(model, F.cross_entropy), 4, plan=plan, chunk_size=chunk
+    )
+    rows = grads_of(params, (x, y)).at_rows(own).stacked()
+    for name, found in rows.items():
+        torch.testing.assert_close(found, torch.stack([row[name] for row in expected]))

@@ -77,7 +77,7 @@ def around(chain, function):
 
 def around_both(chain, function):
     """A chain with another update, also where its update rule applies itself."""
-    return around(chain, function).applied_by(
+    return around(chain, function).with_apply(
         lambda *args, donate: function(partial(chain.apply, donate=donate), *args)
     )
 

@@ -469,3 +469,34 @@ def test_a_skipped_step_still_reports_its_metrics():
     new, _, info = call(update, rows, params)
     assert not info["keep"] and torch.equal(new["w"], params["w"])
     assert info["agree_filter/accepted"].tolist() == [True, False, True]
+
+
+def test_a_chain_with_another_function_is_no_longer_its_parts():
+    params, rows = {"w": torch.ones(2)}, {"w": torch.ones(3, 2)}
+    slow, fast = (gf.chain(gf.mean_rows(), gf.sgd(lr)) for lr in (0.1, 0.5))
+    changed = replace(slow, name="changed", compute=fast.compute)
+    assert changed.parts == () and changed.apply is None and slow.parts
+    for update in (changed, gf.chain(changed)):
+        assert update(params, update.init(params), rows)[0]["w"].tolist() == [0.5, 0.5]
+    assert gf.hyperparameters(changed) == {}
+
+
+@pytest.mark.parametrize("given", [None, True, False])
+def test_keep_may_be_a_plain_bool_and_none_is_not_given(given):
+    def update(grads, state, params, /, **extra):
+        return grads, state, {"keep": True}
+
+    own = gf.chain(gf.transform("own", "tree -> tree", update), gf.sgd(1.0))
+    params = {"w": torch.ones(2)}
+    new, _, info = own(params, own.init(params), params, keep=given)
+    skipped = given is False
+    assert info["keep"].item() is not skipped
+    assert new["w"].tolist() == ([1.0, 1.0] if skipped else [0.0, 0.0])
+
+
+def test_a_branch_of_a_skipped_step_says_so():
+    gated = gf.gate(gf.chain(gf.finite_filter(), gf.sgd(1.0)), "late")
+    update = gf.partition({"a": gated}, lambda name: "a")
+    params, no = {"w": torch.ones(2)}, torch.tensor(False)
+    info = update(params, update.init(params), params, keep=no, late=no)[2]
+    assert not info["keep"] and not info["partition/a/keep"]

@@ -260,3 +260,23 @@ def test_aux_of_a_plain_loss_is_in_the_info(plan):
     assert info["aux"].tolist() == [5.0, 13.0]
     with pytest.raises(ValueError, match=r"has_aux on model_loss\(model, criterion, has_aux=True"):
         gf.train_step(gf.model_loss(nn.Linear(2, 2), F.mse_loss), update, has_aux=True)
+
+
+def test_a_donated_step_with_an_empty_row_is_a_whole_step():
+    """Nothing may be asked of the rows once their parameters are overwritten."""
+
+    def mean_of_finite(rows, state, params, /, **extra):
+        return {name: g.nan_to_num(0).mean(0) for name, g in rows.stacked().items()}, state, {}
+
+    results = []
+    for donate in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        reducer = gf.transform("own", "rows -> tree", mean_of_finite)
+        loss = gf.model_loss(model, torch.nn.functional.cross_entropy)
+        step = gf.train_step(loss, gf.chain(reducer, gf.sgd(0.1, momentum=0.9)), microbatches=4)
+        batch = torch.randn(8, 3), torch.tensor([-100, -100, 0, 1, 1, 1, 0, 0])
+        state, info = step(step.init(model), batch, donate=donate)
+        results.append({**state["params"], "loss": info["loss"]})
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected)

@@ -343,7 +343,9 @@ class FusedPass(PassSource):
                 set_random_state(before, device)
                 return None
             buffers = part.buffers
-            own = LazyRows(SinglePass(part), part, budget=0).rows(list(self.params))
+            hooks = self.passes.loss.hooks
+            lazy = LazyRows(SinglePass(part), part, budget=0, hooks=hooks)
+            own = lazy.rows(list(self.params))
             found.append((own, part.losses.detach(), buffers, part.aux))
         grads, losses, _, aux = zip(*found, strict=True)
         joined = None if aux[0] is None else _tree.tree_map(lambda *t: torch.cat(t), *aux)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfilter import _tree
-from gradfilter._types import GLOBAL_NAMES, Params, Transform
+from gradfilter._types import GLOBAL_NAMES, Params, Transform, all_keep
 from gradfilter.grads._loss import extract, insert
 from gradfilter.grads._microbatch import GradFunction, Plan, microbatch_grads, per_sample_grads
 from gradfilter.grads._stack import BaseStack, ComputedStack, DenseStack, GradStack, StackOrigin
@@ -296,11 +296,11 @@ class Filtered:
         with torch.no_grad():
             grads, state, out = self.transforms.update(rows, self._state, params, **extra)
         rows.release()
-        keep = _tree.as_bool_tensor(out.get("keep", True), losses.device)
-        keep = keep & _tree.as_bool_tensor(extra.get("keep", True), losses.device)
+        given = all_keep(params, out.get("keep"), extra.get("keep"))
+        keep = _tree.as_bool_tensor(True if given is None else given, losses.device)
         insert(self._module, {}, buffers)
         # The only wait for the device, to decide whether to call the optimizer.
-        if not ("keep" in out or "keep" in extra) or bool(keep):
+        if given is None or bool(keep):
             self._state = own_state(state, params)
             write_grads(self._module, self.optimizer, grads)
             self.optimizer.step()

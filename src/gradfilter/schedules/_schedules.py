@@ -58,7 +58,7 @@ class Schedule(MadeByFactory):
     @override
     def core(self) -> Any:
         """The functions that give the values."""
-        return self.at, self.init
+        return self.at, self.init, self.max_value, self.min_value
 
     @override
     def __repr__(self) -> str:

@@ -259,9 +259,8 @@ def chain(*transforms: Transform) -> Transform:
                 context = context.having({"rows": grads})
             grads, new_state[name], out = part(grads, state[name], params, context)
             found = {k: v for k, v in out.items() if k in GLOBAL_NAMES}
-            if context.keep is not None and "keep" in found:
-                before = _tree.as_bool_tensor(context.keep, found["keep"].device)
-                found["keep"] = before & found["keep"]
+            if "keep" in found:
+                found["keep"] = all_keep(params, context.keep, found["keep"])
             found |= {f"{name}/{k}": v for k, v in out.items() if k not in GLOBAL_NAMES}
             context = context.having(found)
             published |= found
@@ -278,7 +277,7 @@ def chain(*transforms: Transform) -> Transform:
         for name, part in zip(names, flat, strict=True)
         for key in part.publishes
     }
-    built = Transform("", kinds, init, compute, frozenset(), frozenset(publishes), flat)
+    built = Transform("", kinds, init, compute, frozenset(), frozenset(publishes)).with_parts(flat)
     apply_last = flat[-1].apply
     if apply_last is None:
         return built
@@ -297,7 +296,7 @@ def chain(*transforms: Transform) -> Transform:
             new_state |= _tree.select(keep, {name: new_state[name] for name in before}, before)
         return new_params, new_state, out
 
-    built = built.applied_by(apply)  # what `init` finds
+    built = built.with_apply(apply)  # `init` finds the chain under this name
     return built
 
 
@@ -316,11 +315,11 @@ def named(name: str, transform: Transform) -> Transform:
     """
     if not name or "/" in name or "." in name:
         raise ValueError(f"Expected a name without '/' and '.', found {name!r}.")
-    renamed = replace(transform, name=name, parts=())
+    renamed = replace(transform, name=name)
     # A chain that has become one transform gives an update, as every transform inside another does.
     if transform.apply is None or transform.parts:
         return renamed
-    return renamed.applied_by(transform.apply)
+    return renamed.with_apply(transform.apply)
 
 
 def _flattened(parts: Parts) -> tuple[Transform, ...]:

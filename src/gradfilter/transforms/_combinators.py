@@ -11,7 +11,17 @@ from torch import Tensor
 
 from gradfilter import _tree
 from gradfilter._factory import factory
-from gradfilter._types import GLOBAL_NAMES, Context, Kind, Out, Params, State, Transform, Tree
+from gradfilter._types import (
+    GLOBAL_NAMES,
+    Context,
+    Kind,
+    Out,
+    Params,
+    State,
+    Transform,
+    Tree,
+    all_keep,
+)
 from gradfilter.grads._joined_stacks import choose, join
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._reducers import mean_weights
@@ -116,7 +126,6 @@ def masked(transform: Transform, names: Callable[[str], bool]) -> Transform:
         init=init,
         compute=compute,
         publishes=publishes,
-        parts=(),
     )
 
 
@@ -238,8 +247,8 @@ def partition(branches: Mapping[str, Transform], label: Callable[[str], str]) ->
                 restrict(params, own),
                 restrict_context(context, own, params),
             )
-            keep = branch_out.get("keep", True if context.keep is None else context.keep)
-            keep = _tree.as_bool_tensor(keep, _tree.device_of(params))
+            keep = all_keep(params, context.keep, branch_out.get("keep"))
+            keep = _tree.as_bool_tensor(True if keep is None else keep, _tree.device_of(params))
             branch_updates = _tree.select(keep, branch_updates, _tree.no_update(branch_updates))
             new_state[key] = _tree.select(keep, branch_state, state[key])
             updates.update(branch_updates)
@@ -342,4 +351,4 @@ def gate(transform: Transform, when: str) -> Transform:
             out = out | {"clean_grads": _tree.select(on, clean, result)}
         return result, _tree.select(on, new_state, state), out
 
-    return replace(transform, name=name, compute=compute, parts=())
+    return replace(transform, name=name, compute=compute)

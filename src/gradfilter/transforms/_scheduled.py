@@ -104,7 +104,7 @@ def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transfo
 
     publishes = template.publishes | frozenset(moving)
     name = template.name or "scheduled"
-    return replace(template, name=name, init=init, compute=compute, publishes=publishes, parts=())
+    return replace(template, name=name, init=init, compute=compute, publishes=publishes)
 
 
 def _apart(

@@ -102,10 +102,12 @@ class TrainStep:
             set_random_state(state["random"], device)
             rows = self.grads_of(state["params"], batch, buffers=state["buffers"])
             random = random_state(device)
+            # A donated update overwrites the parameters, from which a loss of NaN has to be asked.
+            loss = rows.mean_loss() if donate else None
             params, transforms, info = self.update(
                 state["params"], state["transforms"], rows, donate=donate, **extra
             )
-        loss = rows.mean_loss()
+        loss = rows.mean_loss() if loss is None else loss
         state = {
             "params": params,
             "buffers": rows.buffers,

@@ -202,7 +202,7 @@ def update_rule(
         new, kept = run_kernel(kernel, params, grads, own, t, value, keep, donate)
         return new, {**kept, **rest}, {"lr": value}
 
-    return formulas.applied_by(apply)
+    return formulas.with_apply(apply)
 
 
 # --- Adam and AdamW ---

@@ -478,3 +478,29 @@ def test_a_hook_on_a_parameter_sees_only_rows_that_use_it():
         [2 * g + 1 if sign > 0 else g for g, sign in zip(want["a.weight"], x[:, 0], strict=True)]
     )
     check(rows, want, 4)
+
+
+def test_a_group_that_starts_again_for_a_write_does_not_repeat_the_draws_of_another():
+    """A pass that writes into the batch starts again with a copy: from where its group started."""
+
+    def loss(params, batch):
+        (h,) = batch
+        if (h[0, 0] > 0).item():
+            h = F.dropout(h, 0.5)
+        else:  # only the second group writes into the batch
+            h.mul_(2.0)
+            h = F.dropout(h, 0.5)
+        return (h @ params["w"]).square().sum()
+
+    torch.manual_seed(0)
+    params, x = {"w": torch.randn(64)}, torch.randn(6, 64)
+    x[:, 0] = torch.tensor([1.0, 1, 1, -1, -1, -1])
+    rows = gf.per_sample_grads(loss, plan="fused")(params, (x,))
+    first = rows.stacked()["w"]
+    assert len(rows.groups) == 2
+    masks = first != 0
+    for one in range(6):
+        for other in range(one):
+            assert not torch.equal(masks[one], masks[other]), (one, other)
+    rows.release()
+    assert torch.equal(rows.stacked()["w"], first)

@@ -231,7 +231,7 @@ def forward_in_groups(
             context.attributes.restore()
         attempts += 1
         try:
-            part = _at_once(loss, own, some, per_row, grouping, context)
+            part = _at_once(loss, own, some, per_row, grouping, context, start)
         except RuntimeError as refusal:
             # A group would draw other random numbers, and with those rows may answer differently.
             groups: list[list[int]] = []
@@ -272,14 +272,19 @@ def _at_once(
     per_row: bool,
     grouping: Grouping,
     context: CallContext,
+    start: dict[str, Tensor],
 ) -> Forward:
-    """Run one pass over some rows; give the loss a copy of them if it writes into the batch."""
+    """Run one pass over some rows; give the loss a copy of them if it writes into the batch.
+
+    ``start`` is the random state before this pass, which comes after those of other groups.
+    """
     if not grouping.copies:
         try:
             return forward(loss, params, batch, per_row, grouping.by_row)
         except BatchWritten:
             grouping.copies = True
             context.rewind()
+            set_random_state(start, context.device)
     copies = replace(batch, tensors=[t.clone() for t in batch.tensors])
     return forward(loss, params, copies, per_row, grouping.by_row, own_batch=True)
 
