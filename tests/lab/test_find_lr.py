@@ -99,13 +99,13 @@ def test_a_loss_that_never_falls_has_no_suggestion():
     rising = find_learning_rate(lambda s, n, r: (s, 1.0 + n), 0, rising_rates(1e-3, 1, 20))
     level = find_learning_rate(lambda s, n, r: (s, 1.0), 0, rising_rates(1e-3, 1, 20))
     assert rising.suggested is level.suggested is None
-    assert verdict(level, 1.0).startswith("no suggestion")
+    assert verdict(level, 1.0, 0).startswith("no suggestion")
 
 
 def test_a_range_that_ends_before_the_loss_diverges_is_said():
     found = find_learning_rate(*quadratic([1.0]), rising_rates(1e-3, 0.5, 100))
     assert found.diverged is None
-    assert "did not diverge up to --high 0.5" in verdict(found, 0.5)
+    assert "did not diverge up to --high 0.5" in verdict(found, 0.5, 0)
 
 
 def test_the_rates_have_equal_ratios_and_the_bounds_themselves():
@@ -114,12 +114,27 @@ def test_the_rates_have_equal_ratios_and_the_bounds_themselves():
     np.testing.assert_allclose(np.diff(np.log(rates)), math.log(3e4) / 49)
 
 
+def test_a_range_of_all_numbers_has_finite_rates():
+    rates = rising_rates(1e-300, 1e300, 20)
+    assert all(map(math.isfinite, rates)) and rates == sorted(set(rates))
+
+
+def test_losses_below_zero_and_near_the_largest_number():
+    rates = rising_rates(1e-3, 1, 40)
+    negative = find_learning_rate(lambda s, n, r: (s, -1.0), 0, rates)
+    huge = find_learning_rate(lambda s, n, r: (s, 1e308), 0, rates)
+    assert negative.diverged is huge.diverged is None
+    falls_then_rises = lambda s, n, r: (s, -1.0 - n if n < 20 else -20.0 + 10.0 * (n - 19))
+    assert find_learning_rate(falls_then_rises, 0, rates).diverged is not None
+
+
 @pytest.mark.parametrize(
     ("low", "high", "count", "option"),
     [
         *((0.0, 1.0, 50, "--low"), (-1.0, 1.0, 50, "--low"), (math.nan, 1.0, 50, "--low")),
         *((1.0, 1.0, 50, "--high"), (1.0, 0.1, 50, "--high"), (1.0, math.inf, 50, "--high")),
-        *((0.1, 1.0, 19, "--rates"), (0.1, 1.0, -1, "--rates")),
+        *((0.1, 1.0, 19, "--rates"), (0.1, 1.0, -1, "--rates"), (0.1, 1.0, 10**9, "--rates")),
+        (1.0, 1.0000000000000002, 50, "--high"),
     ],
 )
 def test_bad_ranges_are_refused(low, high, count, option):
@@ -184,7 +199,7 @@ def test_a_filter_that_skips_everything_is_said_and_has_no_suggestion():
     options = ("--agree", "0", "--microbatches", "8")
     code, out, _ = command("find-lr", *SMALL, *options)
     assert "40 of 40 steps were skipped by the filter" in out
-    assert code == 1 and "no suggestion" in out
+    assert code == 1 and "no suggestion: the filter skipped every step" in out
 
 
 @pytest.mark.parametrize(
@@ -194,6 +209,8 @@ def test_a_filter_that_skips_everything_is_said_and_has_no_suggestion():
         (("--low", "1", "--high", "0.1"), "--high: expected a number above --low 1, found 0.1"),
         (("--rates", "3"), "--rates: expected at least 20, found 3"),
         (("--learning-rate", "0.1"), "--learning-rate: it would change nothing"),
+        (("--learning_rate", "0.1"), "--learning-rate: it would change nothing"),
+        (("--no_resume",), "--resume: it would change nothing"),
         (("--schedule=cosine",), "--schedule: it would change nothing"),
         (("--epochs", "3"), "--epochs: it would change nothing"),
         (("--momentum", "2"), "--momentum: expected a number in"),

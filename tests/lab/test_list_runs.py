@@ -55,6 +55,22 @@ def test_json_has_the_same_numbers(tmp_path):
     assert (stopped["epochs"], stopped["epoch"], stopped["train_loss"]) == (50.0, 0.0, None)
 
 
+def test_a_filter_at_0_is_listed(tmp_path):
+    make_run(tmp_path, agree=0.0, sam=0.05, gsam=0.0, agc=0.0)
+    assert "agree 0, sam 0.05, gsam 0, sgd 0.05" in listed(tmp_path)[1]
+
+
+def test_foreign_numbers_are_valid_json_and_short(tmp_path):
+    place = make_run(tmp_path, evaluations=[evaluation(3, test_accuracy=1e300)])
+    record = json.loads((place / "config.json").read_text())
+    record["settings"]["epochs"] = math.inf
+    (place / "config.json").write_text(json.dumps(record))
+    refuse = lambda constant: pytest.fail(f"{constant} is no JSON")
+    (found,) = json.loads("\n".join(listed(tmp_path, "--json")), parse_constant=refuse)
+    assert found["epochs"] is None
+    assert max(map(len, listed(tmp_path))) < 200 + len(str(tmp_path))
+
+
 def test_trainings_without_a_number_have_a_dash(tmp_path):
     make_run(tmp_path, evaluations=[evaluation(2, train_loss=math.nan)], steps=9)
     make_run(tmp_path, evaluations=[], status="running", seed=1)

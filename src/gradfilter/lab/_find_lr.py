@@ -88,8 +88,9 @@ def rising_rates(low: float, high: float, count: int) -> list[float]:
         ['0.0001', '0.001', '0.01', '0.1', '1']
     """
     check_rates(low, high, count)
-    ratio = math.log(high / low) / (count - 1)
-    return [*(low * math.exp(ratio * number) for number in range(count - 1)), high]
+    first, last = math.log(low), math.log(high)  # high / low may overflow
+    parts = (number / (count - 1) for number in range(1, count - 1))
+    return [low, *(math.exp(first + (last - first) * part) for part in parts), high]
 
 
 def find_learning_rate(step: Step[STATE], state: STATE, rates: Sequence[float]) -> RateTest:
@@ -146,7 +147,7 @@ def find_learning_rate(step: Step[STATE], state: STATE, rates: Sequence[float]) 
     lowest = min(range(side, len(losses) - side), key=smoothed.__getitem__)
     start = losses[: max(10, 2 * reach + 1)]
     error = statistics.pstdev(start) / math.sqrt(2 * side + 1)
-    falls = statistics.fmean(start) - smoothed[lowest] > ERRORS * error
+    falls = _mean(start) - smoothed[lowest] > ERRORS * error
     return RateTest(
         tuple(rates[: len(losses)]),
         tuple(losses),
@@ -162,8 +163,17 @@ def _has_diverged(losses: Sequence[float], count: int) -> bool:
     if len(losses) < 2 * count:
         return False
     last, before, first = losses[-count:], losses[-2 * count : -count], losses[:count]
-    lost = math.fsum(last) > LOST * math.fsum(first)
-    return lost or min(last) > WORSE * math.fsum(before) / count
+    mean, old, begin = (
+        math.fsum(part / count for part in group) for group in (last, before, first)
+    )
+    # Distances, because a loss may be negative.
+    lost = mean - begin > (LOST - 1) * abs(begin)
+    return lost or min(last) - old > (WORSE - 1) * abs(old)
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Return the mean, also where the sum is too large for a float."""
+    return math.fsum(value / len(values) for value in values)
 
 
 def _centred_means(values: Sequence[float], reach: int) -> list[float]:
@@ -171,7 +181,7 @@ def _centred_means(values: Sequence[float], reach: int) -> list[float]:
     means = []
     for place in range(len(values)):
         side = min(reach, place, len(values) - 1 - place)
-        means.append(statistics.fmean(values[place - side : place + side + 1]))
+        means.append(_mean(values[place - side : place + side + 1]))
     return means
 
 
@@ -262,8 +272,13 @@ def table_of(found: RateTest) -> Table:
     return table
 
 
-def verdict(found: RateTest, high: float) -> str:
+def verdict(found: RateTest, high: float, skipped: int) -> str:
     """Return the suggestion and its reason in one or two sentences."""
+    if skipped == len(found.losses):
+        return (
+            "no suggestion: the filter skipped every step, so no rate had an effect. Loosen the "
+            "filter (--agree, --consensus)."
+        )
     if found.suggested is None:
         return (
             "no suggestion: the smoothed loss does not fall. Give a smaller --low, or more --rates."
@@ -316,7 +331,7 @@ def find_lr(command: FindLrCommand) -> int:
         print(f"{skipped} of {len(found.losses)} steps were skipped by the filter")
     if skipped == len(found.losses):
         found = replace(found, suggested=None)  # the differences of the losses are noise
-    said = verdict(found, command.high)
+    said = verdict(found, command.high, skipped)
     print(said)
     if out is not None:
         write_json(out / "find-lr.json", {**_facts(command, found, skipped), "verdict": said})

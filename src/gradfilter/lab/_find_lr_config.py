@@ -21,8 +21,10 @@ from gradfilter.lab.train._train_command import spelt_out
 from gradfilter.lab.train._train_config import GROUPS, TrainConfig
 
 PROGRAM = "gradfilter find-lr"
-FEWEST = 20
-"""Smallest number of rates from which a curve can be read."""
+FEWEST, MOST = 20, 1_000_000
+"""Smallest number of rates from which a curve can be read, and largest one, a step each."""
+NARROWEST = 1.1
+"""Smallest ratio of --high to --low."""
 UNUSED = (
     *("learning_rate", "schedule", "lr_step", "lr_decay_rate", "lr_min", "lr_power"),
     *("lr_patience", "lr_warmup_epochs", "lr_warmup_initial", "rho_schedule", "rho_min"),
@@ -73,7 +75,7 @@ def parse_find_lr(options: Sequence[str]) -> FindLrCommand:
     files = from_files(options, "train", TrainConfig)
     given = [*files, *environment_arguments(TrainConfig), *options]
     command = parse(FindLrCommand, PROGRAM, spelt_out(given), HEADINGS)
-    typed = {text.partition("=")[0].replace("--no-", "--") for text in options}
+    typed = {text.partition("=")[0].replace("_", "-").replace("--no-", "--") for text in options}
     for name in UNUSED:
         if option_name(name) in typed:
             raise UsageError(
@@ -96,4 +98,7 @@ def check_rates(low: float, high: float, rates: int) -> None:
     fix = "1e-5 is the default."
     check(0 < low < math.inf, "--low", "a positive number", low, fix)
     check(low < high < math.inf, "--high", f"a number above --low {low:g}", high, "10 is usual.")
+    wide = math.log(high) - math.log(low) >= math.log(NARROWEST)
+    check(wide, "--high", f"at least {NARROWEST} times --low {low:g}", high, "10 is usual.")
     check(rates >= FEWEST, "--rates", f"at least {FEWEST}", rates, "200 is the default.")
+    check(rates <= MOST, "--rates", f"at most {MOST}", rates, "200 is the default.")

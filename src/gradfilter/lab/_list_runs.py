@@ -96,8 +96,8 @@ def _listed(place: Path, record: Mapping[str, Any], last: Mapping[str, Any]) -> 
         model=_short(settings["model"]),
         data=_short(settings["data"]),
         rule=_short(rule_of(settings)),
-        epoch=float(last.get("epoch") or 0),
-        epochs=None if settings["steps"] is not None else float(settings["epochs"]),
+        epoch=_finite(float(last.get("epoch") or 0)) or 0.0,
+        epochs=None if settings["steps"] is not None else _finite(float(settings["epochs"])),
         step=last.get("step", 0),
         steps=total if isinstance(total, int) else settings["steps"],
         train_loss=_finite(last.get("train_loss")),
@@ -113,7 +113,9 @@ def rule_of(settings: Mapping[str, Any]) -> str:
         >>> rule_of({**DEFAULTS, "agree": 0.97, "agc": 0.01, "nesterov": True})
         'agree 0.97, agc 0.01, sgd+nesterov 0.05'
     """
-    parts = [f"{name.replace('_', '-')} {settings[name]:g}" for name in FILTERS if settings[name]]
+    # 0 is a value: a filter that accepts nothing. Only AGC is off at 0.
+    on = [n for n in FILTERS if settings[n] is not None and (settings[n] != 0 or n != "agc")]
+    parts = [f"{name.replace('_', '-')} {settings[name]:g}" for name in on]
     nesterov = "+nesterov" if settings["nesterov"] else ""
     return ", ".join([*parts, f"{settings['optimizer']}{nesterov} {settings['learning_rate']:g}"])
 
@@ -121,6 +123,10 @@ def rule_of(settings: Mapping[str, Any]) -> str:
 def _finite(value: float | None) -> float | None:
     """Return a number; None instead of NaN, which JSON has not."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}" if 0 <= value <= 1 else f"{100 * value:.3g}"
 
 
 def _short(value: object) -> str:
@@ -152,7 +158,7 @@ def row_of(run: ListedRun) -> tuple[str, ...]:
     cells = (
         *(run.directory, run.state, run.model, run.data, run.rule, _short(done)),
         "-" if run.train_loss is None else f"{run.train_loss:.4g}",
-        "-" if run.test_accuracy is None else f"{100 * run.test_accuracy:.1f}",
+        "-" if run.test_accuracy is None else _percent(run.test_accuracy),
         run.changed[:16].replace("T", " "),
     )
     return tuple(map(printable, cells))
@@ -200,7 +206,7 @@ def runs(config: RunsConfig) -> int:
     listed, others = list_runs(config.dirs)
     if config.json:
         errors = [{"error": printable(line)} for line in others]
-        print(json.dumps([*map(asdict, listed), *errors], indent=2))
+        print(json.dumps([*map(asdict, listed), *errors], indent=2, allow_nan=False))
         return 0
     if listed:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
