@@ -195,6 +195,93 @@ def test_settings_of_different_noise_do_not_compete(tmp_path):
     assert "within each data set and label noise" in page.text
 
 
+def best_cells(page, name):
+    """The first cell and the heading of every cell of a table that is marked as the best."""
+    heading, *rows = page.tables[name]
+    return {(rows[row - 1][0], heading[column]) for row, column in page.best[name]}
+
+
+def test_rules_of_different_data_sets_do_not_compete_over_label_noise(tmp_path):
+    made = {"digits": {None: 0.9, 0.9: 0.8}, "moons": {None: 0.5, 0.9: 0.6}}
+    for data, rules in made.items():
+        for agree, accuracy in rules.items():
+            for noise in (0.0, 0.2):
+                found = [accuracies(accuracy - noise, accuracy)]
+                rule = {"data": data, "agree": agree, "label_noise": noise, "microbatches": 2}
+                make_run(tmp_path, evaluations=found, **rule)
+    page = Page(written(tmp_path))
+    labels = [row[0] for row in page.tables["table-label-noise"][1:]]
+    assert labels == ["digits", "digits, agree 0.9", "moons, agree 0.9", "moons"]
+    columns = ("0 % wrong", "20 % wrong")
+    wanted = {(rule, column) for rule in (labels[0], labels[2]) for column in columns}
+    assert best_cells(page, "table-label-noise") == wanted
+    assert (
+        "Ordered by the mean of the columns within each data set. "
+        "Bold: the best of a column within each data set."
+    ) in page.text
+
+
+def test_rules_of_one_data_set_are_ordered_over_the_whole_table(text):
+    page = Page(text)
+    assert [row[0] for row in page.tables["table-label-noise"][1:]] == ["agree 0.9", "plain"]
+    assert "Ordered by the mean of the columns. Bold: the best of a column." in page.text
+
+
+def test_a_training_that_diverged_is_last_and_never_the_best(tmp_path):
+    # A network of NaN predicts the first class: no wrong label is memorised, and on few images the
+    # accuracy may be the highest.
+    made = {0.1: (0.5, 0.4, 0.3), 0.2: (0.6, 0.3, 0.4), 90.0: (0.7, 0.0, math.nan)}
+    for rate, (accuracy, memorised, last) in made.items():
+        found = [accuracies(accuracy, accuracy, memorised=memorised, train_loss=last)]
+        make_run(tmp_path, learning_rate=rate, label_noise=0.2, evaluations=found)
+    page = Page(written(tmp_path))
+    for name in ("accuracy", "equal-time"):
+        labels = [row[0] for row in page.tables[f"table-{name}"][1:]]
+        assert labels == [f"learning rate {rate}" for rate in (0.2, 0.1, 90)], name
+        assert {label for label, _ in best_cells(page, f"table-{name}")} == {labels[0]}, name
+
+
+def test_a_rule_that_diverged_at_one_noise_is_not_the_best_there(tmp_path):
+    for agree, high, last in ((None, 0.5, 1.0), (0.8, 0.4, 1.0), (0.9, 0.8, math.nan)):
+        for noise, accuracy, loss in ((0.0, 0.9 if agree == 0.9 else 0.6, 1.0), (0.2, high, last)):
+            found = [accuracies(accuracy, accuracy, train_loss=loss)]
+            rule = {"agree": agree, "label_noise": noise, "microbatches": 2}
+            make_run(tmp_path, evaluations=found, **rule)
+    page = Page(written(tmp_path))
+    labels = [row[0] for row in page.tables["table-label-noise"][1:]]
+    assert labels == ["plain", "agree 0.8", "agree 0.9"]
+    wanted = {("agree 0.9", "0 % wrong"), ("plain", "20 % wrong")}
+    assert best_cells(page, "table-label-noise") == wanted
+
+
+def test_the_shortest_training_is_not_the_best_because_it_has_fewer_steps(tmp_path):
+    for epochs in (1, 2):
+        found = [accuracies(epochs / 4, epochs / 4, epoch=float(epochs), seconds=float(epochs))]
+        make_run(tmp_path, epochs=epochs, sam=0.1, evaluations=found)
+    page = Page(written(tmp_path))
+    for name in ("accuracy", "sharpness"):
+        assert "seconds" in page.tables[f"table-{name}"][0]
+        headings = {heading for _, heading in best_cells(page, f"table-{name}")}
+        assert "final test %" in headings and "seconds" not in headings, name
+
+
+def test_a_training_without_a_step_is_not_the_best_at_equal_time(tmp_path):
+    for rate, seconds, first in ((0.1, 1.0, 0.1), (0.2, 1.0, 0.2), (0.3, 4.0, 0.3)):
+        # The slow one was evaluated before its first step and at its end alone.
+        made = [
+            evaluation(0, test_accuracy=first, val_accuracy=first, seconds=0.0),
+            accuracies(rate / 2, rate / 2, seconds=seconds),
+        ]
+        make_run(tmp_path, learning_rate=rate, evaluations=made)
+    page = Page(written(tmp_path))
+    heading, *rows = page.tables["table-equal-time"]
+    assert [row[0] for row in rows] == [f"learning rate {rate}" for rate in (0.2, 0.1, 0.3)]
+    assert [row[heading.index("samples seen")] for row in rows] == ["400", "400", "0"]
+    best = best_cells(page, "table-equal-time")
+    assert ("learning rate 0.2", "test %") in best
+    assert "learning rate 0.3" not in {label for label, _ in best}
+
+
 def test_one_line_and_equal_lines_have_no_best():
     column = Column("y", "y", 1.0, better="lowest")
     for values in ([[1.0]], [[1.0], [1.0]]):

@@ -11,6 +11,7 @@ from gradfilter.lab.report._figures import Curve, PlotAxis, facets, plot
 from gradfilter.lab.report._legend import Legend, Line, joined_line
 from gradfilter.lab.report._parts import (
     BEST,
+    PROBLEM,
     Column,
     Columns,
     Plot,
@@ -29,6 +30,7 @@ from gradfilter.lab.report._settings import (
     differing,
     finished,
     mean_and_sd,
+    order,
     points,
 )
 
@@ -58,7 +60,7 @@ AT_END: Columns = {
     Column("accepted", "accepted rows %"): last("accepted"),
     Column("clipped_rows", "clipped rows %"): last("clipped_rows"),
     Column("skipped", "skipped steps", 1.0): last("skipped"),
-    Column("seconds", "seconds", 1.0, 2, "lowest"): last("seconds"),
+    Column("seconds", "seconds", 1.0, 2): last("seconds"),
 }
 NOTE = (
     "Mean ± standard deviation over seeds. Best test: the highest of all evaluations, picked with "
@@ -113,7 +115,11 @@ def _at_equal_time(groups: Sequence[Setting], number: int) -> list[Table]:
     )
     name = "equal-time" if number == 1 else f"equal-time-{number}"
     title = f"At equal time: {seconds:.4g} s of training steps"
-    return [group_table(name, title, columns, groups, note=note)]
+
+    def has_trained(run: RecordedRun) -> bool:
+        return at_time(run, seconds, "samples") != 0  # at 0 samples the weights are still random
+
+    return [group_table(name, title, columns, groups, note=note, counts=has_trained)]
 
 
 # --- Accuracy against the fraction of wrong labels ---
@@ -123,7 +129,7 @@ NOISE = "label_noise"
 
 
 def noise(groups: Sequence[Setting], legend: Legend) -> Section:
-    """Build a table with a line per rule and a column per noise."""
+    """Build a table with a line per rule and a column per noise, the best rule first."""
     name, title = "label-noise", "Label noise"
     lead = "Final test accuracy, by the fraction of wrong training labels."
     rules = [r for r in apart_from(finished(groups), NOISE) if len(r) > 1]
@@ -139,15 +145,32 @@ def _table(rules: Sequence[Sequence[Setting]]) -> Table:
     rows = []
     for rule in rules:
         at = {group.settings[NOISE]: group.runs for group in rule}
+        diverged = [any(run.diverged for run in at.get(level, ())) for level in levels]
         values = [[run.last("test_accuracy") for run in at.get(level, ())] for level in levels]
         settings = {name: rule[0].settings[name] for name in names}
         line = joined_line(rule, NOISE)
-        rows.append(Row(rule[0].label(names), settings, values, line=line))
-    rows.sort(key=lambda row: rank([mean_and_sd(values).mean for values in row.values]))
+        rows.append(
+            Row(
+                rule[0].label(names),
+                settings,
+                values,
+                line=line,
+                problem=tuple(rule[0].runs[0].settings[n] for n in PROBLEM if n != NOISE),
+                never_best=frozenset(place for place, bad in enumerate(diverged) if bad),
+            )
+        )
+    rows.sort(
+        key=lambda row: (
+            *map(order, row.problem),
+            bool(row.never_best),
+            *rank([mean_and_sd(values).mean for values in row.values]),
+        )
+    )
+    within = " within each data set" if len({row.problem for row in rows}) > 1 else ""
     columns = [
         Column(f"noise_{level:g}", f"{100 * level:g} % wrong", better="highest") for level in levels
     ]
-    note = f"Mean ± sd. Ordered by the mean of the columns. {BEST}."
+    note = f"Mean ± sd. Ordered by the mean of the columns{within}. {BEST}{within}."
     return table("label-noise", "Final test accuracy (%)", columns, rows, first="rule", note=note)
 
 
@@ -336,7 +359,7 @@ def _columns(groups: Sequence[Setting]) -> Columns:
         **measured("sharpness"),
         **measured("hessian_top"),
         **measured("hessian_trace"),
-        Column("seconds", "seconds", 1.0, better="lowest"): last("seconds"),
+        Column("seconds", "seconds", 1.0): last("seconds"),
     }
 
 

@@ -136,7 +136,7 @@ class Row:
         runs: Number of runs, or None if it is not shown.
         line: The line of the legend, or None.
         problem: The task to learn; the best value is that of one task.
-        finished: Whether the values may be called the best ones.
+        never_best: Indices of the columns whose value is never marked as the best one.
     """
 
     label: str
@@ -145,7 +145,7 @@ class Row:
     runs: int | None = None
     line: Line | None = None
     problem: tuple[Any, ...] = ()
-    finished: bool = True
+    never_best: frozenset[int] = frozenset()
 
 
 Columns = Mapping[Column, Callable[[RecordedRun], float]]
@@ -153,13 +153,29 @@ Columns = Mapping[Column, Callable[[RecordedRun], float]]
 
 
 def group_table(
-    name: str, title: str, columns: Columns, groups: Sequence[Setting], *, note: str = ""
+    name: str,
+    title: str,
+    columns: Columns,
+    groups: Sequence[Setting],
+    *,
+    note: str = "",
+    counts: Callable[[RecordedRun], bool] = lambda run: True,
 ) -> Table:
     """Build a table with a line per group, the best one first.
 
     Settings of one data set and label noise stay together, in natural order. Within them, settings
     are ordered by validation accuracy, or by the first column if it was not measured everywhere.
-    Unfinished settings, and those without a number in some run, come last.
+    Settings that are unfinished, that diverged or that have a run which does not count come last,
+    and none of their values is marked as the best one. Those without a number in some run also come
+    last.
+
+    Args:
+        name: Name of the file, without suffix.
+        title: Title above the table.
+        columns: Columns, with the functions that read their numbers of a run.
+        groups: Settings, one per line.
+        note: Text below the table, before that about the order.
+        counts: Whether the numbers of a run may be the best ones; by default always.
     """
     ranked = list(columns)
     validation = next((i for i, c in enumerate(ranked) if c.name == "val_accuracy"), None)
@@ -171,7 +187,7 @@ def group_table(
             len(group.runs),
             line_of(group),
             tuple(group.runs[0].settings[n] for n in PROBLEM),
-            group.finished,
+            frozenset() if _may_be_best(group, counts) else frozenset(range(len(ranked))),
         )
         for group in groups
     ]
@@ -179,11 +195,17 @@ def group_table(
     if validation is not None and all(_is_complete(row.values[validation]) for row in rows):
         by = validation
     problems = {row.problem for row in rows}
-    rows.sort(key=lambda row: (*map(order, row.problem), not row.finished, *rank(row.values[by])))
+    rows.sort(
+        key=lambda row: (*map(order, row.problem), bool(row.never_best), *rank(row.values[by]))
+    )
     if len(rows) > 1:
         within = " within each data set and label noise" if len(problems) > 1 else ""
         note = f"{note} Ordered by {ranked[by].heading}{within}. {BEST}{within}.".strip()
     return table(name, title, ranked, rows, note=note)
+
+
+def _may_be_best(group: Setting, counts: Callable[[RecordedRun], bool]) -> bool:
+    return group.finished and all(not run.diverged and counts(run) for run in group.runs)
 
 
 def rank(values: Sequence[float]) -> tuple[bool, float]:
@@ -259,7 +281,7 @@ def _best_rows(column: Column, rows: Sequence[Row], place: int) -> set[int]:
     sign = 1 if column.better == "highest" else -1
     by_problem: dict[tuple[Any, ...], dict[int, float]] = {}
     for number, row in enumerate(rows):
-        if row.finished and _is_complete(row.values[place]):
+        if place not in row.never_best and _is_complete(row.values[place]):
             mean = sign * mean_and_sd(row.values[place]).mean
             by_problem.setdefault(row.problem, {})[number] = mean
     return {

@@ -198,6 +198,11 @@ class RecordedRun:
         """Return whether the training has finished."""
         return self.status == "finished"
 
+    @property
+    def diverged(self) -> bool:
+        """Return whether the training loss of the last evaluation is not finite."""
+        return not math.isfinite(self.last("train_loss"))
+
     def last(self, name: str) -> float:
         """Return a number of the last evaluation."""
         return float(self.metrics[name].iloc[-1])
