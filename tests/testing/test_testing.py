@@ -72,7 +72,8 @@ def remembers(grads, state, params, **extra):
 
 def around(chain, function):
     """A chain with another update, which a chain around it does not know."""
-    return replace(chain, compute=lambda *args: function(chain.compute, *args))
+    changed = replace(chain, compute=lambda *args: function(chain.compute, *args))
+    return changed.with_parts(chain.parts)
 
 
 def around_both(chain, function):

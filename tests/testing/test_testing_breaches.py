@@ -171,7 +171,8 @@ def test_a_lawful_transform_of_every_kind_holds(kind):
 
 def around(chain, function):
     """A chain with another update, which a chain around it does not know."""
-    return replace(chain, compute=lambda *args: function(chain.compute, *args))
+    changed = replace(chain, compute=lambda *args: function(chain.compute, *args))
+    return changed.with_parts(chain.parts)
 
 
 def twice(compute, *args):
