@@ -15,7 +15,7 @@ from gradfilter.lab._options import (
     parse,
     read_settings,
 )
-from gradfilter.lab._usage import UsageError, check, option_name
+from gradfilter.lab._usage import UsageError, check, option_name, typed_names
 from gradfilter.lab.train._config_checks import refuse_ignored
 from gradfilter.lab.train._train_command import spelt_out
 from gradfilter.lab.train._train_config import GROUPS, TrainConfig
@@ -75,7 +75,7 @@ def parse_find_lr(options: Sequence[str]) -> FindLrCommand:
     files = from_files(options, "train", TrainConfig)
     given = [*files, *environment_arguments(TrainConfig), *options]
     command = parse(FindLrCommand, PROGRAM, spelt_out(given), HEADINGS)
-    typed = {text.partition("=")[0].replace("_", "-").replace("--no-", "--") for text in options}
+    typed = {name.replace("--no-", "--") for name in typed_names(options)}
     for name in UNUSED:
         if option_name(name) in typed:
             raise UsageError(

@@ -19,7 +19,7 @@ import tyro
 
 from gradfilter.lab._help import Option, help_text, options_of
 from gradfilter.lab._run_files import content_of, reading
-from gradfilter.lab._usage import UsageError, did_you_mean, refuse_odd
+from gradfilter.lab._usage import UsageError, did_you_mean, refuse_odd, typed_name
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -75,7 +75,7 @@ def _refuse_unknown(known: Sequence[Option], options: Sequence[str]) -> None:
     unknown = False
     for typed in options:
         if typed.startswith("--"):
-            name = _name(typed).removeprefix("--")
+            name = typed_name(typed).removeprefix("--")
             unknown = name not in names
             nearest |= {did_you_mean(name, names, "--{}"): None} if unknown else {}
         unread += [typed] if unknown else []
@@ -90,7 +90,7 @@ def _refuse_unreadable(known: Sequence[Option], options: Sequence[str]) -> None:
     for typed in options:
         if typed.startswith("--"):
             _, equals, value = typed.partition("=")
-            values = given[_name(typed)] = [value] if equals else []
+            values = given[typed_name(typed)] = [value] if equals else []
         else:
             values.append(typed)
     for option in known:
@@ -115,11 +115,6 @@ def _is(kind: type, text: str, may_be_none: bool) -> bool:
     except ValueError:
         return may_be_none and text == "None"
     return True
-
-
-def _name(typed: str) -> str:
-    """Return the name of an option; an underscore in it is a hyphen, as for tyro."""
-    return typed.partition("=")[0].replace("_", "-")
 
 
 def one_line(box: str) -> str:

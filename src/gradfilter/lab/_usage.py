@@ -28,6 +28,21 @@ def option_name(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
+def typed_name(text: str) -> str:
+    """Return the name of an option as it was typed; an underscore in it is a hyphen, as for tyro.
+
+    Examples:
+        >>> typed_name("--learning_rate=0.1")
+        '--learning-rate'
+    """
+    return text.partition("=")[0].replace("_", "-")
+
+
+def typed_names(options: Iterable[str]) -> set[str]:
+    """Return the names of all options on a command line."""
+    return {typed_name(text) for text in options if text.startswith("--")}
+
+
 def check(condition: bool, option: str, expected: str, found: object, fix: str) -> None:
     """Raise a `UsageError` unless ``condition`` holds.
 

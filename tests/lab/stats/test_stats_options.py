@@ -104,6 +104,7 @@ IGNORED = {
     "--metric jacobian --target-logit-only --bigmem": "--bigmem: there are no classes",
     "--restored-targets --dataset-split test": "are the true ones",
     "--save-dir there": "RUN and --save-dir: the directory says which run",
+    "--save_dir there": "RUN and --save-dir: the directory says which run",
     "--name there": "RUN and --name: the directory says which run",
 }
 

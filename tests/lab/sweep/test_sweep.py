@@ -141,6 +141,8 @@ def test_the_metric_is_validation_where_there_is_one():
         (["--grid", "seed=0", "--trials", "3"], "--trials"),
         (["--grid", "seed=0", "--jobs", "0"], "--jobs: expected at least 1"),
         (["--grid", "seed=0", "--heartbeat", "0"], "--heartbeat: expected at least 1"),
+        (["--grid", "seed=0", "--", "--no-resume"], "--resume: a sweep always resumes"),
+        (["--grid", "seed=0", "--", "--no_resume"], "--resume: a sweep always resumes"),
         (["--grid", "seed=0", "--metric", "speed"], "--metric: expected one of"),
         (["--grid", "seed=0", "--metric", "val_loss"], "no validation split"),
         (["--grid", "seed=0", "--epochs", "3"], "after a lone --"),

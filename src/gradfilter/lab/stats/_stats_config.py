@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from gradfilter.lab._constraints import USUAL, Constraint, at_least, check_fields, positive
-from gradfilter.lab._usage import UsageError, check, option_name
+from gradfilter.lab._usage import UsageError, check, option_name, typed_names
 
 # --- The catalogue: metrics, their options, and the names of their numbers ---
 
@@ -350,7 +350,7 @@ def refuse_unread(config: StatsConfig, typed: Sequence[str]) -> None:
     Raises:
         UsageError: There is such an option.
     """
-    given = {option.partition("=")[0] for option in typed}
+    given = typed_names(typed)
     for name in ("--name", "--save-dir"):
         if config.run is not None and name in given:
             raise UsageError(f"RUN and {name}: the directory says which run. Omit {name}.")

@@ -12,7 +12,7 @@ import torch
 from optuna.distributions import distribution_to_json
 
 from gradfilter.lab._constraints import check_fields
-from gradfilter.lab._usage import UsageError, option_name
+from gradfilter.lab._usage import UsageError, option_name, typed_names
 from gradfilter.lab.sweep._axes import Axis, Reader, axes_of, fields_of
 from gradfilter.lab.sweep._sweep_config import TRIALS, SweepConfig
 from gradfilter.lab.train._build_training import data_of, model_of
@@ -77,11 +77,8 @@ def refuse_unused(
         UsageError: An option or axis has no effect.
     """
     names = {axis.name for axis in axes}
-    plain = {
-        text.partition("=")[0].removeprefix("--").replace("-", "_")
-        for text in spelt_out(typed)
-        if text.startswith("--")
-    }
+    given = typed_names(spelt_out(typed))
+    plain = {name.removeprefix("--").replace("-", "_") for name in given}
     said = plain | {name.removeprefix("no_") for name in plain}
     for name in sorted(said & names):
         raise UsageError(

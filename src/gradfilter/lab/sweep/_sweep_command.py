@@ -24,7 +24,7 @@ from gradfilter.lab._interrupt import interruptible
 from gradfilter.lab._options import arguments
 from gradfilter.lab._processes import started_processes
 from gradfilter.lab._run_files import printable, write_bytes
-from gradfilter.lab._usage import UsageError
+from gradfilter.lab._usage import UsageError, typed_names
 from gradfilter.lab.sweep._join import folder_of, joined, reading_study
 from gradfilter.lab.sweep._plan import (
     METRICS,
@@ -293,10 +293,10 @@ def parse_sweep(options: Sequence[str]) -> tuple[SweepConfig, Plan]:
             raise UsageError("--print-config: a sweep does not print it. Use gradfilter train.")
         return command.settings
 
-    given_twice = {option.partition("=")[0] for option in rest}
-    if "--resume" in given_twice or "--no-resume" in given_twice:
+    typed = typed_names(rest)
+    if "--resume" in typed or "--no-resume" in typed:
         raise UsageError("--resume: a sweep always resumes its trainings. Omit it.")
-    if config.name and "--name" in given_twice:
+    if config.name and "--name" in typed:
         raise UsageError("--name: it is given before and after the lone --. Give it once.")
     base = read(())
     named = replace(base, name=config.name or base.name or NAME)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from gradfilter.lab._constraints import check_fields
-from gradfilter.lab._usage import UsageError, option_name, refuse_odd
+from gradfilter.lab._usage import UsageError, option_name, refuse_odd, typed_names
 from gradfilter.lab.train._train_config import TrainConfig
 
 # --- Options that are wrong or contradict each other ---
@@ -232,8 +232,7 @@ def refuse_ignored(config: TrainConfig, typed: Sequence[str], named: Collection[
     Raises:
         UsageError: An option has no effect.
     """
-    options = (text.partition("=")[0] for text in typed if text.startswith("--"))
-    names = {text.removeprefix("--").replace("-", "_") for text in options}
+    names = {name.removeprefix("--").replace("-", "_") for name in typed_names(typed)}
     names |= {f.name for f in fields(config) if getattr(config, f.name) != f.default} & {*named}
     for name, uses in USES.items():
         for use in uses if name in names else ():
