@@ -25,7 +25,6 @@ from gradfilter.grads._call_context import (
     CallContext,
     Versions,
     random_state,
-    set_random_state,
 )
 from gradfilter.grads._error_notes import add_plan_note, note_anomaly, reason_of, stacklevel
 from gradfilter.grads._loop import Rows, loop_rows
@@ -340,7 +339,7 @@ class FusedPass(PassSource):
             self.passes.grouping.copies = grouping.copies
             after = random_state(device)
             if any(not torch.equal(after[kind], before[kind]) for kind in before):
-                set_random_state(before, device)
+                self.passes.context.rewind()
                 return None
             buffers = part.buffers
             hooks = self.passes.loss.hooks

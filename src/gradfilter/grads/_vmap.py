@@ -50,7 +50,7 @@ def vmap_rows(
                 randomness="different",
                 chunk_size=chunk_size,
             )(params, [t.clone() for t in batch.tensors], batch.buffers)
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # what torch raises for the memory of a batched tensor
         if "Cannot access storage" not in str(error):
             raise
         raise RuntimeError(

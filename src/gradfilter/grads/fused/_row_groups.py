@@ -221,18 +221,26 @@ def forward_in_groups(
     ahead, start = [*begin], context.random
     parts: list[tuple[list[int], Forward]] = []
     left: list[set[str]] = []
-    attempts = 0
+    refused = False
     while ahead:
         rows = ahead[0]
         whole = len(rows) == len(batch)
         own = params if whole or not per_row else {name: p[rows] for name, p in params.items()}
         some = batch if whole else replace(batch, tensors=[t[rows] for t in batch.tensors])
-        if attempts:  # each attempt and each group finds the modules in their first state
+        copies = grouping.copies
+        if copies:
+            some = replace(some, tensors=[t.clone() for t in some.tensors])
+        if parts or refused:  # each attempt and each group finds the modules in their first state
             context.attributes.restore()
-        attempts += 1
         try:
-            part = _at_once(loss, own, some, per_row, grouping, context, start)
+            part = forward(loss, own, some, per_row, grouping.by_row, own_batch=copies)
+        except BatchWritten:  # again with copies, from where this group started
+            grouping.copies = True
+            context.rewind()
+            set_random_state(start, context.device)
+            continue
         except RuntimeError as refusal:
+            refused = True
             # A group would draw other random numbers, and with those rows may answer differently.
             groups: list[list[int]] = []
             if isinstance(refusal, Disagreement) and not _drew(start, context):
@@ -258,35 +266,11 @@ def forward_in_groups(
         if ahead:
             start = random_state(context.device)
     _check_left(left)
-    if attempts > len(parts) and grouping.groups is not None:
+    if refused and grouping.groups is not None:
         _check_draws(context)
     if grouping.groups is None:
         grouping.groups = [rows for rows, _ in parts]
     return parts[0][1] if len(parts) == 1 else _together(parts, batch)
-
-
-def _at_once(
-    loss: NormalizedLoss,
-    params: Params,
-    batch: Batch,
-    per_row: bool,
-    grouping: Grouping,
-    context: CallContext,
-    start: dict[str, Tensor],
-) -> Forward:
-    """Run one pass over some rows; give the loss a copy of them if it writes into the batch.
-
-    ``start`` is the random state before this pass, which comes after those of other groups.
-    """
-    if not grouping.copies:
-        try:
-            return forward(loss, params, batch, per_row, grouping.by_row)
-        except BatchWritten:
-            grouping.copies = True
-            context.rewind()
-            set_random_state(start, context.device)
-    copies = replace(batch, tensors=[t.clone() for t in batch.tensors])
-    return forward(loss, params, copies, per_row, grouping.by_row, own_batch=True)
 
 
 def _apart(rows: list[int], answers: list[str]) -> list[list[int]]:
