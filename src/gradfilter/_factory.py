@@ -48,18 +48,18 @@ class FactoryCall:
         The values of tensors are not read.
         """
         bound = self.bound()
-        shown: list[str] = []
+        texts: list[str] = []
         for name, value in bound.arguments.items():
             kind = bound.signature.parameters[name].kind
             if kind is inspect.Parameter.VAR_POSITIONAL:
-                shown += [_shown(item) for item in value]
+                texts += [shown(item) for item in value]
             elif kind is inspect.Parameter.VAR_KEYWORD:
-                shown += [f"{key}={_shown(item)}" for key, item in value.items()]
+                texts += [f"{key}={shown(item)}" for key, item in value.items()]
             elif kind is inspect.Parameter.POSITIONAL_ONLY:
-                shown.append(_shown(value))
+                texts.append(shown(value))
             else:
-                shown.append(f"{name}={_shown(value)}")
-        return f"{self.factory.__name__}({', '.join(shown)})"
+                texts.append(f"{name}={shown(value)}")
+        return f"{self.factory.__name__}({', '.join(texts)})"
 
 
 class MadeByFactory:
@@ -129,14 +129,14 @@ def _make(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     return factory(*args, **kwargs)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return a short text of an argument: functions by their name, tensors by their shape."""
     if isinstance(value, Tensor):
         return f"tensor of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key!r}: {_shown(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key!r}: {shown(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
-        inside = ", ".join(map(_shown, value))
+        inside = ", ".join(map(shown, value))
         if isinstance(value, list):
             return f"[{inside}]"
         return f"({inside},)" if len(value) == 1 else f"({inside})"

@@ -7,7 +7,6 @@ import runpy
 import subprocess
 import sys
 from collections import defaultdict
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,8 +20,6 @@ SCRIPT, MISTAKES = HERE / "user_script.py", HERE / "user_mistakes.py"
 @pytest.fixture(scope="module")
 def found():
     """What pyright says, by file and line."""
-    if find_spec("pyright") is None:
-        pytest.skip('pyright is not installed: pip install -e ".[test]"')
     source = str(Path(gf.__file__).parents[1])
     options = ["--outputjson", "--project", str(HERE), "--pythonpath", sys.executable]
     run = subprocess.run(

@@ -53,7 +53,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Return whether this is the rank that writes and prints; not a collective."""
+        """Whether this is the rank that writes and prints; not a collective."""
         return self.rank == 0
 
     @staticmethod

@@ -270,7 +270,8 @@ class TwoPassOptimizer(Optimizer):
             self.model, partial(loss_fn, **kwargs), inputs, targets, self.scaler
         )
 
-    def step(self, closure: Callable[[], Any] | None = None) -> tuple[Any, Any]:  # type: ignore[override]  # the published result
+    # torch declares that a step returns a loss; the published optimizer returns two values.
+    def step(self, closure: Callable[[], Any] | None = None) -> tuple[Any, Any]:  # type: ignore[override]
         """Run the closure here and at the perturbed point, then step the base optimizer.
 
         Args:

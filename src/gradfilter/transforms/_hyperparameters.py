@@ -6,9 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from gradfilter._factory import MadeByFactory
+from gradfilter._factory import shown
 from gradfilter._types import Transform
 from gradfilter.transforms._chain import names_of
 
@@ -59,7 +57,7 @@ def _collect(value: Any, prefix: str, found: dict[str, Any]) -> None:
         for i, item in enumerate(value):
             _collect(item, f"{prefix}/{i}", found)
     else:
-        found[prefix] = value if isinstance(value, PLAIN) else _text(value)
+        found[prefix] = value if isinstance(value, PLAIN) else shown(value)
 
 
 def _arguments(transform: Transform) -> list[tuple[str, Any]]:
@@ -79,11 +77,3 @@ def _arguments(transform: Transform) -> list[tuple[str, Any]]:
     for name, value in bound.arguments.items():
         named += value.items() if variable[name] else [(name, value)]
     return named
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"tensor of shape {tuple(value.shape)}"
-    if isinstance(value, MadeByFactory) or not callable(value):
-        return repr(value)
-    return getattr(value, "__name__", None) or type(value).__name__
