@@ -9,9 +9,11 @@ from gradfilter._tree import select as select
 from gradfilter._types import Params as Params
 from gradfilter._types import Transform as Transform
 from gradfilter._types import Tree as Tree
+from gradfilter.grads._loss import ModelLoss as ModelLoss
 from gradfilter.grads._loss import extract as extract
 from gradfilter.grads._loss import insert as insert
 from gradfilter.grads._loss import model_loss as model_loss
+from gradfilter.grads._microbatch import GradFunction as GradFunction
 from gradfilter.grads._microbatch import Plan as Plan
 from gradfilter.grads._microbatch import microbatch_grads as microbatch_grads
 from gradfilter.grads._microbatch import per_sample_grads as per_sample_grads

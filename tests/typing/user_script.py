@@ -41,6 +41,7 @@ def main() -> None:
     # Rows, and questions that they answer.
     params, buffers = gf.extract(model)
     grads_of = gf.microbatch_grads(gf.model_loss(model, cross_entropy), 8)
+    reveal_type(grads_of)  # GradFunction
     rows = grads_of(params, (x, y), buffers=buffers)
     reveal_type(rows)  # ComputedStack
     reveal_type(rows.losses)  # Tensor

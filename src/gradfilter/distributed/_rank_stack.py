@@ -27,6 +27,7 @@ from gradfilter.grads._stack import (
     BaseStack,
     DenseStack,
     GradStack,
+    StackOrigin,
     as_stack,
     check_per_row,
     check_same_leaves,
@@ -305,6 +306,13 @@ class RankStack(BaseStack):
                 [ 4.,  1.]], dtype=torch.float64)
         >>> dist.destroy_process_group()
     """
+
+    losses: Tensor | None
+    buffers: Tree
+    aux: Any
+    scale: Tensor | None
+    origin: StackOrigin | None
+    keep: Tensor
 
     def __init__(
         self,

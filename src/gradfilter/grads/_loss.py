@@ -84,6 +84,14 @@ class ModelLoss:
     returns ``(loss, new buffers, aux)``. ``in_place`` means that a training loop writes into the
     module: hooks on parameters then run on the combined gradient instead of on every row, and
     embeddings are renormalised.
+
+    Examples:
+        >>> import torch, gradfilter as gf
+        >>> model = torch.nn.Linear(3, 1, bias=False)
+        >>> loss = gf.model_loss(model, torch.nn.functional.mse_loss)
+        >>> params = {"weight": torch.ones(1, 3)}
+        >>> loss(params, (torch.ones(4, 3), torch.ones(4, 1)), {})
+        (tensor(4.), {})
     """
 
     model: nn.Module

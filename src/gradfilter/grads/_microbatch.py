@@ -72,7 +72,29 @@ Plan = Literal["auto", "loop", "vmap", "fused"]
 
 @dataclass(frozen=True, eq=False)
 class GradFunction:
-    """``(params, batch, *, buffers=None) -> GradStack``, made by `microbatch_grads`."""
+    """The gradients of a loss: ``(params, batch, *, buffers=None) -> ComputedStack``.
+
+    `microbatch_grads` and `per_sample_grads` make it; nobody else needs its constructor. The
+    fields are their checked arguments.
+
+    Attributes:
+        loss: The loss.
+        microbatches: M, or None for one row per sample.
+        has_aux: True if the loss returns ``(scalar, aux)``.
+        plan: The way the rows are computed.
+        chunk_size: The number of rows per call of torch.vmap, or None for all.
+        memory_budget: The bytes (int) or the share of free memory (float) for intermediate results.
+        by_row: The modules that plan "fused" runs row by row, learned from refused passes.
+
+    Examples:
+        >>> import torch, gradfilter as gf
+        >>> loss = lambda params, batch: (params["w"] * batch).mean()
+        >>> grads_of = gf.microbatch_grads(loss, 2)
+        >>> isinstance(grads_of, gf.GradFunction), grads_of.microbatches
+        (True, 2)
+        >>> grads_of({"w": torch.ones(())}, torch.arange(4.0)).stacked()
+        {'w': tensor([0.5000, 2.5000])}
+    """
 
     loss: Callable[..., Any]
     microbatches: int | None

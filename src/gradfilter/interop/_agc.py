@@ -274,7 +274,7 @@ class SGD_AGC(_Clips, torch.optim.SGD):
         Normalization", 2021, https://arxiv.org/abs/2102.06171
     """
 
-    __signature__ = _signature(torch.optim.SGD)
+    __signature__: inspect.Signature = _signature(torch.optim.SGD)
 
 
 class Adam_AGC(_Clips, torch.optim.Adam):
@@ -292,7 +292,7 @@ class Adam_AGC(_Clips, torch.optim.Adam):
         0.02
     """
 
-    __signature__ = _signature(torch.optim.Adam)
+    __signature__: inspect.Signature = _signature(torch.optim.Adam)
 
 
 class AdamW_AGC(_Clips, torch.optim.AdamW):
@@ -310,7 +310,7 @@ class AdamW_AGC(_Clips, torch.optim.AdamW):
         0.02
     """
 
-    __signature__ = _signature(torch.optim.AdamW)
+    __signature__: inspect.Signature = _signature(torch.optim.AdamW)
 
 
 class RMSprop_AGC(_Clips, torch.optim.RMSprop):
@@ -328,4 +328,4 @@ class RMSprop_AGC(_Clips, torch.optim.RMSprop):
         0.02
     """
 
-    __signature__ = _signature(torch.optim.RMSprop)
+    __signature__: inspect.Signature = _signature(torch.optim.RMSprop)

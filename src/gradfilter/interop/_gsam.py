@@ -71,6 +71,11 @@ class GSAM(TwoPassOptimizer):
         https://arxiv.org/abs/2203.08065
     """
 
+    alpha: float
+    rho_scheduler: Any
+    adaptive: bool
+    rho_t: float
+
     def __init__(
         self,
         params: Iterable[Any],

@@ -253,6 +253,9 @@ class StepScheduler(CountingScheduler):
         [1.0, 1.0, 0.5, 0.5, 0.25]
     """
 
+    every: int | None
+    factor: float
+
     def __init__(
         self, *args: Any, every: int | None = None, factor: float = 0.2, **kwargs: Any
     ) -> None:

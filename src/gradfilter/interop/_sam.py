@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -215,6 +216,12 @@ class TwoPassOptimizer(Optimizer):
     Its ``param_groups`` and ``state`` are the base optimizer's own, so schedulers can take either
     of the two.
     """
+
+    param_groups: list[dict[str, Any]]
+    state: defaultdict[Tensor, Any]
+    base_optimizer: Optimizer
+    model: nn.Module | None
+    scaler: torch.amp.GradScaler | None
 
     def __init__(
         self,

@@ -114,6 +114,9 @@ class FilteredTrainer(Trainer):
         1.0
     """
 
+    transforms: Transform
+    microbatches: int | None
+
     def __init__(
         self,
         *args: Any,
