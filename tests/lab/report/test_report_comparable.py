@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from test_report_spread import run_of
+from test_settings import run_of
 
 from _report_page import Page, read
 from _report_runs import STEPS, evaluation, make_run, make_stats, sparse
