@@ -26,13 +26,13 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     whole = n - n % width if n > 4 * BLOCK else 0
     a, b = _tree.at_least_float32(a), _tree.at_least_float32(b)
     with _tree.no_autocast(a):
-        total: Tensor = (a[:, whole:] @ b[:, whole:].T).to(_tree.wide(a))
+        total: Tensor = (a[:, whole:] @ b[:, whole:].T).to(_tree.sum_dtype(a))
         if whole:
             blocks = torch.bmm(
                 rearrange(a[:, :whole], "m (c w) -> c m w", w=width),
                 rearrange(b[:, :whole], "k (c w) -> c w k", w=width),
             )
-            total = total + blocks.sum(0, dtype=_tree.wide(a))
+            total = total + blocks.sum(0, dtype=_tree.sum_dtype(a))
     return total
 
 
@@ -42,12 +42,12 @@ def row_sq_norms(a: Tensor) -> Tensor:
     n = a.shape[1]
     whole = n - n % BLOCK
     tail: Tensor = torch.linalg.vector_norm(a[:, whole:], dim=1, dtype=dtype)
-    tail = tail.to(_tree.wide(a)).square()
+    tail = tail.to(_tree.sum_dtype(a)).square()
     if not whole:
         return tail
     blocks = rearrange(a[:, :whole], "m (c w) -> m c w", w=BLOCK)
     norms: Tensor = torch.linalg.vector_norm(blocks, dim=2, dtype=dtype)
-    return tail + norms.to(_tree.wide(a)).square().sum(1)
+    return tail + norms.to(_tree.sum_dtype(a)).square().sum(1)
 
 
 def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def _products(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
             parts = (torch.split(row[0].to(dtype), size) for row in (x, y))
             for u, v in zip(*parts, strict=True):
                 terms += (torch.dot(u, u), torch.dot(u, v), torch.dot(v, v))
-    return torch.stack(terms).view(-1, 3).sum(0, dtype=_tree.wide(terms[0]))
+    return torch.stack(terms).view(-1, 3).sum(0, dtype=_tree.sum_dtype(terms[0]))
 
 
 SMALL = 2**16

@@ -51,7 +51,7 @@ def _key_text(key: Any) -> str:
     return str(key)
 
 
-def wide(tensor: Tensor) -> torch.dtype:
+def sum_dtype(tensor: Tensor) -> torch.dtype:
     """Return the dtype of sums over parameters: float64 if the device supports it."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
@@ -142,6 +142,6 @@ def device_of(tree: Mapping[str, Tensor]) -> torch.device:
 def scalar(value: Any, like: Tensor) -> Tensor:
     """Return a number or tensor as a wide 0-d tensor on the device of ``like``."""
     if isinstance(value, Tensor):
-        return value.to(device=like.device, dtype=wide(like))
+        return value.to(device=like.device, dtype=sum_dtype(like))
     # `full` runs on the device; `tensor` would copy from the host and wait for it.
-    return torch.full((), value, device=like.device, dtype=wide(like))
+    return torch.full((), value, device=like.device, dtype=sum_dtype(like))

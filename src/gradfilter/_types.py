@@ -109,7 +109,7 @@ class Context:
         """The caller's number of the step, for schedules."""
         return self.values.get("count")
 
-    def having(self, values: Mapping[str, Any]) -> Context:
+    def with_values(self, values: Mapping[str, Any]) -> Context:
         """Return this context with more values, or newer ones."""
         return Context({**self.values, **values})
 
@@ -228,18 +228,18 @@ class Transform(MadeByFactory):
                 ``context.keep`` and every ``keep`` that it publishes. With ``donate`` it may write
                 into ``params`` and ``state``. A chain that ends in this transform uses it.
         """
-        return self._with(apply=apply)
+        return self._replaced(apply=apply)
 
     def with_parts(self, parts: tuple[Transform, ...]) -> Transform:
         """Return this transform as the chain of its parts."""
-        return self._with(parts=parts)
+        return self._replaced(parts=parts)
 
     @override
     def with_call(self, made_by: FactoryCall) -> Transform:
         """Return the same transform with the call that made it."""
-        return self._with(made_by=made_by)
+        return self._replaced(made_by=made_by)
 
-    def _with(self, **changed: Any) -> Transform:
+    def _replaced(self, **changed: Any) -> Transform:
         new = replace(self)
         for name, value in {"apply": self.apply, "parts": self.parts, **changed}.items():
             object.__setattr__(new, name, value)

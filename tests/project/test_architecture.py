@@ -15,6 +15,7 @@ from gradfilter import diagnostics, distributed, interop, schedules, testing
 
 SOURCE = Path(gf.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
+TESTS = Path(__file__).parents[1]
 EXPORTS = ("__init__.py", "__main__.py", "_public.py")  # import from every floor, and hold no idea
 # Imports point to the left only.
 FLOORS = [
@@ -170,6 +171,128 @@ def test_a_module_for_one_neighbour_has_a_reason_to_be_a_file():
         if len(found) == 1 and name.rpartition(".")[0] == next(iter(found)).rpartition(".")[0]
     }
     assert alone == set(NEIGHBOURS)
+
+
+# The tests of modules that no file of tests is named after.
+TESTED_BY = {
+    "_about": ["lab/test_demo.py"],
+    "_overlap": ["transforms/test_update_rules_donate.py"],
+    "_products": ["grads/test_stack.py", "grads/test_stack_half.py"],
+    "_readable": ["transforms/test_agreement.py", "grads/test_differentiated.py"],
+    "_shards": ["distributed/test_sharded.py", "distributed/test_sharded_mesh.py"],
+    "_tree": ["transforms/test_train_step.py", "transforms/test_update_rules_donate.py"],
+    "_types": ["transforms/test_chain.py", "transforms/test_update_rules_donate.py"],
+    "diagnostics/_spectra": [
+        "diagnostics/test_input_curvature.py",
+        "diagnostics/test_parameter_curvature.py",
+    ],
+    "grads/_batch": ["grads/test_microbatch_errors.py", "grads/test_normalized_loss.py"],
+    "grads/_buffer_watch": [
+        "grads/fused/overrides/test_norms_batch_norm.py",
+        "grads/test_call_context.py",
+    ],
+    "grads/_joined_stacks": ["grads/test_stack.py", "grads/test_stack_immutable.py"],
+    "grads/_loop": ["grads/test_microbatch.py"],
+    "grads/_loss": ["grads/test_microbatch.py", "grads/test_microbatch_errors.py"],
+    "grads/_module_attributes": ["grads/test_call_context.py"],
+    "grads/_running_stats": ["grads/test_microbatch.py"],
+    "grads/_vmap": ["grads/test_microbatch.py"],
+    "grads/_writes": ["grads/test_call_context.py"],
+    "grads/fused/_conv_factor": ["grads/fused/test_factors_memory.py"],
+    "grads/fused/_host": ["grads/fused/overrides/test_registry.py"],
+    "grads/fused/_lift": ["grads/fused/overrides/test_registry.py"],
+    "grads/fused/_row_questions": [
+        "grads/fused/test_row_groups.py",
+        "grads/test_normalized_loss.py",
+    ],
+    **{
+        f"grads/fused/overrides/{name}": [
+            "grads/fused/overrides/test_registry.py",
+            "grads/fused/test_fused_properties.py",
+            "grads/fused/test_fused_zoo.py",
+        ]
+        for name in ("_attention", "_convolution", "_embedding", "_linear", "_recurrent")
+    },
+    "grads/fused/overrides/_cross_entropy": [
+        "grads/fused/overrides/test_registry.py",
+        "grads/test_empty_rows.py",
+    ],
+    "grads/fused/overrides/_vmap_faults": ["grads/fused/overrides/test_spellings.py"],
+    "interop/_frameworks": ["interop/test_lightning.py", "interop/test_transformers.py"],
+    "interop/_gsam": ["interop/test_sam.py"],
+    "interop/_host_chain": ["interop/test_filtered.py"],
+    "interop/_hosted": ["interop/test_lightning.py", "interop/test_transformers.py"],
+    "lab/_connect": ["lab/test_demo_ranks.py"],
+    "lab/_demo_config": ["lab/test_demo.py"],
+    "lab/_device": ["lab/test_demo.py"],
+    "lab/_find_lr_config": ["lab/test_find_lr.py"],
+    "lab/_help": ["lab/test_constraints.py"],
+    "lab/_interrupt": ["lab/test_demo.py"],
+    "lab/_options": ["lab/train/test_train.py", "lab/train/test_config_checks.py"],
+    "lab/_plot": ["lab/test_demo.py"],
+    "lab/_processes": ["lab/test_demo_ranks.py"],
+    "lab/_runs_config": ["lab/test_list_runs.py"],
+    "lab/data/_random": ["lab/data/test_batches.py"],
+    "lab/data/_samples": ["lab/data/test_batches_stream.py"],
+    "lab/report/_comparisons": ["lab/report/test_report.py", "lab/report/test_legend.py"],
+    "lab/report/_curves": ["lab/report/test_report_comparable.py"],
+    "lab/report/_figures": ["lab/report/test_settings.py", "lab/report/test_report_comparable.py"],
+    "lab/report/_measurements": ["lab/report/test_report.py", "lab/report/test_report_cases.py"],
+    "lab/report/_parts": ["lab/report/test_legend.py"],
+    "lab/report/_report_config": ["lab/report/test_report_refusals.py"],
+    "lab/report/_runs": ["lab/report/test_settings.py", "lab/report/test_report_refusals.py"],
+    "lab/sweep/_attended": ["lab/sweep/test_workers_jobs.py"],
+    "lab/sweep/_axes": [
+        "lab/sweep/test_sweep_command.py",
+        "lab/sweep/test_sweep_config_options.py",
+    ],
+    "lab/sweep/_join": ["lab/sweep/test_sweep_config_options.py", "lab/sweep/test_queue.py"],
+    "lab/sweep/_plan": [
+        "lab/sweep/test_sweep_command.py",
+        "lab/sweep/test_sweep_config_options.py",
+    ],
+    "lab/sweep/_storage": ["lab/sweep/test_sweep_faults.py"],
+    "lab/train/_accuracies": ["lab/train/test_train.py"],
+    "lab/train/_build_training": ["lab/train/test_train.py"],
+    "lab/train/_evaluation": ["lab/train/test_progress.py", "lab/test_list_runs.py"],
+    "lab/train/_restore": ["lab/train/test_train.py", "lab/train/test_train_bad_input.py"],
+    "lab/train/_run_place": ["lab/train/test_train.py", "lab/train/test_train_bad_input.py"],
+    "lab/train/_train_command": ["lab/train/test_train.py"],
+    "lab/train/_train_config": ["lab/train/test_train.py", "lab/test_constraints.py"],
+    "transforms/_blocks": ["transforms/test_clipping.py", "transforms/test_update_rules_donate.py"],
+    "transforms/_ema": ["transforms/test_combinators.py"],
+    "transforms/_fingerprint": ["distributed/test_rank_stack_faults.py"],
+    "transforms/_state_dict": ["transforms/test_train_step.py"],
+    "transforms/_transform": ["transforms/test_chain.py", "transforms/test_update_surroundings.py"],
+}
+
+
+def named_after(test, modules):
+    """The module that a file of tests is named after: test_MODULE.py or test_MODULE_ASPECT.py."""
+    name = test.stem.removeprefix("test")
+    found = [module for module in modules if f"{name}_".startswith(f"{module}_")]
+    return max(found, key=len, default=None)
+
+
+def test_the_tests_of_a_module_are_found_by_name():
+    unnamed = set()
+    for path in FILES:
+        if path.name in ("__init__.py", "__main__.py"):
+            continue
+        folder = path.parent.relative_to(SOURCE)
+        modules = [other.stem for other in path.parent.glob("_*.py")]
+        tests = (TESTS / folder).glob("test_*.py")
+        if path.stem not in {named_after(test, modules) for test in tests}:
+            unnamed.add((folder / path.stem).as_posix())
+    assert unnamed == set(TESTED_BY)
+    listed = {test for tests in TESTED_BY.values() for test in tests}
+    assert [test for test in sorted(listed) if not (TESTS / test).is_file()] == []
+
+
+def test_no_two_files_of_tests_have_one_name():
+    """Pytest imports a file of tests by its base name."""
+    names = Counter(path.name for path in TESTS.rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def closures(table):

@@ -19,7 +19,7 @@ def warn(category, module):
 
 @pytest.mark.parametrize(
     "module",
-    ["gradfilter.grads._joined_stacks", "test_grads", "tests._lab", "_cases", "benchmarks.rules"],
+    ["gradfilter.grads._joined_stacks", "test_stack", "tests._lab", "_cases", "benchmarks.rules"],
 )
 def test_warnings_that_point_into_this_project_are_errors(module):
     with pytest.raises(UserWarning, match="as of now"):
@@ -48,7 +48,7 @@ def test_what_others_say_of_themselves_is_not(module, category):
 @pytest.mark.parametrize("category", DEPRECATIONS)
 def test_what_a_test_calls_and_others_deprecate_is_not(category):
     with warnings.catch_warnings(record=True) as caught:
-        warn(category, "test_interop_lightning")
+        warn(category, "test_lightning")
     assert len(caught) == 1
 
 

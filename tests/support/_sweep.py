@@ -2,7 +2,7 @@
 
 from contextlib import ExitStack, contextmanager
 
-from gradfilter.lab.sweep._join import joined
+from gradfilter.lab.sweep._join import joined_study
 from gradfilter.lab.sweep._queue import enqueue
 from gradfilter.lab.sweep._sweep_command import parse_sweep
 
@@ -15,7 +15,7 @@ def studies_in(folder):
         def begin(*options):
             _, plan = parse_sweep([*options, "--save-dir", str(folder)])
             # No test waits until a heartbeat is old.
-            queue = stack.enter_context(joined(plan, None, 3600))
+            queue = stack.enter_context(joined_study(plan, None, 3600))
             enqueue(queue, retry_failed=False)
             return queue
 

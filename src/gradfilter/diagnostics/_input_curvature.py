@@ -21,8 +21,8 @@ from gradfilter.diagnostics._input_checks import Model, at_once, check_at_least,
 from gradfilter.diagnostics._jacobian import (
     all_rows,
     chosen_rows,
+    collect_rows,
     factor_rows,
-    held,
     jacobian_norms,
 )
 from gradfilter.diagnostics._spectra import Seeds, normals, top_eigenvalue, top_of_gram, trace
@@ -123,8 +123,8 @@ def loss_curvature(
 def _gauss_newton(at: Derivative, slopes: Tensor, size: int) -> InputCurvature:
     """Compute trace and top eigenvalue of (Bᵀ J)ᵀ (Bᵀ J)."""
     make = partial(factor_rows, at.logits, "fisher")
-    rows = held(at, make, all_rows(at.logits), size).flatten(2)  # (N, C, D)
-    traces = torch.linalg.vector_norm(rows, dim=(1, 2), dtype=_tree.wide(rows)).square()
+    rows = collect_rows(at, make, all_rows(at.logits), size).flatten(2)  # (N, C, D)
+    traces = torch.linalg.vector_norm(rows, dim=(1, 2), dtype=_tree.sum_dtype(rows)).square()
     return InputCurvature(slopes, traces, torch.zeros_like(traces), *top_of_gram(rows))
 
 
@@ -134,7 +134,7 @@ def _hessian_product(model: Model, x: Tensor, targets: Tensor) -> Callable[[Tens
 
     def loss(z: Tensor) -> Tensor:
         logits = model(z)
-        return log_loss(logits.to(_tree.wide(logits)), targets)
+        return log_loss(logits.to(_tree.sum_dtype(logits)), targets)
 
     with plain_attention(), plain_recurrence(model, x.device):
         pull = torch.func.vjp(torch.func.grad(loss), x)[1]

@@ -92,7 +92,7 @@ def factor_rows(logits: Tensor, factor: Factor, rows: Tensor) -> Tensor:
 
 def scaled(cotangents: Tensor) -> tuple[Tensor, Tensor]:
     """Divide cotangents (*rest, C) by their largest entry; return its size, wide, (*rest,)."""
-    size = cotangents.abs().amax(-1).to(_tree.wide(cotangents))
+    size = cotangents.abs().amax(-1).to(_tree.sum_dtype(cotangents))
     size = torch.where(size > 0, size, 1.0)
     return cotangents / size[..., None].to(cotangents.dtype), size
 
@@ -103,7 +103,7 @@ def _probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
     For a confident sample 1 − p rounds to 0 at the top class, and then the whole derivative is 0.
     The sum of the other probabilities does not round to 0.
     """
-    p = logits.to(_tree.wide(logits)).softmax(1)
+    p = logits.to(_tree.sum_dtype(logits)).softmax(1)
     top = p.argmax(1, keepdim=True)
     others = p.scatter(1, top, 0.0).sum(1, keepdim=True)
     return p, (1 - p).scatter(1, top, others)
@@ -118,7 +118,7 @@ Maker = Callable[[Tensor], Tensor]
 
 def sq_norms(at: Derivative, make: Maker, rows: Tensor, size: int) -> Tensor:
     """Compute squared Frobenius norms, with float64 totals. (N,)."""
-    wide = _tree.wide(at.x)
+    wide = _tree.sum_dtype(at.x)
     total = torch.zeros(len(at.x), dtype=wide, device=at.x.device)
     for some in torch.split(rows, size):
         u, sizes = scaled(make(some))
@@ -128,7 +128,7 @@ def sq_norms(at: Derivative, make: Maker, rows: Tensor, size: int) -> Tensor:
     return total
 
 
-def held(at: Derivative, make: Maker, rows: Tensor, size: int) -> Tensor:
+def collect_rows(at: Derivative, make: Maker, rows: Tensor, size: int) -> Tensor:
     """Return all the rows. (N, C', *shape)."""
     x = at.x
     # Fill in place, because stacking the rows would hold them twice.
@@ -143,9 +143,9 @@ def held_jacobian(at: Derivative, normalization: Normalization, rows: Tensor, si
     """Return the chosen rows of A J, or of J / ‖J‖_F. (N, C', *shape)."""
     make = partial(cotangents, at.logits, normalization)
     if normalization != "jacobian":
-        return held(at, make, rows, size)
-    jacobian = held(at, make, all_rows(at.logits), size)
-    wide = _tree.wide(at.x)
+        return collect_rows(at, make, rows, size)
+    jacobian = collect_rows(at, make, all_rows(at.logits), size)
+    wide = _tree.sum_dtype(at.x)
     norms = torch.stack([torch.linalg.vector_norm(each, dtype=wide) for each in jacobian])
     if len(rows) < jacobian.shape[1]:
         jacobian = jacobian[torch.arange(len(jacobian), device=rows.device), rows[0]][:, None]
@@ -160,7 +160,7 @@ def jacobian_norms(at: Derivative, normalization: Normalization, rows: Tensor, s
     own = sq_norms(at, make, rows, size).sqrt()
     if normalization != "jacobian":
         return own
-    return over(own, own if len(rows) > 1 else whole_norms(at, size))
+    return divide_or_zero(own, own if len(rows) > 1 else whole_norms(at, size))
 
 
 def whole_norms(at: Derivative, size: int) -> Tensor:
@@ -169,7 +169,7 @@ def whole_norms(at: Derivative, size: int) -> Tensor:
     return sq_norms(at, make, all_rows(at.logits), size).sqrt()
 
 
-def over(values: Tensor, norms: Tensor) -> Tensor:
+def divide_or_zero(values: Tensor, norms: Tensor) -> Tensor:
     """Divide values by norms, with 0 for a norm of 0."""
     return torch.where(norms == 0, 0.0, values / norms)
 

@@ -16,9 +16,9 @@ from gradfilter.diagnostics._jacobian import (
     Normalization,
     chosen_rows,
     cotangents,
+    divide_or_zero,
     held_jacobian,
     jacobian_norms,
-    over,
     scaled,
     whole_norms,
 )
@@ -49,11 +49,11 @@ def factor_maps(logits: Tensor, normalization: Normalization, rows: Tensor) -> t
         rows: The classes (C', N): all, or one per sample, whose row of A is then held.
     """
     if len(rows) == 1:
-        row = cotangents(logits, normalization, rows)[0].to(_tree.wide(logits))
+        row = cotangents(logits, normalization, rows)[0].to(_tree.sum_dtype(logits))
         return lambda v: (row * v).sum(1, keepdim=True), lambda u: row * u
     if normalization in ("none", "jacobian"):
-        return _same, _same
-    p = logits.to(_tree.wide(logits)).softmax(1)
+        return _identity, _identity
+    p = logits.to(_tree.sum_dtype(logits)).softmax(1)
     top = p.argmax(1, keepdim=True)
 
     def centred(v: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def factor_maps(logits: Tensor, normalization: Normalization, rows: Tensor) -> t
     return (weighted, weighted) if normalization == "softmax" else (centred, balanced)
 
 
-def _same(v: Tensor) -> Tensor:
+def _identity(v: Tensor) -> Tensor:
     return v
 
 
@@ -165,12 +165,12 @@ def operator_norm(
             return OperatorNorm(norms, norms - norms)  # 0, or NaN
         jacobian = held_jacobian(at, normalization, rows, size)
         return OperatorNorm(*_roots(top_of_gram(jacobian.flatten(2))))
-    start = normals(seed, at.logits.new_empty((len(x), len(rows)), dtype=_tree.wide(x)))
+    start = normals(seed, at.logits.new_empty((len(x), len(rows)), dtype=_tree.sum_dtype(x)))
     product = partial(_product, at, *factor_maps(at.logits, normalization, rows))
     top = top_eigenvalue(product, start, iterations=iterations, tolerance=tolerance)
     values, residuals = _roots(top)
     if normalization == "jacobian":
-        values = over(values, whole_norms(at, size))
+        values = divide_or_zero(values, whole_norms(at, size))
     return OperatorNorm(values, residuals)
 
 

@@ -20,15 +20,15 @@ Seeds = SupportsIndex | Sequence[SupportsIndex] | Tensor
 
 def normals(seeds: Seeds, like: Tensor) -> Tensor:
     """Draw standard normal numbers like ``like`` (N, D), with row i from the seed of sample i."""
-    return next(_draws(seeds, like, signs=False))
+    return next(_random_vectors(seeds, like, signs=False))
 
 
 def signs(seeds: Seeds, like: Tensor) -> Iterator[Tensor]:
     """Yield an endless sequence of probes of ±1 in the shape of ``like`` (N, D)."""
-    return _draws(seeds, like, signs=True)
+    return _random_vectors(seeds, like, signs=True)
 
 
-def _draws(seeds: Seeds, like: Tensor, *, signs: bool) -> Iterator[Tensor]:
+def _random_vectors(seeds: Seeds, like: Tensor, *, signs: bool) -> Iterator[Tensor]:
     count, size = like.shape
     to_list = getattr(seeds, "tolist", None)  # of torch, or of NumPy
     if to_list is not None:
@@ -74,7 +74,7 @@ def trace(
     size = like.shape[1]
     exact = probes >= size
     vectors = _units(like) if exact else islice(signs(seeds, like), probes)
-    wide = _tree.wide(like)
+    wide = _tree.sum_dtype(like)
     found = torch.stack([(v * product(v)).sum(1, dtype=wide) for v in vectors])  # (probes, N)
     if exact:
         return found.sum(0), torch.zeros_like(found[0])
@@ -120,7 +120,7 @@ def top_eigenvalue(
         iterations: The largest number of products, >= 1. D are enough.
         tolerance: The relative residual at which a sample is finished, at least 0.
     """
-    wide, (count, size) = _tree.wide(start), start.shape
+    wide, (count, size) = _tree.sum_dtype(start), start.shape
     basis = [_normalized(start)]
     # Rounding in the vectors limits the smallest residual.
     floor = max(tolerance, 10 * torch.finfo(start.dtype).eps)
@@ -167,12 +167,12 @@ def _ritz(diagonal: list[Tensor], off_diagonal: list[Tensor]) -> tuple[Tensor, T
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
     """Compute inner products of rows of length at most 1, with float64 totals. (N,)."""
-    return (a * b).sum(1, dtype=_tree.wide(a))
+    return (a * b).sum(1, dtype=_tree.sum_dtype(a))
 
 
 def _lengths(vectors: Tensor) -> Tensor:
     """Compute norms of rows, (N,), without squaring small numbers in float32."""
-    norms: Tensor = torch.linalg.vector_norm(vectors, dim=1, dtype=_tree.wide(vectors))
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=1, dtype=_tree.sum_dtype(vectors))
     return norms
 
 
@@ -204,6 +204,6 @@ def top_of_gram(rows: Tensor) -> Top:
 def _gram(rows: Tensor) -> Tensor:
     """Compute J Jᵀ of every sample, (N, C', C')."""
     each = max(1, BLOCK // max(1, rows[0].numel()))
-    blocks = (block.to(_tree.wide(rows)) for block in torch.split(rows, each))
+    blocks = (block.to(_tree.sum_dtype(rows)) for block in torch.split(rows, each))
     with _tree.no_autocast(rows):
         return torch.cat([block @ block.mT for block in blocks])

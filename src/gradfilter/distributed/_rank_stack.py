@@ -44,7 +44,7 @@ from gradfilter.transforms._transform import transform_in_context
 
 def per_row(stack: GradStack, keep: Tensor | bool = True) -> Tensor:
     """Return the mask of live rows, their losses if known, and the rank's keep flag. (3, M)."""
-    live = stack.live.to(_tree.wide(stack.live))
+    live = stack.live.to(_tree.sum_dtype(stack.live))
     losses = live if stack.losses is None else stack.losses.detach().to(live.dtype)
     return torch.stack(
         [live, losses, _tree.as_bool_tensor(keep, live.device).to(live.dtype).expand_as(live)]
@@ -53,7 +53,7 @@ def per_row(stack: GradStack, keep: Tensor | bool = True) -> Tensor:
 
 @dataclass(eq=False)
 class GatheredRows:
-    """W times M rows, M of them here. All methods but `mine` are collectives.
+    """W times M rows, M of them here. All methods but `local_part` are collectives.
 
     Attributes:
         local: The M rows of this rank.
@@ -89,7 +89,7 @@ class GatheredRows:
         """Return M·W."""
         return len(self.local) * self.ranks.size
 
-    def mine(self, per_row: Tensor) -> Tensor:
+    def local_part(self, per_row: Tensor) -> Tensor:
         """Return this rank's part of a tensor with one entry per row. (M, ...)."""
         start = len(self.local) * self.ranks.rank
         return per_row[start : start + len(self.local)]
@@ -123,7 +123,7 @@ class GatheredRows:
                 self._buckets = None  # the sum is written into their memory
             return combined(buckets, weights, self.ranks)
         # Without shards of all rows, only the sum of the local rows must be sent.
-        return added_up(self.local.combine(self.mine(weights)), self.ranks)
+        return added_up(self.local.combine(self.local_part(weights)), self.ranks)
 
     def dot(self, tree: Mapping[str, Tensor]) -> Tensor:
         """Compute J v. (M·W,)."""
@@ -239,7 +239,7 @@ def _leaf_difference(ours: list[Any], theirs: list[Any], one: int, other: int) -
     *theirs, known_there = theirs
     for place, (a, b) in enumerate(zip(ours, theirs, strict=False)):
         if a != b:
-            here, there = (f"{_words(a)} on rank {one}", f"{_words(b)} on rank {other}")
+            here, there = (f"{_leaf_text(a)} on rank {one}", f"{_leaf_text(b)} on rank {other}")
             return f"leaf {place} is {here} and {there}. {advice}"
     if len(ours) != len(theirs):
         return f"{len(ours)} leaves on rank {one} and {len(theirs)} on rank {other}. {advice}"
@@ -249,7 +249,7 @@ def _leaf_difference(ours: list[Any], theirs: list[Any], one: int, other: int) -
     return f"{found}. Give them on all ranks or on none"
 
 
-def _words(leaf: list[Any]) -> str:
+def _leaf_text(leaf: list[Any]) -> str:
     name, shape, dtype = leaf
     return f"{name!r} of shape {shape} and dtype {dtype}"
 
@@ -424,7 +424,7 @@ class RankStack(BaseStack):
         for name, leaf in params.items():
             # Rows that `first` cut off are also computed, so that every rank has M.
             rest = leaf[:1].expand(len(self._gathered) - len(self), *leaf.shape[1:])
-            own[name] = self._gathered.mine(torch.cat([leaf, rest]))
+            own[name] = self._gathered.local_part(torch.cat([leaf, rest]))
         return self._with_local_rows(self._gathered.local.at_rows(own))
 
     def _with_local_rows(self, local: GradStack) -> GradStack:

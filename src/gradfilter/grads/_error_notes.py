@@ -76,7 +76,7 @@ def add_plan_note(error: Exception, plan: str) -> None:
 
 def _note_dtypes(error: Exception, params: Params, batch: Any) -> None:
     own = [p.dtype for p in params.values() if p.dtype in METHODS]
-    strangers = _strangers(str(error), own, batch)
+    strangers = _other_dtypes(str(error), own, batch)
     if own and strangers:
         fix = f"x.{METHODS[own[0]]}()"
         if strangers[0] in METHODS:
@@ -84,7 +84,7 @@ def _note_dtypes(error: Exception, params: Params, batch: Any) -> None:
         error.add_note(f"The batch holds {strangers[0]}, the parameters {own[0]}: {fix}.")
 
 
-def _strangers(text: str, own: list[torch.dtype], batch: Any) -> list[torch.dtype]:
+def _other_dtypes(text: str, own: list[torch.dtype], batch: Any) -> list[torch.dtype]:
     """Return the dtypes of the batch that an error about dtypes may refer to."""
     floating = [t.dtype for t in _tensors(batch) if t.is_floating_point() and t.dtype not in own]
     # An operation that expects integers (an embedding, class labels) does not need another float.

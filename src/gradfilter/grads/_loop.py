@@ -13,9 +13,9 @@ from gradfilter import _tree
 from gradfilter._types import Params, Tree
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._call_context import Versions
-from gradfilter.grads._loss import RefusedByAll, unreached
+from gradfilter.grads._loss import RefusedByAll, unreached_error
 from gradfilter.grads._module_tensors import Hook
-from gradfilter.grads._normalized_loss import Ends, NormalizedLoss
+from gradfilter.grads._normalized_loss import GraphEnds, NormalizedLoss
 from gradfilter.grads._one_image import one_image
 from gradfilter.grads._writes import WriteWatch
 
@@ -46,7 +46,7 @@ def _rows(loss: NormalizedLoss, params: Params, batch: Batch, per_row: bool) -> 
         leaves = {name: loss.leaf(name, p[m] if per_row else p) for name, p in params.items()}
         loss.hook(leaves)
         before = buffers
-        with torch.enable_grad(), untouched(loss, leaves):
+        with torch.enable_grad(), refuse_writes(loss, leaves):
             # Copy, because a first layer that works in place would write into the batch.
             row = batch.rebuild(t[m].clone() for t in batch.tensors)
             value, buffers, extra = loss.pure_and_clean(leaves, row, before)
@@ -64,7 +64,7 @@ def _rows(loss: NormalizedLoss, params: Params, batch: Batch, per_row: bool) -> 
         if not per_row:
             params = {**params, **loss.renormalised(params, leaves)}
     if not reached:
-        raise unreached()
+        raise unreached_error()
     stacked = None if aux[0] is None else _tree.tree_map(lambda *t: torch.stack(t), *aux)
     return rows, torch.stack(losses), buffers, stacked
 
@@ -84,7 +84,7 @@ def _gradients(
 
 
 def _reentrant(
-    loss: NormalizedLoss, value: Tensor, leaves: Params, buffers: Tree, ends: Ends
+    loss: NormalizedLoss, value: Tensor, leaves: Params, buffers: Tree, ends: GraphEnds
 ) -> list[Tensor | None]:
     """Compute the same through a reentrant checkpoint, which needs accumulated gradients."""
     own = {} if loss.places is None else loss.places.trainable
@@ -106,7 +106,7 @@ def _reentrant(
 
 
 @contextmanager
-def untouched(
+def refuse_writes(
     loss: NormalizedLoss, leaves: Params, hook_methods: list[str] | None = None
 ) -> Iterator[None]:
     """Refuse a forward pass that writes into the parameters it is given, or hooks on them.

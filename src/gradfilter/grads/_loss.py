@@ -60,10 +60,10 @@ def check_value(value: Any, aux: Any) -> None:
 def check_differentiable(value: Tensor) -> None:
     """Refuse a loss without a gradient."""
     if not value.requires_grad:
-        raise unreached()
+        raise unreached_error()
 
 
-def unreached() -> ValueError:
+def unreached_error() -> ValueError:
     """Return the error for a loss that depends on no parameter."""
     return ValueError(
         "Expected a loss that depends on the parameters, found one without a gradient with "

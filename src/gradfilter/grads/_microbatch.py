@@ -175,11 +175,11 @@ class BatchPasses:
         finally:
             self.loss.first = False
 
-    def _elsewhere(self, plan: Plan, params: Params, per_row: bool, kept: Collection[str]) -> Any:
+    def _stack_at(self, plan: Plan, params: Params, per_row: bool, kept: Collection[str]) -> Any:
         """Return the stack at other parameters; those in ``kept`` are as they were given."""
-        return untraced(self._pass_elsewhere)(plan, params, per_row, kept)
+        return untraced(self._pass_at)(plan, params, per_row, kept)
 
-    def _pass_elsewhere(
+    def _pass_at(
         self, plan: Plan, params: Params, per_row: bool, kept: Collection[str]
     ) -> ComputedStack:
         self._check_kept(kept)
@@ -214,7 +214,7 @@ class BatchPasses:
         """Compute the rows by one plan, in the present random state and settings."""
         at = {name: p.detach() for name, p in params.items()}
         origin = StackOrigin(
-            len(self.batch), params if per_row else at, partial(self._elsewhere, plan)
+            len(self.batch), params if per_row else at, partial(self._stack_at, plan)
         )
         try:
             if plan == "fused":

@@ -55,14 +55,14 @@ class Attributes:
         self, modules: dict[str, nn.Module], more: Iterable[tuple[str, dict[str, Any]]] = ()
     ) -> None:
         self._modules, self._more = modules, tuple(more)
-        self._held: list[_Held] = []
+        self._held: list[_Snapshot] = []
         self.tensors: list[tuple[str, Tensor]] = []
         self.generators: list[tuple[str, Any]] = []
         none = frozenset[str]()
         tables: list[tuple[str, MutableMapping[str, Any], frozenset[str]]] = [
             *((name, vars(module), STANDARD) for name, module in modules.items()),
             *((name, table, none) for name, table in self._more),
-            *((kind.__name__, _OfClass(kind), none) for kind in _kinds(modules.values())),
+            *((kind.__name__, _ClassValues(kind), none) for kind in _kinds(modules.values())),
         ]
         seen: set[int] = set()
         for name, table, skipped in tables:  # grows while objects are found
@@ -82,14 +82,14 @@ class Attributes:
                 elif _has_attributes(value) and id(value) not in seen:
                     seen.add(id(value))
                     tables.append((label, vars(value), none))
-            self._held.append(_Held(name, table, skipped, held, len(table)))
+            self._held.append(_Snapshot(name, table, skipped, held, len(table)))
 
     def changes(self) -> Iterator[Attribute]:
         """Yield the changes since that moment, also inside lists, dicts and sets."""
         for name, now, skipped, before, size in self._held:
             for key, (value, content) in before.items():
                 present = now.get(key, MISSING)
-                if not (same_value(value, present) and _same(content, present)):
+                if not (same_value(value, present) and _holds_same_objects(content, present)):
                     yield f"{name}.{key}" if name else key, content, present
             if len(now) != size:
                 for key in now.keys() - before.keys() - skipped:
@@ -130,7 +130,7 @@ class Attributes:
         return bool(changed)
 
 
-class _OfClass(MutableMapping[str, Any]):
+class _ClassValues(MutableMapping[str, Any]):
     """The values of a class that its objects share; methods and the like are omitted."""
 
     def __init__(self, kind: type) -> None:
@@ -161,11 +161,13 @@ class _OfClass(MutableMapping[str, Any]):
 
 def _kinds(modules: Iterable[nn.Module]) -> Iterable[type]:
     """Return the user's own classes of modules, and their base classes."""
-    own = {type(module) for module in modules if _home(type(module)) not in FOREIGN}
-    return dict.fromkeys(k for kind in own for k in kind.__mro__ if _home(k) not in FOREIGN)
+    own = {type(module) for module in modules if _defining_package(type(module)) not in FOREIGN}
+    return dict.fromkeys(
+        k for kind in own for k in kind.__mro__ if _defining_package(k) not in FOREIGN
+    )
 
 
-def _home(kind: type) -> str:
+def _defining_package(kind: type) -> str:
     return kind.__module__.partition(".")[0]
 
 
@@ -177,12 +179,12 @@ def _has_attributes(value: Any) -> bool:
     """
     return (
         hasattr(value, "__dict__")
-        and _home(type(value)) not in FOREIGN
+        and _defining_package(type(value)) not in FOREIGN
         and not isinstance(value, (nn.Module, type))
     )
 
 
-class _Held(NamedTuple):
+class _Snapshot(NamedTuple):
     """The values of one dict at one moment, each with a copy of its content."""
 
     name: str
@@ -214,7 +216,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def _differ(before: dict[str, tuple[Any, Any]], now: Mapping[str, Any]) -> bool:
     for key, (value, content) in before.items():
         present = now.get(key, MISSING)
-        if present is not value or (content is not value and not _same(content, present)):
+        if present is not value or (
+            content is not value and not _holds_same_objects(content, present)
+        ):
             return True
     return False
 
@@ -235,7 +239,7 @@ def _content(value: Any) -> Any:
     return found
 
 
-def _same(content: Any, now: Any) -> bool:
+def _holds_same_objects(content: Any, now: Any) -> bool:
     """Return whether a container holds the same objects; other values were compared before."""
     if type(content) not in CONTAINERS:
         return True
@@ -251,12 +255,12 @@ def _same(content: Any, now: Any) -> bool:
 
 
 def _same_item(item: Any, now: Any) -> bool:
-    return _same(item, now) if type(item) in CONTAINERS else same_value(item, now)
+    return _holds_same_objects(item, now) if type(item) in CONTAINERS else same_value(item, now)
 
 
 def _refill(value: Any, content: Any) -> None:
     """Restore the content of a container."""
-    if _same(content, value):
+    if _holds_same_objects(content, value):
         return
     content = _content(content)  # the module will also write into the containers in it
     value.clear()

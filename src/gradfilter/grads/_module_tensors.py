@@ -79,10 +79,10 @@ class ModuleTensors:
         holding = [module for _, module in named if module._parameters or module._buffers]
         locks = _locks_of(holding)
         with locked(locks):  # another thread's tensors may be in the places at this moment
-            return cls._found(named, locks)
+            return cls._collect(named, locks)
 
     @classmethod
-    def _found(
+    def _collect(
         cls, named: list[tuple[str, nn.Module]], locks: list[threading.RLock]
     ) -> ModuleTensors:
         first: dict[int, str] = {}

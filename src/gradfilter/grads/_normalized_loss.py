@@ -25,7 +25,7 @@ from gradfilter.grads._loss import (
     check_names,
     check_value,
     split_aux,
-    unreached,
+    unreached_error,
 )
 from gradfilter.grads._module_attributes import STANDARD, Attributes
 from gradfilter.grads._module_tensors import Hook, ModuleTensors
@@ -41,7 +41,7 @@ NO_PADDING = 2**63
 
 
 @dataclass(frozen=True)
-class Ends:
+class GraphEnds:
     """The leaves at which the graph of a loss ends.
 
     Attributes:
@@ -62,7 +62,7 @@ class Ends:
     custom: bool = False
 
 
-def ends_of(value: Tensor, leaves: Iterable[Tensor], own: Mapping[str, Tensor]) -> Ends:
+def ends_of(value: Tensor, leaves: Iterable[Tensor], own: Mapping[str, Tensor]) -> GraphEnds:
     """Find the ends of the whole graph of a loss.
 
     Args:
@@ -73,7 +73,7 @@ def ends_of(value: Tensor, leaves: Iterable[Tensor], own: Mapping[str, Tensor]) 
     wanted = {id(leaf) for leaf in leaves}
     strangers = {id(p): name for name, p in own.items()}
     if value.grad_fn is None:
-        return Ends(id(value) in wanted, None, [], False)
+        return GraphEnds(id(value) in wanted, None, [], False)
     seen = {value.grad_fn}
     ahead: list[Any] = [value.grad_fn]
     kinds: set[Any] = set()  # far fewer than nodes, so each kind is examined once
@@ -101,7 +101,7 @@ def ends_of(value: Tensor, leaves: Iterable[Tensor], own: Mapping[str, Tensor]) 
                 seen.add(before)
                 ahead.append(before)
     reentrant = any(kind.__name__ == REENTRANT for kind in kinds)
-    return Ends(reached, stranger, others, reentrant, padded, any(map(_is_custom, kinds)))
+    return GraphEnds(reached, stranger, others, reentrant, padded, any(map(_is_custom, kinds)))
 
 
 def _is_custom(kind: Any) -> bool:
@@ -111,11 +111,11 @@ def _is_custom(kind: Any) -> bool:
     return not node._forward_cls.__module__.startswith("gradfilter.")
 
 
-def bypassed(
+def bypass_error(
     name: str, parameter: Any, modules: Mapping[str, nn.Module], criterion: Any
 ) -> RefusedByAll:
     """Return the error for a loss that uses a module's own parameter."""
-    way = next(_ways(parameter, modules, criterion), "a reference that no attribute holds")
+    way = next(_paths_to(parameter, modules, criterion), "a reference that no attribute holds")
     return RefusedByAll(
         f"Expected a loss that finds the parameters in the module, found {name!r} reached by "
         f"{way}. Rows are computed at the parameters that are given, which stand in the "
@@ -126,7 +126,7 @@ def bypassed(
     )
 
 
-def _ways(parameter: Any, modules: Mapping[str, nn.Module], criterion: Any) -> Iterator[str]:
+def _paths_to(parameter: Any, modules: Mapping[str, nn.Module], criterion: Any) -> Iterator[str]:
     for prefix, module in modules.items():
         for key, value in vars(module).items():
             if key not in STANDARD and _holds(value, parameter, 3):
@@ -231,7 +231,7 @@ class NormalizedLoss:
             return True
         criterion = getattr(self.loss, "criterion", None)
         kinds = [*map(type, modules), *([] if criterion is None else [criterion])]
-        return any(_home(kind).partition(".")[0] != "torch" for kind in kinds)
+        return any(_defining_module(kind).partition(".")[0] != "torch" for kind in kinds)
 
     @cached_property
     def attributes(self) -> Attributes:
@@ -265,7 +265,7 @@ class NormalizedLoss:
             for hook in hooks:
                 register(hook)
 
-    def ends(self, value: Tensor, leaves: Iterable[Tensor]) -> Ends:
+    def ends(self, value: Tensor, leaves: Iterable[Tensor]) -> GraphEnds:
         """Find the ends of the graph of a loss; refuse a parameter of the module itself."""
         ends = ends_of(value, leaves, {} if self.places is None else self.places.trainable)
         if ends.bypassed is not None:
@@ -274,7 +274,7 @@ class NormalizedLoss:
 
     def bypassed(self, name: str, parameter: Tensor) -> ValueError:
         """Return the error for a loss that uses a module's own parameter."""
-        return bypassed(name, parameter, self.modules, getattr(self.loss, "criterion", None))
+        return bypass_error(name, parameter, self.modules, getattr(self.loss, "criterion", None))
 
     def criterion_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the buffers of a criterion that is a module; they are not part of the state."""
@@ -305,17 +305,17 @@ class NormalizedLoss:
             return False
         own = {id(leaf): self.places.trainable[name] for name, leaf in leaves.items()}
 
-        def settled(tensor: Tensor) -> Tensor:
+        def own_or_converted(tensor: Tensor) -> Tensor:
             return own[id(tensor)] if id(tensor) in own else convert(tensor)
 
-        return self.attributes.convert_changed(settled)
+        return self.attributes.convert_changed(own_or_converted)
 
-    def check_reaches(self, value: Tensor, leaves: Iterable[Tensor]) -> Ends:
+    def check_reaches(self, value: Tensor, leaves: Iterable[Tensor]) -> GraphEnds:
         """Refuse a loss whose graph reaches none of the leaves."""
         check_differentiable(value)
         ends = self.ends(value, leaves)
         if not ends.reached and not ends.reentrant:
-            raise unreached()
+            raise unreached_error()
         return ends
 
     def check_params(self, params: Params) -> None:
@@ -404,7 +404,7 @@ class NormalizedLoss:
         return value, buffers, aux
 
 
-def _home(kind: Any) -> str:
+def _defining_module(kind: Any) -> str:
     """Return the Python module that defines a class, a function, or an object's class."""
     return str(getattr(kind, "__module__", None))
 

@@ -384,4 +384,4 @@ class Filtered:
             self._plan = "loop"  # the fused plan would be refused at every step
         if scale is None:
             return rows, None
-        return with_own_losses(rows), (1 / scale.to(_tree.wide(scale))).expand(len(rows))
+        return with_own_losses(rows), (1 / scale.to(_tree.sum_dtype(scale))).expand(len(rows))

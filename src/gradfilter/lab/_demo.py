@@ -30,7 +30,7 @@ from gradfilter.lab._demo_config import (
 from gradfilter.lab._device import own_device, usable_device
 from gradfilter.lab._interrupt import interruptible
 from gradfilter.lab._options import arguments, parse, read_settings
-from gradfilter.lab._plot import Measured, as_line, curves
+from gradfilter.lab._plot import Measured, as_metrics_line, curves
 from gradfilter.lab._processes import started_processes
 from gradfilter.lab._run_files import append_json_line, printable, write_bytes, write_json
 from gradfilter.lab.train._archive import tensor_bytes
@@ -238,7 +238,7 @@ def _train_all(
         run.totals = no_totals(device)  # the next evaluation covers the steps from here on
         run.epoch_seconds = 0.0
         if folder is not None:
-            append_json_line(folder / "metrics.jsonl", as_line(measured[-1]))
+            append_json_line(folder / "metrics.jsonl", as_metrics_line(measured[-1]))
 
     with bars(Console(stderr=True), shown=folder is not None) as progress:
         total = config.steps * config.seeds

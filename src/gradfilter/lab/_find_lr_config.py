@@ -17,7 +17,7 @@ from gradfilter.lab._options import (
 )
 from gradfilter.lab._usage import UsageError, check, option_name, typed_names
 from gradfilter.lab.train._config_checks import refuse_ignored
-from gradfilter.lab.train._train_command import spelt_out
+from gradfilter.lab.train._train_command import expanded_options
 from gradfilter.lab.train._train_config import GROUPS, TrainConfig
 
 PROGRAM = "gradfilter find-lr"
@@ -74,7 +74,7 @@ def parse_find_lr(options: Sequence[str]) -> FindLrCommand:
     """
     files = from_files(options, "train", TrainConfig)
     given = [*files, *environment_arguments(TrainConfig), *options]
-    command = parse(FindLrCommand, PROGRAM, spelt_out(given), HEADINGS)
+    command = parse(FindLrCommand, PROGRAM, expanded_options(given), HEADINGS)
     typed = {name.replace("--no-", "--") for name in typed_names(options)}
     for name in UNUSED:
         if option_name(name) in typed:

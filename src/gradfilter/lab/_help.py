@@ -63,7 +63,7 @@ def options_of(config: type[DataclassInstance]) -> tuple[Option, ...]:
 
 def _options(config: type[DataclassInstance]) -> Iterator[Option]:
     hints, extras = get_type_hints(config), get_type_hints(config, include_extras=True)
-    texts = _texts(config)
+    texts = _field_texts(config)
     for field in fields(config):
         hint = hints[field.name]
         if is_dataclass(hint):
@@ -82,7 +82,7 @@ _POSITIONAL: Any = get_args(_Example)[1]
 """The mark that tyro puts on the type of an argument without a name."""
 
 
-def _texts(config: type) -> dict[str, str]:
+def _field_texts(config: type) -> dict[str, str]:
     """Return the string below every field, which Python itself does not keep."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
     assert isinstance(definition, ast.ClassDef)

@@ -92,10 +92,10 @@ def _listed(place: Path, record: Mapping[str, Any], last: Mapping[str, Any]) -> 
     total = record.get("total_steps")
     return ListedRun(
         directory=str(place),
-        state=_short(record.get("status")),
-        model=_short(settings["model"]),
-        data=_short(settings["data"]),
-        rule=_short(rule_of(settings)),
+        state=_shortened(record.get("status")),
+        model=_shortened(settings["model"]),
+        data=_shortened(settings["data"]),
+        rule=_shortened(rule_of(settings)),
         epoch=_finite(float(last.get("epoch") or 0)) or 0.0,
         epochs=None if settings["steps"] is not None else _finite(float(settings["epochs"])),
         step=last.get("step", 0),
@@ -129,7 +129,7 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}" if 0 <= value <= 1 else f"{100 * value:.3g}"
 
 
-def _short(value: object) -> str:
+def _shortened(value: object) -> str:
     text = str(value)
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
@@ -156,7 +156,7 @@ def row_of(run: ListedRun) -> tuple[str, ...]:
         else f"step {run.step}/{'?' if run.steps is None else run.steps}"
     )
     cells = (
-        *(run.directory, run.state, run.model, run.data, run.rule, _short(done)),
+        *(run.directory, run.state, run.model, run.data, run.rule, _shortened(done)),
         "-" if run.train_loss is None else f"{run.train_loss:.4g}",
         "-" if run.test_accuracy is None else _percent(run.test_accuracy),
         run.changed[:16].replace("T", " "),

@@ -33,7 +33,7 @@ class Measured:
     evaluation: Evaluation
 
 
-def as_line(measured: Measured) -> dict[str, Any]:
+def as_metrics_line(measured: Measured) -> dict[str, Any]:
     """Return an evaluation as a line of the metrics."""
     return {"run": measured.run, "seed": measured.seed, **asdict(measured.evaluation)}
 
@@ -66,8 +66,8 @@ def curves(measured: Sequence[Measured], labels: Mapping[str, str], title: str) 
             steps, mean, sd = _by_step(own, field)
             axes.plot(steps, mean, dashes, color=colour, label=label, linewidth=2)
             axes.fill_between(steps, mean - sd, mean + sd, color=colour, alpha=0.18, linewidth=0)
-    _dress(left, "accuracy on the clean test split (%)")
-    _dress(right, "wrong training labels memorised (%)")
+    _style_axes(left, "accuracy on the clean test split (%)")
+    _style_axes(right, "wrong training labels memorised (%)")
     right.set_ylim(-3, 103)
     if all(math.isnan(m.evaluation.memorised) for m in measured):
         right.text(
@@ -94,7 +94,7 @@ def _by_step(measured: Sequence[Measured], field: str) -> tuple[list[int], np.nd
     return steps, mean, sd
 
 
-def _dress(axes: Axes, ylabel: str) -> None:
+def _style_axes(axes: Axes, ylabel: str) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel(ylabel)
     axes.margins(x=0.02)

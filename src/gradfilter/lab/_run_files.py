@@ -63,7 +63,7 @@ def reading(path: Path | str, what: str, fix: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise UsageError(
-            f"{what} {str(path)!r} cannot be read: {why(error)}. {fix}".rstrip()
+            f"{what} {str(path)!r} cannot be read: {error_text(error)}. {fix}".rstrip()
         ) from None
 
 
@@ -135,7 +135,7 @@ def _parts(whole: Any) -> Iterator[Any]:
         yield from (value for value in values if isinstance(value, dict | list))
 
 
-def why(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """Describe an error of a file, without a full stop.
 
     Args:
@@ -256,7 +256,7 @@ def write_bytes(path: Path, content: bytes, *, before: Path | None = None) -> No
     try:
         with open_own(half, "xb") as file:
             file.write(content)
-            settle(file)
+            sync_to_disk(file)
         if before is not None and path.exists():
             os.replace(path, before)
         os.replace(half, path)
@@ -289,7 +289,7 @@ def append_line(path: Path, line: str) -> None:
         try:
             while rest:
                 rest = rest[file.write(rest) :]
-            settle(file)
+            sync_to_disk(file)
         except BaseException:
             os.ftruncate(file.fileno(), before)
             raise
@@ -312,7 +312,7 @@ def open_own(path: Path, mode: str, buffering: int = -1) -> Iterator[IO[bytes]]:
         UsageError: The path is a link, or not a regular file.
     """
     refuse_link(path)
-    with open(path, mode, buffering, opener=_no_link) as file:
+    with open(path, mode, buffering, opener=_open_without_link) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise _foreign(path, "not a file")
         yield file
@@ -328,7 +328,7 @@ def refuse_link(path: Path) -> None:
         raise _foreign(path, "a symbolic link")
 
 
-def _no_link(path: str, flags: int) -> int:
+def _open_without_link(path: str, flags: int) -> int:
     """Open without following a link that was just planted, and without blocking on a pipe."""
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     return os.open(path, flags, 0o666)
@@ -341,7 +341,7 @@ def _foreign(path: Path, what: str) -> UsageError:
     )
 
 
-def settle(file: IO[bytes]) -> None:
+def sync_to_disk(file: IO[bytes]) -> None:
     """Wait until the data is on disk; some file systems report errors only then."""
     file.flush()
     os.fsync(file.fileno())

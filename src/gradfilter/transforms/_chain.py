@@ -256,13 +256,13 @@ def chain(*transforms: Transform) -> Transform:
         new_state: dict[str, State] = {}
         for name, part in parts.items():
             if isinstance(grads, GradStack):
-                context = context.having({"rows": grads})
+                context = context.with_values({"rows": grads})
             grads, new_state[name], out = part(grads, state[name], params, context)
             found = {k: v for k, v in out.items() if k in GLOBAL_NAMES}
             if "keep" in found:
                 found["keep"] = all_keep(params, context.keep, found["keep"])
             found |= {f"{name}/{k}": v for k, v in out.items() if k not in GLOBAL_NAMES}
-            context = context.having(found)
+            context = context.with_values(found)
             published |= found
         return grads, new_state, published
 

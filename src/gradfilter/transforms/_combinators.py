@@ -51,7 +51,7 @@ def restrict_context(context: Context, names: list[str], params: Params) -> Cont
         narrowed["rows"] = restrict(context.rows, names)
     if context.clean_grads is not None:
         narrowed["clean_grads"] = restrict(context.clean_grads, names)
-    return context.having(narrowed)
+    return context.with_values(narrowed)
 
 
 @factory

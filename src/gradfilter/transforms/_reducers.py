@@ -19,7 +19,7 @@ from gradfilter.transforms._transform import check_number, transform_in_context
 
 def mean_weights(rows: GradStack) -> Tensor:
     """Return equal weights of the rows that take part, with sum 1 (0 if there are none). (M,)."""
-    live = rows.live.to(_tree.wide(rows.live))
+    live = rows.live.to(_tree.sum_dtype(rows.live))
     return live / live.sum().clamp(min=1)
 
 

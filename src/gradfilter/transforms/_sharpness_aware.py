@@ -98,7 +98,7 @@ def sam_perturb(
 
     def on_rows(rows: GradStack, state: State, params: Params, context: Context) -> tuple[Any, ...]:
         finite = rows.live & rows.sq_norms().isfinite()
-        weights = finite / finite.sum().clamp(min=1).to(_tree.wide(finite))
+        weights = finite / finite.sum().clamp(min=1).to(_tree.sum_dtype(finite))
         if per_microbatch:
             near = torch.vmap(perturbed, in_dims=(None, 0))(params, rows.stacked())
             again = _named_errors(rows.at_rows, near)

@@ -4,11 +4,11 @@ import json
 import math
 
 import pytest
-from test_report_spread import run_of
+from test_settings import run_of
 
 from _report_page import Page, read
 from _report_runs import STEPS, evaluation, make_run, make_stats, sparse
-from gradfilter.lab.report._curves import over
+from gradfilter.lab.report._curves import draw_against
 from gradfilter.lab.report._figures import Curve, Mark, PlotAxis, plot
 from gradfilter.lab.report._legend import Legend, Line, style_number
 from gradfilter.lab.report._report_config import ReportConfig
@@ -241,5 +241,5 @@ def test_many_widths_have_ticks_that_can_be_read_and_marks_their_family_s_colour
 def test_a_quantity_that_is_zero_everywhere_has_no_figure_on_a_logarithmic_axis():
     group = Setting({}, (run_of(samples=[0.0, 1.0, 2.0], y=[0.0, 0.0, 0.0]),), True)
     axes = PlotAxis("y", "y", log=10), PlotAxis("samples", "samples")
-    drawn = over([group], "y", "Y", *axes, "by-samples", "over samples", legend=Legend())
+    drawn = draw_against([group], "y", "Y", *axes, "by-samples", "over samples", legend=Legend())
     assert drawn == []

@@ -13,12 +13,12 @@ from gradfilter.lab.stats._stats_config import StatsConfig
 from gradfilter.lab.stats._stats_files import (
     StatsRecord,
     appending,
+    count_missing,
     document,
     finished,
     join_ranges,
-    joined,
+    join_records,
     means,
-    nulls,
     origin_of,
     part_path,
     parts,
@@ -100,7 +100,7 @@ def test_a_part_of_the_split_says_which():
 def test_what_is_no_number_becomes_null_and_is_counted():
     plain = without_nan([[1.0, NAN], [INF, -INF], [2.0, 3.0]])
     assert plain == [[1.0, None], [None, None], [2.0, 3.0]]
-    assert nulls(plain) == 3
+    assert count_missing(plain) == 3
 
 
 def test_means_are_over_the_numbers_that_there_are():
@@ -210,7 +210,7 @@ def test_shards_are_disjoint_complete_and_keep_their_batches(start, length, batc
     shares = [share(rest, rank, size) for rank in range(size)]
     assert [batch for part in shares for batch in part] == rest
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    whole = joined(
+    whole = join_records(
         [*(record(a, b) for part in shares[::-1] for a, b in part), *before], start, stop
     )
     assert [r.start for r in whole] == [a for a, _ in everything]
@@ -229,13 +229,13 @@ def test_shards_are_disjoint_complete_and_keep_their_batches(start, length, batc
 )
 def test_parts_that_do_not_fit_are_refused(ranges, what):
     with pytest.raises(UsageError, match=what):
-        joined([record(a, b) for a, b in ranges], 0, 10)
+        join_records([record(a, b) for a, b in ranges], 0, 10)
 
 
 def test_a_sample_under_two_places_is_refused():
     twice = StatsRecord(2, 3, [10], [0], [0], [1.0])
     with pytest.raises(UsageError, match="id is there twice"):
-        joined([record(0, 2), twice], 0, 3)
+        join_records([record(0, 2), twice], 0, 3)
 
 
 # Parts

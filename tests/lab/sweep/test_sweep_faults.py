@@ -15,7 +15,7 @@ from gradfilter.lab.sweep import _queue as _outcome
 from gradfilter.lab.sweep import _storage
 from gradfilter.lab.sweep import _workers as _jobs
 from gradfilter.lab.sweep import _workers as _worker
-from gradfilter.lab.sweep._queue import Outcome, claim, finish, put_back
+from gradfilter.lab.sweep._queue import Outcome, claim, finish, requeue
 from gradfilter.lab.sweep._sweep_command import groups_of, parse_sweep
 from gradfilter.lab.sweep._workers import run_workers, work
 from gradfilter.lab.train._run_place import place_of
@@ -50,7 +50,7 @@ def measured_as(value):
 def test_a_search_samples_another_while_one_is_at_work_elsewhere(begun):
     queue = begun(*SEARCH, *SMALL)
     first = claim(queue, "a")
-    put_back(queue, first.number, "a")
+    requeue(queue, first.number, "a")
     second = claim(queue, "b", avoid={first.number})
     assert second.number != first.number and second.params != first.params
     assert queue.plan.axes[0].distribution == second.distributions["learning_rate"]
@@ -63,7 +63,7 @@ def test_a_search_samples_another_while_one_is_at_work_elsewhere(begun):
 def test_a_search_with_a_busy_run_trains_the_others_first(begun, monkeypatch):
     queue = begun(*SEARCH, *SMALL)
     trial = claim(queue, "a")
-    put_back(queue, trial.number, "a")
+    requeue(queue, trial.number, "a")
     busy = place_of(queue.plan.config_of(trial.params))
     said = []
 
@@ -108,7 +108,7 @@ def test_a_trial_put_back_has_no_reason(begun, monkeypatch):
     queue = begun(*GRID)
     number = claim(queue, "a").number
     queue.storage.rdb.set_trial_user_attr(queue.trial_id(number), "reason", "half told")
-    put_back(queue, number, "a")
+    requeue(queue, number, "a")
     assert queue.trials()[number].user_attrs["reason"] is None
 
 

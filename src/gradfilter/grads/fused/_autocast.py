@@ -84,22 +84,28 @@ def _treatments(device: str) -> dict[Function, Callable[..., Any]]:
     for name in known - BUILT_IN:
         if name == "binary_cross_entropy" and device != "cpu":
             continue  # autocast refuses it on accelerators
-        treat = _low if name in LOW else _widest if name in WIDEST else _wide
-        found |= dict.fromkeys(_everywhere(name), treat)
+        treat = (
+            _call_in_autocast_dtype
+            if name in LOW
+            else _call_in_widest_dtype
+            if name in WIDEST
+            else _call_in_float32
+        )
+        found |= dict.fromkeys(_all_spellings(name), treat)
     for name in UNKNOWN - known:
-        found |= dict.fromkeys(_everywhere(name), _without)
+        found |= dict.fromkeys(_all_spellings(name), _call_without_autocast)
     for name in LIKE_INPUT - known:
-        found |= dict.fromkeys(_everywhere(name), _like_the_first)
+        found |= dict.fromkeys(_all_spellings(name), _call_like_first)
     for name in FULL - known:
-        found |= dict.fromkeys(_everywhere(name), _full)
+        found |= dict.fromkeys(_all_spellings(name), _call_contraction)
     if "adaptive_avg_pool3d" in known:
         found[F.interpolate] = _interpolate
     for name in PIECES:
-        found |= dict.fromkeys(_everywhere(name), _refuse_mixed)
+        found |= dict.fromkeys(_all_spellings(name), _refuse_mixed)
     return found
 
 
-def _everywhere(name: str) -> list[Function]:
+def _all_spellings(name: str) -> list[Function]:
     if not hasattr(torch.ops.aten, name):  # a function of several operations, or not in this torch
         return [getattr(F, name)] if hasattr(F, name) else []
     linalg, fft = getattr(torch._C, "_linalg", F), getattr(torch._C, "_fft", F)
@@ -120,35 +126,35 @@ def _cast(value: Any, cast: Callable[[Tensor], Tensor]) -> Any:
     )
 
 
-def _low(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
-    return _without(function, dtype, *_cast((args, kwargs), lambda t: t.to(dtype)))
+def _call_in_autocast_dtype(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
+    return _call_without_autocast(function, dtype, *_cast((args, kwargs), lambda t: t.to(dtype)))
 
 
-def _wide(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
-    return _without(function, dtype, *_cast((args, kwargs), _tree.at_least_float32))
+def _call_in_float32(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
+    return _call_without_autocast(function, dtype, *_cast((args, kwargs), _tree.at_least_float32))
 
 
-def _widest(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
+def _call_in_widest_dtype(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
     dtypes = [t.dtype for t in _tree.leaves((args, kwargs)) if isinstance(t, Tensor)]
     widest = functools.reduce(torch.promote_types, dtypes)
-    return _without(function, dtype, *_cast((args, kwargs), lambda t: t.to(widest)))
+    return _call_without_autocast(function, dtype, *_cast((args, kwargs), lambda t: t.to(widest)))
 
 
-def _without(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
+def _call_without_autocast(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
     device = next(a for a in _tree.leaves((args, kwargs)) if isinstance(a, Tensor)).device.type
     with torch.autocast(device, enabled=False):
         return function(*args, **kwargs)
 
 
-def _like_the_first(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
+def _call_like_first(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
     first = args[0] if args else kwargs["input"]
     dtypes = {t.dtype for t in _tree.leaves((args, kwargs)) if isinstance(t, Tensor)}
     if len(dtypes) == 1:
         return function(*args, **kwargs)
-    return _wide(function, dtype, args, kwargs).to(first.dtype)
+    return _call_in_float32(function, dtype, args, kwargs).to(first.dtype)
 
 
-def _full(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
+def _call_contraction(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
     given: list[Any] = [*args, *kwargs.values()]
     given.append(2)  # the default
     a, b, count = given[:3]
@@ -156,17 +162,19 @@ def _full(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any
         count = len(count[0]) if isinstance(count[0], (list, tuple)) else len(count)
     inner = function.__name__.startswith("inner")
     whole = a.ndim <= 1 and b.ndim <= 1 if inner else a.ndim == b.ndim == count
-    return (_without if whole else _unchanged)(function, dtype, args, kwargs)
+    return (_call_without_autocast if whole else _call_unchanged)(function, dtype, args, kwargs)
 
 
-def _unchanged(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
+def _call_unchanged(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
 def _interpolate(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
     x = args[0] if args else kwargs["input"]
     area = kwargs.get("mode", args[3] if len(args) > 3 else "nearest") == "area"
-    return (_wide if area and x.ndim == 5 else _unchanged)(function, dtype, args, kwargs)
+    return (_call_in_float32 if area and x.ndim == 5 else _call_unchanged)(
+        function, dtype, args, kwargs
+    )
 
 
 def _refuse_mixed(function: Function, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:

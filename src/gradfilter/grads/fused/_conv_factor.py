@@ -176,7 +176,7 @@ class ConvFactor(Divisible):
             own = self._unfolded()
             return ghost_gram(own.inputs, own.outputs)
         # Windows are many times as large as the inputs, so only some rows are unfolded at a time.
-        gram = torch.empty(self.count, self.count, dtype=_tree.wide(self.outputs))
+        gram = torch.empty(self.count, self.count, dtype=_tree.sum_dtype(self.outputs))
         gram = gram.to(self.outputs.device)
         for low in range(0, self.count, step):
             own = self.part(low, low + step)._unfolded()

@@ -177,7 +177,7 @@ class OuterFactor(Divisible):
         if 2 * n * n <= p * d:
             inputs, outputs = map(_tree.at_least_float32, (self.inputs, self.outputs))
             products = torch.bmm(inputs, inputs.mT).mul_(torch.bmm(outputs, outputs.mT))
-            return products.sum((1, 2), dtype=_tree.wide(products)).clamp(min=0)
+            return products.sum((1, 2), dtype=_tree.sum_dtype(products)).clamp(min=0)
         return _products.row_sq_norms(self.rows().flatten(1))
 
 
@@ -214,7 +214,7 @@ def ghost_gram(inputs: Tensor, outputs: Tensor) -> Tensor:
     a, d = _tree.at_least_float32(inputs), _tree.at_least_float32(outputs)
     if step == count:
         return _ghost_block(a, d, count)
-    gram = torch.empty(count, count, dtype=_tree.wide(a), device=a.device)
+    gram = torch.empty(count, count, dtype=_tree.sum_dtype(a), device=a.device)
     for low in range(0, count, step):
         high = min(low + step, count)
         block = _ghost_block(a[low:], d[low:], high - low)
@@ -240,8 +240,8 @@ def _ghost_products(a: Tensor, d: Tensor, b: Tensor, e: Tensor) -> Tensor:
     with _tree.no_autocast(a):
         products = (a.flatten(0, 1) @ b.flatten(0, 1).T).mul_(d.flatten(0, 1) @ e.flatten(0, 1).T)
     if n == 1:
-        return products.to(_tree.wide(a))
-    sums = products.view(-1, width, n).sum(2, dtype=_tree.wide(a))
+        return products.to(_tree.sum_dtype(a))
+    sums = products.view(-1, width, n).sum(2, dtype=_tree.sum_dtype(a))
     return sums.view(count, n, width).sum(1)
 
 
@@ -261,7 +261,7 @@ def mask(tensor: Tensor, live: Tensor | None) -> Tensor:
 def paired(a: Tensor, b: Tensor) -> Tensor:
     """Compute the inner products of equal rows of two tensors (M, ...). (M,) float64."""
     product = _tree.at_least_float32(a) * _tree.at_least_float32(b)
-    return product.flatten(1).sum(1, dtype=_tree.wide(product))
+    return product.flatten(1).sum(1, dtype=_tree.sum_dtype(product))
 
 
 def _along_rows(values: Tensor, tensor: Tensor) -> Tensor:
@@ -292,7 +292,7 @@ class DenseFactor(Factor):
         if weights is None:
             if live is None:
                 return self.held.sum(0) if self.count > 1 else self.held[0]
-            weights = live.to(_tree.wide(self.held))
+            weights = live.to(_tree.sum_dtype(self.held))
         if live is None:
             rows = _tree.at_least_float32(self._matrix())
             with _tree.no_autocast(rows):
@@ -442,7 +442,9 @@ class EmbeddingFactor(Divisible):
         if n * n > self.shape[0]:
             return tiled_gram(self)
         index, grads = self.index.flatten(), _tree.at_least_float32(self.grads).flatten(0, 1)
-        gram = torch.empty(self.count, self.count, dtype=_tree.wide(grads), device=grads.device)
+        gram = torch.empty(
+            self.count, self.count, dtype=_tree.sum_dtype(grads), device=grads.device
+        )
         with _tree.no_autocast(grads):
             for m in range(self.count):  # the products of one row at a time
                 own = slice(m * n, (m + 1) * n)
@@ -466,7 +468,7 @@ class EmbeddingFactor(Divisible):
         with _tree.no_autocast(grads):
             products = torch.bmm(grads, grads.mT)
         same = self.index[:, :, None] == self.index[:, None, :]
-        norms = torch.where(same, products, 0.0).sum((1, 2), dtype=_tree.wide(grads))
+        norms = torch.where(same, products, 0.0).sum((1, 2), dtype=_tree.sum_dtype(grads))
         return norms.clamp(min=0)
 
     def _sq_norms_of_sums(self) -> Tensor:

@@ -21,7 +21,7 @@ from gradfilter._types import Params, Tree
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._buffer_watch import BufferWatch, RunningUpdates
 from gradfilter.grads._call_context import CallContext, Versions
-from gradfilter.grads._loop import untouched, written_parameter
+from gradfilter.grads._loop import refuse_writes, written_parameter
 from gradfilter.grads._normalized_loss import NormalizedLoss, as_parameter
 from gradfilter.grads._one_image import STRAIGHTENED, one_image
 from gradfilter.grads._writes import memory, written
@@ -249,12 +249,12 @@ def forward(
         overrides = Overrides(host, guarded)
         inside = {name: as_parameter(level.wrap(leaf)) for name, leaf in leaves.items()}
         row = batch.rebuild(level.wrap(t) for t in batch.tensors)
-        with by_row.entered(host) as handed, overrides:
+        with by_row.entered(host) as calls, overrides:
             try:
                 value, after, aux = loss.writing(inside, row, own)
             finally:
                 changed = loss.clean_attributes(inside, partial(_last_row, level))
-        watch.check(after, set(running.updated), handed.buffers)
+        watch.check(after, set(running.updated), calls.buffers)
         losses = level.lower(value)
         aux = None if aux is None else _tree.tree_map(level.lower, aux)
     if given.written() is not None:
@@ -273,14 +273,14 @@ def forward(
         )
     for name, counter in after.items():
         # Count the module once for all rows.
-        if name.endswith("num_batches_tracked") and name not in handed.buffers:
+        if name.endswith("num_batches_tracked") and name not in calls.buffers:
             before = batch.buffers[name]
             after[name] = before + count * (counter - before)
-    after |= {**running.finish(), **handed.buffers}
+    after |= {**running.finish(), **calls.buffers}
     aux = None if aux is None else _tree.tree_map(torch.Tensor.detach, aux)
     # A module that runs row by row may change its gradient in a way that is not linear.
-    tape.linear = tape.linear and not (handed.modules or ends.custom)
-    looped = tuple(sorted({type(module).__name__ for module in handed.modules}))
+    tape.linear = tape.linear and not (calls.modules or ends.custom)
+    looped = tuple(sorted({type(module).__name__ for module in calls.modules}))
     return Forward(
         losses, tape, after, aux, by_row=looped, used=watch.used_attributes, changed=changed
     )
@@ -348,7 +348,7 @@ def forward_single(
     with (
         torch.enable_grad(),
         one_image(batch, loss.modules),
-        untouched(loss, leaves, hooked_tensors),
+        refuse_writes(loss, leaves, hooked_tensors),
     ):
         # Copy, because a first layer that works in place would write into the batch.
         row = batch.rebuild(t.squeeze(0).clone() for t in batch.tensors)

@@ -161,7 +161,7 @@ class LazyRows:
     def _enter_factors(self, kept: dict[str, Factor]) -> None:
         self.state = State.FACTORS
         self._forward, self._kept = None, kept
-        self._versions = versions(_held(kept))
+        self._versions = versions(_stored_rows(kept))
 
     def release(self) -> None:
         """Free the graph and the factors; another pass can compute them again."""
@@ -281,7 +281,7 @@ class LazyRows:
     ) -> Tensor:
         """Sum the answers to a question over some leaves."""
         answers = list(self._ask(names, question, join=join).values())
-        dtype = _tree.wide(torch.empty(0, device=self.device))
+        dtype = _tree.sum_dtype(torch.empty(0, device=self.device))
         if not answers:
             return torch.zeros(shape, dtype=dtype, device=self.device)
         return torch.stack(answers).sum(0)
@@ -303,7 +303,7 @@ class LazyRows:
 
     def _factors(self) -> dict[str, Factor]:
         """Return the factor of each leaf; run the backward pass first if they are not held."""
-        if self.state is State.FACTORS and written(_held(self._kept), self._versions):
+        if self.state is State.FACTORS and written(_stored_rows(self._kept), self._versions):
             self.release()  # `rows` returns what is held, and the user has written into it
         if self.state is not State.FACTORS:
             kept = _KeptFactors(self)
@@ -404,7 +404,7 @@ class _KeptFactors(LeafVisitor):
         self.found[name] = self.rows.as_factor(name, factors, grad)
 
 
-def _held(kept: dict[str, Factor]) -> dict[str, Tensor]:
+def _stored_rows(kept: dict[str, Factor]) -> dict[str, Tensor]:
     """Return the rows among the factors that are held."""
     return {name: factor.held for name, factor in kept.items() if isinstance(factor, DenseFactor)}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradfilter.grads._buffer_watch import RunningUpdates
-from gradfilter.grads.fused._lift import Level, autocast_dtype, shared
+from gradfilter.grads.fused._lift import Level, autocast_dtype, is_shared
 from gradfilter.grads.fused._tape import Tape, Use, Weight
 
 Override = Callable[..., Any]
@@ -39,7 +39,7 @@ class Host:
         self._leaves = {
             id(rows): Weight(rows.detach()[0], rows, name)
             for name, rows in self.tape.leaves.items()
-            if shared(rows)
+            if is_shared(rows)
         }
 
     def batched(self, *values: Any) -> bool:
@@ -62,7 +62,7 @@ class Host:
         rows = self.level.lower(value)
         if id(rows) in self._leaves:
             return self._leaves[id(rows)]
-        return Weight(rows.detach()[0], rows, None) if shared(rows) else None
+        return Weight(rows.detach()[0], rows, None) if is_shared(rows) else None
 
     def weights(self, *values: Tensor | None) -> tuple[Weight | None, ...] | None:
         """Apply `weight` to every value that is not None; None if rows have their own of any."""

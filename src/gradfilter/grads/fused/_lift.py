@@ -84,7 +84,7 @@ class Level:
         return context
 
 
-def shared(rows: Tensor) -> bool:
+def is_shared(rows: Tensor) -> bool:
     """Return whether all rows of (M, ...) are the same tensor, repeated by a stride of 0."""
     return rows.stride(0) == 0
 

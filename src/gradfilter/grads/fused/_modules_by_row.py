@@ -66,19 +66,24 @@ class ByRow:
         whole = around[-1]
         for module in around[:-1]:
             small = 2 * sum(1 for _ in module.modules()) <= sum(1 for _ in whole.modules())
-            if small and module not in self._modules and not _is_torchs(module) and _may(module):
+            if (
+                small
+                and module not in self._modules
+                and not _is_torchs(module)
+                and _can_run_by_row(module)
+            ):
                 self._modules.update(m for m in whole.modules() if type(m) is type(module))
                 return True
         return False
 
     @contextmanager
-    def entered(self, host: Host) -> Iterator[HandedOn]:
+    def entered(self, host: Host) -> Iterator[RowByRowCalls]:
         """Run a pass over all rows with these modules row by row."""
-        handed = HandedOn(host)
+        calls = RowByRowCalls(host)
         with ExitStack() as stack:
             for module in self._modules:
-                stack.enter_context(_replaced(module, handed))
-            yield handed
+                stack.enter_context(_replaced(module, calls))
+            yield calls
 
 
 def _modules_around(error: BaseException) -> list[nn.Module]:
@@ -100,7 +105,7 @@ def _is_torchs(module: nn.Module) -> bool:
     return type(module).__module__.partition(".")[0] == "torch"
 
 
-def _may(module: nn.Module) -> bool:
+def _can_run_by_row(module: nn.Module) -> bool:
     """Return whether ordinary autograd on the rows of its parameters gives their gradients."""
     return not any(
         getattr(m, "sparse", False)
@@ -111,10 +116,10 @@ def _may(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _replaced(module: nn.Module, handed: HandedOn) -> Iterator[None]:
+def _replaced(module: nn.Module, calls: RowByRowCalls) -> Iterator[None]:
     """Make the forward pass of a module run row by row."""
     before = module.__dict__.get("forward")
-    module.forward = ForwardByRow(module, module.forward, handed)
+    module.forward = ForwardByRow(module, module.forward, calls)
     try:
         yield
     finally:
@@ -131,21 +136,21 @@ class ForwardByRow:
     Attributes:
         module: The module.
         forward: Its own forward pass.
-        handed: The row-by-row calls of the present pass over all rows.
+        calls: The row-by-row calls of the present pass over all rows.
     """
 
     module: nn.Module
     forward: Callable[..., Any]
-    handed: HandedOn
+    calls: RowByRowCalls
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run row by row, except inside a transform of the loss's own."""
-        if not self.handed.host.level.is_innermost():
+        if not self.calls.host.level.is_innermost():
             return self.forward(*args, **kwargs)
-        return self.handed.run(self, args, kwargs)
+        return self.calls.run(self, args, kwargs)
 
 
-class HandedOn:
+class RowByRowCalls:
     """The row-by-row calls of one pass, and the buffers that are passed from row to row.
 
     Attributes:
@@ -190,10 +195,10 @@ class HandedOn:
             for table, tensors in before:
                 table.update(tensors)
         if any(v._version != version for v, version in zip(shared, versions, strict=True)):
-            raise _cannot(module, "writes into a tensor that all rows share")
+            raise _by_row_error(module, "writes into a tensor that all rows share")
         # Row by row, one call would read what another call wrote for an earlier row.
         if (set(written) & self._seen) or (set(self.buffers) & buffers.names):
-            raise _cannot(module, "writes a buffer that is used more than once in a pass")
+            raise _by_row_error(module, "writes a buffer that is used more than once in a pass")
         self._seen |= buffers.names
         self.buffers |= written
         return _tree.tree_map(lambda t: level.wrap(t) if isinstance(t, Tensor) else t, found)
@@ -250,7 +255,7 @@ class _Buffers:
             for table, key in self._places:
                 left = table[key]
                 if left is None:
-                    raise _cannot(self._module, "takes a buffer away")
+                    raise _by_row_error(self._module, "takes a buffer away")
                 table[key] = left.detach().clone()
 
     def finish(self) -> Tree:
@@ -264,7 +269,7 @@ class _Buffers:
                 if now is not None and torch.equal(now, before):
                     continue
                 if now is None or name is None or self._names.count(name) > 1:
-                    raise _cannot(self._module, "writes a buffer that has several names")
+                    raise _by_row_error(self._module, "writes a buffer that has several names")
                 found[name] = now.detach()
         return found
 
@@ -272,34 +277,34 @@ class _Buffers:
 def _check_plain(module: nn.Module, values: list[Any]) -> None:
     for value in values:
         if not isinstance(value, (Tensor, *PLAIN)):
-            raise _cannot(module, f"is given or returns {type(value).__name__}")
+            raise _by_row_error(module, f"is given or returns {type(value).__name__}")
 
 
 def _check_kept(module: nn.Module, given: list[Any], found: list[Any]) -> None:
     """Refuse a module that changed the containers of its arguments, because those are copies."""
     if len(given) != len(found) or any(a is not b for a, b in zip(given, found, strict=True)):
-        raise _cannot(module, "changes the containers it is given")
+        raise _by_row_error(module, "changes the containers it is given")
 
 
 def _stacked(module: nn.Module, outputs: list[Any]) -> Any:
     """Stack the results of a module for every row, tensor by tensor."""
     flat = [_tree.flatten(output) for output in outputs]
     if len({len(values) for values, _ in flat}) > 1:
-        raise _cannot(module, "returns more for some rows than for others")
+        raise _by_row_error(module, "returns more for some rows than for others")
     columns = list(zip(*(values for values, _ in flat), strict=True))
     found = []
     for column in columns:
         _check_plain(module, list(column))
         if all(isinstance(value, Tensor) for value in column):
             if len({value.shape for value in column}) > 1:
-                raise _cannot(module, "returns tensors of several shapes")
+                raise _by_row_error(module, "returns tensors of several shapes")
             found.append(torch.stack(column))
         elif any(type(v) is not type(column[0]) or v != column[0] for v in column):
-            raise _cannot(module, "returns Python values that differ from row to row")
+            raise _by_row_error(module, "returns Python values that differ from row to row")
         else:
             found.append(column[0])
     return flat[0][1](found)
 
 
-def _cannot(module: nn.Module, why: str) -> RuntimeError:
+def _by_row_error(module: nn.Module, why: str) -> RuntimeError:
     return RuntimeError(f"{type(module).__name__} cannot run row by row inside a pass: it {why}")

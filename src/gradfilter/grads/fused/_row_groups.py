@@ -116,7 +116,7 @@ class GroupedFactor(Factor):
         self.shape = self.parts[0].shape
         self.unit = max(part.unit for part in self.parts)
 
-    def _each(self, answer: Callable[[Factor], Tensor]) -> Tensor:
+    def _per_row(self, answer: Callable[[Factor], Tensor]) -> Tensor:
         """Return the parts' answers (k, ...), in the order of the rows. (M, ...)."""
         answers = [answer(part) for part in self.parts]
         dtype = reduce(torch.promote_types, (found.dtype for found in answers))
@@ -127,7 +127,7 @@ class GroupedFactor(Factor):
 
     @override
     def rows(self, low: int = 0, high: int | None = None) -> Tensor:
-        return self._each(lambda part: part.rows(low, high))
+        return self._per_row(lambda part: part.rows(low, high))
 
     @override
     def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
@@ -142,31 +142,31 @@ class GroupedFactor(Factor):
 
     @override
     def dot(self, leaf: Tensor) -> Tensor:
-        return self._each(lambda part: part.dot(leaf))
+        return self._per_row(lambda part: part.dot(leaf))
 
     @override
     def sq_norms(self) -> Tensor:
-        return self._each(lambda part: part.sq_norms())
+        return self._per_row(lambda part: part.sq_norms())
 
     @override
     def gram(self) -> Tensor:
         """Compute each group's Gram, and the products of the rows of every two groups."""
         some = self.places[0]
-        gram = torch.zeros(self.count, self.count, dtype=_tree.wide(some), device=some.device)
+        gram = torch.zeros(self.count, self.count, dtype=_tree.sum_dtype(some), device=some.device)
         groups = list(zip(self.parts, self.places, strict=True))
         for i, (part, places) in enumerate(groups):
             gram[places[:, None], places] = part.gram()
             for other, elsewhere in groups[:i]:
-                products = _between(part, other)
+                products = _group_products(part, other)
                 gram[places[:, None], elsewhere] = products
                 gram[elsewhere[:, None], places] = products.T
         return gram
 
 
-def _between(a: Factor, b: Factor) -> Tensor:
+def _group_products(a: Factor, b: Factor) -> Tensor:
     """Compute the products of every row of one factor with every row of another."""
     if a.count > b.count:
-        return _between(b, a).T
+        return _group_products(b, a).T
     return torch.stack([b.dot(row) for row in a.rows()])
 
 
@@ -243,8 +243,8 @@ def forward_in_groups(
             refused = True
             # A group would draw other random numbers, and with those rows may answer differently.
             groups: list[list[int]] = []
-            if isinstance(refusal, Disagreement) and not _drew(start, context):
-                groups = _apart(rows, refusal.answers)
+            if isinstance(refusal, Disagreement) and not _has_drawn(start, context):
+                groups = _grouped_by_answer(rows, refusal.answers)
             count = len(parts) + len(groups) + len(ahead) - 1
             if groups and (count == 2 or count < len(batch)) and count <= MOST_GROUPS:
                 ahead[:1] = groups
@@ -270,10 +270,10 @@ def forward_in_groups(
         _check_draws(context)
     if grouping.groups is None:
         grouping.groups = [rows for rows, _ in parts]
-    return parts[0][1] if len(parts) == 1 else _together(parts, batch)
+    return parts[0][1] if len(parts) == 1 else _merged_passes(parts, batch)
 
 
-def _apart(rows: list[int], answers: list[str]) -> list[list[int]]:
+def _grouped_by_answer(rows: list[int], answers: list[str]) -> list[list[int]]:
     """Group rows by answer; the group of the last row runs last, as modules keep its state."""
     groups: dict[str, list[int]] = {}
     for row, answer in zip(rows, answers, strict=True):
@@ -281,7 +281,7 @@ def _apart(rows: list[int], answers: list[str]) -> list[list[int]]:
     return sorted(groups.values(), key=max)
 
 
-def _drew(start: dict[str, Any], context: CallContext) -> bool:
+def _has_drawn(start: dict[str, Any], context: CallContext) -> bool:
     """Return whether random numbers have been drawn since ``start``."""
     now = random_state(context.device)
     return any(not torch.equal(now[kind], before) for kind, before in start.items())
@@ -298,7 +298,7 @@ def _check_left(left: list[set[str]]) -> None:
 
 
 def _check_draws(context: CallContext) -> None:
-    if _drew(context.random, context):
+    if _has_drawn(context.random, context):
         raise RuntimeError(
             "Expected rows that answer the host alike as in the first pass over them, found some "
             "that do not at these parameters, and random numbers, which are drawn for all rows "
@@ -306,7 +306,7 @@ def _check_draws(context: CallContext) -> None:
         )
 
 
-def _together(parts: list[tuple[list[int], Forward]], batch: Batch) -> Forward:
+def _merged_passes(parts: list[tuple[list[int], Forward]], batch: Batch) -> Forward:
     """Merge the passes over groups of rows into one."""
     for _, part in parts:
         for name, buffer in part.buffers.items():

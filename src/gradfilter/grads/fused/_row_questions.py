@@ -108,7 +108,7 @@ def value_of(convert: Callable[..., Any]) -> Override:
         rows = host.level.lower(tensor)
         with host.level.on_all_rows():
             answers: list[Any] = [convert(row, *args, **kwargs) for row in rows.detach().unbind()]
-        texts = [_text(answer) for answer in answers]
+        texts = [_answer_text(answer) for answer in answers]
         if any(text != texts[0] for text in texts):
             if convert is torch.Tensor.__bool__ and asks_for_a_shortcut():
                 return False
@@ -118,11 +118,11 @@ def value_of(convert: Callable[..., Any]) -> Override:
     return override
 
 
-def _text(answer: Any) -> str:
+def _answer_text(answer: Any) -> str:
     if isinstance(answer, Tensor):
         return f"{tuple(answer.shape)} {answer.tolist()}"
     if isinstance(answer, tuple):
-        return " ".join(map(_text, answer))
+        return " ".join(map(_answer_text, answer))
     return repr(answer)
 
 

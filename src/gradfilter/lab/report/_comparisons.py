@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from gradfilter.lab.report._curves import SAMPLES, SECONDS, over
+from gradfilter.lab.report._curves import SAMPLES, SECONDS, draw_against
 from gradfilter.lab.report._figures import Curve, PlotAxis, facets, plot
 from gradfilter.lab.report._legend import Legend, Line, joined_line
 from gradfilter.lab.report._parts import (
@@ -25,10 +25,10 @@ from gradfilter.lab.report._parts import (
 from gradfilter.lab.report._runs import RecordedRun, usual_variant
 from gradfilter.lab.report._settings import (
     Setting,
-    apart_from,
     at_time,
     differing,
     finished,
+    grouped_by_all_but,
     mean_and_sd,
     order,
     points,
@@ -75,9 +75,11 @@ def accuracy(groups: Sequence[Setting], legend: Legend) -> Section:
     del legend  # tables draw nothing
     parts = [group_table("accuracy", "At the end of the training", AT_END, groups, note=NOTE)]
     left_out = []
-    tasks = apart_from(finished(groups), *_beside_the_task(groups))
+    tasks = grouped_by_all_but(finished(groups), *_settings_outside_task(groups))
     equal = [
-        table for number, task in enumerate(tasks, 1) for table in _at_equal_time(task, number)
+        table
+        for number, task in enumerate(tasks, 1)
+        for table in _tables_at_equal_time(task, number)
     ]
     if not equal:
         left_out.append("At equal time: needs two or more finished settings, and their times.")
@@ -85,12 +87,12 @@ def accuracy(groups: Sequence[Setting], legend: Legend) -> Section:
     return Section("accuracy", "Accuracy", "One line per setting, over its seeds.", parts, left_out)
 
 
-def _beside_the_task(groups: Sequence[Setting]) -> list[str]:
+def _settings_outside_task(groups: Sequence[Setting]) -> list[str]:
     """Return settings other than the task; equal time compares one task only."""
     return [name for name in groups[0].settings if name not in ("data", "model", "device")]
 
 
-def _at_equal_time(groups: Sequence[Setting], number: int) -> list[Table]:
+def _tables_at_equal_time(groups: Sequence[Setting], number: int) -> list[Table]:
     reached = [run.last("seconds") for group in groups for run in group.runs]
     if len(groups) < 2 or not all(map(math.isfinite, reached)):
         return []
@@ -132,7 +134,7 @@ def noise(groups: Sequence[Setting], legend: Legend) -> Section:
     """Build a table with a line per rule and a column per noise, the best rule first."""
     name, title = "label-noise", "Label noise"
     lead = "Final test accuracy, by the fraction of wrong training labels."
-    rules = [r for r in apart_from(finished(groups), NOISE) if len(r) > 1]
+    rules = [r for r in grouped_by_all_but(finished(groups), NOISE) if len(r) > 1]
     if not rules:
         why = "Needs finished runs that differ in --label-noise alone."
         return Section(name, title, lead, left_out=[why])
@@ -243,13 +245,13 @@ COLUMNS: Columns = {
 def batches(groups: Sequence[Setting], legend: Legend) -> Section:
     """Compare trainings with and without AGC, one figure per model."""
     name, title = "batch-size", "AGC, optimizer and batch size"
-    sets = [s for s in apart_from(finished(groups), *COMPARED) if len(s) > 1]
+    sets = [s for s in grouped_by_all_but(finished(groups), *COMPARED) if len(s) > 1]
     if not sets:
         why = "Needs finished runs that differ in --agc, --optimizer or --batch-size alone."
         return Section(name, title, BATCH_LEAD, left_out=[why])
     left_out = []
     by_model = _by_model(sets)
-    stems = _stems([lines[0][0].runs[0].settings["data"] for lines in by_model])
+    stems = _short_file_names([lines[0][0].runs[0].settings["data"] for lines in by_model])
     figures = [f for lines in by_model for f in _batch_figures(lines, stems, legend)]
     if not figures:
         left_out.append("Figures against the batch size: need several batch sizes of one setting.")
@@ -262,7 +264,7 @@ def _by_model(sets: Sequence[Sequence[Setting]]) -> list[list[list[Setting]]]:
     """Return the lines of every data set and model: groups that differ only in batch size."""
     found: dict[tuple[object, object], list[list[Setting]]] = {}
     for alike in sets:
-        for line in apart_from(alike, SIZE):
+        for line in grouped_by_all_but(alike, SIZE):
             if len(line) > 1:
                 settings = line[0].runs[0].settings
                 found.setdefault((settings["data"], settings["model"]), []).append(line)
@@ -313,7 +315,7 @@ def _label(group: Setting, names: Sequence[str]) -> str:
     return "without AGC" if "agc" in names and said == "plain" else said
 
 
-def _stems(sets: Sequence[str]) -> dict[str, str]:
+def _short_file_names(sets: Sequence[str]) -> dict[str, str]:
     """Return short names of data sets, for names of files.
 
     Examples:
@@ -384,7 +386,7 @@ def _gaps(
     groups: Sequence[Setting], x: PlotAxis, by: str, against: str, legend: Legend
 ) -> list[Plot]:
     title = "Surrogate gap"
-    return over(groups, GAP.name, title, GAP, x, by, against, legend=legend, said=("sam",))
+    return draw_against(groups, GAP.name, title, GAP, x, by, against, legend=legend, said=("sam",))
 
 
 def _is_sharpness_aware(group: Setting) -> bool:

@@ -39,15 +39,15 @@ def curves(groups: Sequence[Setting], legend: Legend) -> Section:
                 (SAMPLES, "by-samples", "against samples seen"),
                 (SECONDS, "by-seconds", "against time"),
             )
-            for figure in over(groups, name, title, axis, x, by, against, legend=legend)
+            for figure in draw_against(groups, name, title, axis, x, by, against, legend=legend)
         ]
         parts += drawn
         if not drawn:
-            left_out.append(f"{title}: not measured in any run{_because(name)}.")
+            left_out.append(f"{title}: not measured in any run{_reason_for_omission(name)}.")
     return Section("curves", "Curves", NOTE, parts, left_out)
 
 
-def over(
+def draw_against(
     groups: Sequence[Setting],
     name: str,
     title: str,
@@ -91,7 +91,7 @@ def over(
     return found
 
 
-def _because(name: str) -> str:
+def _reason_for_omission(name: str) -> str:
     return ", because no label is wrong" if name == "memorised" else ""
 
 
@@ -130,7 +130,7 @@ def agreement(groups: Sequence[Setting], legend: Legend) -> Section:
         ),
     ):
         by, against = "by-samples", "over the training"
-        drawn = over(chosen, name, title, axis, SAMPLES, by, against, legend=legend)
+        drawn = draw_against(chosen, name, title, axis, SAMPLES, by, against, legend=legend)
         parts += drawn
         if not drawn:
             left_out.append(f"{title}: {why or 'not measured in these runs'}.")

@@ -142,7 +142,7 @@ def plot(
     figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    _dress(axes, x, y)
+    _style_axes(axes, x, y)
     drawn = [replace(curve, data=_drawable(curve.data)) for curve in shown]
     for curve in drawn:
         _draw(axes, curve, legend.style(curve.line), x, y, points)
@@ -211,7 +211,7 @@ def _focus(axes: Axes, curves: Sequence[Curve], y: PlotAxis) -> None:
         axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
 
 
-def _dress(axes: Axes, x: PlotAxis, y: PlotAxis) -> None:
+def _style_axes(axes: Axes, x: PlotAxis, y: PlotAxis) -> None:
     axes.set_xlabel(x.label, fontsize=13)
     axes.set_ylabel(y.label, fontsize=13)
     if x.log is not None:
@@ -310,7 +310,7 @@ def facets(settings: Sequence[Settings], most: int = MOST) -> list[Facet]:
     if not settings:
         return []
     names = list(settings[0])
-    parts = _cut(settings, list(range(len(settings))), names, most)
+    parts = _split_members(settings, list(range(len(settings))), names, most)
     found = []
     for number, part in enumerate(parts, 1):
         own = [n for n in names if len({settings[i][n] for i in part}) > 1]
@@ -322,7 +322,7 @@ def facets(settings: Sequence[Settings], most: int = MOST) -> list[Facet]:
     return found
 
 
-def _cut(
+def _split_members(
     settings: Sequence[Settings], members: list[int], names: Sequence[str], most: int
 ) -> list[list[int]]:
     if len(members) <= most:
@@ -339,6 +339,6 @@ def _cut(
             parts[-1] += of_value
             room -= len(of_value)
         else:
-            parts += _cut(settings, of_value, names, most)
+            parts += _split_members(settings, of_value, names, most)
             room = most - len(of_value) if len(of_value) <= FEW else 0
     return parts

@@ -24,7 +24,13 @@ from gradfilter.lab.report._parts import (
     table,
 )
 from gradfilter.lab.report._runs import Measure, RecordedRun, usual_variant
-from gradfilter.lab.report._settings import Setting, apart_from, finished, mean_and_sd, points
+from gradfilter.lab.report._settings import (
+    Setting,
+    finished,
+    grouped_by_all_but,
+    mean_and_sd,
+    points,
+)
 from gradfilter.lab.train._evaluation import NUMBERS
 
 # --- Tables of measurements, and of the runs themselves ---
@@ -200,7 +206,7 @@ def widths(groups: Sequence[Setting], legend: Legend) -> Section:
 
 def families(groups: Sequence[Setting]) -> Iterator[WidthFamily]:
     """Find families of models with at least `FEWEST` widths."""
-    for alike in apart_from(groups, "model"):
+    for alike in grouped_by_all_but(groups, "model"):
         by_name: dict[str, list[Setting]] = {}
         for group in alike:
             if name := family_and_width(group.runs[0].settings["model"])[0]:

@@ -83,7 +83,7 @@ def page(
         legend=legend,
         legend_png=_legend_picture(legend).get(LEGEND),
         csv=csv,
-        alike=_alike,
+        alike=_grouped_by_kind,
     )
 
 
@@ -113,7 +113,7 @@ def embedded(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _alike(parts: Sequence[Plot | Table]) -> list[list[Plot | Table]]:
+def _grouped_by_kind(parts: Sequence[Plot | Table]) -> list[list[Plot | Table]]:
     """Group neighbours of one kind: figures stand side by side."""
     return [list(members) for _, members in itertools.groupby(parts, type)]
 
@@ -163,7 +163,7 @@ def report(config: ReportConfig) -> int:
         if not runs:
             raise UsageError(
                 f"no training that can be read below {', '.join(map(str, config.dirs))}"
-                f"{_because(skipped)}. Run gradfilter train first."
+                f"{_reasons(skipped)}. Run gradfilter train first."
             )
         groups, doubles = groups_of(runs)
         for line in doubles:
@@ -181,7 +181,7 @@ def report(config: ReportConfig) -> int:
     return 0
 
 
-def _because(skipped: Sequence[str]) -> str:
+def _reasons(skipped: Sequence[str]) -> str:
     return f" ({skipped[0].rstrip('.')}{', and others' if skipped[1:] else ''})" if skipped else ""
 
 
@@ -209,7 +209,7 @@ def _write(out: Path, files: Mapping[str, bytes]) -> None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        earlier = _earlier(out)
+        earlier = _earlier_files(out)
         known = sorted({*earlier, *files})
         write_bytes(out / MANIFEST, json.dumps({"command": "report", "files": known}).encode())
         for name in sorted(files, key=lambda name: name == PAGE):
@@ -231,7 +231,7 @@ def _names(found: Any) -> list[str]:
     return [name for name in names if Path(name).suffix in KINDS]
 
 
-def _earlier(out: Path) -> list[str]:
+def _earlier_files(out: Path) -> list[str]:
     """Return the files of an earlier report in the directory."""
     names: list[str] = []
     with suppress(UsageError):  # without a valid list there is no earlier report

@@ -143,7 +143,7 @@ def _measures(path: Path, document: Document) -> list[Measure]:
             at["id"],
             at["step"],
             stop - start,
-            _of_all(facts, column, numbers),
+            _mean_over_samples(facts, column, numbers),
             float(lipschitz[0]),
             _mean(numbers[wrong]) if per_sample and wrong.any() else math.nan,
             _mean(numbers[~wrong]) if per_sample else math.nan,
@@ -152,7 +152,7 @@ def _measures(path: Path, document: Document) -> list[Measure]:
     ]
 
 
-def _of_all(facts: Mapping[str, Any], column: str, values: np.ndarray) -> float:
+def _mean_over_samples(facts: Mapping[str, Any], column: str, values: np.ndarray) -> float:
     """Return the mean; for noise scales, which may be infinite, the quotient of means of stats."""
     whole = facts["aggregate"].get(column)
     return float(whole) if isinstance(whole, int | float) else _mean(values)

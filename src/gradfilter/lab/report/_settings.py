@@ -108,7 +108,7 @@ def differing(groups: Sequence[Setting]) -> list[str]:
     return [n for n in names if len({group.settings[n] for group in groups}) > 1]
 
 
-def apart_from(groups: Iterable[Setting], *names: str) -> list[list[Setting]]:
+def grouped_by_all_but(groups: Iterable[Setting], *names: str) -> list[list[Setting]]:
     """Collect groups that agree in all other settings."""
     found: dict[tuple[Any, ...], list[Setting]] = {}
     for group in groups:

@@ -29,7 +29,7 @@ from gradfilter.lab.stats._stats_files import (
     document,
     finished,
     join_ranges,
-    joined,
+    join_records,
     locked,
     origin,
     origin_of,
@@ -242,7 +242,7 @@ class Measurement:
         path = model.run / FOLDER / f"{name}.json"
         return cls(config, model, samples, start, stop, whole, path, origin(config, model))
 
-    def carry_out(self, ranks: Ranks, stopped: Callable[[], bool]) -> bool:
+    def run(self, ranks: Ranks, stopped: Callable[[], bool]) -> bool:
         """Measure the missing batches, together with other processes, and write the file.
 
         Args:
@@ -314,7 +314,7 @@ class Measurement:
         """Merge all parts into one file, then remove them."""
         there = parts(self.path.parent, self.path.stem)
         records = [record for part in there for record in finished(part, self.facts)]
-        write(self.path, document(joined(records, self.start, self.stop), self.facts))
+        write(self.path, document(join_records(records, self.start, self.stop), self.facts))
         self._clear()
         whole = join_ranges(self.path.parent, self.whole, len(self.samples))
         if whole is not None:

@@ -90,13 +90,13 @@ def chosen(
             kind = "step" if by_step else "id"
             raise UsageError(
                 f"--checkpoint {number}: the run has no checkpoint of {kind} {place}. "
-                f"There are: {', '.join(map(str, known)) or 'none yet'}.{_damage(lost)}"
+                f"There are: {', '.join(map(str, known)) or 'none yet'}.{_damage_note(lost)}"
             )
         found.append(known[place])
     return found
 
 
-def _damage(lost: Sequence[str]) -> str:
+def _damage_note(lost: Sequence[str]) -> str:
     return f" The archive is damaged: {', '.join(lost)}." if lost else ""
 
 
@@ -135,7 +135,7 @@ def stats(config: StatsConfig) -> int:
             if config.restored_targets and not data.train.wrong.any():
                 raise UsageError("--restored-targets: the run has no wrong labels. Omit it.")
             measurement = Measurement.of(config, model)
-            if not measurement.carry_out(ranks, stop):
+            if not measurement.run(ranks, stop):
                 interrupted = measurement.path
                 break
             finished.append(measurement.path)

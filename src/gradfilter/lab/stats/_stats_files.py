@@ -319,17 +319,17 @@ def without_nan(numbers: Nested) -> Nested:
     return numbers if math.isfinite(numbers) else None
 
 
-def nulls(numbers: Nested) -> int:
+def count_missing(numbers: Nested) -> int:
     """Return how many of the numbers are None.
 
     Examples:
         >>> nulls([[1.0, None], [None]])
         2
     """
-    return sum(map(nulls, numbers)) if isinstance(numbers, list) else int(numbers is None)
+    return sum(map(count_missing, numbers)) if isinstance(numbers, list) else int(numbers is None)
 
 
-def joined(records: Iterable[StatsRecord], start: int, stop: int) -> list[StatsRecord]:
+def join_records(records: Iterable[StatsRecord], start: int, stop: int) -> list[StatsRecord]:
     """Sort records, and check that they cover the samples start .. stop − 1 exactly once.
 
     Raises:
@@ -416,7 +416,7 @@ def document(records: Sequence[StatsRecord], origin: Mapping[str, Any]) -> Docum
             **origin,
             "samples": [records[0].start, records[-1].stop],
             "aggregate": aggregate,
-            "nulls": nulls(stats),
+            "nulls": count_missing(stats),
             "largest_residual": max(residuals, default=None),
         }
     }
@@ -476,12 +476,12 @@ def _document(found: Any) -> Document:
     metadata = found["metadata"]
     if metadata.get("axes") != OLD_AXES:
         return found
-    aggregate = {name: _only(value) for name, value in metadata["aggregate"].items()}
+    aggregate = {name: _single_number(value) for name, value in metadata["aggregate"].items()}
     metadata = {**modern(metadata), "aggregate": aggregate}
     return {**found, "stats": flat(found["stats"]), "metadata": metadata}
 
 
-def _only(numbers: Any) -> Any:
+def _single_number(numbers: Any) -> Any:
     """Return the number of a list of one."""
     return numbers[0] if shape_of(numbers) == (1,) else numbers
 
@@ -513,7 +513,7 @@ def join_ranges(folder: Path, stem: str, total: int) -> Path | None:
     whole = folder / f"{stem}.json"
     if whole.exists():
         return None
-    records = joined((r for part in chosen for r in records_of(part)), 0, total)
+    records = join_records((r for part in chosen for r in records_of(part)), 0, total)
     write(whole, document(records, origin_of(chosen[0])))
     return whole
 

@@ -12,7 +12,7 @@ import optuna
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from gradfilter.lab._run_files import ForeignError, reading, refuse_link, why
+from gradfilter.lab._run_files import ForeignError, error_text, reading, refuse_link
 from gradfilter.lab._usage import UsageError
 from gradfilter.lab.sweep._axes import Axis
 from gradfilter.lab.sweep._plan import Plan
@@ -51,7 +51,7 @@ def check_trials(study: optuna.Study, plan: Plan) -> None:
                 if axis.name in trial.params:
                     _check_choice(axis, trial.params[axis.name])
         except (ValueError, TypeError) as error:
-            raise ForeignError(f"trial {trial.number}: {why(error)}") from None
+            raise ForeignError(f"trial {trial.number}: {error_text(error)}") from None
 
 
 def _check_facts(trial: FrozenTrial, plan: Plan) -> None:
@@ -66,7 +66,9 @@ def _check_facts(trial: FrozenTrial, plan: Plan) -> None:
     for name, value in evaluation.items():
         if value is not None and not isinstance(value, int | float):
             raise ForeignError(f"its {name} is {value!r:.80}")
-    if trial.state == TrialState.COMPLETE and not _same(trial.value, evaluation.get(plan.metric)):
+    if trial.state == TrialState.COMPLETE and not _is_same_number(
+        trial.value, evaluation.get(plan.metric)
+    ):
         raise ForeignError(f"its value is not its {plan.metric}")
 
 
@@ -77,7 +79,7 @@ def _check_choice(axis: Axis, chosen: Any) -> None:
         raise ForeignError(f"its {axis.name} is {chosen}")
 
 
-def _same(value: float | None, recorded: Any) -> bool:
+def _is_same_number(value: float | None, recorded: Any) -> bool:
     if value is None or not isinstance(recorded, int | float):
         return False
     return math.isclose(value, recorded, rel_tol=1e-12)  # databases may round the last digit
@@ -110,7 +112,7 @@ def _own_file(folder: Path) -> Path:
 
 
 @contextmanager
-def joined(plan: Plan, storage: str | None, heartbeat: int) -> Iterator[Queue]:
+def joined_study(plan: Plan, storage: str | None, heartbeat: int) -> Iterator[Queue]:
     """Join the study of the plan's name, or start it.
 
     Args:

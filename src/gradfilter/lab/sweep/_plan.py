@@ -19,7 +19,7 @@ from gradfilter.lab.train._build_training import data_of, model_of
 from gradfilter.lab.train._config_checks import check_values, refuse_ignored
 from gradfilter.lab.train._evaluation import Evaluation
 from gradfilter.lab.train._run_place import place_of, plain_settings
-from gradfilter.lab.train._train_command import spelt_out
+from gradfilter.lab.train._train_command import expanded_options
 from gradfilter.lab.train._train_config import PLACE, WATCHING, TrainConfig
 
 # --- Check a study by its extreme trainings, which stand for all trainings between them ---
@@ -42,7 +42,7 @@ def check_all(corners: Sequence[TrainConfig], option: str) -> None:
         try:
             check_values(config)
         except UsageError as error:
-            raise _of_one(option, error) from None
+            raise _error_of_training(option, error) from None
 
 
 def check_places(corners: Sequence[TrainConfig]) -> None:
@@ -77,7 +77,7 @@ def refuse_unused(
         UsageError: An option or axis has no effect.
     """
     names = {axis.name for axis in axes}
-    given = typed_names(spelt_out(typed))
+    given = typed_names(expanded_options(typed))
     plain = {name.removeprefix("--").replace("-", "_") for name in given}
     said = plain | {name.removeprefix("no_") for name in plain}
     for name in sorted(said & names):
@@ -105,7 +105,7 @@ def check_there(corners: Sequence[TrainConfig], option: str) -> None:
             for config in configs.values():
                 model_of(config, found)
         except UsageError as error:
-            raise (_of_one(option, error) if len(corners) > 1 else error) from None
+            raise (_error_of_training(option, error) if len(corners) > 1 else error) from None
 
 
 def _refuse_if_never_used(corners: Sequence[TrainConfig], name: str, owner: str) -> None:
@@ -125,7 +125,7 @@ def _values(config: TrainConfig, names: Sequence[str]) -> Values:
     return tuple(getattr(config, name) for name in names)
 
 
-def _of_one(option: str, error: UsageError) -> UsageError:
+def _error_of_training(option: str, error: UsageError) -> UsageError:
     return UsageError(f"{option}: one of the trainings is refused: {str(error).strip()}")
 
 
@@ -238,7 +238,7 @@ def _points(axes: tuple[Axis, ...]) -> Iterable[Params]:
 
 
 def _config_of(base: TrainConfig, axes: tuple[Axis, ...], params: Params) -> TrainConfig:
-    return _with(base, axes, [axis.value(params[axis.name]) for axis in axes])
+    return _with_values(base, axes, [axis.value(params[axis.name]) for axis in axes])
 
 
 def _corners(
@@ -247,10 +247,10 @@ def _corners(
     if points is not None:
         return [_config_of(base, axes, point) for point in points]
     ends = itertools.product(*(axis.values for axis in axes))
-    return [_with(base, axes, values) for values in itertools.islice(ends, MOST_CORNERS)]
+    return [_with_values(base, axes, values) for values in itertools.islice(ends, MOST_CORNERS)]
 
 
-def _with(base: TrainConfig, axes: tuple[Axis, ...], values: Sequence[Any]) -> TrainConfig:
+def _with_values(base: TrainConfig, axes: tuple[Axis, ...], values: Sequence[Any]) -> TrainConfig:
     for axis, value in zip(axes, values, strict=True):
         base = replace(base, **fields_of(axis.name, value))
     return base

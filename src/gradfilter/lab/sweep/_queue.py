@@ -184,7 +184,7 @@ class Queue:
         """Return the valid trials, one for every training that is planned or done."""
         everything = self.study.get_trials(deepcopy=False)
         replaced = _replaced(everything)
-        return [t for t in everything if t.number not in replaced and not _given_up(t)]
+        return [t for t in everything if t.number not in replaced and not _is_abandoned(t)]
 
     @property
     def heartbeat(self) -> int:
@@ -231,16 +231,16 @@ def claim(queue: Queue, worker: str, avoid: Container[int] = ()) -> FrozenTrial 
         return rdb.get_trial(trial_id)
 
 
-def left(queue: Queue) -> int:
+def count_unfinished(queue: Queue) -> int:
     """Return how many trials are running or waiting."""
     with queue.storage.turn():
         return sum(trial.state in OPEN for trial in queue.trials())
 
 
-def put_back(queue: Queue, number: int, worker: str) -> None:
+def requeue(queue: Queue, number: int, worker: str) -> None:
     """Return a trial to the queue, unless another worker has taken it over."""
     with queue.storage.turn():
-        if _is_mine(queue, number, worker):
+        if _is_held_by(queue, number, worker):
             trial_id = queue.trial_id(number)
             _forget_reason(queue, trial_id)
             queue.storage.rdb.set_trial_user_attr(trial_id, "worker", None)
@@ -254,7 +254,7 @@ def finish(queue: Queue, number: int, worker: str, outcome: Outcome) -> bool:
         False if another worker has taken it over; that worker then finds the finished run.
     """
     with queue.storage.turn():
-        if not _is_mine(queue, number, worker):
+        if not _is_held_by(queue, number, worker):
             return False
         trial_id = queue.trial_id(number)
         for name, value in outcome.facts().items():
@@ -294,7 +294,7 @@ def _repair(queue: Queue) -> None:
     replaced = _replaced(everything)
     complete = {axis.name for axis in queue.plan.axes}
     for trial in everything:
-        if _given_up(trial) and trial.number not in replaced and {*trial.params} == complete:
+        if _is_abandoned(trial) and trial.number not in replaced and {*trial.params} == complete:
             _add(queue, trial.params, replaces=trial.number)
     there = {key_of(trial.params) for trial in everything}
     for point in queue.plan.points or ():
@@ -332,12 +332,12 @@ def _sampled(queue: Queue) -> int:
     return trial.number
 
 
-def _is_mine(queue: Queue, number: int, worker: str) -> bool:
+def _is_held_by(queue: Queue, number: int, worker: str) -> bool:
     trial = queue.storage.rdb.get_trial(queue.trial_id(number))
     return trial.state == TrialState.RUNNING and trial.user_attrs.get("worker") == worker
 
 
-def _given_up(trial: FrozenTrial) -> bool:
+def _is_abandoned(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.FAIL and trial.user_attrs.get("reason") is None
 
 

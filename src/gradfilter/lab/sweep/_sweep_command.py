@@ -25,7 +25,7 @@ from gradfilter.lab._options import arguments
 from gradfilter.lab._processes import started_processes
 from gradfilter.lab._run_files import printable, write_bytes
 from gradfilter.lab._usage import UsageError, typed_names
-from gradfilter.lab.sweep._join import folder_of, joined, reading_study
+from gradfilter.lab.sweep._join import folder_of, joined_study, reading_study
 from gradfilter.lab.sweep._plan import (
     METRICS,
     MOST_CORNERS,
@@ -252,7 +252,7 @@ def sweep_command(options: Sequence[str]) -> int:
     with (
         storage_errors_as_usage(),
         explained_place(folder),
-        joined(plan, config.storage, config.heartbeat) as queue,
+        joined_study(plan, config.storage, config.heartbeat) as queue,
     ):
         with reading_study(queue.storage.shown):
             enqueue(queue, retry_failed=config.retry_failed)

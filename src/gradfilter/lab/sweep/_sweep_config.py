@@ -141,10 +141,10 @@ def as_typed(table: Any, key: str) -> list[str]:
     if not isinstance(table, Mapping):
         raise UsageError(f"--config: expected [sweep.{key}] to be a table, found {table!r}.")
     return [
-        f"{name}={','.join(map(_text, value)) if isinstance(value, list) else _text(value)}"
+        f"{name}={','.join(map(_as_text, value)) if isinstance(value, list) else _as_text(value)}"
         for name, value in table.items()
     ]
 
 
-def _text(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -26,10 +26,10 @@ from gradfilter.lab.sweep._queue import (
     Queue,
     Unfinished,
     claim,
+    count_unfinished,
     finish,
-    left,
     outcome_of,
-    put_back,
+    requeue,
 )
 from gradfilter.lab.sweep._storage import FAULTS, beating
 from gradfilter.lab.sweep._sweep_config import split
@@ -64,7 +64,7 @@ def work(queue: Queue, say: Callable[[str], None]) -> bool:
             try:
                 trial = claim(queue, worker, busy)
                 if trial is None:
-                    others = left(queue)
+                    others = count_unfinished(queue)
                     if not others:
                         return True
                     if not silent:
@@ -113,7 +113,7 @@ def _trained(
         found = Unfinished.INTERRUPTED
     finally:
         if isinstance(found, Unfinished):
-            put_back(queue, trial.number, worker)
+            requeue(queue, trial.number, worker)
     return found
 
 

@@ -50,7 +50,7 @@ def accuracies(model: nn.Module, state: State, data: Data, workers: int = 0) -> 
 
 def _sums(model: nn.Module, state: State, samples: Samples, chunk: int, workers: int) -> Tensor:
     """Sum what is right by label, right by true label, and memorised, and the loss. (4,)."""
-    total = samples.labels.new_zeros(4, dtype=_tree.wide(samples.labels))
+    total = samples.labels.new_zeros(4, dtype=_tree.sum_dtype(samples.labels))
     weights = {**state["params"], **state["buffers"]}
     for images, chosen in in_order(samples, chunk, workers=workers):
         logits = torch.func.functional_call(model, weights, (images,)).float()

@@ -26,11 +26,11 @@ from typing_extensions import override
 from gradfilter.lab._run_files import (
     ForeignError,
     content_of,
+    error_text,
     open_own,
     reading,
     regular_size,
-    settle,
-    why,
+    sync_to_disk,
     write_bytes,
 )
 from gradfilter.lab._usage import UsageError
@@ -88,27 +88,27 @@ def add(archive: Path, entry: str, content: bytes) -> None:
             new.writestr(entry, content)
         write_bytes(archive, first.getvalue())
         return
-    with _opened(archive) as old:
+    with _open_archive(archive) as old:
         if entry in old.namelist():
             return
         start = old.start_dir
     with archive.open("rb") as found:
         found.seek(start)
-        write_bytes(_kept(archive), start.to_bytes(8, "big") + found.read())
+        write_bytes(_directory_copy(archive), start.to_bytes(8, "big") + found.read())
     try:
         with open_own(archive, "r+b") as file:
             with zipfile.ZipFile(file, "a") as grown:
                 grown.writestr(entry, content)
-            settle(file)
+            sync_to_disk(file)
     except BaseException:
         recover(archive)
         raise
-    _kept(archive).unlink()
+    _directory_copy(archive).unlink()
 
 
 def recover(archive: Path) -> None:
     """Undo a write that a kill interrupted; only the owner of the run may call this."""
-    kept = _kept(archive)
+    kept = _directory_copy(archive)
     if not kept.exists():
         return
     if not archive.exists():
@@ -120,7 +120,7 @@ def recover(archive: Path) -> None:
         file.truncate(start)
         file.seek(start)
         file.write(directory)
-        settle(file)
+        sync_to_disk(file)
     kept.unlink()
 
 
@@ -132,7 +132,7 @@ def _directory(content: bytes, size: int) -> tuple[int, bytes]:
         size: Size of the archive, which has grown since.
     """
     start, directory = int.from_bytes(content[:8], "big"), content[8:]
-    with zipfile.ZipFile(_Behind(start, directory)) as alone:
+    with zipfile.ZipFile(_TailOfFile(start, directory)) as alone:
         offsets = [info.header_offset for info in alone.infolist()]
         fits = alone.start_dir == start and min(offsets) == 0 and max(offsets) < start
     if not fits or start > size:
@@ -140,7 +140,7 @@ def _directory(content: bytes, size: int) -> tuple[int, bytes]:
     return start, directory
 
 
-class _Behind(io.BytesIO):
+class _TailOfFile(io.BytesIO):
     """A file of which only the end is in memory; positions count from the start of the whole file.
 
     Args:
@@ -169,7 +169,7 @@ def keep_until(archive: Path, step: int) -> None:
     if not late:
         return
     rest = io.BytesIO()
-    with _opened(archive) as old, zipfile.ZipFile(rest, "w") as new:
+    with _open_archive(archive) as old, zipfile.ZipFile(rest, "w") as new:
         for name in old.namelist():
             if name not in late:
                 new.writestr(name, _content(archive, old, name))
@@ -182,8 +182,8 @@ def checkpoints(archive: Path) -> list[Checkpoint]:
     Raises:
         UsageError: The archive is missing, or it cannot be read.
     """
-    with _opened(archive) as opened, reading(archive, "the archive", "Train again."):
-        there = [info.filename for info in opened.infolist() if _is_there(opened, info)]
+    with _open_archive(archive) as opened, reading(archive, "the archive", "Train again."):
+        there = [info.filename for info in opened.infolist() if _matches_directory(opened, info)]
         found = [_ENTRY.fullmatch(name) for name in there]
         saved = {m[0]: Checkpoint(int(m[1]), int(m[2]), float(m[3])) for m in found if m}
         # Readers find a checkpoint by the name that this package gives it.
@@ -197,7 +197,7 @@ def misnamed(archive: Path) -> list[str]:
     Raises:
         UsageError: The archive is missing, or it cannot be read.
     """
-    return _lost(archive, _is_there)
+    return _damaged_entries(archive, _matches_directory)
 
 
 def damaged(archive: Path) -> list[str]:
@@ -206,11 +206,13 @@ def damaged(archive: Path) -> list[str]:
     Raises:
         UsageError: The archive is missing, or it cannot be read.
     """
-    return _lost(archive, _is_whole)
+    return _damaged_entries(archive, _is_whole)
 
 
-def _lost(archive: Path, is_fine: Callable[[zipfile.ZipFile, zipfile.ZipInfo], bool]) -> list[str]:
-    with _opened(archive) as opened:
+def _damaged_entries(
+    archive: Path, is_fine: Callable[[zipfile.ZipFile, zipfile.ZipInfo], bool]
+) -> list[str]:
+    with _open_archive(archive) as opened:
         lost = [info.filename for info in opened.infolist() if not is_fine(opened, info)]
         return lost if _is_covered(archive, opened) else [*lost, DIRECTORY]
 
@@ -222,12 +224,12 @@ def newest_whole(archive: Path) -> Checkpoint | None:
         UsageError: The archive is missing, or it cannot be read.
     """
     saved = checkpoints(archive)
-    with _opened(archive) as opened:
+    with _open_archive(archive) as opened:
         whole = (c for c in reversed(saved) if _is_whole(opened, opened.getinfo(c.entry)))
         return next(whole, None)
 
 
-def offer(archive: Path) -> str:
+def advice_on_damage(archive: Path) -> str:
     """Return which checkpoint to use instead of a damaged one, as a sentence."""
     newest = newest_whole(archive)
     if newest is None:
@@ -235,7 +237,7 @@ def offer(archive: Path) -> str:
     return f"The newest intact checkpoint is {newest.id}, after step {newest.step}."
 
 
-def _is_there(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:
+def _matches_directory(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:
     """Return whether the entry has the position and the name that the directory says."""
     try:
         opened.open(info).close()
@@ -278,7 +280,7 @@ def read_tensors(archive: Path, entry: Checkpoint | str) -> dict[str, Tensor]:
         UsageError: The entry is missing, damaged, or not what this package wrote.
     """
     name = entry if isinstance(entry, str) else entry.entry
-    with _opened(archive) as opened:
+    with _open_archive(archive) as opened:
         content = _content(archive, opened, name)
     return tensors_of(content, f"checkpoint {name!r} in {str(archive)!r}")
 
@@ -296,7 +298,9 @@ def _content(archive: Path, opened: zipfile.ZipFile, name: str) -> bytes:
     except KeyError:
         raise UsageError(f"{str(archive)!r} has no checkpoint {name!r}.") from None
     except Exception as error:  # errors of zipfile for damaged bytes have no common type
-        raise UsageError(f"{what} is damaged: {why(error)}. {offer(archive)}") from None
+        raise UsageError(
+            f"{what} is damaged: {error_text(error)}. {advice_on_damage(archive)}"
+        ) from None
     if content is None:
         raise UsageError(f"{what} {_COMPRESSED}")
     return content
@@ -363,7 +367,7 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
-def _opened(archive: Path) -> zipfile.ZipFile:
+def _open_archive(archive: Path) -> zipfile.ZipFile:
     if not archive.exists():
         raise UsageError(f"no checkpoints: {str(archive)!r} does not exist. Train first.")
     with reading(archive, "the archive", "Train again."):
@@ -371,12 +375,12 @@ def _opened(archive: Path) -> zipfile.ZipFile:
     deadline = time.monotonic() + PATIENCE
     while True:
         with suppress(Exception):  # it may be being written just now
-            if not _kept(archive).exists():
+            if not _directory_copy(archive).exists():
                 return zipfile.ZipFile(archive)
-        if time.monotonic() > deadline or not _kept(archive).exists():
+        if time.monotonic() > deadline or not _directory_copy(archive).exists():
             break
         time.sleep(0.05)
-    if _kept(archive).exists():
+    if _directory_copy(archive).exists():
         raise UsageError(
             f"{str(archive)!r} was left half-written by a killed run. "
             "Continue the run with --resume, which recovers it."
@@ -385,5 +389,5 @@ def _opened(archive: Path) -> zipfile.ZipFile:
         return zipfile.ZipFile(archive)
 
 
-def _kept(archive: Path) -> Path:
+def _directory_copy(archive: Path) -> Path:
     return archive.with_name(f".{archive.name}.directory")

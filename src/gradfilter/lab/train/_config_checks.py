@@ -122,7 +122,7 @@ def _moves(config: TrainConfig) -> bool:
     return config.schedule != "constant" or config.lr_warmup_epochs > 0
 
 
-def _drops(config: TrainConfig) -> bool:
+def _reaches_a_drop(config: TrainConfig) -> bool:
     """Return whether step or plateau may reach its first drop; steps depend on the data set."""
     waits = {"step": config.lr_step + config.lr_warmup_epochs, "plateau": config.lr_patience + 2}
     return config.steps is not None or waits.get(config.schedule, 0.0) < config.epochs
@@ -143,7 +143,7 @@ CIFAR = OptionUse(
 )
 LONG = OptionUse(
     "in a training that ends before the first drop",
-    _drops,
+    _reaches_a_drop,
     "Give a smaller --lr-step or --lr-patience, or more --epochs.",
 )
 

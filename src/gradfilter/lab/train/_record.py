@@ -22,8 +22,8 @@ from gradfilter.lab._processes import started_processes
 from gradfilter.lab._run_files import (
     append_json_line,
     content_of,
+    error_text,
     reading,
-    why,
     write_bytes,
     write_json,
 )
@@ -35,10 +35,10 @@ from gradfilter.lab.train._archive import (
     LABELS,
     Checkpoint,
     add,
+    advice_on_damage,
     checkpoints,
     damaged,
     keep_until,
-    offer,
     read_tensors,
     recover,
     tensor_bytes,
@@ -113,16 +113,16 @@ def resume(place: Path, run: Training) -> None:
     try:
         flat = _read(path, most)
     except UsageError as error:
-        raise UsageError(f"--resume: {error} {_instead(path, most)}") from None
+        raise UsageError(f"--resume: {error} {_recovery_advice(path, most)}") from None
     try:
-        state = gf.load_state_dict(run.state, _without("state.", flat))
+        state = gf.load_state_dict(run.state, _without_prefix("state.", flat))
         totals = {n: _like(zero, flat[f"totals.{n}"]) for n, zero in run.totals.items()}
         numbers = {name: flat[name].item() for name in (*NUMBERS, "reports", "report")}
         done = _step(numbers["done"], run.total_steps)
         skipped = _like(run.skipped, flat["skipped"])
         finite_until = _like(run.finite_until, flat.get("finite_until", torch.tensor(done)))
     except Exception as error:  # errors of a foreign point have no common type
-        said = str(error) if isinstance(error, ValueError) else f"{why(error)}."
+        said = str(error) if isinstance(error, ValueError) else f"{error_text(error)}."
         raise UsageError(
             f"--resume: {str(path)!r} does not fit this run: {said} "
             "Start anew under another --name."
@@ -155,7 +155,7 @@ def _read(path: Path, most: int) -> dict[str, Tensor]:
         return tensors_of(content_of(path, most), repr(str(path)), "")
 
 
-def _instead(path: Path, most: int) -> str:
+def _recovery_advice(path: Path, most: int) -> str:
     """Return advice for a damaged newest point, as a sentence."""
     before = path.with_name(POINT_BEFORE)
     try:
@@ -180,7 +180,7 @@ def _prefixed(prefix: str, flat: dict[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: value for name, value in flat.items()}
 
 
-def _without(prefix: str, flat: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefix(prefix: str, flat: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): v for n, v in flat.items() if n.startswith(prefix)}
 
 
@@ -199,7 +199,7 @@ class RunRecord:
     place: Path
     facts: Mapping[str, Any]
 
-    def say(self, status: str) -> None:
+    def write_status(self, status: str) -> None:
         """Write ``config.json`` with a status: running, interrupted, failed or finished."""
         write_json(self.place / "config.json", {**self.facts, "status": status})
 
@@ -250,7 +250,7 @@ class RunRecord:
         add(self.place / ARCHIVE, LABELS, tensor_bytes(labels))
         add(self.place / ARCHIVE, "config.json", json.dumps(dict(self.facts)).encode())
 
-    def go_on(self, run: Training) -> None:
+    def resume(self, run: Training) -> None:
         """Discard what was written after the point that the run was set to.
 
         Raises:
@@ -265,7 +265,7 @@ class RunRecord:
         if lost := damaged(self.place / ARCHIVE):
             raise UsageError(
                 f"--resume: {str(self.place / ARCHIVE)!r} is damaged: {', '.join(lost)}. "
-                f"{offer(self.place / ARCHIVE)} Start anew under another --name."
+                f"{advice_on_damage(self.place / ARCHIVE)} Start anew under another --name."
             )
         check_same_data(self.place, run.data)
         if run.done == 0:  # write again what is known before the first step

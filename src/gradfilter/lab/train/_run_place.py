@@ -113,13 +113,15 @@ def place_of(config: TrainConfig) -> Path:
         else f"{name.replace('_', '-')}-{_as_recorded_value(value)}"
         for name, value in setting(config).items()
     ]
-    long = _short("-".join(parts) or "default", LONGEST)
+    long = _shortened("-".join(parts) or "default", LONGEST)
     noise = f"noise-{config.label_noise:.4f}-" if config.label_noise else ""
-    model, data = (_short(_as_recorded_value(name), MOST) for name in (config.model, config.data))
+    model, data = (
+        _shortened(_as_recorded_value(name), MOST) for name in (config.model, config.data)
+    )
     return config.save_dir / config.name / model / data / long / f"{noise}seed-{config.seed}"
 
 
-def _short(name: str, longest: int) -> str:
+def _shortened(name: str, longest: int) -> str:
     """Shorten a name; a hash keeps it different from other shortened names."""
     coded = os.fsencode(name)
     if len(name) <= longest and len(coded) <= MOST_BYTES:

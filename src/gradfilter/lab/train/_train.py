@@ -370,12 +370,12 @@ def recorded(run: Training, place: Path, resumes: bool, stopped: Callable[[], bo
         console = stack.enter_context(logging_to(config.log_level))
         record = RunRecord(place, facts)
         if resumes:
-            record.go_on(run)
+            record.resume(run)
             log.info("resuming after step %d: %s", run.done, printable(place))
         else:
             record.begin()
             log.info("writing to %s", printable(place))
-        record.say("running")
+        record.write_status("running")
         record.start(run)
         first = run.done + 1 if run.done else 0
         track = stack.enter_context(trackers(config, place, facts["settings"], first))
@@ -400,7 +400,7 @@ def recorded(run: Training, place: Path, resumes: bool, stopped: Callable[[], bo
             status = "interrupted"  # after a second Ctrl-C, which does not wait for the step
             raise
         finally:
-            record.say(status)
+            record.write_status(status)
     if not over:
         where = f"continue with --resume: {printable(place)}"
         print(f"interrupted after step {run.done} of {run.total_steps}; {where}")

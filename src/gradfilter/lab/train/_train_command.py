@@ -72,7 +72,7 @@ def parse_train(options: Sequence[str], program: str = PROGRAM) -> TrainCommand:
     """
     files = from_files(options, "train", TrainConfig)
     given = [*files, *environment_arguments(TrainConfig), *options]
-    return parse(TrainCommand, program, spelt_out(given), GROUPS)
+    return parse(TrainCommand, program, expanded_options(given), GROUPS)
 
 
 ALONE = {"--consensus": "1.0", "--budget-clip": "0.3", "--adaptive": "asam", "--average": "mean"}
@@ -80,7 +80,7 @@ ALONE = {"--consensus": "1.0", "--budget-clip": "0.3", "--adaptive": "asam", "--
 NESTEROV = "sgd+nesterov"
 
 
-def spelt_out(options: Sequence[str]) -> list[str]:
+def expanded_options(options: Sequence[str]) -> list[str]:
     """Add omitted values of options, and translate sgd+nesterov.
 
     Examples:

@@ -62,7 +62,7 @@ Totals = dict[str, Tensor]
 def no_totals(device: torch.device) -> Totals:
     """Return the totals before the first step of an epoch."""
     narrow = torch.zeros((), device=device)
-    zero = narrow.to(_tree.wide(narrow))
+    zero = narrow.to(_tree.sum_dtype(narrow))
     return dict.fromkeys((*SUMS, *LATEST), zero)
 
 
@@ -111,15 +111,15 @@ def means_of_totals(totals: Mapping[str, float], config: TrainConfig) -> dict[st
     return {
         "loss": totals["loss"] / (totals["losses"] or math.nan),
         "accepted": totals["accepted"] / (totals["rows"] or math.nan),
-        "clipped_rows": _if(clipped, totals["clipped_rows"] / steps),
-        "clipped_units": _if(bool(config.agc), totals["clipped_units"] / steps),
-        "surrogate_gap": _if(config.sam is not None, totals["gap"] / steps),
+        "clipped_rows": _value_or_nan(clipped, totals["clipped_rows"] / steps),
+        "clipped_units": _value_or_nan(bool(config.agc), totals["clipped_units"] / steps),
+        "surrogate_gap": _value_or_nan(config.sam is not None, totals["gap"] / steps),
         "lr": totals["lr"] * steps / steps,
         "rho": rho,
     }
 
 
-def _if(has: bool, value: float) -> float:
+def _value_or_nan(has: bool, value: float) -> float:
     return value if has else math.nan
 
 

@@ -15,7 +15,12 @@ from gradfilter.grads.fused._conv_factor import ConvFactor, Geometry
 from gradfilter.grads.fused._factors import DenseFactor
 from gradfilter.grads.fused._host import Host, Override, in_autocast
 from gradfilter.grads.fused._tape import Weight
-from gradfilter.grads.fused.overrides._row_operation import Gradients, RowOperation, Saved, Wanted
+from gradfilter.grads.fused.overrides._row_operation import (
+    Gradients,
+    NeedsGrad,
+    RowOperation,
+    Saved,
+)
 
 # --- Convolutions ---
 
@@ -42,7 +47,7 @@ def conv(dims: int) -> Override:
         stride, dilation = _sizes(stride, dims), _sizes(dilation, dims)
         if isinstance(padding, str):
             # "same" pads one more on the right if the total is odd.
-            total = [0] * dims if padding == "valid" else _same(weight.shape[2:], dilation)
+            total = [0] * dims if padding == "valid" else _same_padding(weight.shape[2:], dilation)
             if any(t % 2 for t in total):
                 sides = [side for t in reversed(total) for side in (0, t % 2)]
                 input = F.pad(input, sides)
@@ -94,7 +99,7 @@ def _sizes(value: Sizes, dims: int) -> tuple[int, ...]:
     return sizes * dims if len(sizes) == 1 else sizes
 
 
-def _same(kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
+def _same_padding(kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
     return [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
 
 
@@ -126,7 +131,7 @@ class _Conv(RowOperation[Tensor]):
 
     @override
     def backward(
-        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: Wanted
+        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: NeedsGrad
     ) -> Gradients:
         (x,) = saved
         inputs = weights = biases = None

@@ -15,7 +15,12 @@ from typing_extensions import override
 from gradfilter.grads.fused._factors import EmbeddingFactor, ghost_flops
 from gradfilter.grads.fused._host import Host
 from gradfilter.grads.fused._tape import Weight
-from gradfilter.grads.fused.overrides._row_operation import Gradients, RowOperation, Saved, Wanted
+from gradfilter.grads.fused.overrides._row_operation import (
+    Gradients,
+    NeedsGrad,
+    RowOperation,
+    Saved,
+)
 from gradfilter.grads.fused.overrides._spellings import spellings
 
 # --- Embeddings with sparse gradients: only the loop supports them ---
@@ -127,7 +132,7 @@ class _Embedding(RowOperation[Tensor]):
 
     @override
     def backward(
-        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: Wanted
+        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: NeedsGrad
     ) -> Gradients:
         shape, index = weight.shape, saved[0].flatten(1)
         grad = grad.reshape(*index.shape, shape[1])

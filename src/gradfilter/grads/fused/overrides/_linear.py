@@ -15,7 +15,12 @@ from gradfilter.grads.fused._autocast import under_autocast
 from gradfilter.grads.fused._factors import DenseFactor, OuterFactor, ghost_flops
 from gradfilter.grads.fused._host import Host, in_autocast
 from gradfilter.grads.fused._tape import Weight
-from gradfilter.grads.fused.overrides._row_operation import Gradients, RowOperation, Saved, Wanted
+from gradfilter.grads.fused.overrides._row_operation import (
+    Gradients,
+    NeedsGrad,
+    RowOperation,
+    Saved,
+)
 
 # --- Linear layers: one product over all rows, weight gradients kept as factors ---
 
@@ -60,7 +65,7 @@ class _Linear(RowOperation[Tensor]):
 
     @override
     def backward(
-        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: Wanted
+        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: NeedsGrad
     ) -> Gradients:
         (x,) = saved
         inputs = grad @ weight if wanted.input else None
@@ -107,7 +112,7 @@ class _WeightNorm(RowOperation[Tensor]):
 
     @override
     def backward(
-        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: Wanted
+        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: NeedsGrad
     ) -> Gradients:
         v, g, grad = (_tree.at_least_float32(t) for t in (*saved, weight, grad))
         over = [d for d in range(v.ndim) if d != self.dim % v.ndim or self.dim == -1]

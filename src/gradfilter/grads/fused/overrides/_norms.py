@@ -16,9 +16,14 @@ from gradfilter.grads._buffer_watch import RunningStatistics
 from gradfilter.grads._one_image import straight
 from gradfilter.grads.fused._factors import DenseFactor
 from gradfilter.grads.fused._host import Host
-from gradfilter.grads.fused._lift import autocast_dtype, shared
+from gradfilter.grads.fused._lift import autocast_dtype, is_shared
 from gradfilter.grads.fused._tape import Weight
-from gradfilter.grads.fused.overrides._row_operation import Gradients, RowOperation, Saved, Wanted
+from gradfilter.grads.fused.overrides._row_operation import (
+    Gradients,
+    NeedsGrad,
+    RowOperation,
+    Saved,
+)
 
 # --- BatchNorm: each microbatch has its own statistics; running statistics update in order ---
 
@@ -38,7 +43,7 @@ def batch_norm(
     if not host.level.batched(input) or input.ndim < 2 or host.batched(running_mean, running_var):
         return NotImplemented
     x = host.level.lower(input)
-    if shared(x):
+    if is_shared(x):
         return NotImplemented  # the input is a weight, as in weight standardisation
     if training and input.numel() == input.shape[1]:
         raise ValueError(
@@ -123,7 +128,12 @@ class _BatchNorm(RowOperation[Tensor | None]):
 
     @override
     def backward(
-        self, grad: Tensor, saved: Any, weight: Tensor | None, bias: Tensor | None, wanted: Wanted
+        self,
+        grad: Tensor,
+        saved: Any,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        wanted: NeedsGrad,
     ) -> Gradients:
         x, means, inverses = saved
         per_row = [
@@ -144,7 +154,7 @@ class _BatchNorm(RowOperation[Tensor | None]):
         return _stacked(per_row, wanted)
 
 
-def _stacked(per_row: Sequence[Any], wanted: Wanted) -> Gradients:
+def _stacked(per_row: Sequence[Any], wanted: NeedsGrad) -> Gradients:
     """Stack the results of a norm's backward kernel in every row."""
     kinds = zip(*per_row, strict=True)
     inputs, weights, biases = (
@@ -176,7 +186,12 @@ class _GivenStatistics(RowOperation[Tensor | None]):
 
     @override
     def backward(
-        self, grad: Tensor, saved: Any, weight: Tensor | None, bias: Tensor | None, wanted: Wanted
+        self,
+        grad: Tensor,
+        saved: Any,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        wanted: NeedsGrad,
     ) -> Gradients:
         x, mean, inverse = saved
         per_channel = (-1, *[1] * (x.ndim - 3))
@@ -279,7 +294,12 @@ class _GroupNorm(RowOperation[Tensor | None]):
 
     @override
     def backward(
-        self, grad: Tensor, saved: Any, weight: Tensor | None, bias: Tensor | None, wanted: Wanted
+        self,
+        grad: Tensor,
+        saved: Any,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        wanted: NeedsGrad,
     ) -> Gradients:
         x, mean, inverse = saved
         count, samples, channels, positions = self._sizes(x)
@@ -378,7 +398,12 @@ class _LayerNorm(RowOperation[Tensor | None]):
 
     @override
     def backward(
-        self, grad: Tensor, saved: Any, weight: Tensor | None, bias: Tensor | None, wanted: Wanted
+        self,
+        grad: Tensor,
+        saved: Any,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        wanted: NeedsGrad,
     ) -> Gradients:
         x, mean, inverse = saved
         kernel, shape = torch.ops.aten.native_layer_norm_backward, self.shape
@@ -415,7 +440,7 @@ class _RMSNorm(RowOperation[Tensor]):
 
     @override
     def backward(
-        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: Wanted
+        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: NeedsGrad
     ) -> Gradients:
         # With u = x r: dw = Σ g u, and dx = r (w g − u mean(w g u)). Few memory passes.
         x, inverse = saved

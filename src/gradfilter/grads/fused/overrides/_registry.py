@@ -29,7 +29,7 @@ from gradfilter.grads.fused.overrides._norms import (
     rms_norm,
 )
 from gradfilter.grads.fused.overrides._recurrent import CELLS, recurrent
-from gradfilter.grads.fused.overrides._spellings import below, spellings
+from gradfilter.grads.fused.overrides._spellings import override_spellings, spellings
 from gradfilter.grads.fused.overrides._vmap_faults import FAULTS
 
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -46,16 +46,16 @@ OVERRIDES: dict[Callable[..., Any], Override] = {
     **dict.fromkeys(spellings("embedding"), embedding_of),
     F.embedding_bag: embedding_bag,
     **dict.fromkeys(spellings("embedding_bag"), embedding_bag_of),
-    **below("batch_norm", batch_norm),
-    **below("layer_norm", layer_norm),
-    **below("rms_norm", rms_norm),
-    **below("group_norm", group_norm),
-    **below("instance_norm", instance_norm),
+    **override_spellings("batch_norm", batch_norm),
+    **override_spellings("layer_norm", layer_norm),
+    **override_spellings("rms_norm", rms_norm),
+    **override_spellings("group_norm", group_norm),
+    **override_spellings("instance_norm", instance_norm),
     F.cross_entropy: class_loss(F.cross_entropy),
     F.nll_loss: class_loss(F.nll_loss),
-    **below("_weight_norm", weight_norm),
-    **below("linear", linear),
-    **below("scaled_dot_product_attention", scaled_dot_product_attention),
+    **override_spellings("_weight_norm", weight_norm),
+    **override_spellings("linear", linear),
+    **override_spellings("scaled_dot_product_attention", scaled_dot_product_attention),
     F.multi_head_attention_forward: multi_head_attention,
     **{f: recurrent(f) for name in RECURRENT for f in spellings(name)},
     **{f: override for name, override in CELLS.items() for f in spellings(name)},

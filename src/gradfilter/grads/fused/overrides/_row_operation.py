@@ -25,7 +25,7 @@ Saved = tuple[Tensor | None, ...]
 """The tensors that an operation saves in its forward pass."""
 
 
-class Wanted(NamedTuple):
+class NeedsGrad(NamedTuple):
     """The operands whose gradients a backward pass needs."""
 
     input: bool
@@ -59,7 +59,7 @@ class RowOperation(ABC, Generic[W]):
 
     @abstractmethod
     def backward(
-        self, grad: Tensor, saved: Any, weight: W, bias: Tensor | None, wanted: Wanted
+        self, grad: Tensor, saved: Any, weight: W, bias: Tensor | None, wanted: NeedsGrad
     ) -> Gradients:
         """Return the gradients that are wanted.
 
@@ -99,7 +99,7 @@ class _RowFunction(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
-        wanted = Wanted(*ctx.needs_input_grad[:3])
+        wanted = NeedsGrad(*ctx.needs_input_grad[:3])
         found = ctx.operation.backward(
             grad_outputs[0], ctx.saved_tensors, _value(ctx.weight), _value(ctx.bias), wanted
         )

@@ -30,7 +30,7 @@ def spellings(name: str) -> list[Callable[..., Any]]:
     return [*found, packet, *(getattr(packet, overload) for overload in overloads)]
 
 
-def below(name: str, override: Override) -> dict[Callable[..., Any], Override]:
+def override_spellings(name: str, override: Override) -> dict[Callable[..., Any], Override]:
     """Return the override of `torch.nn.functional.f`, for `torch.f` and all other spellings."""
     order = ORDERS.get(name)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradfilter.grads.fused._host import Host
-from gradfilter.grads.fused._lift import shared
+from gradfilter.grads.fused._lift import is_shared
 from gradfilter.grads.fused.overrides._spellings import spellings
 
 
@@ -26,7 +26,9 @@ def select_scatter(host: Host, input: Tensor, src: Tensor, dim: int, index: int)
         return NotImplemented
     units = torch.arange(input.shape[dim], device=input.device)
     here = units == index % input.shape[dim]
-    return torch.where(_along(here, dim, input), src.unsqueeze(dim).to(input.dtype), input)
+    return torch.where(
+        _broadcast_along(here, dim, input), src.unsqueeze(dim).to(input.dtype), input
+    )
 
 
 def index_fill(host: Host, input: Tensor, dim: int, index: Tensor, value: Any) -> Any:
@@ -35,10 +37,10 @@ def index_fill(host: Host, input: Tensor, dim: int, index: Tensor, value: Any) -
         return NotImplemented
     units = torch.zeros(input.shape[dim], dtype=torch.bool, device=input.device)
     here = units.index_fill(0, index, True)
-    return torch.where(_along(here, dim, input), value.to(input.dtype), input)
+    return torch.where(_broadcast_along(here, dim, input), value.to(input.dtype), input)
 
 
-def _along(units: Tensor, dim: int, like: Tensor) -> Tensor:
+def _broadcast_along(units: Tensor, dim: int, like: Tensor) -> Tensor:
     return units.view(-1, *[1] * (like.ndim - dim % like.ndim - 1))
 
 
@@ -51,7 +53,7 @@ def as_strided(
 ) -> Any:
     """Replace `torch.as_strided`: inside vmap a shared parameter has other strides."""
     rows = host.level.lower(input) if host.batched(input) else None
-    if rows is None or not shared(rows):
+    if rows is None or not is_shared(rows):
         return NotImplemented
     if rows.storage_offset() or not rows[0].is_contiguous():
         raise RuntimeError(

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from _lab import command
 from gradfilter.lab._options import presets
 from gradfilter.lab.sweep import _queue as _outcome
-from gradfilter.lab.sweep._join import joined
+from gradfilter.lab.sweep._join import joined_study
 from gradfilter.lab.sweep._plan import key_of
 from gradfilter.lab.sweep._queue import enqueue, measured
 from gradfilter.lab.sweep._sweep_command import parse_sweep
@@ -308,7 +308,7 @@ def test_a_run_at_work_elsewhere_is_left_alone_and_waited_for(tmp_path):
         if line.startswith("waiting"):
             lock.release()
 
-    with joined(plan, None, 1) as queue:
+    with joined_study(plan, None, 1) as queue:
         enqueue(queue, retry_failed=False)
         assert work(queue, let_go)
         states = [trial.state for trial in queue.trials()]

@@ -9,7 +9,7 @@ from optuna.trial import TrialState, create_trial
 
 from _lab import command
 from gradfilter.lab._usage import UsageError
-from gradfilter.lab.sweep._join import HEARTBEAT, KEY, joined
+from gradfilter.lab.sweep._join import HEARTBEAT, KEY, joined_study
 from gradfilter.lab.sweep._sweep_command import parse_sweep, rows_of
 
 SEARCH = ["--metric", "test_accuracy", "--sample"]
@@ -102,28 +102,28 @@ def _trial(**params):
 def test_a_study_from_before_a_setting_existed_can_be_joined(tmp_path):
     options = ["--grid", "seed=0", "--", "--save-dir", str(tmp_path)]
     plan = plan_of(*options)
-    with joined(plan, None, 30) as queue:
+    with joined_study(plan, None, 30) as queue:
         older = plan.definition()
         del older["settings"]["ema"], older["settings"]["label_smoothing"]
         queue.study.set_user_attr(KEY, older)
-    with joined(plan, None, 30):
+    with joined_study(plan, None, 30):
         pass
     other = plan_of(*options, "--ema", "0.9")
-    with pytest.raises(UsageError, match="with another ema"), joined(other, None, 30):
+    with pytest.raises(UsageError, match="with another ema"), joined_study(other, None, 30):
         pass
 
 
 def test_all_who_join_have_the_heartbeat_of_the_first(tmp_path):
     options = ["--grid", "seed=0", "--", "--save-dir", str(tmp_path)]
     plan = plan_of(*options)
-    with joined(plan, None, 7) as queue:
+    with joined_study(plan, None, 7) as queue:
         assert queue.heartbeat == 7 == queue.study.user_attrs[HEARTBEAT]
-    with joined(plan, None, 30) as queue:
+    with joined_study(plan, None, 30) as queue:
         assert queue.heartbeat == 7
         assert queue.storage.rdb.get_heartbeat_interval() == 7  # twice this and it is stale
     shared = ["--epochs", "0.1", "--model", "mlp_2"]
     plan = plan_of(*options, *shared, "--name", "told")
-    with joined(plan, None, 7):
+    with joined_study(plan, None, 7):
         pass
     _, out, _ = command("sweep", *options, *shared, "--name", "told")
     assert "--heartbeat 7 is used" in out

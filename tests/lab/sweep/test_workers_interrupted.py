@@ -10,7 +10,7 @@ from _lab import command
 from _sweep import states, studies_in
 from gradfilter.lab._interrupt import interruptible
 from gradfilter.lab.sweep import _workers as _worker
-from gradfilter.lab.sweep._queue import Outcome, Unfinished, claim, left
+from gradfilter.lab.sweep._queue import Outcome, Unfinished, claim, count_unfinished
 from gradfilter.lab.sweep._workers import work
 from gradfilter.lab.train._run_place import place_of
 
@@ -67,7 +67,7 @@ def test_ctrl_c_between_two_trainings_puts_back_what_was_taken(begun, monkeypatc
     monkeypatch.setattr(_worker, "claim", interrupted)
     monkeypatch.setattr(_worker, "outcome_of", lambda *_: pytest.fail("it was trained"))
     assert not work(queue, print)
-    assert states(queue) == [TrialState.WAITING] * 3 and left(queue) == 3
+    assert states(queue) == [TrialState.WAITING] * 3 and count_unfinished(queue) == 3
 
 
 def test_ctrl_c_ends_the_wait_for_others(begun, monkeypatch):

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from test_fused_groups import check, plain_rows, signed
+from test_row_groups import check, plain_rows, signed
 from torch import nn
 
 import gradfilter as gf

@@ -40,7 +40,7 @@ FUNCTIONS = {
     "rnn": {"lstm", "gru", "rnn_tanh", "rnn_relu"},
     "cell": {"lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"},
     "format": {"contiguous", "to", "clone"},  # without a name of their own
-    # What vmap itself runs wrongly: test_fused_spellings.py.
+    # What vmap itself runs wrongly: test_spellings.py.
     "fault": {
         "roll",
         "select_scatter",

@@ -14,10 +14,10 @@ from _report_runs import evaluation, make_run
 from gradfilter.lab.report._figures import facets, shortlist
 from gradfilter.lab.report._runs import DEFAULTS, RecordedRun, read_runs
 from gradfilter.lab.report._settings import (
-    apart_from,
     at_time,
     band,
     differing,
+    grouped_by_all_but,
     groups_of,
     mean_and_sd,
     points,
@@ -146,7 +146,7 @@ def test_groups_come_in_the_order_of_their_numbers(tmp_path):
     assert [group.label() for group in groups] == [
         f"batch size {n}{agc}" for n in (32, 256, 1024) for agc in ("", ", AGC 0.1")
     ]
-    pairs = apart_from(groups, "agc")
+    pairs = grouped_by_all_but(groups, "agc")
     assert [[group.settings["agc"] for group in pair] for pair in pairs] == [[None, 0.1]] * 3
 
 

@@ -15,7 +15,7 @@ import torch
 from optuna.trial import TrialState
 
 from gradfilter.lab._cli import main
-from gradfilter.lab.sweep._join import joined
+from gradfilter.lab.sweep._join import joined_study
 from gradfilter.lab.sweep._plan import key_of
 from gradfilter.lab.sweep._sweep_command import parse_sweep
 from gradfilter.lab.sweep._workers import device_of
@@ -47,7 +47,7 @@ def plan_in(folder):
 
 
 def trials_in(folder):
-    with joined(plan_in(folder), None, 1) as queue:
+    with joined_study(plan_in(folder), None, 1) as queue:
         return queue.study.get_trials()
 
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from gradfilter.lab.sweep import _queue
-from gradfilter.lab.sweep._join import joined
+from gradfilter.lab.sweep._join import joined_study
 from gradfilter.lab.sweep._plan import key_of
-from gradfilter.lab.sweep._queue import Outcome, claim, enqueue, finish, left, put_back
+from gradfilter.lab.sweep._queue import Outcome, claim, count_unfinished, enqueue, finish, requeue
 from gradfilter.lab.sweep._sweep_command import parse_sweep
 
 GRID = ["--grid", "learning_rate=0.01,0.1", "seed=0,1"]
@@ -33,7 +33,7 @@ def begun():
         def begin(folder, *options, storage=None):
             _, plan = parse_sweep([*options, "--", "--save-dir", str(folder)])
             # No test waits until a heartbeat is old: `grow_old` makes it so.
-            queue = stack.enter_context(joined(plan, storage, 3600))
+            queue = stack.enter_context(joined_study(plan, storage, 3600))
             enqueue(queue, retry_failed=False)
             return queue
 
@@ -62,7 +62,7 @@ def each_once(queue):
 def train_everything(queue, worker="anybody"):
     while (trial := claim(queue, worker)) is not None:
         assert finish(queue, trial.number, worker, DONE)
-    assert left(queue) == 0
+    assert count_unfinished(queue) == 0
 
 
 def test_a_worker_that_was_killed_loses_its_trial_to_another(begun, tmp_path):
@@ -73,8 +73,8 @@ def test_a_worker_that_was_killed_loses_its_trial_to_another(begun, tmp_path):
     assert keys(queue, TrialState.COMPLETE) == each_once(queue)
     # It was not dead after all: what it found is not counted twice.
     assert not finish(queue, first.number, "killed", DONE)
-    put_back(queue, first.number, "killed")
-    assert keys(queue, TrialState.COMPLETE) == each_once(queue) and left(queue) == 0
+    requeue(queue, first.number, "killed")
+    assert keys(queue, TrialState.COMPLETE) == each_once(queue) and count_unfinished(queue) == 0
 
 
 def test_a_worker_that_is_alive_keeps_its_trial(begun, tmp_path):
@@ -82,7 +82,7 @@ def test_a_worker_that_is_alive_keeps_its_trial(begun, tmp_path):
     first = claim(queue, "alive")
     others = [claim(queue, "other").number for _ in range(3)]
     assert claim(queue, "other") is None
-    assert first.number not in others and left(queue) == 4
+    assert first.number not in others and count_unfinished(queue) == 4
 
 
 @pytest.mark.parametrize("options", [GRID, SEARCH])
@@ -150,9 +150,9 @@ def test_a_kill_in_the_middle_of_sampling(begun, tmp_path):
 def test_what_is_put_back_is_taken_again(begun, tmp_path):
     queue = begun(tmp_path, *GRID)
     number = claim(queue, "a").number
-    put_back(queue, number, "b")  # not its own
-    assert left(queue) == 4 and claim(queue, "b").number != number
-    put_back(queue, number, "a")
+    requeue(queue, number, "b")  # not its own
+    assert count_unfinished(queue) == 4 and claim(queue, "b").number != number
+    requeue(queue, number, "a")
     assert claim(queue, "c", avoid={number}).number != number
     assert claim(queue, "c").number == number
 
@@ -183,7 +183,7 @@ def test_no_trial_is_lost_or_doubled(begun, tmp_path_factory, actions):
             elif action == "fail":
                 finish(queue, number, worker, Outcome(TrialState.FAIL, None, "run", "why"))
             elif action == "put back":
-                put_back(queue, number, worker)
+                requeue(queue, number, worker)
             elif action == "kill":
                 grow_old(queue, number)
             else:

@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 import torch
-from test_train_resume import BASE, assert_same, begin, files
+from test_record_resume import BASE, assert_same, begin, files
 
 from _lab import command, config, only_run, refused
 from gradfilter.lab._usage import UsageError
