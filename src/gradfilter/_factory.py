@@ -1,7 +1,7 @@
 """Mark a function as a factory: its transforms and schedules know the call that made them.
 
-They consist of functions that close over hyperparameters, which pickle refuses. So the call is
-pickled instead. The call is also what they show when they are printed, and where
+The call is what is pickled: the functions inside are private, and some close over hyperparameters,
+which pickle refuses. The call is also what they show when they are printed, and where
 `hyperparameters` reads its values.
 """
 
@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import wraps
+from pickle import PicklingError
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
@@ -86,8 +87,14 @@ class MadeByFactory:
 
     @override
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Return the call, unless the object differs from the result of the call."""
+        """Return the call; refuse an object that differs from the result of its call."""
         call = self.call
+        if call is None and self.made_by is not None:
+            raise PicklingError(
+                f"Expected {self.made_by} as it was made, found it with other fields, which are "
+                "local to this process. Make the change in a function of a module, and call that "
+                "function in the other process."
+            )
         if call is None:
             return super().__reduce_ex__(protocol)
         return _make, (call.factory, call.args, call.kwargs)

@@ -3,6 +3,7 @@
 import copy
 import os
 import signal
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
@@ -292,6 +293,13 @@ OTHER_CHAINS = {
     "a closure": (
         lambda odd: [gf.mean_rows(), times(2.0 + odd), gf.sgd(0.1)],
         "update=times.update[factor=2.0]) on rank 0",
+    ),
+    "changed since it was made": (
+        lambda odd: [
+            replace(gf.consensus_filter(0.9 if odd else 1.0), name="mine"),
+            gf.sgd(0.1),
+        ],
+        "threshold=1.0, soft=True, min_accepted=2)) ",
     ),
     "code": (
         lambda odd: [

@@ -475,20 +475,19 @@ def check_same_start(params: Params, ranks: Ranks) -> None:
                 )
 
 
-def check_same_chain(chain: Transform | None, ranks: Ranks) -> None:
+def check_same_chain(parts: tuple[Transform, ...], ranks: Ranks) -> None:
     """Refuse, on every rank, chains or hyperparameters that differ between ranks.
 
     Only `across_ranks` and the transforms after it are compared, because they must do the same on
     all ranks. The transforms before it work on the rows of one rank.
 
     Args:
-        chain: The outermost chain, or None if `across_ranks` is not in a chain.
+        parts: The transforms of the outermost chain, () if `across_ranks` is not in a chain.
         ranks: The ranks that start together.
 
     Raises:
         ValueError: They differ; the error names two ranks and the difference.
     """
-    parts = () if chain is None else chain.parts
     names = [part.name for part in parts]
     parts = parts[names.index("across_ranks") :] if "across_ranks" in names else parts
     own = [described(part) for part in parts]

@@ -92,13 +92,23 @@ def after_warmup(
             f"Expected min_value <= max_value, found min_value={min_value}, max_value={max_value}."
         )
     start = min_value if init_value is None else init_value
+    return Schedule(_AfterWarmup(curve, start, max_value, warmup_steps), max_value, min_value)
 
-    def at(count: Tensor, state: State, **extra: Any) -> tuple[Tensor, State]:
-        k = _tree.scalar(count, count)
-        rising = start + (max_value - start) * k / max(warmup_steps, 1)
-        return torch.where(k < warmup_steps, rising, curve((k - warmup_steps).clamp(min=0))), state
 
-    return Schedule(at, max_value, min_value)
+@dataclass(frozen=True, eq=False)
+class _AfterWarmup:
+    """Rise linearly from ``start`` to the maximum, then follow the curve of k − Wm."""
+
+    curve: Curve
+    start: float
+    max_value: float
+    warmup_steps: int
+
+    def __call__(self, count: Tensor, state: State, **extra: Any) -> tuple[Tensor, State]:
+        k, start, warmup_steps = _tree.scalar(count, count), self.start, self.warmup_steps
+        rising = start + (self.max_value - start) * k / max(warmup_steps, 1)
+        falling = self.curve((k - warmup_steps).clamp(min=0))
+        return torch.where(k < warmup_steps, rising, falling), state
 
 
 def progress(total_steps: int, warmup_steps: int) -> Curve:
@@ -156,12 +166,20 @@ def linear(
         >>> [gf.schedules.linear(1.0, 4)(k).item() for k in (0, 1, 4, 9)]
         [1.0, 0.75, 0.0, 0.0]
     """
-    x = progress(total_steps, warmup_steps)
-
-    def curve(k: Tensor) -> Tensor:
-        return max_value + (min_value - max_value) * x(k)
-
+    curve = _LinearCurve(progress(total_steps, warmup_steps), max_value, min_value)
     return after_warmup(curve, max_value, min_value, warmup_steps, init_value)
+
+
+@dataclass(frozen=True, eq=False)
+class _LinearCurve:
+    """max + (min − max) x, with x the progress."""
+
+    progress: Curve
+    max_value: float
+    min_value: float
+
+    def __call__(self, k: Tensor) -> Tensor:
+        return self.max_value + (self.min_value - self.max_value) * self.progress(k)
 
 
 @factory
@@ -190,12 +208,21 @@ def cosine(
     References:
         Loshchilov, Hutter, "SGDR", 2017, https://arxiv.org/abs/1608.03983
     """
-    x = progress(total_steps, warmup_steps)
-
-    def curve(k: Tensor) -> Tensor:
-        return min_value + (max_value - min_value) * (1 + torch.cos(torch.pi * x(k))) / 2
-
+    curve = _CosineCurve(progress(total_steps, warmup_steps), max_value, min_value)
     return after_warmup(curve, max_value, min_value, warmup_steps, init_value)
+
+
+@dataclass(frozen=True, eq=False)
+class _CosineCurve:
+    """min + (max − min) (1 + cos πx) / 2, with x the progress."""
+
+    progress: Curve
+    max_value: float
+    min_value: float
+
+    def __call__(self, k: Tensor) -> Tensor:
+        wave = 1 + torch.cos(torch.pi * self.progress(k))
+        return self.min_value + (self.max_value - self.min_value) * wave / 2
 
 
 @factory
@@ -223,11 +250,20 @@ def poly(
     """
     if power > 0:
         raise ValueError(f"Expected power <= 0, found power={power}. -0.5 is usual.")
-
-    def curve(k: Tensor) -> Tensor:
-        return min_value + (max_value - min_value) * (k + 1) ** power
-
+    curve = _PolyCurve(power, max_value, min_value)
     return after_warmup(curve, max_value, min_value, warmup_steps, init_value)
+
+
+@dataclass(frozen=True, eq=False)
+class _PolyCurve:
+    """min + (max − min) (k + 1)^power, with k the steps after the warm-up."""
+
+    power: float
+    max_value: float
+    min_value: float
+
+    def __call__(self, k: Tensor) -> Tensor:
+        return self.min_value + (self.max_value - self.min_value) * (k + 1) ** self.power
 
 
 @factory
@@ -259,11 +295,22 @@ def step(
         raise ValueError(
             f"Expected every >= 1 and 0 < factor <= 1, found every={every}, factor={factor}."
         )
-
-    def curve(k: Tensor) -> Tensor:
-        return (max_value * factor ** torch.floor(k / every)).clamp(min=min_value)
-
+    curve = _StepCurve(every, factor, max_value, min_value)
     return after_warmup(curve, max_value, min_value, warmup_steps, init_value)
+
+
+@dataclass(frozen=True, eq=False)
+class _StepCurve:
+    """max(min, max · factor^⌊k / every⌋), with k the steps after the warm-up."""
+
+    every: int
+    factor: float
+    max_value: float
+    min_value: float
+
+    def __call__(self, k: Tensor) -> Tensor:
+        drops = torch.floor(k / self.every)
+        return (self.max_value * self.factor**drops).clamp(min=self.min_value)
 
 
 # --- Schedules that depend on a metric or on the learning rate ---
@@ -316,35 +363,58 @@ def plateau(
         raise ValueError(
             f"Expected min_value <= max_value, found min_value={min_value}, max_value={max_value}."
         )
-    warm = constant(1.0, warmup_steps=warmup_steps, init_value=0.0)
     start = min_value if init_value is None else init_value
+    rise = constant(1.0, warmup_steps=warmup_steps, init_value=0.0)
     sign = 1.0 if mode == "min" else -1.0
+    drops = _Plateau(factor, patience, threshold, sign, max_value, min_value, start, rise)
+    return Schedule(drops.at, max_value, min_value, drops.init)
 
-    def init(count: Tensor) -> State:
+
+@dataclass(frozen=True, eq=False)
+class _Plateau:
+    """The two functions of `plateau`, and its arguments.
+
+    Attributes:
+        sign: 1 if the metric should fall, −1 if it should rise.
+        start: The value at step 0 of the warm-up.
+        rise: The part of the way from ``start`` to the value, 1 after the warm-up.
+    """
+
+    factor: float
+    patience: int
+    threshold: float
+    sign: float
+    max_value: float
+    min_value: float
+    start: float
+    rise: Schedule
+
+    def init(self, count: Tensor) -> State:
         return {
             "best": _tree.scalar(torch.inf, count),
             "bad": _tree.scalar(0.0, count),
-            "value": _tree.scalar(max_value, count),
+            "value": _tree.scalar(self.max_value, count),
         }
 
-    def at(count: Tensor, state: State, **extra: Any) -> tuple[Tensor, State]:
+    def at(self, count: Tensor, state: State, **extra: Any) -> tuple[Tensor, State]:
         if extra.get("value") is not None:
-            metric = sign * _tree.scalar(extra["value"], count)
-            # |best| makes the relative margin an improvement also for negative metrics.
-            margin = torch.where(state["best"].isinf(), 0.0, threshold * state["best"].abs())
-            better = metric < state["best"] - margin
-            bad = torch.where(better, 0.0, state["bad"] + 1)
-            drop = bad > patience
-            dropped = (state["value"] * factor).clamp(min=min_value)
-            state = {
-                "best": torch.where(better, metric, state["best"]),
-                "bad": torch.where(drop, 0.0, bad),
-                "value": torch.where(drop, dropped, state["value"]),
-            }
-        rise = warm(count).to(count.device)
-        return start + (state["value"] - start) * rise, state
+            state = self._reported(self.sign * _tree.scalar(extra["value"], count), state)
+        rise = self.rise(count).to(count.device)
+        return self.start + (state["value"] - self.start) * rise, state
 
-    return Schedule(at, max_value, min_value, init)
+    def _reported(self, metric: Tensor, state: State) -> State:
+        """Return the state after a report of a metric that should fall."""
+        # |best| makes the relative margin an improvement also for negative metrics.
+        margin = torch.where(state["best"].isinf(), 0.0, self.threshold * state["best"].abs())
+        better = metric < state["best"] - margin
+        bad = torch.where(better, 0.0, state["bad"] + 1)
+        drop = bad > self.patience
+        dropped = (state["value"] * self.factor).clamp(min=self.min_value)
+        return {
+            "best": torch.where(better, metric, state["best"]),
+            "bad": torch.where(drop, 0.0, bad),
+            "value": torch.where(drop, dropped, state["value"]),
+        }
 
 
 @factory
@@ -369,11 +439,19 @@ def proportional(lr: Schedule, rho_min: float, rho_max: float) -> Schedule:
         raise TypeError(f"Expected a Schedule of the lr, found {type(lr).__name__}.")
     if not 0 <= rho_min <= rho_max:
         raise ValueError(f"Expected 0 <= rho_min <= rho_max, found {rho_min}, {rho_max}.")
-    span = lr.max_value - lr.min_value
+    return Schedule(_Proportional(lr, rho_min, rho_max), rho_max, rho_min, lr.init)
 
-    def at(count: Tensor, state: State, **extra: Any) -> tuple[Tensor, State]:
+
+@dataclass(frozen=True, eq=False)
+class _Proportional:
+    """ρ in proportion to the lr, which also has the state."""
+
+    lr: Schedule
+    rho_min: float
+    rho_max: float
+
+    def __call__(self, count: Tensor, state: State, **extra: Any) -> tuple[Tensor, State]:
+        lr, span = self.lr, self.lr.max_value - self.lr.min_value
         value, state = lr.at(count, state, **extra)
         part = ((value - lr.min_value) / span).clamp(0, 1) if span else torch.ones_like(value)
-        return rho_min + (rho_max - rho_min) * part, state
-
-    return Schedule(at, rho_max, rho_min, lr.init)
+        return self.rho_min + (self.rho_max - self.rho_min) * part, state

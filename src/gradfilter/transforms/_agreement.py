@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -170,8 +171,25 @@ def agree_filter(
             f"found against={against!r}, average={average!r}."
         )
 
-    def update(
-        rows: GradStack, state: State, params: Params, context: Context
+    return transform_in_context(
+        "agree_filter",
+        "rows -> tree",
+        _Agreement(threshold, against, average, min_accepted),
+        publishes=("keep", "weights", "accepted", "cosine"),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Agreement:
+    """The computation of `agree_filter`, with its arguments."""
+
+    threshold: float | Tensor
+    against: str
+    average: str
+    min_accepted: int
+
+    def __call__(
+        self, rows: GradStack, state: State, params: Params, context: Context
     ) -> tuple[Tree, State, Out]:
         if len(rows) < 2:
             raise ValueError(
@@ -179,20 +197,13 @@ def agree_filter(
                 "with. Use microbatch_grads(loss, M) with M >= 2, or mean_rows()."
             )
         gram = rows.gram()
-        rule = _against_first if against == "first" else against_running
+        rule = _against_first if self.against == "first" else against_running
         weights, accepted, cosine = rule(
-            gram, rows.live & gram.diagonal().isfinite(), threshold, average
+            gram, rows.live & gram.diagonal().isfinite(), self.threshold, self.average
         )
-        keep = accepted.sum() >= min_accepted
+        keep = accepted.sum() >= self.min_accepted
         out = {"keep": keep, "weights": weights, "accepted": accepted, "cosine": cosine}
         return rows.combine(weights), state, out
-
-    return transform_in_context(
-        "agree_filter",
-        "rows -> tree",
-        update,
-        publishes=("keep", "weights", "accepted", "cosine"),
-    )
 
 
 def _agrees(cosine: Tensor, threshold: float | Tensor) -> Tensor:

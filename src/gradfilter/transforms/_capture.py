@@ -61,6 +61,32 @@ class Captured:
         return present
 
 
+@dataclass(frozen=True, eq=False)
+class _StepInPlace:
+    """A step that reads static tensors and writes its new state into them.
+
+    Attributes:
+        step: The step.
+        inputs: The static tensors of the batch and of the extra keywords.
+        tensors: The static state except for the random state.
+    """
+
+    step: TrainStep
+    inputs: dict[str, Any]
+    tensors: dict[str, Any]
+
+    def advance(self) -> tuple[Info, torch.Generator]:
+        """Run the step; return its info, and the generator after it."""
+        before: Any = {**self.tensors, "random": {}}
+        given = {name: value for name, value in self.inputs.items() if name != "batch"}
+        new: Any
+        new, info = self.step(before, self.inputs["batch"], **given)
+        end: torch.Generator = new.pop("random")["cuda"]
+        info = apart(info, self.tensors)
+        _tree.donate_into(self.tensors, apart(new, self.tensors))
+        return info, end
+
+
 def capture(step: TrainStep, state: TrainState, batch: Any, **extra: Any) -> Captured:
     """Record a step of `train_step` as a CUDA graph, which runs without waiting for Python.
 
@@ -118,17 +144,7 @@ def capture(step: TrainStep, state: TrainState, batch: Any, **extra: Any) -> Cap
     inputs = static_inputs(_inputs(batch, extra), device)
     trees: dict[str, Any] = {name: tree for name, tree in state.items() if name != "random"}
     tensors = _tree.tree_map(_copied, trees)
-    given = {name: value for name, value in inputs.items() if name != "batch"}
-
-    def advance() -> tuple[Info, torch.Generator]:
-        before: Any = {**tensors, "random": {}}
-        new: Any
-        new, info = step(before, inputs["batch"], **given)
-        end: torch.Generator = new.pop("random")["cuda"]
-        info = apart(info, tensors)
-        _tree.donate_into(tensors, apart(new, tensors))
-        return info, end
-
+    in_place = _StepInPlace(step, inputs, tensors)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), random_state_restored(device):
         random = dict(state["random"])
@@ -142,7 +158,7 @@ def capture(step: TrainStep, state: TrainState, batch: Any, **extra: Any) -> Cap
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
                 with rewinds.drawing():
-                    advance()
+                    in_place.advance()
         here.wait_stream(side)
         _tree.donate_into(tensors, trees)
         rewinds.align(random["cuda"])
@@ -153,7 +169,7 @@ def capture(step: TrainStep, state: TrainState, batch: Any, **extra: Any) -> Cap
                 graph.register_generator_state(clone)
         try:
             with rewinds.drawing(), torch.cuda.graph(graph):
-                info, end = advance()
+                info, end = in_place.advance()
         except RuntimeError as error:
             raise RuntimeError(
                 f"The step cannot be captured: {error}\nInside a graph nothing may wait for the "

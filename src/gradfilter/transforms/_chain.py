@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -238,26 +238,76 @@ def chain(*transforms: Transform) -> Transform:
     names = names_of(flat)
     kinds = ways_through(flat)
     _check_needs(flat)
-    by_name: dict[str, Compute] = {
-        name: part.compute for name, part in zip(names, flat, strict=True)
-    }
     label = "chain " + " -> ".join(part.name for part in flat)
+    composed = _Composition(label, kinds, dict(zip(names, flat, strict=True)))
+    publishes = frozenset(
+        key if key in GLOBAL_NAMES else f"{name}/{key}"
+        for name, part in composed.parts.items()
+        for key in part.publishes
+    )
+    built = Transform("", kinds, composed.init, composed.compute, frozenset(), publishes)
+    built = built.with_parts(flat)
+    return built if flat[-1].apply is None else built.with_apply(composed.apply)
 
-    def init(params: Params) -> State:
-        check_tree(label, params)
-        with initialising(built):
-            return {name: part.init(params) for name, part in zip(names, flat, strict=True)}
 
-    def run(
-        grads: Any, state: State, params: Params, context: Context, parts: Mapping[str, Compute]
+@dataclass(frozen=True, eq=False)
+class _Composition:
+    """The functions of a chain, which run its transforms one after another.
+
+    Attributes:
+        label: The beginning of errors.
+        kinds: The kinds of the chain.
+        parts: The transforms by name, in their order.
+    """
+
+    label: str
+    kinds: tuple[Kind, ...]
+    parts: Mapping[str, Transform]
+
+    def init(self, params: Params) -> State:
+        check_tree(self.label, params)
+        with initialising(tuple(self.parts.values())):
+            return {name: part.init(params) for name, part in self.parts.items()}
+
+    def compute(
+        self, grads: Any, state: State, params: Params, context: Context
+    ) -> tuple[Any, State, Out]:
+        computes = {name: part.compute for name, part in self.parts.items()}
+        return self._run(computes, grads, state, params, context)
+
+    def apply(
+        self, grads: Any, state: State, params: Params, context: Context, *, donate: bool
+    ) -> tuple[Params, State, Out]:
+        computes = {name: part.compute for name, part in self.parts.items()}
+        *before, last = self.parts
+        apply_last = self.parts[last].apply
+        assert apply_last is not None
+        # The last part gives new parameters in place of an update: no part follows it.
+        computes[last] = partial(apply_last, donate=donate)
+        new_params, new_state, out = self._run(computes, grads, state, params, context)
+        keep = all_keep(params, context.keep, out.get("keep"))
+        if keep is not None:
+            old = {name: state[name] for name in before}
+            new_state |= _tree.select(keep, {name: new_state[name] for name in before}, old)
+        return new_params, new_state, out
+
+    def _run(
+        self,
+        computes: Mapping[str, Compute],
+        grads: Any,
+        state: State,
+        params: Params,
+        context: Context,
     ) -> tuple[Any, State, Out]:
         """Run the parts one after another; each sees what those before it have published."""
+        check_state(self.label, "chain", state, computes, BEGIN)
+        grads = admit(self.label, self.kinds, grads, params)
         published: Out = {}
         new_state: dict[str, State] = {}
-        for name, part in parts.items():
+        for name, compute in computes.items():
             if isinstance(grads, GradStack):
                 context = context.with_values({"rows": grads})
-            grads, new_state[name], out = part(grads, state[name], params, context)
+            grads, new_state[name], out = compute(grads, state[name], params, context)
             found = {k: v for k, v in out.items() if k in GLOBAL_NAMES}
             if "keep" in found:
                 found["keep"] = all_keep(params, context.keep, found["keep"])
@@ -265,39 +315,6 @@ def chain(*transforms: Transform) -> Transform:
             context = context.with_values(found)
             published |= found
         return grads, new_state, published
-
-    def compute(
-        grads: Any, state: State, params: Params, context: Context
-    ) -> tuple[Any, State, Out]:
-        check_state(label, "chain", state, names, BEGIN)
-        return run(admit(label, kinds, grads, params), state, params, context, by_name)
-
-    publishes = {
-        key if key in GLOBAL_NAMES else f"{name}/{key}"
-        for name, part in zip(names, flat, strict=True)
-        for key in part.publishes
-    }
-    built = Transform("", kinds, init, compute, frozenset(), frozenset(publishes)).with_parts(flat)
-    apply_last = flat[-1].apply
-    if apply_last is None:
-        return built
-
-    def apply(
-        grads: Any, state: State, params: Params, context: Context, *, donate: bool
-    ) -> tuple[Params, State, Out]:
-        check_state(label, "chain", state, names, BEGIN)
-        grads = admit(label, kinds, grads, params)
-        # The last part gives new parameters in place of an update: no part follows it.
-        applying = by_name | {names[-1]: partial(apply_last, donate=donate)}
-        new_params, new_state, out = run(grads, state, params, context, applying)
-        keep = all_keep(params, context.keep, out.get("keep"))
-        if keep is not None:
-            before = {name: state[name] for name in names[:-1]}
-            new_state |= _tree.select(keep, {name: new_state[name] for name in before}, before)
-        return new_params, new_state, out
-
-    built = built.with_apply(apply)  # `init` finds the chain under this name
-    return built
 
 
 @factory

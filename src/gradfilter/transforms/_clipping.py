@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial, reduce
 
 import torch
@@ -301,17 +302,48 @@ def agc_clip(
         if predicate is not None:
             check_predicate("agc_clip", argument, predicate)
 
+    clip = _UnitClip(0.0 if clipping is None else clipping, eps, exclude, unit_dims)
+    return transform_in_context("agc_clip", "tree -> tree", clip, publishes=("clipped_fraction",))
+
+
+@dataclass(frozen=True, eq=False)
+class _UnitClip:
+    """The computation of `agc_clip`, with its arguments."""
+
+    clipping: float | Tensor
+    eps: float | Tensor
+    exclude: Callable[[str], bool] | None
+    unit_dims: UnitDims | None
+
+    def __call__(
+        self, grads: Tree, state: State, params: Params, context: Context
+    ) -> tuple[Tree, State, Out]:
+        exclude = self.exclude
+        chosen = {n: g for n, g in grads.items() if exclude is None or not exclude(n)}
+        if is_off(self.clipping) or not chosen:
+            nothing = torch.zeros((), dtype=torch.float32, device=_tree.device_of(grads))
+            return grads, state, {"clipped_fraction": nothing}
+        clipped, shrunk = dict(grads), []
+        if any(map(is_sharded, chosen.values())):
+            some, fraction = clip_shards(self.clip, chosen, params, self.unit_dims)
+            return clipped | some, state, {"clipped_fraction": fraction}
+        for names in blocks(chosen, BLOCK):
+            some, fewer = self.clip({n: grads[n] for n in names}, {n: params[n] for n in names})
+            clipped |= some
+            shrunk.append(fewer)
+        return clipped, state, {"clipped_fraction": torch.cat(shrunk).to(torch.float32).mean()}
+
     def clip(
+        self,
         grads: Tree,
         params: Params,
-        clipping: float | Tensor,
         summed: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tree, Tensor]:
         """Return clipped leaves of one dtype, and a mask of the units that were scaled down."""
-        within = within_units(grads, unit_dims)
-        limits = clipping * unit_norms(params, within, summed).clamp(min=eps)
-        if isinstance(clipping, Tensor):  # a schedule that ends at 0 switches clipping off
-            limits = torch.where(clipping == 0, torch.inf, limits)
+        within = within_units(grads, self.unit_dims)
+        limits = self.clipping * unit_norms(params, within, summed).clamp(min=self.eps)
+        if isinstance(self.clipping, Tensor):  # a schedule that ends at 0 switches clipping off
+            limits = torch.where(self.clipping == 0, torch.inf, limits)
         factors = _shrink(unit_norms(grads, within, summed), limits)
         # In half precision a small factor would round to 0 before the product.
         leaves = [_tree.at_least_float32(grads[name]) for name in within]
@@ -323,29 +355,6 @@ def agc_clip(
         else:
             scaled = torch._foreach_mul(leaves, by)  # pyright: ignore[reportPrivateImportUsage]  # as torch's clipping
         return dict(zip(within, scaled, strict=True)), factors < 1
-
-    def update(
-        grads: Tree, state: State, params: Params, context: Context
-    ) -> tuple[Tree, State, Out]:
-        chosen = {n: g for n, g in grads.items() if exclude is None or not exclude(n)}
-        if clipping is None or is_off(clipping) or not chosen:
-            nothing = torch.zeros((), dtype=torch.float32, device=_tree.device_of(grads))
-            return grads, state, {"clipped_fraction": nothing}
-        clipped, shrunk = dict(grads), []
-        if any(map(is_sharded, chosen.values())):
-            some, fraction = clip_shards(
-                partial(clip, clipping=clipping), chosen, params, unit_dims
-            )
-            return clipped | some, state, {"clipped_fraction": fraction}
-        for names in blocks(chosen, BLOCK):
-            some, fewer = clip(
-                {n: grads[n] for n in names}, {n: params[n] for n in names}, clipping
-            )
-            clipped |= some
-            shrunk.append(fewer)
-        return clipped, state, {"clipped_fraction": torch.cat(shrunk).to(torch.float32).mean()}
-
-    return transform_in_context("agc_clip", "tree -> tree", update, publishes=("clipped_fraction",))
 
 
 # --- Budget clipping: the rows of a batch share a limited sum of norms by their agreement ---

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,13 +46,20 @@ def restrict_context(context: Context, names: list[str], params: Params) -> Cont
     grad_fn = context.grad_fn
     narrowed: dict[str, Any] = {}
     if grad_fn is not None:
-        # The caller's function needs the whole model: the other leaves keep their values.
-        narrowed["grad_fn"] = lambda near: restrict(grad_fn({**params, **near}), names)
+        narrowed["grad_fn"] = partial(_grads_of_some, grad_fn, params, names)
     if context.rows is not None:
         narrowed["rows"] = restrict(context.rows, names)
     if context.clean_grads is not None:
         narrowed["clean_grads"] = restrict(context.clean_grads, names)
     return context.with_values(narrowed)
+
+
+def _grads_of_some(
+    grad_fn: Callable[[Params], Any], params: Params, names: list[str], near: Params
+) -> Any:
+    """Return the gradients of some leaves where these leaves have the values ``near``."""
+    # The caller's function needs the whole model: the other leaves keep their values.
+    return restrict(grad_fn({**params, **near}), names)
 
 
 @factory
@@ -318,11 +326,22 @@ def gate(transform: Transform, when: str) -> Transform:
             f"gate: {name!r} may be an update rule or follow one, and stepping around it would "
             "mean different things. Gate the update rule, or use freeze(names) after it."
         )
-    is_rule = rules == {True}
+    gated = _Gated(name, transform, when)
+    return replace(transform, name=name, compute=gated)
 
-    def compute(
-        grads: Any, state: State, params: Params, context: Context
+
+@dataclass(frozen=True, eq=False)
+class _Gated:
+    """A transform, and the name of the bool that it needs to run."""
+
+    name: str
+    transform: Transform
+    when: str
+
+    def __call__(
+        self, grads: Any, state: State, params: Params, context: Context
     ) -> tuple[Any, State, Out]:
+        name, transform, when = self.name, self.transform, self.when
         if when not in context.values:
             raise ValueError(
                 f"gate: {name!r} runs when {when!r} is true, but that name was not given. Pass "
@@ -333,7 +352,7 @@ def gate(transform: Transform, when: str) -> Transform:
         new, new_state, out = transform.compute(grads, state, params, context)
         if "keep" in out:
             out = out | {"keep": out["keep"] | ~on}
-        if is_rule:
+        if transform.is_update_rule:
             result: Any = _tree.select(on, new, _tree.no_update(new))
         elif isinstance(new, GradStack):
             result = choose(on, new, grads)
@@ -350,5 +369,3 @@ def gate(transform: Transform, when: str) -> Transform:
         elif clean is not None:  # if bypassed, the result is the clean gradient
             out = out | {"clean_grads": _tree.select(on, clean, result)}
         return result, _tree.select(on, new_state, state), out
-
-    return replace(transform, name=name, compute=compute)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -55,11 +57,28 @@ def consensus_filter(
     check_distance("consensus_filter", threshold, "1 needs no tuning.")
     check_number("consensus_filter", "min_accepted", min_accepted, low=1, fix="Use 2.")
 
-    def update(
-        rows: GradStack, state: State, params: Params, context: Context
+    return transform_in_context(
+        "consensus_filter",
+        "rows -> tree",
+        _Consensus(threshold, soft, min_accepted),
+        publishes=("keep", "weights", "accepted", "cosine"),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Consensus:
+    """The computation of `consensus_filter`, with its arguments."""
+
+    threshold: float | Tensor
+    soft: bool
+    min_accepted: int
+
+    def __call__(
+        self, rows: GradStack, state: State, params: Params, context: Context
     ) -> tuple[Tree, State, Out]:
+        threshold = self.threshold
         cosine, usable = cosines_with_others(rows, params)
-        if soft:
+        if self.soft:
             excess = torch.clamp(cosine - (1 - threshold), min=0)
             excess = torch.where(usable, excess, 0.0)
         else:
@@ -72,19 +91,12 @@ def consensus_filter(
         excess = excess / torch.where(accepted.any(), excess.max(), 1.0)
         weights = excess / torch.where(accepted.any(), excess.sum(), 1.0)
         out = {
-            "keep": accepted.sum() >= min_accepted,
+            "keep": accepted.sum() >= self.min_accepted,
             "weights": weights,
             "accepted": accepted,
             "cosine": torch.where(usable, cosine, torch.nan),
         }
         return rows.combine(weights), state, out
-
-    return transform_in_context(
-        "consensus_filter",
-        "rows -> tree",
-        update,
-        publishes=("keep", "weights", "accepted", "cosine"),
-    )
 
 
 def cosines_with_others(rows: GradStack, params: Params) -> tuple[Tensor, Tensor]:

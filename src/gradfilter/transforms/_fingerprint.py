@@ -7,6 +7,7 @@ import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -22,32 +23,33 @@ SHOWN = 16
 START, END = "\x02", "\x03"
 """Marks around the code of functions; text written by repr does not contain them."""
 
-_WHOLE: ContextVar[Transform | None] = ContextVar("whole_chain", default=None)
+_WHOLE: ContextVar[tuple[Transform, ...]] = ContextVar("whole_chain", default=())
 
 
 @contextmanager
-def initialising(chain: Transform) -> Iterator[None]:
+def initialising(parts: tuple[Transform, ...]) -> Iterator[None]:
     """Let the ``init`` of every transform inside find the outermost chain that it belongs to."""
-    if _WHOLE.get() is not None:
+    if _WHOLE.get():
         yield
         return
-    token = _WHOLE.set(chain)
+    token = _WHOLE.set(parts)
     try:
         yield
     finally:
         _WHOLE.reset(token)
 
 
-def whole_chain() -> Transform | None:
-    """Return the outermost chain whose ``init`` runs, or None."""
+def whole_chain() -> tuple[Transform, ...]:
+    """Return the transforms of the outermost chain whose ``init`` runs; () if there is none."""
     return _WHOLE.get()
 
 
 def described(thing: Any) -> str:
     """Describe a transform by the call that made it, with all arguments that are not defaults.
 
-    Numbers, strings and their containers are written out. Functions are described by their code and
-    their closures, other objects by their type only, because processes cannot compare them.
+    Numbers, strings, their containers and frozen dataclasses are written out. Functions are
+    described by their code and their closures, other objects by their type only, because processes
+    cannot compare them.
     """
     return _words(thing, 0)
 
@@ -70,6 +72,9 @@ def _words(value: Any, depth: int) -> str:
         return f"partial({', '.join(_words(part, deeper) for part in held)})"
     if isinstance(value, types.MethodType):
         return f"{_words(value.__self__, deeper)}.{value.__name__}"
+    if is_dataclass(value) and not isinstance(value, type) and _is_frozen(value):
+        named = (f"{f.name}={_words(getattr(value, f.name), deeper)}" for f in fields(value))
+        return f"{type(value).__qualname__}({', '.join(named)})"
     if isinstance(value, Mapping):
         pairs = (f"{_words(k, deeper)}: {_words(v, deeper)}" for k, v in value.items())
         return "{" + ", ".join(sorted(pairs)) + "}"
@@ -79,6 +84,11 @@ def _words(value: Any, depth: int) -> str:
         return "(" + ", ".join(_words(item, deeper) for item in value) + ")"
     name = getattr(value, "__qualname__", None)
     return name if isinstance(name, str) else type(value).__name__
+
+
+def _is_frozen(value: Any) -> bool:
+    frozen: bool = value.__dataclass_params__.frozen
+    return frozen
 
 
 def _of_call(value: Any, depth: int) -> str:

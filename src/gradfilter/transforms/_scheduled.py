@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,23 +56,21 @@ def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transfo
     factory = undecorated(factory)  # its transforms live for one step only
     accepted = inspect.signature(factory).parameters
     unknown = sorted(set(schedules) - set(accepted))
-    fixed, parts, moving = _apart(schedules)
+    fixed, driven = _apart(schedules)
+    moving = {name: s for argument in driven.values() for name, s in argument.schedules.items()}
     if unknown or not moving:
         raise TypeError(
             f"scheduled: expected at least one Schedule among the arguments {sorted(accepted)}, "
             f"found {'unknown ' + str(unknown) if unknown else sorted(schedules)}."
         )
-    for name in parts:
+    for name in driven:
         if isinstance(accepted[name].default, (bool, str)):
             raise TypeError(
                 f"scheduled: expected {name} as one of its fixed values, found a Schedule, which "
                 f"gives numbers. Write {name}={accepted[name].default!r}."
             )
 
-    def made(values: Mapping[str, Any]) -> Transform:
-        """Return the transform with these values in place of the schedules."""
-        return factory(**fixed, **{name: part(values) for name, part in parts.items()})
-
+    made = _ScheduledFactory(factory, fixed, driven)
     # Call the factory with the largest values once, to get its kind and to check the ranges.
     template = made({name: s.max_value for name, s in moving.items()})
     structure = made({name: _stand_in(s) for name, s in moving.items()})
@@ -107,34 +105,55 @@ def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transfo
     return replace(template, name=name, init=init, compute=compute, publishes=publishes)
 
 
-def _apart(
-    given: Mapping[str, Any],
-) -> tuple[dict[str, Any], dict[str, Callable[[Mapping[str, Any]], Any]], dict[str, Schedule]]:
-    """Return plain arguments, functions that make the others from values, and all schedules.
+@dataclass(frozen=True, eq=False)
+class _ScheduledArgument:
+    """An argument that contains schedules.
 
-    A schedule inside a tuple, list or dict is named by its position: ``betas.0``.
+    Attributes:
+        name: The name of the argument.
+        leaves: The schedules and the plain values inside, by their position: ``betas.0``.
+        rebuild: Makes ``{name: argument}`` from a list of values in place of the leaves.
     """
+
+    name: str
+    leaves: Mapping[str, Any]
+    rebuild: Callable[[list[Any]], Any]
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        return {name: leaf for name, leaf in self.leaves.items() if isinstance(leaf, Schedule)}
+
+    def at(self, values: Mapping[str, Any]) -> Any:
+        """Return the argument with these values in place of the schedules."""
+        leaves = [values.get(name, leaf) for name, leaf in self.leaves.items()]
+        return self.rebuild(leaves)[self.name]
+
+
+@dataclass(frozen=True, eq=False)
+class _ScheduledFactory:
+    """A factory of transforms, its fixed arguments and its scheduled ones by name."""
+
+    factory: Callable[..., Transform]
+    fixed: Mapping[str, Any]
+    scheduled: Mapping[str, _ScheduledArgument]
+
+    def __call__(self, values: Mapping[str, Any]) -> Transform:
+        """Return the transform with these values in place of the schedules."""
+        arguments = {name: argument.at(values) for name, argument in self.scheduled.items()}
+        return self.factory(**self.fixed, **arguments)
+
+
+def _apart(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, _ScheduledArgument]]:
+    """Return the fixed arguments, and those that contain schedules."""
     fixed: dict[str, Any] = {}
-    parts: dict[str, Callable[[Mapping[str, Any]], Any]] = {}
-    moving: dict[str, Schedule] = {}
-    for argument, value in given.items():
-        named, rebuild = _tree.flatten_with_names({argument: value})
-        own = {name: leaf for name, leaf in named.items() if isinstance(leaf, Schedule)}
-        if not own:
-            fixed[argument] = value
-            continue
-        moving |= own
-
-        def part(
-            values: Mapping[str, Any],
-            named: Mapping[str, Any] = named,
-            rebuild: Callable[..., Any] = rebuild,
-            argument: str = argument,
-        ) -> Any:
-            return rebuild([values.get(name, leaf) for name, leaf in named.items()])[argument]
-
-        parts[argument] = part
-    return fixed, parts, moving
+    scheduled: dict[str, _ScheduledArgument] = {}
+    for name, value in given.items():
+        argument = _ScheduledArgument(name, *_tree.flatten_with_names({name: value}))
+        if argument.schedules:
+            scheduled[name] = argument
+        else:
+            fixed[name] = value
+    return fixed, scheduled
 
 
 def _stand_in(schedule: Schedule) -> Tensor:

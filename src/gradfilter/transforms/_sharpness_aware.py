@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -75,40 +76,21 @@ def sam_perturb(
             f'sam_perturb: expected adaptive None, "asam" or "gsam", found {adaptive!r}.'
         )
 
-    def perturbed(params: Params, grads: Tree) -> Params:
-        if adaptive is None:
-            shape, scale = grads, grads
-        elif adaptive == "asam":
-            size = {name: params[name].abs() + eta for name in grads}
-            scale = {name: size[name] * g for name, g in grads.items()}
-            shape = {name: size[name] * s for name, s in scale.items()}
-        else:
-            shape, scale = {name: params[name].abs() * g for name, g in grads.items()}, grads
-        step = rho / (
-            _products.norm(scale) + DELTA
-        )  # 1/δ at most, which half precision cannot hold
-        moves = {name: _tree.at_least_float32(s) for name, s in shape.items()}
-        # addcmul makes one pass over memory, a product and a sum would make two.
-        return {
-            name: torch.addcmul(_tree.at_least_float32(params[name]), move, step.to(move.dtype)).to(
-                params[name].dtype
-            )
-            for name, move in moves.items()
-        }
+    perturbation = _Perturbation(rho, adaptive, eta)
 
     def on_rows(rows: GradStack, state: State, params: Params, context: Context) -> tuple[Any, ...]:
         finite = rows.live & rows.sq_norms().isfinite()
         weights = finite / finite.sum().clamp(min=1).to(_tree.sum_dtype(finite))
         if per_microbatch:
-            near = torch.vmap(perturbed, in_dims=(None, 0))(params, rows.stacked())
+            near = torch.vmap(perturbation.perturbed, in_dims=(None, 0))(params, rows.stacked())
             again = _named_errors(rows.at_rows, near)
         else:
-            again = _rows_at(perturbed(params, rows.combine(weights)), rows, context)
+            again = _rows_at(perturbation.perturbed(params, rows.combine(weights)), rows, context)
         gap = _surrogate_gap(rows, again, weights)
         return again, state, {"clean_grads": rows, "surrogate_gap": gap}
 
     def on_tree(grads: Tree, state: State, params: Params, context: Context) -> tuple[Any, ...]:
-        near = perturbed(params, grads)
+        near = perturbation.perturbed(params, grads)
         rows, weights = context.rows, context.weights
         unknown = next(iter(grads.values())).new_full((), torch.nan)
         if weights is None and rows is None and context.grad_fn is not None:
@@ -139,6 +121,39 @@ def sam_perturb(
         update,
         publishes=("clean_grads", "surrogate_gap"),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Perturbation:
+    """The perturbation e, with the arguments of `sam_perturb` that define it."""
+
+    rho: float | Tensor
+    adaptive: Literal["asam", "gsam"] | None
+    eta: float | Tensor
+
+    def perturbed(self, params: Params, grads: Tree) -> Params:
+        """Return w + e."""
+        shape, scale = self._shape_and_scale(params, grads)
+        # 1/δ at most, which half precision cannot hold
+        step = self.rho / (_products.norm(scale) + DELTA)
+        moves = {name: _tree.at_least_float32(s) for name, s in shape.items()}
+        # addcmul makes one pass over memory, a product and a sum would make two.
+        return {
+            name: torch.addcmul(_tree.at_least_float32(params[name]), move, step.to(move.dtype)).to(
+                params[name].dtype
+            )
+            for name, move in moves.items()
+        }
+
+    def _shape_and_scale(self, params: Params, grads: Tree) -> tuple[Tree, Tree]:
+        """Return the direction of e, and the tree whose norm divides it."""
+        if self.adaptive is None:
+            return grads, grads
+        if self.adaptive == "gsam":
+            return {name: params[name].abs() * g for name, g in grads.items()}, grads
+        size = {name: params[name].abs() + self.eta for name in grads}
+        scale = {name: size[name] * g for name, g in grads.items()}
+        return {name: size[name] * s for name, s in scale.items()}, scale
 
 
 def _rows_at(params: Params, rows: GradStack | None, context: Context) -> GradStack:

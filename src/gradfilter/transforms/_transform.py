@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -101,21 +102,32 @@ def transform_in_context(
             "an extra keyword; say so in an error of your own when it is not there."
         )
 
-    def checked(
-        grads: Any, state: State, params: Params, context: Context
+    checked = _Checked(name, parsed, compute)
+    return Transform(name, parsed, init, checked, frozenset(needs), frozenset(publishes))
+
+
+@dataclass(frozen=True, eq=False)
+class _Checked:
+    """A `Compute` that checks its gradients, its result and its state, and keeps their dtypes."""
+
+    name: str
+    kinds: tuple[Kind, ...]
+    compute: Compute
+
+    def __call__(
+        self, grads: Any, state: State, params: Params, context: Context
     ) -> tuple[Any, State, Out]:
-        grads, new_state, out = compute(admit(name, parsed, grads, params), state, params, context)
-        check_leaves(f"{name}: result", grads, params)
+        admitted = admit(self.name, self.kinds, grads, params)
+        grads, new_state, out = self.compute(admitted, state, params, context)
+        check_leaves(f"{self.name}: result", grads, params)
         if not isinstance(grads, GradStack):
             grads = _tree.in_dtypes_of(params, grads)
         try:
             new_state = _tree.in_dtypes_of(state, new_state)
         except (AttributeError, TypeError, ValueError):
-            check_states(name, state, new_state)
+            check_states(self.name, state, new_state)
             raise
         return grads, new_state, out
-
-    return Transform(name, parsed, init, checked, frozenset(needs), frozenset(publishes))
 
 
 link = transform

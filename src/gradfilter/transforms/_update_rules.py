@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from gradfilter import _tree
 from gradfilter._factory import factory
 from gradfilter._readable import followed
 from gradfilter._types import (
+    Compute,
     Context,
     Kind,
     Out,
@@ -31,34 +33,114 @@ from gradfilter.transforms._transform import (
     transform_in_context,
 )
 
-# --- One fused kernel per update rule reads and writes every number once ---
+# --- An update rule: what it does to one leaf, and a fused kernel of it if there is one ---
+
+
+Leaf = dict[str, Tensor]
+"""The buffers of one leaf, by name."""
+
+
+class LeafRule(Protocol):
+    """An update rule with its hyperparameters.
+
+    Attributes:
+        weight_decay: The L2 decay, g ← g + λ p. Decoupled decay is part of `step`.
+        maximize: True to flip the sign of the gradient, before L2.
+    """
+
+    @property
+    def weight_decay(self) -> float: ...
+
+    @property
+    def maximize(self) -> bool: ...
+
+    @property
+    def buffers(self) -> tuple[str, ...]:
+        """The names of the tensors that are kept per leaf, initially zero."""
+        ...
+
+    def step(self, g: Tensor, p: Tensor, own: Leaf, t: Tensor, lr: Tensor) -> tuple[Tensor, Leaf]:
+        """Return the update of one leaf and its new buffers.
+
+        Args:
+            g: The gradient after the sign and L2.
+            p: The parameter.
+            own: The buffers before the step.
+            t: The number of the step, 1, 2, ...
+            lr: The learning rate.
+        """
+        ...
+
+    @property
+    def kernel(self) -> FusedKernel | None:
+        """A kernel that computes and applies the update, if torch has one for these numbers."""
+        ...
 
 
 Leaves = list[Tensor]
-
-# kernel(params, grads, buffers by name, t, lr, skip) works in place. If skip is 1, no bit
-# changes, for any gradients.
-Kernel = Callable[[Leaves, Leaves, dict[str, Leaves], Tensor, Tensor, Tensor | None], None]
+Lists = dict[str, Leaves]
 
 BLOCK = 1 << 19
 WIDE = (torch.float32, torch.float64)
 KERNEL_DTYPES = (*WIDE, torch.bfloat16, torch.float16)
 
 
-def fits_kernel(params: Tree, trees: Iterable[Any], cpu_dtypes: Collection[torch.dtype]) -> bool:
-    """Return whether kernels can run: plain contiguous tensors, and trees like the params."""
-    # A compiler optimises formulas better, and vmap does not support the kernels.
-    if followed():
-        return False
-    dtypes = {"cpu": cpu_dtypes, "cuda": KERNEL_DTYPES}
-    return all(
-        p.dtype in dtypes.get(p.device.type, ()) and _is_plain(p) for p in params.values()
-    ) and all(
-        isinstance(tree, dict)
-        and tree.keys() == params.keys()
-        and all(_is_plain(leaf) and _alike(leaf, params[name]) for name, leaf in tree.items())
-        for tree in trees
-    )
+@dataclass(frozen=True, eq=False)
+class FusedKernel:
+    """A kernel that reads and writes every number once.
+
+    Attributes:
+        function: ``function(params, grads, buffers by name, t, lr, skip)`` works in place. If skip
+            is 1, no bit changes, for any gradients.
+        cpu_dtypes: The dtypes for which it is correct on a CPU.
+    """
+
+    function: Callable[[Leaves, Leaves, Lists, Tensor, Tensor, Tensor | None], None]
+    cpu_dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
+
+    def fits(self, params: Tree, trees: Iterable[Any]) -> bool:
+        """Return whether it can run: plain contiguous tensors, and trees like the params."""
+        # A compiler optimises formulas better, and vmap does not support the kernels.
+        if followed():
+            return False
+        dtypes = {"cpu": self.cpu_dtypes, "cuda": KERNEL_DTYPES}
+        return all(
+            p.dtype in dtypes.get(p.device.type, ()) and _is_plain(p) for p in params.values()
+        ) and all(
+            isinstance(tree, dict)
+            and tree.keys() == params.keys()
+            and all(_is_plain(leaf) and _alike(leaf, params[name]) for name, leaf in tree.items())
+            for tree in trees
+        )
+
+    def run(
+        self,
+        params: Tree,
+        grads: Tree,
+        buffers: dict[str, Tree],
+        t: Tensor,
+        lr: Tensor,
+        keep: Tensor | None,
+        donate: bool,
+    ) -> tuple[Tree, dict[str, Tree]]:
+        """Return new parameters and buffers: the old tensors if they are donated, else copies."""
+        # On a GPU the kernels read their scalars as float32; on a CPU they read an lr of any dtype.
+        t = t.to(torch.float32)
+        lr = lr if lr.device.type == "cpu" else lr.to(torch.float32)
+        skip = None if keep is None else keep.logical_not().to(torch.float32)
+        old = [params, *buffers.values()]
+        new: list[Tree] = [{} for _ in old]
+        for names in blocks(params, BLOCK):
+            lists = [[tree[n] if donate else tree[n].clone() for n in names] for tree in old]
+            own = dict(zip(buffers, lists[1:], strict=True))
+            self.function(lists[0], [grads[n] for n in names], own, t, lr, skip)
+            if donate:  # tell autograd, which may have saved these tensors; the kernels do not
+                changed = [leaf for leaves in lists for leaf in leaves if not leaf.is_inference()]
+                torch.autograd.graph.increment_version(changed)
+            for tree, leaves in zip(new, lists, strict=True):
+                tree.update(zip(names, leaves, strict=True))
+        new = [{n: tree[n] for n in params} for tree in new]
+        return new[0], dict(zip(buffers, new[1:], strict=True))
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -69,43 +151,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
 
 
-def run_kernel(
-    kernel: Kernel,
-    params: Tree,
-    grads: Tree,
-    buffers: dict[str, Tree],
-    t: Tensor,
-    lr: Tensor,
-    keep: Tensor | None,
-    donate: bool,
-) -> tuple[Tree, dict[str, Tree]]:
-    """Return new parameters and buffers: the old tensors if they are donated, else copies."""
-    # On a GPU the kernels read their scalars as float32; on a CPU they read an lr of any dtype.
-    t = t.to(torch.float32)
-    lr = lr if lr.device.type == "cpu" else lr.to(torch.float32)
-    skip = None if keep is None else keep.logical_not().to(torch.float32)
-    old = [params, *buffers.values()]
-    new: list[Tree] = [{} for _ in old]
-    for names in blocks(params, BLOCK):
-        lists = [[tree[n] if donate else tree[n].clone() for n in names] for tree in old]
-        own = dict(zip(buffers, lists[1:], strict=True))
-        kernel(lists[0], [grads[n] for n in names], own, t, lr, skip)
-        if donate:  # tell autograd, which may have saved these tensors; the kernels do not
-            changed = [leaf for leaves in lists for leaf in leaves if not leaf.is_inference()]
-            torch.autograd.graph.increment_version(changed)
-        for tree, leaves in zip(new, lists, strict=True):
-            tree.update(zip(names, leaves, strict=True))
-    new = [{n: tree[n] for n in params} for tree in new]
-    return new[0], dict(zip(buffers, new[1:], strict=True))
-
-
-# --- The frame of an update rule: step count, learning rate, sign and L2 decay ---
-
-
-# step(gradient, parameter, the leaf's buffers by name, t, lr) -> (update, buffers), t = 1, 2, ...
-LeafStep = Callable[
-    [Tensor, Tensor, dict[str, Tensor], Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]
-]
+# --- The transform of an update rule: all leaves, the step count and the learning rate ---
 
 
 def new_count(params: Params) -> Tensor:
@@ -127,89 +173,90 @@ def schedule_value(
     return schedule.at(count, state, **{k: v for k, v in context.values.items() if k != "count"})
 
 
-def update_rule(
-    name: str,
-    lr: float | Schedule,
-    buffers: tuple[str, ...],
-    step: LeafStep,
-    *,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
-    kernel: Kernel | None = None,
-    cpu_dtypes: Collection[torch.dtype] = KERNEL_DTYPES,
-) -> Transform:
+@dataclass(frozen=True, eq=False)
+class _Updates:
+    """The updates of all leaves by one rule. Its state: buffers, ``count`` and ``lr``."""
+
+    name: str
+    schedule: Schedule
+    rule: LeafRule
+
+    def init(self, params: Params) -> State:
+        """Return buffers of zeros, the count 0, and the state of the schedule."""
+        count = new_count(params)
+        state = {buffer: _tree.zeros_like(params) for buffer in self.rule.buffers}
+        return {**state, "count": count, "lr": self.schedule.init(count)}
+
+    def begin(self, state: State, context: Context) -> tuple[Tensor, Tensor, State]:
+        """Return the lr of this step, t and the schedule's state after it."""
+        value, lr_state = schedule_value(self.schedule, state["count"], state["lr"], context)
+        return value, state["count"] + 1, lr_state
+
+    def compute(
+        self, grads: Tree, state: State, params: Params, context: Context
+    ) -> tuple[Tree, State, Out]:
+        """Return the updates by the formulas of the rule."""
+        rule, buffers = self.rule, self.rule.buffers
+        for buffer in buffers:
+            check_leaves(f"{self.name}: state {buffer!r}", state[buffer], params)
+        value, t, lr_state = self.begin(state, context)
+        updates: Tree = {}
+        kept: dict[str, Tree] = {buffer: {} for buffer in buffers}
+        for leaf, g in grads.items():
+            p = params[leaf]
+            g = -g if rule.maximize else g
+            g = g if is_off(rule.weight_decay) else g + rule.weight_decay * p
+            own = {buffer: state[buffer][leaf] for buffer in buffers}
+            updates[leaf], own = rule.step(g, p, own, t, value)
+            for buffer in buffers:
+                kept[buffer][leaf] = own[buffer]
+        return updates, {**kept, "count": t, "lr": lr_state}, {"lr": value}
+
+
+@dataclass(frozen=True, eq=False)
+class _FusedUpdates:
+    """Compute and apply the updates by a kernel; by formulas where the kernel does not fit."""
+
+    updates: _Updates
+    kernel: FusedKernel
+    formulas: Compute
+
+    def __call__(
+        self, grads: Any, state: State, params: Params, context: Context, *, donate: bool
+    ) -> tuple[Params, State, Out]:
+        keep = all_keep(params, context.keep)
+        own = {buffer: state[buffer] for buffer in self.updates.rule.buffers}
+        if not self.kernel.fits(params, (grads, *own.values())):
+            updates, new_state, out = self.formulas(grads, state, params, context)
+            return *apply_updates(params, state, updates, new_state, keep), out
+        value, t, lr_state = self.updates.begin(state, context)
+        rest = {"count": t, "lr": lr_state}
+        if keep is not None:
+            rest = _tree.select(keep, rest, {key: state[key] for key in rest})
+        new, kept = self.kernel.run(params, grads, own, t, value, keep, donate)
+        return new, {**kept, **rest}, {"lr": value}
+
+
+def update_rule(name: str, lr: float | Schedule, rule: LeafRule) -> Transform:
     """Return a ``tree -> update`` transform from its action on one leaf.
 
     Args:
         name: The transform's name.
         lr: A number, a 0-d tensor or a Schedule.
-        buffers: The names of the tensors kept per leaf, initially zero.
-        step: The action on one leaf after the sign and L2.
-        weight_decay: L2 decay, g ← g + λ p. The step itself applies decoupled decay.
-        maximize: True to flip the sign, before L2.
-        kernel: A fused kernel of all this and the addition to the parameters, if there is one.
-        cpu_dtypes: The dtypes for which the kernel is correct on a CPU.
+        rule: The action on one leaf, with the other hyperparameters.
     """
     if not isinstance(lr, Schedule):
         check_number(name, "lr", lr, low=0, fix="A Schedule such as cosine(...) also fits.")
-    check_number(name, "weight_decay", weight_decay, low=0, fix="0 switches it off.")
-    schedule = as_schedule(lr)
-
-    def init(params: Params) -> State:
-        count = new_count(params)
-        state = {buffer: _tree.zeros_like(params) for buffer in buffers}
-        return {**state, "count": count, "lr": schedule.init(count)}
-
-    def begin(state: State, context: Context) -> tuple[Tensor, Tensor, State]:
-        """Return the lr of this step, t and the schedule's state after it."""
-        value, lr_state = schedule_value(schedule, state["count"], state["lr"], context)
-        return value, state["count"] + 1, lr_state
-
-    def update(
-        grads: Tree, state: State, params: Params, context: Context
-    ) -> tuple[Tree, State, Out]:
-        for buffer in buffers:
-            check_leaves(f"{name}: state {buffer!r}", state[buffer], params)
-        value, t, lr_state = begin(state, context)
-        updates: Tree = {}
-        kept: dict[str, Tree] = {buffer: {} for buffer in buffers}
-        for leaf, g in grads.items():
-            p = params[leaf]
-            g = -g if maximize else g
-            g = g if is_off(weight_decay) else g + weight_decay * p
-            own = {buffer: state[buffer][leaf] for buffer in buffers}
-            updates[leaf], own = step(g, p, own, t, value)
-            for buffer in buffers:
-                kept[buffer][leaf] = own[buffer]
-        return updates, {**kept, "count": t, "lr": lr_state}, {"lr": value}
-
-    formulas = transform_in_context(name, Kind.TREE_TO_UPDATE, update, init=init, publishes=("lr",))
-    if kernel is None:
-        return formulas
-
-    def apply(
-        grads: Any, state: State, params: Params, context: Context, *, donate: bool
-    ) -> tuple[Params, State, Out]:
-        keep = all_keep(params, context.keep)
-        own = {buffer: state[buffer] for buffer in buffers}
-        if not fits_kernel(params, (grads, *own.values()), cpu_dtypes):
-            updates, new_state, out = formulas.compute(grads, state, params, context)
-            return *apply_updates(params, state, updates, new_state, keep), out
-        value, t, lr_state = begin(state, context)
-        rest = {"count": t, "lr": lr_state}
-        if keep is not None:
-            rest = _tree.select(keep, rest, {key: state[key] for key in rest})
-        new, kept = run_kernel(kernel, params, grads, own, t, value, keep, donate)
-        return new, {**kept, **rest}, {"lr": value}
-
-    return formulas.with_apply(apply)
+    check_number(name, "weight_decay", rule.weight_decay, low=0, fix="0 switches it off.")
+    updates = _Updates(name, as_schedule(lr), rule)
+    made = transform_in_context(
+        name, Kind.TREE_TO_UPDATE, updates.compute, init=updates.init, publishes=("lr",)
+    )
+    kernel = rule.kernel
+    return made if kernel is None else made.with_apply(_FusedUpdates(updates, kernel, made.compute))
 
 
 # --- Adam and AdamW ---
-
-
-Leaf = dict[str, Tensor]
-Lists = dict[str, Leaves]
 
 
 @factory
@@ -308,26 +355,50 @@ def _adam(
         fix = "(0.9, 0.999) is usual."
         check_number(name, argument, beta, low=0, high=1, open_high=True, fix=fix)
     check_number(name, "eps", eps, low=0, fix="1e-8 is usual.")
-    buffers = ("m", "v", "max_v") if amsgrad else ("m", "v")
+    return update_rule(name, lr, _Adam(beta1, beta2, eps, amsgrad, maximize, l2, decoupled))
 
-    def step(g: Tensor, p: Tensor, own: Leaf, t: Tensor, lr: Tensor) -> tuple[Tensor, Leaf]:
-        m = beta1 * own["m"] + (1 - beta1) * g
-        v = beta2 * own["v"] + (1 - beta2) * g.square()
+
+@dataclass(frozen=True, eq=False)
+class _Adam:
+    """Adam and AdamW. At most one of the two decays is not 0."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    amsgrad: bool
+    maximize: bool
+    weight_decay: float
+    decoupled_decay: float
+
+    @property
+    def buffers(self) -> tuple[str, ...]:
+        return ("m", "v", "max_v") if self.amsgrad else ("m", "v")
+
+    def step(self, g: Tensor, p: Tensor, own: Leaf, t: Tensor, lr: Tensor) -> tuple[Tensor, Leaf]:
+        m = self.beta1 * own["m"] + (1 - self.beta1) * g
+        v = self.beta2 * own["v"] + (1 - self.beta2) * g.square()
         new = {"m": m, "v": v}
-        if amsgrad:
+        if self.amsgrad:
             v = new["max_v"] = torch.maximum(own["max_v"], v)
         # The corrections are 0-d and wide, so that 1 − β2^t does not cancel in half precision.
         steps = t.to(lr.dtype)
-        denominator = v.sqrt() / (1 - beta2**steps).sqrt() + eps
-        update = -(lr / (1 - beta1**steps)) * (m / denominator)
-        return update if is_off(decoupled) else update - (lr * decoupled) * p, new
+        denominator = v.sqrt() / (1 - self.beta2**steps).sqrt() + self.eps
+        update = -(lr / (1 - self.beta1**steps)) * (m / denominator)
+        decay = self.decoupled_decay
+        return update if is_off(decay) else update - (lr * decay) * p, new
 
-    def kernel(
-        p: Leaves, g: Leaves, own: Lists, t: Tensor, lr: Tensor, skip: Tensor | None
+    @property
+    def kernel(self) -> FusedKernel | None:
+        numbers = (self.beta1, self.beta2, self.eps, self.weight_decay, self.decoupled_decay)
+        return None if any(isinstance(n, Tensor) for n in numbers) else FusedKernel(self._fused)
+
+    def _fused(
+        self, p: Leaves, g: Leaves, own: Lists, t: Tensor, lr: Tensor, skip: Tensor | None
     ) -> None:
         # The kernels of torch's own optimizers.
         plain, decayed = torch._fused_adam_, torch._fused_adamw_  # pyright: ignore[reportPrivateImportUsage]
-        fused = plain if is_off(decoupled) else decayed
+        l2 = is_off(self.decoupled_decay)
+        fused = plain if l2 else decayed
         fused(
             p,
             g,
@@ -336,28 +407,17 @@ def _adam(
             own.get("max_v", []),
             [t] * len(p),
             lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=l2 if is_off(decoupled) else decoupled,
-            eps=eps,
-            amsgrad=amsgrad,
-            maximize=maximize,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            weight_decay=self.weight_decay if l2 else self.decoupled_decay,
+            eps=self.eps,
+            amsgrad=self.amsgrad,
+            maximize=self.maximize,
             found_inf=skip,
         )
 
-    plain = not any(isinstance(h, Tensor) for h in (beta1, beta2, eps, l2, decoupled))
-    return update_rule(
-        name,
-        lr,
-        buffers,
-        step,
-        weight_decay=l2,
-        maximize=maximize,
-        kernel=kernel if plain else None,
-    )
 
-
-# --- SGD and RMSprop ---
+# --- SGD ---
 
 
 @factory
@@ -400,48 +460,64 @@ def sgd(
             "sgd: expected momentum > 0 and dampening = 0 with nesterov, found "
             f"momentum={momentum}, dampening={dampening}."
         )
-    buffers = () if is_off(momentum) else ("momentum",)
+    return update_rule("sgd", lr, _SGD(momentum, dampening, nesterov, weight_decay, maximize))
 
-    def step(g: Tensor, p: Tensor, own: Leaf, t: Tensor, lr: Tensor) -> tuple[Tensor, Leaf]:
-        if buffers:
-            b = momentum * own["momentum"]
+
+@dataclass(frozen=True, eq=False)
+class _SGD:
+    """SGD with momentum; without it there is no buffer."""
+
+    momentum: float
+    dampening: float
+    nesterov: bool
+    weight_decay: float
+    maximize: bool
+
+    @property
+    def buffers(self) -> tuple[str, ...]:
+        return () if is_off(self.momentum) else ("momentum",)
+
+    def step(self, g: Tensor, p: Tensor, own: Leaf, t: Tensor, lr: Tensor) -> tuple[Tensor, Leaf]:
+        if self.buffers:
+            b = self.momentum * own["momentum"]
             # Without dampening the first buffer equals the gradient, because it starts from zeros.
-            b = b + g if is_off(dampening) else torch.where(t == 1, g, b + (1 - dampening) * g)
+            if is_off(self.dampening):
+                b = b + g
+            else:
+                b = torch.where(t == 1, g, b + (1 - self.dampening) * g)
             own = {"momentum": b}
-            g = g + momentum * b if nesterov else b
+            g = g + self.momentum * b if self.nesterov else b
         return -lr * g, own
 
-    def kernel(
-        p: Leaves, g: Leaves, own: Lists, t: Tensor, lr: Tensor, skip: Tensor | None
+    @property
+    def kernel(self) -> FusedKernel | None:
+        numbers = (self.momentum, self.weight_decay)
+        if not is_off(self.dampening) or any(isinstance(n, Tensor) for n in numbers):
+            return None
+        # Up to torch 2.13 the CPU kernel skips most of half precision: pytorch/pytorch issue
+        # 191763.
+        return FusedKernel(self._fused, cpu_dtypes=WIDE)
+
+    def _fused(
+        self, p: Leaves, g: Leaves, own: Lists, t: Tensor, lr: Tensor, skip: Tensor | None
     ) -> None:
         fused = torch._fused_sgd_  # pyright: ignore[reportPrivateImportUsage]  # the kernel of torch's SGD
         fused(
             p,
             g,
             own.get("momentum", []),
-            weight_decay=weight_decay,
-            momentum=momentum,
+            weight_decay=self.weight_decay,
+            momentum=self.momentum,
             lr=lr,
             dampening=0.0,
-            nesterov=nesterov,
-            maximize=maximize,
+            nesterov=self.nesterov,
+            maximize=self.maximize,
             is_first_step=False,  # with a buffer of zeros the first step is correct
             found_inf=skip,
         )
 
-    plain = is_off(dampening) and not any(isinstance(h, Tensor) for h in (momentum, weight_decay))
-    return update_rule(
-        "sgd",
-        lr,
-        buffers,
-        step,
-        weight_decay=weight_decay,
-        maximize=maximize,
-        kernel=kernel if plain else None,
-        # Up to torch 2.13 the CPU kernel skips most of half precision: pytorch/pytorch issue
-        # 191763.
-        cpu_dtypes=WIDE,
-    )
+
+# --- RMSprop ---
 
 
 @factory
@@ -487,17 +563,36 @@ def rmsprop(
     check_number("rmsprop", "alpha", alpha, low=0, high=1, fix="0.99 is usual.")
     check_number("rmsprop", "eps", eps, low=0, fix="1e-8 is usual.")
     check_number("rmsprop", "momentum", momentum, low=0, fix="0 switches it off.")
-    buffers = ("v",) + ("mean",) * centered + ("momentum",) * (not is_off(momentum))
+    rule = _RMSprop(alpha, eps, weight_decay, momentum, centered, maximize)
+    return update_rule("rmsprop", lr, rule)
 
-    def step(g: Tensor, p: Tensor, own: Leaf, t: Tensor, lr: Tensor) -> tuple[Tensor, Leaf]:
-        new = {"v": alpha * own["v"] + (1 - alpha) * g.square()}
+
+@dataclass(frozen=True, eq=False)
+class _RMSprop:
+    """RMSprop, centered or not, with or without momentum."""
+
+    alpha: float
+    eps: float
+    weight_decay: float
+    momentum: float
+    centered: bool
+    maximize: bool
+
+    @property
+    def buffers(self) -> tuple[str, ...]:
+        return ("v",) + ("mean",) * self.centered + ("momentum",) * (not is_off(self.momentum))
+
+    def step(self, g: Tensor, p: Tensor, own: Leaf, t: Tensor, lr: Tensor) -> tuple[Tensor, Leaf]:
+        new = {"v": self.alpha * own["v"] + (1 - self.alpha) * g.square()}
         variance = new["v"]
-        if centered:
-            new["mean"] = alpha * own["mean"] + (1 - alpha) * g
+        if self.centered:
+            new["mean"] = self.alpha * own["mean"] + (1 - self.alpha) * g
             variance = variance - new["mean"].square()
-        direction = g / (variance.sqrt() + eps)
-        if "momentum" in buffers:
-            new["momentum"] = direction = momentum * own["momentum"] + direction
+        direction = g / (variance.sqrt() + self.eps)
+        if not is_off(self.momentum):
+            new["momentum"] = direction = self.momentum * own["momentum"] + direction
         return -lr * direction, new
 
-    return update_rule("rmsprop", lr, buffers, step, weight_decay=weight_decay, maximize=maximize)
+    @property
+    def kernel(self) -> None:
+        return None  # torch has none
