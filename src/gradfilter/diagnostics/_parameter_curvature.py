@@ -141,8 +141,9 @@ def hessian_top(
     """
     check_at_least("iterations", iterations, 1, "Ten to fifty are usual.")
     check_at_least("tolerance", tolerance, 0, "1e-3 is usual.")
-    product, like = _product(loss, params, batch, buffers)
-    top = top_eigenvalue(product, normals(seed, like), iterations=iterations, tolerance=tolerance)
+    product = HessianProduct.of(loss, params, batch, buffers)
+    start = normals(seed, product.like)
+    top = top_eigenvalue(product, start, iterations=iterations, tolerance=tolerance)
     return HessianTop(top.values[0], top.residuals[0])
 
 
@@ -186,44 +187,65 @@ def hessian_trace(
         Yao, Gholami, Keutzer, Mahoney, "PyHessian", 2020, https://arxiv.org/abs/1912.07145
     """
     check_at_least("probes", probes, 2, "Two are needed for a standard error.")
-    product, like = _product(loss, params, batch, buffers)
-    values, errors = trace(product, like, probes=probes, seeds=seed)
+    product = HessianProduct.of(loss, params, batch, buffers)
+    values, errors = trace(product, product.like, probes=probes, seeds=seed)
     return HessianTrace(values[0], errors[0])
 
 
-def _product(
-    loss: Callable[..., Any], params: Params, batch: Any, buffers: Tree | None
-) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """Return a function for H v, v (1, P), and a tensor like v; one graph serves all v."""
-    at = LossAt.of(loss, batch, buffers)
-    with plain_attention(), random_state_restored(_tree.device_of(params)):
-        _, gradient, leaves = at.gradient(params, twice=True)
-    slopes = [g for g in gradient.values() if g.requires_grad]  # H of a linear part is 0
+@dataclass(frozen=True, eq=False)
+class HessianProduct:
+    """The function v -> H v for v (1, P); one graph of the gradient serves all v.
 
-    def product(v: Tensor) -> Tensor:
-        parts = torch.split(v[0], [leaf.numel() for leaf in leaves.values()])
+    Attributes:
+        at: The loss.
+        leaves: The parameters at which H is taken.
+        gradient: The gradient with respect to them, differentiable.
+    """
+
+    at: LossAt
+    leaves: Tree
+    gradient: Tree
+
+    @classmethod
+    def of(
+        cls, loss: Callable[..., Any], params: Params, batch: Any, buffers: Tree | None
+    ) -> HessianProduct:
+        """Compute the gradient that all products differentiate."""
+        at = LossAt.of(loss, batch, buffers)
+        with plain_attention(), random_state_restored(_tree.device_of(params)):
+            _, gradient, leaves = at.gradient(params, twice=True)
+        return cls(at, leaves, gradient)
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor of the shape, dtype and device of v. (1, P)."""
+        size = sum(leaf.numel() for leaf in self.leaves.values())
+        first = _tree.at_least_float32(next(iter(self.leaves.values())))
+        return first.new_empty((1, size))
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """Compute H v. (1, P)."""
+        parts = torch.split(v[0], [leaf.numel() for leaf in self.leaves.values()])
         along = {
             name: part.view(leaf.shape).to(leaf.dtype)
-            for part, (name, leaf) in zip(parts, leaves.items(), strict=True)
+            for part, (name, leaf) in zip(parts, self.leaves.items(), strict=True)
         }
-        moved = [torch.zeros_like(leaf) for leaf in leaves.values()]
+        # H of a linear part is 0.
+        slopes = {name: g for name, g in self.gradient.items() if g.requires_grad}
+        moved = [torch.zeros_like(leaf) for leaf in self.leaves.values()]
         if slopes:
-            directions = [along[name] for name, g in gradient.items() if g.requires_grad]
-            with plain_attention(), at.module_state(leaves):  # checkpointed parts run again
+            # Checkpointed parts of the module run again.
+            with plain_attention(), self.at.module_state(self.leaves):
                 moved = list(
                     torch.autograd.grad(
-                        slopes,
-                        list(leaves.values()),
-                        directions,
+                        list(slopes.values()),
+                        list(self.leaves.values()),
+                        [along[name] for name in slopes],
                         retain_graph=True,
                         materialize_grads=True,
                     )
                 )
         return torch.cat([m.reshape(-1).to(v.dtype) for m in moved])[None]
-
-    size = sum(leaf.numel() for leaf in leaves.values())
-    first = _tree.at_least_float32(next(iter(leaves.values())))
-    return product, first.new_empty((1, size))
 
 
 # --- Sharpness: the rise of the loss at the worst point nearby ---
