@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import sha256
 
 import torch
@@ -90,11 +90,10 @@ class Ranks:
         if self.group is None:
             return lambda: parcels
         parts = torch.empty_like(parcels)
-        return self._started(
-            "exchanging gradients",
-            parts,
-            lambda: [dist.all_to_all_single(parts, parcels, group=self.group, async_op=True)],
-        )
+        doing = "exchanging gradients"
+        with self._explained(doing):
+            work = dist.all_to_all_single(parts, parcels, group=self.group, async_op=True)
+        return partial(self._wait_for, doing, [work], parts)
 
     def start_gather(self, tensor: Tensor, into: Tensor | None = None) -> Callable[[], Tensor]:
         """Start `gather`, and wait for it when the result is called.
@@ -108,14 +107,15 @@ class Ranks:
         if self.group is None:
             parts.copy_(tensor[None])
             return lambda: parts
+        doing = "gathering"
         if tensor.numel() > LONG and tensor.device.type == "cpu":
-            return self._started("gathering", parts, lambda: self._broadcasts(parts, tensor))
-        own = tensor.contiguous()[None]
-        return self._started(
-            "gathering",
-            parts,
-            lambda: [_all_gather_single(parts, own, group=self.group, async_op=True)],
-        )
+            with self._explained(doing):
+                works = self._broadcasts(parts, tensor)
+        else:
+            own = tensor.contiguous()[None]
+            with self._explained(doing):
+                works = [_all_gather_single(parts, own, group=self.group, async_op=True)]
+        return partial(self._wait_for, doing, works, parts)
 
     def _broadcasts(self, parts: Tensor, own: Tensor) -> list[dist.Work | None]:
         """Start a gather by broadcasts, which on CPUs takes a third of the time of gloo's own."""
@@ -135,11 +135,10 @@ class Ranks:
         tensor = tensor.detach()
         if self.group is None:
             return lambda: tensor
-        return self._started(
-            "adding up",
-            tensor,
-            lambda: [dist.all_reduce(tensor, group=self.group, async_op=True)],
-        )
+        doing = "adding up"
+        with self._explained(doing):
+            work = dist.all_reduce(tensor, group=self.group, async_op=True)
+        return partial(self._wait_for, doing, [work], tensor)
 
     def total(self, tensor: Tensor) -> Tensor:
         """Return the sum over the ranks, with the same bits on each."""
@@ -185,21 +184,13 @@ class Ranks:
         if self.group is not None:
             dist.barrier(self.group)
 
-    def _started(
-        self, doing: str, result: Tensor, collectives: Callable[[], list[dist.Work | None]]
-    ) -> Callable[[], Tensor]:
+    def _wait_for(self, doing: str, works: Sequence[dist.Work | None], result: Tensor) -> Tensor:
+        """Wait for collectives, which until then hold the tensors that they send and fill."""
         with self._explained(doing):
-            works = collectives()
-
-        def wait() -> Tensor:
-            # Until then, collectives hold the tensors that they send and fill.
-            with self._explained(doing):
-                for work in works:
-                    if work is not None:
-                        work.wait()
-            return result
-
-        return wait
+            for work in works:
+                if work is not None:
+                    work.wait()
+        return result
 
     @contextmanager
     def _explained(self, doing: str) -> Iterator[None]:
