@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 from weakref import ref
 
@@ -180,12 +181,7 @@ def _clipping(optimizer: AnyOptimizer, exclude: Exclude | None) -> AnyOptimizer:
             clip_gradients(optimizer, exclude)
             return None
 
-        def clipped() -> Any:
-            with torch.enable_grad():
-                loss = closure()
-            clip_gradients(optimizer, exclude)
-            return loss
-
+        clipped = partial(_run_and_clip, closure, optimizer, exclude)
         by_name = {**kwargs, "closure": clipped}
         return (args, by_name) if len(args) == 1 else ((args[0], clipped, *args[2:]), kwargs)
 
@@ -209,6 +205,14 @@ def _clipping(optimizer: AnyOptimizer, exclude: Exclude | None) -> AnyOptimizer:
 
     vars(optimizer)[_MARK] = reduce
     return optimizer
+
+
+def _run_and_clip(closure: Callable[[], Any], optimizer: Optimizer, exclude: Exclude | None) -> Any:
+    """Run the closure of a step, and clip the gradients that it computed."""
+    with torch.enable_grad():
+        loss = closure()
+    clip_gradients(optimizer, exclude)
+    return loss
 
 
 def _copied(kind: type[AnyOptimizer], state: dict[str, Any], exclude: Exclude | None) -> Any:

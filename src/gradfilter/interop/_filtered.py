@@ -94,34 +94,32 @@ def joined(parts: Sequence[DenseStack]) -> DenseStack:
                 "Expected the same trainable parameters in every accumulated batch, found "
                 f"{sorted(names ^ set(part.rows))} in some only. Freeze and unfreeze after step()."
             )
+    origins = [cast(StackOrigin, part.origin) for part in parts]  # rows of a batch have one
     sizes = [len(part) for part in parts]
-    origins = [part.origin for part in parts]
 
     def evaluate(params: Params, per_row: bool, kept: Collection[str]) -> GradStack:
-        pieces = (
+        pieces = _cut(params, sizes) if per_row else [params] * len(sizes)
+        return joined(
             [
-                dict(zip(params, cut, strict=True))
-                for cut in zip(*(torch.split(leaf, sizes) for leaf in params.values()), strict=True)
+                held(origin.evaluate(piece, per_row, kept))
+                for origin, piece in zip(origins, pieces, strict=True)
             ]
-            if per_row
-            else [params] * len(parts)
         )
-        stacks = []
-        for origin, piece in zip(origins, pieces, strict=True):
-            assert origin is not None  # rows of a batch always have one
-            stacks.append(held(origin.evaluate(piece, per_row, kept)))
-        return joined(stacks)
 
-    first = origins[0]
-    assert first is not None
     return DenseStack(
         {name: torch.cat([part.rows[name] for part in parts]) for name in parts[0].rows},
         _cat_numbers([part.losses for part in parts]),
         parts[-1].buffers,
         None if parts[0].aux is None else _tree.tree_map(_cat, *(part.aux for part in parts)),
         scale=_cat_numbers([part.scale for part in parts]),
-        origin=StackOrigin(sum(sizes), first.params, evaluate),
+        origin=StackOrigin(sum(sizes), origins[0].params, evaluate),
     )
+
+
+def _cut(params: Params, sizes: list[int]) -> list[Params]:
+    """Split parameters with a leading axis M into those of the rows of every part."""
+    cuts = zip(*(torch.split(leaf, sizes) for leaf in params.values()), strict=True)
+    return [dict(zip(params, cut, strict=True)) for cut in cuts]
 
 
 def _cat(first: Tensor, *rest: Tensor) -> Tensor:

@@ -40,18 +40,14 @@ def forward_backward(
     inputs: Any,
     targets: Any,
     scaler: torch.amp.GradScaler | None,
-) -> Callable[[], tuple[Any, Tensor]]:
-    """Return a closure: ``loss_fn(model(inputs), targets)`` and its backward pass."""
-
-    def closure() -> tuple[Any, Tensor]:
-        predictions = model(inputs)
-        loss = loss_fn(predictions, targets)
-        scaled = loss if scaler is None else scaler.scale(loss)
-        with _tree.no_autocast(loss):  # autocast is meant for forward passes only
-            torch.autograd.backward(scaled)
-        return predictions, loss
-
-    return closure
+) -> tuple[Any, Tensor]:
+    """Run ``loss_fn(model(inputs), targets)`` and its backward pass; return predictions, loss."""
+    predictions = model(inputs)
+    loss = loss_fn(predictions, targets)
+    scaled = loss if scaler is None else scaler.scale(loss)
+    with _tree.no_autocast(loss):  # autocast is meant for forward passes only
+        torch.autograd.backward(scaled)
+    return predictions, loss
 
 
 def tensors_of(params: Iterable[Any]) -> list[Tensor]:
@@ -181,18 +177,26 @@ def transform_gradients(
     if any(g.layout != torch.strided for g in grads.values()):
         raise ValueError("Expected dense gradients, found a sparse one. Use sparse=False.")
 
-    def grad_fn(near: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        try:
-            _put(used, near)
-            second_pass()
-        finally:
-            _put(used, old)
-        return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in used.items()}
-
+    grad_fn = partial(_gradients_at, params=used, old=old, second_pass=second_pass)
     with torch.no_grad():
         found, _, _ = transform.update(grads, transform.init(old), old, grad_fn=grad_fn)
     for i, p in enumerate(params):
         p.grad = found.get(str(i))
+
+
+def _gradients_at(
+    near: Mapping[str, Tensor],
+    params: Mapping[str, Tensor],
+    old: Mapping[str, Tensor],
+    second_pass: Callable[[], None],
+) -> dict[str, Tensor]:
+    """Run the second pass at the values ``near``; put the old values back."""
+    try:
+        _put(params, near)
+        second_pass()
+    finally:
+        _put(params, old)
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in params.items()}
 
 
 def _put(params: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
@@ -273,8 +277,8 @@ class TwoPassOptimizer(Optimizer):
             self._called = ModuleView(self.model, self.model, criterion)
         else:
             self._called = self.model
-        self._closure = forward_backward(
-            self.model, partial(loss_fn, **kwargs), inputs, targets, self.scaler
+        self._closure = partial(
+            forward_backward, self.model, partial(loss_fn, **kwargs), inputs, targets, self.scaler
         )
 
     # torch declares that a step returns a loss; the published optimizer returns two values.
@@ -319,12 +323,7 @@ class TwoPassOptimizer(Optimizer):
             if self.scaler.is_enabled() and not all_finite(params):
                 return predictions, loss
 
-        def second_pass() -> None:
-            with same.second(), self._second_sync():
-                self._run(closure)
-            if self.scaler is not None:
-                self.scaler.unscale_(self.base_optimizer)
-
+        second_pass = partial(self._second_pass, closure, same)
         transform_gradients(self._transform(), params, second_pass)
         self._prepare_gradients(params)
         if self.scaler is None:
@@ -332,6 +331,13 @@ class TwoPassOptimizer(Optimizer):
         else:
             self.scaler.step(self.base_optimizer)
         return predictions, loss
+
+    def _second_pass(self, closure: Callable[[], Any], same: SameSurroundings) -> None:
+        """Run the closure again with the random numbers and buffers of the first pass."""
+        with same.second(), self._second_sync():
+            self._run(closure)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.base_optimizer)
 
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:
