@@ -7,7 +7,7 @@ import warnings
 from collections import ChainMap
 from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import Any, cast
@@ -19,9 +19,10 @@ from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter._shards import is_sharded
-from gradfilter._types import Params, Transform
-from gradfilter.grads._loss import ModelLoss, _own_loss, refuse_class, refuse_lazy, split_aux
+from gradfilter._types import Params, Transform, Tree
+from gradfilter.grads._loss import ModelLoss, refuse_class, refuse_lazy
 from gradfilter.grads._microbatch import Plan
+from gradfilter.grads._module_tensors import ModuleTensors
 from gradfilter.grads._stack import ComputedStack, GradStack
 
 # --- One module with the tensors of a model and of a criterion with parameters ---
@@ -153,28 +154,30 @@ def update_scale(scaler: torch.amp.GradScaler, overflow: Tensor) -> None:
     scaler.update()
 
 
-def scaled_criterion(
-    criterion: Callable[..., Any] | None, has_aux: bool, scale: Tensor
-) -> Callable[..., Any]:
-    """Return the criterion for ``has_aux``: (scaled loss, (loss,) or (loss, aux)).
+@dataclass(frozen=True, eq=False)
+class ScaledLoss(ModelLoss):
+    """The pure loss of a module, scaled: (scaled loss, new buffers, (loss,) or (loss, aux)).
 
-    Args:
-        criterion: See `model_loss`.
-        has_aux: True if it returns (loss, aux).
+    The criterion is still the user's own, so that its attributes and random numbers are treated as
+    those of a loss without a scale.
+
+    Attributes:
         scale: The factor of the loss, ().
     """
 
-    def scaled(output: Any, targets: Any) -> tuple[Tensor, tuple[Any, ...]]:
-        result = _own_loss(output) if criterion is None else criterion(output, targets)
-        loss, *aux = split_aux(result) if has_aux else (result,)
-        # A scaled loss would overflow in half precision.
-        return _tree.at_least_float32(loss) * scale, (loss, *aux)
+    scale: Tensor = field(kw_only=True)
 
-    return scaled
+    @override
+    def run(
+        self, params: Params, batch: Any, buffers: Tree, places: ModuleTensors
+    ) -> tuple[Any, ...]:
+        loss, new_buffers, *aux = super().run(params, batch, buffers, places)
+        # A scaled loss would overflow in half precision.
+        return _tree.at_least_float32(loss) * self.scale, new_buffers, (loss, *aux)
 
 
 def with_own_losses(rows: ComputedStack) -> ComputedStack:
-    """Return rows of a `scaled_criterion` with unscaled ``losses``, also at other parameters.
+    """Return rows of a `ScaledLoss` with unscaled ``losses``, also at other parameters.
 
     The rows themselves are those of the scaled losses, and ``aux`` is the criterion's own.
     """
@@ -217,7 +220,7 @@ def loss_of(
     has_aux: bool = False,
     scale: Tensor | None = None,
 ) -> ModelLoss:
-    """Make the pure loss; with a scale its aux is (loss,) or (loss, aux).
+    """Make the pure loss; with a scale a `ScaledLoss`.
 
     Args:
         view: The result of `view_of`.
@@ -227,7 +230,7 @@ def loss_of(
     """
     if scale is None:
         return ModelLoss(view, criterion, has_aux, in_place=True)
-    return ModelLoss(view, scaled_criterion(criterion, has_aux, scale), True, in_place=True)
+    return ScaledLoss(view, criterion, has_aux, in_place=True, scale=scale)
 
 
 def check_order(criterion: Any, transforms: Any, optimizer: Any) -> None:
