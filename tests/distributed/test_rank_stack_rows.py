@@ -181,7 +181,7 @@ def host_group():
         made = _ranks._host_group(group)
         assert made is not group and made is _ranks._host_group(group)
     assert _ranks._host_group(group) is group
-    _ranks._made_beside.cache_clear()
+    _ranks._make_host_group.cache_clear()
     dist.destroy_process_group(made)
 
 

@@ -19,7 +19,7 @@ from _models import ConvBN, Dropped, Tied, WithLoss, images, token_loss, tokens,
 from gradfilter import _tree
 from gradfilter.grads._stack import StackOrigin
 from gradfilter.interop import GSAM, SAM, SGD_AGC, Filtered, LinearScheduler, step_gaf
-from gradfilter.interop._filtered import joined
+from gradfilter.interop._filtered import join_stacks
 
 PICKY = 0.9  # of random batches this accepts some rows and skips some steps
 NOTHING, ALL = 0.0, 2.0
@@ -562,7 +562,7 @@ def test_loading_a_state_drops_accumulated_rows():
 def test_joined_rows_have_the_buffers_after_the_last():
     parts = [gf.DenseStack({"w": torch.ones(2, 3)}, buffers={"b": torch.tensor(k)}) for k in (1, 2)]
     origin = StackOrigin(2, {"w": torch.ones(3)}, None)
-    assert joined([replace(part, origin=origin) for part in parts]).buffers["b"] == 2
+    assert join_stacks([replace(part, origin=origin) for part in parts]).buffers["b"] == 2
 
 
 def test_what_fails_drops_no_accumulated_rows():

@@ -15,7 +15,7 @@ from gradfilter.lab._find_lr import (
     find_learning_rate,
     rising_rates,
     run_rate_test,
-    verdict,
+    suggestion_text,
 )
 from gradfilter.lab._find_lr_config import parse_find_lr
 from gradfilter.lab._usage import UsageError
@@ -99,13 +99,13 @@ def test_a_loss_that_never_falls_has_no_suggestion():
     rising = find_learning_rate(lambda s, n, r: (s, 1.0 + n), 0, rising_rates(1e-3, 1, 20))
     level = find_learning_rate(lambda s, n, r: (s, 1.0), 0, rising_rates(1e-3, 1, 20))
     assert rising.suggested is level.suggested is None
-    assert verdict(level, 1.0, 0).startswith("no suggestion")
+    assert suggestion_text(level, 1.0, 0).startswith("no suggestion")
 
 
 def test_a_range_that_ends_before_the_loss_diverges_is_said():
     found = find_learning_rate(*quadratic([1.0]), rising_rates(1e-3, 0.5, 100))
     assert found.diverged is None
-    assert "did not diverge up to --high 0.5" in verdict(found, 0.5, 0)
+    assert "did not diverge up to --high 0.5" in suggestion_text(found, 0.5, 0)
 
 
 def test_the_rates_have_equal_ratios_and_the_bounds_themselves():

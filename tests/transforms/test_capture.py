@@ -10,8 +10,8 @@ from gradfilter import _tree
 from gradfilter.grads._call_context import Rewinds, random_state, random_state_restored
 from gradfilter.transforms._capture import (
     Captured,
-    apart,
     capture,
+    copied_where_shared,
     copy_inputs,
     static_inputs,
 )
@@ -131,14 +131,14 @@ def test_a_state_that_refers_to_the_old_one_is_written_whole():
     a, before = old["a"], old["before"]
     for value in (2.0, 3.0):
         new = {"a": torch.tensor([value]), "before": old["a"].view(1)}
-        _tree.donate_into(old, apart(new, old))
+        _tree.donate_into(old, copied_where_shared(new, old))
     assert old["a"] is a and old["before"] is before
     assert (a.item(), before.item()) == (3.0, 2.0)
 
 
 def test_what_lies_elsewhere_is_not_copied():
     new = torch.ones(3)
-    assert apart({"x": new}, {"y": torch.ones(3)})["x"] is new
+    assert copied_where_shared({"x": new}, {"y": torch.ones(3)})["x"] is new
 
 
 def captured_by_hand(step, state, batch):
@@ -153,7 +153,7 @@ def captured_by_hand(step, state, batch):
         with rewinds.drawing():
             new, out = step({**tensors, "random": {}}, inputs["batch"])
             last = new.pop("random")["cuda"]
-            _tree.donate_into(tensors, apart(new, tensors))
+            _tree.donate_into(tensors, copied_where_shared(new, tensors))
         info.update(out)
         end.box[0] = last.box[0]
 

@@ -215,11 +215,11 @@ def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """Return the group itself if it works between CPUs, else one of the same ranks that does."""
     if "cpu" in dist.get_backend_config(group) or dist.get_backend(group) in ("gloo", "mpi"):
         return group
-    return _made_beside(group)
+    return _make_host_group(group)
 
 
 @lru_cache(maxsize=16)
-def _made_beside(group: dist.ProcessGroup) -> dist.ProcessGroup:
+def _make_host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     members = dist.get_process_group_ranks(group)
     made = dist.new_group(members, backend="gloo", use_local_synchronization=True)
     assert isinstance(made, dist.ProcessGroup)  # this rank is a member

@@ -41,7 +41,7 @@ from gradfilter.transforms._state_dict import load_state_dict, state_dict
 # --- The rows of one batch, and those of several batches as one stack ---
 
 
-def held(rows: GradStack, factors: Tensor | None = None) -> DenseStack:
+def dense_rows(rows: GradStack, factors: Tensor | None = None) -> DenseStack:
     """Return the rows themselves, without activations.
 
     Args:
@@ -78,7 +78,7 @@ def batch_of(inputs: Any, targets: Any, criterion: Callable[..., Any] | None) ->
     return inputs if targets is None else (inputs, targets)
 
 
-def joined(parts: Sequence[DenseStack]) -> DenseStack:
+def join_stacks(parts: Sequence[DenseStack]) -> DenseStack:
     """Join the rows of all parts in order; each part is computed again on its own batch.
 
     Args:
@@ -99,9 +99,9 @@ def joined(parts: Sequence[DenseStack]) -> DenseStack:
 
     def evaluate(params: Params, per_row: bool, kept: Collection[str]) -> GradStack:
         pieces = _cut(params, sizes) if per_row else [params] * len(sizes)
-        return joined(
+        return join_stacks(
             [
-                held(origin.evaluate(piece, per_row, kept))
+                dense_rows(origin.evaluate(piece, per_row, kept))
                 for origin, piece in zip(origins, pieces, strict=True)
             ]
         )
@@ -285,7 +285,7 @@ class Filtered:
         computed, factors = self._rows(inputs, targets)
         rows, buffers = cast(GradStack, computed), computed.buffers
         if self._pending:
-            rows, self._pending = joined([*self._pending, held(rows, factors)]), []
+            rows, self._pending = join_stacks([*self._pending, dense_rows(rows, factors)]), []
         elif factors is not None:
             rows = rows.scaled(factors)
         losses, loss, aux = rows.losses, rows.mean_loss(), rows.aux
@@ -315,7 +315,7 @@ class Filtered:
         Returns:
             The mean loss of these rows. ().
         """
-        part = held(*self._rows(inputs, targets))
+        part = dense_rows(*self._rows(inputs, targets))
         insert(self._module, {}, part.buffers)
         self._pending.append(part)
         loss = part.mean_loss()

@@ -106,7 +106,7 @@ def step_gaf(
     batches = [on_device(part, home) for part in list_of_microbatches]
     model.train()
     params: Params = {name: p for name, p in view.named_parameters() if p.requires_grad}
-    loss = ModelLoss(view, _with_hits(criterion), has_aux=True, in_place=True)
+    loss = ModelLoss(view, _counting_correct(criterion), has_aux=True, in_place=True)
     plan: Plan = "loop" if has_compiled(model, criterion) else "auto"
     with renormalised(view):
         rows = _rows_of(loss, {name: p.detach() for name, p in params.items()}, batches, plan)
@@ -162,17 +162,17 @@ def on_device(part: Dataset[Any] | Pair, device: torch.device) -> Pair:
     return inputs.to(device), targets.to(device)
 
 
-def _with_hits(criterion: Criterion) -> Callable[[Any, Tensor], tuple[Tensor, Tensor]]:
+def _counting_correct(criterion: Criterion) -> Callable[[Any, Tensor], tuple[Tensor, Tensor]]:
     """Return a criterion that also counts the correctly classified samples."""
 
     def both(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
         loss = criterion(outputs, targets)
-        return loss, hits(outputs, targets).float()  # half precision cannot count to 300
+        return loss, correct_count(outputs, targets).float()  # half precision cannot count to 300
 
     return both
 
 
-def hits(outputs: Any, targets: Tensor) -> Tensor:
+def correct_count(outputs: Any, targets: Tensor) -> Tensor:
     """Return the number of correctly classified samples, NaN without classes. ()."""
     classes = isinstance(outputs, Tensor) and outputs.ndim == 2 and targets.ndim == 1
     if not classes or targets.is_floating_point():
@@ -344,7 +344,7 @@ def _validate(
             inputs, targets = on_device(batch, device)
             outputs = model(inputs)
             loss += float(criterion(outputs, targets)) * len(targets)
-            right += float(hits(outputs, targets))
+            right += float(correct_count(outputs, targets))
             samples += len(targets)
     model.train()
     return {"val_loss": loss / samples, "val_accuracy": right / samples}

@@ -192,14 +192,14 @@ def _gradients_at(
 ) -> dict[str, Tensor]:
     """Run the second pass at the values ``near``; put the old values back."""
     try:
-        _put(params, near)
+        _write_values(params, near)
         second_pass()
     finally:
-        _put(params, old)
+        _write_values(params, old)
     return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in params.items()}
 
 
-def _put(params: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+def _write_values(params: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, p in params.items():
             p.copy_(values[name])
@@ -250,7 +250,7 @@ class TwoPassOptimizer(Optimizer):
         self._closure: Callable[[], Any] | None = None
         self._called = model  # called by that closure
         self._share()
-        self._left = _present(self._params())
+        self._left = _gradient_versions(self._params())
         alone = len({id(p) for p in self._params()} - {id(p) for p in listed})
         if alone:
             raise ValueError(
@@ -307,7 +307,7 @@ class TwoPassOptimizer(Optimizer):
         try:
             return self._step(closure, params, SameSurroundings(params[0].device, called))
         finally:
-            self._left = _present(params)
+            self._left = _gradient_versions(params)
 
     def _step(
         self, closure: Callable[[], Any], params: list[Tensor], same: SameSurroundings
@@ -421,7 +421,7 @@ class TwoPassOptimizer(Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
 
-def _present(params: list[Tensor]) -> dict[int, tuple[ref[Tensor], int]]:
+def _gradient_versions(params: list[Tensor]) -> dict[int, tuple[ref[Tensor], int]]:
     """Return weak references to the gradients and their versions, by parameter."""
     return {id(p): (ref(p.grad), p.grad._version) for p in params if p.grad is not None}
 

@@ -272,7 +272,7 @@ def table_of(found: RateTest) -> Table:
     return table
 
 
-def verdict(found: RateTest, high: float, skipped: int) -> str:
+def suggestion_text(found: RateTest, high: float, skipped: int) -> str:
     """Return the suggestion and its reason in one or two sentences."""
     if skipped == len(found.losses):
         return (
@@ -331,7 +331,7 @@ def find_lr(command: FindLrCommand) -> int:
         print(f"{skipped} of {len(found.losses)} steps were skipped by the filter")
     if skipped == len(found.losses):
         found = replace(found, suggested=None)  # the differences of the losses are noise
-    said = verdict(found, command.high, skipped)
+    said = suggestion_text(found, command.high, skipped)
     print(said)
     if out is not None:
         write_json(out / "find-lr.json", {**_facts(command, found, skipped), "verdict": said})

@@ -25,7 +25,7 @@ from gradfilter._types import State
 Curve = Callable[[Tensor], Tensor]
 
 
-def _nothing(count: Tensor) -> State:
+def _no_state(count: Tensor) -> State:
     return {}
 
 
@@ -51,7 +51,7 @@ class Schedule(MadeByFactory):
     at: Callable[..., tuple[Tensor, State]]
     max_value: float
     min_value: float
-    init: Callable[[Tensor], State] = _nothing
+    init: Callable[[Tensor], State] = _no_state
     made_by: FactoryCall | None = None
 
     @property

@@ -82,8 +82,8 @@ class _StepInPlace:
         new: Any
         new, info = self.step(before, self.inputs["batch"], **given)
         end: torch.Generator = new.pop("random")["cuda"]
-        info = apart(info, self.tensors)
-        _tree.donate_into(self.tensors, apart(new, self.tensors))
+        info = copied_where_shared(info, self.tensors)
+        _tree.donate_into(self.tensors, copied_where_shared(new, self.tensors))
         return info, end
 
 
@@ -215,7 +215,7 @@ def copy_inputs(static: dict[str, Any], given: dict[str, Any]) -> None:
                 old[name].copy_(value)
 
 
-def apart(tree: Any, held: Any) -> Any:
+def copied_where_shared(tree: Any, held: Any) -> Any:
     """Copy those tensors of a tree that share memory with ``held``, which will be overwritten."""
     held_memory = {_place(leaf) for leaf in _tree.leaves(held)}
     return _tree.tree_map(

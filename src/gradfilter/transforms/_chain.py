@@ -27,7 +27,7 @@ from gradfilter._types import (
 )
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._fingerprint import initialising
-from gradfilter.transforms._transform import REDUCERS, admit
+from gradfilter.transforms._transform import REDUCERS, convert_grads
 
 # --- Order: check that transforms fit behind each other, and propose a better place ---
 
@@ -52,13 +52,13 @@ def not_a_transform(found: Any, caller: str = "chain") -> TypeError:
 
 def ways_through(parts: Parts) -> tuple[Kind, ...]:
     """Return the kinds of the chain: every way from an input of the first transform to the end."""
-    ways, fitting = _ways(parts)
+    ways, fitting = _kind_paths(parts)
     if fitting < len(parts):
-        raise TypeError(_why_not({here for _, here in ways}, parts, fitting))
+        raise TypeError(_explain_misfit({here for _, here in ways}, parts, fitting))
     return tuple(sorted(KINDS[f"{start} -> {end}"] for start, end in ways))
 
 
-def _ways(parts: Parts) -> tuple[set[tuple[str, str]], int]:
+def _kind_paths(parts: Parts) -> tuple[set[tuple[str, str]], int]:
     """Return every (input, output) of the first transforms that fit, and their number."""
     ways = {(kind.takes, kind.takes) for kind in parts[0].kinds}
     for position, part in enumerate(parts):
@@ -72,10 +72,10 @@ def _ways(parts: Parts) -> tuple[set[tuple[str, str]], int]:
 
 
 def _fits(parts: Parts) -> bool:
-    return _ways(parts)[1] == len(parts)
+    return _kind_paths(parts)[1] == len(parts)
 
 
-def _why_not(here: set[str], parts: Parts, position: int) -> str:
+def _explain_misfit(here: set[str], parts: Parts, position: int) -> str:
     part, before = parts[position], parts[position - 1]
     where = f"chain: transform {position + 1}, {part.name!r},"
     rule = next((part for part in parts[:position] if part.is_update_rule), None)
@@ -301,7 +301,7 @@ class _Composition:
     ) -> tuple[Any, State, Out]:
         """Run the parts one after another; each sees what those before it have published."""
         check_state(self.label, "chain", state, computes, BEGIN)
-        grads = admit(self.label, self.kinds, grads, params)
+        grads = convert_grads(self.label, self.kinds, grads, params)
         published: Out = {}
         new_state: dict[str, State] = {}
         for name, compute in computes.items():

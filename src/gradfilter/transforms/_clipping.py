@@ -35,11 +35,11 @@ Within = dict[str, list[int]]
 
 def within_units(tree: Tree, unit_dims: UnitDims | None) -> Within:
     """Return the dims inside the units of every leaf; leaves with a single unit come last."""
-    within = {name: _within(name, leaf.ndim, unit_dims) for name, leaf in tree.items()}
+    within = {name: _unit_axes(name, leaf.ndim, unit_dims) for name, leaf in tree.items()}
     return dict(sorted(within.items(), key=lambda item: len(item[1]) == tree[item[0]].ndim))
 
 
-def _within(name: str, ndim: int, unit_dims: UnitDims | None) -> list[int]:
+def _unit_axes(name: str, ndim: int, unit_dims: UnitDims | None) -> list[int]:
     dims = None if unit_dims is None else unit_dims(name)
     if dims is None:
         return list(range(1 if ndim >= 2 else 0, ndim))

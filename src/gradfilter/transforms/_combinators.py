@@ -26,7 +26,7 @@ from gradfilter._types import (
 from gradfilter.grads._joined_stacks import choose, join
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._reducers import mean_weights
-from gradfilter.transforms._transform import admit, check_predicate, transform_in_context
+from gradfilter.transforms._transform import check_predicate, convert_grads, transform_in_context
 
 # --- Transforms for some of the leaves: masked and freeze ---
 
@@ -107,7 +107,7 @@ def masked(transform: Transform, names: Callable[[str], bool]) -> Transform:
     def compute(
         grads: Any, state: State, params: Params, context: Context
     ) -> tuple[Any, State, Out]:
-        grads = admit(f"masked {transform.name}", transform.kinds, grads, params)
+        grads = convert_grads(f"masked {transform.name}", transform.kinds, grads, params)
         seen, others = chosen(params)
         new, state, out = transform.compute(
             restrict(grads, seen),
@@ -348,7 +348,7 @@ class _Gated:
                 f"update(..., {when}=torch.tensor(True)), or name a metric of an earlier transform."
             )
         on = _tree.as_bool_tensor(context.values[when], _tree.device_of(params))
-        grads = admit(name, transform.kinds, grads, params)
+        grads = convert_grads(name, transform.kinds, grads, params)
         new, new_state, out = transform.compute(grads, state, params, context)
         if "keep" in out:
             out = out | {"keep": out["keep"] | ~on}

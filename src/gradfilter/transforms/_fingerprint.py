@@ -51,10 +51,10 @@ def described(thing: Any) -> str:
     described by their code and their closures, other objects by their type only, because processes
     cannot compare them.
     """
-    return _words(thing, 0)
+    return _canonical_text(thing, 0)
 
 
-def _words(value: Any, depth: int) -> str:
+def _canonical_text(value: Any, depth: int) -> str:
     if depth > DEPTH:
         return "..."
     deeper = depth + 1
@@ -69,19 +69,23 @@ def _words(value: Any, depth: int) -> str:
         return _of_function(value, deeper)
     if isinstance(value, partial):
         held = (value.func, *value.args, *([value.keywords] if value.keywords else []))
-        return f"partial({', '.join(_words(part, deeper) for part in held)})"
+        return f"partial({', '.join(_canonical_text(part, deeper) for part in held)})"
     if isinstance(value, types.MethodType):
-        return f"{_words(value.__self__, deeper)}.{value.__name__}"
+        return f"{_canonical_text(value.__self__, deeper)}.{value.__name__}"
     if is_dataclass(value) and not isinstance(value, type) and _is_frozen(value):
-        named = (f"{f.name}={_words(getattr(value, f.name), deeper)}" for f in fields(value))
+        named = (
+            f"{f.name}={_canonical_text(getattr(value, f.name), deeper)}" for f in fields(value)
+        )
         return f"{type(value).__qualname__}({', '.join(named)})"
     if isinstance(value, Mapping):
-        pairs = (f"{_words(k, deeper)}: {_words(v, deeper)}" for k, v in value.items())
+        pairs = (
+            f"{_canonical_text(k, deeper)}: {_canonical_text(v, deeper)}" for k, v in value.items()
+        )
         return "{" + ", ".join(sorted(pairs)) + "}"
     if isinstance(value, (set, frozenset)):
-        return "{" + ", ".join(sorted(_words(item, deeper) for item in value)) + "}"
+        return "{" + ", ".join(sorted(_canonical_text(item, deeper) for item in value)) + "}"
     if isinstance(value, (list, tuple)):
-        return "(" + ", ".join(_words(item, deeper) for item in value) + ")"
+        return "(" + ", ".join(_canonical_text(item, deeper) for item in value) + ")"
     name = getattr(value, "__qualname__", None)
     return name if isinstance(name, str) else type(value).__name__
 
@@ -94,18 +98,18 @@ def _is_frozen(value: Any) -> bool:
 def _of_call(value: Any, depth: int) -> str:
     call: FactoryCall | None = value.call
     if call is None:  # written without a factory, or changed since
-        functions = " ".join(_words(part, depth) for part in value.core)
+        functions = " ".join(_canonical_text(part, depth) for part in value.core)
         return f"{type(value).__name__}({functions})"
     bound = call.bound()
     given = []
     for name, argument in bound.arguments.items():
         parameter = bound.signature.parameters[name]
-        kind, default = parameter.kind, _words(parameter.default, depth)
+        kind, default = parameter.kind, _canonical_text(parameter.default, depth)
         if kind is inspect.Parameter.VAR_POSITIONAL:
-            given += [_words(item, depth) for item in argument]
+            given += [_canonical_text(item, depth) for item in argument]
         elif kind is inspect.Parameter.VAR_KEYWORD:
-            given += [f"{key}={_words(argument[key], depth)}" for key in sorted(argument)]
-        elif (text := _words(argument, depth)) != default:
+            given += [f"{key}={_canonical_text(argument[key], depth)}" for key in sorted(argument)]
+        elif (text := _canonical_text(argument, depth)) != default:
             given.append(f"{name}={text}")
     return f"{call.factory.__name__}({', '.join(given)})"
 
@@ -123,8 +127,10 @@ def _of_function(function: types.FunctionType, depth: int) -> str:
             content = cell.cell_contents
         except ValueError:  # the cell is still empty
             continue
-        held.append(f"{name}={'itself' if content is function else _words(content, depth)}")
-    held += [_words(default, depth) for default in function.__defaults__ or ()]
+        held.append(
+            f"{name}={'itself' if content is function else _canonical_text(content, depth)}"
+        )
+    held += [_canonical_text(default, depth) for default in function.__defaults__ or ()]
     return f"{named}[{', '.join(held)}]{_of_code(code)}"
 
 

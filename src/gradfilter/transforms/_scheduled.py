@@ -56,7 +56,7 @@ def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transfo
     factory = undecorated(factory)  # its transforms live for one step only
     accepted = inspect.signature(factory).parameters
     unknown = sorted(set(schedules) - set(accepted))
-    fixed, driven = _apart(schedules)
+    fixed, driven = _split_arguments(schedules)
     moving = {name: s for argument in driven.values() for name, s in argument.schedules.items()}
     if unknown or not moving:
         raise TypeError(
@@ -73,7 +73,7 @@ def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transfo
     made = _ScheduledFactory(factory, fixed, driven)
     # Call the factory with the largest values once, to get its kind and to check the ranges.
     template = made({name: s.max_value for name, s in moving.items()})
-    structure = made({name: _stand_in(s) for name, s in moving.items()})
+    structure = made({name: _example_value(s) for name, s in moving.items()})
 
     def init(params: Params) -> State:
         count = new_count(params)
@@ -143,7 +143,9 @@ class _ScheduledFactory:
         return self.factory(**self.fixed, **arguments)
 
 
-def _apart(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, _ScheduledArgument]]:
+def _split_arguments(
+    given: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, _ScheduledArgument]]:
     """Return the fixed arguments, and those that contain schedules."""
     fixed: dict[str, Any] = {}
     scheduled: dict[str, _ScheduledArgument] = {}
@@ -156,6 +158,6 @@ def _apart(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, _Schedul
     return fixed, scheduled
 
 
-def _stand_in(schedule: Schedule) -> Tensor:
+def _example_value(schedule: Schedule) -> Tensor:
     """Return a 0-d tensor like a scheduled value, so that a momentum of 0 also gets its buffer."""
     return torch.tensor(schedule.max_value, dtype=torch.float64)

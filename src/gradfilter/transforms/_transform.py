@@ -117,7 +117,7 @@ class _Checked:
     def __call__(
         self, grads: Any, state: State, params: Params, context: Context
     ) -> tuple[Any, State, Out]:
-        admitted = admit(self.name, self.kinds, grads, params)
+        admitted = convert_grads(self.name, self.kinds, grads, params)
         grads, new_state, out = self.compute(admitted, state, params, context)
         check_leaves(f"{self.name}: result", grads, params)
         if not isinstance(grads, GradStack):
@@ -151,7 +151,9 @@ def _check_names(name: str, update: Callable[..., Any]) -> None:
             )
 
 
-def admit(name: str, kinds: tuple[Kind, ...], grads: Any, params: Params) -> GradStack | Tree:
+def convert_grads(
+    name: str, kinds: tuple[Kind, ...], grads: Any, params: Params
+) -> GradStack | Tree:
     """Convert gradients to the form that these kinds take, or raise an error with the name."""
     takes = {kind.takes for kind in kinds}
     if isinstance(grads, GradStack):

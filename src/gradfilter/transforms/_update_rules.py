@@ -109,7 +109,7 @@ class FusedKernel:
         ) and all(
             isinstance(tree, dict)
             and tree.keys() == params.keys()
-            and all(_is_plain(leaf) and _alike(leaf, params[name]) for name, leaf in tree.items())
+            and all(_is_plain(leaf) and _is_like(leaf, params[name]) for name, leaf in tree.items())
             for tree in trees
         )
 
@@ -147,7 +147,7 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and tensor.is_contiguous()
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
+def _is_like(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
 
 
