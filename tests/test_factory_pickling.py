@@ -1,4 +1,4 @@
-"""Chains, schedules and steps go to other processes, and do there what they do here."""
+"""Pickled chains, schedules and steps: they do the same in another process."""
 
 import copy
 import io

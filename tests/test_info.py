@@ -1,4 +1,4 @@
-"""The info of a step: what it holds, and its numbers for a log."""
+"""The info of a step: its entries, and its numbers for a log."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What is seen when something is printed, and what is there when a name is asked for."""
+"""Reprs of public objects, and the public names of the package."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""The routes to a convolution's weight gradients lead to the same place."""
+"""All routes to the gradients of a convolution's weight give the same numbers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The benchmark of ranks from its command line, on sizes that say nothing about speed."""
+"""The command line of the benchmark of several ranks, on small sizes."""
 
 import json
 

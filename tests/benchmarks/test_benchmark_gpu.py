@@ -1,4 +1,4 @@
-"""The GPU benchmark's code, tried on a CPU with small sizes."""
+"""The code of the GPU benchmark, run on a CPU with small sizes."""
 
 import json
 

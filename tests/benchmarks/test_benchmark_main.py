@@ -1,4 +1,4 @@
-"""All benchmarks in one command: what is run, where results go, and the page made of them."""
+"""The command that runs all benchmarks: its parts, its files of results, and its page."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The per-sample benchmark: everybody answers the same, or nothing is timed."""
+"""The per-sample benchmark: all libraries compute equal gradients, or no time is measured."""
 
 import sys
 

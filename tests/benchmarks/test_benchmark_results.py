@@ -1,4 +1,4 @@
-"""Files of results: what is kept of earlier runs, and what comes back."""
+"""Files of results: the parts of earlier runs that are kept, and the values that are read again."""
 
 import json
 

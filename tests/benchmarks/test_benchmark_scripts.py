@@ -1,4 +1,4 @@
-"""Every benchmark from its command line, on sizes that say nothing about speed."""
+"""The command line of every benchmark, on small sizes."""
 
 import json
 import sys

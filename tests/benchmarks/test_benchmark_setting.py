@@ -1,4 +1,4 @@
-"""What is timed does what it says: the same samples for everybody, nothing rejected."""
+"""The settings of the benchmarks: equal samples for all candidates, and no rejected row."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The benchmark of Jacobians: everyone computes the same numbers, and the command writes them."""
+"""The benchmark of Jacobians: all candidates compute equal numbers; the command writes them."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The studies of label noise and of double descent: that they measure what they say."""
+"""The quantities that the studies of label noise and of double descent measure."""
 
 import json
 import math

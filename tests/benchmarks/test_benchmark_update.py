@@ -1,4 +1,4 @@
-"""The update's benchmark: everybody takes the same steps, and all of them are timed."""
+"""The benchmark of updates: all candidates take equal steps, and all of them are timed."""
 
 import json
 import sys

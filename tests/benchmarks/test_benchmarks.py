@@ -1,3 +1,5 @@
+"""The fused-against-looped benchmark, and the measures of time and memory of all benchmarks."""
+
 import json
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The picture of the cosines: its numbers are those of the rows."""
+"""The plot of the cosines: it shows the cosines of the rows."""
 
 import sys
 

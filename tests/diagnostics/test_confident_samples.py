@@ -1,4 +1,4 @@
-"""Samples of which a model is certain: small numbers that rounding must not make 0."""
+"""Samples that a model classifies with certainty: rounding must not turn small numbers into 0."""
 
 import pytest
 import torch

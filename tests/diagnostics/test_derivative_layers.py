@@ -1,4 +1,4 @@
-"""Layers that need care: activation checkpointing, recurrent layers, dropout."""
+"""Diagnostics of models with activation checkpoints, recurrent layers and dropout."""
 
 import pytest
 import torch

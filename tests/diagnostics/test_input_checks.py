@@ -1,4 +1,4 @@
-"""What the diagnostics refuse: one line that says what, why and how to go on."""
+"""Wrong arguments of the diagnostics: errors that say what is wrong, why, and how to fix it."""
 
 import pytest
 import torch

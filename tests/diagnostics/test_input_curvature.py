@@ -1,4 +1,4 @@
-"""Curvature in the input: dense Hessians, the ReLU identity, samples that stay apart."""
+"""Curvature in the input against dense Hessians and, for ReLU networks, the Gauss-Newton matrix."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Input Jacobians: against jacrev, sample by sample, chunk by chunk, and where they are tiny."""
+"""Input Jacobians against `jacrev`, for every normalisation, chunk size and scale."""
 
 import copy
 

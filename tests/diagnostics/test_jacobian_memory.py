@@ -1,4 +1,4 @@
-"""Numbers that are not to be held: C x C matrices, and wide copies of what is large."""
+"""The memory of Jacobians: no (C, C) matrices, and no float64 copies of large tensors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Operator norms: closed forms, gram = power = SVD, and nothing of a sample's neighbours."""
+"""Operator norms against closed forms and the SVD; a sample does not depend on other samples."""
 
 import math
 

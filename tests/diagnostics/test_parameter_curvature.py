@@ -1,4 +1,4 @@
-"""Curvature in the parameters against the dense Hessian, and sharpness against two evaluations."""
+"""Hessian eigenvalue and trace against the dense Hessian, and sharpness against two losses."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Agreement and noise of rows, against the Gram and against the noise that was put in."""
+"""Agreement of rows against the Gram, and the noise scale against noise of a known size."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Ordinary loops on several ranks: the DDP recipe, Filtered, and SAM without synchronisation."""
+"""Training loops on several ranks: the DDP recipe, `Filtered`, and SAM without synchronisation."""
 
 import pytest
 import torch

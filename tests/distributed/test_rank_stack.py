@@ -1,6 +1,6 @@
-"""Rows on several ranks: the same answers as one stack of them all, and the bytes it should send.
+"""Rows on several ranks: the answers and the training of one stack with all rows.
 
-Every rank computes the single-process answer itself, from rows it shares by a seed.
+Every rank also computes the answer of one process, from rows that a seed determines.
 """
 
 import pytest

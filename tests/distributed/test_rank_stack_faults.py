@@ -1,4 +1,4 @@
-"""What goes wrong with several ranks: an error on all of them that says what, never an update."""
+"""Faults of several ranks: every rank raises an error with the cause; no update is applied."""
 
 import copy
 import os

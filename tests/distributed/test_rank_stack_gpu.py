@@ -1,4 +1,4 @@
-"""Rows on GPUs, one per rank, with NCCL; skipped where there are too few."""
+"""Rows on GPUs, one GPU per rank, with NCCL; skipped if there are too few GPUs."""
 
 from datetime import timedelta
 

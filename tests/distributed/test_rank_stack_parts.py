@@ -1,4 +1,4 @@
-"""Links that see some leaves, or act in some steps, on the rows of two ranks."""
+"""Transforms of some leaves, or of some steps, on the rows of two ranks."""
 
 import pytest
 import torch

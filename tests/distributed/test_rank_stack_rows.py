@@ -1,4 +1,4 @@
-"""Rows of every kind on two ranks, none of which is written to, and results nobody else holds."""
+"""All kinds of rows on two ranks: rows and earlier answers are never written to."""
 
 import subprocess
 import sys

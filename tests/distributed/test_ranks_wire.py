@@ -1,4 +1,4 @@
-"""What is sent, by the sizes of the tensors that the collectives are given."""
+"""The data that ranks send, by the sizes of the tensors in the collectives."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Parameters sharded over ranks by FSDP2: the same training as on whole ones in one process."""
+"""Parameters sharded over ranks by FSDP2: the training equals that of whole parameters."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What models and meshes of FSDP2 may be like: two dims, leftovers, bfloat16, tied weights."""
+"""Models and meshes of FSDP2: two dimensions, stale state, bfloat16, tied weights."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What a pass depends on, reads, writes and leaves behind in addition to its arguments.
+"""Everything that a pass depends on, reads, writes and leaves in addition to its arguments.
 
 Random numbers of the host, attributes of modules, in-place writes, other threads. The reference is
 an ordinary backward pass per microbatch on the plain module.

@@ -1,6 +1,6 @@
-"""A step inside torch.func.grad has its derivative; rows that would count as constants are refused.
+"""A step inside of `torch.func.grad` has its derivative; rows that are constants are refused.
 
-Ground truth: the same formulas written out, under torch.autograd.
+The reference is the same formulas written out, under torch.autograd.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""A row all of whose labels are ignored is empty, and one that diverged is not."""
+"""Rows without labels: they are omitted, and rows that diverged are not taken for them."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Errors from below, raised while all rows run at once, say which plan runs them one by one."""
+"""Notes on errors inside of a pass over all rows: they name the plan that runs rows one by one."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Bad input: one clear error that says what, why and how to fix it, before anything is computed."""
+"""Wrong arguments: one error that says what, why and how to fix it, before any computation."""
 
 from functools import partial
 

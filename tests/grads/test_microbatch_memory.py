@@ -1,4 +1,4 @@
-"""What a step made is gone after it: a training holds as much after many steps as after a few."""
+"""The memory of steps: a training holds as many tensors after many steps as after a few."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""The user's module is never mutated, however its parts are shared and whatever they do."""
+"""Modules with shared parts, tied weights or new buffers are never mutated."""
 
 import copy
 

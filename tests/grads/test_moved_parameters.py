@@ -1,7 +1,7 @@
-"""Rows at parameters other than the module's own: nothing of the module itself may leak in.
+"""Rows at other parameters than the module's own, which must not reach the result.
 
-From the second step on they always are. The reference is the loop on a copy of the module that was
-given the parameters, where every leak would leak the same value.
+From the second step on, rows are always at other parameters. The reference is the loop on a copy of
+the module with these parameters, in which own and given parameters are equal.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Whatever a loss does with the module's tensors has the gradient of an ordinary backward pass.
+"""Losses that use the module's tensors: their gradients are those of an ordinary backward pass.
 
 The reference is a backward pass per microbatch on the plain module, in float64.
 """

@@ -1,4 +1,4 @@
-"""Backward passes that are not linear: a combination that is asked first is that of the rows."""
+"""Backward passes that are not linear: a first combination is that of the rows."""
 
 import pytest
 import torch

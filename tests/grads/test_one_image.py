@@ -1,7 +1,8 @@
-"""BatchNorm of one image in every layout: torch's CPU kernel may be wrong, rows are not.
+"""BatchNorm of one image in every memory format: rows are right where the CPU kernel is not.
 
-A plain backward pass is no ground truth here: its gradients are off by more than their own norm.
-Finite differences of the plain loss, whose forward pass is right, and the formula are.
+A plain backward pass is not a reference here: its gradients are off by more than their own norm.
+The references are the formula, and finite differences of the plain loss, whose forward pass is
+right.
 """
 
 import itertools

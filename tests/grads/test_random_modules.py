@@ -1,6 +1,6 @@
-"""Random modules, losses and chains against the plain loop: equal, or refused in plain words.
+"""Random modules, losses and chains against the plain loop: equal results, or a clear refusal.
 
-GRADFILTER_RANDOM_CASES=10000 tries that many of them, GRADFILTER_RANDOM_SEED=7 others.
+GRADFILTER_RANDOM_CASES=10000 sets the number of random cases, GRADFILTER_RANDOM_SEED=7 their seed.
 """
 
 import dataclasses

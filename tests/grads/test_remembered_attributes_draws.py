@@ -1,4 +1,4 @@
-"""A look at what a module remembers draws nothing from the generators of the module."""
+"""The check of remembered attributes draws nothing from the generators of a module."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Weights and factors meet half-precision rows in float32: what is small does not vanish."""
+"""Weights and factors multiply half-precision rows in float32: small products do not vanish."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Whatever is done to an answer of a stack, its next answers are the same."""
+"""Tensors that a stack returned may be written to: its next answers are the same."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Per-sample rows of padded text through the models of transformers: fused, and exact."""
+"""Per-sample rows of padded text through the models of transformers, under plan "fused"."""
 
 import copy
 import warnings

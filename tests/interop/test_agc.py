@@ -1,4 +1,4 @@
-"""AGC and its four optimizers against torch.optim, and against clipping by hand before it."""
+"""AGC and its four optimizers against `torch.optim` on gradients that were clipped by hand."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""Filtered: the in-place wrapper does what the pure loop does, and leaves alone what it should."""
+"""`Filtered` against the pure loop, and the tensors that it must not change."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""step_gaf and train_gaf: the published package's results, and right where it is not."""
+"""`step_gaf` and `train_gaf` against the published package, and corrections of its errors."""
 
 import copy
 import inspect

@@ -1,4 +1,4 @@
-"""Criteria with parameters and buffers of their own, in front of an optimizer that has them."""
+"""Criteria with parameters and buffers, which the optimizer also holds."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Embeddings with max_norm: the forward pass of a plain loop renormalises the weights in place."""
+"""Embeddings with max_norm: a plain forward pass renormalises the weights in place."""
 
 import copy
 import warnings

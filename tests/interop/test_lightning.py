@@ -1,4 +1,4 @@
-"""FilteredModule: Lightning's own training, with the steps of a plain Filtered loop."""
+"""`FilteredModule` in Lightning's training: the steps are those of a plain `Filtered` loop."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""The published schedulers against the formulas, and lr and ρ of one step at one count."""
+"""The published schedulers against the formulas: lr and ρ of one step have one count."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""SAM and GSAM in place: the pure chain and naive code, and what the second pass must not leave."""
+"""SAM and GSAM in place, against the pure chain and naive code; the state after the second pass."""
 
 import copy
 import os

@@ -1,4 +1,4 @@
-"""FilteredTrainer: the training of Trainer, with the steps of a plain Filtered loop."""
+"""`FilteredTrainer` in the training of `Trainer`: the steps are those of a `Filtered` loop."""
 
 import copy
 import sys

@@ -1,4 +1,4 @@
-"""What a field says about its values, and what help says about the field."""
+"""The constraints of an option, and the text that help shows for it."""
 
 import dataclasses
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""One file of a run is damaged: every command says so in one line, or does not need it."""
+"""A damaged file of a run: every command reports it in one line, or does not need it."""
 
 import random
 import shutil

@@ -1,4 +1,4 @@
-"""`gradfilter demo`: what it writes, what it refuses, and that its comparison is a fair one."""
+"""`gradfilter demo`: its files, its refusals, and the fairness of its comparison."""
 
 import math
 import os

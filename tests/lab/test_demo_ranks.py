@@ -1,4 +1,4 @@
-"""`torchrun -m gradfilter demo`: several processes train what one process trains."""
+"""`torchrun -m gradfilter demo`: several processes give the training of one process."""
 
 import json
 import os

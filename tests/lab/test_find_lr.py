@@ -1,4 +1,4 @@
-"""The learning rate finder: the range test itself, its command, its files and its refusals."""
+"""The learning rate finder: the range test, its command, its files and its refusals."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Run directories that somebody made to do harm: memory, terminals, options, names."""
+"""Run directories made to do harm: to memory, terminals, options and names."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Train, write a checkpoint, measure it: every model with every initialisation it may have."""
+"""Train, write a checkpoint, and measure it: every model with every initialisation."""
 
 import itertools
 import json

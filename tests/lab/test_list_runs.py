@@ -1,4 +1,4 @@
-"""`gradfilter runs`: the trainings in a directory, and one line for anything else."""
+"""`gradfilter runs`: the trainings in a directory, and one line for any other content."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What the lab writes is whole, is checked, and goes into files of its own."""
+"""Files of the lab: they are written whole, are checked, and replace no other files."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Values that no counter and no file system takes are one line, in every command."""
+"""Values that no counter or file system accepts: one line in every command."""
 
 import dataclasses
 import json

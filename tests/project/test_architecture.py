@@ -1,4 +1,4 @@
-"""The house as it is drawn: who may import whom, and what every public name carries."""
+"""The architecture: imports between modules, tests of modules, and docstrings of public names."""
 
 import ast
 import inspect

@@ -1,4 +1,4 @@
-"""The documentation builds as it is, knows every public name, and its picture is the code's."""
+"""The documentation builds, contains every public name, and shows the current architecture."""
 
 import inspect
 import math

@@ -1,4 +1,4 @@
-"""Every measured number in the documentation is the one of the file it links to."""
+"""Every measured number in the documentation equals the number in the file that it cites."""
 
 import json
 import re

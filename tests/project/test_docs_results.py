@@ -1,4 +1,4 @@
-"""Files of results become pages on which every value has an anchor of its own."""
+"""Files of results become pages on which every value has its own anchor."""
 
 import json
 import re

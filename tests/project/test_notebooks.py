@@ -1,3 +1,5 @@
+"""The notebooks run from top to bottom, and are committed with their pictures."""
+
 import re
 import tempfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The README is short, its loop runs, and its test command is the one that CI runs."""
+"""The README is short, its loop runs, and its test command is that of CI."""
 
 import inspect
 import re

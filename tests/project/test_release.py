@@ -1,4 +1,4 @@
-"""A release can be cut: sdist and wheel are built, are complete, and are what is installed."""
+"""A release: sdist and wheel are built, are complete, and can be installed."""
 
 import email
 import os

@@ -1,4 +1,4 @@
-"""What a test run itself promises, whoever starts it and whatever is installed."""
+"""The test run itself: its filters of warnings, and the state that tests leave for others."""
 
 import os
 import signal

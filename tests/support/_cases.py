@@ -1,4 +1,4 @@
-"""One or more complete chains for every public transform: what the conformance suite runs over."""
+"""Complete chains for every public transform, for the conformance suite."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Ways in which a file can be damaged, from a seed: cut, flipped, foreign, hostile."""
+"""Kinds of damage to a file, from a seed: cut, flipped, foreign, hostile."""
 
 import io
 import json
@@ -28,7 +28,7 @@ ODD = [
 
 
 def flipped(content, random):
-    """One bit is another one."""
+    """Flip one bit."""
     if not content:
         return b"\0"
     spoilt = bytearray(content)
@@ -37,7 +37,7 @@ def flipped(content, random):
 
 
 def overwritten(content, random):
-    """A stretch is other bytes."""
+    """Overwrite a stretch with other bytes."""
     start, length = random.randrange(len(content) + 1), random.randrange(1, 40)
     return content[:start] + random.randbytes(length) + content[start + length :]
 
@@ -83,7 +83,7 @@ FOREIGN = (
 
 
 def damaged_json(text, random):
-    """JSON in which one value is another, is gone, or has another name."""
+    """Return JSON in which one value is replaced, removed or renamed."""
     found = json.loads(text)
     places = [(found, key) for key in _keys(found)]
     for whole, key in places:
@@ -109,7 +109,7 @@ def _keys(whole):
 
 
 def damaged_lines(text, random):
-    """Lines of JSON, one of them damaged."""
+    """Return lines of JSON, one of them damaged."""
     lines = text.splitlines()
     place = random.randrange(len(lines))
     lines[place] = damaged_json(lines[place], random).decode()
@@ -117,7 +117,7 @@ def damaged_lines(text, random):
 
 
 def damaged_tensors(content, random):
-    """Tensors by name, one of them another."""
+    """Return tensors by name, one of them changed."""
     flat = torch.load(io.BytesIO(content), weights_only=True)
     if not flat:
         return content
@@ -145,7 +145,7 @@ def damaged_tensors(content, random):
 
 
 def damaged_zip(content, random):
-    """A zip archive, one of its entries another, or packed in another way."""
+    """Return a zip archive with one entry changed, or packed in another way."""
     kind = random.randrange(6)
     packed = io.BytesIO()
     how = random.choice([zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
@@ -174,7 +174,7 @@ def damaged_zip(content, random):
 
 
 def replaced(path, random):
-    """Something else than a file in the place of a file."""
+    """Replace a file by something that is not a file."""
     path.unlink()
     kind = random.choice(["nothing", "folder", "full folder", "pipe", "loop", "dangling", "sparse"])
     if kind == "folder":

@@ -1,4 +1,4 @@
-"""What tests of the command line share."""
+"""Helpers for tests of the command line."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ CLOCKS = ("seconds", "samples_per_second", "peak_memory")
 
 
 def command(*args):
-    """Exit code, stdout and stderr of a command line, in this process."""
+    """Run a command line in this process; return exit code, stdout and stderr."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -24,7 +24,7 @@ def command(*args):
 
 
 def refused(*args):
-    """The one line on stderr after a bad value."""
+    """Return the one line on stderr after a bad value."""
     code, out, err = command(*args)
     assert (code, out) == (2, ""), (code, out, err)
     assert err == err.rstrip() + "\n" and err.count("\n") == 1, err
@@ -32,7 +32,7 @@ def refused(*args):
 
 
 def metrics(folder):
-    """The lines of metrics.jsonl; NaN and Infinity are no JSON."""
+    """Read the lines of metrics.jsonl; refuse NaN and Infinity, which are not JSON."""
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
@@ -42,7 +42,7 @@ def metrics(folder):
 
 
 def numbers(line):
-    """What does not depend on clocks."""
+    """Return the entries that do not depend on clocks."""
     return {key: value for key, value in line.items() if key not in CLOCKS}
 
 
@@ -51,13 +51,13 @@ def config(folder):
 
 
 def only_run(folder):
-    """The one run directory below a folder."""
+    """Return the one run directory below a folder."""
     (found,) = folder.rglob("metrics.jsonl")
     return found.parent
 
 
 def process(code, *args, **options):
-    """A Python process of its own, one thread, that runs ``code``."""
+    """Start a Python process with one thread that runs ``code``."""
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, args)],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""What tests of data sets share."""
+"""Helpers for tests of data sets."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 
 
 def everything(samples):
-    """All images, normalised."""
+    """Return all images, normalised."""
     return samples.images.fetch(torch.arange(len(samples)))
 
 

@@ -1,4 +1,4 @@
-"""Small models for the tests: one for every odd thing a loss may do."""
+"""Small models for tests: one for every unusual behaviour of a loss."""
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ class Tied(nn.Module):
 
 
 class WithLoss(Tied):
-    """Keyword arguments in, an object with .loss out, as Hugging Face models do it."""
+    """A model like those of Hugging Face: keyword arguments in, an object with .loss out."""
 
     def forward(self, input_ids, attention_mask, labels, return_dict=True):
         assert return_dict
@@ -58,7 +58,7 @@ class Dropped(nn.Module):
 
 
 class Counting(nn.Module):
-    """A buffer that is not BatchNorm's, written in place or by assignment."""
+    """A buffer outside of BatchNorm, written in place or by assignment."""
 
     def __init__(self, assign):
         super().__init__()

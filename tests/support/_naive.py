@@ -1,4 +1,4 @@
-"""Random stacks and trees, and named assertions, for the tests that compare with naive code."""
+"""Random stacks and trees, and named assertions, for comparisons with naive code."""
 
 import torch
 
@@ -14,12 +14,12 @@ def generator(seed):
 
 
 def normal(*shape, seed=0):
-    """Standard normal numbers in float64."""
+    """Return standard normal numbers in float64."""
     return torch.randn(*shape, dtype=torch.float64, generator=generator(seed))
 
 
 def unflat(matrix, shapes=SHAPES):
-    """Rows (..., P) as leaves (..., *shape)."""
+    """Convert rows (..., P) to leaves (..., *shape)."""
     sizes = [torch.Size(shape).numel() for shape in shapes.values()]
     parts = matrix.split(sizes, dim=-1)
     return {
@@ -29,7 +29,7 @@ def unflat(matrix, shapes=SHAPES):
 
 
 def flat(tree, batch_dims=0):
-    """Leaves (..., *shape) as rows (..., P)."""
+    """Convert leaves (..., *shape) to rows (..., P)."""
     return torch.cat([leaf.reshape(*leaf.shape[:batch_dims], -1) for leaf in tree.values()], -1)
 
 
@@ -42,12 +42,12 @@ def zeros(shapes=SHAPES):
 
 
 def random_matrix(seed, rows, kinds=("plain",)):
-    """Flat rows (M, P) of very different sizes around one common direction.
+    """Make flat rows (M, P) of very different sizes around one common direction.
 
     Args:
-        seed: Of everything.
+        seed: The seed of all numbers.
         rows: M.
-        kinds: What each row is drawn from: "plain", "zero", "tiny" (norm below 1e-8), or one of
+        kinds: The distribution of each row: "plain", "zero", "tiny" (norm below 1e-8), or one of
             BAD.
     """
     g = generator(seed)
@@ -69,7 +69,7 @@ def random_matrix(seed, rows, kinds=("plain",)):
 
 
 def run(link, rows, params=None, **extra):
-    """One update of one link, from its first state: gradients and what it publishes."""
+    """Run one update of a transform from its first state; return gradients and published values."""
     params = zeros() if params is None else params
     grads, _, out = link.update(rows, link.init(params), params, **extra)
     return grads, out
@@ -80,5 +80,5 @@ def assert_close(actual, expected, rtol=1e-10, atol=1e-12):
 
 
 def assert_same(actual, expected):
-    """Equal to the last bit, NaN where NaN."""
+    """Assert that trees are bit-equal, with NaN equal to NaN."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)

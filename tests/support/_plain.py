@@ -1,4 +1,4 @@
-"""Ground truth: ordinary backward passes over a plain loss or module, one per microbatch."""
+"""The reference: ordinary backward passes over a plain loss or module, one per microbatch."""
 
 import copy
 
@@ -6,7 +6,7 @@ import torch
 
 
 def plain_rows(loss, params, batch, m):
-    """Row k of ``loss(params, batch)`` over microbatch k, all leaves side by side. (M, P)."""
+    """Return the gradient of ``loss(params, batch)`` for every microbatch as a row. (M, P)."""
     parts = [t.chunk(m) for t in batch]
     rows = []
     for k in range(m):
@@ -18,7 +18,7 @@ def plain_rows(loss, params, batch, m):
 
 
 def plain_sam_rows(model, criterion, batch, m, rho):
-    """SAM with a perturbation for every microbatch: g(w + rho g / |g|), g the row's own. (M, P)."""
+    """Perturb each row along itself, as SAM: g(w + rho g / |g|). (M, P)."""
     parts = [t.chunk(m) for t in batch]
     rows, carried = [], copy.deepcopy(model)
     for k in range(m):
@@ -39,12 +39,12 @@ def plain_sam_rows(model, criterion, batch, m, rho):
 
 
 def side_by_side(stacked, names):
-    """The leaves (M, ...) of a stack as one matrix (M, P)."""
+    """Join the leaves (M, ...) of a stack to one matrix (M, P)."""
     return torch.cat([stacked[name].flatten(1) for name in names], 1)
 
 
 def off(got, want):
-    """The norm of the difference, relative."""
+    """Return the norm of the difference, relative to the expected norm."""
     return float((got - want).norm() / want.norm())
 
 

@@ -1,7 +1,7 @@
-"""Random cases: a module, a loss, a batch, a plan, a chain and questions, all of it named.
+"""Random cases: a module, a loss, a batch, a plan, a chain and questions, all named.
 
-A case is data: `repr` of one is a program that makes it again, and a part that is left out of its
-tuples is a part less to look at.
+A case is data: its `repr` is a program that makes it again. A case becomes smaller when parts are
+removed from its tuples.
 """
 
 import random
@@ -84,7 +84,7 @@ torch.utils._pytree.register_pytree_node(
 
 
 class Unknown:
-    """A batch of a class that nobody knows."""
+    """A batch of a class that pytree does not know."""
 
     def __init__(self, x, scale):
         self.x, self.scale = x, scale
@@ -104,7 +104,7 @@ class RandomModel(nn.Module):
                 HABITS[name].install(self)
 
     def once_more(self):
-        """The logits of a constant input, without the habits."""
+        """Return the logits of a constant input, without the habits."""
         probe = self.probe
         if probe.is_floating_point():
             probe = probe.to(self.head.weight.dtype)
@@ -136,7 +136,7 @@ class RandomModel(nn.Module):
 
 
 class Criterion:
-    """A loss, and what the model's habits add to it."""
+    """A loss with the terms of the model's habits."""
 
     def __init__(self, loss):
         self.loss = loss
@@ -157,10 +157,10 @@ def inputs(kind, count, generator):
 
 @dataclass(frozen=True)
 class Case:
-    """Everything about one try, by name.
+    """All parts of one random case, by name.
 
     Args:
-        seed: Of the weights, the batch and the arguments of the questions.
+        seed: The seed of the weights, the batch and the arguments of the questions.
         layers: Names in `LAYERS`, put together in this order.
         habits: Names in `HABITS`.
         loss: A name in `LOSSES`.
@@ -192,17 +192,17 @@ class Case:
 
     @property
     def kind(self) -> str:
-        """What the first layer takes."""
+        """Return the kind of input of the first layer."""
         return LAYERS[self.layers[0]].takes if self.layers else "vector"
 
     @property
     def parts(self) -> list[Any]:
-        """The entries of all names."""
+        """Return the entries of all names."""
         return [*(LAYERS[n] for n in self.layers), *(HABITS[n] for n in self.habits)]
 
     @property
     def random(self) -> bool:
-        """Whether torch's default generator is drawn from in a forward pass."""
+        """Return whether a forward pass draws from torch's default generator."""
         return any(
             part.random == "always" or (part.random == "training" and self.training)
             for part in self.parts
@@ -210,7 +210,7 @@ class Case:
 
     @property
     def refuse(self) -> str:
-        """Which plans may refuse the case."""
+        """Return the plans that may refuse the case."""
         levels = [part.refuse for part in self.parts]
         # Rows that answer the host alike draw together: what was drawn cannot be drawn elsewhere
         # for other groups of rows.
@@ -226,7 +226,7 @@ class Case:
         return replace(self, **changes)
 
     def build(self, dtype: torch.dtype | None = None) -> tuple[RandomModel, Criterion]:
-        """The model and its criterion, the same at every call."""
+        """Build the model and its criterion, the same at every call."""
         with default_dtype(torch.float64):
             return self._build(dtype or DTYPES[self.dtype])
 
@@ -264,7 +264,7 @@ class Case:
         return model, criterion
 
     def make_batch(self, dtype: torch.dtype | None = None) -> Any:
-        """The batch of rows · samples."""
+        """Make the batch of rows · samples."""
         dtype, count = dtype or DTYPES[self.dtype], self.rows * self.samples
         generator = torch.Generator().manual_seed(self.seed + 1)
         x = inputs(self.kind, count, generator)
@@ -287,7 +287,7 @@ class Case:
         return [x, y] if self.batch == "list" else (x, y)
 
     def describe(self) -> str:
-        """The case in words, for whoever reads a failure."""
+        """Describe the case in words, for readers of a failure."""
         model, _ = self.build()
         lines = [
             f"{self!r}",
@@ -336,13 +336,13 @@ def draw(
     dtypes: bool = True,
     without: Collection[str] = (),
 ) -> Case:
-    """A random case.
+    """Draw a random case.
 
     Args:
-        seed: The same case for the same seed.
-        chains: What the chain is chosen from.
-        dtypes: Lower precisions, too.
-        without: Names of layers and habits that are left out.
+        seed: Determines the case.
+        chains: The chains to choose from.
+        dtypes: Whether lower precisions are also drawn.
+        without: Names of layers and habits that are omitted.
     """
     pick = random.Random(seed)
     dtype = (

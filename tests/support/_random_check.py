@@ -1,4 +1,4 @@
-"""Run one random case and say what became of it; find a smaller case with the same outcome."""
+"""Run one random case and return its outcome; find a smaller case with the same outcome."""
 
 import copy
 import io
@@ -63,7 +63,7 @@ ON_TREES = ("agc_clip", "clip_by_global_norm", "finite_filter", "sam", "asam")
 
 
 def chains() -> tuple[tuple[str, ...], ...]:
-    """Some before a reducer, the reducer, some after it."""
+    """Draw some transforms before a reducer, the reducer, and some after it."""
     pick, found = random.Random(0), []
     for reducer in REDUCING:
         found.append((reducer,))
@@ -80,7 +80,7 @@ def chains() -> tuple[tuple[str, ...], ...]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case.
+    """The outcome of a case.
 
     Args:
         kind: "equal", "refused", "void" (the plain loop fails), or a failure: "wrong", "unclear",
@@ -99,15 +99,15 @@ class Outcome:
 
 
 class Wrong(AssertionError):
-    """A number that is not that of the plain loop."""
+    """A number differs from that of the plain loop."""
 
 
 class Changed(AssertionError):
-    """Something outside that a pass has changed, or left unusable."""
+    """A pass changed something outside of it, or left it unusable."""
 
 
 class Unclear(AssertionError):
-    """A warning in words of torch's inside."""
+    """A warning names internals of torch."""
 
 
 def run(case: Case) -> Outcome:
@@ -139,7 +139,7 @@ def _run(case: Case) -> Outcome:
 
 
 def _refusal(case: Case, error: Exception) -> Outcome:
-    """What an error is worth: our own words or a note of ours, and allowed for this case."""
+    """Judge an error: it has words or a note of this library, and the case may be refused."""
     text = f"{type(error).__name__}: {error}".splitlines()[0]
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{text}   ({Path(place.filename).name}:{place.lineno})"
@@ -162,7 +162,7 @@ def _fallbacks(caught: list[warnings.WarningMessage]) -> list[str]:
 
 
 class _Reference:
-    """The plain loop in the case's dtype, and in float64 where that is another one."""
+    """The plain loop in the case's dtype, and also in float64 if that is another dtype."""
 
     def __init__(self, case: Case):
         self.plain = PlainTraining(case)
@@ -197,7 +197,7 @@ class _Reference:
 
 
 def _worst_row(plain: Tensor, wide: Tensor) -> float:
-    """The largest error of a row of a leaf, relative to the row's largest number."""
+    """Return the largest error of a row of a leaf, relative to the row's largest number."""
     if not wide[0].numel():
         return 0.0
     size, error = (t.abs().reshape(len(t), -1).amax(1) for t in (wide, plain - wide))
@@ -205,7 +205,7 @@ def _worst_row(plain: Tensor, wide: Tensor) -> float:
 
 
 class Arguments:
-    """What the questions are asked with: from the case's seed, the same for every stack."""
+    """The arguments of the questions, from the case's seed, the same for every stack."""
 
     def __init__(self, case: Case, rows: PlainRows):
         self.case, self.shapes, self.count = case, rows.shapes, len(rows)
@@ -248,7 +248,7 @@ class Arguments:
         return getattr(rows, asked)()
 
     def scale(self, wide: PlainRows, question: str) -> Tensor:
-        """What an error of one part in one is, for every number of the answer."""
+        """Return the magnitude that errors are relative to, for every number of the answer."""
         rows, asked = self.derive(wide, question), question.split(".")[-1]
         norms = rows.sq_norms().sqrt()
         if self.case.dtype != "float64":
@@ -317,7 +317,7 @@ def _check_rows(case: Case, reference: _Reference, caught: list[Any]) -> None:
 
 
 def _itself(rows: gf.GradStack) -> PlainRows:
-    """Held rows of a stack, evaluated elsewhere by itself."""
+    """Evaluate held rows of a stack at other parameters."""
 
     def held(stack: gf.GradStack) -> PlainRows:
         return PlainRows(stack.stacked(), stack.losses, stack.buffers, evaluate)
@@ -332,7 +332,7 @@ def _itself(rows: gf.GradStack) -> PlainRows:
 
 
 def _check_slopes(case: Case, rows: gf.GradStack, params: Any, arguments: Arguments) -> None:
-    """Rows of random layers are the slopes of their own losses, for the same random numbers."""
+    """Check that rows of random layers are the slopes of their losses, for equal random numbers."""
     if not all(_is_differentiable(part) for part in (*case.layers, *case.habits)):
         return
     step, tree = 1e-6, arguments.tree
@@ -383,7 +383,7 @@ def _check_fallbacks(case: Case, caught: list[Any]) -> None:
 
 
 class _Compare:
-    """Compare answers with the plain loop's; in low precision, within a few times its error.
+    """Comparison with the plain loop; in low precision, within a few times its error.
 
     float64: one part in 10^9 of the leaf, and one in 10^12 of the whole row. Lower precisions:
     four times the error of the plain loop in the same precision against float64, plus eps times
@@ -443,7 +443,7 @@ def _short(value: Tensor) -> str:
 
 
 class _Watch:
-    """What a pass must leave alone on a module."""
+    """The parts of a module that a pass must not change."""
 
     def __init__(self, model: torch.nn.Module):
         self.tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -468,7 +468,7 @@ class _Watch:
 
 
 def _check_stash(case: Case, model: torch.nn.Module, plain: torch.nn.Module) -> None:
-    """Whatever a plain model can do with what it remembers, this one can."""
+    """Check that remembered tensors are as usable as those of a plain model."""
     tries = {
         "deepcopy": copy.deepcopy,
         "torch.save": lambda module: torch.save(module, io.BytesIO()),
@@ -525,7 +525,7 @@ def _chain_of(case: Case) -> gf.Transform:
 
 
 def _plain_steps(case: Case) -> list[dict[str, Any]]:
-    """The same chain on the plain loop's rows, and torch.optim behind it."""
+    """Run the same chain on the rows of the plain loop, followed by torch.optim."""
     # `Filtered` runs hooks on parameters on the filtered gradient, once per step.
     training, chain = PlainTraining(case, hooks=case.host == "pure"), _chain_of(case)
     named = {n: p for n, p in training.model.named_parameters() if p.requires_grad}
@@ -595,7 +595,7 @@ def _filtered_steps(case: Case, model, criterion, caught):
 
 
 def shrink(case: Case, kind: str, attempts: int = 60) -> Case:
-    """A smaller case of the same kind of failure."""
+    """Find a smaller case with the same kind of failure."""
     smaller = True
     while smaller and attempts > 0:
         smaller = False

@@ -1,4 +1,4 @@
-"""Habits of random modules and losses: whatever code found in the wild does in a forward pass.
+"""Habits of random modules and losses: behaviours of forward passes in published code.
 
 A habit is a class with any of the functions
 
@@ -7,8 +7,8 @@ A habit is a class with any of the functions
     middle(model, h) -> h               on a vector (B, 6), before the head
     exit(model, output) -> output       on the logits (B, 3)
     criterion(model, output, y) -> ()   a term of the loss
-    happened(model) -> bool             whether what it waits for took place
-    filtered(grads) -> grads            what its hooks on parameters do to filtered gradients
+    happened(model) -> bool             whether the expected event took place
+    filtered(grads) -> grads            the effect of its hooks on filtered gradients
 """
 
 import copy
@@ -29,7 +29,7 @@ def habit(name, *, refuse="never", random="", smooth=True, floats=False, stash=F
     """Register a habit.
 
     Args:
-        name: What it does.
+        name: Its behaviour.
         refuse: Plans that may refuse it: "never", "fused" (and "vmap"), or "all".
         random: When it draws from torch's default generator, so that plans differ in the
             numbers: "training", "always", or "" for never.
@@ -857,7 +857,7 @@ class _:
 
 
 def asked(name, question):
-    """A habit that doubles the output where a question is not answered as outside."""
+    """Make a habit that doubles the output where a question is not answered as outside."""
 
     @habit(f"asks {name}")
     class _:
@@ -883,7 +883,7 @@ asked("the type", lambda model, h: type(h) is torch.Tensor and isinstance(h, tor
 
 @habit("asks the stride")
 class _:
-    """Strides are those of the plan's memory: asking is allowed, for what changes no number."""
+    """A habit that reads the strides of the plan's memory; no number depends on them."""
 
     def middle(model, h):
         flat = h.is_contiguous() and h.stride(1) == 1

@@ -63,7 +63,7 @@ class Layer(nn.Module):
 
 
 def layer(name, takes="vector", gives=None, **options):
-    """Register a layer whose parts the decorated function makes, or which it is."""
+    """Register a layer whose parts are made by the decorated function or class."""
 
     def register(make):
         LAYERS[name] = LayerKind(make, takes, gives or takes, **options)
@@ -130,7 +130,7 @@ def _old_weight_norm():
 
 
 class OwnMomentum(nn.BatchNorm1d):
-    """BatchNorm whose momentum falls with the number of batches seen, asked of the counter."""
+    """BatchNorm whose momentum falls with the number of batches in its counter."""
 
     def forward(self, x):
         if self.training:
@@ -331,7 +331,7 @@ class Clipped(torch.autograd.Function):
 
 
 class ClippedByVmap(Clipped):
-    """The same, for vmap as it is."""
+    """The identity with a backward pass that is not linear, with a rule for vmap."""
 
     generate_vmap_rule = True
 
@@ -610,7 +610,7 @@ def _one_hot(self, x):
 
 
 class Between(nn.Module):
-    """From one kind of activation to another; every entry counts differently."""
+    """A conversion between kinds of activations, in which every entry has another weight."""
 
     def __init__(self, takes, gives):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Rows as a plain training loop makes them: one ordinary backward pass per row, nothing of ours."""
+"""Rows of a plain training loop: one ordinary backward pass per row, without the library."""
 
 import copy
 import random
@@ -14,12 +14,12 @@ from _random_cases import Case, Samples, Unknown, reseed
 
 
 class PlainRows(gf.GradStack):
-    """Rows that are held, and every question in its textbook form, in float64.
+    """Stored rows, which answer every question by its definition, in float64.
 
     Args:
         leaves: (M, *shape) by name.
         evaluate: ``(params, per_row) -> PlainRows`` at other parameters.
-        factors: (M,), what the rows were scaled by.
+        factors: (M,), the scales of the rows.
     """
 
     def __init__(self, leaves, losses, buffers, evaluate=None, factors=None, of=None):
@@ -105,8 +105,8 @@ class PlainTraining:
     """A plain model and its criterion, trained row by row.
 
     Args:
-        case: What to build.
-        dtype: To compute in; the case's own if None.
+        case: The case to build.
+        dtype: The dtype of the computation; that of the case if None.
         hooks: Whether the hooks on parameters run.
     """
 
@@ -119,7 +119,7 @@ class PlainTraining:
                     getattr(self.model, name).remove()
 
     def rows(self, seed: int) -> PlainRows:
-        """The rows of the case's batch, which changes the model as training does."""
+        """Return the rows of the case's batch, and change the model as training does."""
         before = _copied(self.state())
         incoming = {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
@@ -168,7 +168,7 @@ class PlainTraining:
         return PlainRows(stacked, torch.stack(losses), buffers, evaluate)
 
     def loss(self, x: Any, y: Any) -> Tensor:
-        """The loss of one microbatch, called as a training loop would."""
+        """Return the loss of one microbatch, as a training loop computes it."""
         if y is None:
             return self.model(**x).loss
         if isinstance(x, tuple):
@@ -178,7 +178,7 @@ class PlainTraining:
         return self.criterion(self.model(x), y)
 
     def state(self) -> dict[str, Any]:
-        """Buffers, generators, and whatever else the modules remember."""
+        """Return buffers, generators, and remembered attributes of the modules."""
         generators = {
             (name, key): value.get_state()
             for name, module in self.model.named_modules()
@@ -198,7 +198,7 @@ class PlainTraining:
         }
 
     def load(self, state: dict[str, Any], params: dict[str, Tensor]) -> None:
-        """Put buffers, generators and parameters back."""
+        """Restore buffers, generators and parameters."""
         _fill(dict(self.model.named_parameters()), params)
         for name, value in state["buffers"].items():
             owner, _, key = name.rpartition(".")
@@ -215,7 +215,7 @@ class PlainTraining:
 
 
 def microbatches(case: Case, batch: Any):
-    """Inputs and targets of every row; targets None where the model has its own loss."""
+    """Return inputs and targets of every row; targets are None if the model has its own loss."""
     cut = lambda t, m: t[m * case.samples : (m + 1) * case.samples]
     for m in range(case.rows):
         if case.batch == "dict":

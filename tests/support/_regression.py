@@ -1,4 +1,4 @@
-"""A small regression problem in float64, flat vectors and all, for the sharpness tests."""
+"""A small regression problem in float64, also as flat vectors, for the sharpness tests."""
 
 import torch
 
@@ -21,7 +21,7 @@ def make_params(seed=0):
 
 
 def make_batch(seed=1, bad=()):
-    """Microbatches of very different gradients; those in ``bad`` give NaN."""
+    """Make microbatches with very different gradients; those in ``bad`` give NaN."""
     x, y = normal(M, B, 3, seed=seed), normal(M, B, seed=seed + 1)
     y = y * torch.arange(1, M + 1, dtype=y.dtype)[:, None] ** 2
     for m in bad:
@@ -34,20 +34,20 @@ def make_rows(params, batch):
 
 
 def row(w, batch, m):
-    """Loss and gradient of microbatch m at the flat parameters w."""
+    """Return loss and gradient of microbatch m at the flat parameters w."""
     w = w.clone().requires_grad_()
     value = loss(unflat(w, SHAPES), tuple(t[m * B : (m + 1) * B] for t in batch))
     return value.item(), torch.autograd.grad(value, w)[0]
 
 
 def rows_at(w, batch):
-    """Losses (M,) and gradients (M, P) at the flat parameters w."""
+    """Return losses (M,) and gradients (M, P) at the flat parameters w."""
     losses, grads = zip(*(row(w, batch, m) for m in range(M)), strict=True)
     return torch.tensor(losses, dtype=w.dtype), torch.stack(grads)
 
 
 def ascent(w, g, rho, adaptive=None, eta=0.01):
-    """e of SAM, of ASAM or of GSAM's own adaptive form, on flat vectors."""
+    """Return e of SAM, of ASAM or of GSAM's adaptive form, on flat vectors."""
     if adaptive == "asam":
         t = w.abs() + eta
         return rho * t**2 * g / ((t * g).norm() + 1e-12)
@@ -55,7 +55,7 @@ def ascent(w, g, rho, adaptive=None, eta=0.01):
 
 
 def problem(seed=0, bad=()):
-    """Parameters and batch, their stack, and flat: parameters, losses, gradients."""
+    """Return parameters, batch and stack, and flat: parameters, losses, gradients."""
     params, batch = make_params(seed), make_batch(seed + 1, bad)
     w = flat(params)
     return params, batch, make_rows(params, batch), w, *rows_at(w, batch)

@@ -1,4 +1,4 @@
-"""What a browser finds on the page of a report."""
+"""The figures, tables and links on the page of a report."""
 
 from html.parser import HTMLParser
 
@@ -61,5 +61,5 @@ class Page(HTMLParser):
 
 
 def read(out, name):
-    """The numbers of a figure or table."""
+    """Read the numbers of a figure or table."""
     return pd.read_csv(out / f"{name}.csv")

@@ -1,4 +1,4 @@
-"""Directories of runs as gradfilter train and gradfilter stats leave them, without training."""
+"""Run directories like those of `gradfilter train` and `gradfilter stats`, without training."""
 
 import json
 import math
@@ -13,7 +13,7 @@ STEPS = 4
 
 
 def evaluation(step, **numbers):
-    """One that is different in every number and every step."""
+    """Make an evaluation with different numbers in every field and step."""
     usual = {
         field.name: (0.01 * place + 0.07 * step) % 1
         for place, field in enumerate(fields(Evaluation))
@@ -24,7 +24,7 @@ def evaluation(step, **numbers):
 
 
 def sparse(step, **numbers):
-    """One of which few figures can be drawn, for tests of something else."""
+    """Make an evaluation with few figures, for tests of other parts."""
     return evaluation(step, **{"memorised": math.nan, "train_loss": math.nan} | numbers)
 
 
@@ -57,7 +57,7 @@ def make_run(root, *, evaluations=None, status="finished", parameters=10, offset
 
 
 def make_stats(place, metric, values, *, step=STEPS, targets=None, columns=None, **settings):
-    """Write a file of numbers beside a run."""
+    """Write a file of measurements next to a run."""
     count = len(values)
     targets = targets or [0] * count
     origin = {

@@ -1,10 +1,10 @@
-"""How far sums may be from their exact values: from the precision and the width alone."""
+"""Error bounds of sums, from the precision and the width alone."""
 
 import torch
 
 
 def rounding(terms, dtype=torch.float32):
-    """The relative error of a sum of so many products in this precision, in whatever order.
+    """Return the relative error bound of a sum of so many products, in any order.
 
     γ_n = n u / (1 − n u) with the unit roundoff u, of Σ |a_i b_i|: what holds for every kernel,
     whichever width its vectors have and whether it multiplies and adds at once.
@@ -17,7 +17,7 @@ def rounding(terms, dtype=torch.float32):
 
 
 def assert_within(found, expected, bound):
-    """No entry is farther away than its bound."""
+    """Assert that no entry is farther away than its bound."""
     distance = (found.double() - expected.double()).abs()
     worst = (distance / bound).nan_to_num(0.0, posinf=torch.inf).max()
     assert (distance <= bound).all(), f"{worst:.2f} times what rounding may do"

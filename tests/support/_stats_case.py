@@ -1,4 +1,4 @@
-"""A small network on random images, as a restored checkpoint that no training made."""
+"""A small network on random images, as a restored checkpoint without a training."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A small run of `gradfilter train`, and what `gradfilter stats` makes of it."""
+"""A small run of `gradfilter train`, and its measurement by `gradfilter stats`."""
 
 import json
 
@@ -10,14 +10,14 @@ TRAINING = ["--model", "mlp_8", "--epochs", "2", "--train-split", "100", "--labe
 
 
 def train(folder):
-    """The directory of a run with three checkpoints."""
+    """Train, and return the run directory with three checkpoints."""
     code, _, err = command("train", *TRAINING, "--save-dir", folder, "--save-checkpoint", 1)
     assert code == 0, err
     return only_run(folder)
 
 
 def numbers(run, *args):
-    """Measure the last checkpoint; the only new file, and what is in it."""
+    """Measure the last checkpoint; return the only new file and its content."""
     folder = run / "stats"
     before = set(folder.glob("*.json")) if folder.exists() else set()
     code, _, err = command("stats", run, "--last", *args)

@@ -1,4 +1,4 @@
-"""What tests of sweeps share: studies that are begun in this process, without a worker."""
+"""Helpers for tests of sweeps: studies that are started in this process, without a worker."""
 
 from contextlib import ExitStack, contextmanager
 
@@ -9,7 +9,7 @@ from gradfilter.lab.sweep._sweep_command import parse_sweep
 
 @contextmanager
 def studies_in(folder):
-    """A function that begins the study of a command line there, or joins it."""
+    """Return a function that starts or joins the study of a command line in a directory."""
     with ExitStack() as stack:
 
         def begin(*options):

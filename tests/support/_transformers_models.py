@@ -203,7 +203,7 @@ MODELS = {
 
 
 def build(kind):
-    """A model in training mode, in the default dtype, with nothing left at zero or one."""
+    """Build a model in training mode, in the default dtype, with no parameter at zero or one."""
     import transformers
 
     task, options = MODELS[kind]
@@ -219,7 +219,7 @@ def build(kind):
 
 
 def padded(kind):
-    """What a collator makes of five texts: two of them are as long as any, and have no padding."""
+    """Return five texts as a collator pads them: two are the longest, and have no padding."""
     task, _ = MODELS[kind]
     there = torch.arange(LENGTH) < torch.tensor(LENGTHS)[:, None]
     generator = torch.Generator().manual_seed(0)
@@ -237,7 +237,7 @@ def padded(kind):
 
 
 def criterion(kind):
-    """The model's own loss in the dtype of the logits; its own is in float32."""
+    """Compute the model's loss in the dtype of the logits; its own loss is in float32."""
     task, _ = MODELS[kind]
 
     def loss(output, batch):

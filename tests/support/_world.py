@@ -1,4 +1,4 @@
-"""A few processes with a gloo process group, that run a function of a test module on every rank."""
+"""Processes with a gloo process group, which run a function of a test module on every rank."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -21,11 +21,11 @@ REST = 5  # and for the others, once one of them has failed that should not
 
 
 class Failed(AssertionError):
-    """What went wrong on a rank."""
+    """An error on a rank."""
 
 
 class World:
-    """W processes; ``run(function, *args)`` gives what ``function(*args)`` returned on each."""
+    """W processes; ``run(function, *args)`` returns the result of ``function(*args)`` on each."""
 
     def __init__(self, size, timeout=PATIENCE):
         self.size, self.timeout = size, timeout
@@ -47,12 +47,12 @@ class World:
             self.processes.append(process)
 
     def start(self, function, *args):
-        """Let every rank begin."""
+        """Start every rank."""
         for pipe in self.pipes:
             pipe.send((function, args))
 
     def outcome(self, rank):
-        """``(True, result)`` or ``(False, what was raised)`` of a rank."""
+        """Return ``(True, result)`` or ``(False, error)`` of a rank."""
         if not self.pipes[rank].poll(PATIENCE):
             raise Failed(f"rank {rank} has said nothing for {PATIENCE} s")
         return self.pipes[rank].recv()
@@ -78,7 +78,7 @@ class World:
         return [found[rank][1] for rank in range(self.size)]
 
     def errors(self, function, *args):
-        """The messages that all ranks raised; an error if one of them did not."""
+        """Return the messages that all ranks raised; raise an error if a rank did not."""
         self.start(function, *args)
         found = self.outcomes()
         assert not any(fine for fine, _ in found), found
@@ -112,6 +112,6 @@ def _serve(pipe, store, rank, size, timeout):
 
 
 def mine(tree):
-    """On a rank: its rows of what has those of all ranks."""
+    """Return the rows of this rank from those of all ranks."""
     rank, size = dist.get_rank(), dist.get_world_size()
     return _tree.tree_map(lambda t: t.unflatten(0, (size, -1))[rank], tree)

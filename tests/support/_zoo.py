@@ -1,4 +1,4 @@
-"""The zoo: one model for every odd thing the fused plan may meet, and whole libraries' models."""
+"""The zoo: small models of every kind for plan "fused", and models of other libraries."""
 
 import _zoo_attention
 import _zoo_convs

@@ -1,4 +1,4 @@
-"""Attention: by scaled_dot_product_attention, by nn.MultiheadAttention, by hand."""
+"""Attention: by `scaled_dot_product_attention`, by `nn.MultiheadAttention`, and written out."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ T, D, H = 4, 8, 2  # tokens, width, heads
 
 
 class Attention(nn.Module):
-    """Self-attention whose inner call is given."""
+    """Self-attention with a given inner call."""
 
     def __init__(self, attend, kv_heads=H):
         super().__init__()
@@ -31,7 +31,7 @@ def sdpa(kv_heads=H, **options):
 
 
 def masked(make):
-    """A mask made of the inputs, or the same for all samples."""
+    """Build attention with a mask made of the inputs, or the same for all samples."""
 
     def attend(q, k, v, x):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=make(x))
@@ -48,7 +48,7 @@ def by_hand():
 
 
 def learnt_queries():
-    """Queries that are a parameter: no batch axis of their own."""
+    """Build attention whose queries are a parameter without a batch axis."""
 
     def run(net, x):
         k, v = net.kv(x).chunk(2, -1)
@@ -63,12 +63,12 @@ def lower(x):
 
 
 def biased(x):
-    """A float mask (n, 1, T, T) that carries a gradient."""
+    """Make a float mask (n, 1, T, T) that has a gradient."""
     return -(x[:, None, :, :T] ** 2)
 
 
 def keys_present(x):
-    """(n, 1, 1, T): a key is left out where the token's first number is positive."""
+    """Make a mask (n, 1, 1, T) that omits keys whose first number is positive."""
     there = x[:, :, 0] <= 0
     return (there | (torch.arange(T) == 0))[:, None, None]
 
@@ -89,7 +89,7 @@ def self_attention(**options):
 
 
 def with_padding(merge):
-    """nn.MultiheadAttention with a key padding mask and a causal one."""
+    """Build nn.MultiheadAttention with a key padding mask and a causal mask."""
 
     def run(net, x):
         causal = torch.ones(T, T, dtype=torch.bool).triu(1) if merge else None
@@ -100,7 +100,7 @@ def with_padding(merge):
 
 
 def cross():
-    """Keys and values of other widths and another length."""
+    """Build attention whose keys and values have other widths and another length."""
 
     def run(net, x):
         keys, values = net.k(x[:, :3]), net.v(x[:, :3])
@@ -130,7 +130,7 @@ def decoder():
 
 
 def late(make):
-    """Built when the case is, from the case's own random numbers."""
+    """Delay building until the case is built, so that its random numbers are used."""
     return lambda: make()()
 
 

@@ -1,4 +1,4 @@
-"""One case of the zoo: a model, a loss, a batch, and what the fused plan should make of them."""
+"""One case of the zoo: a model, a loss, a batch, and the expected use of plan "fused"."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ PLAN = "fused"
 
 
 def wavy(output, y):
-    """A loss in which no two entries of the output count the same."""
+    """Return a loss in which all entries of the output have different weights."""
     entries = output.flatten(1)
     place = torch.arange(entries.shape[1], dtype=entries.dtype)
     return (entries.tanh() * torch.cos(place + y[:, None])).sum(1).mean()
 
 
 def token_loss(logits, labels):
-    """Cross-entropy over tokens; label -100 is left out, as many or few as there are."""
+    """Return the cross-entropy over tokens; any number of labels may be -100, which is omitted."""
     return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
@@ -29,17 +29,17 @@ class Case:
     """A model and how it is trained.
 
     Args:
-        name: What is odd about it.
-        build: Makes the model, in the mode it is to be used in.
+        name: Its unusual property.
+        build: Makes the model, in training or evaluation mode.
         batch: Makes a batch of n samples.
         criterion: As in `gf.model_loss`.
-        rules: Rules the fused plan takes at least once, by name, separated by spaces.
+        rules: Names of overrides that plan "fused" uses at least once, separated by spaces.
         sizes: (M, B); B = 1 is asked for with `gf.per_sample_grads`.
         has_aux: The criterion returns (loss, aux).
-        rtol: Looser where a model computes in float32 whatever it is given.
-        may_refuse: What a refusal names, where the fused plan may refuse the model.
-        large: Asked in fewer orders.
-        slow: Left out of the everyday run.
+        rtol: Relative tolerance; larger if a model computes in float32 for any input.
+        may_refuse: The text of a refusal, if plan "fused" may refuse the model.
+        large: Whether questions are asked in fewer orders.
+        slow: Whether the everyday run omits it.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Case:
     slow: bool = False
 
     def model(self) -> nn.Module:
-        """The model with nothing left at zero or one: neither weights nor running statistics."""
+        """Build the model with no weights or running statistics at zero or one."""
         torch.manual_seed(1)
         model = self.build()
         with torch.no_grad():
@@ -68,14 +68,14 @@ class Case:
         return model
 
     def samples(self, m: int, b: int) -> Any:
-        """A batch of M·B samples."""
+        """Make a batch of M·B samples."""
         torch.manual_seed(2)
         return self.batch(m * b)
 
     def rows(
         self, model: nn.Module, batch: Any, m: int, b: int, plan: str, **options: Any
     ) -> gf.GradStack:
-        """A fresh stack."""
+        """Make a fresh stack."""
         loss = gf.model_loss(model, self.criterion, has_aux=self.has_aux)
         params, buffers = gf.extract(model)
         grads_of = (
@@ -87,7 +87,7 @@ class Case:
 
 
 def rows_of(model, batch, plan=PLAN, m=3, criterion=wavy):
-    """A fresh stack of a model that is no case."""
+    """Make a fresh stack of a model that is not a case."""
     params, buffers = gf.extract(model)
     loss = gf.model_loss(model, criterion)
     return gf.microbatch_grads(loss, m, plan=plan)(params, batch, buffers=buffers)
@@ -124,10 +124,10 @@ def frozen(model: nn.Module, *prefixes: str) -> nn.Module:
 
 
 def inputs(*shape: int, classes: int = 5) -> Callable[[int], Any]:
-    """Batches of normal numbers (n, *shape) and one class per sample."""
+    """Return a maker of batches of normal numbers (n, *shape) and one class per sample."""
     return lambda n: (torch.randn(n, *shape), torch.randint(0, classes, (n,)))
 
 
 def tokens(length: int = 6, vocabulary: int = 11) -> Callable[[int], Any]:
-    """Batches of tokens (n, length) and one class per token."""
+    """Return a maker of batches of tokens (n, length) and one class per token."""
     return lambda n: tuple(torch.randint(0, vocabulary, (n, length)) for _ in range(2))

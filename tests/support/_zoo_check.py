@@ -1,4 +1,4 @@
-"""A stack against the loop's: the questions, the orders they come in, and what counts as equal."""
+"""A stack against that of the loop: the questions, their orders, and the tolerances."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ ORDERS = [
 
 @dataclass(frozen=True)
 class Probe:
-    """What the questions need: weights, a random tree, parameters for the links."""
+    """The arguments of the questions: weights, a random tree, parameters for the transforms."""
 
     params: gf.GradStack
     weights: torch.Tensor
@@ -29,7 +29,7 @@ class Probe:
 
 
 def probe_for(params, m: int) -> Probe:
-    """Weights of both signs, none equal to another."""
+    """Make weights of both signs, all different."""
     generator = torch.Generator().manual_seed(3)
     like = lambda p: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
     weights = torch.linspace(-0.7, 1.3, m, dtype=torch.float64).square() - 0.3
@@ -37,7 +37,7 @@ def probe_for(params, m: int) -> Probe:
 
 
 def agree(rows: gf.GradStack, probe: Probe) -> dict[str, torch.Tensor]:
-    """The filtered gradient and the weights."""
+    """Return the filtered gradient and the weights."""
     link = gf.agree_filter(1.0)
     grads, _, out = link.update(rows, link.init(probe.params), probe.params)
     return {**grads, "weights of the filter": out["weights"]}
@@ -59,7 +59,7 @@ QUESTIONS: dict[str, Callable[[gf.GradStack, Probe], Any]] = {
 
 
 class Oracle:
-    """The answers of the loop, and what another stack's answers are worth beside them."""
+    """The answers of the loop, and the comparison of another stack with them."""
 
     def __init__(self, loop: gf.GradStack, probe: Probe, rtol: float = 1e-10) -> None:
         self.loop, self.probe, self.rtol, self.floor = loop, probe, rtol, FLOOR * rtol / 1e-10
@@ -94,7 +94,7 @@ class Oracle:
             assert error <= self.rtol, f"{where}: off by {error:.1e}\n{got}\n{want}"
 
     def check_pass(self, rows: gf.GradStack, where: str) -> None:
-        """Losses, buffers, aux, shapes: what is known after the forward passes."""
+        """Check losses, buffers, aux and shapes, which are known after the forward passes."""
         close = lambda got, want, what: torch.testing.assert_close(
             got, want, rtol=self.rtol, atol=1e-13, msg=lambda m: f"{where}: {what}: {m}"
         )
@@ -107,7 +107,7 @@ class Oracle:
 
 
 def assert_trees_close(got, want, rtol, floor, where: str) -> None:
-    """Leaf by leaf, by the norm of the difference."""
+    """Compare leaf by leaf, by the norm of the difference."""
     assert list(got) == list(want) or set(got) == set(want), f"{where}: leaves {sorted(got)}"
     for name, leaf in want.items():
         assert got[name].dtype == leaf.dtype, f"{where}: {name} is {got[name].dtype}"

@@ -1,4 +1,4 @@
-"""Convolutions of one to three dimensions, both ways, with every option."""
+"""Convolutions of one to three dimensions, plain and transposed, with every option."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from _zoo_case import Case, Net, buffered, frozen, inputs, parameter, wavy
 
 
 def chained(*layers):
-    """Layers (kind, *args) with in-place ReLUs between them."""
+    """Chain layers (kind, *args) with in-place ReLUs between them."""
 
     def build():
         made = [kind(*args) for kind, *args in layers]
@@ -25,7 +25,7 @@ def padded(mode):
 
 
 def hypernetwork():
-    """A convolution whose weight is itself computed."""
+    """Build a convolution with a computed weight."""
 
     def run(net, x):
         weight = net.make(net.code).unflatten(1, (3, 3, 3)).tanh()
@@ -35,7 +35,7 @@ def hypernetwork():
 
 
 def of_a_constant():
-    """A convolution that no sample enters, on a map without a batch axis."""
+    """Build a convolution of a constant map without a batch axis, independent of the samples."""
     run = lambda net, x: net.out(x + net.conv(net.map))
     net = Net(run, conv=nn.Conv2d(2, 3, 3, padding=1), out=nn.Conv2d(3, 4, 3))
     return buffered(net, map=torch.randn(2, 6, 6))
@@ -58,7 +58,7 @@ def pools():
 
 
 def shuffled():
-    """PixelShuffle, interpolation, unfold and fold."""
+    """Build a network of PixelShuffle, interpolation, unfold and fold."""
 
     def run(net, x):
         h = F.interpolate(net.shuffle(net.up(x)), scale_factor=0.5, mode="bilinear")

@@ -16,7 +16,7 @@ def embedded(**options):
 
 
 def tied(pad=None):
-    """One matrix embeds the tokens and reads them out."""
+    """Build a model in which one matrix embeds the tokens and computes the output."""
 
     def run(net, ids):
         return net.out(net.mix(net.embed(ids) + net.place(torch.arange(LENGTH))).tanh())
@@ -33,7 +33,7 @@ def tied(pad=None):
 
 
 def two_uses():
-    """A padded embedding used twice, on ids of different shapes."""
+    """Build a padded embedding that is used twice, on ids of different shapes."""
     run = lambda net, ids: net.out(net.embed(ids) * net.embed(ids[:, :1]).tanh())
     return Net(
         run,
@@ -43,7 +43,7 @@ def two_uses():
 
 
 def one_id():
-    """One id per sample: (n,)."""
+    """Build an embedding of one id per sample: (n,)."""
     run = lambda net, ids: net.out(net.embed(ids).tanh())
     return Net(run, embed=nn.Embedding(VOCABULARY, 4), out=nn.Linear(4, 3))
 
@@ -55,13 +55,13 @@ def bag(mode, **options):
 
 
 def indexed():
-    """Rows picked by indexing a parameter, some of them many times."""
+    """Build a model that indexes rows of a parameter, some of them many times."""
     run = lambda net, ids: net.table[ids].tanh() @ net.table.t()
     return Net(run, table=parameter(VOCABULARY, 4))
 
 
 def gathered():
-    """index_select, gather, and a product with unit vectors."""
+    """Build a model of index_select, gather, and a product with unit vectors."""
 
     def run(net, ids):
         rows = torch.index_select(net.table, 0, ids.flatten()).unflatten(0, ids.shape)
@@ -73,19 +73,19 @@ def gathered():
 
 
 def embedded_features():
-    """Ids computed from the inputs: no tensor of the batch is an index."""
+    """Build a model that computes ids from the inputs: no tensor of the batch is an index."""
     run = lambda net, x: net.out(net.embed((x > 0).long()).flatten(1) * x.repeat(1, 2))
     return Net(run, embed=nn.Embedding(2, 2), out=nn.Linear(12, 4))
 
 
 def one_hot():
-    """Tokens as unit vectors; torch's one_hot looks at the values of what it is given."""
+    """Build a layer on tokens as unit vectors; torch's one_hot reads values on the host."""
     run = lambda net, ids: net.out(nn.functional.one_hot(ids, VOCABULARY).to(net.out.weight.dtype))
     return Net(run, out=nn.Linear(VOCABULARY, VOCABULARY))
 
 
 def padded(n):
-    """Tokens with padding in every microbatch, whole samples of it included."""
+    """Make tokens with padding in every microbatch, also whole samples of padding."""
     ids, labels = tokens()(n)
     for row, count in enumerate(torch.arange(n) % (LENGTH + 1)):
         ids[row, LENGTH - count :] = PAD

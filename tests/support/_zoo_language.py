@@ -10,7 +10,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def of(model, config, attention="sdpa", **options):
-    """A model by the names of its class and its configuration's class."""
+    """Build a model by the names of its class and its configuration's class."""
 
     def build():
         import transformers
@@ -23,7 +23,7 @@ def of(model, config, attention="sdpa", **options):
 
 
 def padded(n):
-    """Tokens, padded by another length in every sample, on the right."""
+    """Make tokens with padding on the right, of another length in every sample."""
     ids = torch.randint(3, VOCABULARY, (n, LENGTH))
     there = torch.arange(LENGTH) < 2 + torch.arange(n)[:, None] % (LENGTH - 1)
     return torch.where(there, ids, PAD), there.long()
@@ -36,7 +36,7 @@ def next_tokens(n):
 
 
 def shifted_loss(output, batch):
-    """The next token's loss in the dtype of the logits; the models' own is float32."""
+    """Compute the loss of the next token in the dtype of the logits; the models' own is float32."""
     return token_loss(output.logits[:, :-1], batch["labels"][:, 1:])
 
 

@@ -1,4 +1,4 @@
-"""Linear layers on inputs of every rank, and matrix products that are no layer."""
+"""Linear layers on inputs of any number of dimensions, and matrix products without a layer."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ def mlp(width=6, bias=True, activation=nn.Tanh):
 
 
 def of_a_constant():
-    """A layer that no sample enters: its gradient comes from its output alone."""
+    """Build a layer whose input is constant: its gradient comes from its output alone."""
     run = lambda net, x: net.out(x * net.bias_of(net.grid).sum(0))
     net = Net(run, bias_of=mlp(3), out=nn.Linear(5, 4))
     return buffered(net, grid=torch.randn(6, 3))
@@ -24,7 +24,7 @@ def of_a_vector():
 
 
 def per_sample_weights():
-    """A layer whose weight is made of the sample itself."""
+    """Build a layer whose weight is computed from the sample."""
 
     def run(net, x):
         weight = net.make(x).unflatten(1, (4, 6))
@@ -39,7 +39,7 @@ def einsum():
 
 
 def mixer():
-    """Linear layers along either axis: inputs that are not contiguous."""
+    """Build linear layers along either axis, so that inputs are not contiguous."""
 
     def run(net, x):
         x = x + net.across(x.transpose(1, 2)).transpose(1, 2)
@@ -54,7 +54,7 @@ def addmm():
 
 
 def broadcast_input():
-    """One row of the input seen by many outputs: an expanded input of stride 0."""
+    """Build a layer with an expanded input of stride 0: many outputs share one row of the input."""
     run = lambda net, x: net.a(x[:, None].expand(-1, 3, -1)) * net.b
     return Net(run, a=nn.Linear(6, 5), b=parameter(3, 1))
 
@@ -70,7 +70,7 @@ def bilinear():
 
 
 def written_in_place():
-    """In-place operations on what a layer returned, and on views of it."""
+    """Build in-place operations on the output of a layer, and on views of it."""
 
     def run(net, x):
         h = net.a(x).mul_(2.0)

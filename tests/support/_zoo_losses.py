@@ -1,4 +1,4 @@
-"""Losses and batches: extra outputs, labels left out, contrasts, dicts and keywords."""
+"""Losses and batches: extra outputs, omitted labels, contrasts, dicts and keywords."""
 
 import torch
 import torch.nn.functional as F
@@ -16,20 +16,20 @@ def with_aux(output, y):
 
 
 def contrast(output, y):
-    """InfoNCE within the microbatch: every sample is the others' negative."""
+    """Compute InfoNCE within the microbatch: the other samples are the negatives."""
     a, b = F.normalize(output, dim=1).chunk(2, 1)
     return F.cross_entropy(a @ b.t() / 0.3, torch.arange(len(output)))
 
 
 def pairwise(output, y):
-    """A loss over all pairs, with a mean over those that differ in class."""
+    """Compute a loss over all pairs, with a mean over pairs of different classes."""
     distance = (output[:, None] - output[None]).square().sum(-1)
     differ = (y[:, None] != y[None]).to(output.dtype)
     return (distance * differ).sum() / differ.sum().clamp(min=1)
 
 
 def summed(output, y):
-    """No mean at all, and a weight decay written into the loss."""
+    """Compute a sum instead of a mean, with weight decay in the loss."""
     return F.cross_entropy(output, y, reduction="sum", label_smoothing=0.1)
 
 
@@ -42,19 +42,19 @@ def class_weights(classes=5):
 
 
 def weighted(output, y):
-    """Weighted classes, one of them left out, smoothed labels."""
+    """Weight the classes, omit one of them, and smooth the labels."""
     options = {"weight": class_weights(), "ignore_index": 3, "label_smoothing": 0.2}
     return F.cross_entropy(output, y, **options)
 
 
 def sample_by_sample(output, y):
-    """A loss per sample, put together by hand."""
+    """Compute a loss per sample, and stack the losses."""
     losses = F.cross_entropy(output, y, reduction="none")
     return (losses * (1 + torch.arange(len(y)))).mean()
 
 
 def alone(output, y):
-    """The first sample of each microbatch, without an axis for it."""
+    """Use the first sample of each microbatch, without an axis for it."""
     return F.cross_entropy(output[0], y[0]) + F.nll_loss(output[0].log_softmax(0), y[0])
 
 
@@ -63,29 +63,29 @@ def nll(output, y):
 
 
 def probable(output, y):
-    """Probabilities instead of classes."""
+    """Use probabilities instead of classes."""
     targets = F.one_hot(y, 5).to(output.dtype) * 0.8 + 0.04
     return F.cross_entropy(output, targets)
 
 
 def segmentation(output, y):
-    """A class for every place of a map."""
+    """Use a class for every place of a map."""
     places = (y[:, None, None] + torch.arange(5)[:, None] + torch.arange(5)) % 4
     return F.cross_entropy(output, places, ignore_index=2, weight=class_weights(4))
 
 
 def of_no_sample(output, y):
-    """No label is left, and nothing to sum over."""
+    """Omit every label: the sum is over nothing."""
     return F.cross_entropy(output, torch.full_like(y, -100), reduction="sum") + output.sum()
 
 
 def of_small_numbers(output, y):
-    """Classes as bytes, which index as a mask does where nobody looks."""
+    """Use classes as bytes, which index as a mask does."""
     return F.cross_entropy(output, y.to(torch.uint8), weight=class_weights())
 
 
 class OwnLoss(nn.Module):
-    """Keyword arguments in, an object with .loss out."""
+    """A model with its own loss: keyword arguments in, an object with .loss out."""
 
     def __init__(self):
         super().__init__()
@@ -105,7 +105,7 @@ def keyword_batch(n):
 
 
 def labels_left_out(n):
-    """Token labels of which every sample leaves out another number."""
+    """Make token labels; every sample omits another number of them."""
     ids, labels = tokens()(n)
     labels[torch.arange(6) >= 1 + torch.arange(n)[:, None] % 6] = -100
     return ids, labels
@@ -123,7 +123,7 @@ def mapping_inputs(n):
 
 
 def indexed():
-    """Slices, rolls, masks and sorts that depend on no value."""
+    """Use slices, rolls, masks and sorts that depend on no value."""
 
     def run(net, x):
         h = net.a(x)
@@ -135,7 +135,7 @@ def indexed():
 
 
 class FreeBuffers(nn.Module):
-    """Buffers that take part and carry no gradient: a table, a mask, a counter never used."""
+    """Buffers without gradient in the computation: a table, a mask, an unused counter."""
 
     def __init__(self):
         super().__init__()

@@ -10,7 +10,7 @@ SEVERAL = ((2, 4), (3, 3))  # BatchNorm's derivative is all rounding where it se
 
 
 def around(norm, dims=2):
-    """A normalisation between two linear or convolutional layers."""
+    """Build a normalisation between two linear or convolutional layers."""
 
     def build():
         layer = {1: nn.Linear, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
@@ -21,7 +21,7 @@ def around(norm, dims=2):
 
 
 def sequence_norm(norm):
-    """A BatchNorm or InstanceNorm over (n, C, L)."""
+    """Build a BatchNorm or InstanceNorm over (n, C, L)."""
     return lambda: nn.Sequential(nn.Conv1d(4, 6, 2), norm(), nn.Tanh(), nn.Conv1d(6, 3, 2))
 
 
@@ -31,7 +31,7 @@ def bn_twice():
 
 
 def bn_mixed():
-    """One BatchNorm in training and one in evaluation, as in fine-tuning."""
+    """Build one BatchNorm in training and one in evaluation mode, as in fine-tuning."""
     run = lambda net, x: net.frozen(net.b(net.bn(net.a(x)).relu()))
     parts = {"a": nn.Conv2d(4, 6, 2), "bn": nn.BatchNorm2d(6), "b": nn.Conv2d(6, 3, 2)}
     net = Net(run, **parts, frozen=nn.BatchNorm2d(3))
@@ -40,7 +40,7 @@ def bn_mixed():
 
 
 def weight_standardised():
-    """Convolutions whose weights go through batch_norm, as timm's StdConv does."""
+    """Build convolutions whose weights pass through batch_norm, like timm's StdConv."""
 
     def run(net, x):
         for weight in (net.a, net.b):
@@ -53,7 +53,7 @@ def weight_standardised():
 
 
 def own_statistics():
-    """batch_norm called with running statistics that are the module's own buffers."""
+    """Build a call of batch_norm with running statistics that are the module's own buffers."""
 
     def run(net, x):
         return net.out(F.batch_norm(x, net.mean, net.var, net.weight, training=False))
@@ -63,7 +63,7 @@ def own_statistics():
 
 
 def rows_and_columns():
-    """LayerNorm over two axes, then over one, without weights in between."""
+    """Build LayerNorm over two axes, then over one, without weights in between."""
 
     def run(net, x):
         h = F.layer_norm(net.a(net.both(x)), (6,))

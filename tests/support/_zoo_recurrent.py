@@ -10,7 +10,7 @@ T, D, H = 5, 4, 6
 
 
 def recurrent(kind, **options):
-    """The outputs and the last hidden state of every layer, batch first or not."""
+    """Build a model of the outputs and the last hidden state of every layer, batch first or not."""
 
     def run(net, x):
         first = net.rnn.batch_first
@@ -23,7 +23,7 @@ def recurrent(kind, **options):
 
 
 def given_state(kind):
-    """A first state that is learnt, the same for all samples."""
+    """Build a recurrent network with a trained first state, the same for all samples."""
 
     def run(net, x):
         state = net.h.expand(-1, len(x), -1).contiguous()
@@ -46,7 +46,7 @@ def cell(kind):
 
 
 def packed():
-    """Sequences of several lengths."""
+    """Build a recurrent network of packed sequences of several lengths."""
 
     def run(net, x, lengths):
         packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)

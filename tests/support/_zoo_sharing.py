@@ -1,4 +1,4 @@
-"""Parameters in odd places: shared, bare, frozen, unused, made of others."""
+"""Unusual parameters: shared, bare, frozen, unused, computed from others."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from _zoo_case import Case, Net, frozen, inputs, parameter
 
 
 def twice():
-    """A module used twice, its weight outside of it, and a parameter never used."""
+    """Build a module that is used twice, also by its weight alone, with an unused parameter."""
 
     def run(net, x):
         h = net.a(net.a(x).tanh())
@@ -27,13 +27,13 @@ def two_names():
 
 
 def tied_transposed():
-    """An autoencoder that reads its first weight backwards."""
+    """Build an autoencoder whose decoder is its transposed first weight."""
     run = lambda net, x: F.linear(net.a(x).tanh(), net.a.weight.t(), net.bias)
     return Net(run, a=nn.Linear(6, 4), bias=parameter(6))
 
 
 def split_weight():
-    """One weight cut into three, each part in its own product."""
+    """Build a model with one weight cut into three, each part in its own product."""
 
     def run(net, x):
         a, b, c = net.qkv.chunk(3)
@@ -43,7 +43,7 @@ def split_weight():
 
 
 def token_and_scale():
-    """A class token, a position embedding, and a scale of shape ()."""
+    """Build a model with a class token, a position embedding, and a scale of shape ()."""
 
     def run(net, x):
         x = torch.cat([net.cls.expand(len(x), -1, -1), x], 1) + net.place
@@ -60,20 +60,20 @@ def token_and_scale():
 
 
 def blocks(*prefixes):
-    """Three layers with some of their parameters frozen."""
+    """Build three layers with some of their parameters frozen."""
     layers = [nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)]
     return frozen(nn.Sequential(*layers), *prefixes)
 
 
 def low_rank_weight():
-    """LoRA as a change of weight."""
+    """Build LoRA as a change of weight."""
     run = lambda net, x: net.out(F.linear(x, net.w + net.a @ net.b).tanh())
     net = Net(run, w=parameter(6, 6), a=parameter(6, 2), b=parameter(2, 6), out=nn.Linear(6, 3))
     return frozen(net, "w", "out")
 
 
 def low_rank_adapter():
-    """LoRA as a second path beside a frozen layer."""
+    """Build LoRA as a second path next to a frozen layer."""
     run = lambda net, x: net.out((net.base(x) + 2.0 * net.up(net.down(x))).tanh())
     net = Net(
         run,
@@ -99,7 +99,7 @@ def checkpointed():
 
 
 def experts():
-    """A soft mixture of experts, all parameters in two tensors."""
+    """Build a soft mixture of experts with all parameters in two tensors."""
 
     def run(net, x):
         gate = net.gate(x).softmax(-1)
@@ -110,7 +110,7 @@ def experts():
 
 
 def squeezed():
-    """Squeeze and excitation, layer scale, and a residual path that is a view."""
+    """Build squeeze and excitation, layer scale, and a residual path that is a view."""
 
     def run(net, x):
         h = net.conv(x)

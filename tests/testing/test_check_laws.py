@@ -1,4 +1,4 @@
-"""A link that breaks a law is found out, and what is said names the law."""
+"""`check_laws`: a transform that breaks a law fails, and the error names the law."""
 
 import subprocess
 import sys

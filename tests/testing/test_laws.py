@@ -1,4 +1,4 @@
-"""Every law is broken by a transform of every kind once, and each breach is found."""
+"""Every law, broken once by a transform of every kind: each breach is found."""
 
 from dataclasses import dataclass, replace
 

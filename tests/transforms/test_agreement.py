@@ -1,4 +1,4 @@
-"""agree_filter against the sequential rule, written out."""
+"""`agree_filter` against the sequential rule, written out."""
 
 from functools import cache
 

@@ -1,4 +1,4 @@
-"""agree_filter(average="halving") against the authors' own package, step for step."""
+"""`agree_filter(average="halving")` against the authors' package, step by step."""
 
 from functools import cache
 

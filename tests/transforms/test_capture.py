@@ -1,4 +1,4 @@
-"""capture: the step as a CUDA graph. What needs no GPU is tested with stand-ins for its parts."""
+"""`capture`: the step as a CUDA graph, tested without a GPU by stand-ins for its parts."""
 
 import pytest
 import torch

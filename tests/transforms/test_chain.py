@@ -1,4 +1,4 @@
-"""Chains: what is refused when built and when called, and what they compose to."""
+"""Chains: refusals when they are built and when they are called, and their composition."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What is said of wrong arguments: what was expected, what was found, what to write instead."""
+"""Errors about wrong arguments: the expected value, the found value, and the fix."""
 
 import warnings
 

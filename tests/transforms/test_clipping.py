@@ -1,4 +1,4 @@
-"""agc_clip against timm and against a loop over units."""
+"""`agc_clip` against timm and against a loop over units."""
 
 import pytest
 import torch

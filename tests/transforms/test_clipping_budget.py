@@ -1,4 +1,4 @@
-"""budget_clip against its formula, found by bisection instead of sorting."""
+"""`budget_clip` against its formula, solved by bisection instead of sorting."""
 
 import pytest
 import torch

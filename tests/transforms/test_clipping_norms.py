@@ -1,4 +1,4 @@
-"""clip_per_row and clip_by_global_norm against their formulas."""
+"""`clip_per_row` and `clip_by_global_norm` against their formulas."""
 
 import pytest
 import torch

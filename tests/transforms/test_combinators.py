@@ -1,4 +1,4 @@
-"""masked, partition, freeze, gate, ema_params, named: each against what it replaces."""
+"""masked, partition, freeze, gate, ema_params and named, against chains without them."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""consensus_filter against its definition, with and without the M x M matrix."""
+"""`consensus_filter` against its definition, with and without the (M, M) matrix."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Hyperparameters of a chain as a flat dict."""
+"""The hyperparameters of a chain as a flat dict."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The plain reducers and finite_filter against their definitions."""
+"""The plain reducers and `finite_filter` against their definitions."""
 
 import pytest
 import torch

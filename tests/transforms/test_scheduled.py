@@ -1,4 +1,4 @@
-"""Schedules at work: in update rules, and through `scheduled` in any link."""
+"""Schedules in update rules, and in any transform by `scheduled`."""
 
 import functools
 import inspect

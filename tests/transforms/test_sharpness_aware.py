@@ -1,4 +1,4 @@
-"""sam_perturb against SAM, ASAM and GSAM's adaptive form, written out on flat vectors."""
+"""`sam_perturb` against SAM, ASAM and GSAM's adaptive form, written out on flat vectors."""
 
 import pytest
 import torch

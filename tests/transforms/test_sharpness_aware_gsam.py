@@ -1,4 +1,4 @@
-"""gsam_decompose: the formula, its identities, and its place in a chain."""
+"""`gsam_decompose`: its formula, its identities, and its place in a chain."""
 
 import pytest
 import torch

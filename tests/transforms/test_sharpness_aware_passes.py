@@ -1,4 +1,4 @@
-"""What the second pass of sam_perturb sees: batch, random numbers, buffers, or a grad_fn."""
+"""The second pass of `sam_perturb`: its batch, random numbers, buffers, or a `grad_fn`."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""train_step, select and state dictionaries."""
+"""`train_step`, `select` and state dictionaries."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The update rules against torch.optim over 100 steps."""
+"""The update rules against `torch.optim` over 100 steps."""
 
 from itertools import product
 

@@ -1,4 +1,4 @@
-"""Updates that apply themselves in one kernel: when, with what result, and in whose memory."""
+"""Donated updates, applied by one kernel: their conditions, results and memory."""
 
 import pytest
 import torch

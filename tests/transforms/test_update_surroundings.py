@@ -1,4 +1,4 @@
-"""Updates under autocast, with requires_grad, with odd bools, and built from odd parts."""
+"""Updates under autocast, with requires_grad, with unusual bools, and from unusual parts."""
 
 import pytest
 import torch

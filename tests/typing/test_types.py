@@ -1,4 +1,4 @@
-"""What a user's type checker knows: `pyright` in strict mode, on two scripts of this folder."""
+"""The types that a user's type checker finds: pyright in strict mode, on two scripts here."""
 
 import json
 import os

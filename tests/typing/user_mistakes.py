@@ -1,4 +1,4 @@
-"""Mistakes that a type checker finds before the script runs. Nothing here is ever called."""
+"""Mistakes that a type checker finds before the script runs. Nothing here is called."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""A script as a user would write it: type checkers find no fault in it, and know its types."""
+"""A script of a user: type checkers find no error in it, and infer its types."""
 
 from typing import reveal_type
 

@@ -1,4 +1,4 @@
-"""Half precision, layer by layer: dtypes as outside of a plan, rows as good as a plain pass's."""
+"""Half precision, layer by layer: dtypes and errors are those of a plain backward pass."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What a factor takes to answer: never many times what it holds, and never another answer."""
+"""The memory that factors take to answer, and their answers against the rows."""
 
 import weakref
 

@@ -1,4 +1,4 @@
-"""Rows at parameters of their own, some at a time."""
+"""Rows at separate parameters, computed in chunks."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Random layers under plan "fused": every row its own numbers, the same ones for ever."""
+"""Dropout under plan "fused": every row has its own random numbers, which later passes repeat."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the fused plan cannot run: a message that names it, and the loop under plan "auto"."""
+"""Losses that plan "fused" cannot run: an error that names the cause, and the loop under "auto"."""
 
 import warnings
 

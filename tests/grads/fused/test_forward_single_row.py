@@ -1,4 +1,4 @@
-"""One row alone: an ordinary pass, so that nothing is refused and no rule is needed."""
+"""A stack of one row: an ordinary pass, without overrides and refusals."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Layers of random shapes and options under plan "fused": every question as the loop answers it."""
+"""Layers of random shapes and options under plan "fused": the answers are those of the loop."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What is made of a fused stack: scaled, cut, elsewhere, row by row; and how long it answers."""
+"""Stacks derived from a fused stack, and the memory that a stack frees after its last answer."""
 
 import gc
 

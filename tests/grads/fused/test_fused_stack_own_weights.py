@@ -1,4 +1,4 @@
-"""Rows at weights of their own: SAM per microbatch, through every layer that has a rule."""
+"""Rows at separate weights: SAM per microbatch, through every layer that has an override."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What surrounds a fused pass: modes, memory, the generators, the module, the user's graph."""
+"""Grad modes, generators, the module and the graph of the user around a fused pass."""
 
 import copy
 

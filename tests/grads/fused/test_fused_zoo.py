@@ -1,4 +1,4 @@
-"""Every model of the zoo, every question, in several orders: plan "fused" against the loop."""
+"""Every model of the zoo and every question, in several orders: plan "fused" against the loop."""
 
 import copy
 import re

@@ -1,4 +1,4 @@
-"""Modules that cannot run over all rows at once run row by row; everything else does."""
+"""Modules that cannot run over all rows at once run row by row; all other modules run once."""
 
 import copy
 import pickle

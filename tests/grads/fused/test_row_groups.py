@@ -1,4 +1,4 @@
-"""Losses that ask their rows for values of Python: one pass over each group that answers alike."""
+"""Losses that read Python values of their rows: one pass for each group of equal values."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""Every mode a leaf may be answered in, forced on every kind of layer: one answer."""
+"""Every mode of a leaf, forced on every kind of layer: the answers are equal."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which samples a step sees, and how many steps an epoch has."""
+"""The samples of a step, and the number of steps of an epoch."""
 
 from fractions import Fraction
 

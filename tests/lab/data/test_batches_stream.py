@@ -1,4 +1,4 @@
-"""What augmentation makes of a batch, and the stream that delivers batch after batch."""
+"""Augmented batches, and the stream that delivers batch after batch."""
 
 import multiprocessing
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Data sets that need no file: what is in them, how they are split, which labels are wrong."""
+"""Data sets without files: their content, their splits, and their wrong labels."""
 
 import numpy as np
 import pytest

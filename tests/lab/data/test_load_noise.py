@@ -1,4 +1,4 @@
-"""Label noise: how many labels are wrong, which, and what they become; labels that people gave."""
+"""Label noise: the number of wrong labels, their samples and values; labels from files."""
 
 import io
 import pickle

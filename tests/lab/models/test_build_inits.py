@@ -1,4 +1,4 @@
-"""Weight initialisations: what each draws, sets to zero and leaves alone."""
+"""Weight initialisations: the parameters that each draws, sets to zero, or leaves unchanged."""
 
 import math
 

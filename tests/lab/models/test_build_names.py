@@ -1,4 +1,4 @@
-"""Names of models, and the one line that says what is wrong with a wish."""
+"""Names of models, and the one-line errors about models that cannot be built."""
 
 import pytest
 import torch

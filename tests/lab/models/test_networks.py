@@ -1,4 +1,4 @@
-"""The models of the lab against their layers written out."""
+"""The models of the lab against their layers, written out."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The command gradfilter report: its page, its files, and the numbers in them."""
+"""The command `gradfilter report`: its page, its files, and the numbers in them."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""The command gradfilter report where something is missing, unfinished, odd or there already."""
+"""`gradfilter report` with missing, unfinished, unusual or existing files."""
 
 import ast
 import json

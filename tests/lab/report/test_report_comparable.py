@@ -1,4 +1,4 @@
-"""Only what is comparable is averaged, drawn together or shown as one number."""
+"""Only comparable trainings are averaged, drawn together, or shown as one number."""
 
 import json
 import math

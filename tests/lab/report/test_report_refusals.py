@@ -1,4 +1,4 @@
-"""Bad input of gradfilter report: one clear line each, and nothing of others overwritten."""
+"""Bad input of `gradfilter report`: one clear line for each; other files are not overwritten."""
 
 import json
 

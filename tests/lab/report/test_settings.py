@@ -1,4 +1,4 @@
-"""What becomes of several runs: groups, means, bands, and figures that can be read."""
+"""Several trainings: their groups, means and bands, and figures that are readable."""
 
 import math
 import statistics

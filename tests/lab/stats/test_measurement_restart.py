@@ -1,4 +1,4 @@
-"""Measurements in parts, by hand, by several processes, and after they were cut short."""
+"""Measurements in parts: by hand, by several processes, and after an interruption."""
 
 import errno
 import os

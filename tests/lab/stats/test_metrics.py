@@ -1,4 +1,4 @@
-"""Every metric against its formula, written slowly, one sample at a time."""
+"""Every metric against its formula, one sample at a time."""
 
 import math
 from dataclasses import replace

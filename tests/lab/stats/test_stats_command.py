@@ -1,4 +1,4 @@
-"""`gradfilter stats` on a run that `gradfilter train` made."""
+"""`gradfilter stats` on a run of `gradfilter train`."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What `gradfilter stats` refuses before anything is computed, and which checkpoints it takes."""
+"""Options that `gradfilter stats` refuses before it computes, and the checkpoints that it finds."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Every option of stats changes what is measured, or is refused, beside every other one."""
+"""Every option of stats changes the measurement, or is refused, alone and with other options."""
 
 import dataclasses
 from typing import get_args

@@ -1,4 +1,4 @@
-"""The files of a measurement: their names, what is in them, and how parts become a whole."""
+"""The files of a measurement: their names, their content, and how parts are joined."""
 
 import json
 from dataclasses import replace

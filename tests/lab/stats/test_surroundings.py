@@ -1,4 +1,4 @@
-"""Where around an image metrics are taken: shifts, and images without singular values."""
+"""Points around an image: shifted images, and images without some singular values."""
 
 import numpy as np
 import pytest

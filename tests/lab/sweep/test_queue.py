@@ -1,4 +1,4 @@
-"""Who trains what, when workers are killed at the worst moments and meet at the same one."""
+"""The queue of a study, with workers that are killed or that claim at the same moment."""
 
 import os
 import subprocess

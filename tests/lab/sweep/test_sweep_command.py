@@ -1,4 +1,4 @@
-"""`gradfilter sweep`: what it asks for, what it refuses, and what it makes of a training."""
+"""`gradfilter sweep`: the trainings that it starts, its refusals, and its results."""
 
 import contextlib
 import csv

@@ -1,4 +1,4 @@
-"""`gradfilter sweep`: options that are merged, refused, or agreed on with those who joined."""
+"""Options of `gradfilter sweep`: merged, refused, or equal for all that join a study."""
 
 import json
 from pathlib import Path

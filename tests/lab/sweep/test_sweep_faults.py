@@ -1,4 +1,4 @@
-"""A sweep when something breaks: a worker, the machine or the database."""
+"""A sweep during faults of a worker, the machine or the database."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Workers as processes: one is killed in the middle of a training, all are interrupted."""
+"""Workers as processes: one is killed during a training, or all are interrupted."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Ctrl-C in a sweep, whenever it comes."""
+"""Ctrl-C in a sweep, at any time."""
 
 import signal
 

@@ -1,4 +1,4 @@
-"""The workers of one command: told, ended with it, and given their share of the machine."""
+"""The workers of one command: they are signalled, they end with it, and they share its cores."""
 
 import os
 import signal

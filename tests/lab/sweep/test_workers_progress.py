@@ -1,4 +1,4 @@
-"""A sweep that is not on a terminal: one plain line per training, as soon as it ends."""
+"""A sweep without a terminal: one plain line per training, as soon as the training ends."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A bit that flips in a file of a run changes no number without a word."""
+"""A flipped bit in a file of a run is reported, or changes no number."""
 
 import io
 import random

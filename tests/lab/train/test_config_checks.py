@@ -1,4 +1,4 @@
-"""Every option changes the training, or is refused: alone, and beside every other one."""
+"""Every option changes the training, or is refused, alone and with every other option."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The line about a training that people read: which parts it has, and when."""
+"""The progress line of a training: its parts, and when each is shown."""
 
 import math
 import re

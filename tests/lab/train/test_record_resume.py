@@ -1,4 +1,4 @@
-"""A run that was killed and resumed is the run that was never killed, bit for bit."""
+"""A run that was killed and resumed equals the uninterrupted run, bit for bit."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""`gradfilter train`: what is counted, scheduled, measured and written."""
+"""`gradfilter train`: its counts, schedules, measurements and files."""
 
 import json
 import math

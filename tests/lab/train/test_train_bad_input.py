@@ -1,4 +1,4 @@
-"""What is wrong with a training is one clear line, exit code 2, and nothing is written over."""
+"""Bad input of a training: one clear line, exit code 2, and no file is overwritten."""
 
 import errno
 import io

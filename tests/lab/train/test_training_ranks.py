@@ -1,4 +1,4 @@
-"""Several processes of one training: they decide alike, and go on alike."""
+"""Several processes of one training: they take equal decisions, and resume equally."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""BatchNorm under plan "fused": running statistics to the last bit, and every odd use of it."""
+"""BatchNorm under plan "fused": running statistics are bit-equal to those of the loop."""
 
 import pytest
 import torch

@@ -1,8 +1,8 @@
-"""Every rule: how often it is taken, and what becomes of the result without it.
+"""Every operation override: how often it is used, and the result without it.
 
-Without a rule an operation runs under vmap as it is. For most that costs time only. Needed for the
-right result are `embedding`, since vmap masks `padding_idx` in the first row alone and says
-nothing, and, since vmap cannot run them at all, `rnn` and `batch_norm` with running statistics.
+Without its override an operation runs under vmap, which for most operations only takes longer.
+Three overrides are necessary. `embedding`: vmap masks `padding_idx` in the first row alone, without
+an error. `rnn`, and `batch_norm` with running statistics: vmap cannot run them.
 """
 
 import pytest

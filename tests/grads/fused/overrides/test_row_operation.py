@@ -1,4 +1,4 @@
-"""The autograd function that all overrides share, with a small operation of the test's own."""
+"""The autograd function that all overrides share, with a small operation defined here."""
 
 from dataclasses import dataclass
 

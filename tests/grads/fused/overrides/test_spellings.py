@@ -1,4 +1,4 @@
-"""One operation under all its names: every rule holds for each of them, or the name is refused."""
+"""All names of one operation: its override handles each of them, or the name is refused."""
 
 import functools
 import warnings
