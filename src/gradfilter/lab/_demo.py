@@ -235,7 +235,7 @@ def _train_all(
     def log(name: str, run: Training) -> None:
         sync_ranks(run)
         measured.append(Measured(name, run.config.seed, evaluation(run)))
-        run.totals = no_totals(device)  # the next evaluation covers the steps from here on
+        run.totals = no_totals(run.device)  # the next evaluation covers the steps from here on
         run.epoch_seconds = 0.0
         if folder is not None:
             append_json_line(folder / "metrics.jsonl", as_metrics_line(measured[-1]))

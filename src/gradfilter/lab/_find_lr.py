@@ -213,29 +213,42 @@ def run_rate_test(command: FindLrCommand, tick: Callable[[], None]) -> tuple[Rat
     check_values(config)
     run = build_training(config, usable_device(config.device), lr=_schedule(rates))
     run.model.train()
-    skipped = 0
+    step = _CountedStep(run, tick)
+    with precision(config, run.device):
+        found = find_learning_rate(step, run.state, rates)
+    return found, step.skipped
 
-    def step(state: State, number: int, rate: float) -> tuple[State, float]:
-        nonlocal skipped
-        del rate  # the schedule has it
-        state, info = run.step(state, _batch(run, number), count=number)
-        skipped += not info["keep"].item()
-        tick()
+
+@dataclass
+class _CountedStep:
+    """The step of a training, for `find_learning_rate`.
+
+    Attributes:
+        run: The training, with a schedule of the rates.
+        tick: Called after every step.
+        skipped: The number of steps that were skipped so far.
+    """
+
+    run: Training
+    tick: Callable[[], None]
+    skipped: int = 0
+
+    def __call__(self, state: State, number: int, rate: float) -> tuple[State, float]:
+        """Run one step; the schedule has its rate."""
+        state, info = self.run.step(state, self._batch(number), count=number)
+        self.skipped += not info["keep"].item()
+        self.tick()
         return state, info["loss"].item()
 
-    with precision(config, run.device):
-        return find_learning_rate(step, run.state, rates), skipped
-
-
-def _batch(run: Training, number: int) -> tuple[Tensor, Tensor]:
-    (batch,) = batches(
-        run.data.train,
-        run.order(number, number + 1),
-        augment=run.augment,
-        seed=run.config.seed,
-        first_step=number,
-    )
-    return batch
+    def _batch(self, number: int) -> tuple[Tensor, Tensor]:
+        (batch,) = batches(
+            self.run.data.train,
+            self.run.order(number, number + 1),
+            augment=self.run.augment,
+            seed=self.run.config.seed,
+            first_step=number,
+        )
+        return batch
 
 
 def _schedule(rates: Sequence[float]) -> gf.Schedule:

@@ -82,13 +82,23 @@ def shuffled(n: int, *, batch_size: int, seed: int) -> Order:
     """
     _check_size(batch_size)
     check(batch_size <= n, "--batch-size", f"at most {n}, the samples", batch_size, "Lower it.")
-    used = n // batch_size * batch_size
+    return _Shuffled(n, batch_size, seed)
 
-    def indices(start: int, stop: int) -> Tensor:
-        drawn = _rounds(np.arange(n), used, start * batch_size, stop * batch_size, seed, "shuffled")
-        return torch.from_numpy(drawn).view(-1, batch_size)
 
-    return indices
+@dataclass(frozen=True)
+class _Shuffled:
+    """The order of `shuffled`."""
+
+    n: int
+    batch_size: int
+    seed: int
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        size = self.batch_size
+        used = self.n // size * size
+        everyone = np.arange(self.n)
+        drawn = _rounds(everyone, used, start * size, stop * size, self.seed, "shuffled")
+        return torch.from_numpy(drawn).view(-1, size)
 
 
 def class_balanced(
@@ -128,15 +138,36 @@ def class_balanced(
                 ". Use less label noise or more data, or omit the option."
             )
 
-    def indices(start: int, stop: int) -> Tensor:
-        draws = start * microbatches * per_class, stop * microbatches * per_class
-        by_class = np.stack(
-            [_rounds(own, len(own), *draws, seed, "balanced", c) for c, own in enumerate(members)]
-        )
-        steps = rearrange(by_class, "c (s i m) -> s (i c m)", i=microbatches, m=per_class)
-        return torch.from_numpy(np.ascontiguousarray(steps))
+    return _ClassBalanced(members, microbatches, per_class, seed)
 
-    return indices
+
+@dataclass(frozen=True, eq=False)
+class _ClassBalanced:
+    """The order of `class_balanced`.
+
+    Attributes:
+        members: The samples of every class.
+        microbatches: Number of microbatches.
+        per_class: Number of samples per class in every microbatch.
+        seed: Seed of the order.
+    """
+
+    members: Sequence[NDArray[np.int64]]
+    microbatches: int
+    per_class: int
+    seed: int
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        per_step = self.microbatches * self.per_class  # of every class
+        draws = start * per_step, stop * per_step
+        by_class = np.stack(
+            [
+                _rounds(own, len(own), *draws, self.seed, "balanced", c)
+                for c, own in enumerate(self.members)
+            ]
+        )
+        steps = rearrange(by_class, "c (s i m) -> s (i c m)", i=self.microbatches, m=self.per_class)
+        return torch.from_numpy(np.ascontiguousarray(steps))
 
 
 def _rounds(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,7 +13,9 @@ from torch.nn import functional as F
 
 import gradfilter as gf
 from gradfilter import diagnostics
+from gradfilter._types import Params, Tree
 from gradfilter.diagnostics._jacobian import Normalization
+from gradfilter.lab.data._samples import Data
 from gradfilter.lab.stats._recorder import Measure, Values
 from gradfilter.lab.stats._stats_config import MetricName, StatsConfig
 from gradfilter.lab.train._restore import Restored
@@ -188,16 +191,27 @@ def normalised(
 # --- Metrics of a whole batch: agreement of its gradients, sharpness of its loss ---
 
 
+@dataclass(frozen=True, eq=False)
+class _CheckpointLoss:
+    """The loss of a network as a pure function, and the parameters and buffers of a checkpoint."""
+
+    loss: Callable[..., Any]
+    params: Params
+    buffers: Tree
+
+    @classmethod
+    def of(cls, restored: Restored) -> _CheckpointLoss:
+        """Return the loss at a checkpoint."""
+        return cls(gf.model_loss(restored.model, F.cross_entropy), *gf.extract(restored.model))
+
+
 def agreement(config: StatsConfig, restored: Restored) -> Measure:
     """Measure mean pairwise cosine of microbatch gradients, simple noise scale, and its parts.
 
     B = batch size / M samples make a row. A last batch that is too short has fewer rows, and
     samples that do not fill a row are omitted. With fewer than two rows the numbers are NaN.
     """
-    loss, (params, buffers) = (
-        gf.model_loss(restored.model, F.cross_entropy),
-        gf.extract(restored.model),
-    )
+    at = _CheckpointLoss.of(restored)
     size = config.batch_size // config.microbatches
 
     def measure(images: Tensor, labels: Tensor, ids: Tensor) -> Values:
@@ -205,7 +219,7 @@ def agreement(config: StatsConfig, restored: Restored) -> Measure:
         if count < 2:
             return Values(images.new_full((1, 4), torch.nan))
         batch = images[: count * size], labels[: count * size]
-        rows = gf.microbatch_grads(loss, count)(params, batch, buffers=buffers)
+        rows = gf.microbatch_grads(at.loss, count)(at.params, batch, buffers=at.buffers)
         noise = diagnostics.noise_scale(rows, size)
         cosine = diagnostics.agreement(rows)
         return Values(torch.stack([cosine, noise.samples, noise.trace, noise.sq_norm])[None])
@@ -215,26 +229,23 @@ def agreement(config: StatsConfig, restored: Restored) -> Measure:
 
 def sharpness(config: StatsConfig, restored: Restored) -> Measure:
     """Measure f(w + e) − f(w), and the top eigenvalue and the trace of the parameters' Hessian."""
-    loss, (params, buffers) = (
-        gf.model_loss(restored.model, F.cross_entropy),
-        gf.extract(restored.model),
-    )
+    at = _CheckpointLoss.of(restored)
 
     def measure(images: Tensor, labels: Tensor, ids: Tensor) -> Values:
         batch = images, labels
-        rise = diagnostics.sharpness(loss, params, batch, config.rho, buffers=buffers)
+        rise = diagnostics.sharpness(at.loss, at.params, batch, config.rho, buffers=at.buffers)
         (start,) = seeds(config.mc_sample_seed, "start", ids[:1])
         (probe,) = seeds(config.mc_sample_seed, "probes", ids[:1])
         top = diagnostics.hessian_top(
-            loss,
-            params,
+            at.loss,
+            at.params,
             batch,
-            buffers=buffers,
+            buffers=at.buffers,
             iterations=config.num_power_iters,
             seed=start,
         )
         trace = diagnostics.hessian_trace(
-            loss, params, batch, buffers=buffers, probes=config.num_probes, seed=probe
+            at.loss, at.params, batch, buffers=at.buffers, probes=config.num_probes, seed=probe
         )
         return Values(torch.stack([rise, top.value, trace.value])[None], top.residual)
 
@@ -296,7 +307,7 @@ def _tangent_jacobian(config: StatsConfig, restored: Restored) -> Measure:
         logits = logits_of(restored.model, images)
         return normalised(logits, labels, config.normalization, config.target_logit_only)
 
-    return _tangent(config, restored, outputs)
+    return _Tangent(config, restored.data, outputs)
 
 
 def _tangent_hessian(config: StatsConfig, restored: Restored) -> Measure:
@@ -310,21 +321,29 @@ def _tangent_hessian(config: StatsConfig, restored: Restored) -> Measure:
             chunk_size=_chunk_size(config, restored),
         )
 
-    return _tangent(config, restored, jacobian)
+    return _Tangent(config, restored.data, jacobian)
 
 
-def _tangent(
-    config: StatsConfig, restored: Restored, function: Callable[[Tensor, Tensor], Tensor]
-) -> Measure:
-    mean, std = restored.data.mean, restored.data.std
+@dataclass(frozen=True, eq=False)
+class _Tangent:
+    """Measure the change of a function from an image to slightly recoloured copies.
 
-    def measure(images: Tensor, labels: Tensor, ids: Tensor) -> Values:
-        copies = jittered(images, ids, mean, std, config.mc_sample_seed)
+    Attributes:
+        config: Settings of the metric.
+        data: The data set, for its normalisation.
+        function: (images (N, c, h, w), labels (N,)) -> (N, ...), sample by sample.
+    """
+
+    config: StatsConfig
+    data: Data
+    function: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, images: Tensor, labels: Tensor, ids: Tensor) -> Values:
+        seed, legacy_scale = self.config.mc_sample_seed, self.config.legacy_scale
+        copies = jittered(images, ids, self.data.mean, self.data.std, seed)
         return Values(
-            difference_quotient(lambda x: function(x, labels), images, copies, config.legacy_scale)
+            difference_quotient(lambda x: self.function(x, labels), images, copies, legacy_scale)
         )
-
-    return measure
 
 
 def _loss_gradient(config: StatsConfig, restored: Restored) -> Measure:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -113,38 +113,72 @@ def recorder(
     """
     anchors = strategy(config.gen_strategy, config.num_directions)
     labels = samples.clean if config.restored_targets else samples.labels
+    return _Recorder(config, samples, labels, measure, anchors)
 
-    def record(start: int, stop: int) -> StatsRecord:
-        places = torch.arange(start, stop, device=labels.device)
-        images, targets, ids = samples.images.fetch(places), labels[places], samples.ids[places]
-        residuals: list[Tensor] = []
 
-        def numbers(around: Tensor) -> Tensor:
-            values = measure(around, targets, ids)
-            if values.residual is not None:
-                residuals.append(values.residual.max())
-            return values.numbers
+@dataclass(frozen=True, eq=False)
+class _Recorder:
+    """The function that `recorder` returns.
 
+    Attributes:
+        config: Settings.
+        samples: Samples of the split.
+        labels: The labels to measure against.
+        measure: The metric.
+        anchors: Maps images to their anchors; None to measure at the images themselves.
+    """
+
+    config: StatsConfig
+    samples: Samples
+    labels: Tensor
+    measure: Measure
+    anchors: Anchors | None
+
+    def __call__(self, start: int, stop: int) -> StatsRecord:
+        places = torch.arange(start, stop, device=self.labels.device)
+        images, ids = self.samples.images.fetch(places), self.samples.ids[places]
+        metric = _OfImages(self.measure, self.labels[places], ids)
         distances: Nested = None
-        if anchors is None:
-            stats = numbers(images)
+        if self.anchors is None:
+            stats = metric(images)
         else:
-            path = along(numbers, images, anchors)
-            if config.raw_path:
+            path = along(metric, images, self.anchors)
+            if self.config.raw_path:
                 stats, distances = path.values, without_nan(path.distances.tolist())
             else:
                 means = path_means(path)
-                stats = means if config.cumulative else means[:, -1]
-        worst = torch.stack(residuals).max().item() if residuals else None
+                stats = means if self.config.cumulative else means[:, -1]
+        worst = torch.stack(metric.residuals).max().item() if metric.residuals else None
         return StatsRecord(
             start,
             stop,
             ids.tolist(),
-            targets.tolist(),
-            samples.clean[places].tolist(),
+            metric.labels.tolist(),
+            self.samples.clean[places].tolist(),
             without_nan(stats.tolist()),
             distances,
             None if worst is None else without_nan(worst),
         )
 
-    return record
+
+@dataclass(frozen=True, eq=False)
+class _OfImages:
+    """A metric as a function of the images alone.
+
+    Attributes:
+        measure: The metric.
+        labels: Labels of the samples. (N,)
+        ids: Indices of the samples. (N,)
+        residuals: The largest residual of every call that had one.
+    """
+
+    measure: Measure
+    labels: Tensor
+    ids: Tensor
+    residuals: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        values = self.measure(images, self.labels, self.ids)
+        if values.residual is not None:
+            self.residuals.append(values.residual.max())
+        return values.numbers

@@ -133,15 +133,15 @@ def svd_anchors(images: Tensor, strengths: Sequence[int], directions: int) -> Te
     wide = images.to(torch.promote_types(images.dtype, torch.float32))
     left, values, right = torch.linalg.svd(wide, full_matrices=False)
     scaled_left = left * values[..., None, :]
-
-    def without(strength: int, direction: int) -> Tensor:
-        start, end = svd_window(strength, direction, values.shape[-1])
-        # Subtracting the window is exact for the rest; summing the rest would round.
-        part = scaled_left[..., start:end] @ right[..., start:end, :]
-        kept: Tensor = wide - part
-        return kept.to(images.dtype)
-
-    return torch.stack([torch.stack([without(s, i) for s in strengths]) for i in range(directions)])
+    anchors = images.new_empty((directions, len(strengths), *images.shape))
+    for direction in range(directions):
+        for place, strength in enumerate(strengths):
+            start, end = svd_window(strength, direction, values.shape[-1])
+            # Subtracting the window is exact for the rest; summing the rest would round.
+            anchors[direction, place] = (
+                wide - scaled_left[..., start:end] @ right[..., start:end, :]
+            )
+    return anchors
 
 
 # --- Strategies by name ---
