@@ -177,18 +177,30 @@ def make_rows(params: Params, seed: int = 1, rows: int = M) -> Tree:
 
 def make_stack(params: Params, rows: Tree) -> DenseStack:
     """Make a stack with known gradients at other parameters: g_m(p') = g_m + (p' − p) / 2."""
-
-    def evaluate(elsewhere: Params, per_row: bool, kept: Collection[str]) -> DenseStack:
-        moved = {
-            name: g + 0.5 * (elsewhere[name] - params[name] + torch.zeros_like(g))
-            for name, g in rows.items()
-        }
-        return DenseStack(moved, losses=losses + 1, origin=origin)
-
     count = len(next(iter(rows.values())))
     losses = torch.arange(count, dtype=torch.float32, device=_tree.device_of(params))
-    origin = StackOrigin(count, params, evaluate)
-    return DenseStack(rows, losses=losses, origin=origin)
+    known = _KnownGradients(params, rows, losses)
+    return DenseStack(rows, losses=losses, origin=known.origin)
+
+
+@dataclass(frozen=True, eq=False)
+class _KnownGradients:
+    """The gradients of `make_stack`, with losses that are larger by 1 at other parameters."""
+
+    params: Params
+    rows: Tree
+    losses: Tensor
+
+    @property
+    def origin(self) -> StackOrigin:
+        return StackOrigin(len(self.losses), self.params, self.at)
+
+    def at(self, elsewhere: Params, per_row: bool, kept: Collection[str]) -> DenseStack:
+        moved = {
+            name: g + 0.5 * (elsewhere[name] - self.params[name] + torch.zeros_like(g))
+            for name, g in self.rows.items()
+        }
+        return DenseStack(moved, losses=self.losses + 1, origin=self.origin)
 
 
 @dataclass(frozen=True)
