@@ -195,23 +195,24 @@ log = logging.getLogger("gradfilter.sweep")
 def beating(rdb: RDBStorage, trial_id: int, seconds: float) -> Iterator[None]:
     """Record a heartbeat of a trial every `seconds` seconds; the first was just recorded."""
     over = threading.Event()
-
-    def beat() -> None:
-        try:
-            while not over.wait(seconds):
-                try:
-                    rdb.record_heartbeat(trial_id)
-                except FAULTS as error:
-                    # A storage that is briefly out of reach causes at most a takeover, which the
-                    # lock of the run directory refuses.
-                    log.warning("no heartbeat: %s", error)
-        finally:
-            rdb.remove_session()
-
-    thread = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=_beat, args=(rdb, trial_id, seconds, over), daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join()
+
+
+def _beat(rdb: RDBStorage, trial_id: int, seconds: float, over: threading.Event) -> None:
+    """Record heartbeats until the event."""
+    try:
+        while not over.wait(seconds):
+            try:
+                rdb.record_heartbeat(trial_id)
+            except FAULTS as error:
+                # A storage that is briefly out of reach causes at most a takeover, which the
+                # lock of the run directory refuses.
+                log.warning("no heartbeat: %s", error)
+    finally:
+        rdb.remove_session()

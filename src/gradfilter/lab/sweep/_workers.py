@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -179,31 +180,49 @@ def run_workers(queue: Queue, options: Sequence[str], jobs: int, folder: Path) -
             logs.append(log)
         console = Console(stderr=True)
         with progress_bar(console, "trainings", queue.plan.trials, len(known)) as tick:
-
-            def report() -> None:
-                with suppress(*FAULTS):  # a database may be briefly out of reach
-                    for trial in _closed(queue):
-                        if trial.number not in known:
-                            known.add(trial.number)
-                            tick()
-                            if not console.is_terminal:
-                                reason = trial.user_attrs.get("reason")
-                                result = _result(queue, trial.value, reason)
-                                print(_told(queue, trial, result), flush=True)
-
+            results = _Results(queue, known, tick, lines=not console.is_terminal)
             while any(worker.poll() is None for worker in workers):
                 if stopped():
                     while not _interrupted(workers, AGAIN):
                         pass
                     return False
                 time.sleep(JOB_POLL)
-                report()
-            report()  # those that ended after the last look
+                results.show_new()
+            results.show_new()  # those that ended after the last look
         for worker, log in zip(workers, logs, strict=True):
             if worker.returncode not in (0, 1):
                 ended = f"a worker ended with exit code {worker.returncode}: {log}"
                 print(printable(ended), file=sys.stderr)
     return True
+
+
+@dataclass(frozen=True)
+class _Results:
+    """The results of all workers, each of which is shown once.
+
+    Attributes:
+        queue: Queue of the study.
+        known: Numbers of the trainings that were shown, or finished before.
+        tick: Called for each one, to advance the bar.
+        lines: Whether to print a line for each one.
+    """
+
+    queue: Queue
+    known: set[int]
+    tick: Callable[[], None]
+    lines: bool
+
+    def show_new(self) -> None:
+        """Show the trainings that have finished since the last call."""
+        with suppress(*FAULTS):  # a database may be briefly out of reach
+            for trial in _closed(self.queue):
+                if trial.number not in self.known:
+                    self.known.add(trial.number)
+                    self.tick()
+                    if self.lines:
+                        reason = trial.user_attrs.get("reason")
+                        result = _result(self.queue, trial.value, reason)
+                        print(_told(self.queue, trial, result), flush=True)
 
 
 def worker_options(options: Sequence[str], device: str) -> list[str]:

@@ -351,6 +351,35 @@ def train(config: TrainConfig) -> int:
         return 0 if train_to_the_end(run, Watch(), stopped) else stop.exit_code
 
 
+@dataclass
+class _Evaluations:
+    """Record and log the evaluations of a training, with one warning if the loss is not finite.
+
+    Attributes:
+        run: The training.
+        record: The files of the run.
+        track: Records the numbers for the trackers.
+        last: The last evaluation, or None before the first.
+        warned: Whether the warning was given.
+    """
+
+    run: Training
+    record: RunRecord
+    track: Track
+    last: Evaluation | None = None
+    warned: bool = False
+
+    def add(self, evaluation: Evaluation) -> None:
+        """Record and log the next evaluation."""
+        self.record.write_evaluation(evaluation)
+        self.track(evaluation.step, asdict(evaluation))
+        log.info(shown(evaluation))
+        self.last = evaluation
+        if not self.warned and (why := why_not_finite(self.run, evaluation)):
+            log.warning(why)
+            self.warned = True
+
+
 def recorded(run: Training, place: Path, resumes: bool, stopped: Callable[[], bool]) -> bool:
     """Train, write the files of the run, and print the result.
 
@@ -364,8 +393,6 @@ def recorded(run: Training, place: Path, resumes: bool, stopped: Callable[[], bo
         Whether the training is over.
     """
     config, facts = run.config, facts_of(run)
-    last: list[Evaluation] = []
-    warned = False
     with ExitStack() as stack:
         console = stack.enter_context(logging_to(config.log_level))
         record = RunRecord(place, facts)
@@ -379,21 +406,11 @@ def recorded(run: Training, place: Path, resumes: bool, stopped: Callable[[], bo
         record.start(run)
         first = run.done + 1 if run.done else 0
         track = stack.enter_context(trackers(config, place, facts["settings"], first))
+        evaluations = _Evaluations(run, record, track)
         status = "failed"
         try:
             with progress_bar(console, config.model, run.total_steps, run.done) as tick:
-
-                def evaluated(evaluation: Evaluation) -> None:
-                    nonlocal warned
-                    record.write_evaluation(evaluation)
-                    track(evaluation.step, asdict(evaluation))
-                    log.info(shown(evaluation))
-                    last[:] = [evaluation]
-                    if not warned and (why := why_not_finite(run, evaluation)):
-                        log.warning(why)
-                        warned = True
-
-                watch = Watch(evaluated, record.write_checkpoint, record.save_point, tick)
+                watch = Watch(evaluations.add, record.write_checkpoint, record.save_point, tick)
                 over = train_to_the_end(run, watch, stopped)
                 status = "finished" if over else "interrupted"
         except KeyboardInterrupt:
@@ -404,9 +421,9 @@ def recorded(run: Training, place: Path, resumes: bool, stopped: Callable[[], bo
     if not over:
         where = f"continue with --resume: {printable(place)}"
         print(f"interrupted after step {run.done} of {run.total_steps}; {where}")
-    elif last:
+    elif evaluations.last is not None:
         # The log ends with the same numbers, and may be on the same screen.
-        print(f"last: {shown(last[0])}\nwrote {printable(place)}")
+        print(f"last: {shown(evaluations.last)}\nwrote {printable(place)}")
     if why := why_all_skipped(run):
         print(why, file=sys.stderr)
     return over
