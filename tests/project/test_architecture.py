@@ -306,20 +306,11 @@ def closures(table):
 COMPREHENSIONS = {"genexpr", "listcomp", "setcomp", "dictcomp", "<genexpr>"}
 
 
-# The folders in which no function closes over more than two things.
-NAMED_STATE = {
-    "grads",
-    "schedules",
-    "transforms",
-}
-
-
 def test_state_is_named():
     """A function that would close over more than two things is a class with named fields."""
     found = [
         (path.name, name, sorted(free))
         for path in FILES
-        if path.relative_to(SOURCE).parts[0] in NAMED_STATE
         for name, free in closures(symtable.symtable(path.read_text(), path.name, "exec"))
         if len(free) > 2
     ]

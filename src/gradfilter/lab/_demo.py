@@ -244,10 +244,12 @@ def _train_all(
         total = config.steps * config.seeds
         rows = {m.name: progress.add_task(m.label, total=total) for m in METHODS}
         for seed in range(config.seed, config.seed + config.seeds):
-            runs = {m.name: _begun(train_config(m, config, seed), device, ranks) for m in METHODS}
+            runs = {
+                m.name: _build_run(train_config(m, config, seed), device, ranks) for m in METHODS
+            }
             for name, run in runs.items():
                 log(name, run)
-            _take_turns(
+            _train_in_turns(
                 runs,
                 config.steps,
                 stopped=stopped,
@@ -263,7 +265,7 @@ def _train_all(
     return measured
 
 
-def _begun(config: TrainConfig, device: torch.device, ranks: Ranks) -> Training:
+def _build_run(config: TrainConfig, device: torch.device, ranks: Ranks) -> Training:
     run = build_training(config, device, ranks)
     state, totals, skipped = run.state, run.totals, run.skipped
     # The first step also loads code, so it is not timed; its results are discarded.
@@ -273,7 +275,7 @@ def _begun(config: TrainConfig, device: torch.device, ranks: Ranks) -> Training:
     return run
 
 
-def _take_turns(
+def _train_in_turns(
     runs: Mapping[str, Training],
     steps: int,
     *,

@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import hessian, jacrev
 
 from _stats_case import CHANNELS, CLASSES, SIDE, network, restored
-from gradfilter.lab.stats._metrics import MEASURES, grey, jittered, measure_of, seeds, uniform
+from gradfilter.lab.stats._metrics import MEASURES, grey_image, jittered, measure_of, seeds, uniform
 from gradfilter.lab.stats._recorder import recorder
 from gradfilter.lab.stats._stats_config import METRICS, StatsConfig
 from gradfilter.lab.stats._stats_files import origin
@@ -135,7 +135,7 @@ def test_jitter_of_grey_images_and_of_numbers_that_are_no_colours():
     images = torch.tensor([[-3.0, 5.0], [0.2, 1.0]])[:, None, None]
     copies = jittered(images, ids, zero, one, 0)
     assert copies.shape == (4, 2, 1, 1, 2)
-    assert torch.equal(grey(images), images)
+    assert torch.equal(grey_image(images), images)
     assert (copies - images).abs().max() < 0.2  # not clamped to [0, 1]
     assert copies.max() <= 5 and copies[:, 1].max() <= 1
     assert (copies != images).any()

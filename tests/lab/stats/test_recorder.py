@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradfilter.lab.stats._recorder import Along, along, path_means
+from gradfilter.lab.stats._recorder import AnchoredMetric, measure_at_anchors, path_means
 from gradfilter.lab.stats._surroundings import STRATEGIES, strategy
 
 AROUND = [name for name in STRATEGIES if name != "none"]
@@ -32,7 +32,7 @@ def test_means_are_trapezoids_by_length(samples, directions, n, seed):
     values = images(samples, directions, n + 1, seed=seed)
     distances = images(samples, directions, n, seed=seed + 1).abs()
     distances[..., 0] *= seed % 2  # paths that begin with, or are, a point
-    found = path_means(Along(values, distances))
+    found = path_means(AnchoredMetric(values, distances))
     assert found.shape == (samples, n)
     for i in range(samples):
         for j in range(n):
@@ -43,7 +43,9 @@ def test_means_are_trapezoids_by_length(samples, directions, n, seed):
 @pytest.mark.parametrize("name", AROUND)
 def test_constant_metric_gives_itself(name):
     constant = torch.tensor([2.0, -3.0], dtype=torch.float64)
-    found = path_means(along(lambda x: constant, images(2, 1, 8, 8), strategy(name, 4)))
+    found = path_means(
+        measure_at_anchors(lambda x: constant, images(2, 1, 8, 8), strategy(name, 4))
+    )
     assert torch.allclose(found, constant[:, None], rtol=1e-14)
 
 
@@ -55,7 +57,7 @@ def test_linear_metric_gives_the_exact_trapezoid(name):
         return (x * weight).sum((1, 2, 3))
 
     anchors = strategy(name, 3)
-    found = path_means(along(linear, image, anchors))[:, -1]
+    found = path_means(measure_at_anchors(linear, image, anchors))[:, -1]
     # The integral of a linear function over a segment is its value at the middle.
     for i in range(2):
         expected = 0
@@ -72,14 +74,16 @@ def test_one_anchor_gives_the_euclidean_mean(name):
     metric = lambda x: (x**2).mean((1, 2, 3)).sin()
     anchors = strategy(name, 5)
     expected = sum((metric(image) + metric(a[0])) / 2 for a in anchors(image)) / 5
-    found = path_means(along(metric, image, anchors))
+    found = path_means(measure_at_anchors(metric, image, anchors))
     assert torch.allclose(found[:, 0], expected, rtol=1e-12)
 
 
 def test_paths_of_no_length_give_the_value_at_the_image():
     flat = torch.ones(2, 1, 8, 8, dtype=torch.float64)  # shifts do not change it
     flat[1] *= 7
-    found = path_means(along(lambda x: x.sum((1, 2, 3)), flat, strategy("shifts-path", 4)))
+    found = path_means(
+        measure_at_anchors(lambda x: x.sum((1, 2, 3)), flat, strategy("shifts-path", 4))
+    )
     assert torch.equal(found, torch.tensor([[64.0] * 4, [448.0] * 4], dtype=torch.float64))
 
 
@@ -90,7 +94,7 @@ def test_the_image_itself_is_evaluated_once():
         seen.append(x)
         return x.sum((1, 2, 3))
 
-    found = along(metric, image, strategy("svd-path", 3))
+    found = measure_at_anchors(metric, image, strategy("svd-path", 3))
     assert len(seen) == 1 + 3 * 6
     assert sum(torch.equal(x, image) for x in seen) == 1
     assert found.values.shape == (2, 3, 7) and found.distances.shape == (2, 3, 6)
@@ -100,17 +104,19 @@ def test_the_image_itself_is_evaluated_once():
 def test_values_and_distances_are_in_order():
     image = images(2, 1, 32, 32)
     anchors = strategy("shifts-path", 2)(image)
-    found = along(lambda x: x[:, 0, 3, 4], image, strategy("shifts-path", 2))
+    found = measure_at_anchors(lambda x: x[:, 0, 3, 4], image, strategy("shifts-path", 2))
     assert found.values[1, 1, 3] == anchors[1, 2, 1, 0, 3, 4]
     assert found.distances[1, 1, 0] == (anchors[1, 0, 1] - image[1]).norm()
     assert found.distances[1, 1, 3] == (anchors[1, 3, 1] - anchors[1, 2, 1]).norm()
 
 
 def test_running_means_end_with_the_mean_of_shorter_paths():
-    path = along(lambda x: (x**2).sum((1, 2, 3)), images(2, 1, 32, 32), strategy("svd-path", 2))
+    path = measure_at_anchors(
+        lambda x: (x**2).sum((1, 2, 3)), images(2, 1, 32, 32), strategy("svd-path", 2)
+    )
     running = path_means(path)
     for n in range(1, 7):
-        shorter = Along(path.values[..., : n + 1], path.distances[..., :n])
+        shorter = AnchoredMetric(path.values[..., : n + 1], path.distances[..., :n])
         assert torch.equal(path_means(shorter)[:, -1], running[:, n - 1])
 
 
@@ -118,5 +124,5 @@ def test_a_value_that_is_no_number_stays_in_its_sample():
     def metric(x):
         return torch.tensor([float("nan"), 1.0], dtype=torch.float64)
 
-    found = path_means(along(metric, images(2, 1, 8, 8), strategy("1px-shifts", 2)))
+    found = path_means(measure_at_anchors(metric, images(2, 1, 8, 8), strategy("1px-shifts", 2)))
     assert found[0].isnan().all() and found[1] == pytest.approx(1.0)

@@ -12,7 +12,7 @@ import pytest
 
 from gradfilter.lab.sweep import _attended
 from gradfilter.lab.sweep import _workers as _jobs
-from gradfilter.lab.sweep._workers import _end, _environment, _interrupted, _leave_politely
+from gradfilter.lab.sweep._workers import _end, _environment, _exit_on_signals, _interrupted
 
 DEAF_ONCE = """
 import signal, sys, time
@@ -90,7 +90,7 @@ def test_all_workers_have_their_last_words_at_the_same_time(started, monkeypatch
 def test_a_polite_kill_and_a_closed_terminal_are_an_exit(number):
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stop, ExitStack() as stack:
-        _leave_politely(stack)
+        _exit_on_signals(stack)
         os.kill(os.getpid(), number)
         time.sleep(1)
     assert stop.value.code == 128 + number
@@ -102,7 +102,7 @@ def test_nohup_is_left_as_it_is():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with ExitStack() as stack:
-            _leave_politely(stack)
+            _exit_on_signals(stack)
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:

@@ -279,7 +279,7 @@ def raw_batches(
         _Rows(images.source, [row.cpu().numpy() for row in rows]),
         batch_size=None,  # an item is a batch
         num_workers=min(workers, len(rows)),
-        worker_init_fn=_unasked,
+        worker_init_fn=_ignore_signals,
         pin_memory=images.device.type == "cuda",
         generator=torch.Generator(),  # otherwise it would draw from the global generator
     )
@@ -289,7 +289,7 @@ def raw_batches(
         yield on_device(loaded, images.device)
 
 
-def _unasked(worker: int) -> None:
+def _ignore_signals(worker: int) -> None:
     """Ignore Ctrl-C and SIGTERM, which all processes receive, in a loader process.
 
     The main process ends its loaders, and they end when it is gone.

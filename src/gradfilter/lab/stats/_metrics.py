@@ -91,15 +91,15 @@ def jittered(images: Tensor, ids: Tensor, mean: Tensor, std: Tensor, seed: int) 
     for j in range(COPIES):
         brightness, contrast, saturation = factors[:, j, :, None, None, None].unbind(1)
         copy = (raw * brightness).clamp(low, high)
-        copy = torch.lerp(grey(copy).mean((1, 2, 3), keepdim=True), copy, contrast)
+        copy = torch.lerp(grey_image(copy).mean((1, 2, 3), keepdim=True), copy, contrast)
         copy = copy.clamp(low, high)
         if raw.shape[1] == len(LUMA):
-            copy = torch.lerp(grey(copy), copy, saturation).clamp(low, high)
+            copy = torch.lerp(grey_image(copy), copy, saturation).clamp(low, high)
         copies.append((copy - mean) / std)
     return torch.stack(copies)
 
 
-def grey(raw: Tensor) -> Tensor:
+def grey_image(raw: Tensor) -> Tensor:
     """Return the brightness of every pixel. (N, c, h, w) -> (N, 1, h, w)."""
     if raw.shape[1] != len(LUMA):
         return raw.mean(1, keepdim=True)
@@ -260,7 +260,7 @@ def measure_of(config: StatsConfig, restored: Restored) -> Measure:
     return MEASURES[config.metric](config, restored)
 
 
-def _of_outputs(
+def _metric_of_outputs(
     function: Callable[[Tensor, Tensor], Tensor],
 ) -> Callable[[StatsConfig, Restored], Measure]:
     def make(config: StatsConfig, restored: Restored) -> Measure:
@@ -389,9 +389,9 @@ def _chunk_size(config: StatsConfig, restored: Restored) -> int | None:
 
 
 MEASURES: Mapping[MetricName, Callable[[StatsConfig, Restored], Measure]] = {
-    "crossentropy": _of_outputs(crossentropy),
-    "accuracy": _of_outputs(accuracy),
-    "confidence": _of_outputs(confidence),
+    "crossentropy": _metric_of_outputs(crossentropy),
+    "accuracy": _metric_of_outputs(accuracy),
+    "confidence": _metric_of_outputs(confidence),
     "jacobian": _jacobian,
     "jacobian_operator_norm": _operator_norm,
     "tangent_jacobian": _tangent_jacobian,

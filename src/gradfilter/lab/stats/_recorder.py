@@ -18,7 +18,7 @@ from gradfilter.lab.stats._surroundings import Anchors, strategy
 
 
 @dataclass(frozen=True)
-class Along:
+class AnchoredMetric:
     """A metric at an image and at its anchors, and the distances between them.
 
     Attributes:
@@ -30,7 +30,9 @@ class Along:
     distances: Tensor
 
 
-def along(measure: Callable[[Tensor], Tensor], images: Tensor, anchors: Anchors) -> Along:
+def measure_at_anchors(
+    measure: Callable[[Tensor], Tensor], images: Tensor, anchors: Anchors
+) -> AnchoredMetric:
     """Evaluate a metric at images and at their anchors, 1 + K · n times.
 
     Args:
@@ -46,7 +48,9 @@ def along(measure: Callable[[Tensor], Tensor], images: Tensor, anchors: Anchors)
     for row in anchors(images):  # (n, N, c, h, w), K times
         values.append(torch.stack([base, *(measure(anchor) for anchor in row)]))
         distances.append(torch.stack([_distance(a, b) for a, b in pairwise([images, *row])]))
-    return Along(*(torch.stack(t).cpu().double().movedim(-1, 0) for t in (values, distances)))
+    return AnchoredMetric(
+        *(torch.stack(t).cpu().double().movedim(-1, 0) for t in (values, distances))
+    )
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
@@ -55,7 +59,7 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
     return apart  # (N,)
 
 
-def path_means(along: Along) -> Tensor:
+def path_means(along: AnchoredMetric) -> Tensor:
     """Compute the mean over K paths of the metric's mean along each, up to every anchor.
 
     A path's mean is the trapezoid rule over its segments, divided by its length,
@@ -142,7 +146,7 @@ class _Recorder:
         if self.anchors is None:
             stats = metric(images)
         else:
-            path = along(metric, images, self.anchors)
+            path = measure_at_anchors(metric, images, self.anchors)
             if self.config.raw_path:
                 stats, distances = path.values, without_nan(path.distances.tolist())
             else:

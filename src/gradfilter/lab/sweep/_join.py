@@ -134,7 +134,7 @@ def joined_study(plan: Plan, storage: str | None, heartbeat: int) -> Iterator[Qu
 
 
 def _study(storage: Storage, plan: Plan, heartbeat: int) -> optuna.Study:
-    with storage.turn():
+    with storage.locked():
         study = optuna.create_study(
             storage=storage.rdb,
             study_name=plan.base.name,

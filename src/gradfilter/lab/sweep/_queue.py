@@ -211,7 +211,7 @@ def claim(queue: Queue, worker: str, avoid: Container[int] = ()) -> FrozenTrial 
     Returns:
         The trial, or None if none is available now.
     """
-    with queue.storage.turn():
+    with queue.storage.locked():
         _repair(queue)
         trials = queue.trials()
         waiting = [
@@ -233,13 +233,13 @@ def claim(queue: Queue, worker: str, avoid: Container[int] = ()) -> FrozenTrial 
 
 def count_unfinished(queue: Queue) -> int:
     """Return how many trials are running or waiting."""
-    with queue.storage.turn():
+    with queue.storage.locked():
         return sum(trial.state in OPEN for trial in queue.trials())
 
 
 def requeue(queue: Queue, number: int, worker: str) -> None:
     """Return a trial to the queue, unless another worker has taken it over."""
-    with queue.storage.turn():
+    with queue.storage.locked():
         if _is_held_by(queue, number, worker):
             trial_id = queue.trial_id(number)
             _forget_reason(queue, trial_id)
@@ -253,7 +253,7 @@ def finish(queue: Queue, number: int, worker: str, outcome: Outcome) -> bool:
     Returns:
         False if another worker has taken it over; that worker then finds the finished run.
     """
-    with queue.storage.turn():
+    with queue.storage.locked():
         if not _is_held_by(queue, number, worker):
             return False
         trial_id = queue.trial_id(number)
@@ -270,7 +270,7 @@ def enqueue(queue: Queue, *, retry_failed: bool) -> None:
         queue: Queue of a joined study.
         retry_failed: Also queue failed trials again.
     """
-    with queue.storage.turn():
+    with queue.storage.locked():
         _repair(queue)
         if retry_failed:
             for trial in queue.trials():

@@ -48,7 +48,7 @@ class Storage:
     shown: str
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Lock the queue, so that one worker at a time changes it; the lock ends with the process.
 
         SQLite cannot lock a row for reading, and optuna reads and writes in two steps there, so a
@@ -192,7 +192,7 @@ log = logging.getLogger("gradfilter.sweep")
 
 
 @contextmanager
-def beating(rdb: RDBStorage, trial_id: int, seconds: float) -> Iterator[None]:
+def heartbeats(rdb: RDBStorage, trial_id: int, seconds: float) -> Iterator[None]:
     """Record a heartbeat of a trial every `seconds` seconds; the first was just recorded."""
     over = threading.Event()
     thread = threading.Thread(target=_beat, args=(rdb, trial_id, seconds, over), daemon=True)

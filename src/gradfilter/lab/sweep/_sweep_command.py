@@ -138,7 +138,7 @@ def groups_of(plan: Plan, trials: Sequence[FrozenTrial]) -> list[TrialGroup]:
 
 def write_results(queue: Queue, folder: Path) -> None:
     """Write ``study.csv`` and ``study.json`` atomically, with a line per training."""
-    with queue.storage.turn():  # several workers may end at the same time
+    with queue.storage.locked():  # several workers may end at the same time
         rows = rows_of(queue.plan, queue.trials())
         names = [axis.name for axis in queue.plan.axes]
         text = io.StringIO()

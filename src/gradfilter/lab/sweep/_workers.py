@@ -32,7 +32,7 @@ from gradfilter.lab.sweep._queue import (
     outcome_of,
     requeue,
 )
-from gradfilter.lab.sweep._storage import FAULTS, beating
+from gradfilter.lab.sweep._storage import FAULTS, heartbeats
 from gradfilter.lab.sweep._sweep_config import split
 from gradfilter.lab.train._progress import progress_bar
 
@@ -86,7 +86,7 @@ def work(queue: Queue, say: Callable[[str], None]) -> bool:
                     if isinstance(found, Unfinished)
                     else _result(queue, found.value, found.reason)
                 )
-                say(_told(queue, trial, result))
+                say(_result_line(queue, trial, result))
             else:
                 return False
     return False
@@ -105,7 +105,7 @@ def _trained(
     found: Outcome | Unfinished = Unfinished.INTERRUPTED
     try:
         if not stopped():
-            with beating(queue.storage.rdb, queue.trial_id(trial.number), queue.heartbeat):
+            with heartbeats(queue.storage.rdb, queue.trial_id(trial.number), queue.heartbeat):
                 found = outcome_of(queue.plan, queue.plan.config_of(trial.params))
         if isinstance(found, Outcome) and not finish(queue, trial.number, worker, found):
             found = Unfinished.TAKEN
@@ -118,7 +118,7 @@ def _trained(
     return found
 
 
-def _told(queue: Queue, trial: FrozenTrial, result: str) -> str:
+def _result_line(queue: Queue, trial: FrozenTrial, result: str) -> str:
     """Return the result of a training in one line without control characters."""
     settings = ", ".join(
         f"{axis.name} {axis.value(trial.params[axis.name])}" for axis in queue.plan.axes
@@ -162,7 +162,7 @@ def run_workers(queue: Queue, options: Sequence[str], jobs: int, folder: Path) -
     logs = []
     with ExitStack() as stack:
         stopped = stack.enter_context(interruptible())
-        _leave_politely(stack)
+        _exit_on_signals(stack)
         stack.callback(_end, workers)
         for index in range(jobs):
             log = folder / f"{socket.gethostname()}-{os.getpid()}-{index}.log"
@@ -222,7 +222,7 @@ class _Results:
                     if self.lines:
                         reason = trial.user_attrs.get("reason")
                         result = _result(self.queue, trial.value, reason)
-                        print(_told(self.queue, trial, result), flush=True)
+                        print(_result_line(self.queue, trial, result), flush=True)
 
 
 def worker_options(options: Sequence[str], device: str) -> list[str]:
@@ -261,16 +261,16 @@ def _closed(queue: Queue) -> list[FrozenTrial]:
     return [trial for trial in queue.trials() if trial.state not in OPEN]
 
 
-def _leave_politely(stack: ExitStack) -> None:
+def _exit_on_signals(stack: ExitStack) -> None:
     """Pass a scheduler's SIGTERM and a closed terminal on to the workers."""
     for number in (signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ())):
         before = signal.getsignal(number)
         if before is not signal.SIG_IGN:  # nohup ignores it
-            signal.signal(number, _leave)
+            signal.signal(number, _exit)
             stack.callback(signal.signal, number, before or signal.SIG_DFL)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
+def _exit(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 

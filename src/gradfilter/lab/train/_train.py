@@ -215,7 +215,7 @@ def _next_multiple(run: Training, done: int, every: float) -> int:
 # --- The loop: from mark to mark ---
 
 
-def _nothing(*_: Any) -> None:
+def _ignore(*_: Any) -> None:
     pass
 
 
@@ -230,10 +230,10 @@ class Watch:
         tick: Called after each step.
     """
 
-    evaluated: Callable[[Evaluation], None] = _nothing
-    checkpoint: Callable[[Training], None] = _nothing
-    point: Callable[[Training], None] = _nothing
-    tick: Callable[[], None] = _nothing
+    evaluated: Callable[[Evaluation], None] = _ignore
+    checkpoint: Callable[[Training], None] = _ignore
+    point: Callable[[Training], None] = _ignore
+    tick: Callable[[], None] = _ignore
 
 
 def train_to_the_end(run: Training, watch: Watch, stopped: Callable[[], bool]) -> bool:
@@ -269,7 +269,7 @@ def pass_mark(run: Training, watch: Watch) -> bool:
         Whether the training is over.
     """
     ended = is_epoch_end(run)
-    exits = ended and _exits_early(run.config.early_exit_accuracy, run.config.early_exit_loss)
+    exits = ended and _may_exit_early(run.config.early_exit_accuracy, run.config.early_exit_loss)
     watches = ended and run.config.schedule == "plateau"
     due = evaluation_is_due(run)
     measured = evaluation(run) if due or exits or watches else None
@@ -294,7 +294,7 @@ def pass_mark(run: Training, watch: Watch) -> bool:
     return over
 
 
-def _exits_early(accuracy: float | None, loss: float | None) -> bool:
+def _may_exit_early(accuracy: float | None, loss: float | None) -> bool:
     return accuracy is not None or loss is not None
 
 
