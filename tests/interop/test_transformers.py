@@ -186,6 +186,57 @@ def test_the_mean_of_all_rows_is_the_gradient_of_a_trainer(trainer, objective, m
     assert max(column(trained, "grad_norm")) > 0.1  # clipped
 
 
+class CountingLoss:
+    """A loss with a state of its own: row m sees the counter that row m - 1 left."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, outputs, labels, num_items_in_batch=None):
+        self.calls += 1
+        return self.calls * F.cross_entropy(outputs.logits, labels)
+
+
+class CountingTrainer(FilteredTrainer):
+    calls = 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.calls += 1
+        logits = model(input_ids=inputs["input_ids"]).logits
+        return self.calls * F.cross_entropy(logits, inputs["labels"])
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("where", ["compute_loss_func", "trainer"])
+def test_a_loss_that_counts_goes_from_row_to_row(trainer, where):
+    model, collator = classifier(), Recorded()
+    plain = copy.deepcopy(model)
+    own = where == "trainer"
+    options = {} if own else {"compute_loss_func": CountingLoss()}
+    trained = trainer(
+        model, labelled(2 * SIZE), gf.mean_rows(), cls=CountingTrainer if own else FilteredTrainer,
+        data_collator=collator, args={"max_steps": 2, "logging_steps": 1},
+        optimizers=sgd(model)[:2], **options,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match=rf"changes attribute 'criterion\.{where}\.calls'"):
+        trained.train()
+    optimizer, scheduler, _ = sgd(plain)
+    plain.train()
+    calls = 0
+    for batch in collator.batches:
+        optimizer.zero_grad()
+        for words, labels in zip(
+            batch["input_ids"].chunk(M), batch["labels"].chunk(M), strict=True
+        ):
+            calls += 1
+            loss = calls * F.cross_entropy(plain(input_ids=words).logits, labels)
+            (loss / M).backward()
+        optimizer.step()
+        scheduler.step()
+    close(model, plain)
+    assert (trained if own else options["compute_loss_func"]).calls == calls == 2 * M
+
+
 @pytest.mark.usefixtures("float64")
 def test_an_overriding_compute_loss_is_the_loss_of_a_microbatch(trainer):
     seen = []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from typing_extensions import override
 
 from gradfilter._types import Params
 from gradfilter.grads._loss import ModelLoss, insert
@@ -106,7 +108,7 @@ def step_gaf(
     batches = [on_device(part, home) for part in list_of_microbatches]
     model.train()
     params: Params = {name: p for name, p in view.named_parameters() if p.requires_grad}
-    loss = ModelLoss(view, _counting_correct(criterion), has_aux=True, in_place=True)
+    loss = _CountedLoss(view, criterion, in_place=True)
     plan: Plan = "loop" if has_compiled(model, criterion) else "auto"
     with renormalised(view):
         rows = _rows_of(loss, {name: p.detach() for name, p in params.items()}, batches, plan)
@@ -162,14 +164,16 @@ def on_device(part: Dataset[Any] | Pair, device: torch.device) -> Pair:
     return inputs.to(device), targets.to(device)
 
 
-def _counting_correct(criterion: Criterion) -> Callable[[Any, Tensor], tuple[Tensor, Tensor]]:
-    """Return a criterion that also counts the correctly classified samples."""
+@dataclass(frozen=True, eq=False)
+class _CountedLoss(ModelLoss):
+    """The pure loss of a module; its aux is the number of correctly classified samples, ()."""
 
-    def both(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
-        loss = criterion(outputs, targets)
-        return loss, correct_count(outputs, targets).float()  # half precision cannot count to 300
+    has_aux: bool = field(default=True, init=False)
 
-    return both
+    @override
+    def judge(self, output: Any, targets: Any) -> tuple[Any, Tensor]:
+        loss = super().judge(output, targets)
+        return loss, correct_count(output, targets).float()  # half precision cannot count to 300
 
 
 def correct_count(outputs: Any, targets: Tensor) -> Tensor:

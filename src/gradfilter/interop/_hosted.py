@@ -78,6 +78,7 @@ class Hosted(Filtered):
         microbatches: See `Filtered`.
         plan: See `Filtered`.
         memory_budget: See `Filtered`.
+        owners: Objects other than the model whose attributes the loss may change, by name.
 
     Attributes:
         kept: True if the host should make the last step; read from the device only once.
@@ -93,13 +94,14 @@ class Hosted(Filtered):
         *,
         plan: Plan,
         memory_budget: int | float,
+        owners: Mapping[str, Any] | None = None,
     ) -> None:
         """Check the arguments as `Filtered` does."""
         self.kept = False
         self._served = model, optimizer
         super().__init__(
             _with_loss(model, loss),
-            _loss_of_output,
+            _LossOfOutput(**(owners or {})),
             transforms,
             optimizer,
             microbatches,
@@ -186,8 +188,14 @@ def _with_loss(model: nn.Module, loss: HostLoss) -> nn.Module:
     return ModuleView(model, forward)
 
 
-def _loss_of_output(output: tuple[Tensor, dict[str, Tensor]], batch: Any) -> Any:
-    return output
+class _LossOfOutput:
+    """The criterion of a model that returns its loss; it holds the owners of other state."""
+
+    def __init__(self, **owners: Any) -> None:
+        vars(self).update(owners)
+
+    def __call__(self, output: tuple[Tensor, dict[str, Tensor]], batch: Any) -> Any:
+        return output
 
 
 class LossLog:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,6 +52,16 @@ def check_arguments(args: Any) -> None:
 
 
 STATE_FILE = "transforms.pt"
+
+
+@dataclass
+class _Metrics:
+    """The metrics of the steps since the last log, by name.
+
+    It is a separate object, because attributes of a trainer are restored after a pass.
+    """
+
+    since_log: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 class FilteredTrainer(Trainer):
@@ -137,7 +148,7 @@ class FilteredTrainer(Trainer):
         self._hosted: Hosted | None = None
         self._train_loader: Any = None
         self._items: Tensor | int | None = None
-        self._since: dict[str, list[Tensor]] = {}  # the last log
+        self._metrics = _Metrics()
         self._loss_log = LossLog("FilteredTrainer")
 
     @override
@@ -173,7 +184,7 @@ class FilteredTrainer(Trainer):
                 return torch.zeros_like(hosted.accumulate(batch))
             result = hosted.step(batch)
         for name, value in logged(result).items():
-            self._since.setdefault(name, []).append(value)
+            self._metrics.since_log.setdefault(name, []).append(value)
         return result.loss
 
     @override
@@ -184,9 +195,11 @@ class FilteredTrainer(Trainer):
                 self._loss_log.add(name, value)
             return
         if "loss" in logs:
-            means = {name: torch.stack(v).mean().item() for name, v in self._since.items()}
+            means = {
+                name: torch.stack(v).mean().item() for name, v in self._metrics.since_log.items()
+            }
             logs.update(means | logs)  # Trainer's own values take precedence
-            self._since = {}
+            self._metrics.since_log = {}
         super().log(logs, start_time)
 
     def check_batches(self) -> None:
@@ -224,6 +237,7 @@ class FilteredTrainer(Trainer):
                 self.microbatches,
                 plan=self.plan,
                 memory_budget=self.memory_budget,
+                owners={"trainer": self, "compute_loss_func": self.compute_loss_func},
             )
         return self._hosted
 
