@@ -74,8 +74,7 @@ Plan = Literal["auto", "loop", "vmap", "fused"]
 class GradFunction:
     """The gradients of a loss: ``(params, batch, *, buffers=None) -> ComputedStack``.
 
-    `microbatch_grads` and `per_sample_grads` make it; nobody else needs its constructor. The
-    fields are their checked arguments.
+    Made by `microbatch_grads` and `per_sample_grads`, whose checked arguments are its fields.
 
     Attributes:
         loss: The loss.

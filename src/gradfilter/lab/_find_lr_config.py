@@ -67,7 +67,7 @@ HEADINGS: Mapping[str, Sequence[str]] = {
 
 
 def parse_find_lr(options: Sequence[str]) -> FindLrCommand:
-    """Read the options; those of train come from a preset, a file and the environment, too.
+    """Read the options; those of train also come from a preset, a file and the environment.
 
     Raises:
         UsageError: An option is wrong, or it would have no effect.

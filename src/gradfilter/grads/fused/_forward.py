@@ -71,7 +71,7 @@ MASKED_BY_HAND: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 CHECKPOINTS = (
-    "activation checkpointing (or whatever else hooks on saved tensors) inside the loss cannot "
+    "activation checkpointing (or other code with hooks on saved tensors) inside the loss cannot "
     "run over all rows at once"
 )
 
