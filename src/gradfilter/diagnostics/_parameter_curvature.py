@@ -298,7 +298,7 @@ def sharpness(
     device = _tree.device_of(params)
     _check_precision(params)
     # Both passes use the same random numbers and module state, which are restored afterwards.
-    moment = CallContext.now(device, at.loss.modules)
+    moment = CallContext.now(device, at.loss.modules, attributes=at.loss.attributes)
     with moment.restored():
         value, gradient, _ = at.gradient(params)
     with moment.restored(), torch.no_grad():

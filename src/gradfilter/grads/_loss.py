@@ -141,7 +141,11 @@ class ModelLoss:
         """Evaluate the user's loss with the tensors that are in the module."""
         if isinstance(batch, Mapping):
             output = self.model(**batch)
-            return _own_loss(output) if self.criterion is None else self.judge(output, batch)
+            return (
+                _own_loss(output)
+                if self.criterion is None
+                else self._apply_criterion(output, batch)
+            )
         inputs, targets = _pair(batch)
         if self.criterion is None:
             raise TypeError(
@@ -155,9 +159,9 @@ class ModelLoss:
             output = self.model(*inputs)
         else:
             output = self.model(inputs)
-        return self.judge(output, targets)
+        return self._apply_criterion(output, targets)
 
-    def judge(self, output: Any, targets: Any) -> Any:
+    def _apply_criterion(self, output: Any, targets: Any) -> Any:
         """Return the criterion's result; a subclass may add to it.
 
         A wrapper around the criterion would hide its attributes and random numbers.

@@ -82,7 +82,7 @@ class GradFunction:
         has_aux: True if the loss returns ``(scalar, aux)``.
         plan: The way the rows are computed.
         chunk_size: The number of rows per call of torch.vmap, or None for all.
-        memory_budget: The bytes (int) or the share of free memory (float) for intermediate results.
+        memory_budget: The bytes (int) or a fraction of the memory of the device (float).
         by_row: The modules that plan "fused" runs row by row, learned from refused passes.
 
     Examples:

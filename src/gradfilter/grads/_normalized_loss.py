@@ -27,7 +27,7 @@ from gradfilter.grads._loss import (
     split_aux,
     unreached_error,
 )
-from gradfilter.grads._module_attributes import STANDARD, Attributes
+from gradfilter.grads._module_attributes import STANDARD, Attributes, Owners, owners_in
 from gradfilter.grads._module_tensors import Hook, ModuleTensors
 from gradfilter.grads._running_stats import cumulative_means
 
@@ -207,15 +207,19 @@ class NormalizedLoss:
     @cached_property
     def _criterion_modules(self) -> dict[str, nn.Module]:
         """Return the modules of a criterion that are not the model's, by new names."""
-        criterion = getattr(self.loss, "criterion", None)
-        if self.places is None or not isinstance(criterion, nn.Module):
+        if self.places is None:
             return {}
         known = {id(module) for module in self.places.modules.values()}
-        prefix = "criterion"
-        while prefix in self.places.modules:
-            prefix += "_"
-        named = criterion.named_modules(prefix=prefix)
-        return {name: module for name, module in named if id(module) not in known}
+        prefix, modules = "criterion", dict[str, nn.Module]()
+        for owner in owners_in(self.loss.criterion, names=True):
+            if isinstance(owner, nn.Module):
+                while prefix in self.places.modules or prefix in modules:
+                    prefix += "_"
+                for name, module in owner.named_modules(prefix=prefix):
+                    if id(module) not in known:
+                        known.add(id(module))
+                        modules[name] = module
+        return modules
 
     @cached_property
     def may_draw_on_host(self) -> bool:
@@ -237,19 +241,20 @@ class NormalizedLoss:
     def attributes(self) -> Attributes:
         """The attributes of the modules, recorded at the first access.
 
-        They include the buffers of a criterion, which are not passed to anything, and the
-        attributes of a criterion that is an object but not a module.
+        They include the buffers of the criterion's modules, which are not passed to anything, and
+        the attributes of the user's own objects that the criterion, or a plain loss, refers to.
         """
-        criterion = getattr(self.loss, "criterion", None)
         more = [(name, module._buffers) for name, module in self._criterion_modules.items()]
-        own = getattr(criterion, "__dict__", None)
-        if (
-            own is not None
-            and not isinstance(criterion, nn.Module)
-            and not inspect.isroutine(criterion)
-        ):
-            more.append(("criterion", own))
-        return Attributes(self.modules, more)
+        if self.places is None:
+            name, function = "loss", self.loss
+        else:
+            name, function = "criterion", self.loss.criterion
+        if isinstance(function, Owners):
+            return Attributes(self.modules, [*more, ("", vars(function))])
+        own = (
+            owner for owner in owners_in(function, names=True) if not isinstance(owner, nn.Module)
+        )
+        return Attributes(self.modules, more, ((name, owner) for owner in own))
 
     @property
     def hooks(self) -> dict[str, list[Hook]]:
@@ -301,9 +306,8 @@ class NormalizedLoss:
         Returns:
             True if the pass has changed any attribute.
         """
-        if self.places is None:
-            return False
-        own = {id(leaf): self.places.trainable[name] for name, leaf in leaves.items()}
+        places = {} if self.places is None else self.places.trainable
+        own = {id(leaf): places[name] for name, leaf in leaves.items() if name in places}
 
         def own_or_converted(tensor: Tensor) -> Tensor:
             return own[id(tensor)] if id(tensor) in own else convert(tensor)

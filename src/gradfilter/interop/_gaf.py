@@ -171,8 +171,8 @@ class _CountedLoss(ModelLoss):
     has_aux: bool = field(default=True, init=False)
 
     @override
-    def judge(self, output: Any, targets: Any) -> tuple[Any, Tensor]:
-        loss = super().judge(output, targets)
+    def _apply_criterion(self, output: Any, targets: Any) -> tuple[Any, Tensor]:
+        loss = super()._apply_criterion(output, targets)
         return loss, correct_count(output, targets).float()  # half precision cannot count to 300
 
 

@@ -15,6 +15,7 @@ from typing_extensions import override
 from gradfilter._info import AUX, means
 from gradfilter._types import Transform
 from gradfilter.grads._microbatch import Plan
+from gradfilter.grads._module_attributes import Owners
 from gradfilter.interop._filtered import Filtered, StepResult
 from gradfilter.interop._host_chain import note_skip
 from gradfilter.interop._host_loss import ModuleView
@@ -188,11 +189,8 @@ def _with_loss(model: nn.Module, loss: HostLoss) -> nn.Module:
     return ModuleView(model, forward)
 
 
-class _LossOfOutput:
-    """The criterion of a model that returns its loss; it holds the owners of other state."""
-
-    def __init__(self, **owners: Any) -> None:
-        vars(self).update(owners)
+class _LossOfOutput(Owners):
+    """The criterion of a model that returns its loss."""
 
     def __call__(self, output: tuple[Tensor, dict[str, Tensor]], batch: Any) -> Any:
         return output

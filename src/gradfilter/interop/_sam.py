@@ -26,7 +26,7 @@ from gradfilter.grads._call_context import (
     random_state_restored,
     set_random_state,
 )
-from gradfilter.grads._module_attributes import Attributes
+from gradfilter.grads._module_attributes import Attributes, owners_in
 from gradfilter.interop._host_loss import ModuleView, module_of
 from gradfilter.transforms._sharpness_aware import DELTA, sam_perturb
 from gradfilter.transforms._transform import transform_in_context
@@ -75,32 +75,41 @@ Buffers = dict[tuple[nn.Module, str], tuple[Tensor | None, Tensor | None]]  # ob
 
 
 class SameSurroundings:
-    """The random state and buffers of a first pass, used to run a second pass.
+    """The random state, buffers and attributes of a first pass, used to run a second pass.
 
     The second pass draws the same numbers as the first (dropout masks) and starts from the same
-    buffers. Its changes of random state and buffers are discarded.
+    buffers, counters and other attributes. Its changes of all these are discarded.
 
     Args:
         device: The device whose generator is recorded in addition to the CPU's.
-        model: The module whose buffers are recorded; None for all modules that the first pass
-            calls.
+        model: The module whose state is recorded; None for all modules that the first pass calls.
+        closure: The function that both passes run. The state of the modules and objects that it
+            refers to is recorded as well.
     """
 
-    def __init__(self, device: torch.device, model: nn.Module | None) -> None:
+    def __init__(
+        self, device: torch.device, model: nn.Module | None, closure: Callable[[], Any]
+    ) -> None:
         self._device, self._model = device, model
-        self._random = random_state(device)
-        # Generators of modules are recorded when the first pass finds them.
-        self._host = HostRandom(
-            [] if model is None else Attributes(dict(model.named_modules())).generators
+        owners = list(owners_in(closure, names=True))
+        roots = [owner for owner in owners if isinstance(owner, nn.Module)]
+        self._known = dict.fromkeys(
+            part for root in (*roots, model) if root is not None for part in root.modules()
         )
+        modules = {f"module {i}": part for i, part in enumerate(self._known)}
+        objects = (("closure", owner) for owner in owners if not isinstance(owner, nn.Module))
+        self._random = random_state(device)
+        # The states of other modules are recorded when the first pass finds them.
+        self._states = [_HostState(Attributes(modules, (), objects), everywhere=True)]
         self._buffers: Buffers = {}
-        self._found: dict[nn.Module, HostRandom] = {}
+        self._found: set[nn.Module] = set()
 
     @contextmanager
     def first(self) -> Iterator[None]:
         """Record the state during the first pass."""
+        for part in self._known:
+            self._buffers |= _buffers(part)
         if self._model is not None:
-            self._note(self._model)
             yield
             return
         hook = register_module_forward_pre_hook(lambda module, arguments: self._note(module))
@@ -116,28 +125,47 @@ class SameSurroundings:
         after: Buffers = {}
         for module in modules:
             after |= _buffers(module)
-        hosts = [self._host, *self._found.values()]
-        present = [host.present() for host in hosts]
+        present = [state.present() for state in self._states]
         with random_state_restored(self._device):
             try:
                 # If several modules hold a generator, the earliest record is from before its first
                 # draw.
-                for host in reversed(hosts):
-                    host.restore()
+                for state in reversed(self._states):
+                    state.restore()
                 set_random_state(self._random, self._device)
                 _restore(self._buffers)
                 yield
             finally:
-                for host in present:
-                    host.restore()
+                for state in present:
+                    state.restore()
                 _restore(after)
 
     def _note(self, module: nn.Module) -> None:
         # A module that runs twice has changed its buffers by then, so the first record counts.
         for part in module.modules():
-            self._buffers = _buffers(part) | self._buffers
-            if self._model is None and part not in self._found:
-                self._found[part] = HostRandom(Attributes({"": part}).generators, everywhere=False)
+            if part not in self._known and part not in self._found:
+                self._found.add(part)
+                self._buffers = _buffers(part) | self._buffers
+                self._states.append(_HostState(Attributes({"": part}), everywhere=False))
+
+
+class _HostState:
+    """Attributes of modules and objects, and the generators on the host, at one moment."""
+
+    def __init__(self, attributes: Attributes, *, everywhere: bool) -> None:
+        self._attributes = attributes
+        self._random = HostRandom(attributes.generators, everywhere=everywhere)
+
+    def present(self) -> _HostState:
+        """Return the state of the same modules, objects and generators now."""
+        found = object.__new__(_HostState)
+        found._attributes, found._random = self._attributes.present(), self._random.present()
+        return found
+
+    def restore(self) -> None:
+        """Set everything back to that moment; lists keep what a pass has logged in them."""
+        self._attributes.restore(containers=False)
+        self._random.restore()
 
 
 def _buffers(module: nn.Module) -> Buffers:
@@ -305,7 +333,7 @@ class TwoPassOptimizer(Optimizer):
         params = self._params()
         self._refuse_accumulated(params)
         try:
-            return self._step(closure, params, SameSurroundings(params[0].device, called))
+            return self._step(closure, params, SameSurroundings(params[0].device, called, closure))
         finally:
             self._left = _gradient_versions(params)
 

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from gradfilter._types import Transform
 from gradfilter.grads._microbatch import Plan
+from gradfilter.grads._module_attributes import PlainValues, owners_in
 from gradfilter.interop._host_chain import filter_chain
 from gradfilter.interop._hosted import Hosted, LossLog, check_division, logged
 
@@ -139,6 +140,7 @@ class FilteredTrainer(Trainer):
     ) -> None:
         """Check everything that can be checked without an optimizer."""
         filter_chain(transforms, guarded=False)
+        own = frozenset(vars(self))
         super().__init__(*args, **kwargs)
         check_arguments(self.args)
         self.add_callback(_Gate(self))
@@ -147,6 +149,7 @@ class FilteredTrainer(Trainer):
         self.memory_budget = memory_budget
         self._hosted: Hosted | None = None
         self._train_loader: Any = None
+        self._inherited = frozenset(vars(self)) - own
         self._items: Tensor | int | None = None
         self._metrics = _Metrics()
         self._loss_log = LossLog("FilteredTrainer")
@@ -237,9 +240,19 @@ class FilteredTrainer(Trainer):
                 self.microbatches,
                 plan=self.plan,
                 memory_budget=self.memory_budget,
-                owners={"trainer": self, "compute_loss_func": self.compute_loss_func},
+                owners=self._owners(model),
             )
         return self._hosted
+
+    def _owners(self, model: nn.Module) -> dict[str, Any]:
+        """Return what a loss may change other than the model, by name."""
+        owners: dict[str, Any] = {"compute_loss_func": self.compute_loss_func}
+        if type(self) is not FilteredTrainer:  # its compute_loss may count, or call modules
+            owners["trainer"] = PlainValues(self)
+            own = vars(self).keys() - self._inherited
+            for name in sorted(name for name in own if not name.startswith("_")):
+                owners[name] = tuple(o for o in owners_in(vars(self)[name]) if o is not model)
+        return owners
 
     def _rows_in(self, batch: dict[str, Any]) -> int:
         if self.microbatches is not None:

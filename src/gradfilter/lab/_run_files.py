@@ -142,9 +142,9 @@ def error_text(error: Exception) -> str:
         error: The exception that its reader raised.
 
     Examples:
-        >>> why(IsADirectoryError(21, "Is a directory")), why(KeyError("step"))
+        >>> error_text(IsADirectoryError(21, "Is a directory")), error_text(KeyError("step"))
         ('Is a directory', "it has no 'step'")
-        >>> why(TypeError("'int' object is not subscriptable"))
+        >>> error_text(TypeError("'int' object is not subscriptable"))
         "it is not what gradfilter writes (TypeError: 'int' object is not subscriptable)"
     """
     said = (str(error).strip().splitlines() or [""])[0].rstrip(".")[:200]

@@ -72,7 +72,7 @@ def _canonical_text(value: Any, depth: int) -> str:
         return f"partial({', '.join(_canonical_text(part, deeper) for part in held)})"
     if isinstance(value, types.MethodType):
         return f"{_canonical_text(value.__self__, deeper)}.{value.__name__}"
-    if is_dataclass(value) and not isinstance(value, type) and _is_frozen(value):
+    if is_dataclass(value) and not isinstance(value, type) and _holds_arguments(value):
         named = (
             f"{f.name}={_canonical_text(getattr(value, f.name), deeper)}" for f in fields(value)
         )
@@ -90,9 +90,10 @@ def _canonical_text(value: Any, depth: int) -> str:
     return name if isinstance(name, str) else type(value).__name__
 
 
-def _is_frozen(value: Any) -> bool:
-    frozen: bool = value.__dataclass_params__.frozen
-    return frozen
+def _holds_arguments(value: Any) -> bool:
+    """Return whether a dataclass of this library holds the arguments of a transform."""
+    own = type(value).__module__.partition(".")[0] == "gradfilter"
+    return own and bool(value.__dataclass_params__.frozen)
 
 
 def _of_call(value: Any, depth: int) -> str:

@@ -397,8 +397,8 @@ class _Adam:
     ) -> None:
         # The kernels of torch's own optimizers.
         plain, decayed = torch._fused_adam_, torch._fused_adamw_  # pyright: ignore[reportPrivateImportUsage]
-        l2 = is_off(self.decoupled_decay)
-        fused = plain if l2 else decayed
+        decouples = not is_off(self.decoupled_decay)
+        fused = decayed if decouples else plain
         fused(
             p,
             g,
@@ -409,7 +409,7 @@ class _Adam:
             lr=lr,
             beta1=self.beta1,
             beta2=self.beta2,
-            weight_decay=self.weight_decay if l2 else self.decoupled_decay,
+            weight_decay=self.decoupled_decay if decouples else self.weight_decay,
             eps=self.eps,
             amsgrad=self.amsgrad,
             maximize=self.maximize,

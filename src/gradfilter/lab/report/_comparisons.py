@@ -319,7 +319,7 @@ def _short_file_names(sets: Sequence[str]) -> dict[str, str]:
     """Return short names of data sets, for names of files.
 
     Examples:
-        >>> _stems(["folder:/a/cats", "digits", "folder:/b/dogs"])
+        >>> _short_file_names(["folder:/a/cats", "digits", "folder:/b/dogs"])
         {'folder:/a/cats': 'folder', 'digits': 'digits', 'folder:/b/dogs': 'folder-2'}
     """
     stems: dict[str, str] = {}

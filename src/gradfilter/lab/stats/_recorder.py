@@ -59,7 +59,7 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
     return apart  # (N,)
 
 
-def path_means(along: AnchoredMetric) -> Tensor:
+def path_means(path: AnchoredMetric) -> Tensor:
     """Compute the mean over K paths of the metric's mean along each, up to every anchor.
 
     A path's mean is the trapezoid rule over its segments, divided by its length,
@@ -67,17 +67,18 @@ def path_means(along: AnchoredMetric) -> Tensor:
     ½ [m(x) + m(x_1)], the published Euclidean mean.
 
     Args:
-        along: Values at n anchors in K directions.
+        path: Values at n anchors in K directions.
 
     Returns:
         The running mean at every anchor; the last one covers the whole path. (N, n)
 
     Examples:
-        >>> path = Along(torch.tensor([[[0.0, 1.0, 3.0]]]), torch.tensor([[[1.0, 2.0]]]))
+        >>> values, distances = torch.tensor([[[0.0, 1.0, 3.0]]]), torch.tensor([[[1.0, 2.0]]])
+        >>> path = AnchoredMetric(values, distances)
         >>> path_means(path)
         tensor([[0.5000, 1.5000]])
     """
-    values, distances = along.values, along.distances
+    values, distances = path.values, path.distances
     areas = ((values[..., :-1] + values[..., 1:]) / 2 * distances).cumsum(-1)
     lengths = distances.cumsum(-1)
     some = lengths > 0

@@ -323,7 +323,7 @@ def count_missing(numbers: Nested) -> int:
     """Return how many of the numbers are None.
 
     Examples:
-        >>> nulls([[1.0, None], [None]])
+        >>> count_missing([[1.0, None], [None]])
         2
     """
     return sum(map(count_missing, numbers)) if isinstance(numbers, list) else int(numbers is None)

@@ -84,7 +84,7 @@ def expanded_options(options: Sequence[str]) -> list[str]:
     """Add omitted values of options, and translate sgd+nesterov.
 
     Examples:
-        >>> spelt_out(["--consensus", "--per-sample", "--optimizer", "sgd+nesterov"])
+        >>> expanded_options(["--consensus", "--per-sample", "--optimizer", "sgd+nesterov"])
         ['--consensus', '1.0', '--per-sample', '--optimizer', 'sgd', '--nesterov']
     """
     typed: list[str] = []
