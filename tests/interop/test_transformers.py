@@ -3,10 +3,12 @@
 import copy
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import gradfilter as gf
 from gradfilter import interop
@@ -197,6 +199,16 @@ class CountingLoss:
         return self.calls * F.cross_entropy(outputs.logits, labels)
 
 
+class CountingModule(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, outputs, labels, num_items_in_batch=None):
+        self.calls += 1
+        return self.calls * F.cross_entropy(outputs.logits, labels)
+
+
 class CountingTrainer(FilteredTrainer):
     calls = 0
 
@@ -206,35 +218,91 @@ class CountingTrainer(FilteredTrainer):
         return self.calls * F.cross_entropy(logits, inputs["labels"])
 
 
+class HoldingTrainer(FilteredTrainer):
+    """A trainer with losses of its own, set before or after Trainer's attributes."""
+
+    def __init__(self, *args, early=None, late=None, **kwargs):
+        if early is not None:
+            self.losses = early
+        super().__init__(*args, **kwargs)
+        if late is not None:
+            self.losses = late
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = self.losses["ours"] if isinstance(self.losses, dict) else self.losses
+        return loss(model(input_ids=inputs["input_ids"]), inputs["labels"])
+
+
+COUNTING = {
+    "object": lambda: (FilteredTrainer, {"compute_loss_func": CountingLoss()}),
+    "module": lambda: (FilteredTrainer, {"compute_loss_func": CountingModule()}),
+    "partial": lambda: (FilteredTrainer, {"compute_loss_func": partial(CountingLoss())}),
+    "bound method": lambda: (FilteredTrainer, {"compute_loss_func": CountingLoss().__call__}),
+    "attribute": lambda: (CountingTrainer, {}),
+    "early module": lambda: (HoldingTrainer, {"early": CountingModule()}),
+    "early dict": lambda: (HoldingTrainer, {"early": {"ours": CountingLoss()}}),
+    "late module": lambda: (HoldingTrainer, {"late": CountingModule()}),
+    "late object": lambda: (HoldingTrainer, {"late": CountingLoss()}),
+}
+
+
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("where", ["compute_loss_func", "trainer"])
+@pytest.mark.parametrize("where", COUNTING)
 def test_a_loss_that_counts_goes_from_row_to_row(trainer, where):
     model, collator = classifier(), Recorded()
     plain = copy.deepcopy(model)
-    own = where == "trainer"
-    options = {} if own else {"compute_loss_func": CountingLoss()}
+    cls, options = COUNTING[where]()
     trained = trainer(
-        model, labelled(2 * SIZE), gf.mean_rows(), cls=CountingTrainer if own else FilteredTrainer,
-        data_collator=collator, args={"max_steps": 2, "logging_steps": 1},
-        optimizers=sgd(model)[:2], **options,
+        model, labelled(2 * SIZE), gf.mean_rows(), cls=cls, data_collator=collator,
+        args={"max_steps": 2}, optimizers=sgd(model)[:2], **options,
     )  # fmt: skip
-    with pytest.warns(UserWarning, match=rf"changes attribute '{where}\.calls'"):
+    with pytest.warns(UserWarning, match=r"changes attribute '.*calls'"):
         trained.train()
     optimizer, scheduler, _ = sgd(plain)
     plain.train()
     calls = 0
     for batch in collator.batches:
         optimizer.zero_grad()
-        for words, labels in zip(
-            batch["input_ids"].chunk(M), batch["labels"].chunk(M), strict=True
-        ):
+        words, labels = batch["input_ids"].chunk(M), batch["labels"].chunk(M)
+        for row in zip(words, labels, strict=True):
             calls += 1
-            loss = calls * F.cross_entropy(plain(input_ids=words).logits, labels)
+            loss = calls * F.cross_entropy(plain(input_ids=row[0]).logits, row[1])
             (loss / M).backward()
         optimizer.step()
         scheduler.step()
     close(model, plain)
-    assert (trained if own else options["compute_loss_func"]).calls == calls == 2 * M
+
+
+class Totalling(FilteredTrainer):
+    """A trainer that adds up its losses in place, as Trainer itself does."""
+
+    total = None
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.total is None:
+            self.total = torch.zeros_like(loss)
+        self.total += loss
+        return loss
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("plan", ["auto", "fused", "loop"])
+def test_a_subclass_trains_as_its_base_with_accumulation_and_sharpness(trainer, plan):
+    chain = gf.chain(gf.sam_perturb(0.05), gf.mean_rows())
+    trained = {}
+    for cls in (FilteredTrainer, type("Plain", (FilteredTrainer,), {}), Totalling):
+        torch.manual_seed(0)
+        model = classifier()
+        torch.manual_seed(1)
+        made = trainer(
+            model, labelled(8 * SIZE), chain, cls=cls, plan=plan,
+            args={"gradient_accumulation_steps": 2, "max_steps": 4}, optimizers=sgd(model)[:2],
+        )  # fmt: skip
+        made.train()
+        trained[cls.__name__] = model
+    close(trained["Plain"], trained["FilteredTrainer"], 0)
+    close(trained["Totalling"], trained["FilteredTrainer"], 0)
 
 
 @pytest.mark.usefixtures("float64")

@@ -48,7 +48,7 @@ FOREIGN = sys.stdlib_module_names | {
 SEARCHED = 100
 """The number of items up to which a container is searched for modules and objects."""
 
-NESTED = 4
+NESTED = 8
 """The depth to which containers and functions are searched for modules and objects."""
 
 

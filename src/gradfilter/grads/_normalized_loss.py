@@ -246,15 +246,12 @@ class NormalizedLoss:
         """
         more = [(name, module._buffers) for name, module in self._criterion_modules.items()]
         if self.places is None:
-            name, function = "loss", self.loss
-        else:
-            name, function = "criterion", self.loss.criterion
-        if isinstance(function, Owners):
-            return Attributes(self.modules, [*more, ("", vars(function))])
-        own = (
-            owner for owner in owners_in(function, names=True) if not isinstance(owner, nn.Module)
-        )
-        return Attributes(self.modules, more, ((name, owner) for owner in own))
+            return Attributes({}, (), (("loss", own) for own in owners_in(self.loss, names=True)))
+        criterion = self.loss.criterion
+        if isinstance(criterion, Owners):
+            return Attributes(self.modules, [*more, ("", vars(criterion))])
+        own = (o for o in owners_in(criterion, names=True) if not isinstance(o, nn.Module))
+        return Attributes(self.modules, more, (("criterion", owner) for owner in own))
 
     @property
     def hooks(self) -> dict[str, list[Hook]]:

@@ -1,0 +1,367 @@
+"""State outside of parameters and buffers, wherever a loss reaches it: every row has its own."""
+
+import warnings
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gradfilter as gf
+from gradfilter import diagnostics
+from gradfilter.grads._module_attributes import SEARCHED, owners_in
+from gradfilter.interop import SAM, Filtered, step_gaf
+
+pytestmark = pytest.mark.usefixtures("float64")
+M = 4
+
+
+# --- State: each factory makes a function (output, targets) -> loss with a state of its own ---
+
+
+class Counter:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, output, targets):
+        self.calls += 1
+        return self.calls * F.mse_loss(output, targets)
+
+
+class CountingModule(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, output, targets):
+        self.calls += 1
+        return self.calls * F.mse_loss(output, targets)
+
+
+class BufferedModule(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, output, targets):
+        self.calls = self.calls + 1
+        return self.calls * F.mse_loss(output, targets)
+
+
+class Slotted:
+    __slots__ = ("calls",)
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, output, targets):
+        self.calls += 1
+        return self.calls * F.mse_loss(output, targets)
+
+
+class Previous:
+    def __init__(self):
+        self.loss = torch.zeros(())
+
+    def __call__(self, output, targets):
+        loss = F.mse_loss(output, targets) + self.loss * output.mean()
+        self.loss = loss.detach()
+        return loss
+
+
+class Noisy:
+    def __init__(self):
+        self.generator = np.random.default_rng(3)
+
+    def __call__(self, output, targets):
+        return self.generator.random() * F.mse_loss(output, targets)
+
+
+class NoisyTorch:
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(3)
+
+    def __call__(self, output, targets):
+        return torch.rand((), generator=self.generator) * F.mse_loss(output, targets)
+
+
+def class_counter():
+    class ClassCounter:
+        calls = 0
+
+        def __call__(self, output, targets):
+            type(self).calls += 1
+            return type(self).calls * F.mse_loss(output, targets)
+
+    return ClassCounter()
+
+
+def nonlocal_counter():
+    calls = 0
+
+    def loss(output, targets):
+        nonlocal calls
+        calls += 1
+        return calls * F.mse_loss(output, targets)
+
+    return loss
+
+
+GLOBAL_CALLS = 0
+
+
+def global_counter():
+    global GLOBAL_CALLS
+    GLOBAL_CALLS = 0
+
+    def loss(output, targets):
+        global GLOBAL_CALLS
+        GLOBAL_CALLS += 1
+        return GLOBAL_CALLS * F.mse_loss(output, targets)
+
+    return loss
+
+
+def closed_over_generator():
+    generator = np.random.default_rng(3)
+    return lambda output, targets: generator.random() * F.mse_loss(output, targets)
+
+
+STATES = {
+    made.__name__: made
+    for made in (
+        *(Counter, CountingModule, BufferedModule, Slotted, Previous, Noisy, NoisyTorch),
+        *(class_counter, nonlocal_counter, global_counter, closed_over_generator),
+    )
+}
+
+
+# --- Ways to reach it ---
+
+
+def with_default(inner):
+    def loss(output, targets, inner=inner):
+        return inner(output, targets)
+
+    return loss
+
+
+class Holder:
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, output, targets):
+        return self.inner(output, targets)
+
+    def loss(self, output, targets):
+        return self.inner(output, targets)
+
+
+class SlottedHolder:
+    __slots__ = ("inner",)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, output, targets):
+        return self.inner(output, targets)
+
+
+class HolderOfMany:
+    def __init__(self, inner):
+        self.inner = {"losses": [inner]}
+
+    def __call__(self, output, targets):
+        return self.inner["losses"][0](output, targets)
+
+
+def through_a_list(inner):
+    losses = [inner]
+    return lambda output, targets: losses[0](output, targets)
+
+
+WAYS = {
+    "itself": lambda inner: inner,
+    "partial": partial,
+    "partial of an argument": lambda inner: partial(with_default(None), inner=inner),
+    "bound method": lambda inner: Holder(inner).loss,
+    "function": lambda inner: lambda output, targets: inner(output, targets),
+    "default": with_default,
+    "list": through_a_list,
+    "object": Holder,
+    "object with slots": SlottedHolder,
+    "object with containers": HolderOfMany,
+}
+
+
+# --- The plain loop ---
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(8, 3, generator=generator), torch.randn(8, 1, generator=generator)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Linear(3, 1)
+
+
+def gradients(model, criterion):
+    """Compute the gradients of M microbatches by ordinary backward passes, one after another."""
+    found = []
+    for x, y in zip(*(tensor.chunk(M) for tensor in data()), strict=True):
+        criterion(model(x), y).backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+        model.zero_grad()
+    return {name: torch.stack([g[name] for g in found]) for name, _ in model.named_parameters()}
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("state", STATES)
+def test_rows_are_those_of_a_plain_loop(state, way):
+    expected = gradients(net(), WAYS[way](STATES[state]()))
+    model = net()
+    params, _ = gf.extract(model)
+    loss = gf.model_loss(model, WAYS[way](STATES[state]()))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rows = gf.microbatch_grads(loss, M)(params, data())
+    # A generator of torch draws for every row; everything else is one value for all of them.
+    assert [str(w.message).startswith("Fell back") for w in caught] == [True] * bool(caught)
+    assert caught or state == "NoisyTorch"
+    close(rows.stacked(), expected)
+    close(rows.at(params).stacked(), expected)
+    close(rows.stacked(), expected)
+
+
+@pytest.mark.parametrize("plan", ["fused", "vmap"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("state", sorted(STATES.keys() - {"NoisyTorch"}))
+def test_a_plan_over_all_rows_names_it(state, way, plan):
+    model = net()
+    params, _ = gf.extract(model)
+    loss = gf.model_loss(model, WAYS[way](STATES[state]()))
+    with pytest.raises(RuntimeError) as raised:
+        gf.microbatch_grads(loss, M, plan=plan)(params, data())
+    name = {"Noisy": "generator", "Previous": "loss", "global_counter": "GLOBAL_CALLS"}.get(
+        state, "draws random numbers" if state == "closed_over_generator" else "calls"
+    )
+    # torch's own error: under vmap a buffer without rows cannot hold one value per row.
+    assert name in str(raised.value) or (state == "BufferedModule" and plan == "vmap")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("state", STATES)
+def test_a_module_that_calls_it_in_forward(state, way):
+    class Calling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = net()
+            self.own = [WAYS[way](STATES[state]())]
+
+        def forward(self, x):
+            out = self.linear(x)
+            return out * self.own[0](out, torch.ones_like(out))
+
+    expected = gradients(Calling(), F.mse_loss)
+    model = Calling()
+    params, _ = gf.extract(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        rows = gf.microbatch_grads(gf.model_loss(model, F.mse_loss), M)(params, data())
+    close(rows.stacked(), expected)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_plain_loss(state):
+    own = STATES[state]()
+
+    def loss(params, batch):
+        x, y = batch
+        return own(F.linear(x, params["weight"], params["bias"]), y)
+
+    params, _ = gf.extract(net())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        rows = gf.microbatch_grads(loss, M)(params, data())
+    close(rows.stacked(), gradients(net(), STATES[state]()))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("state", STATES)
+def test_filtered_and_step_gaf(state, way):
+    model, plain = net(), net()
+    rows = gradients(plain, WAYS[way](STATES[state]()))
+    with torch.no_grad():
+        for name, p in plain.named_parameters():
+            p -= 0.1 * rows[name].mean(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    criterion = WAYS[way](STATES[state]())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        Filtered(model, criterion, gf.mean_rows(), optimizer, M, scaler=scaler).step(*data())
+    close(model.state_dict(), plain.state_dict())
+
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    parts = list(zip(*(tensor.chunk(M) for tensor in data()), strict=True))
+    criterion = WAYS[way](STATES[state]())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        step_gaf(model, optimizer, criterion, parts, cos_distance_thresh=2.0, average="mean")
+    close(model.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("how", ["set_closure", "closure", "closure, no model"])
+def test_the_second_pass_of_sam_sees_the_state_of_the_first(state, way, how):
+    x, y = data()
+    plain = net()
+    WAYS[way](STATES[state]())(plain(x), y).backward()
+    model, criterion = net(), WAYS[way](STATES[state]())
+    base = torch.optim.SGD(model.parameters(), lr=0.0)
+    known = None if how.endswith("no model") else model
+    optimizer = SAM(model.parameters(), base, rho=1e-14, model=known)
+    if how == "set_closure":
+        optimizer.set_closure(criterion, x, y)
+        optimizer.step()
+    else:
+
+        def closure():
+            loss = criterion(model(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("state", STATES)
+def test_sharpness_compares_two_passes_with_one_state(state, way):
+    model = net()
+    params, _ = gf.extract(model)
+    loss = gf.model_loss(model, WAYS[way](STATES[state]()))
+    assert abs(diagnostics.sharpness(loss, params, data(), rho=1e-12)) < 1e-9
+
+
+def test_a_large_container_is_not_searched():
+    few, many = [Counter()] * SEARCHED, [Counter()] * (SEARCHED + 1)
+    assert [type(owner) for owner in owners_in(few)] == [Counter]
+    assert list(owners_in(many)) == []
+
+
+def test_a_cycle_of_containers_ends():
+    cycle = [Counter()]
+    cycle.append(cycle)
+    assert [type(owner) for owner in owners_in(cycle)] == [Counter]
