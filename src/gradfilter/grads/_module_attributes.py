@@ -48,6 +48,9 @@ FOREIGN = sys.stdlib_module_names | {
 SEARCHED = 100
 """The number of items up to which a container is searched for modules and objects."""
 
+ITEMS = (list, dict, deque)
+"""Containers whose items a function may assign."""
+
 NESTED = 8
 """The depth to which containers and functions are searched for modules and objects."""
 
@@ -167,7 +170,7 @@ def owners_in(value: Any, *, names: bool = False) -> Iterator[Any]:
 
     These are the value itself, items of containers, the arguments of partials, the objects of bound
     methods, and what functions close over or have as defaults: a call of the value may change their
-    attributes.
+    attributes. The containers on the way are among them.
 
     Args:
         value: Any value.
@@ -182,7 +185,7 @@ def owners_in(value: Any, *, names: bool = False) -> Iterator[Any]:
         if isinstance(item, nn.Module) or _has_attributes(item) or _is_generator(item):
             yield item
             continue
-        if _is_own_function(item):
+        if _is_own_function(item) or (type(item) in ITEMS and item is not value):
             yield item
         if depth:
             found.extend((part, depth - 1) for part in _parts_of(item, names))
@@ -222,6 +225,11 @@ def _tables_of(owner: Any, label: str, seen: set[int]) -> Iterator[Table]:
         if id(owner) not in seen:
             seen.add(id(owner))
             yield label, _FunctionValues(owner), frozenset()
+        return
+    if type(owner) in ITEMS:
+        if id(owner) not in seen:
+            seen.add(id(owner))
+            yield label, _ItemValues(owner), frozenset()
         return
     if not isinstance(owner, nn.Module):
         if id(owner) not in seen:
@@ -287,8 +295,7 @@ class PlainValues(MutableMapping[str, Any]):
 class _FunctionValues(MutableMapping[str, Any]):
     """The numbers and texts that a function can assign outside of itself.
 
-    These are its ``nonlocal`` and ``global`` names. Lists that it closes over are not among them:
-    losses append to such lists to log.
+    These are its ``nonlocal`` and ``global`` names.
     """
 
     def __init__(self, function: FunctionType) -> None:
@@ -327,6 +334,39 @@ class _FunctionValues(MutableMapping[str, Any]):
     @override
     def __iter__(self) -> Iterator[str]:
         return (name for name in sorted(self._names) if type(self.get(name, MISSING)) in PLAIN)
+
+    @override
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class _ItemValues(MutableMapping[Any, Any]):
+    """The numbers and texts that a list or a dict holds now. Later items do not count: they log."""
+
+    def __init__(self, container: Any) -> None:
+        self._container = container
+        pairs = container.items() if isinstance(container, dict) else enumerate(container)
+        self._keys = [key for key, value in pairs if type(value) in PLAIN]
+
+    @override
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return self._container[key]
+        except IndexError:
+            raise KeyError(key) from None
+
+    @override
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if isinstance(self._container, dict) or key < len(self._container):
+            self._container[key] = value
+
+    @override
+    def __delitem__(self, key: Any) -> None:
+        del self._container[key]
+
+    @override
+    def __iter__(self) -> Iterator[Any]:
+        return (key for key in self._keys if self.get(key, MISSING) is not MISSING)
 
     @override
     def __len__(self) -> int:
