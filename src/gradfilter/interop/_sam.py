@@ -505,9 +505,10 @@ class SAM(TwoPassOptimizer):
         base_optimizer: Any `torch.optim.Optimizer`; or its class, made with ``**kwargs``.
         rho: The radius ρ >= 0; 0.05 is usual for SAM, 0.5 to 2 for ASAM.
         adaptive: True for ASAM.
-        model: The module that `set_closure` calls. Its buffers are restored, and those of a
-            ``loss_fn`` that is a module; without it, those of the modules that the closure calls
-            (for a compiled module, torch warns about the hook that finds them).
+        model: The module that `set_closure` calls. Its buffers, counters and generators are
+            restored, and those of the modules and objects that the closure refers to; without it,
+            also those of the modules that the closure calls (for a compiled module, torch warns
+            about the hook that finds them).
         scaler: The GradScaler; a closure of your own scales the loss itself.
         no_sync: A function that makes the context of the first pass.
         **kwargs: Arguments of the base optimizer's class.

@@ -75,12 +75,13 @@ class FilteredTrainer(Trainer):
     called; ``state.global_step`` and the scheduler advance, so that runs end at the planned step.
 
     The loss of a microbatch comes from ``compute_loss``, also with your own method, a
-    ``compute_loss_func`` or label smoothing. It should return the loss and change nothing, because
-    it is evaluated for all microbatches at once if possible. ``num_items_in_batch`` is the
-    number of items per row, so that the mean of all rows is the gradient a Trainer would have
-    computed. With ``gradient_accumulation_steps`` k the rows of k batches are filtered together,
-    and the mean is over all of them. A model that accepts ``num_items_in_batch`` and ignores it
-    (BERT for classification) is different in Trainer itself, which does not divide its loss by k.
+    ``compute_loss_func`` or label smoothing. It is evaluated for all microbatches at once if
+    possible, and for one after another if it changes a number, a module or an object that the
+    trainer or ``compute_loss_func`` holds. ``num_items_in_batch`` is the number of items per row,
+    so that the mean of all rows is the gradient a Trainer would have computed. With
+    ``gradient_accumulation_steps`` k the rows of k batches are filtered together, and the mean is
+    over all of them. A model that accepts ``num_items_in_batch`` and ignores it (BERT for
+    classification) is different in Trainer itself, which does not divide its loss by k.
 
     Logged with Trainer's own: ``keep`` and the metrics of the transforms, averaged over rows
     (``agree_filter/accepted`` is a fraction) and over the steps since the last log; likewise the
