@@ -194,7 +194,6 @@ TESTED_BY = {
     "grads/_joined_stacks": ["grads/test_stack.py", "grads/test_stack_immutable.py"],
     "grads/_loop": ["grads/test_microbatch.py"],
     "grads/_loss": ["grads/test_microbatch.py", "grads/test_microbatch_errors.py"],
-    "grads/_module_attributes": ["grads/test_call_context.py"],
     "grads/_running_stats": ["grads/test_microbatch.py"],
     "grads/_vmap": ["grads/test_microbatch.py"],
     "grads/_writes": ["grads/test_call_context.py"],
@@ -261,7 +260,6 @@ TESTED_BY = {
     "lab/train/_train_config": ["lab/train/test_train.py", "lab/test_constraints.py"],
     "transforms/_blocks": ["transforms/test_clipping.py", "transforms/test_update_rules_donate.py"],
     "transforms/_ema": ["transforms/test_combinators.py"],
-    "transforms/_fingerprint": ["distributed/test_rank_stack_faults.py"],
     "transforms/_state_dict": ["transforms/test_train_step.py"],
     "transforms/_transform": ["transforms/test_chain.py", "transforms/test_update_surroundings.py"],
 }

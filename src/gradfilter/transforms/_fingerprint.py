@@ -47,9 +47,9 @@ def whole_chain() -> tuple[Transform, ...]:
 def described(thing: Any) -> str:
     """Describe a transform by the call that made it, with all arguments that are not defaults.
 
-    Numbers, strings, their containers and frozen dataclasses are written out. Functions are
-    described by their code and their closures, other objects by their type only, because processes
-    cannot compare them.
+    Numbers, strings, their containers and the arguments of this library's transforms are written
+    out. Functions are described by their code and their closures, other objects by their type only,
+    because processes cannot compare them.
     """
     return _canonical_text(thing, 0)
 
