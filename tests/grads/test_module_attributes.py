@@ -11,7 +11,7 @@ from torch import nn
 
 import gradfilter as gf
 from gradfilter import diagnostics
-from gradfilter.grads._module_attributes import SEARCHED, owners_in
+from gradfilter.grads._state_owners import SEARCHED, owners_in
 from gradfilter.interop import SAM, Filtered, step_gaf
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -27,9 +27,10 @@ from gradfilter.grads._loss import (
     split_aux,
     unreached_error,
 )
-from gradfilter.grads._module_attributes import STANDARD, Attributes, Owners, owners_in
+from gradfilter.grads._module_attributes import Attributes
 from gradfilter.grads._module_tensors import Hook, ModuleTensors
 from gradfilter.grads._running_stats import cumulative_means
+from gradfilter.grads._state_owners import STANDARD, Owners, owners_in
 
 # --- The ends of the graph of a loss ---
 

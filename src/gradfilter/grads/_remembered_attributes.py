@@ -17,8 +17,9 @@ from torch import Tensor
 from gradfilter._types import Params, Tree
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._call_context import CallContext, random_state_restored
-from gradfilter.grads._module_attributes import CONTAINERS, Attributes, same_value, tensors_in
+from gradfilter.grads._module_attributes import Attributes, same_value, tensors_in
 from gradfilter.grads._normalized_loss import NormalizedLoss
+from gradfilter.grads._state_owners import CONTAINERS
 
 
 def check_remembered(

@@ -15,7 +15,7 @@ from typing_extensions import override
 from gradfilter._info import AUX, means
 from gradfilter._types import Transform
 from gradfilter.grads._microbatch import Plan
-from gradfilter.grads._module_attributes import Owners
+from gradfilter.grads._state_owners import Owners
 from gradfilter.interop._filtered import Filtered, StepResult
 from gradfilter.interop._host_chain import note_skip
 from gradfilter.interop._host_loss import ModuleView

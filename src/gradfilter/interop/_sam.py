@@ -26,7 +26,8 @@ from gradfilter.grads._call_context import (
     random_state_restored,
     set_random_state,
 )
-from gradfilter.grads._module_attributes import Attributes, owners_in
+from gradfilter.grads._module_attributes import Attributes
+from gradfilter.grads._state_owners import owners_in
 from gradfilter.interop._host_loss import ModuleView, module_of
 from gradfilter.transforms._sharpness_aware import DELTA, sam_perturb
 from gradfilter.transforms._transform import transform_in_context

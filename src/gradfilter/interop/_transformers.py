@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from gradfilter._types import Transform
 from gradfilter.grads._microbatch import Plan
-from gradfilter.grads._module_attributes import PlainValues, owners_in
+from gradfilter.grads._state_owners import PlainValues, owners_in
 from gradfilter.interop._host_chain import filter_chain
 from gradfilter.interop._hosted import Hosted, LossLog, check_division, logged
 
