@@ -76,6 +76,8 @@ class Attributes:
                 held[key] = value, _content(value)
                 label = f"{name}.{key}" if name else key
                 if isinstance(value, TREES):
+                    if type(value) is tuple and all(type(item) in PLAIN for item in value):
+                        continue  # most attributes of torch's modules: sizes, strides
                     self.tensors.extend((label, tensor) for tensor in tensors_in(value))
                 if isinstance(value, PlainValues):
                     tables.append((label, value, none))
