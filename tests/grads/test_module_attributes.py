@@ -145,6 +145,29 @@ def dict_counter():
     return loss
 
 
+def nonlocal_previous():
+    previous = torch.zeros(())
+
+    def loss(output, targets):
+        nonlocal previous
+        loss = F.mse_loss(output, targets) + previous * output.mean()
+        previous = loss.detach()
+        return loss
+
+    return loss
+
+
+def list_previous():
+    previous = [torch.zeros(())]
+
+    def loss(output, targets):
+        loss = F.mse_loss(output, targets) + previous[0] * output.mean()
+        previous[0] = loss.detach()
+        return loss
+
+    return loss
+
+
 def closed_over_generator():
     generator = np.random.default_rng(3)
     return lambda output, targets: generator.random() * F.mse_loss(output, targets)
@@ -155,7 +178,7 @@ STATES = {
     for made in (
         *(Counter, CountingModule, BufferedModule, Slotted, Previous, Noisy, NoisyTorch),
         *(class_counter, nonlocal_counter, global_counter, list_counter, dict_counter),
-        closed_over_generator,
+        *(nonlocal_previous, list_previous, closed_over_generator),
     )
 }
 
@@ -277,6 +300,8 @@ def test_a_plan_over_all_rows_names_it(state, way, plan):
         "Previous": "loss",
         "global_counter": "GLOBAL_CALLS",
         "list_counter": ".0'",
+        "list_previous": ".0'",
+        "nonlocal_previous": "previous",
         "closed_over_generator": "draws random numbers",
     }
     name = names.get(state, "calls")

@@ -215,10 +215,7 @@ class PlainValues(_View):
 
 
 class _FunctionValues(_View):
-    """The numbers and texts that a function can assign outside of itself.
-
-    These are its ``nonlocal`` and ``global`` names.
-    """
+    """The ``nonlocal`` and ``global`` names that a function can assign, with their values."""
 
     def __init__(self, function: FunctionType) -> None:
         code = function.__code__
@@ -233,7 +230,7 @@ class _FunctionValues(_View):
     @override
     def __getitem__(self, key: str) -> Any:
         if key not in self._cells:
-            return self._globals[key]
+            return self._globals[key]  # KeyError before the first assignment
         try:
             return self._cells[key].cell_contents
         except ValueError:  # the cell is still empty
@@ -255,16 +252,19 @@ class _FunctionValues(_View):
 
     @override
     def __iter__(self) -> Iterator[str]:
-        return (name for name in sorted(self._names) if type(self.get(name, MISSING)) in PLAIN)
+        return (name for name in sorted(self._names) if self.get(name, MISSING) is not MISSING)
 
 
 class _ItemValues(_View):
-    """The numbers and texts that a list or a dict holds now. Later items do not count: they log."""
+    """The numbers, texts and tensors that a list or a dict holds now.
+
+    Later items are not among them: a loss appends to a list to log.
+    """
 
     def __init__(self, container: Any) -> None:
         self._container = container
         pairs = container.items() if isinstance(container, dict) else enumerate(container)
-        self._keys = [key for key, value in pairs if type(value) in PLAIN]
+        self._keys = [key for key, v in pairs if type(v) in PLAIN or isinstance(v, Tensor)]
 
     @override
     def __getitem__(self, key: Any) -> Any:
