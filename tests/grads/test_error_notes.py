@@ -1,5 +1,7 @@
 """Notes on errors inside of a pass over all rows: they name the plan that runs rows one by one."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -101,10 +103,17 @@ def test_a_stack_says_why_the_loop_was_taken_in_the_backward_pass():
     assert f'fell back to plan "loop": {why}' in stack.explain()
 
 
-def test_vmap_names_what_asks_for_storage():
-    import copy
+MEMORY = {
+    "a copy": lambda tensor: copy.deepcopy(tensor.detach()).sum(),
+    "its storage": lambda tensor: len(tensor.detach().untyped_storage()),
+    "its address": lambda tensor: tensor.detach().data_ptr() > 0,
+    "an array": lambda tensor: tensor.detach().numpy().sum(),
+}
 
-    loss = lambda params, x: (copy.deepcopy(params["w"].detach()) * params["w"] * x).sum()
+
+@pytest.mark.parametrize("what", MEMORY)
+def test_vmap_names_what_asks_for_storage(what):
+    loss = lambda params, x: (float(MEMORY[what](params["w"])) * params["w"] * x).sum()
     with pytest.raises(RuntimeError, match=r"asks for the memory of a tensor .* Use plan=\"loop\""):
         rows(loss, "vmap")
 

@@ -56,11 +56,26 @@ def note_anomaly(error: Exception) -> None:
         )
 
 
+def asks_for_memory(error: Exception) -> bool:
+    """Return whether torch refuses the memory of a tensor that holds all rows.
+
+    Torch has several texts for it: of storages, of data pointers, and of the kind of tensor.
+    """
+    texts = ("BatchedTensorImpl", "Cannot access storage", "Cannot access data pointer")
+    return any(text in str(error) for text in texts)
+
+
 def add_plan_note(error: Exception, plan: str) -> None:
     """Add a note to an error of a plan that runs all rows at once: name the plan "loop".
 
     Only errors of torch and of the loss get the note, and only if they have no other note.
     """
+    if asks_for_memory(error):
+        error.add_note(
+            "The loss asks for the memory of a tensor (copy.deepcopy, numpy() and data_ptr() do), "
+            'which holds all rows. Use plan="loop".'
+        )
+        return
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -50,13 +50,6 @@ def vmap_rows(
                 randomness="different",
                 chunk_size=chunk_size,
             )(params, [t.clone() for t in batch.tensors], batch.buffers)
-    except NotImplementedError as error:  # what torch raises for the memory of a batched tensor
-        if "Cannot access storage" not in str(error):
-            raise
-        raise RuntimeError(
-            "The loss asks for the memory of a tensor (copy.deepcopy and torch.save do), which "
-            'holds all rows. Use plan="loop".'
-        ) from error
     finally:
         loss.clean_attributes(row.leaves, _last_row)
     if (name := versions.written()) is not None:

@@ -21,6 +21,7 @@ from gradfilter._types import Params, Tree
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._buffer_watch import BufferWatch, RunningUpdates
 from gradfilter.grads._call_context import CallContext, Versions
+from gradfilter.grads._error_notes import asks_for_memory
 from gradfilter.grads._loop import refuse_writes, written_parameter
 from gradfilter.grads._normalized_loss import NormalizedLoss, as_parameter
 from gradfilter.grads._one_image import STRAIGHTENED, one_image
@@ -179,7 +180,7 @@ class Overrides(TorchFunctionMode):
                 raise RuntimeError(CHECKPOINTS) from error
             name = getattr(func, "__name__", str(func))
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if "BatchedTensorImpl" in reason:
+            if asks_for_memory(error):
                 reason = "it asks for the memory of a tensor, which holds all rows"
             raise RuntimeError(f"{name} cannot run over all rows at once: {reason}") from error
 
