@@ -21,13 +21,16 @@ M = 4
 # --- State: each factory makes a function (output, targets) -> loss with a state of its own ---
 
 
+def counted(self, output, targets):
+    self.calls += 1
+    return self.calls * F.mse_loss(output, targets)
+
+
 class Counter:
     def __init__(self):
         self.calls = 0
 
-    def __call__(self, output, targets):
-        self.calls += 1
-        return self.calls * F.mse_loss(output, targets)
+    __call__ = counted
 
 
 class CountingModule(nn.Module):
@@ -35,9 +38,7 @@ class CountingModule(nn.Module):
         super().__init__()
         self.calls = 0
 
-    def forward(self, output, targets):
-        self.calls += 1
-        return self.calls * F.mse_loss(output, targets)
+    forward = counted
 
 
 class BufferedModule(nn.Module):
@@ -56,9 +57,7 @@ class Slotted:
     def __init__(self):
         self.calls = 0
 
-    def __call__(self, output, targets):
-        self.calls += 1
-        return self.calls * F.mse_loss(output, targets)
+    __call__ = counted
 
 
 class Previous:
@@ -346,30 +345,37 @@ def test_a_plain_loss(state):
     close(rows.stacked(), gradients(net(), STATES[state]()))
 
 
+HOSTS = {
+    "Filtered": lambda model, criterion, optimizer: Filtered(
+        model, criterion, gf.mean_rows(), optimizer, M
+    ).step(*data()),
+    "Filtered, scaled": lambda model, criterion, optimizer: Filtered(
+        model, criterion, gf.mean_rows(), optimizer, M,
+        scaler=torch.amp.GradScaler("cpu", init_scale=8.0),
+    ).step(*data()),
+    "step_gaf": lambda model, criterion, optimizer: step_gaf(
+        model, optimizer, criterion, list(zip(*(t.chunk(M) for t in data()), strict=True)),
+        cos_distance_thresh=2.0, average="mean",
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("state", STATES)
-def test_filtered_and_step_gaf(state, way):
+@pytest.mark.parametrize("host", HOSTS)
+def test_steps_of_hosts(host, state, way):
     model, plain = net(), net()
     rows = gradients(plain, WAYS[way](STATES[state]()))
     with torch.no_grad():
         for name, p in plain.named_parameters():
             p -= 0.1 * rows[name].mean(0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     criterion = WAYS[way](STATES[state]())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        Filtered(model, criterion, gf.mean_rows(), optimizer, M, scaler=scaler).step(*data())
+        HOSTS[host](model, criterion, optimizer)
     close(model.state_dict(), plain.state_dict())
-
-    model = net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    parts = list(zip(*(tensor.chunk(M) for tensor in data()), strict=True))
-    criterion = WAYS[way](STATES[state]())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        step_gaf(model, optimizer, criterion, parts, cos_distance_thresh=2.0, average="mean")
-    close(model.state_dict(), plain.state_dict())
+    assert getattr(criterion, "calls", M) == M
 
 
 @pytest.mark.parametrize("way", WAYS)

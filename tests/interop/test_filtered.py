@@ -956,38 +956,6 @@ def test_what_the_criterion_says_in_addition_to_its_loss(plan, scaled):
     assert filtered(model).step(x, y).aux is None
 
 
-class Counting:
-    """A criterion with a state of its own: row m sees the counter that row m - 1 left."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, output, targets):
-        self.calls += 1
-        return self.calls * F.cross_entropy(output, targets)
-
-
-class CountingModule(Counting, nn.Module):
-    def __init__(self):
-        nn.Module.__init__(self)
-        Counting.__init__(self)
-
-
-@pytest.mark.parametrize("kind", [Counting, CountingModule])
-@pytest.mark.parametrize("scaled", [False, True])
-def test_a_criterion_that_counts_goes_from_row_to_row_also_under_a_scaler(kind, scaled):
-    model, criterion = nn.Linear(6, 3), kind()
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None
-    wrapper = filtered(model, criterion=criterion, scaler=scaler)
-    x, y = vectors()
-    parts = zip(model(x).detach().chunk(4), y.chunk(4), strict=True)
-    expected = [m * F.cross_entropy(*part) for m, part in enumerate(parts, 1)]
-    with pytest.warns(UserWarning, match=r"changes attribute 'criterion\.calls'"):
-        result = wrapper.step(x, y)
-    torch.testing.assert_close(result.loss, torch.stack(expected).mean())
-    assert criterion.calls == 4
-
-
 def test_arguments_in_another_order_are_seen():
     model = nn.Linear(6, 3)
     chain, optimizer = gf.mean_rows(), sgd(model)

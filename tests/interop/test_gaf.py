@@ -8,7 +8,6 @@ import types
 
 import pytest
 import torch
-import torch.nn.functional as F
 from gradient_agreement_filtering import step_GAF as published
 from gradient_agreement_filtering import train_GAF as published_training
 from torch import nn
@@ -123,29 +122,6 @@ def test_targets_that_are_no_classes_have_no_accuracy():
     batch = [(torch.randn(5, 6), torch.randn(5, 3)) for _ in range(2)]
     result = step_gaf(model, sgd(model), nn.MSELoss(), batch, cos_distance_thresh=2)
     assert math.isnan(result["train_accuracy"]) and result["agreed_count"] == 1
-
-
-class Counting:
-    """A criterion with a state of its own: row m sees the counter that row m - 1 left."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, output, targets):
-        self.calls += 1
-        return self.calls * F.cross_entropy(output, targets)
-
-
-def test_a_criterion_that_counts_goes_from_row_to_row():
-    model, criterion = net(), Counting()
-    model.train()
-    batches = [part[:] for part in parts(4, 8)]
-    with torch.no_grad():
-        losses = [m * F.cross_entropy(model(x), y) for m, (x, y) in enumerate(batches, 1)]
-    with pytest.warns(UserWarning, match=r"changes attribute 'criterion\.calls'"):
-        result = step_gaf(model, sgd(model), criterion, batches, cos_distance_thresh=2.0)
-    assert result["train_loss"] == pytest.approx(torch.stack(losses).mean().item())
-    assert criterion.calls == 4
 
 
 def test_one_microbatch_is_refused_before_anything_happens():

@@ -43,6 +43,9 @@ FOREIGN = sys.stdlib_module_names | {
 SEARCHED = 100
 """The number of items up to which a container is searched."""
 
+STORES = frozenset((dis.opmap["STORE_GLOBAL"], dis.opmap["STORE_DEREF"]))
+"""The instructions by which a function assigns a name outside of itself."""
+
 NESTED = 8
 """The depth to which containers and functions are searched."""
 
@@ -161,8 +164,8 @@ def tables_of(owner: Any, label: str, seen: set[int]) -> Iterator[Table]:
             seen.add(id(owner))
             if hasattr(owner, "__dict__"):
                 yield label, vars(owner), frozenset()
-            if slots := _slots(type(owner)):
-                yield label, _SlotValues(owner, slots), frozenset()
+            if _slots(type(owner)):
+                yield label, _SlotValues(owner), frozenset()
             yield from class_tables([type(owner)], seen)
         return
     for name, part in owner.named_modules(prefix=label):
@@ -184,7 +187,22 @@ def class_tables(kinds: Iterable[type], seen: set[int]) -> Iterator[Table]:
 
 
 class _View(MutableMapping[Any, Any]):
-    """A view of some values of an owner, to read and to restore them."""
+    """Some attributes of an owner, to read and to restore them."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+
+    @override
+    def __getitem__(self, key: str) -> Any:
+        return vars(self._owner)[key]
+
+    @override
+    def __setitem__(self, key: str, value: Any) -> None:
+        setattr(self._owner, key, value)
+
+    @override
+    def __delitem__(self, key: str) -> None:
+        delattr(self._owner, key)
 
     @override
     def __len__(self) -> int:
@@ -194,38 +212,23 @@ class _View(MutableMapping[Any, Any]):
 class PlainValues(_View):
     """The numbers, texts and None among the attributes of an object."""
 
-    def __init__(self, owner: Any) -> None:
-        self._table: dict[str, Any] = vars(owner)
-
-    @override
-    def __getitem__(self, key: str) -> Any:
-        return self._table[key]
-
-    @override
-    def __setitem__(self, key: str, value: Any) -> None:
-        self._table[key] = value
-
-    @override
-    def __delitem__(self, key: str) -> None:
-        del self._table[key]
-
     @override
     def __iter__(self) -> Iterator[str]:
-        return (key for key, value in self._table.items() if type(value) in PLAIN)
+        return (key for key, value in vars(self._owner).items() if type(value) in PLAIN)
 
 
 class _FunctionValues(_View):
     """The ``nonlocal`` and ``global`` names that a function can assign, with their values."""
 
     def __init__(self, function: FunctionType) -> None:
+        super().__init__(function)
         code = function.__code__
         self._cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
         self._globals = function.__globals__
-        self._names = {
-            step.argval
-            for step in dis.get_instructions(code)
-            if step.opname in ("STORE_GLOBAL", "STORE_DEREF")
-        } & {*self._cells, *code.co_names}
+        self._names: set[str] = set()
+        if not STORES.isdisjoint(code.co_code[::2]):  # most functions assign nothing outside
+            stored = {s.argval for s in dis.get_instructions(code) if s.opcode in STORES}
+            self._names = stored & {*self._cells, *code.co_names}
 
     @override
     def __getitem__(self, key: str) -> Any:
@@ -262,25 +265,25 @@ class _ItemValues(_View):
     """
 
     def __init__(self, container: Any) -> None:
-        self._container = container
+        super().__init__(container)
         pairs = container.items() if isinstance(container, dict) else enumerate(container)
         self._keys = [key for key, v in pairs if type(v) in PLAIN or isinstance(v, Tensor)]
 
     @override
     def __getitem__(self, key: Any) -> Any:
         try:
-            return self._container[key]
+            return self._owner[key]
         except IndexError:
             raise KeyError(key) from None
 
     @override
     def __setitem__(self, key: Any, value: Any) -> None:
-        if isinstance(self._container, dict) or key < len(self._container):
-            self._container[key] = value
+        if isinstance(self._owner, dict) or key < len(self._owner):
+            self._owner[key] = value
 
     @override
     def __delitem__(self, key: Any) -> None:
-        del self._container[key]
+        del self._owner[key]
 
     @override
     def __iter__(self) -> Iterator[Any]:
@@ -297,48 +300,26 @@ def _slots(kind: type) -> list[str]:
 class _SlotValues(_View):
     """The values that an object has in its ``__slots__``."""
 
-    def __init__(self, owner: Any, names: list[str]) -> None:
-        self._owner, self._names = owner, names
-
     @override
     def __getitem__(self, key: str) -> Any:
-        if key in self._names and hasattr(self._owner, key):
+        if key in self:
             return getattr(self._owner, key)
         raise KeyError(key)
 
     @override
-    def __setitem__(self, key: str, value: Any) -> None:
-        setattr(self._owner, key, value)
-
-    @override
-    def __delitem__(self, key: str) -> None:
-        delattr(self._owner, key)
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and hasattr(self._owner, key)
 
     @override
     def __iter__(self) -> Iterator[str]:
-        return (name for name in self._names if hasattr(self._owner, name))
+        return (name for name in _slots(type(self._owner)) if name in self)
 
 
 class _ClassValues(_View):
     """The values of a class that its objects share; methods and the like are omitted."""
 
-    def __init__(self, kind: type) -> None:
-        self._kind = kind
-
-    @override
-    def __getitem__(self, key: str) -> Any:
-        return vars(self._kind)[key]
-
-    @override
-    def __setitem__(self, key: str, value: Any) -> None:
-        setattr(self._kind, key, value)
-
-    @override
-    def __delitem__(self, key: str) -> None:
-        delattr(self._kind, key)
-
     @override
     def __iter__(self) -> Iterator[str]:
-        for key, value in vars(self._kind).items():
+        for key, value in vars(self._owner).items():
             if not key.startswith("__") and (type(value) in PLAIN or isinstance(value, TREES)):
                 yield key

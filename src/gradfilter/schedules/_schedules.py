@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -166,20 +167,14 @@ def linear(
         >>> [gf.schedules.linear(1.0, 4)(k).item() for k in (0, 1, 4, 9)]
         [1.0, 0.75, 0.0, 0.0]
     """
-    curve = _LinearCurve(progress(total_steps, warmup_steps), max_value, min_value)
+    x = progress(total_steps, warmup_steps)
+    curve = partial(_linear, progress=x, max_value=max_value, min_value=min_value)
     return after_warmup(curve, max_value, min_value, warmup_steps, init_value)
 
 
-@dataclass(frozen=True, eq=False)
-class _LinearCurve:
-    """max + (min − max) x, with x the progress."""
-
-    progress: Curve
-    max_value: float
-    min_value: float
-
-    def __call__(self, k: Tensor) -> Tensor:
-        return self.max_value + (self.min_value - self.max_value) * self.progress(k)
+def _linear(k: Tensor, *, progress: Curve, max_value: float, min_value: float) -> Tensor:
+    """Return max + (min − max) x, with x the progress."""
+    return max_value + (min_value - max_value) * progress(k)
 
 
 @factory
@@ -208,21 +203,14 @@ def cosine(
     References:
         Loshchilov, Hutter, "SGDR", 2017, https://arxiv.org/abs/1608.03983
     """
-    curve = _CosineCurve(progress(total_steps, warmup_steps), max_value, min_value)
+    x = progress(total_steps, warmup_steps)
+    curve = partial(_cosine, progress=x, max_value=max_value, min_value=min_value)
     return after_warmup(curve, max_value, min_value, warmup_steps, init_value)
 
 
-@dataclass(frozen=True, eq=False)
-class _CosineCurve:
-    """min + (max − min) (1 + cos πx) / 2, with x the progress."""
-
-    progress: Curve
-    max_value: float
-    min_value: float
-
-    def __call__(self, k: Tensor) -> Tensor:
-        wave = 1 + torch.cos(torch.pi * self.progress(k))
-        return self.min_value + (self.max_value - self.min_value) * wave / 2
+def _cosine(k: Tensor, *, progress: Curve, max_value: float, min_value: float) -> Tensor:
+    """Return min + (max − min) (1 + cos πx) / 2, with x the progress."""
+    return min_value + (max_value - min_value) * (1 + torch.cos(torch.pi * progress(k))) / 2
 
 
 @factory
@@ -250,20 +238,13 @@ def poly(
     """
     if power > 0:
         raise ValueError(f"Expected power <= 0, found power={power}. -0.5 is usual.")
-    curve = _PolyCurve(power, max_value, min_value)
+    curve = partial(_poly, power=power, max_value=max_value, min_value=min_value)
     return after_warmup(curve, max_value, min_value, warmup_steps, init_value)
 
 
-@dataclass(frozen=True, eq=False)
-class _PolyCurve:
-    """min + (max − min) (k + 1)^power, with k the steps after the warm-up."""
-
-    power: float
-    max_value: float
-    min_value: float
-
-    def __call__(self, k: Tensor) -> Tensor:
-        return self.min_value + (self.max_value - self.min_value) * (k + 1) ** self.power
+def _poly(k: Tensor, *, power: float, max_value: float, min_value: float) -> Tensor:
+    """Return min + (max − min) (k + 1)^power, with k the steps after the warm-up."""
+    return min_value + (max_value - min_value) * (k + 1) ** power
 
 
 @factory
@@ -295,22 +276,13 @@ def step(
         raise ValueError(
             f"Expected every >= 1 and 0 < factor <= 1, found every={every}, factor={factor}."
         )
-    curve = _StepCurve(every, factor, max_value, min_value)
+    curve = partial(_step, every=every, factor=factor, max_value=max_value, min_value=min_value)
     return after_warmup(curve, max_value, min_value, warmup_steps, init_value)
 
 
-@dataclass(frozen=True, eq=False)
-class _StepCurve:
-    """max(min, max · factor^⌊k / every⌋), with k the steps after the warm-up."""
-
-    every: int
-    factor: float
-    max_value: float
-    min_value: float
-
-    def __call__(self, k: Tensor) -> Tensor:
-        drops = torch.floor(k / self.every)
-        return (self.max_value * self.factor**drops).clamp(min=self.min_value)
+def _step(k: Tensor, *, every: int, factor: float, max_value: float, min_value: float) -> Tensor:
+    """Return max(min, max · factor^⌊k / every⌋), with k the steps after the warm-up."""
+    return (max_value * factor ** torch.floor(k / every)).clamp(min=min_value)
 
 
 # --- Schedules that depend on a metric or on the learning rate ---
