@@ -131,17 +131,17 @@ class _Conv(RowOperation[Tensor]):
 
     @override
     def backward(
-        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: NeedsGrad
+        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, needs_grad: NeedsGrad
     ) -> Gradients:
         (x,) = saved
         inputs = weights = biases = None
-        if wanted.input:
+        if needs_grad.input:
             flat: Any = self.geometry.input_grad(grad.flatten(0, 1), x.flatten(0, 1), weight)
             plain = flat.is_contiguous()
             inputs = flat.view(x.shape) if plain else flat.unflatten(0, x.shape[:2])
-        if wanted.weight:
+        if needs_grad.weight:
             weights = ConvFactor(x, grad, weight, self.geometry)
-        if wanted.bias:
+        if needs_grad.bias:
             biases = DenseFactor(grad.sum((1, *range(3, grad.ndim))))
         return Gradients(inputs, weights, biases)
 

@@ -132,7 +132,7 @@ class _Embedding(RowOperation[Tensor]):
 
     @override
     def backward(
-        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: NeedsGrad
+        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, needs_grad: NeedsGrad
     ) -> Gradients:
         shape, index = weight.shape, saved[0].flatten(1)
         grad = grad.reshape(*index.shape, shape[1])

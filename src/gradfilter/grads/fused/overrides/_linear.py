@@ -65,15 +65,15 @@ class _Linear(RowOperation[Tensor]):
 
     @override
     def backward(
-        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: NeedsGrad
+        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, needs_grad: NeedsGrad
     ) -> Gradients:
         (x,) = saved
-        inputs = grad @ weight if wanted.input else None
+        inputs = grad @ weight if needs_grad.input else None
         outputs = _by_position(grad)
         weights = biases = None
-        if wanted.weight:
+        if needs_grad.weight:
             weights = OuterFactor(_by_position(x), outputs, weight.shape)
-        if wanted.bias:
+        if needs_grad.bias:
             biases = DenseFactor(outputs.sum(1))
         return Gradients(inputs, weights, biases)
 
@@ -112,7 +112,7 @@ class _WeightNorm(RowOperation[Tensor]):
 
     @override
     def backward(
-        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: NeedsGrad
+        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, needs_grad: NeedsGrad
     ) -> Gradients:
         v, g, grad = (_tree.at_least_float32(t) for t in (*saved, weight, grad))
         over = [d for d in range(v.ndim) if d != self.dim % v.ndim or self.dim == -1]
@@ -120,5 +120,5 @@ class _WeightNorm(RowOperation[Tensor]):
         along = (grad * v).sum([d + 1 for d in over], keepdim=True) / norm
         dtype = saved[0].dtype
         per_row = along.to(dtype).reshape(len(grad), *g.shape)
-        inputs = (g / norm * (grad - v / norm * along)).to(dtype) if wanted.input else None
-        return Gradients(inputs, DenseFactor(per_row) if wanted.weight else None)
+        inputs = (g / norm * (grad - v / norm * along)).to(dtype) if needs_grad.input else None
+        return Gradients(inputs, DenseFactor(per_row) if needs_grad.weight else None)

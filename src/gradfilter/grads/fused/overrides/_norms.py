@@ -133,7 +133,7 @@ class _BatchNorm(RowOperation[Tensor | None]):
         saved: Any,
         weight: Tensor | None,
         bias: Tensor | None,
-        wanted: NeedsGrad,
+        needs_grad: NeedsGrad,
     ) -> Gradients:
         x, means, inverses = saved
         per_row = [
@@ -147,19 +147,19 @@ class _BatchNorm(RowOperation[Tensor | None]):
                 inverses[m],
                 True,
                 self.eps,
-                list(wanted),
+                list(needs_grad),
             )
             for m in range(len(x))
         ]
-        return _stacked(per_row, wanted)
+        return _stacked(per_row, needs_grad)
 
 
-def _stacked(per_row: Sequence[Any], wanted: NeedsGrad) -> Gradients:
+def _stacked(per_row: Sequence[Any], needs_grad: NeedsGrad) -> Gradients:
     """Stack the results of a norm's backward kernel in every row."""
     kinds = zip(*per_row, strict=True)
     inputs, weights, biases = (
-        torch.stack(rows) if is_wanted else None
-        for rows, is_wanted in zip(kinds, wanted, strict=True)
+        torch.stack(rows) if needed else None
+        for rows, needed in zip(kinds, needs_grad, strict=True)
     )
     return Gradients(
         inputs,
@@ -191,19 +191,19 @@ class _GivenStatistics(RowOperation[Tensor | None]):
         saved: Any,
         weight: Tensor | None,
         bias: Tensor | None,
-        wanted: NeedsGrad,
+        needs_grad: NeedsGrad,
     ) -> Gradients:
         x, mean, inverse = saved
         per_channel = (-1, *[1] * (x.ndim - 3))
         over = (1, *range(3, x.ndim))
         inputs = weights = biases = None
-        if wanted.input:
+        if needs_grad.input:
             gain = inverse if weight is None else inverse * weight
             inputs = (grad * gain.view(per_channel)).to(x.dtype)
-        if wanted.weight:
+        if needs_grad.weight:
             unit = (x - mean.view(per_channel)) * inverse.view(per_channel)
             weights = DenseFactor((grad * unit).sum(over))
-        if wanted.bias:
+        if needs_grad.bias:
             biases = DenseFactor(grad.sum(over))
         return Gradients(inputs, weights, biases)
 
@@ -299,13 +299,13 @@ class _GroupNorm(RowOperation[Tensor | None]):
         saved: Any,
         weight: Tensor | None,
         bias: Tensor | None,
-        wanted: NeedsGrad,
+        needs_grad: NeedsGrad,
     ) -> Gradients:
         x, mean, inverse = saved
         count, samples, channels, positions = self._sizes(x)
         grad = grad.contiguous()
         inputs = weights = biases = None
-        if wanted.input:
+        if needs_grad.input:
             sizes = (count * samples, channels, positions, self.groups)
             inputs = torch.ops.aten.native_group_norm_backward(
                 grad.flatten(0, 1),
@@ -318,14 +318,14 @@ class _GroupNorm(RowOperation[Tensor | None]):
             )[0].view(x.shape)
         # Sum over positions first: the rest needs only two numbers per sample and channel.
         shift = grad.view(count, samples, channels, positions).sum(3)
-        if wanted.weight:
+        if needs_grad.weight:
             per_group = (count, samples, self.groups, 1)
             mean, inverse = mean.view(per_group), inverse.view(per_group)
             products = (grad * x).view(count, samples, self.groups, -1, positions).sum(4)
             centred = products - mean * shift.view(count, samples, self.groups, -1)
             rows = (centred * inverse).reshape(count, samples, channels).sum(1)
             weights = DenseFactor(rows)
-        if wanted.bias:
+        if needs_grad.bias:
             biases = DenseFactor(shift.sum(1))
         return Gradients(inputs, weights, biases)
 
@@ -403,22 +403,22 @@ class _LayerNorm(RowOperation[Tensor | None]):
         saved: Any,
         weight: Tensor | None,
         bias: Tensor | None,
-        wanted: NeedsGrad,
+        needs_grad: NeedsGrad,
     ) -> Gradients:
         x, mean, inverse = saved
         kernel, shape = torch.ops.aten.native_layer_norm_backward, self.shape
         if x[0].numel() >= LARGE_ROW:
             per_row = [
-                kernel(grad[m], x[m], shape, mean[m], inverse[m], weight, bias, list(wanted))
+                kernel(grad[m], x[m], shape, mean[m], inverse[m], weight, bias, list(needs_grad))
                 for m in range(len(x))
             ]
-            return _stacked(per_row, wanted)
-        only_input = [wanted.input, False, False]
+            return _stacked(per_row, needs_grad)
+        only_input = [needs_grad.input, False, False]
         inputs = kernel(grad, x, shape, mean, inverse, weight, bias, only_input)[0]
         weights = biases = None
-        if wanted.weight:
+        if needs_grad.weight:
             weights = DenseFactor(_sums(grad * ((x - mean) * inverse), shape))
-        if wanted.bias:
+        if needs_grad.bias:
             biases = DenseFactor(_sums(grad, shape))
         return Gradients(inputs, weights, biases)
 
@@ -440,7 +440,7 @@ class _RMSNorm(RowOperation[Tensor]):
 
     @override
     def backward(
-        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, wanted: NeedsGrad
+        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, needs_grad: NeedsGrad
     ) -> Gradients:
         # With u = x r: dw = Σ g u, and dx = r (w g − u mean(w g u)). Few memory passes.
         x, inverse = saved
@@ -448,11 +448,11 @@ class _RMSNorm(RowOperation[Tensor]):
         unit, grad = _tree.at_least_float32(x) * inverse, _tree.at_least_float32(grad)
         products = grad * unit
         inputs = weights = None
-        if wanted.input:
+        if needs_grad.input:
             along = products.flatten(-self.dims) @ w.flatten() / w.numel()
             inputs = torch.addcmul(grad * w, unit, along.view(inverse.shape), value=-1)
             inputs = inputs.mul_(inverse).to(x.dtype)
-        if wanted.weight:
+        if needs_grad.weight:
             weights = DenseFactor(_sums(products, w.shape).to(weight.dtype))
         return Gradients(inputs, weights)
 

@@ -34,7 +34,7 @@ class NeedsGrad(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The gradients of one operation in all rows; None for those that are not wanted.
+    """The gradients of one operation in all rows; None for those that are not needed.
 
     Attributes:
         input: The gradient of the input. (M, ...).
@@ -59,16 +59,16 @@ class RowOperation(ABC, Generic[W]):
 
     @abstractmethod
     def backward(
-        self, grad: Tensor, saved: Any, weight: W, bias: Tensor | None, wanted: NeedsGrad
+        self, grad: Tensor, saved: Any, weight: W, bias: Tensor | None, needs_grad: NeedsGrad
     ) -> Gradients:
-        """Return the gradients that are wanted.
+        """Return the gradients that are needed.
 
         Args:
             grad: The gradient of the output. (M, ...).
             saved: The tensors that `forward` saved.
             weight: The weight, without a leading axis.
             bias: The bias, without a leading axis.
-            wanted: The gradients to compute.
+            needs_grad: The gradients to compute.
         """
 
     def apply(self, tape: Tape, x: Tensor, weight: Weight | None, bias: Weight | None) -> Tensor:
@@ -99,9 +99,9 @@ class _RowFunction(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
-        wanted = NeedsGrad(*ctx.needs_input_grad[:3])
+        needs_grad = NeedsGrad(*ctx.needs_input_grad[:3])
         found = ctx.operation.backward(
-            grad_outputs[0], ctx.saved_tensors, _value(ctx.weight), _value(ctx.bias), wanted
+            grad_outputs[0], ctx.saved_tensors, _value(ctx.weight), _value(ctx.bias), needs_grad
         )
         weight = bias = None
         if found.weight is not None:
