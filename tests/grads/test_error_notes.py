@@ -111,11 +111,17 @@ MEMORY = {
 }
 
 
+@pytest.mark.parametrize("plan", ["fused", "vmap"])
 @pytest.mark.parametrize("what", MEMORY)
-def test_vmap_names_what_asks_for_storage(what):
+def test_what_asks_for_memory_is_named_in_our_words(what, plan):
     loss = lambda params, x: (float(MEMORY[what](params["w"])) * params["w"] * x).sum()
-    with pytest.raises(RuntimeError, match=r"asks for the memory of a tensor .* Use plan=\"loop\""):
-        rows(loss, "vmap")
+    with pytest.raises(RuntimeError) as caught:
+        rows(loss, plan)
+    text = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
+    assert 'plan="loop"' in text
+    assert "memory of a tensor" in str(caught.value)
+    assert "TensorWrapper" not in text and "BatchedTensorImpl" not in text
+    assert rows(loss, "loop").stacked()["w"].shape == (2, 3)
 
 
 def test_rows_under_vmap_carry_no_graph():

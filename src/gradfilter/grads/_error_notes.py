@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Mapping
 from types import FrameType
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -65,28 +65,32 @@ def asks_for_memory(error: Exception) -> bool:
     return any(text in str(error) for text in texts)
 
 
-def add_plan_note(error: Exception, plan: str) -> None:
-    """Add a note to an error of a plan that runs all rows at once: name the plan "loop".
+def raise_with_plan(error: Exception, plan: str) -> NoReturn:
+    """Raise an error of a plan; if the plan runs all rows at once, name plan "loop" as the fix.
 
-    Only errors of torch and of the loss get the note, and only if they have no other note.
+    Torch's texts about the memory of a tensor name classes of its own, so they are replaced. Any
+    other error of torch and of the loss, and a refusal of the fused plan, gets a note, unless it
+    has one or names the plan itself.
     """
+    if plan not in ("fused", "vmap"):
+        raise error
     if asks_for_memory(error):
-        error.add_note(
+        raise RuntimeError(
             "The loss asks for the memory of a tensor (copy.deepcopy, numpy() and data_ptr() do), "
             'which holds all rows. Use plan="loop".'
-        )
-        return
+        ) from error
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     place = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__"))
-    note = (
-        f'Raised under plan="{plan}", which runs all rows at once. plan="loop" runs them one after '
-        'the other, as torch does; plan="auto" does so where it has to.'
-    )
-    known = place.startswith("gradfilter.") or bool(getattr(error, "__notes__", []))
-    if plan in ("fused", "vmap") and not known:
-        error.add_note(note)
+    refusal = isinstance(error, RuntimeError) and place.startswith("gradfilter.grads.fused.")
+    clear = place.startswith("gradfilter.") and not refusal
+    if not (clear or bool(getattr(error, "__notes__", [])) or 'plan="loop"' in str(error)):
+        error.add_note(
+            f'Raised under plan="{plan}", which runs all rows at once. plan="loop" runs them one '
+            'after the other, as torch does; plan="auto" does so where it has to.'
+        )
+    raise error
 
 
 def _note_dtypes(error: Exception, params: Params, batch: Any) -> None:

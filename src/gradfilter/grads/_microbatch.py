@@ -26,7 +26,7 @@ from gradfilter.grads._call_context import (
     Versions,
     random_state,
 )
-from gradfilter.grads._error_notes import add_plan_note, note_anomaly, reason_of, stacklevel
+from gradfilter.grads._error_notes import note_anomaly, raise_with_plan, reason_of, stacklevel
 from gradfilter.grads._loop import Rows, loop_rows
 from gradfilter.grads._loss import ModelLoss, RefusedByAll
 from gradfilter.grads._normalized_loss import NormalizedLoss
@@ -220,8 +220,7 @@ class BatchPasses:
                 return self._fused(at, per_row, origin)
             grads, losses, after, aux = self._rows(plan, at, per_row)
         except Exception as error:
-            add_plan_note(error, plan)
-            raise
+            raise_with_plan(error, plan)
         why = self._fallback if plan == "loop" else ""
         return ComputedDenseStack(
             grads, losses=losses, buffers=after, aux=aux, origin=origin, plan=plan, fallback=why
@@ -265,8 +264,7 @@ class BatchPasses:
     def loop_instead(self, params: Params, per_row: bool, refusal: Exception) -> Tree:
         """Compute the rows by the loop, after the backward pass over all rows was refused."""
         if self.settings.plan != "auto" or len(self.batch) == 1:
-            add_plan_note(refusal, self.settings.plan)
-            raise refusal
+            raise_with_plan(refusal, self.settings.plan)
         self._check_undrawn(refusal)
         with self.context.restored():
             try:

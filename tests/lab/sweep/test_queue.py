@@ -209,7 +209,7 @@ import sys, time
 from pathlib import Path
 from optuna.trial import TrialState
 from gradfilter.lab.sweep._sweep_command import parse_sweep
-from gradfilter.lab.sweep._join import joined
+from gradfilter.lab.sweep._join import joined_study
 from gradfilter.lab.sweep._queue import Outcome
 from gradfilter.lab.sweep._queue import claim, enqueue, finish
 me, folder, storage, *options = sys.argv[1:]
@@ -217,7 +217,7 @@ _, plan = parse_sweep([*options, "--", "--save-dir", folder])
 Path(folder, me).touch()
 while not Path(folder, "go").exists():
     time.sleep(0.001)
-with joined(plan, storage or None, 30) as queue:
+with joined_study(plan, storage or None, 30) as queue:
     enqueue(queue, retry_failed=False)
     while (trial := claim(queue, me)) is not None:
         print(trial.number)
