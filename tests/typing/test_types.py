@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -15,6 +16,9 @@ import gradfilter as gf
 
 HERE = Path(__file__).parent
 SCRIPT, MISTAKES = HERE / "user_script.py", HERE / "user_mistakes.py"
+
+
+PARENTS = ("torch", "lightning", "transformers")  # packages whose classes ours are made from
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +75,24 @@ def test_the_script_runs(capsys):
     assert len(re.findall(r"^\d \{.*'agree_filter/accepted': ", printed, re.MULTILINE)) == 3
     assert printed.count("'aux/accuracy': ") == 2
     assert len(revealed.splitlines()) > 20  # at run time reveal_type prints, too
+
+
+@pytest.mark.slow
+def test_every_public_symbol_has_a_known_type(tmp_path):
+    """Pyright's own measure for packages with `py.typed`; it reads installed packages only."""
+    installed = tmp_path / "site-packages"
+    shutil.copytree(Path(gf.__file__).parent, installed / "gradfilter")
+    for name in PARENTS:
+        package = pytest.importorskip(name)
+        (installed / name).symlink_to(Path(package.__file__).parent)
+    options = ["--outputjson", "--pythonpath", sys.executable, "--ignoreexternal"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pyright", *options, "--verifytypes", "gradfilter"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+    )
+    symbols = json.loads(run.stdout)["typeCompleteness"]["symbols"]
+    assert len(symbols) > 400
+    assert [symbol["name"] for symbol in symbols if not symbol["isTypeKnown"]] == []
