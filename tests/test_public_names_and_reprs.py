@@ -17,7 +17,7 @@ from _models import vectors
 
 
 class Forbidden(TorchDispatchMode):
-    """Whoever touches a tensor is found out."""
+    """Fails at any use of a tensor."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         raise AssertionError(f"{function} was run")

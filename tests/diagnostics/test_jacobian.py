@@ -146,7 +146,7 @@ def test_a_module_is_not_changed_and_no_parameter_gets_a_gradient():
         gd.loss_curvature(model, x, y, probes=2, iterations=2).tops,
     ):
         assert not found.requires_grad
-    # No graph of the parameters is kept beside that of the input.
+    # The graph of the input is kept, that of the parameters is not.
     assert derivative(model, x).logits.grad_fn is None
     assert x.grad is None and all(p.grad is None for p in model.parameters())
     assert all(p.requires_grad for p in model.parameters()) and not model.training

@@ -34,7 +34,7 @@ def optimizer_of(model):
 
 
 def single(threshold, m, steps=STEPS):
-    """What one process does with the rows of all ranks: its parameters and skipped steps."""
+    """Return the parameters and skipped steps of one process that has the rows of all ranks."""
     model = network()
     filtered = Filtered(model, F.cross_entropy, gf.agree_filter(threshold), optimizer_of(model), m)
     kept = [bool(filtered.step(*batch(k, B * m)).info["keep"]) for k in range(steps)]

@@ -226,7 +226,7 @@ def test_a_rank_of_nan_rows_is_left_out_and_training_goes_on(four):
 
 
 def started(difference):
-    """What `init` says of parameters that one rank has made otherwise."""
+    """Return the errors of `init` for parameters that differ on one rank."""
     rank = dist.get_rank()
     params = {
         "a.weight": torch.linspace(0, 1, 6).reshape(2, 3).T,
@@ -350,7 +350,7 @@ def test_ranks_with_another_chain_are_named_when_they_begin(four, kind):
 
 
 def clipped_by_rank():
-    """What stands before across_ranks works on the rows of one rank."""
+    """Transforms before across_ranks work on the rows of one rank."""
     params = {name: torch.zeros(shape) for name, shape in LEAVES.items()}
     clip = gf.clip_per_row(1.0 + dist.get_rank())
     update = gf.chain(clip, across_ranks(), gf.mean_rows(), gf.sgd(0.1))

@@ -172,7 +172,7 @@ def test_the_same_rows_at_other_parameters(two, m):
 
 
 def host_group():
-    """A backend without CPUs gets a gloo group beside it, once."""
+    """A backend without CPUs gets an additional gloo group, once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
         patch.setattr(dist, "get_backend", lambda group: "nccl")

@@ -23,7 +23,7 @@ def rows(m):
 
 
 def sent(m, name, *arguments):
-    """Bytes per number of a shared gradient, beside what making the stack takes."""
+    """Bytes per number of a shared gradient, in addition to those that making the stack takes."""
     size = dist.get_world_size()
     stack = RankStack(rows(m))
     with Wire(size) as wire:

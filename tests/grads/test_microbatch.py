@@ -384,7 +384,7 @@ def test_dropout_on_a_gpu_is_reproduced_by_at(plan):
 
 
 def notes(model, criterion, batch, m=3, plan="auto"):
-    """What stands below the error of a loss that raises."""
+    """Return the notes below the error of a loss that raises."""
     params, _ = gf.extract(model)
     with pytest.raises((RuntimeError, ValueError, TypeError)) as caught:
         gf.microbatch_grads(gf.model_loss(model, criterion), m, plan=plan)(params, batch)

@@ -97,7 +97,7 @@ def test_activation_checkpoints_keep_the_mode_of_the_pass():
 
 @pytest.mark.parametrize(("plan", "m"), PLANS)
 def test_an_embedding_that_renormalises_leaves_the_given_parameters_alone(plan, m):
-    """Where it does, a pure update would start elsewhere than a plain loop: that is refused."""
+    """If it wrote them, a pure update would start elsewhere than a plain loop: it is refused."""
     build = lambda: nn.Sequential(nn.Embedding(11, 4, max_norm=0.5), nn.Tanh(), nn.Flatten())
     case = Case("max-norm", build, lambda n: (torch.arange(n * 6).view(n, 6) % 11, torch.arange(n)))
     model = case.model()

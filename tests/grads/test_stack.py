@@ -206,7 +206,7 @@ class Followed(TorchDispatchMode):
 @pytest.mark.parametrize("live", ["1111", "0110", "1010", "0001", "1000", "0000", "1101"])
 @pytest.mark.parametrize("followed", [False, True])
 def test_a_weighted_sum_reads_no_dead_row(live, followed):
-    """Whether the weights may be looked at or not, and wherever the dead rows are."""
+    """With weights that may be read and with traced ones, for dead rows at every place."""
     rows = torch.randn(4, 9)
     weights = torch.tensor([0.5, -1.0, 2.0, 3.0], dtype=torch.float64)
     expected = torch.zeros(9)

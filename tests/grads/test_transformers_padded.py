@@ -120,7 +120,7 @@ def test_what_cannot_run_at_once_is_a_small_part(kind):
 
 
 def test_masks_of_padded_text_take_no_groups():
-    """Whether a mask may be left out is asked of all rows, and answered no for all of them."""
+    """The question whether a mask may be omitted gets the answer no for all rows."""
     for kind in ("bert", "llama", "mamba2"):
         model, batch = build(kind), padded(kind)
         params, buffers = gf.extract(model)

@@ -26,7 +26,7 @@ NOTHING, ALL = 0.0, 2.0
 
 
 def spied(optimizer):
-    """How often the optimizer is called."""
+    """Count the calls of the optimizer."""
     calls, step = [], optimizer.step
     optimizer.step = lambda *args, **kwargs: (calls.append(1), step(*args, **kwargs))[1]
     return calls
@@ -215,7 +215,7 @@ def test_schedulers_of_torch(schedule):
 
 
 class HostQuestions(TorchDispatchMode):
-    """How often a value of a tensor is asked for."""
+    """Count how often the value of a tensor is read."""
 
     def __init__(self):
         super().__init__()
@@ -643,7 +643,7 @@ def test_a_step_in_evaluation_mode_leaves_statistics():
 
 
 class Encoding(UserDict):
-    """What tokenizers return."""
+    """A mapping like those that tokenizers return."""
 
 
 @pytest.mark.parametrize("kind", [dict, Encoding])

@@ -275,7 +275,7 @@ def test_a_filter_that_accepts_nothing_never_calls_the_optimizer():
 
 
 class Rooted(Net):
-    """Tensors of the module itself, beside those of its layers."""
+    """Tensors of the module itself, in addition to those of its layers."""
 
     plan = "loop"
 

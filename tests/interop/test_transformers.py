@@ -39,7 +39,7 @@ def classifier():
 
 
 def sentences(n=STEPS * SIZE, ragged=False):
-    """Words that count upwards; of ragged ones only a beginning is to be learnt."""
+    """Words that count upwards; only the beginning of ragged ones has labels."""
     rows = []
     for _ in range(n):
         words = (torch.randint(WORDS, ()) + torch.arange(LENGTH)) % WORDS

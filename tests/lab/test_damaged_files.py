@@ -74,7 +74,7 @@ def spoilt(whole, folder, seed):
 
 
 def said(*args):
-    """What a command says about a damaged file: nothing, or one line at the end."""
+    """Return what a command prints about a damaged file: nothing, or one line at the end."""
     code, out, err = command(*args)
     assert code in (0, 2), (code, err)
     assert all(character.isprintable() or character == "\n" for character in out + err), out + err

@@ -16,7 +16,7 @@ OPTIONS = ["--steps", "6", "--dtype", "float64", "--seeds", "2", "--noise", "0.3
 def launched(processes, *options):
     """The outcome of a demo in one process, or in several started by torchrun."""
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    # One thread each: a process cannot know how many others compute beside it.
+    # One thread each: a process cannot know how many others compute at the same time.
     return subprocess.run(
         [sys.executable, *(run if processes > 1 else []), "-m", "gradfilter", "demo", *options],
         capture_output=True,

@@ -85,7 +85,7 @@ def test_the_two_commands_are_there_and_ci_runs_the_second():
 
 def test_links_to_files_lead_somewhere():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
-        if not target.startswith("../../actions/"):  # the workflow's page, beside the files
+        if not target.startswith("../../actions/"):  # the page of the workflow is not a file
             assert (ROOT / target).exists(), target
 
 

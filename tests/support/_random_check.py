@@ -22,7 +22,7 @@ from gradfilter.interop import Filtered
 
 OURS = str(Path(gf.__file__).parent)
 FALLBACK = 'Fell back to plan "loop": '
-# Words of torch's inside, which say nothing to whoever wrote the model.
+# Words of torch's internals, which say nothing to the author of a model.
 INTERNAL = (
     *("escaped", "BatchedTensorImpl", "GradTrackingTensor", "TensorWrapper", "INTERNAL ASSERT"),
     *("NotImplementedType", "NoneType", "has no attribute", "not subscriptable", "unpack"),

@@ -39,7 +39,7 @@ KINDS = {
 
 @dataclass
 class Breach:
-    """How a transform differs from a lawful one.
+    """The difference of a transform from a lawful one.
 
     Attributes:
         change: Done to every leaf.

@@ -142,7 +142,7 @@ def test_what_lies_elsewhere_is_not_copied():
 
 
 def captured_by_hand(step, state, batch):
-    """What `capture` builds, with a graph that runs the step again on each replay."""
+    """Build what `capture` builds, with a graph that runs the step again on each replay."""
     generator = Pointed()
     rewinds = Rewinds(generator, state["random"]["cpu"])
     inputs = static_inputs({"batch": batch}, cpu)

@@ -23,7 +23,7 @@ PARENTS = ("torch", "lightning", "transformers")  # packages whose classes ours 
 
 @pytest.fixture(scope="module")
 def found():
-    """What pyright says, by file and line."""
+    """Return the diagnostics of pyright, by file and line."""
     source = str(Path(gf.__file__).parents[1])
     options = ["--outputjson", "--project", str(HERE), "--pythonpath", sys.executable]
     run = subprocess.run(

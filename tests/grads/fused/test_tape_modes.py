@@ -119,7 +119,7 @@ def test_an_ill_row_stays_out_in_every_mode(name, budget, ghosts, monkeypatch):
 
 
 def forward_passes(*questions):
-    """How often the loss runs for some questions when nothing may be kept between them."""
+    """Count the calls of the loss for some questions when nothing may be kept between them."""
     runs = []
 
     def loss(params, x):

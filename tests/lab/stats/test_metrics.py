@@ -33,7 +33,7 @@ def measured(case, metric, images=None, **settings):
 
 
 def g(model, x, y, normalization, only):
-    """What is differentiated, for one sample."""
+    """Return the function that is differentiated, for one sample."""
     logits = model(x[None])[0]
     if normalization == "crossentropy":
         return -logits.log_softmax(0)[y : y + 1]

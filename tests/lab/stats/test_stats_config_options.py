@@ -91,7 +91,7 @@ def test_an_option_changes_the_numbers_or_is_refused(metric, around, model):
             continue
         if metric == "agreement" and name == "microbatches":
             base += " --microbatches 8"
-        assert after != before, (text, "beside", base)
+        assert after != before, (text, "with", base)
 
 
 IGNORED = {

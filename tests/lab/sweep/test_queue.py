@@ -230,7 +230,7 @@ with joined_study(plan, storage or None, 30) as queue:
 
 
 def raced(folder, storage, *options):
-    """What each of two workers took who started at the same moment."""
+    """Return the trials that two workers took which started at the same moment."""
     call = [sys.executable, "-c", RACER]
     racers = [
         subprocess.Popen([*call, me, str(folder), storage, *options], stdout=subprocess.PIPE)

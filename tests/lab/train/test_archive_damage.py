@@ -65,7 +65,7 @@ def test_a_flip_of_any_bit_is_seen_or_changes_nothing():
 
 
 def test_a_flip_in_the_numbers_is_not_read_by_torch_alone():
-    """What the checksums are compared for: torch reads it as if nothing had happened."""
+    """Torch reads it as if nothing had happened; only the checksums show it."""
     whole = tensor_bytes(FLAT)
     at = whole.index(FLAT["state.params.weight"].numpy().tobytes()) + 2
     read = torch.load(io.BytesIO(flipped(whole, at)), weights_only=True)

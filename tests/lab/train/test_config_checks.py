@@ -90,7 +90,7 @@ ELSEWHERE = {
     "compile",  # other kernels for the same numbers
 }
 DAILY = 2
-"""Other options that each is tried beside every day; all 3,500 pairs take some minutes."""
+"""Options that each other one is combined with every day; all 3,500 pairs take some minutes."""
 
 
 def test_every_option_is_here():
@@ -112,7 +112,7 @@ def _load(name, **settings):
 
 @functools.cache
 def trained(*typed):
-    """What a training leaves, without clocks and directories.
+    """Return the numbers of a training, without clocks and directories.
 
     Raises:
         UsageError: It is refused.
@@ -155,7 +155,7 @@ def test_an_option_changes_the_training_or_is_refused_beside_another(name):
     for other in random.Random(name).sample(others, DAILY):
         before = outcome(BASE, needs, text)
         after = outcome(BASE, needs, text, OPTIONS[other][1])
-        assert before is not None and after != before, (OPTIONS[other][1], "beside", needs, text)
+        assert before is not None and after != before, (OPTIONS[other][1], "with", needs, text)
 
 
 # Options that did nothing

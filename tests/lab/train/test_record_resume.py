@@ -83,7 +83,7 @@ def recorded(run, stopped):
 
 
 def last_line(*args):
-    """What a refused command says at last; a run has said more before it was looked at."""
+    """Return the last line of a refused command; a run printed more before it."""
     code, _, err = command(*args)
     assert code == 2, err
     return err.splitlines()[-1]
@@ -165,7 +165,7 @@ def test_interrupted_runs_go_on_where_they_were(step, tmp_path):
 )
 def test_ctrl_c_and_polite_kills_finish_the_step_and_save_the_point(name, workers, tmp_path):
     options = [*BASE, "--workers", workers]
-    # Whoever runs the tests may ignore them; a scheduler tells every process of the group.
+    # The process that runs the tests may ignore them; a scheduler tells every process of the group.
     heard = f"import os, signal\nsignal.signal(signal.{name}, signal.SIG_DFL)\nos.setpgrp()\n"
     if name == "SIGINT":
         heard = heard.replace("SIG_DFL", "default_int_handler")

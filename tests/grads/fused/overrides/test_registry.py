@@ -98,7 +98,7 @@ def table():
 
 
 def plain_name(function):
-    """Of aten.f.overload, f."""
+    """Return the name f of aten.f.overload."""
     return function.__name__.split(".")[0]
 
 
