@@ -65,6 +65,58 @@ def test_a_seed_fixes_the_random_state():
     assert not torch.equal(a["random"]["cpu"], c["random"]["cpu"])
 
 
+def noisy(scale=0.1):
+    def update(grads, state, params, /, **extra):
+        return {n: g + scale * torch.randn_like(g) for n, g in grads.items()}, state, {}
+
+    return gf.transform("noisy", "tree -> tree", update)
+
+
+def sharp_noise():
+    return gf.chain(gf.mean_rows(), noisy(), gf.sam_perturb(0.05), gf.sgd(0.1))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_transform_draws_other_numbers_in_every_step(dropout, donate):
+    """As in a plain loop, the numbers of a step follow those of the step before."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(dropout), nn.Linear(4, 2)).double()
+    plain = copy.deepcopy(model)
+    loss = gf.model_loss(model, F.cross_entropy)
+    update = gf.chain(gf.mean_rows(), noisy(), gf.sgd(0.1))
+    step = gf.train_step(loss, update, microbatches=2, plan="loop")
+    state = step.init(model, seed=5)
+    batches = [(torch.randn(4, 3).double(), torch.tensor([0, 1, 1, 0])) for _ in range(3)]
+    for batch in batches:
+        state, _ = step(state, batch, donate=donate)
+    torch.manual_seed(5)
+    for x, y in batches:
+        plain.zero_grad()
+        for rows in zip(x.chunk(2), y.chunk(2), strict=True):
+            (F.cross_entropy(plain(rows[0]), rows[1]) / 2).backward()
+        with torch.no_grad():
+            for p in plain.parameters():
+                p -= 0.1 * (p.grad + 0.1 * torch.randn_like(p))
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(state["params"][name], p.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("plan", ["loop", "vmap", "fused"])
+def test_noise_of_a_transform_resumes_and_leaves_the_second_pass_alone(plan):
+    model, batch = Dropped(), vectors()
+    loss = gf.model_loss(model, F.cross_entropy)
+    step = gf.train_step(loss, sharp_noise(), microbatches=4, plan=plan)
+    state = step.init(model, seed=3)
+    first, _ = step(state, batch)
+    torch.manual_seed(99)
+    assert equal(first, step(state, batch)[0])
+    second, _ = step(first, batch)
+    torch.rand(3)
+    resumed, _ = step(gf.load_state_dict(step.init(model), gf.state_dict(first)), batch)
+    assert equal(second, resumed)
+
+
 def test_a_skipped_step_gates_parameters_but_not_buffers():
     model = ConvBN()
     step = new_step(model)

@@ -101,12 +101,12 @@ class TrainStep:
         with random_state_restored(device):
             set_random_state(state["random"], device)
             rows = self.grads_of(state["params"], batch, buffers=state["buffers"])
-            random = random_state(device)
             # A donated update overwrites the parameters, from which a loss of NaN has to be asked.
             loss = rows.mean_loss() if donate else None
             params, transforms, info = self.update(
                 state["params"], state["transforms"], rows, donate=donate, **extra
             )
+            random = random_state(device)  # after the draws of the transforms
         loss = rows.mean_loss() if loss is None else loss
         state = {
             "params": params,
