@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from gradfilter import _tree
+from gradfilter._readable import followed
 from gradfilter._types import Params, Tree
 from gradfilter.grads._batch import Batch, check_device, check_params, more_than_a_batch, split
 from gradfilter.grads._call_context import (
@@ -27,6 +28,7 @@ from gradfilter.grads._call_context import (
     random_state,
 )
 from gradfilter.grads._error_notes import note_anomaly, raise_with_plan, reason_of, stacklevel
+from gradfilter.grads._hidden_state import Probes, hidden_state, same_losses
 from gradfilter.grads._loop import Rows, loop_rows
 from gradfilter.grads._loss import ModelLoss, RefusedByAll
 from gradfilter.grads._normalized_loss import NormalizedLoss
@@ -84,6 +86,7 @@ class GradFunction:
         chunk_size: The number of rows per call of torch.vmap, or None for all.
         memory_budget: The bytes (int) or a fraction of the memory of the device (float).
         by_row: The modules that plan "fused" runs row by row, learned from refused passes.
+        probes: Decides which passes run twice, to find a state of the loss that is hidden.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -102,6 +105,7 @@ class GradFunction:
     chunk_size: int | None
     memory_budget: int | float
     by_row: ByRow = field(default_factory=ByRow, init=False, repr=False)
+    probes: Probes = field(default_factory=Probes, repr=False)
 
     def __call__(
         self, params: Params, batch: Any, *more: Any, buffers: Tree | None = None
@@ -231,13 +235,35 @@ class BatchPasses:
             if plan == "loop":
                 return loop_rows(self.loss, params, self.batch, per_row)
             size, used = self.settings.chunk_size, set[str]()
+            probed = None
+            if self.is_probed(per_row):
+                probed = vmap_rows(
+                    self.loss, params, self.batch, per_row, chunk_size=size, used=set()
+                )[1]
+                self.forget_probe()
             rows = vmap_rows(self.loss, params, self.batch, per_row, chunk_size=size, used=used)
+            if probed is not None and not same_losses(probed, rows[1]):
+                raise hidden_state()
         except RuntimeError as error:
             note_anomaly(error)
             raise
         if not per_row:
             check_remembered(self.loss, params, self.batch, self.context, used)
         return rows
+
+    def is_probed(self, per_row: bool) -> bool:
+        """Return whether a first pass over all rows runs twice, to find a hidden state.
+
+        torch's own modules and functions have none, and one row at a time sees it as it is.
+        """
+        possible = self.loss.first and not per_row and len(self.batch) > 1
+        quiet = self.context.device.type == "cpu" and not followed()  # comparing waits for nothing
+        return possible and quiet and self.loss.may_draw_on_host and self.settings.probes.due()
+
+    def forget_probe(self) -> None:
+        """Reset what a probing pass has changed and written into logs."""
+        self.context.rewind()
+        self.context.attributes.remove_added()
 
     def _fused(self, params: Params, per_row: bool, origin: StackOrigin) -> ComputedStack:
         run = FusedPass(self, params, per_row)
@@ -313,8 +339,14 @@ class FusedPass(PassSource):
     def first(self) -> Forward:
         """Run the forward pass, and refuse it if a loop over rows would give another result."""
         passes = self.passes
+        probed = None
+        if passes.is_probed(self.per_row):
+            probed = self._run(passes.batch, self.params, passes.grouping).losses.detach()
+            passes.forget_probe()
         found = self._run(passes.batch, self.params, passes.grouping, check=not self.per_row)
         self._losses = found.losses.detach()
+        if probed is not None and not same_losses(probed, self._losses):
+            raise hidden_state()
         if not self.per_row:
             if len(passes.batch) > 1:
                 rows = [group[-1] for group in found.groups] or [-1]
@@ -382,11 +414,7 @@ class FusedPass(PassSource):
 
 def _check_repeated(losses: Tensor, again: Tensor) -> None:
     """Refuse a repeated pass with other losses: something was written unnoticed."""
-    if losses.device.type != "cpu":  # the comparison would wait for the device
-        return
-    tolerance = 64 * torch.finfo(losses.dtype).eps  # threads change the order of sums
-    size = float(losses[losses.isfinite()].abs().max()) if losses.isfinite().any() else 0.0
-    if not torch.allclose(again, losses, tolerance, tolerance * size, equal_nan=True):
+    if not same_losses(losses, again):
         raise RuntimeError(
             "Expected another pass over the batch to give the losses of the first, found others. "
             "Parameters were written in place since (fused optimizers leave no trace), or the loss "

@@ -21,6 +21,7 @@ from gradfilter.grads._state_owners import (
     PLAIN,
     STANDARD,
     TREES,
+    ItemValues,
     PlainValues,
     Table,
     class_tables,
@@ -81,7 +82,7 @@ class Attributes:
                     self.tensors.extend((label, tensor) for tensor in tensors_in(value))
                 if isinstance(value, PlainValues):
                     tables.append((label, value, none))
-                for owner in owners_in(value):
+                for owner in owners_in(value, names=True):
                     self._add(owner, label, seen, tables)
             self._held.append(_Snapshot(name, table, skipped, held, len(table)))
 
@@ -107,20 +108,22 @@ class Attributes:
         """Return the attributes of the same modules now."""
         return Attributes(self._modules, self._more, self._objects)
 
-    def restore(self, *, containers: bool = True) -> None:
-        """Restore the attributes of that moment.
-
-        Args:
-            containers: False to leave the contents of lists, dicts and sets as they are.
-        """
+    def restore(self) -> None:
+        """Restore the attributes of that moment, also the contents of lists, dicts and sets."""
         for _, now, skipped, before, _ in self._held:
             for key in now.keys() - before.keys() - skipped:
                 del now[key]
             for key, (value, content) in before.items():
                 if now.get(key, MISSING) is not value:
                     now[key] = value
-                if containers and content is not value:
+                if content is not value:
                     _refill(value, content)
+
+    def remove_added(self) -> None:
+        """Remove what was appended since to lists that functions close over: logs."""
+        for held in self._held:
+            if isinstance(held.table, ItemValues):
+                held.table.remove_added()
 
     def convert_changed(self, convert: Callable[[Tensor], Tensor]) -> bool:
         """Replace every tensor in changed attributes by ``convert(tensor)``.

@@ -30,7 +30,7 @@ from gradfilter.grads._loss import (
 from gradfilter.grads._module_attributes import Attributes
 from gradfilter.grads._module_tensors import Hook, ModuleTensors
 from gradfilter.grads._running_stats import cumulative_means
-from gradfilter.grads._state_owners import STANDARD, Owners, owners_in
+from gradfilter.grads._state_owners import STANDARD, Owners, forward_methods, owners_in
 
 # --- The ends of the graph of a loss ---
 
@@ -169,6 +169,20 @@ def _holds(value: Any, parameter: Any, depth: int) -> bool:
 # --- The normalized loss ---
 
 
+def _own_methods(modules: Iterable[nn.Module]) -> Iterator[Any]:
+    """Yield what the forward passes and hooks of modules refer to, other than the modules."""
+    modules = list(modules)
+    functions: list[Any] = list(forward_methods(modules))
+    for module in modules:
+        functions += (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    known = set[int]()
+    for function in functions:
+        for owner in owners_in(function, names=True):
+            if id(owner) not in known and not isinstance(owner, nn.Module):
+                known.add(id(owner))
+                yield owner
+
+
 @dataclass(eq=False)
 class NormalizedLoss:
     """A module's loss or a plain one, with its module as it is when a batch is given.
@@ -245,14 +259,19 @@ class NormalizedLoss:
         They include the buffers of the criterion's modules, which are not passed to anything, and
         the attributes of the user's own objects that the criterion, or a plain loss, refers to.
         """
-        more = [(name, module._buffers) for name, module in self._criterion_modules.items()]
+        more = [
+            (name, table)
+            for name, module in self._criterion_modules.items()
+            for table in (module._buffers, module._parameters)
+        ]
         if self.places is None:
             return Attributes({}, (), (("loss", own) for own in owners_in(self.loss, names=True)))
+        called = [("forward", method) for method in _own_methods(self.modules.values())]
         criterion = self.loss.criterion
         if isinstance(criterion, Owners):
-            return Attributes(self.modules, [*more, ("", vars(criterion))])
+            return Attributes(self.modules, [*more, ("", vars(criterion))], called)
         own = (o for o in owners_in(criterion, names=True) if not isinstance(o, nn.Module))
-        return Attributes(self.modules, more, (("criterion", owner) for owner in own))
+        return Attributes(self.modules, more, [*called, *(("criterion", o) for o in own)])
 
     @property
     def hooks(self) -> dict[str, list[Hook]]:

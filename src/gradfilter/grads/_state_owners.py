@@ -9,10 +9,18 @@ from __future__ import annotations
 import contextlib
 import dis
 import sys
-from collections import OrderedDict, defaultdict, deque
+from argparse import Namespace
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, MutableMapping
-from functools import partial
-from types import BuiltinMethodType, FunctionType, MethodType
+from functools import lru_cache, partial
+from types import (
+    BuiltinMethodType,
+    CodeType,
+    FunctionType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any
 
 import torch
@@ -22,10 +30,13 @@ from typing_extensions import override
 STANDARD = frozenset(nn.Module().__dict__)
 """The attributes of every module: parameters, buffers, submodules, hooks, the mode."""
 
-CONTAINERS: tuple[type, ...] = (list, dict, set, deque, OrderedDict, defaultdict)
+CONTAINERS: tuple[type, ...] = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
 
 ITEMS = (list, dict, deque)
-"""Containers whose items a function may assign."""
+"""Containers whose items a function may assign; also classes that are derived from them."""
+
+RECORDS = (SimpleNamespace, Namespace)
+"""Classes of the standard library that only hold attributes."""
 
 TREES = (Tensor, dict, list, tuple, set, deque)
 
@@ -54,7 +65,7 @@ NESTED = 8
 
 
 def owners_in(value: Any, *, names: bool = False) -> Iterator[Any]:
-    """Yield the modules, objects and functions of the user, and generators, that a value refers to.
+    """Yield the modules, objects, classes and functions of the user, and generators, in a value.
 
     These are the value itself, items of containers, the arguments of partials, the objects of bound
     methods, and what functions close over or have as defaults: a call of the value may change their
@@ -62,7 +73,7 @@ def owners_in(value: Any, *, names: bool = False) -> Iterator[Any]:
 
     Args:
         value: Any value.
-        names: True to include the globals that functions use.
+        names: True to include the globals that functions, and methods that are called, use.
     """
     seen: set[int] = set()
     found = [(value, NESTED)]
@@ -72,33 +83,96 @@ def owners_in(value: Any, *, names: bool = False) -> Iterator[Any]:
         seen.add(id(item))
         if isinstance(item, nn.Module) or _has_attributes(item) or is_generator(item):
             yield item
-            continue
-        if _is_own_function(item) or (type(item) in ITEMS and item is not value):
+            if names and depth:
+                found.extend((method, depth - 1) for method in _called_methods(item))
+            if not isinstance(item, ITEMS):
+                continue
+        elif (
+            _is_own_function(item)
+            or _is_own_class(item)
+            or (isinstance(item, ITEMS) and item is not value)
+        ):
             yield item
         if depth:
             found.extend((part, depth - 1) for part in _parts_of(item, names))
 
 
+def _called_methods(value: Any) -> Iterator[FunctionType]:
+    """Yield the methods of the user's classes that a call of a module or an object runs first."""
+    if isinstance(value, nn.Module):
+        yield from forward_methods(value.modules())
+    else:
+        yield from _methods(type(value), "__call__")
+
+
+def forward_methods(modules: Iterable[nn.Module]) -> Iterator[FunctionType]:
+    """Yield the method ``forward`` of every class among the modules, also those of base classes."""
+    for kind in dict.fromkeys(map(type, modules)):
+        yield from _methods(kind, "forward")
+
+
+def _methods(kind: type, name: str) -> Iterator[FunctionType]:
+    for base in kind.__mro__:
+        method = vars(base).get(name)
+        if isinstance(method, FunctionType) and _is_own_function(method):
+            yield method
+
+
 def _parts_of(value: Any, names: bool) -> Iterable[Any]:
     if isinstance(value, partial):
         return value.func, *value.args, *value.keywords.values()
-    if isinstance(value, (MethodType, BuiltinMethodType)):
+    if isinstance(value, MethodType):
+        return value.__self__, value.__func__
+    if isinstance(value, BuiltinMethodType):
         return (value.__self__,)
     if _is_own_function(value):
-        code, table = value.__code__, value.__globals__
         return (
             *_closed_over(value),
             *(value.__defaults__ or ()),
             *(value.__kwdefaults__ or {}).values(),
-            *(table[name] for name in code.co_names if names and name in table),
+            *(_globals_of(value) if names else ()),
         )
-    if type(value) in (*CONTAINERS, tuple) and len(value) <= SEARCHED:
-        return tuple(value.values() if isinstance(value, dict) else value)
+    if isinstance(value, dict):
+        return tuple(value.values()) if len(value) <= SEARCHED else ()
+    if isinstance(value, (list, tuple, set, deque)):
+        return tuple(value) if len(value) <= SEARCHED else ()
     return ()
+
+
+def _globals_of(function: FunctionType) -> Iterator[Any]:
+    """Yield the globals that a function uses, and what it uses of the user's Python modules."""
+    names, table = _names_in(function.__code__)[0], function.__globals__
+    for name in names & table.keys():
+        value = table[name]
+        if not isinstance(value, ModuleType):
+            yield value
+        elif value.__name__.partition(".")[0] not in FOREIGN:
+            yield from (vars(value)[key] for key in names & vars(value).keys())
+
+
+@lru_cache(maxsize=4096)
+def _names_in(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the names that code uses, and those outside of it that it assigns.
+
+    Both include the functions, lambdas and comprehensions inside the code.
+    """
+    used, stored = set(code.co_names), set[str]()
+    if not STORES.isdisjoint(code.co_code[::2]):  # most functions assign nothing outside
+        stored |= {s.argval for s in dis.get_instructions(code) if s.opcode in STORES}
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            inner = _names_in(constant)
+            used |= inner[0]
+            stored |= inner[1]
+    return frozenset(used), frozenset(stored & {*code.co_freevars, *used})
 
 
 def _is_own_function(value: Any) -> bool:
     return isinstance(value, FunctionType) and _defining_package(value) not in FOREIGN
+
+
+def _is_own_class(value: Any) -> bool:
+    return isinstance(value, type) and _defining_package(value) not in FOREIGN
 
 
 def _closed_over(function: FunctionType) -> Iterator[Any]:
@@ -117,6 +191,8 @@ def _has_attributes(value: Any) -> bool:
     Objects of the standard library and of frameworks (loggers, trainers, configurations) change for
     other reasons.
     """
+    if isinstance(value, RECORDS):
+        return True
     return (
         (hasattr(value, "__dict__") or bool(_slots(type(value))))
         and _defining_package(type(value)) not in FOREIGN
@@ -127,8 +203,8 @@ def _has_attributes(value: Any) -> bool:
 def is_generator(value: Any) -> bool:
     return (
         isinstance(value, torch.Generator)
-        or hasattr(value, "bit_generator")
-        or (hasattr(value, "getstate") and hasattr(value, "setstate"))
+        or hasattr(type(value), "bit_generator")
+        or (hasattr(type(value), "getstate") and hasattr(type(value), "setstate"))
         or type(value).__name__ == "RandomState"
     )
 
@@ -153,11 +229,17 @@ def tables_of(owner: Any, label: str, seen: set[int]) -> Iterator[Table]:
         if id(owner) not in seen:
             seen.add(id(owner))
             yield label, _FunctionValues(owner), frozenset()
+            yield label, vars(owner), frozenset()
         return
-    if type(owner) in ITEMS:
+    if isinstance(owner, type):
+        yield from class_tables([owner], seen)
+        return
+    if isinstance(owner, ITEMS):
         if id(owner) not in seen:
             seen.add(id(owner))
-            yield label, _ItemValues(owner), frozenset()
+            yield label, ItemValues(owner), frozenset()
+            if hasattr(owner, "__dict__"):
+                yield label, vars(owner), frozenset()
         return
     if not isinstance(owner, nn.Module):
         if id(owner) not in seen:
@@ -218,17 +300,17 @@ class PlainValues(_View):
 
 
 class _FunctionValues(_View):
-    """The ``nonlocal`` and ``global`` names that a function can assign, with their values."""
+    """The outer names that a function can assign, or that hold tensors, with their values."""
 
     def __init__(self, function: FunctionType) -> None:
         super().__init__(function)
         code = function.__code__
         self._cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
         self._globals = function.__globals__
-        self._names: set[str] = set()
-        if not STORES.isdisjoint(code.co_code[::2]):  # most functions assign nothing outside
-            stored = {s.argval for s in dis.get_instructions(code) if s.opcode in STORES}
-            self._names = stored & {*self._cells, *code.co_names}
+        used, stored = _names_in(code)
+        outer = {*self._cells, *(used & self._globals.keys())}
+        tensors = {name for name in outer if isinstance(self.get(name), Tensor)}
+        self._names = tensors | (stored & {*self._cells, *used})
 
     @override
     def __getitem__(self, key: str) -> Any:
@@ -258,8 +340,8 @@ class _FunctionValues(_View):
         return (name for name in sorted(self._names) if self.get(name, MISSING) is not MISSING)
 
 
-class _ItemValues(_View):
-    """The numbers, texts and tensors that a list or a dict holds now.
+class ItemValues(_View):
+    """The items that a list or a dict holds now; containers among them have tables of their own.
 
     Later items are not among them: a loss appends to a list to log.
     """
@@ -267,7 +349,17 @@ class _ItemValues(_View):
     def __init__(self, container: Any) -> None:
         super().__init__(container)
         pairs = container.items() if isinstance(container, dict) else enumerate(container)
-        self._keys = [key for key, v in pairs if type(v) in PLAIN or isinstance(v, Tensor)]
+        self._every = dict(pairs)
+        self._items = {k: v for k, v in self._every.items() if not isinstance(v, (*ITEMS, set))}
+
+    def remove_added(self) -> None:
+        """Remove the items that were added since."""
+        if isinstance(self._owner, dict):
+            for key in self._owner.keys() - self._every.keys():
+                del self._owner[key]
+        else:
+            while len(self._owner) > len(self._every):
+                self._owner.pop()
 
     @override
     def __getitem__(self, key: Any) -> Any:
@@ -278,8 +370,10 @@ class _ItemValues(_View):
 
     @override
     def __setitem__(self, key: Any, value: Any) -> None:
-        if isinstance(self._owner, dict) or key < len(self._owner):
-            self._owner[key] = value
+        if not isinstance(self._owner, dict):
+            while len(self._owner) <= key:  # items were removed
+                self._owner.append(self._every[len(self._owner)])
+        self._owner[key] = value
 
     @override
     def __delitem__(self, key: Any) -> None:
@@ -287,7 +381,7 @@ class _ItemValues(_View):
 
     @override
     def __iter__(self) -> Iterator[Any]:
-        return (key for key in self._keys if self.get(key, MISSING) is not MISSING)
+        return (key for key in self._items if self.get(key, MISSING) is not MISSING)
 
 
 def _slots(kind: type) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradfilter import _tree
 from gradfilter._types import GLOBAL_NAMES, Params, Transform, all_keep
+from gradfilter.grads._hidden_state import Probes
 from gradfilter.grads._loss import extract, insert
 from gradfilter.grads._microbatch import GradFunction, Plan, microbatch_grads, per_sample_grads
 from gradfilter.grads._stack import BaseStack, ComputedStack, DenseStack, GradStack, StackOrigin
@@ -267,6 +268,7 @@ class Filtered:
         self._microbatches = microbatches
         self._plan: Plan = plan_for(model, criterion, plan)
         self._memory_budget = memory_budget
+        self._probes = Probes()
         self._grads_of(None)
         check_owned(self._module, optimizer, "Filtered")
         self._state = self.transforms.init(extract(self._module)[0])
@@ -365,11 +367,13 @@ class Filtered:
 
     def _grads_of(self, scale: Tensor | None) -> GradFunction:
         loss = loss_of(self._module, self.criterion, self._has_aux, scale)
-        if self._microbatches is None:
-            return per_sample_grads(loss, plan=self._plan, memory_budget=self._memory_budget)
-        return microbatch_grads(
-            loss, self._microbatches, plan=self._plan, memory_budget=self._memory_budget
+        options: dict[str, Any] = {"plan": self._plan, "memory_budget": self._memory_budget}
+        grads_of = (
+            per_sample_grads(loss, **options)
+            if self._microbatches is None
+            else microbatch_grads(loss, self._microbatches, **options)
         )
+        return replace(grads_of, probes=self._probes)
 
     def _rows(self, inputs: Any, targets: Any) -> tuple[ComputedStack, Tensor | None]:
         """Return the rows of one batch, and the factors that remove the loss scale."""

@@ -165,7 +165,7 @@ class _HostState:
 
     def restore(self) -> None:
         """Set everything back to that moment; lists keep what a pass has logged in them."""
-        self._attributes.restore(containers=False)
+        self._attributes.restore()
         self._random.restore()
 
 

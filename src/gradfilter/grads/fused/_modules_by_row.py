@@ -59,8 +59,8 @@ class ByRow:
         """
         around = _modules_around(refusal)
         if isinstance(refusal, Unreplayable) and not around:
-            owner = modules.get(refusal.buffer.rpartition(".")[0])
-            around = [owner, modules[""]] if owner is not None else []
+            owner, model = modules.get(refusal.buffer.rpartition(".")[0]), modules[""]
+            around = [owner, model] if owner in set(model.modules()) else []
         if not around or _is_torchs(around[0]):  # torch refuses these on purpose
             return False
         whole = around[-1]

@@ -1,0 +1,57 @@
+"""Find a state of the loss that no search finds: run a pass twice, and compare the losses.
+
+A loss may keep a counter in an iterator, a NumPy array or a generator function. The search for the
+state of a loss (`_state_owners`) does not see these, and every row of a pass over all rows would
+get the same number. Such a loss gives other values if it is called again with the same arguments.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from gradfilter._readable import readable
+from gradfilter.grads._loss import RefusedByAll
+
+
+class Probes:
+    """Decides which passes run twice: the first, second, fourth, eighth, ... of one loss.
+
+    So 1,000 steps make ten additional forward passes.
+    """
+
+    def __init__(self) -> None:
+        self._passes = 0
+
+    @override
+    def __reduce__(self) -> Any:
+        """Pickle without the number of passes, which is that of one process."""
+        return (Probes, ())
+
+    def due(self) -> bool:
+        """Count a pass, and return whether it runs twice."""
+        self._passes += 1
+        return self._passes & (self._passes - 1) == 0
+
+
+def same_losses(losses: Tensor, again: Tensor) -> bool:
+    """Return whether two passes gave the same losses (M,); True if they cannot be read."""
+    if not readable(losses):  # the comparison would wait for the device
+        return True
+    tolerance = 64 * torch.finfo(losses.dtype).eps  # threads change the order of sums
+    size = float(losses[losses.isfinite()].abs().max()) if losses.isfinite().any() else 0.0
+    return torch.allclose(again, losses, tolerance, tolerance * size, equal_nan=True)
+
+
+def hidden_state() -> RefusedByAll:
+    """Return the error for a loss with a state that cannot be handed from row to row."""
+    return RefusedByAll(
+        "Expected a loss that gives the same values when it is called again with the same "
+        "arguments, found others: it keeps a state (a counter, an iterator, a generator, an array) "
+        "where it is not found, so that all rows would see the same state. Keep it in a buffer, in "
+        'an attribute of a module or in a list, or pass plan="loop" from the start, which calls '
+        "the loss once for each row, in order."
+    )
