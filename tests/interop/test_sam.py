@@ -3,7 +3,9 @@
 import copy
 import os
 import pickle
+from collections import deque
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,6 +204,49 @@ def test_the_second_pass_starts_from_the_buffers_of_the_first(known):
 def backward(loss):
     loss.backward()
     return loss
+
+
+def count_in(container, key):
+    container[key] += 1
+    return container[key]
+
+
+def count_last(calls):
+    calls.append(calls[-1] + 1)
+    return calls[-1]
+
+
+PLACES = {
+    "list": (lambda: [0], lambda calls: count_in(calls, 0)),
+    "dict": (lambda: {"n": 0}, lambda calls: count_in(calls, "n")),
+    "deque": (lambda: deque([0], maxlen=1), count_last),
+    "namespace": (lambda: SimpleNamespace(n=0), lambda calls: count_in(vars(calls), "n")),
+    "tensor": (lambda: torch.zeros(()), lambda calls: calls.add_(1).clone()),
+    "list of tensors": (lambda: [torch.zeros(())], lambda calls: calls[0].add_(1).clone()),
+}
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_state_in_a_container_counts_once_per_step(place, known):
+    make, count = PLACES[place]
+
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+            self.calls, self.seen = make(), []
+
+        def forward(self, x):
+            number = count(self.calls)
+            self.seen.append(float(number))
+            return x @ self.weight * number
+
+    model = Counted()
+    optimizer = SAM(model.parameters(), sgd(model), RHO, model=model if known else None)
+    for _ in range(3):
+        optimizer.step(lambda: backward(model(torch.ones(2, 4)).square().mean()))
+    assert model.seen == [1, 1, 2, 2, 3, 3]
 
 
 @both

@@ -306,10 +306,16 @@ class CallContext:
                 module.training = training
 
     def rewind(self) -> None:
-        """Reset random numbers and attributes to that moment, for another attempt at a pass."""
+        """Reset random numbers, modes and attributes to that moment, for another attempt."""
         set_random_state(self.random, self.device)
         self.host.restore()
         self.attributes.restore()
+        for module, training in self.training:
+            module.training = training
+
+    def switched(self) -> nn.Module | None:
+        """Return a module that is in another mode than at that moment, or None."""
+        return next((m for m, training in self.training if m.training != training), None)
 
     @contextmanager
     def restored(self) -> Iterator[None]:

@@ -143,6 +143,14 @@ def hooked_parameter(name: str) -> RefusedByAll:
     )
 
 
+def written_attribute(name: str) -> RuntimeError:
+    """Return the error for a pass over all rows in which the loss writes into an attribute."""
+    return RuntimeError(
+        f"the loss writes into attribute {name!r} of a module, which cannot be handed from row to "
+        "row. Make it a buffer (register_buffer)"
+    )
+
+
 def written_parameter(name: str) -> RefusedByAll:
     """Return the error for a loss that writes into a parameter."""
     return RefusedByAll(

@@ -10,6 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -26,14 +27,19 @@ from gradfilter.grads._call_context import (
     CallContext,
     Versions,
     random_state,
+    random_state_restored,
+    set_random_state,
 )
 from gradfilter.grads._error_notes import note_anomaly, raise_with_plan, reason_of, stacklevel
 from gradfilter.grads._hidden_state import Probes, hidden_state, same_losses
 from gradfilter.grads._loop import Rows, loop_rows
 from gradfilter.grads._loss import ModelLoss, RefusedByAll
+from gradfilter.grads._module_attributes import remove
 from gradfilter.grads._normalized_loss import NormalizedLoss
 from gradfilter.grads._remembered_attributes import check_remembered
+from gradfilter.grads._seeds import draw_once
 from gradfilter.grads._stack import ComputedDenseStack, ComputedStack, StackOrigin
+from gradfilter.grads._state_owners import Added
 from gradfilter.grads._vmap import vmap_rows
 from gradfilter.grads.fused._forward import Forward, forward_single
 from gradfilter.grads.fused._fused_stack import FusedStack, LazyRows, PassSource, SinglePass
@@ -152,6 +158,7 @@ class BatchPasses:
         params: The parameters as they were given.
         grouping: The way the rows run in plan "fused".
         random_after: The random state after the first pass over all rows; None before it.
+        random_backward: The random state before the first backward pass in which hooks may draw.
     """
 
     settings: GradFunction
@@ -161,6 +168,7 @@ class BatchPasses:
     params: Params
     grouping: Grouping = field(init=False)
     random_after: dict[str, Any] | None = None
+    random_backward: dict[str, Any] | None = None
     _fallback: str = ""
 
     def __post_init__(self) -> None:
@@ -235,13 +243,12 @@ class BatchPasses:
             if plan == "loop":
                 return loop_rows(self.loss, params, self.batch, per_row)
             size, used = self.settings.chunk_size, set[str]()
-            probed = None
+            run = partial(vmap_rows, self.loss, params, self.batch, per_row, chunk_size=size)
+            probed, logs = None, list[Added]()
             if self.is_probed(per_row):
-                probed = vmap_rows(
-                    self.loss, params, self.batch, per_row, chunk_size=size, used=set()
-                )[1]
-                self.forget_probe()
-            rows = vmap_rows(self.loss, params, self.batch, per_row, chunk_size=size, used=used)
+                probed, logs = self.probe(lambda: run(used=set())[1])
+            rows = run(used=used)
+            remove(logs)
             if probed is not None and not same_losses(probed, rows[1]):
                 raise hidden_state()
         except RuntimeError as error:
@@ -260,10 +267,33 @@ class BatchPasses:
         quiet = self.context.device.type == "cpu" and not followed()  # comparing waits for nothing
         return possible and quiet and self.loss.may_draw_on_host and self.settings.probes.due()
 
-    def forget_probe(self) -> None:
-        """Reset what a probing pass has changed and written into logs."""
+    @contextmanager
+    def same_backward_draws(self) -> Iterator[None]:
+        """Draw in every backward pass what the first one draws."""
+        device = self.context.device
+        if self.random_backward is None:
+            self.random_backward = random_state(device)
+            yield
+            return
+        with random_state_restored(device):
+            set_random_state(self.random_backward, device)
+            yield
+
+    def probe(self, losses: Callable[[], Tensor]) -> tuple[Tensor, list[Added]]:
+        """Run a pass before the pass itself; return its losses, and what it wrote into logs.
+
+        All else is reset. The logs are removed after the pass itself, because a loss may read the
+        length of a list.
+        """
+        attributes = self.context.attributes
+        if draw_once(generator for _, generator in attributes.generators):
+            losses()  # only to see whether it seeds a generator
+            logs = attributes.added()
+            self.context.rewind()
+            remove(logs)
+        found, logs = losses(), attributes.added()
         self.context.rewind()
-        self.context.attributes.remove_added()
+        return found.detach(), logs
 
     def _fused(self, params: Params, per_row: bool, origin: StackOrigin) -> ComputedStack:
         run = FusedPass(self, params, per_row)
@@ -339,12 +369,14 @@ class FusedPass(PassSource):
     def first(self) -> Forward:
         """Run the forward pass, and refuse it if a loop over rows would give another result."""
         passes = self.passes
-        probed = None
+        probed, logs = None, list[Added]()
         if passes.is_probed(self.per_row):
-            probed = self._run(passes.batch, self.params, passes.grouping).losses.detach()
-            passes.forget_probe()
+            probed, logs = passes.probe(
+                lambda: self._run(passes.batch, self.params, passes.grouping).losses
+            )
         found = self._run(passes.batch, self.params, passes.grouping, check=not self.per_row)
         self._losses = found.losses.detach()
+        remove(logs)
         if probed is not None and not same_losses(probed, self._losses):
             raise hidden_state()
         if not self.per_row:
@@ -364,6 +396,31 @@ class FusedPass(PassSource):
             found = self._run(self.passes.batch, self.params, self.passes.grouping)
         _check_repeated(self._losses, found.losses.detach())
         return found
+
+    @override
+    @contextmanager
+    def backward_pass(self, run: Forward) -> Iterator[None]:
+        """Let hooks draw the same numbers in every backward pass, and refuse what they share.
+
+        Raises:
+            RuntimeError: A hook draws on the host or changes an attribute, once for all rows.
+        """
+        if run.tape.linear:
+            yield
+            return
+        passes = self.passes
+        host, attributes = passes.context.host.present(), passes.context.attributes.present()
+        with passes.same_backward_draws():
+            yield
+        if len(passes.batch) == 1:
+            return
+        shared = host.moved() or next((name for name, *_ in attributes.changes()), None)
+        if shared is not None:
+            host.restore()
+            attributes.restore()
+            raise RuntimeError(
+                f"a hook or a backward function draws from or changes {shared!r}, once for all rows"
+            )
 
     @override
     def fallback(self, refusal: Exception) -> Tree:

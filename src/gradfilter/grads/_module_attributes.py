@@ -21,6 +21,7 @@ from gradfilter.grads._state_owners import (
     PLAIN,
     STANDARD,
     TREES,
+    Added,
     ItemValues,
     PlainValues,
     Table,
@@ -108,8 +109,12 @@ class Attributes:
         """Return the attributes of the same modules now."""
         return Attributes(self._modules, self._more, self._objects)
 
-    def restore(self) -> None:
-        """Restore the attributes of that moment, also the contents of lists, dicts and sets."""
+    def restore(self, *, keep_added: bool = False) -> None:
+        """Restore the attributes of that moment, also the contents of lists, dicts and sets.
+
+        Args:
+            keep_added: True to keep what was added to a list or a dict since: a log.
+        """
         for _, now, skipped, before, _ in self._held:
             for key in now.keys() - before.keys() - skipped:
                 del now[key]
@@ -117,13 +122,13 @@ class Attributes:
                 if now.get(key, MISSING) is not value:
                     now[key] = value
                 if content is not value:
-                    _refill(value, content)
+                    _refill(value, content, keep_added)
 
-    def remove_added(self) -> None:
-        """Remove what was appended since to lists that functions close over: logs."""
-        for held in self._held:
-            if isinstance(held.table, ItemValues):
-                held.table.remove_added()
+    def added(self) -> list[Added]:
+        """Return what was appended since to lists that functions close over: logs."""
+        tables = (held.table for held in self._held)
+        found = (table.added() for table in tables if isinstance(table, ItemValues))
+        return [added for added in found if added is not None]
 
     def convert_changed(self, convert: Callable[[Tensor], Tensor]) -> bool:
         """Replace every tensor in changed attributes by ``convert(tensor)``.
@@ -143,6 +148,14 @@ class Attributes:
                     if found is not value:
                         held.table[key] = found
         return bool(changed)
+
+
+def remove(logs: Iterable[Added]) -> None:
+    """Remove what was appended to lists, whatever was appended later."""
+    for items, first, end in logs:
+        kept = [*items][:first] + [*items][end:]
+        items.clear()
+        items.extend(kept)
 
 
 class _Snapshot(NamedTuple):
@@ -219,12 +232,16 @@ def _same_item(item: Any, now: Any) -> bool:
     return _holds_same_objects(item, now) if type(item) in CONTAINERS else same_value(item, now)
 
 
-def _refill(value: Any, content: Any) -> None:
+def _refill(value: Any, content: Any, keep_added: bool) -> None:
     """Restore the content of a container."""
     if _holds_same_objects(content, value):
         return
     content = _content(content)  # the module will also write into the containers in it
-    value.clear()
+    if keep_added and type(value) is list and len(value) > len(content):
+        value[: len(content)] = content
+        return
+    if not (keep_added and isinstance(value, dict)):
+        value.clear()
     if isinstance(value, (dict, set)):
         value.update(content)
     else:

@@ -49,6 +49,12 @@ def check_remembered(
         raise RuntimeError(
             f"the loss draws random numbers from {moved}: one draw for all rows. Draw with torch"
         )
+    switched = context.switched()
+    if switched is not None:
+        raise RuntimeError(
+            f"the forward pass switches the training mode of {type(switched).__name__}, which the "
+            "next row would see. Switch it outside of the loss, and back inside"
+        )
     if used is None:
         return
     unsure: str | None = None

@@ -340,6 +340,10 @@ class _FunctionValues(_View):
         return (name for name in sorted(self._names) if self.get(name, MISSING) is not MISSING)
 
 
+Added = tuple[Any, int, int]
+"""A list, and the positions of the first item that was appended and of the end."""
+
+
 class ItemValues(_View):
     """The items that a list or a dict holds now; containers among them have tables of their own.
 
@@ -352,14 +356,11 @@ class ItemValues(_View):
         self._every = dict(pairs)
         self._items = {k: v for k, v in self._every.items() if not isinstance(v, (*ITEMS, set))}
 
-    def remove_added(self) -> None:
-        """Remove the items that were added since."""
-        if isinstance(self._owner, dict):
-            for key in self._owner.keys() - self._every.keys():
-                del self._owner[key]
-        else:
-            while len(self._owner) > len(self._every):
-                self._owner.pop()
+    def added(self) -> Added | None:
+        """Return what was appended to a list since, or None."""
+        if isinstance(self._owner, dict) or len(self._owner) <= len(self._every):
+            return None
+        return self._owner, len(self._every), len(self._owner)
 
     @override
     def __getitem__(self, key: Any) -> Any:

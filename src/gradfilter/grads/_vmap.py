@@ -12,11 +12,12 @@ from torch.func import grad_and_value, vmap
 from gradfilter._types import Params, Tree
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._call_context import Versions
-from gradfilter.grads._loop import Rows, refuse_new_hooks, written_parameter
+from gradfilter.grads._loop import Rows, refuse_new_hooks, written_attribute, written_parameter
 from gradfilter.grads._loss import check_differentiable
 from gradfilter.grads._module_tensors import apply_hooks
 from gradfilter.grads._normalized_loss import NormalizedLoss, as_parameter
 from gradfilter.grads._running_stats import Recorded, RecordRunningStats, replay
+from gradfilter.grads._seeds import Seeds, SeedWatch
 from gradfilter.grads._writes import WriteWatch
 
 
@@ -43,7 +44,12 @@ def vmap_rows(
     guarded = [(f"parameter {name!r}", p) for name, p in params.items()]
     versions = Versions(guarded)
     try:
-        with WriteWatch(guarded, written_parameter):
+        seeds = Seeds(generator for _, generator in loss.attributes.generators)
+        with (
+            WriteWatch(guarded, written_parameter),
+            WriteWatch(loss.attribute_tensors(), written_attribute),
+            SeedWatch(seeds),
+        ):
             rows, (losses, (counters, moments, aux)) = vmap(
                 grad_and_value(row.evaluate, has_aux=True),
                 in_dims=(0 if per_row else None, 0, None),

@@ -156,17 +156,36 @@ class _HostState:
     def __init__(self, attributes: Attributes, *, everywhere: bool) -> None:
         self._attributes = attributes
         self._random = HostRandom(attributes.generators, everywhere=everywhere)
+        self._values = _values_of(attributes)
 
     def present(self) -> _HostState:
         """Return the state of the same modules, objects and generators now."""
         found = object.__new__(_HostState)
         found._attributes, found._random = self._attributes.present(), self._random.present()
+        found._values = _values_of(found._attributes)
         return found
 
     def restore(self) -> None:
         """Set everything back to that moment; lists keep what a pass has logged in them."""
-        self._attributes.restore()
+        self._attributes.restore(keep_added=True)
         self._random.restore()
+        with torch.no_grad():
+            for tensor, version, value in self._values:
+                if tensor._version != version:
+                    tensor.copy_(value)
+
+
+FEW = 2**16
+"""The size up to which a tensor in an attribute is copied: a state, not the data."""
+
+
+def _values_of(attributes: Attributes) -> list[tuple[Tensor, int, Tensor]]:
+    """Copy the small tensors in attributes, which a pass may write into; not the parameters."""
+    return [
+        (tensor, tensor._version, tensor.detach().clone())
+        for _, tensor in attributes.tensors
+        if tensor.numel() <= FEW and not tensor.requires_grad and not tensor.is_inference()
+    ]
 
 
 def _buffers(module: nn.Module) -> Buffers:

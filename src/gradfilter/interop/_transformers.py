@@ -250,9 +250,12 @@ class FilteredTrainer(Trainer):
         owners: dict[str, Any] = {"compute_loss_func": self.compute_loss_func}
         if type(self) is not FilteredTrainer:  # its compute_loss may count, or call modules
             owners["trainer"] = PlainValues(self)
+            values: dict[str, Any] = {"class": type(self), "compute_loss": type(self).compute_loss}
             own = vars(self).keys() - self._inherited
-            for name in sorted(name for name in own if not name.startswith("_")):
-                owners[name] = tuple(o for o in owners_in(vars(self)[name]) if o is not model)
+            values |= {name: [vars(self)[name]] for name in sorted(own)}
+            for name, value in values.items():
+                found = owners_in(value, names=True)
+                owners[name] = tuple(owner for owner in found if owner is not model)
         return owners
 
     def _rows_in(self, batch: dict[str, Any]) -> int:

@@ -22,9 +22,10 @@ from gradfilter.grads._batch import Batch
 from gradfilter.grads._buffer_watch import BufferWatch, RunningUpdates
 from gradfilter.grads._call_context import CallContext, Versions
 from gradfilter.grads._error_notes import asks_for_memory
-from gradfilter.grads._loop import refuse_writes, written_parameter
+from gradfilter.grads._loop import refuse_writes, written_attribute, written_parameter
 from gradfilter.grads._normalized_loss import NormalizedLoss, as_parameter
 from gradfilter.grads._one_image import STRAIGHTENED, one_image
+from gradfilter.grads._seeds import Seeds
 from gradfilter.grads._writes import memory, written
 from gradfilter.grads.fused._autocast import under_autocast
 from gradfilter.grads.fused._host import Host
@@ -147,10 +148,10 @@ STATISTICS = {F.batch_norm, F.instance_norm, *spellings("batch_norm"), *spelling
 class Overrides(TorchFunctionMode):
     """Call the operation override of every function that has one."""
 
-    def __init__(self, host: Host, guarded: dict[int, str]) -> None:
-        """Take the host, and the names of the guarded tensors by their address in memory."""
+    def __init__(self, host: Host, guarded: dict[int, str], seeds: Seeds) -> None:
+        """Take the host, the names of the guarded tensors by their address, and the seeds."""
         super().__init__()
-        self.host, self._guarded = host, guarded
+        self.host, self._guarded, self._seeds = host, guarded, seeds
 
     @override
     def __torch_function__(
@@ -160,6 +161,7 @@ class Overrides(TorchFunctionMode):
         kwargs = kwargs or {}
         for tensor in written(func, args, kwargs):
             self._refuse_writing(tensor)
+        self._seeds.check(func, kwargs)
         override = OVERRIDES.get(func) or VALUES.get(func) or GRAPH.get(func)
         if override is not None:
             if self.host.level.is_innermost():
@@ -191,10 +193,7 @@ class Overrides(TorchFunctionMode):
         if name in self.host.tape.leaves:
             raise written_parameter(f"parameter {name!r}")
         if name is not None:
-            raise RuntimeError(
-                f"the loss writes into attribute {name!r} of a module, which cannot be handed from "
-                "row to row. Make it a buffer (register_buffer)"
-            )
+            raise written_attribute(name)
 
 
 def _is_checkpoint(function: Any = None, *_: Any) -> bool:
@@ -246,8 +245,9 @@ def forward(
         Level.entered(count) as level,
     ):
         guarded = _guarded([] if own_batch else batch.tensors, leaves, loss)
-        host = Host(level, tape, running, partial(_reenter, guarded))
-        overrides = Overrides(host, guarded)
+        generators = [generator for _, generator in loss.attributes.generators]
+        host = Host(level, tape, running, partial(_reenter, guarded, generators))
+        overrides = Overrides(host, guarded, Seeds(generators))
         inside = {name: as_parameter(level.wrap(leaf)) for name, leaf in leaves.items()}
         row = batch.rebuild(level.wrap(t) for t in batch.tensors)
         with by_row.entered(host) as calls, overrides:
@@ -298,14 +298,14 @@ def _refuse_backward_hooks(loss: NormalizedLoss) -> None:
 
 
 @contextmanager
-def _reenter(guarded: dict[int, str], host: Host) -> Iterator[None]:
+def _reenter(guarded: dict[int, str], generators: list[Any], host: Host) -> Iterator[None]:
     """Enter the level and the overrides of a forward pass that has ended."""
     with Level.entered(host.level.rows) as level:
         if level.number != host.level.number:
             raise RuntimeError(
                 "a hook cannot run over all rows at once inside another transform of torch.func"
             )
-        with Overrides(host, guarded):
+        with Overrides(host, guarded, Seeds(generators)):
             yield
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -67,6 +68,11 @@ class PassSource(ABC):
     @abstractmethod
     def fallback(self, refusal: Exception) -> Tree:
         """Compute the rows without the backward pass that was refused, or raise."""
+
+    @contextmanager
+    def backward_pass(self, run: Forward) -> Iterator[None]:
+        """Surround a backward pass, in which hooks may draw random numbers."""
+        yield
 
 
 @dataclass(frozen=True)
@@ -347,7 +353,7 @@ class LazyRows:
         cotangent = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
         try:
             # Autocast applies to the forward pass only; the answers are computed exactly.
-            with self._no_autocast():
+            with self._no_autocast(), self._source.backward_pass(run):
                 run.backward(cotangent, visitor, retain=retain)
         except Exception as refusal:
             note_anomaly(refusal)

@@ -1,0 +1,205 @@
+"""A state of the loss that no search finds: refused, because a pass that runs twice differs."""
+
+import collections
+import functools
+import itertools
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gradfilter as gf
+from gradfilter.grads._hidden_state import Probes
+from gradfilter.interop import Filtered
+
+pytestmark = pytest.mark.usefixtures("float64")
+M = 4
+
+
+def array():
+    calls = np.zeros(1)
+
+    def count():
+        calls[0] += 1
+        return float(calls[0])
+
+    return count
+
+
+def container(make, add):
+    calls = make()
+
+    def count():
+        add(calls)
+        return len(calls)
+
+    return count
+
+
+def generator():
+    def numbers():
+        yield from itertools.count(1)
+
+    calls = numbers()
+    return lambda: next(calls)
+
+
+def cached():
+    calls = itertools.count(1)
+
+    @functools.lru_cache
+    def counter():
+        return [0, calls]
+
+    return lambda: next(counter()[1])
+
+
+def tensors_attribute():
+    holder = torch.zeros(())
+    holder.calls = 0
+
+    def count():
+        holder.calls += 1
+        return holder.calls
+
+    return count
+
+
+COUNTERS = {
+    "iterator": lambda: functools.partial(next, itertools.count(1)),
+    "list iterator": lambda: functools.partial(next, iter([1, 2, 3, 4, 5, 6])),
+    "array": array,
+    "set": lambda: container(set, lambda calls: calls.add(len(calls))),
+    "bytearray": lambda: container(bytearray, lambda calls: calls.append(1)),
+    "length of a log": lambda: container(list, lambda calls: calls.append(1)),
+    "length of a deque": lambda: container(collections.deque, lambda calls: calls.append(1)),
+    "generator": generator,
+    "cached": cached,
+    "attribute of a tensor": tensors_attribute,
+}
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(8, 3, generator=generator), torch.randn(8, 1, generator=generator)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Linear(3, 1)
+
+
+def criterion_of(count):
+    return lambda output, targets: count() * F.mse_loss(output, targets)
+
+
+def plain_rows(criterion):
+    found, model = [], net()
+    for x, y in zip(*(tensor.chunk(M) for tensor in batch()), strict=True):
+        found.append(torch.autograd.grad(criterion(model(x), y), list(model.parameters())))
+    return [torch.stack(grads) for grads in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("plan", ["auto", "fused", "vmap"])
+@pytest.mark.parametrize("name", COUNTERS)
+def test_it_is_refused_by_every_pass_over_all_rows(name, plan):
+    model = net()
+    params, _ = gf.extract(model)
+    loss = gf.model_loss(model, criterion_of(COUNTERS[name]()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            gf.microbatch_grads(loss, M, plan=plan)(params, batch())
+    assert 'plan="loop"' in str(caught.value) + "".join(getattr(caught.value, "__notes__", ()))
+
+
+@pytest.mark.parametrize("name", COUNTERS)
+def test_the_loop_is_that_of_plain_backward_passes(name):
+    model = net()
+    params, _ = gf.extract(model)
+    loss = gf.model_loss(model, criterion_of(COUNTERS[name]()))
+    rows = gf.microbatch_grads(loss, M, plan="loop")(params, batch())
+    want = plain_rows(criterion_of(COUNTERS[name]()))
+    for leaf, expected in zip(rows.stacked().values(), want, strict=True):
+        torch.testing.assert_close(leaf, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_one_row_sees_the_state_as_it_is():
+    model = net()
+    params, _ = gf.extract(model)
+    loss = gf.model_loss(model, criterion_of(COUNTERS["iterator"]()))
+    grads_of = gf.microbatch_grads(loss, 1)
+    first, second = (grads_of(params, batch()).losses for _ in range(2))
+    torch.testing.assert_close(second, 2 * first)
+
+
+@pytest.mark.parametrize("plan", ["auto", "fused", "vmap"])
+def test_the_first_second_and_fourth_pass_run_twice(plan):
+    calls = itertools.count()
+
+    def criterion(output, targets):
+        next(calls)
+        return F.mse_loss(output, targets)
+
+    model = net()
+    params, _ = gf.extract(model)
+    grads_of = gf.microbatch_grads(gf.model_loss(model, criterion), M, plan=plan)
+    for _ in range(9):
+        grads_of(params, batch())
+    assert next(calls) == 9 + 4  # 1, 2, 4 and 8
+    again = pickle.loads(pickle.dumps(Probes()))
+    assert [again.due() for _ in range(9)] == [True, True, False, True, *[False] * 3, True, False]
+
+
+def test_the_steps_of_filtered_count_as_passes_of_one_loss():
+    calls = itertools.count()
+
+    def criterion(output, targets):
+        next(calls)
+        return F.mse_loss(output, targets)
+
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    filtered = Filtered(model, criterion, gf.mean_rows(), optimizer, M)
+    for _ in range(9):
+        filtered.step(*batch())
+    assert next(calls) == 9 + 4
+
+
+def test_modules_and_functions_of_torch_run_once():
+    calls = itertools.count()
+    model = net()
+
+    def count(*_):
+        next(calls)
+
+    hook = torch.nn.modules.module.register_module_forward_hook(count)
+    try:
+        params, _ = gf.extract(model)
+        gf.microbatch_grads(gf.model_loss(model, F.mse_loss), M)(params, batch())
+    finally:
+        hook.remove()
+    assert next(calls) == 1
+
+
+def test_a_pass_that_runs_twice_changes_no_numbers_and_no_logs():
+    log, model = [], nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+
+    def criterion(output, targets):
+        log.append(len(targets))
+        return F.mse_loss(output, targets)
+
+    params, _ = gf.extract(model)
+    grads_of = gf.microbatch_grads(gf.model_loss(model, criterion), M)
+    found = []
+    for _ in range(3):  # the third pass runs once
+        torch.manual_seed(3)
+        found.append((grads_of(params, batch()).stacked(), torch.get_rng_state()))
+    for (grads, state), (other, other_state) in itertools.pairwise(found):
+        assert all(torch.equal(grads[name], other[name]) for name in grads)
+        assert torch.equal(state, other_state)
+    assert log == [2, 2, 2]
