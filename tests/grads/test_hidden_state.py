@@ -128,6 +128,95 @@ def test_the_loop_is_that_of_plain_backward_passes(name):
         torch.testing.assert_close(leaf, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("plan", ["auto", "fused", "vmap"])
+def test_a_state_that_changes_only_gradients_is_refused(plan):
+    calls = itertools.count(1)
+
+    def criterion(output, targets):
+        still = output.detach()
+        return F.mse_loss(still + next(calls) * (output - still), targets)
+
+    model = net()
+    params, _ = gf.extract(model)
+    with pytest.raises(ValueError, match='plan="loop" from the start'):
+        gf.microbatch_grads(gf.model_loss(model, criterion), M, plan=plan)(params, batch())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_slow_changes_in_low_precision_are_refused(dtype):
+    calls, change = itertools.count(1), 10 * torch.finfo(dtype).eps
+
+    def criterion(output, targets):
+        return F.mse_loss(output, targets) * (1 + change * next(calls))
+
+    model = net().to(dtype)
+    params, _ = gf.extract(model)
+    data = tuple(t.to(dtype) for t in batch())
+    with pytest.raises(ValueError, match='plan="loop" from the start'):
+        gf.microbatch_grads(gf.model_loss(model, criterion), M)(params, data)
+
+
+def test_a_state_before_a_fallback_is_refused_and_not_advanced_in_silence():
+    calls = itertools.count(1)
+
+    def criterion(output, targets):
+        loss = F.mse_loss(output, targets) * next(calls)
+        return loss * (1 + loss.item())  # refused by every pass over all rows
+
+    model = net()
+    params, _ = gf.extract(model)
+    with pytest.raises(ValueError, match='plan="loop" from the start'):
+        gf.microbatch_grads(gf.model_loss(model, criterion), M)(params, batch())
+
+
+LOG = []
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_log_has_one_entry_per_call_of_the_result(refused):
+    """Refused passes leave nothing in it, and probing passes take nothing from it."""
+    LOG.clear()
+
+    def criterion(output, targets):
+        loss = F.mse_loss(output, targets)
+        LOG.append(loss.detach())
+        return loss * (1 + loss.item() if refused else 1.0)
+
+    model = net()
+    params, _ = gf.extract(model)
+    grads_of = gf.microbatch_grads(gf.model_loss(model, criterion), M)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(3):
+            grads_of(params, batch())
+    assert len(LOG) == (3 * M if refused else 3)
+    assert not refused or all(entry.ndim == 0 for entry in LOG)
+
+
+class Remembers:
+    """Holds a list that its function closes over as well: its length scales the loss."""
+
+    def __init__(self):
+        self.seen = LOG
+
+    def __call__(self, output, targets):
+        LOG.append(1)
+        return F.mse_loss(output, targets) * len(self.seen)
+
+
+def test_a_list_that_is_reached_in_two_ways_is_a_state():
+    LOG.clear()
+    want = plain_rows(Remembers())
+    LOG.clear()
+    model = net()
+    params, _ = gf.extract(model)
+    with pytest.warns(UserWarning, match="changes attribute 'criterion.seen'"):
+        rows = gf.microbatch_grads(gf.model_loss(model, Remembers()), M)(params, batch())
+    for leaf, expected in zip(rows.stacked().values(), want, strict=True):
+        torch.testing.assert_close(leaf, expected, rtol=1e-12, atol=1e-12)
+    assert len(LOG) == M
+
+
 def test_one_row_sees_the_state_as_it_is():
     model = net()
     params, _ = gf.extract(model)
@@ -150,7 +239,7 @@ def test_the_first_second_and_fourth_pass_run_twice(plan):
     grads_of = gf.microbatch_grads(gf.model_loss(model, criterion), M, plan=plan)
     for _ in range(9):
         grads_of(params, batch())
-    assert next(calls) == 9 + 4  # 1, 2, 4 and 8
+    assert next(calls) == 9 + 4 * (1 + 2)  # at 1, 2, 4 and 8 a pass, and a row twice
     again = pickle.loads(pickle.dumps(Probes()))
     assert [again.due() for _ in range(9)] == [True, True, False, True, *[False] * 3, True, False]
 
@@ -167,7 +256,7 @@ def test_the_steps_of_filtered_count_as_passes_of_one_loss():
     filtered = Filtered(model, criterion, gf.mean_rows(), optimizer, M)
     for _ in range(9):
         filtered.step(*batch())
-    assert next(calls) == 9 + 4
+    assert next(calls) == 9 + 4 * (1 + 2)
 
 
 def test_modules_and_functions_of_torch_run_once():

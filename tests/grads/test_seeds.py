@@ -109,3 +109,20 @@ def test_draws_without_seeding_stay_in_one_pass(plan, before):
     again = rows.at(params).stacked()
     for name, leaf in rows.stacked().items():
         torch.testing.assert_close(again[name], leaf, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("plan", ["fused", "vmap"])
+def test_layers_that_draw_nothing_right_after_a_seed(plan):
+    """Dropout that is off, and attention without dropout, are asked like draws."""
+
+    class Off(Net):
+        def projection(self):
+            zero = F.dropout(torch.ones(4, 4), 0.0) * F.dropout(torch.ones(4, 4), 0.5, False)
+            return zero + F.scaled_dot_product_attention(*[torch.ones(1, 1, 4, 4)] * 3)[0, 0]
+
+    found = Off()
+    params, _ = gf.extract(found)
+    grads_of = gf.microbatch_grads(gf.model_loss(found, F.mse_loss), 4, plan=plan)
+    for _ in range(3):
+        torch.manual_seed(5)
+        grads_of(params, batch())

@@ -1,8 +1,9 @@
-"""Find a state of the loss that no search finds: run a pass twice, and compare the losses.
+"""Find a state of the loss that no search finds: evaluate twice, and compare.
 
 A loss may keep a counter in an iterator, a NumPy array or a generator function. The search for the
 state of a loss (`_state_owners`) does not see these, and every row of a pass over all rows would
 get the same number. Such a loss gives other values if it is called again with the same arguments.
+So one row is evaluated twice (loss and gradient), and the pass over all rows runs twice (losses).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from gradfilter.grads._loss import RefusedByAll
 class Probes:
     """Decides which passes run twice: the first, second, fourth, eighth, ... of one loss.
 
-    So 1,000 steps make ten additional forward passes.
+    So 1,000 steps make ten additional forward passes, and 20 of one row.
     """
 
     def __init__(self) -> None:
@@ -37,11 +38,21 @@ class Probes:
         return self._passes & (self._passes - 1) == 0
 
 
-def same_losses(losses: Tensor, again: Tensor) -> bool:
-    """Return whether two passes gave the same losses (M,); True if they cannot be read."""
+PROBED = 4
+"""The difference between two passes of one kind, in units of eps: a state may change slowly."""
+
+
+def same_losses(losses: Tensor, again: Tensor, within: int = 64) -> bool:
+    """Return whether two passes gave the same losses (M,); True if they cannot be read.
+
+    Args:
+        losses: The losses of the first pass.
+        again: The losses of the second pass.
+        within: The difference that threads may make, in units of eps of the largest loss.
+    """
     if not readable(losses):  # the comparison would wait for the device
         return True
-    tolerance = 64 * torch.finfo(losses.dtype).eps  # threads change the order of sums
+    tolerance = within * torch.finfo(losses.dtype).eps
     size = float(losses[losses.isfinite()].abs().max()) if losses.isfinite().any() else 0.0
     return torch.allclose(again, losses, tolerance, tolerance * size, equal_nan=True)
 

@@ -31,16 +31,17 @@ from gradfilter.grads._call_context import (
     set_random_state,
 )
 from gradfilter.grads._error_notes import note_anomaly, raise_with_plan, reason_of, stacklevel
-from gradfilter.grads._hidden_state import Probes, hidden_state, same_losses
-from gradfilter.grads._loop import Rows, loop_rows
+from gradfilter.grads._hidden_state import PROBED, Probes, hidden_state, same_losses
+from gradfilter.grads._loop import Rows, loop_rows, written_attribute
 from gradfilter.grads._loss import ModelLoss, RefusedByAll
 from gradfilter.grads._module_attributes import remove
 from gradfilter.grads._normalized_loss import NormalizedLoss
-from gradfilter.grads._remembered_attributes import check_remembered
+from gradfilter.grads._remembered_attributes import check_remembered, is_count
 from gradfilter.grads._seeds import draw_once
 from gradfilter.grads._stack import ComputedDenseStack, ComputedStack, StackOrigin
 from gradfilter.grads._state_owners import Added
 from gradfilter.grads._vmap import vmap_rows
+from gradfilter.grads._writes import WriteWatch
 from gradfilter.grads.fused._forward import Forward, forward_single
 from gradfilter.grads.fused._fused_stack import FusedStack, LazyRows, PassSource, SinglePass
 from gradfilter.grads.fused._lift import untraced
@@ -170,6 +171,7 @@ class BatchPasses:
     random_after: dict[str, Any] | None = None
     random_backward: dict[str, Any] | None = None
     _fallback: str = ""
+    _probed: bool = False
 
     def __post_init__(self) -> None:
         """Record the versions of the parameters."""
@@ -207,13 +209,15 @@ class BatchPasses:
         try:
             return self._stack("fused", params, per_row)
         except RefusedByAll:
-            self.context.rewind()  # discard the state that the failed pass left in the modules
+            self.give_up()  # discard the state that the failed pass left in the modules
             raise
         except Exception as refusal:
             self._check_undrawn(refusal)
             # The loop shows whether the loss or only vmap fails, with the same random numbers.
-            self.context.rewind()
+            self.give_up()
             self._fallback = reason_of(refusal)
+            if self._probed:
+                self.probe_row()
             try:
                 result = self._stack("loop", params, per_row)
             except Exception as fault:
@@ -249,7 +253,7 @@ class BatchPasses:
                 probed, logs = self.probe(lambda: run(used=set())[1])
             rows = run(used=used)
             remove(logs)
-            if probed is not None and not same_losses(probed, rows[1]):
+            if probed is not None and not same_losses(probed, rows[1], within=PROBED):
                 raise hidden_state()
         except RuntimeError as error:
             note_anomaly(error)
@@ -265,7 +269,10 @@ class BatchPasses:
         """
         possible = self.loss.first and not per_row and len(self.batch) > 1
         quiet = self.context.device.type == "cpu" and not followed()  # comparing waits for nothing
-        return possible and quiet and self.loss.may_draw_on_host and self.settings.probes.due()
+        self._probed = (
+            possible and quiet and self.loss.may_draw_on_host and self.settings.probes.due()
+        )
+        return self._probed
 
     @contextmanager
     def same_backward_draws(self) -> Iterator[None]:
@@ -279,21 +286,49 @@ class BatchPasses:
             set_random_state(self.random_backward, device)
             yield
 
+    def probe_row(self) -> None:
+        """Refuse a hidden state: evaluate a row twice, and compare losses and gradients.
+
+        Raises:
+            RefusedByAll: They differ.
+        """
+        if next(self.loss.criterion_buffers(), None) is not None:
+            return  # kernels such as batch_norm write into them, which cannot be taken back
+        row = replace(self.batch, tensors=[t[:1] for t in self.batch.tensors])
+        at = {name: p.detach() for name, p in self.params.items()}
+        found = list[Rows]()
+        for _ in range(2):
+            try:
+                with WriteWatch(self.loss.attribute_tensors(), written_attribute):
+                    found.append(loop_rows(self.loss, at, row, False))
+            except Exception:
+                return  # the pass itself, or the loop after it, raises
+            finally:
+                self.give_up()
+        grads = [torch.cat([leaf.flatten() for leaf in rows[0].values()]) for rows in found]
+        same = same_losses(found[0][1], found[1][1], within=PROBED)
+        if not (same and same_losses(grads[0], grads[1], within=PROBED)):
+            raise hidden_state()
+
     def probe(self, losses: Callable[[], Tensor]) -> tuple[Tensor, list[Added]]:
         """Run a pass before the pass itself; return its losses, and what it wrote into logs.
 
         All else is reset. The logs are removed after the pass itself, because a loss may read the
         length of a list.
         """
+        self.probe_row()
         attributes = self.context.attributes
         if draw_once(generator for _, generator in attributes.generators):
             losses()  # only to see whether it seeds a generator
-            logs = attributes.added()
-            self.context.rewind()
-            remove(logs)
-        found, logs = losses(), attributes.added()
+            self.give_up()
+        found = losses()
+        self.context.rewind()  # refills the lists that attributes hold
+        return found.detach(), attributes.added()
+
+    def give_up(self) -> None:
+        """Reset what passes have changed, also their entries in logs."""
         self.context.rewind()
-        return found.detach(), logs
+        remove(self.context.attributes.added())
 
     def _fused(self, params: Params, per_row: bool, origin: StackOrigin) -> ComputedStack:
         run = FusedPass(self, params, per_row)
@@ -377,7 +412,7 @@ class FusedPass(PassSource):
         found = self._run(passes.batch, self.params, passes.grouping, check=not self.per_row)
         self._losses = found.losses.detach()
         remove(logs)
-        if probed is not None and not same_losses(probed, self._losses):
+        if probed is not None and not same_losses(probed, self._losses, within=PROBED):
             raise hidden_state()
         if not self.per_row:
             if len(passes.batch) > 1:
@@ -414,7 +449,8 @@ class FusedPass(PassSource):
             yield
         if len(passes.batch) == 1:
             return
-        shared = host.moved() or next((name for name, *_ in attributes.changes()), None)
+        changes = attributes.changes()
+        shared = host.moved() or next((name for name, a, b in changes if is_count(a, b)), None)
         if shared is not None:
             host.restore()
             attributes.restore()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gradfilter.grads._state_owners import (
     CONTAINERS,
+    COPIED,
     MISSING,
     PLAIN,
     STANDARD,
@@ -74,6 +75,9 @@ class Attributes:
                     continue
                 if type(value) in PLAIN:
                     held[key] = value, value
+                    continue
+                if isinstance(value, (list, dict, set, deque)) and len(value) > COPIED:
+                    held[key] = value, value  # data
                     continue
                 held[key] = value, _content(value)
                 label = f"{name}.{key}" if name else key

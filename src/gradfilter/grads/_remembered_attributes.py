@@ -95,8 +95,17 @@ def _counts(before: Any, now: Any) -> bool:
         return any(map(_counts, before, now))
     if same_value(before, now):
         return False
+    return is_count(before, now)
+
+
+def is_count(before: Any, now: Any) -> bool:
+    """Return whether a value is a number that has changed; also inside a list or a dict."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return any(is_count(before[key], now[key]) for key in before.keys() & now.keys())
+    if isinstance(before, (list, tuple)) and isinstance(now, (list, tuple)):
+        return any(map(is_count, before, now))
     number = isinstance(before, (int, float, complex)) and not isinstance(before, bool)
-    return number and isinstance(now, (int, float, complex))
+    return number and isinstance(now, (int, float, complex)) and not same_value(before, now)
 
 
 def _hold_the_same(before: Any, now: Any) -> bool:

@@ -69,13 +69,13 @@ class _Seeded:
 
         It has another seed then, or the state of a generator that has not drawn.
         """
-        start, self._start = self._start, None
         if self._generator.initial_seed() != self._seed:
             return True
         unused = _unused(self._generator)
         if not torch.equal(self._generator.get_state(), unused):
+            self._start = None
             return False
-        return start is None or not torch.equal(start, unused)
+        return self._start is None or not torch.equal(self._start, unused)
 
 
 def _unused(generator: torch.Generator) -> Tensor:

@@ -54,6 +54,9 @@ FOREIGN = sys.stdlib_module_names | {
 SEARCHED = 100
 """The number of items up to which a container is searched."""
 
+COPIED = 10_000
+"""The number of items up to which a container is copied, to see its changes."""
+
 STORES = frozenset((dis.opmap["STORE_GLOBAL"], dis.opmap["STORE_DEREF"]))
 """The instructions by which a function assigns a name outside of itself."""
 
@@ -90,7 +93,7 @@ def owners_in(value: Any, *, names: bool = False) -> Iterator[Any]:
         elif (
             _is_own_function(item)
             or _is_own_class(item)
-            or (isinstance(item, ITEMS) and item is not value)
+            or (isinstance(item, ITEMS) and item is not value and len(item) <= COPIED)
         ):
             yield item
         if depth:

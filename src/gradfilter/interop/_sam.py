@@ -126,6 +126,8 @@ class SameSurroundings:
         after: Buffers = {}
         for module in modules:
             after |= _buffers(module)
+        for state in self._states:
+            state.check_large()
         present = [state.present() for state in self._states]
         with random_state_restored(self._device):
             try:
@@ -157,12 +159,23 @@ class _HostState:
         self._attributes = attributes
         self._random = HostRandom(attributes.generators, everywhere=everywhere)
         self._values = _values_of(attributes)
+        self._large = [(n, t, t._version) for n, t in attributes.tensors if _is_large(t)]
+
+    def check_large(self) -> None:
+        """Refuse a second pass if the first one has written into a large tensor."""
+        for name, tensor, version in self._large:
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"Expected a first pass of SAM that leaves {name!r} as it is, found it written "
+                    "in place: the second pass would see other values. Make it a buffer "
+                    "(register_buffer), which is restored, or write it after optimizer.step()."
+                )
 
     def present(self) -> _HostState:
         """Return the state of the same modules, objects and generators now."""
         found = object.__new__(_HostState)
         found._attributes, found._random = self._attributes.present(), self._random.present()
-        found._values = _values_of(found._attributes)
+        found._values, found._large = _values_of(found._attributes), []
         return found
 
     def restore(self) -> None:
@@ -171,7 +184,9 @@ class _HostState:
         self._random.restore()
         with torch.no_grad():
             for tensor, version, value in self._values:
-                if tensor._version != version:
+                # Writes through .data do not raise the version; comparing waits for a GPU.
+                written = tensor._version != version
+                if written or (tensor.is_cpu and not torch.equal(tensor, value)):
                     tensor.copy_(value)
 
 
@@ -184,8 +199,16 @@ def _values_of(attributes: Attributes) -> list[tuple[Tensor, int, Tensor]]:
     return [
         (tensor, tensor._version, tensor.detach().clone())
         for _, tensor in attributes.tensors
-        if tensor.numel() <= FEW and not tensor.requires_grad and not tensor.is_inference()
+        if tensor.numel() <= FEW and _is_state(tensor)
     ]
+
+
+def _is_large(tensor: Tensor) -> bool:
+    return tensor.numel() > FEW and _is_state(tensor)
+
+
+def _is_state(tensor: Tensor) -> bool:
+    return not tensor.requires_grad and not tensor.is_inference()
 
 
 def _buffers(module: nn.Module) -> Buffers:
