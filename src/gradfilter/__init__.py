@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Captured",
+    "CompiledStep",
     "ComputedStack",
     "DenseStack",
     "GradFunction",
@@ -42,6 +43,7 @@ __all__ = [
     "chain",
     "clip_by_global_norm",
     "clip_per_row",
+    "compile",
     "consensus_filter",
     "diagnostics",
     "distributed",

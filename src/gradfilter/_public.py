@@ -34,6 +34,8 @@ from gradfilter.transforms._combinators import freeze as freeze
 from gradfilter.transforms._combinators import gate as gate
 from gradfilter.transforms._combinators import masked as masked
 from gradfilter.transforms._combinators import partition as partition
+from gradfilter.transforms._compile import CompiledStep as CompiledStep
+from gradfilter.transforms._compile import compile as compile
 from gradfilter.transforms._consensus import consensus_filter as consensus_filter
 from gradfilter.transforms._ema import ema_of as ema_of
 from gradfilter.transforms._ema import ema_params as ema_params

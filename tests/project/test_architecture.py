@@ -156,7 +156,7 @@ NEIGHBOURS = {
     "gradfilter.lab.train._accuracies": "needs torch; what reads evaluations does not",
     "gradfilter.testing._laws": "the laws; the other file tries them",
     "gradfilter.transforms._consensus": "a public transform with a page of its own",
-    "gradfilter.transforms._train_step": "a public function; the other file captures it",
+    "gradfilter.transforms._trace": "the graph of a step; the other file compiles and keeps graphs",
 }
 
 
@@ -261,6 +261,7 @@ TESTED_BY = {
     "lab/train/_train_config": ["lab/train/test_train.py", "lab/test_constraints.py"],
     "transforms/_blocks": ["transforms/test_clipping.py", "transforms/test_update_rules_donate.py"],
     "transforms/_ema": ["transforms/test_combinators.py"],
+    "transforms/_host_changes": ["transforms/test_compile.py"],
     "transforms/_state_dict": ["transforms/test_train_step.py"],
     "transforms/_transform": ["transforms/test_chain.py", "transforms/test_update_surroundings.py"],
 }

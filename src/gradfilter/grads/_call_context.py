@@ -12,10 +12,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from gradfilter.grads._module_attributes import Attributes
 
@@ -134,7 +135,44 @@ def _equal(a: Any, b: Any) -> bool:
 # --- The context of a call ---
 
 
-class Rewinds:
+class StepRandom(Protocol):
+    """The random numbers of a step that is recorded as a graph, in place of torch's generators."""
+
+    def state(self) -> dict[str, Any]:
+        """Return the present state."""
+
+    def set(self, state: dict[str, Any]) -> None:
+        """Set a state from which a pass draws its numbers again."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Return to the state before a repeated pass."""
+
+    def moment(self) -> None:
+        """Note that a pass begins here, which may be repeated."""
+
+    def forget(self, state: dict[str, Any]) -> None:
+        """Forget the numbers drawn since a state, by a pass that was given up."""
+
+
+_RECORDING: ContextVar[StepRandom | None] = ContextVar("recording", default=None)
+
+
+def is_recorded() -> bool:
+    """Return whether a step is recorded as a graph, so that generators do not move."""
+    return _RECORDING.get() is not None
+
+
+@contextmanager
+def recording(numbers: StepRandom) -> Iterator[None]:
+    """Let a step draw from ``numbers`` while it is recorded."""
+    token = _RECORDING.set(numbers)
+    try:
+        yield
+    finally:
+        _RECORDING.reset(token)
+
+
+class Rewinds(StepRandom):
     """The random numbers of one device for steps that are captured in a CUDA graph.
 
     Inside a capture a generator's state can be neither read nor set, but the generator can be
@@ -163,14 +201,29 @@ class Rewinds:
     def drawing(self) -> Iterator[None]:
         """Run one step that draws from these states."""
         before = self.generator.graphsafe_get_state()
-        token = _REWINDS.set(self)
         self._taken = self._moments = 0
         self.generator.graphsafe_set_state(self.states[0])
         try:
-            yield
+            with recording(self):
+                yield
         finally:
-            _REWINDS.reset(token)
             self.generator.graphsafe_set_state(before)
+
+    @override
+    def state(self) -> dict[str, Any]:
+        return {"cuda": self.generator.graphsafe_get_state()}
+
+    @override
+    def restore(self, state: dict[str, Any]) -> None:
+        self.generator.graphsafe_set_state(state["cuda"])
+
+    @override
+    def forget(self, state: dict[str, Any]) -> None:
+        pass  # numbers drawn in a capture cannot be taken back; they are only not used
+
+    @override
+    def set(self, state: dict[str, Any]) -> None:
+        self.to_start()  # the only state that can be set
 
     def to_start(self) -> None:
         """Draw the numbers of this step again."""
@@ -181,6 +234,7 @@ class Rewinds:
             self.states.append(spare)
         self.generator.graphsafe_set_state(self.states[self._taken])
 
+    @override
     def moment(self) -> None:
         """Refuse to record a moment after the start of the step: it cannot be restored."""
         self._moments += 1
@@ -191,14 +245,11 @@ class Rewinds:
             )
 
 
-_REWINDS: ContextVar[Rewinds | None] = ContextVar("rewinds", default=None)
-
-
 def random_state(device: torch.device) -> dict[str, Any]:
     """Return the state of the generators that a computation on ``device`` draws from."""
-    rewinds = _REWINDS.get()
-    if rewinds is not None:
-        return {"cuda": rewinds.generator.graphsafe_get_state()}
+    numbers = _RECORDING.get()
+    if numbers is not None:
+        return numbers.state()
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -210,27 +261,42 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
     In a captured step this must be the state at the step's start.
     """
-    rewinds = _REWINDS.get()
-    if rewinds is not None:
-        rewinds.to_start()
+    numbers = _RECORDING.get()
+    if numbers is not None:
+        numbers.set(state)
         return
     torch.set_rng_state(state["cpu"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+def undo_draws(state: dict[str, Any], device: torch.device) -> None:
+    """Set the generators to a state, as if no numbers had been drawn since."""
+    numbers = _RECORDING.get()
+    if numbers is not None:
+        numbers.forget(state)
+    set_random_state(state, device)
+
+
+def same_random_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Return whether no random number was drawn between two states."""
+    return all(
+        torch.equal(a[kind], state) if isinstance(state, Tensor) else a[kind] == state
+        for kind, state in b.items()
+    )
+
+
 @contextmanager
 def random_state_restored(device: torch.device) -> Iterator[None]:
     """Restore the state of the generators on exit."""
-    rewinds = _REWINDS.get()
-    before = random_state(device)
+    before, numbers = random_state(device), _RECORDING.get()
     try:
         yield
     finally:
-        if rewinds is None:
+        if numbers is None:
             set_random_state(before, device)
         else:
-            rewinds.generator.graphsafe_set_state(before["cuda"])
+            numbers.restore(before)
 
 
 @dataclass(frozen=True)
@@ -275,9 +341,9 @@ class CallContext:
             everywhere: True if Python's and NumPy's generators may be used.
         """
         kinds = sorted({"cpu", device.type})
-        rewinds = _REWINDS.get()
-        if rewinds is not None:
-            rewinds.moment()
+        numbers = _RECORDING.get()
+        if numbers is not None:
+            numbers.moment()
         attributes = attributes or Attributes(modules)
         return cls(
             device,
@@ -306,7 +372,7 @@ class CallContext:
                 module.training = training
 
     def rewind(self) -> None:
-        """Reset random numbers, modes and attributes to that moment, for another attempt."""
+        """Reset random numbers, modes and attributes to that moment."""
         set_random_state(self.random, self.device)
         self.host.restore()
         self.attributes.restore()
@@ -316,6 +382,11 @@ class CallContext:
     def switched(self) -> nn.Module | None:
         """Return a module that is in another mode than at that moment, or None."""
         return next((m for m, training in self.training if m.training != training), None)
+
+    def undo(self) -> None:
+        """Reset to that moment, as if the passes since then had not been made."""
+        undo_draws(self.random, self.device)
+        self.rewind()
 
     @contextmanager
     def restored(self) -> Iterator[None]:

@@ -28,6 +28,7 @@ from gradfilter.grads._call_context import (
     Versions,
     random_state,
     random_state_restored,
+    same_random_state,
     set_random_state,
 )
 from gradfilter.grads._error_notes import note_anomaly, raise_with_plan, reason_of, stacklevel
@@ -327,7 +328,7 @@ class BatchPasses:
 
     def give_up(self) -> None:
         """Reset what passes have changed, also their entries in logs."""
-        self.context.rewind()
+        self.context.undo()
         remove(self.context.attributes.added())
 
     def _fused(self, params: Params, per_row: bool, origin: StackOrigin) -> ComputedStack:
@@ -369,7 +370,7 @@ class BatchPasses:
     def _check_undrawn(self, refusal: Exception) -> None:
         """Refuse the loop if it would draw other random numbers than the pass before it."""
         before, after = self.context.random, self.random_after
-        if after is not None and any(not torch.equal(after[kind], before[kind]) for kind in before):
+        if after is not None and not same_random_state(after, before):
             raise RuntimeError(
                 f"{reason_of(refusal)}. The rows drew their random numbers all at once, and the "
                 'loop cannot draw them again. Pass plan="loop" from the start.'
@@ -482,8 +483,8 @@ class FusedPass(PassSource):
             part = self._run(some, {name: p[rows] for name, p in self.params.items()}, grouping)
             self.passes.grouping.copies = grouping.copies
             after = random_state(device)
-            if any(not torch.equal(after[kind], before[kind]) for kind in before):
-                self.passes.context.rewind()
+            if not same_random_state(after, before):
+                self.passes.context.undo()
                 return None
             buffers = part.buffers
             hooks = self.passes.loss.hooks

@@ -103,7 +103,7 @@ class Attributes:
         for name, now, skipped, before, size in self._held:
             for key, (value, content) in before.items():
                 present = now.get(key, MISSING)
-                if not (same_value(value, present) and _holds_same_objects(content, present)):
+                if not (same_value(value, present) and holds_same_objects(content, present)):
                     yield f"{name}.{key}" if name else key, content, present
             if len(now) != size:
                 for key in now.keys() - before.keys() - skipped:
@@ -195,7 +195,7 @@ def _differ(before: dict[str, tuple[Any, Any]], now: Mapping[str, Any]) -> bool:
     for key, (value, content) in before.items():
         present = now.get(key, MISSING)
         if present is not value or (
-            content is not value and not _holds_same_objects(content, present)
+            content is not value and not holds_same_objects(content, present)
         ):
             return True
     return False
@@ -217,7 +217,7 @@ def _content(value: Any) -> Any:
     return found
 
 
-def _holds_same_objects(content: Any, now: Any) -> bool:
+def holds_same_objects(content: Any, now: Any) -> bool:
     """Return whether a container holds the same objects; other values were compared before."""
     if type(content) not in CONTAINERS:
         return True
@@ -233,12 +233,12 @@ def _holds_same_objects(content: Any, now: Any) -> bool:
 
 
 def _same_item(item: Any, now: Any) -> bool:
-    return _holds_same_objects(item, now) if type(item) in CONTAINERS else same_value(item, now)
+    return holds_same_objects(item, now) if type(item) in CONTAINERS else same_value(item, now)
 
 
 def _refill(value: Any, content: Any, keep_added: bool) -> None:
     """Restore the content of a container."""
-    if _holds_same_objects(content, value):
+    if holds_same_objects(content, value):
         return
     content = _content(content)  # the module will also write into the containers in it
     if keep_added and type(value) is list and len(value) > len(content):

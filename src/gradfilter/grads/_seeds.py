@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
+from gradfilter.grads._call_context import is_recorded
+
 DRAWS = frozenset(
     (
         *("rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm"),
@@ -46,7 +48,11 @@ class Seeds:
         Raises:
             RuntimeError: It has.
         """
-        if getattr(func, "__name__", "") not in DRAWS or torch.compiler.is_compiling():
+        if (
+            getattr(func, "__name__", "") not in DRAWS
+            or torch.compiler.is_compiling()
+            or is_recorded()
+        ):
             return
         generator = kwargs.get("generator")
         seeded = self._default if generator is None else self._own.get(id(generator))

@@ -127,7 +127,11 @@ def _is_same(tensor: Tensor, other: Tensor) -> bool:
 
 
 def memory(tensor: Tensor) -> int:
-    """Return the address of a tensor's memory, also for its views and at any functorch level."""
+    """Return a number for a tensor's memory, also for its views and at any functorch level.
+
+    It is the address, or that of the storage for a tensor without memory: meta, or fake in a trace.
+    """
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
-    return tensor.untyped_storage().data_ptr()
+    storage = tensor.untyped_storage()
+    return storage._cdata if storage.device.type == "meta" else storage.data_ptr()

@@ -21,7 +21,12 @@ from typing_extensions import override
 from gradfilter import _tree
 from gradfilter._types import Params
 from gradfilter.grads._batch import Batch
-from gradfilter.grads._call_context import CallContext, random_state, set_random_state
+from gradfilter.grads._call_context import (
+    CallContext,
+    random_state,
+    same_random_state,
+    undo_draws,
+)
 from gradfilter.grads._normalized_loss import NormalizedLoss
 from gradfilter.grads._remembered_attributes import check_remembered
 from gradfilter.grads.fused._conv_factor import ConvFactor
@@ -236,8 +241,9 @@ def forward_in_groups(
             part = forward(loss, own, some, per_row, grouping.by_row, own_batch=copies)
         except BatchWritten:  # again with copies, from where this group started
             grouping.copies = True
-            context.rewind()
-            set_random_state(start, context.device)
+            undo_draws(start, context.device)
+            context.host.restore()
+            context.attributes.restore()
             continue
         except RuntimeError as refusal:
             refused = True
@@ -253,7 +259,7 @@ def forward_in_groups(
                 ahead, parts, left, start = [*begin], [], [], context.random
             else:
                 raise
-            set_random_state(start, context.device)
+            undo_draws(start, context.device)
             context.host.restore()
             continue
         parts.append((rows, part))
@@ -283,8 +289,7 @@ def _grouped_by_answer(rows: list[int], answers: list[str]) -> list[list[int]]:
 
 def _has_drawn(start: dict[str, Any], context: CallContext) -> bool:
     """Return whether random numbers have been drawn since ``start``."""
-    now = random_state(context.device)
-    return any(not torch.equal(now[kind], before) for kind, before in start.items())
+    return not same_random_state(random_state(context.device), start)
 
 
 def _check_left(left: list[set[str]]) -> None:

@@ -1,0 +1,189 @@
+"""Record the random numbers of a step that is traced, and repeat them in its repeated passes.
+
+A repeated pass (the second pass of SAM, for example) draws the numbers of the first pass again. In
+eager execution the generator is set back for it, which a graph cannot express. In a trace the drawn
+numbers are values of the graph, and the repeated pass uses these values: the number of draws before
+a moment takes the place of a generator's state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
+
+aten: Any = torch.ops.aten
+
+UNTAGGED = {"random", "random_", "binomial", "_sample_dirichlet"}
+"""Draws without torch's tag for them."""
+
+NUMBERS = {
+    *("bernoulli.p", "bernoulli_.float", "normal.float_float", "normal_functional"),
+    *("rand", "rand_like", "randn", "randn_like", "randperm", "random", "random_", "uniform"),
+    *("uniform_", "normal_", "cauchy", "cauchy_", "exponential", "exponential_", "geometric"),
+    *("geometric_", "log_normal", "log_normal_", "randint", "randint_like"),
+}
+"""Draws that depend on no values of tensors: their result is the number to repeat."""
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """A draw.
+
+    Attributes:
+        call: The operation with its numbers.
+        result: The numbers that were drawn.
+        index: The number of draws that ran before it.
+        attempt: The number of times that the position was set before it.
+    """
+
+    call: tuple[Any, ...]
+    result: Any
+    index: int
+    attempt: int
+
+
+@dataclass(eq=False)
+class RecordedDraws:
+    """The draws of one step, in order.
+
+    Attributes:
+        draws: The draws so far.
+        position: The number of draws before the next one; a repeated pass sets it back.
+        forgotten: For every draw that ran, in order, whether the pass it belongs to was given up.
+    """
+
+    draws: list[_Draw] = field(default_factory=list)
+    position: int = 0
+    forgotten: list[bool] = field(default_factory=list)
+    _attempt: int = 0
+
+    def state(self) -> dict[str, Any]:
+        """Return the present position, in place of the states of generators."""
+        return {"draws": self.position}
+
+    def set(self, state: dict[str, Any]) -> None:
+        """Set the position, so that the draws after it are repeated."""
+        self.position = state["draws"]
+        self._attempt += 1
+
+    restore = set
+
+    def moment(self) -> None:
+        """Record a moment: any number of them can be restored."""
+
+    def forget(self, state: dict[str, Any]) -> None:
+        """Forget the draws since a state: the pass that made them was given up."""
+        start = state["draws"]
+        if all(draw.attempt == self._attempt for draw in self.draws[start:]):
+            for draw in self.draws[start:]:
+                self.forgotten[draw.index] = True
+            del self.draws[start:]
+
+    def recorded(self) -> TorchDispatchMode:
+        """Return the context that records and repeats draws."""
+        return _DrawMode(self)
+
+    def draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a draw, or repeat the one at this position."""
+        if kwargs.get("generator") is not None or any(
+            isinstance(arg, torch.Generator) for arg in args
+        ):
+            raise RuntimeError(
+                "a graph cannot draw from a torch.Generator of one's own, found one in "
+                f"{_name(func)}. Draw from torch's default generators"
+            )
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                f"{_name(func)} draws random numbers in a backward pass, as activation "
+                "checkpointing does; a graph would draw other ones than the forward pass"
+            )
+        call = (func, *map(_described, args), *map(_described, kwargs.items()))
+        if self.position < len(self.draws):
+            return self._repeat(call, args)
+        result = func(*args, **kwargs)
+        # A later operation may write into the numbers: dropout scales its mask in place.
+        kept = result.clone() if isinstance(result, Tensor) else result
+        self.draws.append(_Draw(call, kept, len(self.forgotten), self._attempt))
+        self.forgotten.append(False)
+        self.position += 1
+        return result
+
+    def _repeat(self, call: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+        draw = self.draws[self.position]
+        func = call[0]
+        if call != draw.call:
+            raise RuntimeError(
+                f"a repeated pass draws other random numbers ({_name(func)}) than the first one "
+                f"({_name(draw.call[0])})"
+            )
+        self.position += 1
+        if func is aten.native_dropout.default:
+            mask = draw.result[1]
+            p = args[1]
+            return args[0] * mask * (0.0 if p == 1 else 1 / (1 - p)), mask
+        name, overload = func._schema.name.removeprefix("aten::"), func._overloadname
+        if name not in NUMBERS and f"{name}.{overload}" not in NUMBERS:
+            raise RuntimeError(
+                f"{_name(func)} mixes random numbers with values, and a repeated pass cannot draw "
+                "the same numbers with other values"
+            )
+        return args[0].copy_(draw.result) if name.endswith("_") else draw.result.clone()
+
+
+class _DrawMode(TorchDispatchMode):
+    """Send every draw to a `RecordedDraws`."""
+
+    def __init__(self, draws: RecordedDraws) -> None:
+        mode: Any = super()  # torch's class is not annotated
+        mode.__init__()
+        self._draws = draws
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function; record or repeat it if it draws."""
+        kwargs = kwargs or {}
+        if not is_draw(func) or draws_nothing(func, args, kwargs):
+            return func(*args, **kwargs)
+        return self._draws.draw(func, args, kwargs)
+
+
+def is_draw(func: Any) -> bool:
+    """Return whether an operation may draw random numbers."""
+    if not isinstance(func, torch._ops.OpOverload):
+        return False
+    return torch.Tag.nondeterministic_seeded in func.tags or (
+        func.namespace == "aten" and func._schema.name.removeprefix("aten::") in UNTAGGED
+    )
+
+
+def draws_nothing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether an operation with an optional dropout is called without it."""
+    names = [argument.name for argument in func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    for argument in func._schema.arguments:
+        value = given.get(argument.name, argument.default_value)
+        if argument.name in ("dropout", "dropout_p") and value == 0:
+            return True
+        if argument.name in ("train", "training") and value is False:
+            return True
+    return False
+
+
+def _described(argument: Any) -> Any:
+    """Return what must be the same in a repeated draw: shape and dtype of a tensor, or a number."""
+    if isinstance(argument, Tensor):
+        return tuple(argument.shape), argument.dtype, argument.device
+    if isinstance(argument, (list, tuple)):
+        return tuple(map(_described, argument))
+    return argument
+
+
+def _name(func: Any) -> str:
+    return str(func._schema.name).removeprefix("aten::")

@@ -1,0 +1,281 @@
+"""Trace a step as one graph of aten operations.
+
+The step runs once on fake tensors, which have shapes and devices but no values, while `make_fx`
+records the operations below autograd and ``torch.func``. So the graph holds forward pass, backward
+pass, filter and update, and whatever would read a value raises an error.
+
+The graph is a function of tensors alone: the leaves of state, batch and keywords, and the tensors
+from outside that the step used, such as frozen parameters. Random numbers are drawn in the graph.
+"""
+
+from __future__ import annotations
+
+import linecache
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from gradfilter import _tree
+from gradfilter.grads._call_context import recording
+from gradfilter.grads._recorded_draws import RecordedDraws, draws_nothing, is_draw
+from gradfilter.transforms._host_changes import is_users_code
+
+aten: Any = torch.ops.aten
+
+Place = Callable[[], Any]
+"""Returns the present tensor of a place, such as a frozen parameter of a module."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """A step as a graph.
+
+    Attributes:
+        graph: The graph: a function of the leaves that are tensors, then of ``outside``.
+        outside: The places of the other tensors that it reads.
+        rebuild: Puts the results of the graph into the structure of the step's results.
+        draws: True if it draws random numbers.
+    """
+
+    graph: GraphModule
+    outside: tuple[Place, ...]
+    rebuild: Callable[[Iterable[Any]], Any]
+    draws: bool
+
+
+Run = Callable[[Any], tuple[Any, dict[str, Any]]]
+"""A pure function of a tree; it returns another tree, and the random state after it."""
+
+
+@dataclass(eq=False)
+class _Flat:
+    """A function of a tree as a function of the tensors among its leaves.
+
+    Attributes:
+        run: The function of the tree.
+        leaves: The leaves of the tree; those that are not tensors are constants.
+        restore: Puts leaves into the structure of the tree.
+        numbers: The random numbers of the trace.
+        rebuild: Puts results into the structure of the result; set by a call.
+        random: The random state after the call.
+    """
+
+    run: Run
+    leaves: list[Any]
+    restore: Callable[[Iterable[Any]], Any]
+    numbers: RecordedDraws
+    rebuild: Callable[[Iterable[Any]], Any] = list
+    random: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    def __call__(self, *tensors: Tensor) -> list[Any]:
+        given = iter(tensors)
+        filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        with self.numbers.recorded():
+            result, self.random = self.run(self.restore(filled))
+        results, self.rebuild = _tree.flatten(result)
+        return results
+
+
+def trace(run: Run, given: Any, modules: Iterable[nn.Module]) -> Trace:
+    """Trace ``run(given)``, which is called once, on tensors without values.
+
+    Args:
+        run: The function.
+        given: Its argument. Leaves that are not tensors are constants of the graph.
+        modules: The modules whose tensors the function may read.
+
+    Raises:
+        RuntimeError: The function reads the value of a tensor.
+    """
+    leaves, restore = _tree.flatten(given)
+    flat = _Flat(run, leaves, restore, RecordedDraws())
+    # Real tensors that the step meets (frozen parameters) become attributes of the graph.
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        inputs = [fake.from_tensor(tensor, static_shapes=True) for tensor in flat.tensors()]
+        with recording(flat.numbers), torch.no_grad():
+            # A lambda, because make_fx counts the parameters of the function itself.
+            graph = make_fx(lambda *tensors: flat(*tensors), tracing_mode="fake")(*inputs)
+    except Exception as error:
+        if not _reads_a_value(error):
+            raise
+        raise _untraceable(error) from error
+    drawn = len(flat.numbers.draws)
+    if flat.random != {"draws": drawn}:
+        raise RuntimeError(
+            "The step cannot be traced: a repeated pass draws more random numbers than the first "
+            "one. Call step(state, batch) instead."
+        )
+    _erase_forgotten(graph, flat.numbers.forgotten)
+    _clean(graph)
+    outside = _lift_constants(graph, modules)
+    graph.recompile()
+    return Trace(graph, outside, flat.rebuild, drawn > 0)
+
+
+# --- Errors ---
+
+
+VALUES = (
+    *(
+        "Cannot convert",
+        "numpy() is not supported",
+        "data pointer of Tensor",
+        "a graph cannot draw",
+    ),
+    *("backward pass, as activation", "a repeated pass", "mixes random numbers"),
+)
+
+
+def _reads_a_value(error: Exception) -> bool:
+    """Return whether an error comes from tensors without values."""
+    kinds = (DataDependentOutputException, DynamicOutputShapeException)
+    return isinstance(error, kinds) or any(text in str(error) for text in VALUES)
+
+
+def _untraceable(error: Exception) -> RuntimeError:
+    """Return the error for a step that reads a value, with the line that does."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    frame, line = next((f for f in reversed(frames) if is_users_code(f[0])), frames[-1])
+    if isinstance(error, DataDependentOutputException):
+        reason = f"{_name(error.func)} reads the value of a tensor"
+    elif isinstance(error, DynamicOutputShapeException):
+        reason = f"the shape of the result of {_name(error.func)} depends on values"
+    else:
+        reason = str(error).splitlines()[0].rstrip(".")
+    file = frame.f_code.co_filename
+    return RuntimeError(
+        f"The step cannot be traced: {reason}, in {file}, line {line}: "
+        f"{linecache.getline(file, line).strip()}\nA graph has no values to read: no .item(), "
+        ".tolist(), numpy() or `if` on a tensor. Use torch.where, or call step(state, batch) "
+        "without compiling it."
+    )
+
+
+def _name(func: Any) -> str:
+    return str(func).removeprefix("aten.").removeprefix("_").split(".")[0]
+
+
+# --- The graph ---
+
+
+def _erase_forgotten(graph: GraphModule, forgotten: list[bool]) -> None:
+    """Erase the draws of passes that were given up: they would change the numbers of the others."""
+    if not any(forgotten):
+        return
+    drawing = [n for n in graph.graph.nodes if n.op == "call_function" and is_draw(n.target)]
+    drawing = [n for n in drawing if not draws_nothing(n.target, n.args, n.kwargs)]
+    for node, dead in zip(drawing, forgotten, strict=True):
+        if not dead:
+            continue
+        with graph.graph.inserting_before(node):
+            unused: Any = node.args[0]  # a draw in place
+            if not node.target._schema.is_mutable:
+                numbers = node.meta["val"]
+                options = {"dtype": numbers.dtype, "device": numbers.device}
+                shape = (list(numbers.shape),)
+                unused = graph.graph.call_function(aten.zeros.default, shape, options)
+        node.replace_all_uses_with(unused)
+        graph.graph.erase_node(node)
+
+
+def _clean(graph: GraphModule) -> None:
+    """Remove dead code, aliases, and views that another node has computed already."""
+    seen: dict[Any, Node] = {}
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if node.target in (aten.alias.default, aten.detach.default):
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+        elif _is_view(node.target):
+            key = (node.target, _hashable(node.args), _hashable(node.kwargs))
+            known = seen.setdefault(key, node)
+            if known is not node:
+                node.replace_all_uses_with(known)
+                graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.graph.lint()
+
+
+def _is_view(target: Any) -> bool:
+    """Return whether an operation only shows the memory of its argument in another way."""
+    aliased = [a.alias_info for a in target._schema.arguments if a.alias_info is not None]
+    return len(aliased) == 1 and not aliased[0].is_write and len(target._schema.returns) == 1
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_hashable, value))
+    if isinstance(value, dict):
+        return tuple((key, _hashable(item)) for key, item in sorted(value.items()))
+    return value if isinstance(value, Node) else (type(value), value)
+
+
+def _lift_constants(graph: GraphModule, modules: Iterable[nn.Module]) -> tuple[Place, ...]:
+    """Make inputs of the tensors that were there before the trace.
+
+    A constant of the graph would keep its value when a frozen parameter is loaded or replaced.
+    """
+    known = _places_in(modules)
+    places: list[Place] = []
+    last = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    for node in list(graph.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        tensor = getattr(graph, node.target)
+        if isinstance(tensor, FakeTensor) or _made_in_the_trace(node):
+            continue
+        places.append(known.get(id(tensor)) or _Entry({"": tensor}, ""))
+        with graph.graph.inserting_after(last[-1]) if last else graph.graph.inserting_before(node):
+            new = graph.graph.placeholder(f"outside_{len(places)}")
+        last.append(new)
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.graph.erase_node(node)
+    graph.delete_all_unused_submodules()
+    return tuple(places)
+
+
+def _made_in_the_trace(node: Node) -> bool:
+    """Return whether a constant was made by a call such as ``torch.tensor(0.5)``."""
+    users = list(node.users)
+    fresh = (aten.lift_fresh.default, aten.lift_fresh_copy.default)
+    return bool(users) and all(user.target in fresh for user in users)
+
+
+def _places_in(modules: Iterable[nn.Module]) -> dict[int, Place]:
+    """Return the places of parameters, buffers and attributes that are tensors, by identity."""
+    found: dict[int, Place] = {}
+    for module in modules:
+        for table in (module._parameters, module._buffers, vars(module)):
+            for key, value in table.items():
+                if isinstance(value, Tensor):
+                    found[id(value)] = _Entry(table, key)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """The present tensor of an entry of a dict."""
+
+    table: Any
+    key: str
+
+    def __call__(self) -> Any:
+        return self.table[self.key]
