@@ -140,6 +140,7 @@ class StepRandom(Protocol):
 
     def state(self) -> dict[str, Any]:
         """Return the present state."""
+        ...
 
     def set(self, state: dict[str, Any]) -> None:
         """Set a state from which a pass draws its numbers again."""
