@@ -18,17 +18,13 @@ def readable(tensor: Tensor) -> bool:
         and type(tensor) in (Tensor, nn.Parameter)
         and not (tensor.requires_grad and torch.is_grad_enabled())
         and not followed()
+        and not torch._C._len_torch_dispatch_stack()
     )
 
 
 def followed() -> bool:
-    """Return whether a compiler, a tracer, a mode or ``torch.func`` follows the operations."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or transformed()
-        or bool(torch._C._len_torch_dispatch_stack())
-    )
+    """Return whether a compiler, tracer or ``torch.func`` transform follows the operations."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or transformed()
 
 
 def differentiated() -> bool:

@@ -26,6 +26,7 @@ from gradfilter.grads._batch import Batch, check_device, check_params, more_than
 from gradfilter.grads._call_context import (
     CallContext,
     Versions,
+    is_recorded,
     random_state,
     random_state_restored,
     same_random_state,
@@ -38,7 +39,7 @@ from gradfilter.grads._loss import ModelLoss, RefusedByAll
 from gradfilter.grads._module_attributes import remove
 from gradfilter.grads._normalized_loss import NormalizedLoss
 from gradfilter.grads._remembered_attributes import check_remembered, is_count
-from gradfilter.grads._seeds import draw_once
+from gradfilter.grads._seeds import SeedsInLoss, draw_once
 from gradfilter.grads._stack import ComputedDenseStack, ComputedStack, StackOrigin
 from gradfilter.grads._state_owners import Added
 from gradfilter.grads._vmap import vmap_rows
@@ -269,7 +270,9 @@ class BatchPasses:
         torch's own modules and functions have none, and one row at a time sees it as it is.
         """
         possible = self.loss.first and not per_row and len(self.batch) > 1
-        quiet = self.context.device.type == "cpu" and not followed()  # comparing waits for nothing
+        quiet = self.context.device.type == "cpu" and not (
+            followed() or is_recorded()
+        )  # comparing waits for nothing
         self._probed = (
             possible and quiet and self.loss.may_draw_on_host and self.settings.probes.due()
         )
@@ -320,8 +323,14 @@ class BatchPasses:
         self.probe_row()
         attributes = self.context.attributes
         if draw_once(generator for _, generator in attributes.generators):
-            losses()  # only to see whether it seeds a generator
-            self.give_up()
+            try:
+                losses()
+            except SeedsInLoss:
+                raise
+            except Exception:
+                pass  # the next pass raises it, from the recorded random state
+            finally:
+                self.give_up()
         found = losses()
         self.context.rewind()  # refills the lists that attributes hold
         return found.detach(), attributes.added()

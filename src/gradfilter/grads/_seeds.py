@@ -46,7 +46,7 @@ class Seeds:
         """Refuse a draw from a generator that the pass has seeded or made.
 
         Raises:
-            RuntimeError: It has.
+            SeedsInLoss: It has.
         """
         if (
             getattr(func, "__name__", "") not in DRAWS
@@ -57,10 +57,14 @@ class Seeds:
         generator = kwargs.get("generator")
         seeded = self._default if generator is None else self._own.get(id(generator))
         if seeded is None or seeded.again():
-            raise RuntimeError(
+            raise SeedsInLoss(
                 "the loss seeds or sets a generator and draws from it, so that in a loop all rows "
                 "draw the same numbers. Draw them once, and keep them in a buffer"
             )
+
+
+class SeedsInLoss(RuntimeError):
+    """Raised for a loss that seeds a generator and draws from it."""
 
 
 class _Seeded:
