@@ -18,7 +18,7 @@ from _random_layers import LAYERS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.jit, which random modules use
 
-COUNT = int(os.environ.get("GRADFILTER_RANDOM_CASES", 240))
+COUNT = int(os.environ.get("GRADFILTER_RANDOM_CASES", 160))
 SEED = int(os.environ.get("GRADFILTER_RANDOM_SEED", 0))
 CHUNKS = 20
 
