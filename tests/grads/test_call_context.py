@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradfilter as gf
+from _plain import module_rows
 from gradfilter import diagnostics
 from gradfilter.interop import SAM, Filtered
 
@@ -288,15 +289,7 @@ HABITS = {
 
 
 def plain_rows_of(model, m, x=X):
-    """The losses of ordinary passes in order, and their gradients."""
-    losses, rows = [], []
-    for part, labels in zip(x.chunk(m), Y.chunk(m), strict=True):
-        value = F.cross_entropy(model(part), labels)
-        rows.append(torch.autograd.grad(value, list(model.parameters())))
-        losses.append(value.detach())
-    names = dict(model.named_parameters())
-    stacked = map(torch.stack, zip(*rows, strict=True))
-    return torch.stack(losses), dict(zip(names, stacked, strict=True))
+    return module_rows(model, F.cross_entropy, (x, Y), m)
 
 
 @pytest.mark.parametrize("habit", HABITS)

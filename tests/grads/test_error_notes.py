@@ -7,16 +7,7 @@ import torch
 from torch import nn
 
 import gradfilter as gf
-
-
-class OldForm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x * 2
-
-    @staticmethod
-    def backward(ctx, g):
-        return g * 2
+from _models import OldStyle
 
 
 def rows(loss, plan, m=2):
@@ -25,7 +16,7 @@ def rows(loss, plan, m=2):
 
 @pytest.mark.parametrize("plan", ["fused", "vmap"])
 def test_an_error_of_torch_names_the_plan_that_works(plan):
-    loss = lambda params, x: OldForm.apply(params["w"] * x).sum()
+    loss = lambda params, x: OldStyle.apply(params["w"] * x).sum()
     with pytest.raises(RuntimeError) as caught:
         rows(loss, plan)
     note = caught.value.__notes__[-1]

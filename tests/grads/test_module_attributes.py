@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradfilter as gf
+from _plain import module_rows
 from gradfilter import diagnostics
 from gradfilter.grads._state_owners import SEARCHED, owners_in
 from gradfilter.interop import SAM, Filtered, step_gaf
@@ -372,13 +373,7 @@ def net():
 
 
 def gradients(model, criterion):
-    """Compute the gradients of M microbatches by ordinary backward passes, one after another."""
-    found = []
-    for x, y in zip(*(tensor.chunk(M) for tensor in data()), strict=True):
-        criterion(model(x), y).backward()
-        found.append({name: p.grad for name, p in model.named_parameters()})
-        model.zero_grad()
-    return {name: torch.stack([g[name] for g in found]) for name, _ in model.named_parameters()}
+    return module_rows(model, criterion, data(), M)[1]
 
 
 def close(a, b):

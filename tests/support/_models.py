@@ -48,6 +48,18 @@ class WithLoss(Tied):
         return type("Output", (), {"loss": loss, "logits": logits})()
 
 
+class OldStyle(torch.autograd.Function):
+    """Doubles. Without setup_context: torch.vmap cannot look into it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
 class Dropped(nn.Module):
     def __init__(self, p=0.5):
         super().__init__()

@@ -17,6 +17,23 @@ def plain_rows(loss, params, batch, m):
     return torch.stack(rows)
 
 
+def module_rows(model, criterion, batch, m):
+    """Run ordinary passes of a module in order; whatever it keeps goes from row to row.
+
+    Returns:
+        The losses (M,), and the gradients of every parameter (M, *shape) by name.
+    """
+    params = dict(model.named_parameters())
+    losses, rows = [], []
+    for x, y in zip(*(t.chunk(m) for t in batch), strict=True):
+        value = criterion(model(x), y)
+        leaves = list(params.values())
+        rows.append(torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True))
+        losses.append(value.detach())
+    stacked = map(torch.stack, zip(*rows, strict=True))
+    return torch.stack(losses), dict(zip(params, stacked, strict=True))
+
+
 def plain_sam_rows(model, criterion, batch, m, rho):
     """Perturb each row along itself, as SAM: g(w + rho g / |g|). (M, P)."""
     parts = [t.chunk(m) for t in batch]

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradfilter as gf
 from _cases import EXTRA, VARIANTS, build
-from _models import ConvBN, Counting, Dropped, Tied, WithLoss, images, token_loss, vectors
+from _models import ConvBN, Counting, Dropped, OldStyle, Tied, WithLoss, images, token_loss, vectors
 from gradfilter import _tree
 from gradfilter.transforms._update_rules import FusedKernel
 
@@ -434,19 +434,7 @@ class FallsBack(nn.Module):
     def forward(self, x):
         h = self.drop(x)
         h = self.drop(h) if False else h
-        return self.linear(h) + Doubled.apply(h)[:, :3]
-
-
-class Doubled(torch.autograd.Function):
-    """In the old form, which torch.vmap refuses."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x * 2
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * 2
+        return self.linear(h) + OldStyle.apply(h)[:, :3]
 
 
 @pytest.mark.filterwarnings("ignore:Fell back")

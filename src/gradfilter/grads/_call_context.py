@@ -273,10 +273,14 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 def undo_draws(state: dict[str, Any], device: torch.device) -> None:
     """Set the generators to a state, as if no numbers had been drawn since."""
+    _forget_draws(state)
+    set_random_state(state, device)
+
+
+def _forget_draws(state: dict[str, Any]) -> None:
     numbers = _RECORDING.get()
     if numbers is not None:
         numbers.forget(state)
-    set_random_state(state, device)
 
 
 def same_random_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -386,7 +390,7 @@ class CallContext:
 
     def undo(self) -> None:
         """Reset to that moment, as if the passes since then had not been made."""
-        undo_draws(self.random, self.device)
+        _forget_draws(self.random)
         self.rewind()
 
     @contextmanager

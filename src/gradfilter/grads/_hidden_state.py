@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradfilter._readable import readable
 from gradfilter.grads._loss import RefusedByAll
 
 
@@ -42,19 +41,18 @@ PROBED = 4
 """The difference between two passes of one kind, in units of eps: a state may change slowly."""
 
 
-def same_losses(losses: Tensor, again: Tensor, within: int = 64) -> bool:
-    """Return whether two passes gave the same losses (M,); True if they cannot be read.
+def nearly_equal(a: Tensor, b: Tensor, within: int = 64) -> bool:
+    """Return whether two results of one computation are equal. This waits for the device.
 
     Args:
-        losses: The losses of the first pass.
-        again: The losses of the second pass.
-        within: The difference that threads may make, in units of eps of the largest loss.
+        a: The first result.
+        b: The second result.
+        within: The difference that threads may make, in units of eps of the largest number: they
+            change the order of sums.
     """
-    if not readable(losses):  # the comparison would wait for the device
-        return True
-    tolerance = within * torch.finfo(losses.dtype).eps
-    size = float(losses[losses.isfinite()].abs().max()) if losses.isfinite().any() else 0.0
-    return torch.allclose(again, losses, tolerance, tolerance * size, equal_nan=True)
+    tolerance = within * torch.finfo(a.dtype).eps
+    size = float(a[a.isfinite()].abs().max()) if a.isfinite().any() else 0.0
+    return torch.allclose(a, b, tolerance, tolerance * size, equal_nan=True)
 
 
 def hidden_state() -> RefusedByAll:

@@ -13,14 +13,14 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from gradfilter import _tree
-from gradfilter._readable import followed
+from gradfilter._readable import followed, readable
 from gradfilter._types import Params, Tree
 from gradfilter.grads._batch import Batch, check_device, check_params, more_than_a_batch, split
 from gradfilter.grads._call_context import (
@@ -33,7 +33,7 @@ from gradfilter.grads._call_context import (
     set_random_state,
 )
 from gradfilter.grads._error_notes import note_anomaly, raise_with_plan, reason_of, stacklevel
-from gradfilter.grads._hidden_state import PROBED, Probes, hidden_state, same_losses
+from gradfilter.grads._hidden_state import PROBED, Probes, hidden_state, nearly_equal
 from gradfilter.grads._loop import Rows, loop_rows, written_attribute
 from gradfilter.grads._loss import ModelLoss, RefusedByAll
 from gradfilter.grads._module_attributes import remove
@@ -41,7 +41,6 @@ from gradfilter.grads._normalized_loss import NormalizedLoss
 from gradfilter.grads._remembered_attributes import check_remembered, is_count
 from gradfilter.grads._seeds import SeedsInLoss, draw_once
 from gradfilter.grads._stack import ComputedDenseStack, ComputedStack, StackOrigin
-from gradfilter.grads._state_owners import Added
 from gradfilter.grads._vmap import vmap_rows
 from gradfilter.grads._writes import WriteWatch
 from gradfilter.grads.fused._forward import Forward, forward_single
@@ -73,6 +72,9 @@ def bytes_of(budget: int | float, device: torch.device) -> int:
         return int(budget * torch.cuda.get_device_properties(device).total_memory)
     return int(budget * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
+
+Pass = TypeVar("Pass")
+"""The result of a pass over all rows."""
 
 # --- The function of parameters and batch: checks, choice of plan, evaluation elsewhere ---
 
@@ -173,7 +175,6 @@ class BatchPasses:
     random_after: dict[str, Any] | None = None
     random_backward: dict[str, Any] | None = None
     _fallback: str = ""
-    _probed: bool = False
 
     def __post_init__(self) -> None:
         """Record the versions of the parameters."""
@@ -218,8 +219,6 @@ class BatchPasses:
             # The loop shows whether the loss or only vmap fails, with the same random numbers.
             self.give_up()
             self._fallback = reason_of(refusal)
-            if self._probed:
-                self.probe_row()
             try:
                 result = self._stack("loop", params, per_row)
             except Exception as fault:
@@ -249,14 +248,10 @@ class BatchPasses:
             if plan == "loop":
                 return loop_rows(self.loss, params, self.batch, per_row)
             size, used = self.settings.chunk_size, set[str]()
-            run = partial(vmap_rows, self.loss, params, self.batch, per_row, chunk_size=size)
-            probed, logs = None, list[Added]()
-            if self.is_probed(per_row):
-                probed, logs = self.probe(lambda: run(used=set())[1])
-            rows = run(used=used)
-            remove(logs)
-            if probed is not None and not same_losses(probed, rows[1], within=PROBED):
-                raise hidden_state()
+            run = partial(
+                vmap_rows, self.loss, params, self.batch, per_row, chunk_size=size, used=used
+            )
+            rows = self.first_pass(per_row, run, lambda rows: rows[1])
         except RuntimeError as error:
             note_anomaly(error)
             raise
@@ -264,19 +259,78 @@ class BatchPasses:
             check_remembered(self.loss, params, self.batch, self.context, used)
         return rows
 
-    def is_probed(self, per_row: bool) -> bool:
-        """Return whether a first pass over all rows runs twice, to find a hidden state.
+    def first_pass(
+        self, per_row: bool, run: Callable[[], Pass], losses: Callable[[Pass], Tensor]
+    ) -> Pass:
+        """Run a pass over all rows; now and then twice, to find a hidden state of the loss.
+
+        What the first of the two changes is reset. Its entries in logs are removed after the
+        second, because a loss may read the length of a list.
+
+        Args:
+            per_row: True if every row has its own parameters.
+            run: Runs the pass.
+            losses: Takes the losses (M,) from its result.
+
+        Raises:
+            RefusedByAll: The loss keeps a state where it is not found.
+        """
+        if per_row or not self._may_hide_a_state() or not self.settings.probes.due():
+            return run()
+        self._probe_row()
+        self._probe_seeds(run)
+        probed = losses(run()).detach()
+        self.context.rewind()  # refills the lists that attributes hold
+        logs = self.context.attributes.added()
+        found = run()
+        remove(logs)
+        if not nearly_equal(probed, losses(found).detach(), PROBED):
+            raise hidden_state()
+        return found
+
+    def _may_hide_a_state(self) -> bool:
+        """Return whether a state could be hidden in the loss, and comparing waits for nothing.
 
         torch's own modules and functions have none, and one row at a time sees it as it is.
         """
-        possible = self.loss.first and not per_row and len(self.batch) > 1
-        quiet = self.context.device.type == "cpu" and not (
-            followed() or is_recorded()
-        )  # comparing waits for nothing
-        self._probed = (
-            possible and quiet and self.loss.may_draw_on_host and self.settings.probes.due()
-        )
-        return self._probed
+        quiet = self.context.device.type == "cpu" and not (followed() or is_recorded())
+        return self.loss.first and len(self.batch) > 1 and quiet and self.loss.may_draw_on_host
+
+    def _probe_row(self) -> None:
+        """Refuse a hidden state: evaluate a row twice, and compare losses and gradients."""
+        if next(self.loss.criterion_buffers(), None) is not None:
+            return  # kernels such as batch_norm write into them, which cannot be taken back
+        row = replace(self.batch, tensors=[t[:1] for t in self.batch.tensors])
+        at = {name: p.detach() for name, p in self.params.items()}
+        found = list[list[Tensor]]()
+        for _ in range(2):
+            try:
+                with WriteWatch(self.loss.attribute_tensors(), written_attribute):
+                    grads, losses, *_ = loop_rows(self.loss, at, row, False)
+            except Exception:
+                return  # the pass itself, or the loop after it, raises
+            finally:
+                self.give_up()
+            found.append([losses, torch.cat([leaf.flatten() for leaf in grads.values()])])
+        if not all(nearly_equal(a, b, PROBED) for a, b in zip(*found, strict=True)):
+            raise hidden_state()
+
+    def _probe_seeds(self, run: Callable[[], Any]) -> None:
+        """Refuse a loss that seeds a generator which has not drawn yet, with the seed that it has.
+
+        Raises:
+            SeedsInLoss: It does.
+        """
+        if not draw_once(generator for _, generator in self.context.attributes.generators):
+            return
+        try:
+            run()
+        except SeedsInLoss:
+            raise
+        except Exception:
+            pass  # the pass itself raises it, from the recorded random state
+        finally:
+            self.give_up()
 
     @contextmanager
     def same_backward_draws(self) -> Iterator[None]:
@@ -289,51 +343,6 @@ class BatchPasses:
         with random_state_restored(device):
             set_random_state(self.random_backward, device)
             yield
-
-    def probe_row(self) -> None:
-        """Refuse a hidden state: evaluate a row twice, and compare losses and gradients.
-
-        Raises:
-            RefusedByAll: They differ.
-        """
-        if next(self.loss.criterion_buffers(), None) is not None:
-            return  # kernels such as batch_norm write into them, which cannot be taken back
-        row = replace(self.batch, tensors=[t[:1] for t in self.batch.tensors])
-        at = {name: p.detach() for name, p in self.params.items()}
-        found = list[Rows]()
-        for _ in range(2):
-            try:
-                with WriteWatch(self.loss.attribute_tensors(), written_attribute):
-                    found.append(loop_rows(self.loss, at, row, False))
-            except Exception:
-                return  # the pass itself, or the loop after it, raises
-            finally:
-                self.give_up()
-        grads = [torch.cat([leaf.flatten() for leaf in rows[0].values()]) for rows in found]
-        same = same_losses(found[0][1], found[1][1], within=PROBED)
-        if not (same and same_losses(grads[0], grads[1], within=PROBED)):
-            raise hidden_state()
-
-    def probe(self, losses: Callable[[], Tensor]) -> tuple[Tensor, list[Added]]:
-        """Run a pass before the pass itself; return its losses, and what it wrote into logs.
-
-        All else is reset. The logs are removed after the pass itself, because a loss may read the
-        length of a list.
-        """
-        self.probe_row()
-        attributes = self.context.attributes
-        if draw_once(generator for _, generator in attributes.generators):
-            try:
-                losses()
-            except SeedsInLoss:
-                raise
-            except Exception:
-                pass  # the next pass raises it, from the recorded random state
-            finally:
-                self.give_up()
-        found = losses()
-        self.context.rewind()  # refills the lists that attributes hold
-        return found.detach(), attributes.added()
 
     def give_up(self) -> None:
         """Reset what passes have changed, also their entries in logs."""
@@ -414,16 +423,9 @@ class FusedPass(PassSource):
     def first(self) -> Forward:
         """Run the forward pass, and refuse it if a loop over rows would give another result."""
         passes = self.passes
-        probed, logs = None, list[Added]()
-        if passes.is_probed(self.per_row):
-            probed, logs = passes.probe(
-                lambda: self._run(passes.batch, self.params, passes.grouping).losses
-            )
-        found = self._run(passes.batch, self.params, passes.grouping, check=not self.per_row)
+        run = partial(self._run, passes.batch, self.params, passes.grouping, check=not self.per_row)
+        found = passes.first_pass(self.per_row, run, lambda found: found.losses)
         self._losses = found.losses.detach()
-        remove(logs)
-        if probed is not None and not same_losses(probed, self._losses, within=PROBED):
-            raise hidden_state()
         if not self.per_row:
             if len(passes.batch) > 1:
                 rows = [group[-1] for group in found.groups] or [-1]
@@ -517,7 +519,7 @@ class FusedPass(PassSource):
 
 def _check_repeated(losses: Tensor, again: Tensor) -> None:
     """Refuse a repeated pass with other losses: something was written unnoticed."""
-    if not same_losses(losses, again):
+    if readable(losses) and not nearly_equal(losses, again):
         raise RuntimeError(
             "Expected another pass over the batch to give the losses of the first, found others. "
             "Parameters were written in place since (fused optimizers leave no trace), or the loss "

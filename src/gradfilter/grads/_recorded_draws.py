@@ -30,6 +30,10 @@ NUMBERS = {
 """Draws that depend on no values of tensors: their result is the number to repeat."""
 
 
+class CannotRecord(RuntimeError):
+    """Raised for a draw that a graph cannot hold."""
+
+
 @dataclass(frozen=True)
 class _Draw:
     """A draw.
@@ -93,12 +97,12 @@ class RecordedDraws:
         if kwargs.get("generator") is not None or any(
             isinstance(arg, torch.Generator) for arg in args
         ):
-            raise RuntimeError(
+            raise CannotRecord(
                 "a graph cannot draw from a torch.Generator of one's own, found one in "
                 f"{_name(func)}. Draw from torch's default generators"
             )
         if torch._C._current_graph_task_id() != -1:
-            raise RuntimeError(
+            raise CannotRecord(
                 f"{_name(func)} draws random numbers in a backward pass, as activation "
                 "checkpointing does; a graph would draw other ones than the forward pass"
             )
@@ -117,7 +121,7 @@ class RecordedDraws:
         draw = self.draws[self.position]
         func = call[0]
         if call != draw.call:
-            raise RuntimeError(
+            raise CannotRecord(
                 f"a repeated pass draws other random numbers ({_name(func)}) than the first one "
                 f"({_name(draw.call[0])})"
             )
@@ -128,7 +132,7 @@ class RecordedDraws:
             return args[0] * mask * (0.0 if p == 1 else 1 / (1 - p)), mask
         name, overload = func._schema.name.removeprefix("aten::"), func._overloadname
         if name not in NUMBERS and f"{name}.{overload}" not in NUMBERS:
-            raise RuntimeError(
+            raise CannotRecord(
                 f"{_name(func)} mixes random numbers with values, and a repeated pass cannot draw "
                 "the same numbers with other values"
             )

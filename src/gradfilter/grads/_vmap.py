@@ -45,11 +45,7 @@ def vmap_rows(
     versions = Versions(guarded)
     try:
         seeds = Seeds(generator for _, generator in loss.attributes.generators)
-        with (
-            WriteWatch(guarded, written_parameter),
-            WriteWatch(loss.attribute_tensors(), written_attribute),
-            SeedWatch(seeds),
-        ):
+        with WriteWatch([*loss.attribute_tensors(), *guarded], _written), SeedWatch(seeds):
             rows, (losses, (counters, moments, aux)) = vmap(
                 grad_and_value(row.evaluate, has_aux=True),
                 in_dims=(0 if per_row else None, 0, None),
@@ -69,6 +65,12 @@ def vmap_rows(
     # The loss has a graph of another tensor than the parameters, such as a module that it holds.
     rows = {name: leaf.detach() for name, leaf in rows.items()}
     return rows, losses.detach(), after, aux[0] if aux else None
+
+
+def _written(name: str) -> Exception:
+    """Return the error for a loss that writes into a parameter or into an attribute."""
+    is_parameter = name.startswith("parameter ")  # no dotted name holds a space
+    return written_parameter(name) if is_parameter else written_attribute(name)
 
 
 @dataclass(eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -55,7 +56,7 @@ class _CompiledTrace:
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class CompiledStep:
     """``compiled(state, batch, **extra) -> (state, info)``, made by `compile`.
 
@@ -78,7 +79,8 @@ class CompiledStep:
     _entries: OrderedDict[Any, _CompiledTrace] = field(
         default_factory=OrderedDict, init=False, repr=False
     )
-    _keys: list[Any] = field(default_factory=list, init=False, repr=False)
+    _traces: int = field(default=0, init=False, repr=False)
+    _last_key: Any = field(default=None, init=False, repr=False)
 
     def init(self, model: nn.Module | dict[str, Tensor], *, seed: int | None = None) -> TrainState:
         """Return the first state; see `TrainStep`."""
@@ -100,8 +102,9 @@ class CompiledStep:
             "batch": plain(batch),
             "extra": extra,
         }
-        leaves, _ = _tree.flatten(given)
-        key = (_structure(given, leaves), donate, _surroundings(self._modules()))
+        leaves, _ = _tree.flatten_with_names(given)
+        kinds = {name: _kind_of(leaf) for name, leaf in leaves.items()}
+        key = (tuple(kinds.items()), donate, _surroundings(self._modules()))
         entry = self._entries.get(key)
         if entry is None or not entry.is_valid():
             self._warn_of_retrace(key, entry)
@@ -109,18 +112,17 @@ class CompiledStep:
             while len(self._entries) > MOST_TRACES:
                 self._entries.popitem(last=False)
         self._entries.move_to_end(key)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in leaves.values() if isinstance(leaf, Tensor)]
         outside = [place() for place in entry.trace.outside]
         device = _tree.device_of(state["params"])
-        if entry.trace.draws:
-            with random_state_restored(device), torch.no_grad():
-                set_random_state(state["random"], device)
-                results = entry.run(*tensors, *outside)
+        random = dict(state["random"])
+        with torch.no_grad(), ExitStack() as stack:
+            if entry.trace.draws:
+                stack.enter_context(random_state_restored(device))
+                set_random_state(random, device)
+            results = entry.run(*tensors, *outside)
+            if entry.trace.draws:
                 random = random_state(device)
-        else:
-            random = dict(state["random"])
-            with torch.no_grad():
-                results = entry.run(*tensors, *outside)
         new, info = entry.trace.rebuild(results)
         if donate:
             _put_back(state, new)
@@ -157,17 +159,17 @@ class CompiledStep:
         return self.backend
 
     def _warn_of_retrace(self, key: Any, stale: _CompiledTrace | None) -> None:
-        self._keys.append(key)
-        if len(self._keys) <= EXPECTED_TRACES:
+        last, self._last_key = self._last_key, key
+        self._traces += 1
+        if self._traces <= EXPECTED_TRACES:
             return
         why = "the Python state of the loss, or a tensor outside of the state, has changed"
         if stale is None:
-            last = self._keys[-2]
             names = ("state, batch or keywords", "donate", "modes and settings")
             parts = zip(names, last, key, strict=True)
             why = " and ".join(name for name, old, new in parts if old != new) + " differ"
         warnings.warn(
-            f"gradfilter.compile: trace number {len(self._keys)} of this step, because {why} from "
+            f"gradfilter.compile: trace number {self._traces} of this step, because {why} from "
             "those of the last trace. Each trace is compiled anew. Pass numbers that change as "
             "tensors, and drop the last incomplete batch or keep to one size.",
             stacklevel=stacklevel(),
@@ -193,12 +195,6 @@ def _into(old: Any, new: Any) -> Any:
 
 
 # --- The key of the cache: everything that a trace depends on ---
-
-
-def _structure(tree: Any, leaves: list[Any]) -> Any:
-    """Return the names, kinds and Python values of a tree."""
-    names, _ = _tree.flatten_with_names(tree)
-    return tuple(names), tuple(map(_kind_of, leaves))
 
 
 def _kind_of(leaf: Any) -> Any:

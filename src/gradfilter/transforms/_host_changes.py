@@ -5,11 +5,10 @@ The file also keeps the Python values that a trace depends on, to see whether it
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradfilter._factory import MadeByFactory
 from gradfilter._types import Transform
 from gradfilter.grads._call_context import HostRandom
 from gradfilter.grads._module_attributes import Attributes, holds_same_objects, remove
@@ -132,7 +130,7 @@ def _arguments(update: Transform) -> Iterator[Any]:
     for value in values:
         if isinstance(value, Transform):
             yield from _arguments(value)
-        elif isinstance(value, MadeByFactory) or not isinstance(value, torch.Tensor):
+        elif not isinstance(value, Tensor):
             yield value
 
 
@@ -167,7 +165,7 @@ class _LineSearch:
         before = sys.gettrace()
         sys.settrace(self)
         try:
-            with contextlib.suppress(Exception):
+            with suppress(Exception):
                 run()
         finally:
             sys.settrace(before)

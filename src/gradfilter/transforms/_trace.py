@@ -29,7 +29,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from gradfilter import _tree
 from gradfilter.grads._call_context import recording
-from gradfilter.grads._recorded_draws import RecordedDraws, draws_nothing, is_draw
+from gradfilter.grads._recorded_draws import CannotRecord, RecordedDraws, draws_nothing, is_draw
 from gradfilter.transforms._host_changes import is_users_code
 
 aten: Any = torch.ops.aten
@@ -112,9 +112,10 @@ def trace(run: Run, given: Any, modules: Iterable[nn.Module]) -> Trace:
             # A lambda, because make_fx counts the parameters of the function itself.
             graph = make_fx(lambda *tensors: flat(*tensors), tracing_mode="fake")(*inputs)
     except Exception as error:
-        if not _reads_a_value(error):
+        cause = _cause_of(error)
+        if cause is None:
             raise
-        raise _untraceable(error) from error
+        raise _untraceable(error, cause) from error
     drawn = len(flat.numbers.draws)
     if flat.random != {"draws": drawn}:
         raise RuntimeError(
@@ -131,33 +132,33 @@ def trace(run: Run, given: Any, modules: Iterable[nn.Module]) -> Trace:
 # --- Errors ---
 
 
-VALUES = (
-    *(
-        "Cannot convert",
-        "numpy() is not supported",
-        "data pointer of Tensor",
-        "a graph cannot draw",
-    ),
-    *("backward pass, as activation", "a repeated pass", "mixes random numbers"),
-)
+NO_VALUES = ("Cannot convert", "numpy() is not supported", "data pointer of Tensor")
+"""torch's texts for a tensor without values whose memory is asked for."""
 
 
-def _reads_a_value(error: Exception) -> bool:
-    """Return whether an error comes from tensors without values."""
-    kinds = (DataDependentOutputException, DynamicOutputShapeException)
-    return isinstance(error, kinds) or any(text in str(error) for text in VALUES)
+def _cause_of(error: BaseException | None) -> BaseException | None:
+    """Return the error among the causes that comes from the trace, or None.
+
+    A plan may name the operation in an error of its own.
+    """
+    kinds = (DataDependentOutputException, DynamicOutputShapeException, CannotRecord)
+    while error is not None:
+        if isinstance(error, kinds) or any(text in str(error) for text in NO_VALUES):
+            return error
+        error = error.__cause__
+    return None
 
 
-def _untraceable(error: Exception) -> RuntimeError:
+def _untraceable(error: Exception, cause: BaseException) -> RuntimeError:
     """Return the error for a step that reads a value, with the line that does."""
     frames = list(traceback.walk_tb(error.__traceback__))
     frame, line = next((f for f in reversed(frames) if is_users_code(f[0])), frames[-1])
-    if isinstance(error, DataDependentOutputException):
-        reason = f"{_name(error.func)} reads the value of a tensor"
-    elif isinstance(error, DynamicOutputShapeException):
-        reason = f"the shape of the result of {_name(error.func)} depends on values"
+    if isinstance(cause, DataDependentOutputException):
+        reason = f"{_name(cause.func)} reads the value of a tensor"
+    elif isinstance(cause, DynamicOutputShapeException):
+        reason = f"the shape of the result of {_name(cause.func)} depends on values"
     else:
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = str(cause).splitlines()[0].rstrip(".")
     file = frame.f_code.co_filename
     return RuntimeError(
         f"The step cannot be traced: {reason}, in {file}, line {line}: "

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradfilter as gf
-from _models import Counting, vectors
+from _models import Counting, OldStyle, vectors
 from _zoo_case import PLAN, Net, inputs, parameter, token_loss, tokens, wavy
 from _zoo_check import assert_trees_close
 
@@ -16,19 +16,6 @@ pytestmark = [
     pytest.mark.usefixtures("float64"),
     pytest.mark.skipif(PLAN != "fused", reason="only the fused plan refuses these"),
 ]
-
-
-class Doubled(torch.autograd.Function):
-    """A function of the old style, without setup_context: vmap cannot look into it."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * 2
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * 2
 
 
 def branching(net, x):
@@ -56,7 +43,7 @@ REFUSED = {
     "python-number": (linear(counted), inputs(6), wavy, "__int__"),
     "boolean-index": (linear(picked), inputs(6), wavy, "index|nonzero|dynamic"),
     "old-function": (
-        linear(lambda net, x: Doubled.apply(net.a(x))),
+        linear(lambda net, x: OldStyle.apply(net.a(x))),
         inputs(6),
         wavy,
         "Doubled|setup_context",
