@@ -1,6 +1,8 @@
 """Compiled steps: equal to the step itself, traced again where they must be, or refused."""
 
 import copy
+import gc
+import inspect
 import random
 import warnings
 from contextlib import contextmanager
@@ -538,6 +540,36 @@ def test_an_activation_in_an_attribute_is_refused_and_no_fake_tensor_stays():
         compiled(compiled.init(model), vectors())
     assert not hasattr(model, "output")
     copy.deepcopy(model)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class StashOfOwnLayer(Stash):
+    def __init__(self):
+        super().__init__()
+        self.linear = Doubled(6, 3)
+
+
+@pytest.mark.parametrize("between", ["a function of the user's", "the garbage collector"])
+def test_the_line_is_found_when_other_code_runs_in_the_middle_of_it(between):
+    model = Stash() if between == "the garbage collector" else StashOfOwnLayer()
+    if between == "the garbage collector":
+        model.linear.register_forward_hook(lambda *a: gc.collect(0) and None)
+    _, compiled = pair(model, gf.chain(gf.mean_rows(), gf.sgd(0.1)))
+    line = inspect.getsourcelines(Stash.forward)[1] + 1
+
+    def callback(phase, info):
+        assert phase in ("start", "stop")
+
+    gc.callbacks.append(callback)
+    try:
+        with pytest.raises(RuntimeError, match=rf"'output'.*test_compile.py, line {line}\."):
+            compiled(compiled.init(model), vectors())
+    finally:
+        gc.callbacks.remove(callback)
 
 
 def test_a_generator_of_ones_own_and_draws_of_a_recomputation_are_refused():

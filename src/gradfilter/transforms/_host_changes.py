@@ -156,8 +156,11 @@ class _LineSearch:
         """Compare before every line, and at the end of a function."""
         if self.found is None and self.last is not None and self.changed() is not None:
             self.found = self.last
-        if event == "line":
-            self.last = frame.f_code.co_filename, frame.f_lineno
+        # A function that returns, also one that Python called by itself (a callback of the garbage
+        # collector), leaves its caller in the middle of a line: what follows belongs to that line.
+        at = frame if event == "line" else _users_caller(frame) if event == "return" else None
+        if at is not None:
+            self.last = at.f_code.co_filename, at.f_lineno
         return self.follow
 
     def text(self, run: Callable[[], Any]) -> str:
@@ -170,6 +173,14 @@ class _LineSearch:
         finally:
             sys.settrace(before)
         return "" if self.found is None else f", in {self.found[0]}, line {self.found[1]}"
+
+
+def _users_caller(frame: FrameType) -> FrameType | None:
+    """Return the innermost of a frame's callers that runs the user's code."""
+    caller = frame.f_back
+    while caller is not None and not is_users_code(caller):
+        caller = caller.f_back
+    return caller
 
 
 def is_users_code(frame: FrameType) -> bool:
