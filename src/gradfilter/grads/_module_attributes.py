@@ -25,10 +25,14 @@ from gradfilter.grads._state_owners import (
     Added,
     ItemValues,
     PlainValues,
+    ScriptedValues,
     Table,
     class_tables,
+    holds_same_objects,
     is_generator,
     owners_in,
+    same_value,
+    scripted_tables,
     tables_of,
 )
 
@@ -47,6 +51,7 @@ class Attributes:
     Attributes:
         tensors: The tensors in them, with their names.
         generators: The random generators among them, torch's, NumPy's and Python's.
+        unwatched: The names of those in scripted modules, whose uses nobody sees.
     """
 
     def __init__(
@@ -59,10 +64,12 @@ class Attributes:
         self._held: list[_Snapshot] = []
         self.tensors: list[tuple[str, Tensor]] = []
         self.generators: list[tuple[str, Any]] = []
+        self.unwatched: set[str] = set()
         none = frozenset[str]()
         seen = {id(module) for module in modules.values()}
         tables: list[Table] = [
             *((name, vars(module), STANDARD) for name, module in modules.items()),
+            *(table for name, module in modules.items() for table in scripted_tables(module, name)),
             *((name, table, none) for name, table in self._more),
             *class_tables({type(module) for module in modules.values()}, seen),
         ]
@@ -81,6 +88,8 @@ class Attributes:
                     continue
                 held[key] = value, _content(value)
                 label = f"{name}.{key}" if name else key
+                if isinstance(table, ScriptedValues):
+                    self.unwatched.add(label)
                 if isinstance(value, TREES):
                     if type(value) is tuple and all(type(item) in PLAIN for item in value):
                         continue  # most attributes of torch's modules: sizes, strides
@@ -172,13 +181,6 @@ class _Snapshot(NamedTuple):
     size: int
 
 
-def same_value(before: Any, now: Any) -> bool:
-    """Return whether two values are the same object, or equal plain values."""
-    if before is now:
-        return True
-    return type(before) in PLAIN and type(now) is type(before) and bool(before == now)
-
-
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in a value, and in its lists, tuples, dicts and sets."""
     if isinstance(value, Tensor):
@@ -215,25 +217,6 @@ def _content(value: Any) -> Any:
             if type(item) in CONTAINERS:
                 found[i] = _content(item)
     return found
-
-
-def holds_same_objects(content: Any, now: Any) -> bool:
-    """Return whether a container holds the same objects; other values were compared before."""
-    if type(content) not in CONTAINERS:
-        return True
-    if type(content) is not type(now) or len(content) != len(now):
-        return False
-    if isinstance(content, set):
-        return bool(content == now)
-    if isinstance(content, dict):
-        return content.keys() == now.keys() and all(
-            _same_item(item, now[key]) for key, item in content.items()
-        )
-    return all(map(_same_item, content, now))
-
-
-def _same_item(item: Any, now: Any) -> bool:
-    return holds_same_objects(item, now) if type(item) in CONTAINERS else same_value(item, now)
 
 
 def _refill(value: Any, content: Any, keep_added: bool) -> None:

@@ -45,6 +45,42 @@ def locked(locks: list[threading.RLock]) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class AttributeView:
+    """An attribute of a module that shares memory with a parameter or a buffer.
+
+    It must follow the tensor that replaces the other one during a call, as it follows it outside.
+
+    Attributes:
+        attributes: The attributes of the module.
+        key: The name of the attribute.
+        view: Its value.
+        viewed: The parameter or buffer.
+        name: The name of the parameter or buffer.
+    """
+
+    attributes: dict[str, Any]
+    key: str
+    view: Tensor
+    viewed: Tensor
+    name: str
+
+    def of(self, replaced: Tensor) -> Tensor:
+        """Return the same view of the tensor that replaces the parameter or buffer."""
+        if self.view is self.viewed:
+            return replaced
+        if replaced.stride() != self.viewed.stride():
+            raise ValueError(
+                f"Expected {self.name!r} with the strides of the module's own tensor, because "
+                f"attribute {self.key!r} is a view of it, found {replaced.stride()} for "
+                f"{self.viewed.stride()}. Make the view in forward."
+            )
+        view, offset = self.view, self.view.storage_offset() - self.viewed.storage_offset()
+        return replaced.detach().as_strided(
+            view.shape, view.stride(), replaced.storage_offset() + offset
+        )
+
+
+@dataclass(frozen=True)
 class ModuleTensors:
     """The places of parameters and buffers in a module, found in one walk through it.
 
@@ -58,6 +94,7 @@ class ModuleTensors:
         empty: The buffers registered as None, which a forward pass could fill unnoticed.
         renormalised: The embeddings with max_norm, which a forward pass writes into.
         hooks: The gradient hooks of trainable parameters (``p.register_hook``), by those names.
+        views: The attributes that share memory with a parameter or a buffer.
         modules: Every module once, by its name.
         locks: The locks of the modules that hold tensors.
     """
@@ -69,6 +106,7 @@ class ModuleTensors:
     empty: list[tuple[nn.Module, str]]
     renormalised: set[str]
     hooks: dict[str, list[Hook]]
+    views: list[AttributeView]
     modules: dict[str, nn.Module]
     locks: list[threading.RLock]
 
@@ -114,7 +152,10 @@ class ModuleTensors:
         written = {name for place, name in canonical.items() if place in renormalised}
         hooks = _gradient_hooks(trainable)
         own = dict(buffers.values())
-        return cls(canonical, holders, trainable, own, empty, written, hooks, dict(named), locks)
+        views = list(_views({**trainable, **own}, modules))
+        return cls(
+            canonical, holders, trainable, own, empty, written, hooks, views, dict(named), locks
+        )
 
     @contextmanager
     def filled(self, tensors: Mapping[str, Tensor]) -> Iterator[Tree]:
@@ -136,6 +177,11 @@ class ModuleTensors:
                 "of the module's forward."
             )
         filled = [(*self.holders[p], name) for p, name in self.canonical.items() if name in tensors]
+        views = [
+            (view, view.of(tensors[view.name]))
+            for view in self.views
+            if view.name in tensors and view.attributes.get(view.key) is view.view
+        ]
         after: Tree = {}
         own: list[Tensor | None] = []
         untied = None
@@ -144,6 +190,8 @@ class ModuleTensors:
                 own.extend(holder[key] for holder, key, _ in filled)
                 for holder, key, name in filled:
                     holder[key] = tensors[name]
+                for view, replaced in views:
+                    view.attributes[view.key] = replaced
                 yield after
             finally:
                 # A module may have replaced its tensors.
@@ -152,6 +200,9 @@ class ModuleTensors:
                         found = cast(Tensor, holder[key])
                         untied = untied if after.setdefault(name, found) is found else key
                     holder[key] = tensor
+                for view, replaced in views:
+                    if view.attributes.get(view.key) is replaced:
+                        view.attributes[view.key] = view.view
         if untied is not None:
             raise ValueError(
                 f"Expected tied tensors to stay tied, found {untied!r} replaced by another tensor "
@@ -203,6 +254,29 @@ def remove_new_parts(tables: list[tuple[dict[str, Any], int]]) -> list[str]:
                 del table[key]
                 taken.append(key)
     return taken
+
+
+def _views(named: Tree, modules: list[tuple[str, nn.Module]]) -> Iterator[AttributeView]:
+    """Find the attributes of modules that share memory with the named tensors."""
+    found = [
+        (module, key, value)
+        for _, module in modules
+        for key, value in vars(module).items()
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+    ]
+    if found:
+        memory = {_memory(tensor): (name, tensor) for name, tensor in named.items()}
+        memory.pop(None, None)
+        for module, key, view in found:
+            if _memory(view) in memory:
+                name, tensor = memory[_memory(view)]
+                yield AttributeView(vars(module), key, view, tensor, name)
+
+
+def _memory(tensor: Tensor) -> int | None:
+    """Return a number that tensors have in common if they share memory."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return tensor.untyped_storage()._cdata if plain else None
 
 
 def _gradient_hooks(trainable: Tree) -> dict[str, list[Hook]]:

@@ -18,9 +18,9 @@ from gradfilter._types import Params, Tree
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._call_context import CallContext, random_state_restored
 from gradfilter.grads._hidden_state import nearly_equal
-from gradfilter.grads._module_attributes import Attributes, same_value, tensors_in
+from gradfilter.grads._module_attributes import Attributes, tensors_in
 from gradfilter.grads._normalized_loss import NormalizedLoss
-from gradfilter.grads._state_owners import CONTAINERS, MISSING
+from gradfilter.grads._state_owners import CONTAINERS, MISSING, same_value
 
 
 def check_remembered(
@@ -70,9 +70,10 @@ def check_remembered(
                 f"the forward pass reads attribute {name!r} and writes it: a state that cannot be "
                 "handed from row to row. Make it a buffer (register_buffer)"
             )
-        if not (_has_tensors(before) and _has_tensors(now)):
+        if name in context.attributes.unwatched or not (_has_tensors(before) and _has_tensors(now)):
             unsure = name
-    # A new attribute cannot have been used, but a branch may ask whether it exists. The first row
+    # A new attribute cannot have been used, but a branch may ask whether it exists. The uses of an
+    # attribute of a scripted module are not seen. The first row
     # runs again as well: the attribute may hold what the last row left, which fits the last row.
     if unsure is not None and any(
         _answers_differ(loss, params, batch, context, row) for row in (0, *rows)

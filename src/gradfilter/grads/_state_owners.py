@@ -212,6 +212,35 @@ def is_generator(value: Any) -> bool:
     )
 
 
+# --- Equal values ---
+
+
+def same_value(before: Any, now: Any) -> bool:
+    """Return whether two values are the same object, or equal plain values."""
+    if before is now:
+        return True
+    return type(before) in PLAIN and type(now) is type(before) and bool(before == now)
+
+
+def holds_same_objects(content: Any, now: Any) -> bool:
+    """Return whether a container holds the same objects; other values were compared before."""
+    if type(content) not in CONTAINERS:
+        return True
+    if type(content) is not type(now) or len(content) != len(now):
+        return False
+    if isinstance(content, set):
+        return bool(content == now)
+    if isinstance(content, dict):
+        return content.keys() == now.keys() and all(
+            _same_item(item, now[key]) for key, item in content.items()
+        )
+    return all(map(_same_item, content, now))
+
+
+def _same_item(item: Any, now: Any) -> bool:
+    return holds_same_objects(item, now) if type(item) in CONTAINERS else same_value(item, now)
+
+
 class Owners:
     """Objects whose attributes a call of this object may change, by name; a base class."""
 
@@ -258,7 +287,14 @@ def tables_of(owner: Any, label: str, seen: set[int]) -> Iterator[Table]:
             seen.add(id(part))
             yield name, vars(part), STANDARD
             yield name, part._buffers, frozenset()
+            yield from scripted_tables(part, name)
             yield from class_tables([type(part)], seen)
+
+
+def scripted_tables(module: nn.Module, label: str) -> Iterator[Table]:
+    """Yield the attributes that a scripted module (`torch.jit.script`) keeps outside of Python."""
+    if isinstance(module, torch.jit.ScriptModule) and "_concrete_type" in vars(module):
+        yield label, ScriptedValues(module), frozenset()
 
 
 def class_tables(kinds: Iterable[type], seen: set[int]) -> Iterator[Table]:
@@ -411,6 +447,35 @@ class _SlotValues(_View):
     @override
     def __iter__(self) -> Iterator[str]:
         return (name for name in _slots(type(self._owner)) if name in self)
+
+
+class ScriptedValues(_View):
+    """The attributes of a scripted module: numbers, texts, tensors, and containers of them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        declared = vars(module)["_concrete_type"].get_attributes()
+        self._names = [
+            name
+            for name in declared
+            if name not in STANDARD and name not in module._buffers and name != "training"
+        ]
+        self._read: dict[str, Any] = {}
+
+    @override
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._names:
+            raise KeyError(key)
+        value = getattr(self._owner, key)
+        if type(value) in CONTAINERS:  # a new copy at each access
+            if key not in self._read or not holds_same_objects(self._read[key], value):
+                self._read[key] = value
+            value = self._read[key]
+        return value
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
 
 
 class _ClassValues(_View):

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from gradfilter._types import Transform
 from gradfilter.grads._call_context import HostRandom
-from gradfilter.grads._module_attributes import Attributes, holds_same_objects, remove
+from gradfilter.grads._module_attributes import Attributes, remove
 from gradfilter.grads._normalized_loss import NormalizedLoss
-from gradfilter.grads._state_owners import FOREIGN, Added, owners_in
+from gradfilter.grads._state_owners import FOREIGN, Added, holds_same_objects, owners_in
 
 
 @dataclass(frozen=True, eq=False)
