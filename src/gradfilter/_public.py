@@ -34,6 +34,7 @@ from gradfilter.transforms._combinators import freeze as freeze
 from gradfilter.transforms._combinators import gate as gate
 from gradfilter.transforms._combinators import masked as masked
 from gradfilter.transforms._combinators import partition as partition
+from gradfilter.transforms._compile import CompiledFunction as CompiledFunction
 from gradfilter.transforms._compile import CompiledStep as CompiledStep
 from gradfilter.transforms._compile import compile as compile
 from gradfilter.transforms._consensus import consensus_filter as consensus_filter

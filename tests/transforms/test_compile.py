@@ -5,39 +5,22 @@ import gc
 import inspect
 import random
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
-from unittest import mock
 
 import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradfilter as gf
 from _cases import EXTRA, VARIANTS, build
+from _formulas import formulas
 from _models import ConvBN, Counting, Dropped, OldStyle, Tied, WithLoss, images, token_loss, vectors
 from gradfilter import _tree
-from gradfilter.transforms._update_rules import FusedKernel
 
 pytestmark = pytest.mark.usefixtures("float64")
 PLANS = ["auto", "fused", "vmap", "loop"]
-
-
-class Watched(TorchDispatchMode):
-    """Under a mode no number is read on the host, as in a graph."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def formulas():
-    """Use the formulas that a graph holds, instead of fused kernels and numbers on the host."""
-    with mock.patch.object(FusedKernel, "fits", lambda *_: False), Watched():
-        yield
 
 
 def labelled(n=8):
@@ -105,7 +88,7 @@ def test_every_chain_trains_to_the_bit_as_without_compiling(variant):
     step, compiled = pair(model, build(variant))
     extra = EXTRA if variant[0] == "gate" else {}
     follow(step, compiled, step.init(model, seed=1), [labelled() for _ in range(3)], **extra)
-    assert len(compiled._entries) == 1
+    assert len(compiled._graphs.entries) == 1
 
 
 def sharp():
@@ -125,7 +108,7 @@ def test_thirty_steps_of_sam_with_batchnorm_and_dropout(plan):
     model = Everything()
     step, compiled = pair(model, sharp(), plan=plan)
     follow(step, compiled, step.init(model, seed=1), [labelled() for _ in range(30)])
-    assert len(compiled._entries) == 1
+    assert len(compiled._graphs.entries) == 1
 
 
 MODELS = {
@@ -220,7 +203,7 @@ def test_aux_keep_count_and_value():
         found = compiled(state, batch, keep=keep)
         assert equal(found[0], expected[0]) == []
         assert torch.equal(found[1]["aux"]["right"], expected[1]["aux"]["right"])
-    assert len(compiled._entries) == 3  # one for all tensors, one for each bool
+    assert len(compiled._graphs.entries) == 3  # one for all tensors, one for each bool
 
 
 @pytest.mark.parametrize("backend", ["graph", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -340,7 +323,7 @@ def test_a_change_of_the_call_is_seen(around, traces):
     state = follow(step, compiled, step.init(model, seed=0), batches)
     state = around(step, compiled, state, batches)
     follow(step, compiled, state, batches)
-    assert len(compiled._entries) == traces
+    assert len(compiled._graphs.entries) == traces
 
 
 @pytest.mark.filterwarnings("ignore:gradfilter.compile. trace number")
@@ -363,7 +346,7 @@ def test_a_learning_rate_of_a_schedule_is_no_other_trace():
     schedule = gf.schedules.cosine(0.1, 6, warmup_steps=2)
     step, compiled = pair(model, gf.chain(gf.mean_rows(), gf.sgd(schedule)))
     follow(step, compiled, step.init(model), [vectors() for _ in range(6)])
-    assert len(compiled._entries) == 1
+    assert len(compiled._graphs.entries) == 1
 
 
 def test_a_third_trace_warns_and_the_cache_is_bounded():
@@ -386,7 +369,7 @@ def test_a_third_trace_warns_and_the_cache_is_bounded():
         warnings.simplefilter("ignore")
         for n in range(1, MOST_TRACES + 5):
             compiled(state, torch.ones(n, 2))
-    assert len(compiled._entries) == MOST_TRACES
+    assert len(compiled._graphs.entries) == MOST_TRACES
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compiled(state, torch.ones(MOST_TRACES + 4, 2))
@@ -492,7 +475,7 @@ def test_a_loss_that_cannot_be_traced_is_refused_with_the_line(what, plan):
     code = Path(__file__).read_text().splitlines()[line - 1]
     assert f'"{what}": (' in code or "# here" in code
     assert random.getstate() == drawn and numpy.random.get_state()[2] == drawn_numpy
-    assert COUNTS["calls"] == 0 and compiled._entries == {}
+    assert COUNTS["calls"] == 0 and compiled._graphs.entries == {}
 
 
 @pytest.mark.parametrize("what", [*UNTRACEABLE, "own attribute"])
@@ -592,8 +575,9 @@ def test_a_generator_of_ones_own_and_draws_of_a_recomputation_are_refused():
 
 def test_bad_arguments():
     step = gf.train_step(lambda p, x: (p["w"] * x).mean(), gf.chain(gf.mean_rows(), gf.sgd(0.1)))
-    with pytest.raises(TypeError, match="Expected a step made by train_step, found function"):
-        gf.compile(lambda state, batch: (state, {}))
+    for wrong in (nn.Linear(2, 2), gf.mean_rows(), step.grads_of, nn.Linear, 3):
+        with pytest.raises(TypeError, match="Expected a step made by train_step, or a function"):
+            gf.compile(wrong)
     with pytest.raises(ValueError, match='Expected backend "inductor", "graph" or a function'):
         gf.compile(step, backend="cuda")
     compiled = gf.compile(step, backend="graph")
@@ -602,6 +586,76 @@ def test_bad_arguments():
         compiled(state, torch.ones(2, 2), torch.ones(2))
     with pytest.raises(TypeError, match=r"Begin with state = step\.init"):
         compiled(nn.Linear(1, 1), torch.ones(2, 2))
+
+
+# --- Functions of the user's own ---
+
+
+def test_a_function_of_a_gradient_function_and_a_chain():
+    model = Dropped()
+    grads_of = gf.per_sample_grads(gf.model_loss(model, F.cross_entropy))
+    chain = gf.chain(gf.clip_per_row(0.5), gf.mean_rows(), gf.sgd(0.1, momentum=0.9))
+
+    def step(state, batch):
+        params, inner = state
+        rows = grads_of(params, batch)
+        params, inner, info = chain(params, inner, rows)
+        return (params, inner), {"loss": rows.mean_loss(), "norms": rows.sq_norms(), **info}
+
+    compiled = gf.compile(step, backend="graph")
+    params, _ = gf.extract(model)
+    own = state = params, chain.init(params)
+    for seed in range(4):
+        batch = vectors()
+        model.train(seed != 2)
+        torch.manual_seed(seed)
+        with formulas():
+            state, info = step(state, batch)
+        numbers = torch.get_rng_state()
+        torch.manual_seed(seed)
+        own, found = compiled(own, batch)
+        assert equal(own, state) == [] and equal(found, info) == []
+        assert torch.equal(torch.get_rng_state(), numbers)
+    assert len(compiled._graphs.entries) == 2  # training mode and the other one
+
+
+def test_a_function_around_a_training_step():
+    model = Dropped()
+    chain = gf.chain(gf.mean_rows(), gf.sam_perturb(0.05), gf.sgd(0.1))
+    step = gf.train_step(gf.model_loss(model, F.cross_entropy), chain, microbatches=3)
+
+    class Loop:
+        factor = 0.5
+
+        def twice(self, state, batch):
+            state, first = step(state, batch)
+            state, second = step(state, batch)
+            return state, {"drop": self.factor * (first["loss"] - second["loss"])}
+
+    loop = Loop()
+    compiled = gf.compile(loop.twice, backend="graph")
+    state = own = step.init(model, seed=3)
+    for factor in (0.5, 0.5, 2.0):
+        loop.factor = factor
+        batch, before = vectors(), torch.get_rng_state()
+        with formulas():
+            state, info = loop.twice(state, batch)
+        own, found = compiled(own, batch)
+        assert equal(own, state) == [] and equal(found, info) == []
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_function_that_sets_generators_is_refused():
+    model = Dropped()
+    chain = gf.chain(gf.mean_rows(), gf.sgd(0.1))
+    step = gf.train_step(gf.model_loss(model, F.cross_entropy), chain, microbatches=3)
+
+    def hidden(state, batch):
+        new, info = step(state["of the step"], batch)
+        return {"of the step": new}, info
+
+    with pytest.raises(RuntimeError, match="cannot set torch's generators to a state"):
+        gf.compile(hidden, backend="graph")({"of the step": step.init(model)}, vectors())
 
 
 # --- Compilers ---

@@ -30,6 +30,10 @@ NUMBERS = {
 """Draws that depend on no values of tensors: their result is the number to repeat."""
 
 
+START = {"draws": 0}
+"""The state before the first draw."""
+
+
 class CannotRecord(RuntimeError):
     """Raised for a draw that a graph cannot hold."""
 
@@ -72,6 +76,11 @@ class RecordedDraws:
 
     def set(self, state: dict[str, Any]) -> None:
         """Set the position, so that the draws after it are repeated."""
+        if "draws" not in state:
+            raise CannotRecord(
+                "a graph cannot set torch's generators to a state. Give the random state as the "
+                "entry 'random' of the step's state"
+            )
         self.position = state["draws"]
         self._attempt += 1
 

@@ -78,24 +78,31 @@ def owners_in(value: Any, *, names: bool = False) -> Iterator[Any]:
         value: Any value.
         names: True to include the globals that functions, and methods that are called, use.
     """
+    for item in values_in(value, names=names):
+        inner = isinstance(item, ITEMS) and item is not value and len(item) <= COPIED
+        if _is_object(item) or _is_own_function(item) or _is_own_class(item) or inner:
+            yield item
+
+
+def _is_object(value: Any) -> bool:
+    """Return whether a value is a module, an object of the user's own, or a generator."""
+    return isinstance(value, nn.Module) or _has_attributes(value) or is_generator(value)
+
+
+def values_in(value: Any, *, names: bool = False) -> Iterator[Any]:
+    """Yield the value itself and the objects in it, each once: see `owners_in`."""
     seen: set[int] = set()
     found = [(value, NESTED)]
     for item, depth in found:  # grows while it is searched
         if type(item) in PLAIN or id(item) in seen or isinstance(item, Tensor):
             continue
         seen.add(id(item))
-        if isinstance(item, nn.Module) or _has_attributes(item) or is_generator(item):
-            yield item
+        yield item
+        if _is_object(item):
             if names and depth:
                 found.extend((method, depth - 1) for method in _called_methods(item))
             if not isinstance(item, ITEMS):
                 continue
-        elif (
-            _is_own_function(item)
-            or _is_own_class(item)
-            or (isinstance(item, ITEMS) and item is not value and len(item) <= COPIED)
-        ):
-            yield item
         if depth:
             found.extend((part, depth - 1) for part in _parts_of(item, names))
 

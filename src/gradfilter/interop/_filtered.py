@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from gradfilter import _tree
-from gradfilter._types import GLOBAL_NAMES, Params, Transform, all_keep
+from gradfilter._types import GLOBAL_NAMES, Out, Params, State, Transform, Tree, all_keep
+from gradfilter.grads._batch import plain
+from gradfilter.grads._call_context import random_state
 from gradfilter.grads._hidden_state import Probes
 from gradfilter.grads._loss import extract, insert
 from gradfilter.grads._microbatch import GradFunction, Plan, microbatch_grads, per_sample_grads
+from gradfilter.grads._normalized_loss import NormalizedLoss
 from gradfilter.grads._stack import BaseStack, ComputedStack, DenseStack, GradStack, StackOrigin
 from gradfilter.interop._host_chain import (
     check_owned,
@@ -27,6 +30,7 @@ from gradfilter.interop._host_loss import (
     check_criterion,
     check_module,
     check_order,
+    has_compiled,
     loss_of,
     original_of,
     plan_for,
@@ -37,6 +41,7 @@ from gradfilter.interop._host_loss import (
     with_own_losses,
 )
 from gradfilter.interop._sam import check_steps_alone
+from gradfilter.transforms._compile import Backend, Graphs, Parts, check_backend
 from gradfilter.transforms._state_dict import load_state_dict, state_dict
 
 # --- The rows of one batch, and those of several batches as one stack ---
@@ -144,6 +149,65 @@ def _cat_numbers(numbers: Sequence[Tensor | None]) -> Tensor | None:
 # --- The wrapper ---
 
 
+_Rows = tuple[ComputedStack, Tensor | None]
+"""The rows of a batch, and the factors that remove a loss scale from them."""
+
+
+class _FilteredBatch(NamedTuple):
+    """What a chain made of the rows of a batch.
+
+    Attributes:
+        grads: The gradient by name.
+        state: The new state of the chain.
+        out: The values that it publishes.
+        buffers: The buffers after the batch.
+        losses: The losses of the rows. (M,)
+        loss: Their mean. ().
+        aux: The aux of the rows.
+    """
+
+    grads: Tree
+    state: State
+    out: Out
+    buffers: Tree
+    losses: Tensor
+    loss: Tensor
+    aux: Any
+
+
+def graphs_for(
+    model: nn.Module,
+    criterion: Callable[..., Any] | None,
+    transforms: Transform,
+    compile: bool | str | Backend,
+) -> Graphs | None:
+    """Return the graphs of a host that compiles, or None.
+
+    Raises:
+        ValueError: The backend is unknown, or the module or the chain cannot be compiled.
+    """
+    if compile is False:
+        return None
+    backend = check_backend("inductor" if compile is True else compile)
+    if has_compiled(model, criterion):
+        raise ValueError(
+            "Expected a module as it was before torch.compile with compile=, found a compiled one. "
+            "Pass the original: the graph holds its forward pass as well."
+        )
+    if any(part.name == "across_ranks" for part in transforms.parts):
+        raise ValueError(
+            "Expected a chain of one process with compile=, found across_ranks, whose ranks "
+            "communicate between operations. Do not compile."
+        )
+    if any(getattr(m, "max_norm", None) is not None for m in model.modules()):
+        raise ValueError(
+            "Expected no embedding with max_norm with compile=, whose weight the forward pass "
+            "renormalises. Renormalise it after every step (w.renorm(2, 0, max_norm)), or do not "
+            "compile."
+        )
+    return Graphs(backend)
+
+
 @dataclass(frozen=True, eq=False)
 class StepResult:
     """The result of one step of `Filtered`, as tensors, so that unread numbers cost no waiting.
@@ -203,6 +267,10 @@ class Filtered:
             finite, because no scale helps if the loss is not. Do not call its methods yourself.
         has_aux: True if the criterion returns ``(loss, aux)``, aux any tree of tensors: see
             ``aux`` of `StepResult`.
+        compile: True to compute loss, rows and chain as one graph compiled by torch, or a backend
+            of `gradfilter.compile`. The optimizer's step is not a part of it. The first batch of
+            each shape is compiled. Not with `accumulate`, embeddings with max_norm, or
+            `across_ranks`.
 
     Raises:
         TypeError: ``transforms`` does not lead from rows to a tree; an optimizer whose step needs a
@@ -237,6 +305,7 @@ class Filtered:
         memory_budget: int | float = 0.25,
         scaler: torch.amp.GradScaler | None = None,
         has_aux: bool = False,
+        compile: bool | str | Backend = False,
     ) -> None:
         """Check everything that can be checked without a batch."""
         check_module("Filtered", model)
@@ -266,6 +335,7 @@ class Filtered:
         self.transforms: Transform = filter_chain(transforms, guarded=scales)
         self._module, self._has_aux = view_of(model, criterion), has_aux
         self._microbatches = microbatches
+        self._graphs = graphs_for(model, criterion, self.transforms, compile)
         self._plan: Plan = plan_for(model, criterion, plan)
         self._memory_budget = memory_budget
         self._probes = Probes()
@@ -273,6 +343,7 @@ class Filtered:
         check_owned(self._module, optimizer, "Filtered")
         self._state = self.transforms.init(extract(self._module)[0])
         self._pending: list[DenseStack] = []
+        self.shared: Tree = {}  # used by hosts
 
     def step(self, inputs: Any, targets: Any = None, **extra: Any) -> StepResult:
         """Run one step over this batch and every batch accumulated since the last one.
@@ -284,32 +355,26 @@ class Filtered:
             **extra: Keywords for the transforms: ``keep``, ``count``, ``value``.
         """
         check_owned(self._module, self.optimizer, "Filtered")
-        computed, factors = self._rows(inputs, targets)
-        rows, buffers = cast(GradStack, computed), computed.buffers
-        if self._pending:
-            rows, self._pending = join_stacks([*self._pending, dense_rows(rows, factors)]), []
-        elif factors is not None:
-            rows = rows.scaled(factors)
-        losses, loss, aux = rows.losses, rows.mean_loss(), rows.aux
-        assert losses is not None and loss is not None  # rows of a batch have their losses
         params = self._params()
-        with torch.no_grad():
-            grads, state, out = self.transforms.update(rows, self._state, params, **extra)
-        rows.release()
+        if self._graphs is None:
+            found = self._filter(params, self._batch_rows(inputs, targets), self._state, extra)
+        else:
+            found = self._filter_in_graph(self._graphs, params, inputs, targets, extra)
+        losses, out = found.losses, found.out
         given = all_keep(params, out.get("keep"), extra.get("keep"))
         keep = _tree.as_bool_tensor(True if given is None else given, losses.device)
-        insert(self._module, {}, buffers)
+        insert(self._module, {}, found.buffers)
         # The only wait for the device, to decide whether to call the optimizer.
         if given is None or bool(keep):
-            self._state = own_state(state, params)
-            write_grads(self._module, self.optimizer, grads)
+            self._state = own_state(found.state, params)
+            write_grads(self._module, self.optimizer, found.grads)
             self.optimizer.step()
         else:
             note_skip(self.optimizer)
         if self.scaler is not None and self.scaler.is_enabled():
             update_scale(self.scaler, overflowed(out, losses))
         metrics = {name: value for name, value in out.items() if name not in GLOBAL_NAMES}
-        return StepResult(loss, {"keep": keep, **metrics}, aux)
+        return StepResult(found.loss, {"keep": keep, **metrics}, found.aux)
 
     def accumulate(self, inputs: Any, targets: Any = None) -> Tensor:
         """Compute and hold the M rows of a batch; the next `step` filters them with its own.
@@ -317,7 +382,12 @@ class Filtered:
         Returns:
             The mean loss of these rows. ().
         """
-        part = dense_rows(*self._rows(inputs, targets))
+        if self._graphs is not None:
+            raise RuntimeError(
+                "Expected one batch per step with compile=, found accumulate(). Use larger "
+                "batches, or do not compile."
+            )
+        part = dense_rows(*self._batch_rows(inputs, targets))
         insert(self._module, {}, part.buffers)
         self._pending.append(part)
         loss = part.mean_loss()
@@ -375,15 +445,68 @@ class Filtered:
         )
         return replace(grads_of, probes=self._probes)
 
-    def _rows(self, inputs: Any, targets: Any) -> tuple[ComputedStack, Tensor | None]:
-        """Return the rows of one batch, and the factors that remove the loss scale."""
+    def _batch_rows(self, inputs: Any, targets: Any) -> _Rows:
+        """Return the rows of one batch at the module's own parameters and buffers."""
         params = self._params()
         batch = batch_of(inputs, targets, self.criterion)
         scale = scale_of(self.scaler, _tree.device_of(params))
         with renormalised(self._module):
-            rows = self._grads_of(scale)(params, batch)
+            return self._rows(params, batch, None, scale)
+
+    def _rows(
+        self, params: Params, batch: Any, buffers: Tree | None, scale: Tensor | None
+    ) -> _Rows:
+        """Return the rows of one batch, and the factors that remove the loss scale."""
+        rows: ComputedStack = self._grads_of(scale)(params, batch, buffers=buffers)
         if self._plan == "auto" and isinstance(rows, DenseStack):
             self._plan = "loop"  # the fused plan would be refused at every step
         if scale is None:
             return rows, None
         return with_own_losses(rows), (1 / scale.to(_tree.sum_dtype(scale))).expand(len(rows))
+
+    def _filter(self, params: Params, computed: _Rows, state: State, extra: Any) -> _FilteredBatch:
+        """Run the chain on the rows of a batch, and of every batch accumulated before."""
+        of_batch, factors = computed
+        rows, buffers = cast(GradStack, of_batch), of_batch.buffers
+        if self._pending:
+            rows, self._pending = join_stacks([*self._pending, dense_rows(rows, factors)]), []
+        elif factors is not None:
+            rows = rows.scaled(factors)
+        losses, loss, aux = rows.losses, rows.mean_loss(), rows.aux
+        assert losses is not None and loss is not None  # rows of a batch have their losses
+        with torch.no_grad():
+            grads, state, out = self.transforms.update(rows, state, params, **extra)
+        rows.release()
+        # The other global names stand for stacks, for the transforms of this chain only.
+        out = {name: v for name, v in out.items() if name == "keep" or name not in GLOBAL_NAMES}
+        return _FilteredBatch(grads, state, out, buffers, losses, loss, aux)
+
+    def _filter_in_graph(
+        self, graphs: Graphs, params: Params, inputs: Any, targets: Any, extra: Any
+    ) -> _FilteredBatch:
+        """Do the same by a graph, whose inputs are all tensors that may change."""
+        scale = scale_of(self.scaler, _tree.device_of(params))
+        given = {
+            "params": params,
+            "buffers": {name: b.detach() for name, b in self._module.named_buffers()},
+            "transforms": self._state,
+            "batch": plain(batch_of(inputs, targets, self.criterion)),
+            "scale": {} if scale is None else {"scale": scale},
+            "shared": self.shared,
+            "extra": extra,
+        }
+
+        def run(tree: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            shared, self.shared = self.shared, tree["shared"]
+            try:
+                rows = self._rows(
+                    tree["params"], tree["batch"], tree["buffers"], tree["scale"].get("scale")
+                )
+                found = self._filter(tree["params"], rows, tree["transforms"], tree["extra"])
+            finally:
+                self.shared = shared
+            return tuple(found), random_state(_tree.device_of(params))
+
+        loss = NormalizedLoss.of(self._grads_of(scale).loss, False)
+        found, _ = graphs.run(run, given, Parts((loss,), (self.transforms,)))
+        return _FilteredBatch(*found)

@@ -19,6 +19,7 @@ from gradfilter.grads._state_owners import Owners
 from gradfilter.interop._filtered import Filtered, StepResult
 from gradfilter.interop._host_chain import note_skip
 from gradfilter.interop._host_loss import ModuleView
+from gradfilter.transforms._compile import Backend
 from gradfilter.transforms._state_dict import load_state_dict, state_dict
 
 # --- Check before the first batch that all batches divide into microbatches ---
@@ -79,10 +80,13 @@ class Hosted(Filtered):
         microbatches: See `Filtered`.
         plan: See `Filtered`.
         memory_budget: See `Filtered`.
+        compile: See `Filtered`.
         owners: Objects other than the model whose attributes the loss may change, by name.
 
     Attributes:
         kept: True if the host should make the last step; read from the device only once.
+        shared: The tensors that the losses of all rows read, other than the batch, by name. A
+            compiled step takes them as inputs.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class Hosted(Filtered):
         *,
         plan: Plan,
         memory_budget: int | float,
+        compile: bool | str | Backend = False,
         owners: Mapping[str, Any] | None = None,
     ) -> None:
         """Check the arguments as `Filtered` does."""
@@ -109,6 +114,7 @@ class Hosted(Filtered):
             plan=plan,
             memory_budget=memory_budget,
             has_aux=True,
+            compile=compile,
         )
         # A step only reads the groups of its optimizer and calls it.
         self.optimizer = cast(torch.optim.Optimizer, _StepRecorder(optimizer, self._note))

@@ -15,6 +15,7 @@ from typing_extensions import override
 from gradfilter._types import Transform
 from gradfilter.grads._microbatch import Plan
 from gradfilter.interop._hosted import Hosted, LossLog, check_division, logged
+from gradfilter.transforms._compile import Backend
 
 # --- Requirements on a LightningModule ---
 
@@ -51,6 +52,11 @@ def check_fit(module: Any) -> None:
         raise ValueError(
             f"{name}: expected one process, found {module.trainer.world_size}, which would not "
             "see each other's rows. Use L.Trainer(devices=1)."
+        )
+    if module.compile_step is not False and module.trainer.accumulate_grad_batches > 1:
+        raise ValueError(
+            f"{name}: expected accumulate_grad_batches=1 with compile_step, found "
+            f"{module.trainer.accumulate_grad_batches}. Use larger batches, or do not compile."
         )
     if module.trainer.precision == "16-mixed":
         raise ValueError(
@@ -90,6 +96,7 @@ class FilteredModule(lightning.LightningModule):
         microbatches: M rows per batch; None for one row per sample.
         plan: See `Filtered`.
         memory_budget: See `Filtered`.
+        compile_step: ``compile`` of `Filtered`; `torch.nn.Module` has a method of that name.
 
     Raises:
         TypeError: At the start of a fit: ``transforms`` or ``microbatches`` are missing;
@@ -132,6 +139,7 @@ class FilteredModule(lightning.LightningModule):
     microbatches: int | None
     plan: Plan = "auto"
     memory_budget: int | float = 0.25
+    compile_step: bool | str | Backend = False
 
     _hosted: Hosted | None = None
     _saved: dict[str, Tensor] | None = None
@@ -306,6 +314,7 @@ class FilteredModule(lightning.LightningModule):
                 self.microbatches,
                 plan=self.plan,
                 memory_budget=self.memory_budget,
+                compile=self.compile_step,
             )
             if self._resumes:
                 self._hosted.resume(self._saved, "the checkpoint")

@@ -19,6 +19,7 @@ from gradfilter.grads._microbatch import Plan
 from gradfilter.grads._state_owners import PlainValues, owners_in
 from gradfilter.interop._host_chain import filter_chain
 from gradfilter.interop._hosted import Hosted, LossLog, check_division, logged
+from gradfilter.transforms._compile import Backend
 
 # --- Requirements on training arguments ---
 
@@ -53,6 +54,8 @@ def check_arguments(args: Any) -> None:
 
 
 STATE_FILE = "transforms.pt"
+
+ITEMS = "num_items_in_batch"
 
 
 @dataclass
@@ -95,6 +98,8 @@ class FilteredTrainer(Trainer):
         microbatches: M rows per batch; None for one row per sample.
         plan: See `Filtered`.
         memory_budget: See `Filtered`.
+        compile: See `Filtered`. Every batch shape is compiled, so pad to few lengths
+            (``pad_to_multiple_of``).
         **kwargs: See `transformers.Trainer`.
 
     Raises:
@@ -137,6 +142,7 @@ class FilteredTrainer(Trainer):
         microbatches: int | None,
         plan: Plan = "auto",
         memory_budget: int | float = 0.25,
+        compile: bool | str | Backend = False,
         **kwargs: Any,
     ) -> None:
         """Check everything that can be checked without an optimizer."""
@@ -144,14 +150,19 @@ class FilteredTrainer(Trainer):
         own = frozenset(vars(self))
         super().__init__(*args, **kwargs)
         check_arguments(self.args)
+        if compile is not False and self.args.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "FilteredTrainer: expected gradient_accumulation_steps=1 with compile=, found "
+                f"{self.args.gradient_accumulation_steps}. Use larger batches, or do not compile."
+            )
         self.add_callback(_Gate(self))
         self.transforms, self.microbatches = transforms, microbatches
         self.plan: Plan = plan
         self.memory_budget = memory_budget
+        self.compile: bool | str | Backend = compile
         self._hosted: Hosted | None = None
         self._train_loader: Any = None
         self._inherited = frozenset(vars(self)) - own
-        self._items: Tensor | int | None = None
         self._metrics = _Metrics()
         self._loss_log = LossLog("FilteredTrainer")
 
@@ -181,8 +192,9 @@ class FilteredTrainer(Trainer):
         if callable(train := getattr(self.optimizer, "train", None)):
             train()  # schedule-free optimizers have two sets of parameters
         batch = self._prepare_inputs(inputs)
-        self._items = num_items_in_batch
         hosted = self._host()
+        items = num_items_in_batch
+        hosted.shared = {} if items is None else {ITEMS: torch.as_tensor(items)}
         with self.compute_loss_context_manager(), _named_remedy():
             if not self.accelerator.sync_gradients:
                 return torch.zeros_like(hosted.accumulate(batch))
@@ -241,6 +253,7 @@ class FilteredTrainer(Trainer):
                 self.microbatches,
                 plan=self.plan,
                 memory_budget=self.memory_budget,
+                compile=self.compile,
                 owners=self._owners(model),
             )
         return self._hosted
@@ -268,7 +281,8 @@ class FilteredTrainer(Trainer):
         model = cast(nn.Module, self.model)
         with self._loss_log.opened() as logged:
             # A pair with the outputs only if those are requested.
-            loss = self.compute_loss(model, inputs, num_items_in_batch=self._items)
+            items = self._host().shared.get(ITEMS)
+            loss = self.compute_loss(model, inputs, num_items_in_batch=items)
         return cast(Tensor, loss), logged
 
     @override

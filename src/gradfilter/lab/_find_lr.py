@@ -235,7 +235,8 @@ class _CountedStep:
 
     def __call__(self, state: State, number: int, rate: float) -> tuple[State, float]:
         """Run one step; the schedule has its rate."""
-        state, info = self.run.step(state, self._batch(number), count=number)
+        self.run.state = state
+        state, info = self.run.take_step(self._batch(number), number)
         self.skipped += not info["keep"].item()
         self.tick()
         return state, info["loss"].item()
@@ -254,7 +255,7 @@ class _CountedStep:
 def _schedule(rates: Sequence[float]) -> gf.Schedule:
     def at(count: Tensor, state: State, **extra: Any) -> tuple[Tensor, State]:
         k = _tree.scalar(count, count)
-        return torch.as_tensor(rates, dtype=k.dtype, device=k.device)[count], state
+        return torch.as_tensor(rates, dtype=k.dtype, device=k.device).take(count), state
 
     return gf.Schedule(at, rates[-1], rates[0])
 

@@ -8,19 +8,24 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from gradfilter import _tree
 from gradfilter._info import Info
+from gradfilter._types import Transform
 from gradfilter.grads._batch import plain
 from gradfilter.grads._call_context import random_state, random_state_restored, set_random_state
 from gradfilter.grads._error_notes import stacklevel
+from gradfilter.grads._loss import ModelLoss
+from gradfilter.grads._microbatch import GradFunction
 from gradfilter.grads._normalized_loss import NormalizedLoss
+from gradfilter.grads._recorded_draws import START
+from gradfilter.grads._state_owners import values_in
 from gradfilter.transforms._host_changes import HostState
-from gradfilter.transforms._trace import Trace, trace
+from gradfilter.transforms._trace import Run, Trace, trace
 from gradfilter.transforms._train_step import TrainState, TrainStep
 
 Backend = Callable[[torch.fx.GraphModule], Callable[..., Any]]
@@ -56,95 +61,119 @@ class _CompiledTrace:
         )
 
 
-@dataclass(eq=False)
-class CompiledStep:
-    """``compiled(state, batch, **extra) -> (state, info)``, made by `compile`.
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The losses and transforms that a function is made of.
 
     Attributes:
-        step: The step that is compiled.
-        backend: The compiler: "inductor", "graph", or a function.
-
-    Examples:
-        >>> import torch, gradfilter as gf
-        >>> loss = lambda params, x: (params["w"] * x).sum(1).mean()
-        >>> step = gf.train_step(loss, gf.chain(gf.mean_rows(), gf.sgd(1.0)), microbatches=2)
-        >>> compiled = gf.compile(step, backend="graph")
-        >>> state, info = compiled(compiled.init({"w": torch.zeros(2)}), torch.eye(2))
-        >>> state["params"]["w"]
-        tensor([-0.5000, -0.5000])
+        losses: The losses, with their modules as they are now.
+        updates: The transforms.
+        owners: Other objects whose attributes the function may read.
     """
 
-    step: TrainStep
+    losses: tuple[NormalizedLoss, ...]
+    updates: tuple[Transform, ...]
+    owners: tuple[Any, ...] = ()
+
+    @classmethod
+    def of_step(cls, step: TrainStep) -> Parts:
+        """Return the parts of a training step."""
+        grads_of = step.grads_of
+        return cls((NormalizedLoss.of(grads_of.loss, grads_of.has_aux),), (step.update,))
+
+    @classmethod
+    def of_function(cls, function: Callable[..., Any]) -> Parts:
+        """Return the parts that a function of the user refers to."""
+        steps, losses, updates, owners = [], [], [], []
+        for value in values_in(function, names=True):
+            if isinstance(value, TrainStep):
+                steps.append(value)
+            elif isinstance(value, GradFunction):
+                losses.append(NormalizedLoss.of(value.loss, value.has_aux))
+            elif isinstance(value, Transform):
+                updates.append(value)
+            elif isinstance(value, nn.Module):
+                losses.append(NormalizedLoss.of(ModelLoss(value, None), False))
+            else:
+                owners.append(value)
+        for part in map(cls.of_step, steps):
+            losses.extend(part.losses)
+            updates.extend(part.updates)
+        return cls(tuple(losses), tuple(updates), tuple(owners))
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules of the losses, each under a name of its own."""
+        return {
+            f"{i}.{name}": module
+            for i, loss in enumerate(self.losses)
+            for name, module in loss.modules.items()
+        }
+
+
+@dataclass(eq=False)
+class Graphs:
+    """The compiled traces of one function, for different shapes and modes.
+
+    Attributes:
+        backend: The compiler: "inductor", "graph", or a function.
+    """
+
     backend: str | Backend
-    _entries: OrderedDict[Any, _CompiledTrace] = field(
+    entries: OrderedDict[Any, _CompiledTrace] = field(
         default_factory=OrderedDict, init=False, repr=False
     )
     _traces: int = field(default=0, init=False, repr=False)
     _last_key: Any = field(default=None, init=False, repr=False)
 
-    def init(self, model: nn.Module | dict[str, Tensor], *, seed: int | None = None) -> TrainState:
-        """Return the first state; see `TrainStep`."""
-        return self.step.init(model, seed=seed)
+    def run(
+        self,
+        function: Run,
+        given: dict[str, Any],
+        parts: Parts,
+        *,
+        options: Any = None,
+        random: dict[str, Any] | None = None,
+    ) -> tuple[Any, dict[str, Any] | None]:
+        """Return ``function(given)``, computed by a graph.
 
-    def __call__(
-        self, state: TrainState, batch: Any, *more: Any, donate: bool = False, **extra: Any
-    ) -> tuple[TrainState, Info]:
-        """Run one step; see `TrainStep`. The first step with new shapes traces and compiles.
+        Args:
+            function: A pure function of a tree, called only to be traced: see `trace`.
+            given: Its argument.
+            parts: What the function is made of.
+            options: Everything else that it depends on, comparable.
+            random: The state of the generators to draw from; None to draw from the generators as
+                they are, and to advance them.
 
-        Raises:
-            RuntimeError: The step reads the value of a tensor, draws from Python's or NumPy's
-                generators, or changes a Python attribute: none of these can be in a graph.
+        Returns:
+            The result, and the random state after it if one was given.
         """
-        if more or not isinstance(state, dict) or "random" not in state:
-            return self.step(state, batch, *more, donate=donate, **extra)  # raises the clear error
-        given: dict[str, Any] = {
-            "state": {name: tree for name, tree in state.items() if name != "random"},
-            "batch": plain(batch),
-            "extra": extra,
-        }
         leaves, _ = _tree.flatten_with_names(given)
         kinds = {name: _kind_of(leaf) for name, leaf in leaves.items()}
-        key = (tuple(kinds.items()), donate, _surroundings(self._modules()))
-        entry = self._entries.get(key)
+        key = (tuple(kinds.items()), options, _surroundings(parts.modules))
+        entry = self.entries.get(key)
         if entry is None or not entry.is_valid():
             self._warn_of_retrace(key, entry)
-            entry = self._entries[key] = self._compile(given, donate)
-            while len(self._entries) > MOST_TRACES:
-                self._entries.popitem(last=False)
-        self._entries.move_to_end(key)
+            entry = self.entries[key] = self._compile(function, given, parts)
+            while len(self.entries) > MOST_TRACES:
+                self.entries.popitem(last=False)
+        self.entries.move_to_end(key)
         tensors = [leaf for leaf in leaves.values() if isinstance(leaf, Tensor)]
         outside = [place() for place in entry.trace.outside]
-        device = _tree.device_of(state["params"])
-        random = dict(state["random"])
         with torch.no_grad(), ExitStack() as stack:
-            if entry.trace.draws:
+            if entry.trace.draws and random is not None:
+                device = _device_of(tensors)
                 stack.enter_context(random_state_restored(device))
                 set_random_state(random, device)
-            results = entry.run(*tensors, *outside)
-            if entry.trace.draws:
+                results = entry.run(*tensors, *outside)
                 random = random_state(device)
-        new, info = entry.trace.rebuild(results)
-        if donate:
-            _put_back(state, new)
-        new["random"] = random
-        return new, Info(info)
+            else:
+                results = entry.run(*tensors, *outside)
+        return entry.trace.rebuild(results), random
 
-    def _modules(self) -> dict[str, nn.Module]:
-        loss = self.step.grads_of.loss
-        return NormalizedLoss.of(loss, self.step.grads_of.has_aux).modules
-
-    def _compile(self, given: dict[str, Any], donate: bool) -> _CompiledTrace:
-        normalized = NormalizedLoss.of(self.step.grads_of.loss, self.step.grads_of.has_aux)
-        host = HostState.now(normalized, self.step.update)
-
-        def run(tree: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            before: Any = {**tree["state"], "random": {"draws": 0}}
-            new: Any
-            new, info = self.step(before, tree["batch"], donate=donate, **tree["extra"])
-            random = new.pop("random")
-            return (new, dict(info)), random
-
-        traced = partial(trace, run, given, tuple(normalized.modules.values()))
+    def _compile(self, function: Run, given: dict[str, Any], parts: Parts) -> _CompiledTrace:
+        host = HostState.now(parts.losses, parts.updates, parts.owners)
+        traced = partial(trace, function, given, tuple(parts.modules.values()))
         with host.kept(traced):
             found = traced()
         outside = tuple(_kind_of(place()) for place in found.outside)
@@ -165,7 +194,7 @@ class CompiledStep:
             return
         why = "the Python state of the loss, or a tensor outside of the state, has changed"
         if stale is None:
-            names = ("state, batch or keywords", "donate", "modes and settings")
+            names = ("state, batch or keywords", "options", "modes and settings")
             parts = zip(names, last, key, strict=True)
             why = " and ".join(name for name, old, new in parts if old != new) + " differ"
         warnings.warn(
@@ -176,9 +205,127 @@ class CompiledStep:
         )
 
 
+@dataclass(eq=False)
+class CompiledStep:
+    """``compiled(state, batch, **extra) -> (state, info)``, made by `compile`.
+
+    Attributes:
+        step: The step that is compiled.
+        backend: The compiler: "inductor", "graph", or a function.
+
+    Examples:
+        >>> import torch, gradfilter as gf
+        >>> loss = lambda params, x: (params["w"] * x).sum(1).mean()
+        >>> step = gf.train_step(loss, gf.chain(gf.mean_rows(), gf.sgd(1.0)), microbatches=2)
+        >>> compiled = gf.compile(step, backend="graph")
+        >>> state, info = compiled(compiled.init({"w": torch.zeros(2)}), torch.eye(2))
+        >>> state["params"]["w"]
+        tensor([-0.5000, -0.5000])
+    """
+
+    step: TrainStep
+    backend: str | Backend
+    _graphs: Graphs = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._graphs = Graphs(self.backend)
+
+    def init(self, model: nn.Module | dict[str, Tensor], *, seed: int | None = None) -> TrainState:
+        """Return the first state; see `TrainStep`."""
+        return self.step.init(model, seed=seed)
+
+    def __call__(
+        self, state: TrainState, batch: Any, *more: Any, donate: bool = False, **extra: Any
+    ) -> tuple[TrainState, Info]:
+        """Run one step; see `TrainStep`. The first step with new shapes traces and compiles.
+
+        Raises:
+            RuntimeError: The step reads the value of a tensor, draws from Python's or NumPy's
+                generators, or changes a Python attribute: none of these can be in a graph.
+        """
+        if more or not isinstance(state, dict) or "random" not in state:
+            return self.step(state, batch, *more, donate=donate, **extra)  # raises the clear error
+        new, info = _run(
+            self._graphs,
+            partial(self.step, donate=donate),
+            Parts.of_step(self.step),
+            (state, batch, extra),
+            donate,
+        )
+        if donate:
+            _put_back(state, new)
+        return new, Info(info)
+
+
+@dataclass(eq=False)
+class CompiledFunction:
+    """``compiled(state, batch, **extra) -> (state, info)`` of a function, made by `compile`.
+
+    Attributes:
+        function: The function that is compiled.
+        backend: The compiler: "inductor", "graph", or a function.
+    """
+
+    function: Callable[..., Any]
+    backend: str | Backend
+    _graphs: Graphs = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._graphs = Graphs(self.backend)
+
+    def __call__(self, state: Any, batch: Any, **extra: Any) -> Any:
+        """Run the function; the first call with new shapes traces and compiles.
+
+        Raises:
+            RuntimeError: See `CompiledStep`.
+        """
+        parts = Parts.of_function(self.function)
+        return _run(self._graphs, self.function, parts, (state, batch, extra), None)
+
+
+def _run(
+    graphs: Graphs,
+    function: Callable[..., Any],
+    parts: Parts,
+    arguments: tuple[Any, Any, dict[str, Any]],
+    options: Any,
+) -> Any:
+    """Return ``function(state, batch, **extra)``, whose random state is not a part of the graph."""
+    state, batch, extra = arguments
+    random: dict[str, Any] | None = None
+    if isinstance(state, dict) and isinstance(state.get("random"), dict):
+        random = dict(state["random"])
+        state = {name: tree for name, tree in state.items() if name != "random"}
+    drawing = random is not None
+
+    def run(tree: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        given = {**tree["state"], "random": START} if drawing else tree["state"]
+        found = function(given, tree["batch"], **tree["extra"])
+        if not drawing:
+            return found, random_state(torch.device("cpu"))
+        new, info = found
+        new = dict(new)
+        after = new.pop("random")
+        return (new, dict(info)), after
+
+    given = {"state": state, "batch": plain(batch), "extra": extra}
+    found, after = graphs.run(run, given, parts, options=options, random=random)
+    if not drawing:
+        return found
+    new, info = found
+    new["random"] = after
+    return new, info
+
+
 def _by_inductor(graph: torch.fx.GraphModule) -> Callable[..., Any]:
     compiled: Callable[..., Any] = torch.compile(graph, fullgraph=True, dynamic=False)
     return compiled
+
+
+def _device_of(tensors: list[Tensor]) -> torch.device:
+    """Return the device whose generator a computation on these tensors draws from."""
+    devices = [tensor.device for tensor in tensors if tensor.device.type != "cpu"]
+    return devices[0] if devices else torch.device("cpu")
 
 
 def _put_back(old: Any, new: Any) -> None:
@@ -249,7 +396,25 @@ def _surroundings(modules: dict[str, nn.Module]) -> Any:
     )
 
 
-def compile(step: TrainStep, *, backend: str | Backend = "inductor") -> CompiledStep:
+def check_backend(backend: str | Backend) -> str | Backend:
+    """Return a backend, or refuse an unknown one."""
+    if not callable(backend) and backend not in ("inductor", "graph"):
+        raise ValueError(
+            f'Expected backend "inductor", "graph" or a function of a GraphModule, found '
+            f"{backend!r}."
+        )
+    return backend
+
+
+@overload
+def compile(step: TrainStep, *, backend: str | Backend = "inductor") -> CompiledStep: ...
+@overload
+def compile(
+    step: Callable[..., Any], *, backend: str | Backend = "inductor"
+) -> CompiledFunction: ...
+def compile(
+    step: Callable[..., Any], *, backend: str | Backend = "inductor"
+) -> CompiledStep | CompiledFunction:
     """Compile a step of `train_step`: forward pass, backward pass, filter and update in one graph.
 
     ``compile(step)(state, batch) = step(state, batch)``, up to the rounding of the compiler; with
@@ -264,17 +429,22 @@ def compile(step: TrainStep, *, backend: str | Backend = "inductor") -> Compiled
     numbers of the first. With ``backend="inductor"`` the compiler draws other numbers than torch.
 
     Args:
-        step: The result of `train_step`.
+        step: The result of `train_step`, or a pure function ``(state, batch, **extra) -> (state,
+            info)`` that calls gradient functions, chains or such a step. State and info are any
+            trees of tensors. If the state is a dict with the entry ``random`` of `TrainState`, so
+            is the new one, and the draws are a function of it; otherwise the function draws from
+            torch's generators.
         backend: "inductor" for torch's compiler, "graph" for the graph without a compiler, or a
             function that is called with the `torch.fx.GraphModule` and returns a function of the
             same tensors.
 
     Returns:
-        A `CompiledStep`, which is called as the step is, also with ``donate=True``. State, batch
-        and results are those of the step, so states are saved and loaded as usual.
+        A `CompiledStep`, which is called as the step is, also with ``donate=True``, or a
+        `CompiledFunction`. State, batch and results are those of the step, so states are saved and
+        loaded as usual.
 
     Raises:
-        TypeError: ``step`` is not made by `train_step`.
+        TypeError: ``step`` cannot be called, or is a transform, a module or a class.
         ValueError: The backend is unknown.
 
     Examples:
@@ -288,14 +458,12 @@ def compile(step: TrainStep, *, backend: str | Backend = "inductor") -> Compiled
         >>> sorted(info)
         ['keep', 'loss', 'sgd/lr']
     """
-    if not isinstance(step, TrainStep):
+    if not callable(step) or isinstance(step, (Transform, nn.Module, GradFunction, type)):
         raise TypeError(
-            f"Expected a step made by train_step, found {type(step).__name__}. Build it with "
-            "train_step(loss, update)."
+            f"Expected a step made by train_step, or a function (state, batch) -> (state, info), "
+            f"found {type(step).__name__}. Build it with train_step(loss, update)."
         )
-    if not callable(backend) and backend not in ("inductor", "graph"):
-        raise ValueError(
-            f'Expected backend "inductor", "graph" or a function of a GraphModule, found '
-            f"{backend!r}."
-        )
-    return CompiledStep(step, backend)
+    backend = check_backend(backend)
+    if isinstance(step, TrainStep):
+        return CompiledStep(step, backend)
+    return CompiledFunction(step, backend)

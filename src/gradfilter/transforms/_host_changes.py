@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
@@ -28,22 +28,28 @@ class HostState:
     """The Python state that a step depends on, at one moment.
 
     Attributes:
-        loss: The attributes of the modules, and of what the criterion or a plain loss refers to.
-        update: The attributes of what the functions of the transforms refer to.
+        parts: The attributes of the modules, of what criteria and plain losses refer to, and of
+            what the functions of the transforms refer to.
     """
 
-    loss: Attributes
-    update: Attributes
+    parts: tuple[Attributes, ...]
 
     @classmethod
-    def now(cls, loss: NormalizedLoss, update: Transform) -> HostState:
+    def now(
+        cls,
+        losses: Iterable[NormalizedLoss],
+        updates: Iterable[Transform],
+        owners: Iterable[Any] = (),
+    ) -> HostState:
         """Record the present state."""
-        owners = (o for value in _arguments(update) for o in owners_in(value, names=True))
-        return cls(loss.attributes, Attributes({}, (), (("update", owner) for owner in owners)))
+        values = [value for update in updates for value in _arguments(update)]
+        found = [("update", owner) for value in values for owner in owners_in(value, names=True)]
+        found += (("function", owner) for owner in owners)
+        return cls((*(loss.attributes for loss in losses), Attributes({}, (), found)))
 
     def changed(self) -> str | None:
         """Return the name of a value that has changed since, or None."""
-        for attributes in (self.loss, self.update):
+        for attributes in self.parts:
             for name, before, now in attributes.changes():
                 same = type(now) is list and holds_same_objects(before, now)
                 if not same and not _are_weak(now):
@@ -52,12 +58,12 @@ class HostState:
 
     def logged(self) -> list[Added]:
         """Return what was appended to lists since."""
-        return [*self.loss.added(), *self.update.added()]
+        return [added for attributes in self.parts for added in attributes.added()]
 
     def restore(self) -> None:
         """Restore the values of that moment."""
-        self.loss.restore()
-        self.update.restore()
+        for attributes in self.parts:
+            attributes.restore()
 
     @contextmanager
     def kept(self, run: Callable[[], Any]) -> Iterator[None]:
@@ -69,7 +75,8 @@ class HostState:
         Raises:
             RuntimeError: It does one of them; the error names the line.
         """
-        start = _Start(self, HostRandom([*self.loss.generators, *self.update.generators]))
+        own = [generator for attributes in self.parts for generator in attributes.generators]
+        start = _Start(self, HostRandom(own))
         error: Exception | None = None
         try:
             yield

@@ -10,7 +10,6 @@ from torch import nn
 import gradfilter as gf
 from gradfilter.distributed import across_ranks
 from gradfilter.distributed._ranks import ALONE, Ranks
-from gradfilter.grads._microbatch import Plan
 from gradfilter.lab._usage import UsageError, check
 from gradfilter.lab.data._batches import Order, augmentation, class_balanced, shuffled, steps_until
 from gradfilter.lab.data._load import load_data
@@ -211,18 +210,22 @@ def build_training(
         "Warm up for longer, or omit it.",
     )
     _check_patterns(config, model)
+    check(
+        not config.compile or ranks.size == 1,
+        "--compile",
+        "one process",
+        f"{ranks.size}",
+        "Processes communicate between operations. Omit --compile.",
+    )
     loss = gf.model_loss(model, _criterion(config))
-    if config.compile:
-        model.compile()
-    # A compiled model cannot be run over all rows at once.
-    plan: Plan = "loop" if config.compile else "auto"
     update = update_of(config, total, per_epoch, ranks, lr)
-    step = gf.train_step(loss, update, microbatches=rows, plan=plan)
+    eager = gf.train_step(loss, update, microbatches=rows)
+    step = gf.compile(eager) if config.compile else eager
     all_rows = None
     if config.per_sample:
-        all_rows = gf.per_sample_grads(loss, plan=plan)
+        all_rows = gf.per_sample_grads(loss)
     elif config.microbatches > 1:
-        all_rows = gf.microbatch_grads(loss, config.microbatches, plan=plan)
+        all_rows = gf.microbatch_grads(loss, config.microbatches)
     return Training(
         config=config,
         data=data,

@@ -232,7 +232,7 @@ class TrainConfig:
     amp: Literal["none", "bf16"] = "none"
     """Mixed precision."""
     compile: bool = False
-    """Compile the model (torch.compile); rows are then computed one by one."""
+    """Compile the whole step (gradfilter.compile); the first step takes a minute."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard."""
     wandb: bool = False

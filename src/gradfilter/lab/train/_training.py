@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +158,7 @@ class Training:
     config: TrainConfig
     data: Data
     model: nn.Module
-    step: gf.TrainStep
+    step: gf.TrainStep | gf.CompiledStep
     all_rows: GradFunction | None
     order: Order
     augment: Augment | None
@@ -178,6 +179,23 @@ class Training:
     def device(self) -> torch.device:
         """Return the device of the training."""
         return self.data.train.labels.device
+
+    def take_step(
+        self, batch: Any, count: int, report: float | None = None
+    ) -> tuple[gf.TrainState, gf.Info]:
+        """Return the state and the info after one more step.
+
+        Args:
+            batch: The samples.
+            count: The number of steps before this one, for schedules.
+            report: The value for a plateau schedule.
+        """
+        if not self.config.compile:
+            return self.step(self.state, batch, count=count, value=report)
+        # A graph fixes Python numbers, and takes tensors as inputs.
+        at = torch.full((), count, device=self.device)
+        value = None if report is None else torch.full((), report, device=self.device)
+        return self.step(self.state, batch, count=at, value=value)
 
     def steps_at(self, epoch: float) -> int:
         """Return the number of steps after which `epoch` epochs of samples have been seen."""
@@ -238,7 +256,7 @@ def advance(
             if stopped():
                 break
             # The schedule follows the steps done, so that skipped ones do not stretch it.
-            run.state, info = run.step(run.state, batch, count=run.done, value=run.report)
+            run.state, info = run.take_step(batch, run.done, run.report)
             # A schedule ignores the report in a skipped step. Checking waits for the device, once
             # per epoch.
             if run.report is not None and info["keep"]:
