@@ -40,6 +40,8 @@ from gradfilter.transforms._compile import compile as compile
 from gradfilter.transforms._consensus import consensus_filter as consensus_filter
 from gradfilter.transforms._ema import ema_of as ema_of
 from gradfilter.transforms._ema import ema_params as ema_params
+from gradfilter.transforms._every import every as every
+from gradfilter.transforms._every import late as late
 from gradfilter.transforms._hyperparameters import hyperparameters as hyperparameters
 from gradfilter.transforms._reducers import aggregate as aggregate
 from gradfilter.transforms._reducers import finite_filter as finite_filter

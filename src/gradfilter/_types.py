@@ -16,6 +16,7 @@ from typing_extensions import override
 from gradfilter._factory import FactoryCall, MadeByFactory
 from gradfilter._overlap import refuse_shared_memory
 from gradfilter._readable import differentiated
+from gradfilter._state_rules import StateRules, settled
 from gradfilter._tree import as_bool_tensor, device_of, donate_into, select
 
 Tree = dict[str, Tensor]
@@ -125,9 +126,16 @@ def all_keep(params: Params, *keeps: Tensor | bool | None) -> Tensor | None:
 
 
 def apply_updates(
-    params: Params, state: State, updates: Tree, new_state: State, keep: Tensor | None
+    params: Params,
+    state: State,
+    updates: Tree,
+    new_state: State,
+    keep: Tensor | None,
+    rules: StateRules | None = None,
 ) -> tuple[Params, State]:
     """Add updates to the parameters, unless ``keep`` is false: then nothing changes, bit for bit.
+
+    Only states that observe change in a skipped step.
 
     Args:
         params: The parameters before the step.
@@ -135,11 +143,12 @@ def apply_updates(
         updates: The update of every parameter.
         new_state: The state after the step.
         keep: A bool (); None to apply the updates without asking.
+        rules: The rules for a state that observes.
     """
     new_params = {name: p + updates[name] for name, p in params.items()}
     if keep is None:
         return new_params, new_state
-    return select(keep, new_params, params), select(keep, new_state, state)
+    return select(keep, new_params, params), settled(rules, keep, new_state, state)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +173,7 @@ class Transform(MadeByFactory):
         publishes: All names in ``out``: global names and metrics.
         parts: The transforms of a chain; empty for all others.
         made_by: The call of the factory that made it.
+        rules: The rules for a state that changes in skipped steps as well; None for others.
         apply: Computes and applies the updates in one pass, if there is such a way: `with_apply`.
 
     Calling a transform that ends in an update applies it:
@@ -177,6 +187,7 @@ class Transform(MadeByFactory):
     needs: frozenset[str] = frozenset()
     publishes: frozenset[str] = frozenset()
     made_by: FactoryCall | None = None
+    rules: StateRules | None = None
     # Not arguments: `replace(transform, compute=...)` must not keep what belonged to the old one.
     parts: tuple[Transform, ...] = field(default=(), init=False)
     apply: Callable[..., tuple[Params, State, Out]] | None = field(default=None, init=False)
@@ -185,7 +196,10 @@ class Transform(MadeByFactory):
     @override
     def core(self) -> Any:
         """Everything that the call of a factory determines."""
-        return self.name, self.compute, self.init, self.kinds, self.needs, self.publishes
+        return (
+            *(self.name, self.compute, self.init, self.kinds),
+            *(self.needs, self.publishes, self.rules),
+        )
 
     @override
     def __repr__(self) -> str:
@@ -291,7 +305,9 @@ class Transform(MadeByFactory):
             if self.apply is None:
                 updates, new_state, out = self.compute(grads, state, params, context)
                 keep = all_keep(params, context.keep, out.get("keep"))
-                new_params, new_state = apply_updates(params, state, updates, new_state, keep)
+                new_params, new_state = apply_updates(
+                    params, state, updates, new_state, keep, self.rules
+                )
             else:
                 new_params, new_state, out = self.apply(
                     grads, state, params, context, donate=donate

@@ -111,6 +111,18 @@ CASES = {
         lambda: gf.chain(gf.mean_rows(), gf.freeze()),
     ],
     "ema_params": [lambda: gf.chain(gf.mean_rows(), sgd(), gf.ema_params(0.9))],
+    "every": [
+        lambda: on_tree(gf.every(2, gf.sam_perturb(0.05))),
+        lambda: from_rows(gf.every(3, gf.sam_perturb(0.05, per_microbatch=True))),
+        lambda: reducer(gf.every(2, gf.agree_filter(1.2))),
+        lambda: reducer(gf.every(2, gf.agree_filter(1.2), gf.consensus_filter())),
+        lambda: gf.chain(gf.mean_rows(), sgd(), gf.every(2, gf.ema_params(0.9))),
+    ],
+    "late": [
+        lambda: on_tree(gf.late(gf.sam_perturb(0.05), 2)),
+        lambda: rule(gf.late(sgd(), 1, gf.sgd(0.01))),
+        lambda: rule(gf.partition({"head": gf.late(sgd(), 1), "body": sgd()}, label)),
+    ],
     "gate": [
         lambda: on_tree(gf.gate(gf.agc_clip(0.01), "late")),
         lambda: from_rows(gf.gate(gf.clip_per_row(0.5), "late")),

@@ -77,6 +77,16 @@ def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(_tree.leaves(a), _tree.leaves(b), strict=True))
 
 
+def test_a_chain_with_branches_is_refused():
+    step = gf.train_step(
+        lambda p, x: (p["w"] * x).mean(),
+        gf.chain(gf.mean_rows(), gf.every(2, gf.agc_clip(0.1)), gf.sgd(0.1)),
+        microbatches=2,
+    )
+    with pytest.raises(ValueError, match=r"a chain without every\(\) and late\(\)"):
+        gf.capture(step, step.init({"w": torch.ones(2)}), torch.ones(2, 2))
+
+
 def test_a_state_on_the_cpu_is_refused():
     model = Mlp()
     step = step_of(model)

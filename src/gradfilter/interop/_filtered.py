@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfilter import _tree
+from gradfilter._state_rules import settled
 from gradfilter._types import GLOBAL_NAMES, Out, Params, State, Transform, Tree, all_keep
 from gradfilter.grads._batch import plain
 from gradfilter.grads._call_context import random_state
@@ -41,7 +42,15 @@ from gradfilter.interop._host_loss import (
     with_own_losses,
 )
 from gradfilter.interop._sam import check_steps_alone
-from gradfilter.transforms._compile import Backend, Graphs, Parts, check_backend
+from gradfilter.transforms._compile import (
+    Backend,
+    Graphs,
+    Parts,
+    check_backend,
+    counted,
+    decided,
+    decisions,
+)
 from gradfilter.transforms._state_dict import load_state_dict, state_dict
 
 # --- The rows of one batch, and those of several batches as one stack ---
@@ -370,6 +379,7 @@ class Filtered:
             write_grads(self._module, self.optimizer, found.grads)
             self.optimizer.step()
         else:
+            self._state = settled(self.transforms.rules, False, found.state, self._state)
             note_skip(self.optimizer)
         if self.scaler is not None and self.scaler.is_enabled():
             update_scale(self.scaler, overflowed(out, losses))
@@ -489,7 +499,7 @@ class Filtered:
         given = {
             "params": params,
             "buffers": {name: b.detach() for name, b in self._module.named_buffers()},
-            "transforms": self._state,
+            "transforms": decided(self.transforms, self._state),
             "batch": plain(batch_of(inputs, targets, self.criterion)),
             "scale": {} if scale is None else {"scale": scale},
             "shared": self.shared,
@@ -508,5 +518,11 @@ class Filtered:
             return tuple(found), random_state(_tree.device_of(params))
 
         loss = NormalizedLoss.of(self._grads_of(scale).loss, False)
-        found, _ = graphs.run(run, given, Parts((loss,), (self.transforms,)))
-        return _FilteredBatch(*found)
+        found, _ = graphs.run(
+            run,
+            given,
+            Parts((loss,), (self.transforms,)),
+            options=decisions(self.transforms, self._state),
+        )
+        batch = _FilteredBatch(*found)
+        return batch._replace(state=counted(self.transforms, batch.state, self._state))

@@ -13,6 +13,7 @@ from gradfilter import _tree
 from gradfilter._info import Info
 from gradfilter.grads._batch import plain
 from gradfilter.grads._call_context import Rewinds, random_state_restored
+from gradfilter.transforms._compile import decisions
 from gradfilter.transforms._train_step import TrainState, TrainStep
 
 WARM_UPS = 3  # torch chooses kernels and libraries allocate workspaces
@@ -129,6 +130,11 @@ def capture(step: TrainStep, state: TrainState, batch: Any, **extra: Any) -> Cap
         raise TypeError(
             f"Expected a step made by train_step, found {type(step).__name__}. Build it with "
             "train_step(loss, update), whose state is one tree of tensors."
+        )
+    if any(True for _ in decisions(step.update, state["transforms"])):
+        raise ValueError(
+            "Expected a chain without every() and late(), found one: a CUDA graph would repeat the "
+            "transforms of the step that it was captured from. Use gradfilter.compile."
         )
     device = _tree.device_of(state["params"])
     if device.type != "cuda":

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from gradfilter import _tree
 from gradfilter._factory import factory
+from gradfilter._state_rules import PartRules, settled
 from gradfilter._types import (
     GLOBAL_NAMES,
     KINDS,
@@ -245,7 +245,10 @@ def chain(*transforms: Transform) -> Transform:
         for name, part in composed.parts.items()
         for key in part.publishes
     )
-    built = Transform("", kinds, composed.init, composed.compute, frozenset(), publishes)
+    rules = PartRules.of({name: part.rules for name, part in composed.parts.items()})
+    built = Transform(
+        "", kinds, composed.init, composed.compute, frozenset(), publishes, rules=rules
+    )
     built = built.with_parts(flat)
     return built if flat[-1].apply is None else built.with_apply(composed.apply)
 
@@ -287,8 +290,9 @@ class _Composition:
         new_params, new_state, out = self._run(computes, grads, state, params, context)
         keep = all_keep(params, context.keep, out.get("keep"))
         if keep is not None:
-            old = {name: state[name] for name in before}
-            new_state |= _tree.select(keep, {name: new_state[name] for name in before}, old)
+            for name in before:
+                rules = self.parts[name].rules
+                new_state[name] = settled(rules, keep, new_state[name], state[name])
         return new_params, new_state, out
 
     def _run(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradfilter import _tree
 from gradfilter._factory import factory
+from gradfilter._state_rules import PartRules, settled
 from gradfilter._types import (
     GLOBAL_NAMES,
     Context,
@@ -258,7 +259,7 @@ def partition(branches: Mapping[str, Transform], label: Callable[[str], str]) ->
             keep = all_keep(params, context.keep, branch_out.get("keep"))
             keep = _tree.as_bool_tensor(True if keep is None else keep, _tree.device_of(params))
             branch_updates = _tree.select(keep, branch_updates, _tree.no_update(branch_updates))
-            new_state[key] = _tree.select(keep, branch_state, state[key])
+            new_state[key] = settled(branches[key].rules, keep, branch_state, state[key])
             updates.update(branch_updates)
             keeps.append(keep)
             metrics = {branches[key].metric(k): v for k, v in branch_out.items()}
@@ -270,7 +271,8 @@ def partition(branches: Mapping[str, Transform], label: Callable[[str], str]) ->
     publishes = {"keep"} | {f"{key}/keep" for key in branches}
     for key, branch in branches.items():
         publishes |= {f"{key}/{branch.metric(name)}" for name in branch.publishes - GLOBAL_NAMES}
-    return transform_in_context("partition", kinds, update, init=init, publishes=publishes)
+    made = transform_in_context("partition", kinds, update, init=init, publishes=publishes)
+    return replace(made, rules=PartRules.of({key: b.rules for key, b in branches.items()}))
 
 
 def _common_kinds(branches: Mapping[str, Transform]) -> tuple[Kind, ...]:
@@ -368,4 +370,4 @@ class _Gated:
             out = out | {"clean_grads": choose(on, clean, grads)}
         elif clean is not None:  # if bypassed, the result is the clean gradient
             out = out | {"clean_grads": _tree.select(on, clean, result)}
-        return result, _tree.select(on, new_state, state), out
+        return result, settled(transform.rules, on, new_state, state), out

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gradfilter import _tree
 from gradfilter._info import Info
-from gradfilter._types import Transform
+from gradfilter._types import State, Transform
 from gradfilter.grads._batch import plain
 from gradfilter.grads._call_context import random_state, random_state_restored, set_random_state
 from gradfilter.grads._error_notes import stacklevel
@@ -245,13 +245,16 @@ class CompiledStep:
         """
         if more or not isinstance(state, dict) or "random" not in state:
             return self.step(state, batch, *more, donate=donate, **extra)  # raises the clear error
+        update, transforms = self.step.update, state["transforms"]
+        given: TrainState = {**state, "transforms": decided(update, transforms)}
         new, info = _run(
             self._graphs,
             partial(self.step, donate=donate),
             Parts.of_step(self.step),
-            (state, batch, extra),
-            donate,
+            (given, batch, extra),
+            (donate, decisions(update, transforms)),
         )
+        new["transforms"] = counted(update, new["transforms"], transforms)
         if donate:
             _put_back(state, new)
         return new, Info(info)
@@ -264,6 +267,16 @@ class CompiledFunction:
     Attributes:
         function: The function that is compiled.
         backend: The compiler: "inductor", "graph", or a function.
+
+    Examples:
+        >>> import torch, gradfilter as gf
+        >>> grads_of = gf.per_sample_grads(lambda params, x: (params["w"] * x).sum(1).mean())
+        >>> update = gf.chain(gf.clip_per_row(1.0), gf.mean_rows(), gf.sgd(1.0))
+        >>> def step(params, x):
+        ...     return update(params, update.init(params), grads_of(params, x))[0], {}
+        >>> compiled = gf.compile(step, backend="graph")
+        >>> compiled({"w": torch.zeros(2)}, torch.eye(2))[0]["w"]
+        tensor([-0.5000, -0.5000])
     """
 
     function: Callable[..., Any]
@@ -281,6 +294,24 @@ class CompiledFunction:
         """
         parts = Parts.of_function(self.function)
         return _run(self._graphs, self.function, parts, (state, batch, extra), None)
+
+
+# --- Counters, by which the host decides which transforms run: a graph for each branch ---
+
+
+def decisions(update: Transform, state: State) -> tuple[bool, ...]:
+    """Return for each counter in a state whether its transform runs in the next call."""
+    return () if update.rules is None else tuple(update.rules.decisions(state))
+
+
+def decided(update: Transform, state: State) -> State:
+    """Return a state with decisions in place of counters: a graph cannot read them."""
+    return state if update.rules is None else update.rules.decided(state)
+
+
+def counted(update: Transform, new: State, old: State) -> State:
+    """Return a state with counters again, one call after those of ``old``."""
+    return new if update.rules is None else update.rules.counted(new, old)
 
 
 def _run(

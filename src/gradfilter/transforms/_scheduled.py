@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradfilter import _tree
 from gradfilter._factory import factory, undecorated
+from gradfilter._state_rules import PartRules
 from gradfilter._types import Context, Out, Params, State, Transform
 from gradfilter.schedules._schedules import Schedule
 from gradfilter.transforms._update_rules import new_count, schedule_value
@@ -102,7 +103,10 @@ def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transfo
 
     publishes = template.publishes | frozenset(moving)
     name = template.name or "scheduled"
-    return replace(template, name=name, init=init, compute=compute, publishes=publishes)
+    rules = PartRules.of({"link": template.rules})
+    return replace(
+        template, name=name, init=init, compute=compute, publishes=publishes, rules=rules
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradfilter import _tree
 from gradfilter._factory import factory
+from gradfilter._state_rules import Observing
 from gradfilter._types import (
     GLOBAL_NAMES,
     KINDS,
@@ -44,6 +45,7 @@ def transform(
     init: Callable[[Params], State] = no_state,
     needs: Iterable[str] = (),
     publishes: Iterable[str] = (),
+    observes: bool = False,
 ) -> Transform:
     """Make a `Transform` whose update first checks kind, names and shapes of its gradients.
 
@@ -55,6 +57,8 @@ def transform(
         init: Makes the first state.
         needs: The global names that an earlier transform must publish.
         publishes: Every key of ``out``.
+        observes: True to keep the new state in skipped steps as well: a memory of what was seen,
+            such as norms, without which a rule may reject for ever what it no longer remembers.
 
     Raises:
         ValueError: An unknown kind or need.
@@ -70,7 +74,7 @@ def transform(
         {'w': tensor([0.5000])}
     """
     _check_names(name, update)
-    return transform_in_context(
+    made = transform_in_context(
         name,
         kinds,
         lambda grads, state, params, context: update(grads, state, params, **context.values),
@@ -78,6 +82,7 @@ def transform(
         needs=needs,
         publishes=publishes,
     )
+    return replace(made, rules=Observing()) if observes else made
 
 
 def transform_in_context(
