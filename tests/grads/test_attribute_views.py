@@ -142,6 +142,28 @@ def test_steps_of_a_pure_update_and_of_a_host(name):
         torch.testing.assert_close(hosted.state_dict()[key], value, rtol=1e-12, atol=1e-12)
 
 
+def test_a_view_that_every_pass_makes_anew_stays_fused():
+    """It shares the memory of the weight from the second step on, and is not read before."""
+
+    class Stash(nn.Linear):
+        def forward(self, x):
+            self.seen = self.weight.T
+            return super().forward(x) + 0.1 * self.seen.sum()
+
+    model, plain = Stash(6, 3), Stash(6, 3)
+    plain.load_state_dict(model.state_dict())
+    hosts = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, plain)]
+    host = Filtered(model, F.mse_loss, gf.mean_rows(), hosts[0], M, plan="fused")
+    for _ in range(3):
+        x = vectors()[0]
+        host.step(x, x[:, :3])
+        grads = module_rows(plain, F.mse_loss, (x, x[:, :3]), M)[1]
+        for key, parameter in plain.named_parameters():
+            parameter.grad = grads[key].mean(0)
+        hosts[1].step()
+    torch.testing.assert_close(model.state_dict(), plain.state_dict())
+
+
 def test_what_a_pass_assigns_stays():
     class Renewed(Viewing):
         def forward(self, x):

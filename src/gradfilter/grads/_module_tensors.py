@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -54,30 +54,40 @@ class AttributeView:
         attributes: The attributes of the module.
         key: The name of the attribute.
         view: Its value.
-        viewed: The parameter or buffer.
         name: The name of the parameter or buffer.
+        whole: True if the value is the parameter or buffer itself.
+        strides: The strides of the parameter or buffer.
+        geometry: Shape and strides of the view, and its offset in the parameter or buffer.
     """
 
     attributes: dict[str, Any]
     key: str
     view: Tensor
-    viewed: Tensor
     name: str
+    whole: bool
+    strides: tuple[int, ...]
+    geometry: tuple[tuple[int, ...], tuple[int, ...], int]
+
+    @classmethod
+    def find(cls, module: nn.Module, key: str, view: Tensor, name: str, of: Tensor) -> Self:
+        """Describe an attribute that shares the memory of a tensor."""
+        # Now, because a pass watches which attributes it uses, and would count these questions.
+        offset = int(view.storage_offset() - of.storage_offset())
+        geometry = tuple(view.shape), view.stride(), offset
+        return cls(vars(module), key, view, name, view is of, of.stride(), geometry)
 
     def of(self, replaced: Tensor) -> Tensor:
         """Return the same view of the tensor that replaces the parameter or buffer."""
-        if self.view is self.viewed:
+        if self.whole:
             return replaced
-        if replaced.stride() != self.viewed.stride():
+        if replaced.stride() != self.strides:
             raise ValueError(
                 f"Expected {self.name!r} with the strides of the module's own tensor, because "
                 f"attribute {self.key!r} is a view of it, found {replaced.stride()} for "
-                f"{self.viewed.stride()}. Make the view in forward."
+                f"{self.strides}. Make the view in forward."
             )
-        view, offset = self.view, self.view.storage_offset() - self.viewed.storage_offset()
-        return replaced.detach().as_strided(
-            view.shape, view.stride(), replaced.storage_offset() + offset
-        )
+        shape, strides, offset = self.geometry
+        return replaced.detach().as_strided(shape, strides, replaced.storage_offset() + offset)
 
 
 @dataclass(frozen=True)
@@ -270,7 +280,7 @@ def _views(named: Tree, modules: list[tuple[str, nn.Module]]) -> Iterator[Attrib
         for module, key, view in found:
             if _memory(view) in memory:
                 name, tensor = memory[_memory(view)]
-                yield AttributeView(vars(module), key, view, tensor, name)
+                yield AttributeView.find(module, key, view, name, tensor)
 
 
 def _memory(tensor: Tensor) -> int | None:
