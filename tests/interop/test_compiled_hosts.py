@@ -132,21 +132,25 @@ def with_aux(output, y):
     return F.cross_entropy(output, y), {"right": (output.argmax(1) == y).double().mean()}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"model": Convolutions, "batches": images, "chain": CHAINS["gsam, agc"]},
-        {"model": Tied, "criterion": token_loss, "batches": tokens, "chain": CHAINS["mean_rows"]},
-        {"criterion": Arc},
-        {"criterion": with_aux, "has_aux": True},
-        {"plan": "loop"},
-        {"plan": "vmap"},
-        {"context": lambda: torch.autocast("cpu", torch.bfloat16)},
-        {"scaler": True},
-        {"scaler": True, "criterion": with_aux, "has_aux": True, "chain": CHAINS["gsam, agc"]},
-    ],
-    ids=str,
-)  # fmt: skip
+OPTIONS = {
+    "convolutions": {"model": Convolutions, "batches": images, "chain": CHAINS["gsam, agc"]},
+    "tied weights": {"model": Tied, "criterion": token_loss, "batches": tokens},
+    "criterion with a parameter": {"criterion": Arc},
+    "aux": {"criterion": with_aux, "has_aux": True},
+    "plan loop": {"plan": "loop"},
+    "plan vmap": {"plan": "vmap"},
+    "autocast": {"context": lambda: torch.autocast("cpu", torch.bfloat16)},
+    "scaler": {"scaler": True},
+    "scaler, aux and a second pass": {
+        "scaler": True,
+        "criterion": with_aux,
+        "has_aux": True,
+        "chain": CHAINS["gsam, agc"],
+    },
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_what_a_host_can_do_it_can_do_compiled(options):
     def run(compile):
         more = dict(options)

@@ -272,7 +272,7 @@ def _views(named: Tree, modules: list[tuple[str, nn.Module]]) -> Iterator[Attrib
         (module, key, value)
         for _, module in modules
         for key, value in vars(module).items()
-        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+        if type(value) is Tensor  # asked of every attribute in every step
     ]
     if found:
         memory = {_memory(tensor): (name, tensor) for name, tensor in named.items()}
