@@ -141,8 +141,12 @@ class CounterRules(StateRules):
 
     @override
     def counted(self, new: Any, old: Any) -> Any:
+        ran = {"transform"} if RUNS in new else {"otherwise"}
         rest = {name: part for name, part in new.items() if name not in (RUNS, RESTS)}
-        return {COUNTER: old[COUNTER] + 1, **self.inner.counted(rest, old)}
+        # Counters inside what rested wait with it.
+        counted = self.inner.counted(rest, old)
+        waits = {name: old[name] for name in self.inner.parts if name not in ran}
+        return {COUNTER: old[COUNTER] + 1, **counted, **waits}
 
 
 def read_counter(count: Tensor) -> int:

@@ -275,18 +275,28 @@ def _views(named: Tree, modules: list[tuple[str, nn.Module]]) -> Iterator[Attrib
         if type(value) is Tensor  # asked of every attribute in every step
     ]
     if found:
-        memory = {_memory(tensor): (name, tensor) for name, tensor in named.items()}
-        memory.pop(None, None)
+        plain = [(name, tensor) for name, tensor in named.items() if _is_plain(tensor)]
         for module, key, view in found:
-            if _memory(view) in memory:
-                name, tensor = memory[_memory(view)]
-                yield AttributeView.find(module, key, view, name, tensor)
+            if not _is_plain(view):
+                continue
+            memory, first, last = _extent(view)
+            for name, tensor in plain:
+                whole, begin, end = _extent(tensor)
+                if memory == whole and begin <= first and last <= end:
+                    yield AttributeView.find(module, key, view, name, tensor)
+                    break  # a view of several of them follows none
 
 
-def _memory(tensor: Tensor) -> int | None:
-    """Return a number that tensors have in common if they share memory."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-    return tensor.untyped_storage()._cdata if plain else None
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+
+
+def _extent(tensor: Tensor) -> tuple[int, int, int]:
+    """Return the memory of a tensor, and the places of its first and last number in it."""
+    first = int(tensor.storage_offset())
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = first + sum((size - 1) * stride for size, stride in steps)
+    return tensor.untyped_storage()._cdata, first, int(last)
 
 
 def _gradient_hooks(trainable: Tree) -> dict[str, list[Hook]]:

@@ -80,7 +80,7 @@ def owners_in(value: Any, *, names: bool = False) -> Iterator[Any]:
     """
     for item in values_in(value, names=names):
         inner = isinstance(item, ITEMS) and item is not value and len(item) <= COPIED
-        if _is_object(item) or _is_own_function(item) or _is_own_class(item) or inner:
+        if _is_object(item) or is_own_function(item) or _is_own_class(item) or inner:
             yield item
 
 
@@ -124,7 +124,7 @@ def forward_methods(modules: Iterable[nn.Module]) -> Iterator[FunctionType]:
 def _methods(kind: type, name: str) -> Iterator[FunctionType]:
     for base in kind.__mro__:
         method = vars(base).get(name)
-        if isinstance(method, FunctionType) and _is_own_function(method):
+        if isinstance(method, FunctionType) and is_own_function(method):
             yield method
 
 
@@ -135,7 +135,7 @@ def _parts_of(value: Any, names: bool) -> Iterable[Any]:
         return value.__self__, value.__func__
     if isinstance(value, BuiltinMethodType):
         return (value.__self__,)
-    if _is_own_function(value):
+    if is_own_function(value):
         return (
             *_closed_over(value),
             *(value.__defaults__ or ()),
@@ -177,7 +177,7 @@ def _names_in(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(used), frozenset(stored & {*code.co_freevars, *used})
 
 
-def _is_own_function(value: Any) -> bool:
+def is_own_function(value: Any) -> bool:
     return isinstance(value, FunctionType) and _defining_package(value) not in FOREIGN
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,17 +47,22 @@ class _CompiledTrace:
         run: The compiled graph.
         outside: The kinds of the tensors from outside that the graph reads.
         host: The Python state that the trace depends on.
+        others: The modes of the modules that are reached in other ways than by the losses.
     """
 
     trace: Trace
     run: Callable[..., Any]
     outside: tuple[Any, ...]
     host: HostState
+    others: Any
 
     def is_valid(self) -> bool:
         """Return whether what the trace found outside of its arguments is still so."""
-        return self.host.changed() is None and self.outside == tuple(
-            _kind_of(place()) for place in self.trace.outside
+        return (
+            self.host.changed() is None
+            and self.host.read.changed() is None
+            and self.others == _modes_of(_named(self.host.read.modules))
+            and self.outside == tuple(_kind_of(place()) for place in self.trace.outside)
         )
 
 
@@ -173,11 +178,13 @@ class Graphs:
 
     def _compile(self, function: Run, given: dict[str, Any], parts: Parts) -> _CompiledTrace:
         host = HostState.now(parts.losses, parts.updates, parts.owners)
-        traced = partial(trace, function, given, tuple(parts.modules.values()))
+        others = _named(host.read.modules)
+        traced = partial(trace, function, given, [*parts.modules.values(), *others.values()])
         with host.kept(traced):
             found = traced()
         outside = tuple(_kind_of(place()) for place in found.outside)
-        return _CompiledTrace(found, self._compiler()(found.graph), outside, host)
+        run = self._compiler()(found.graph)
+        return _CompiledTrace(found, run, outside, host, _modes_of(others))
 
     def _compiler(self) -> Backend:
         if self.backend == "graph":
@@ -390,22 +397,45 @@ def _kind_of(leaf: Any) -> Any:
     )
 
 
+GLOBAL_HOOKS: tuple[Any, ...] = (
+    nn.modules.module._global_forward_hooks,
+    nn.modules.module._global_forward_pre_hooks,
+    nn.modules.module._global_backward_hooks,
+    nn.modules.module._global_backward_pre_hooks,
+)
+"""torch's tables of hooks that run in all modules; their keys are new for every hook."""
+
+
+def _named(modules: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """Return modules and their submodules, each under a name of its own."""
+    found = {id(part): part for module in modules for part in module.modules()}
+    return {str(i): module for i, module in enumerate(found.values())}
+
+
+def _modes_of(modules: dict[str, nn.Module]) -> Any:
+    """Return the modes of modules, their hooks, and which of their parameters are trainable."""
+    return tuple(
+        (
+            name,
+            id(module),
+            module.training,
+            tuple((n, p is not None and p.requires_grad) for n, p in module._parameters.items()),
+            tuple(module._forward_hooks),
+            tuple(module._forward_pre_hooks),
+            tuple(module._backward_hooks),
+            tuple(module._backward_pre_hooks),
+        )
+        for name, module in modules.items()
+    )
+
+
 def _surroundings(modules: dict[str, nn.Module]) -> Any:
     """Return the modes of the modules and the settings of torch that change what is computed."""
     kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     attention: Any = torch.backends.cuda  # its functions are not annotated
     return (
-        tuple(
-            (
-                name,
-                id(module),
-                module.training,
-                tuple(
-                    (n, p is not None and p.requires_grad) for n, p in module._parameters.items()
-                ),
-            )
-            for name, module in modules.items()
-        ),
+        _modes_of(modules),
+        tuple(map(tuple, GLOBAL_HOOKS)),
         tuple((torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds),
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),

@@ -21,6 +21,7 @@ from gradfilter.grads._call_context import HostRandom
 from gradfilter.grads._module_attributes import Attributes, remove
 from gradfilter.grads._normalized_loss import NormalizedLoss
 from gradfilter.grads._state_owners import FOREIGN, Added, holds_same_objects, owners_in
+from gradfilter.transforms._read_values import ReadValues, roots_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +31,11 @@ class HostState:
     Attributes:
         parts: The attributes of the modules, of what criteria and plain losses refer to, and of
             what the functions of the transforms refer to.
+        read: The values that all these functions read, and the modules that they may call.
     """
 
     parts: tuple[Attributes, ...]
+    read: ReadValues
 
     @classmethod
     def now(
@@ -42,10 +45,13 @@ class HostState:
         owners: Iterable[Any] = (),
     ) -> HostState:
         """Record the present state."""
+        losses, owners = list(losses), list(owners)
         values = [value for update in updates for value in _arguments(update)]
         found = [("update", owner) for value in values for owner in owners_in(value, names=True)]
         found += (("function", owner) for owner in owners)
-        return cls((*(loss.attributes for loss in losses), Attributes({}, (), found)))
+        read = ReadValues.of([r for loss in losses for r in roots_of(loss)] + values + owners)
+        parts = (*(loss.attributes for loss in losses), Attributes({}, (), found))
+        return cls(parts, read)
 
     def changed(self) -> str | None:
         """Return the name of a value that has changed since, or None."""
