@@ -141,12 +141,13 @@ class CounterRules(StateRules):
 
     @override
     def counted(self, new: Any, old: Any) -> Any:
-        ran = {"transform"} if RUNS in new else {"otherwise"}
+        ran = "transform" if RUNS in new else "otherwise"
         rest = {name: part for name, part in new.items() if name not in (RUNS, RESTS)}
-        # Counters inside what rested wait with it.
-        counted = self.inner.counted(rest, old)
-        waits = {name: old[name] for name in self.inner.parts if name not in ran}
-        return {COUNTER: old[COUNTER] + 1, **counted, **waits}
+        parts = {  # counters inside what rested wait with it
+            name: rules.counted(new[name], old[name]) if name == ran else old[name]
+            for name, rules in self.inner.parts.items()
+        }
+        return {COUNTER: old[COUNTER] + 1, **rest, **parts}
 
 
 def read_counter(count: Tensor) -> int:

@@ -89,7 +89,7 @@ def test_every_chain_trains_to_the_bit_as_without_compiling(variant):
     extra = EXTRA if variant[0] == "gate" else {}
     follow(step, compiled, step.init(model, seed=1), [labelled() for _ in range(3)], **extra)
     # every and late: a graph for the steps in which their transform runs, and one for the others.
-    assert len(compiled._graphs.entries) == (2 if variant[0] in ("every", "late") else 1)
+    assert len(compiled.graphs.entries) == (2 if variant[0] in ("every", "late") else 1)
 
 
 def sharp():
@@ -109,7 +109,7 @@ def test_thirty_steps_of_sam_with_batchnorm_and_dropout(plan):
     model = Everything()
     step, compiled = pair(model, sharp(), plan=plan)
     follow(step, compiled, step.init(model, seed=1), [labelled() for _ in range(30)])
-    assert len(compiled._graphs.entries) == 1
+    assert len(compiled.graphs.entries) == 1
 
 
 MODELS = {
@@ -204,7 +204,7 @@ def test_aux_keep_count_and_value():
         found = compiled(state, batch, keep=keep)
         assert equal(found[0], expected[0]) == []
         assert torch.equal(found[1]["aux"]["right"], expected[1]["aux"]["right"])
-    assert len(compiled._graphs.entries) == 3  # one for all tensors, one for each bool
+    assert len(compiled.graphs.entries) == 3  # one for all tensors, one for each bool
 
 
 @pytest.mark.parametrize("backend", ["graph", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -324,7 +324,7 @@ def test_a_change_of_the_call_is_seen(around, traces):
     state = follow(step, compiled, step.init(model, seed=0), batches)
     state = around(step, compiled, state, batches)
     follow(step, compiled, state, batches)
-    assert len(compiled._graphs.entries) == traces
+    assert len(compiled.graphs.entries) == traces
 
 
 @pytest.mark.filterwarnings("ignore:gradfilter.compile. trace number")
@@ -347,7 +347,7 @@ def test_a_learning_rate_of_a_schedule_is_no_other_trace():
     schedule = gf.schedules.cosine(0.1, 6, warmup_steps=2)
     step, compiled = pair(model, gf.chain(gf.mean_rows(), gf.sgd(schedule)))
     follow(step, compiled, step.init(model), [vectors() for _ in range(6)])
-    assert len(compiled._graphs.entries) == 1
+    assert len(compiled.graphs.entries) == 1
 
 
 def test_a_third_trace_warns_and_the_cache_is_bounded():
@@ -370,7 +370,7 @@ def test_a_third_trace_warns_and_the_cache_is_bounded():
         warnings.simplefilter("ignore")
         for n in range(1, MOST_TRACES + 5):
             compiled(state, torch.ones(n, 2))
-    assert len(compiled._graphs.entries) == MOST_TRACES
+    assert len(compiled.graphs.entries) == MOST_TRACES
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compiled(state, torch.ones(MOST_TRACES + 4, 2))
@@ -476,7 +476,7 @@ def test_a_loss_that_cannot_be_traced_is_refused_with_the_line(what, plan):
     code = Path(__file__).read_text().splitlines()[line - 1]
     assert f'"{what}": (' in code or "# here" in code
     assert random.getstate() == drawn and numpy.random.get_state()[2] == drawn_numpy
-    assert COUNTS["calls"] == 0 and compiled._graphs.entries == {}
+    assert COUNTS["calls"] == 0 and compiled.graphs.entries == {}
 
 
 @pytest.mark.parametrize("what", [*UNTRACEABLE, "own attribute"])
@@ -617,7 +617,7 @@ def test_a_function_of_a_gradient_function_and_a_chain():
         own, found = compiled(own, batch)
         assert equal(own, state) == [] and equal(found, info) == []
         assert torch.equal(torch.get_rng_state(), numbers)
-    assert len(compiled._graphs.entries) == 2  # training mode and the other one
+    assert len(compiled.graphs.entries) == 2  # training mode and the other one
 
 
 def test_a_function_around_a_training_step():

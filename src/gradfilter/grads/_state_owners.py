@@ -80,7 +80,7 @@ def owners_in(value: Any, *, names: bool = False) -> Iterator[Any]:
     """
     for item in values_in(value, names=names):
         inner = isinstance(item, ITEMS) and item is not value and len(item) <= COPIED
-        if _is_object(item) or is_own_function(item) or _is_own_class(item) or inner:
+        if _is_object(item) or is_own_function(item) or is_own_class(item) or inner:
             yield item
 
 
@@ -151,7 +151,7 @@ def _parts_of(value: Any, names: bool) -> Iterable[Any]:
 
 def _globals_of(function: FunctionType) -> Iterator[Any]:
     """Yield the globals that a function uses, and what it uses of the user's Python modules."""
-    names, table = _names_in(function.__code__)[0], function.__globals__
+    names, table = names_in(function.__code__)[0], function.__globals__
     for name in names & table.keys():
         value = table[name]
         if not isinstance(value, ModuleType):
@@ -161,7 +161,7 @@ def _globals_of(function: FunctionType) -> Iterator[Any]:
 
 
 @lru_cache(maxsize=4096)
-def _names_in(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
+def names_in(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
     """Return the names that code uses, and those outside of it that it assigns.
 
     Both include the functions, lambdas and comprehensions inside the code.
@@ -171,7 +171,7 @@ def _names_in(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
         stored |= {s.argval for s in dis.get_instructions(code) if s.opcode in STORES}
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            inner = _names_in(constant)
+            inner = names_in(constant)
             used |= inner[0]
             stored |= inner[1]
     return frozenset(used), frozenset(stored & {*code.co_freevars, *used})
@@ -181,7 +181,7 @@ def is_own_function(value: Any) -> bool:
     return isinstance(value, FunctionType) and _defining_package(value) not in FOREIGN
 
 
-def _is_own_class(value: Any) -> bool:
+def is_own_class(value: Any) -> bool:
     return isinstance(value, type) and _defining_package(value) not in FOREIGN
 
 
@@ -353,7 +353,7 @@ class _FunctionValues(_View):
         code = function.__code__
         self._cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
         self._globals = function.__globals__
-        used, stored = _names_in(code)
+        used, stored = names_in(code)
         outer = {*self._cells, *(used & self._globals.keys())}
         tensors = {name for name in outer if isinstance(self.get(name), Tensor)}
         self._names = tensors | (stored & {*self._cells, *used})

@@ -218,7 +218,7 @@ class CompiledStep:
 
     Attributes:
         step: The step that is compiled.
-        backend: The compiler: "inductor", "graph", or a function.
+        graphs: Its compiled traces, and their backend.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -231,11 +231,7 @@ class CompiledStep:
     """
 
     step: TrainStep
-    backend: str | Backend
-    _graphs: Graphs = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._graphs = Graphs(self.backend)
+    graphs: Graphs
 
     def init(self, model: nn.Module | dict[str, Tensor], *, seed: int | None = None) -> TrainState:
         """Return the first state; see `TrainStep`."""
@@ -255,7 +251,7 @@ class CompiledStep:
         update, transforms = self.step.update, state["transforms"]
         given: TrainState = {**state, "transforms": decided(update, transforms)}
         new, info = _run(
-            self._graphs,
+            self.graphs,
             partial(self.step, donate=donate),
             Parts.of_step(self.step),
             (given, batch, extra),
@@ -273,7 +269,7 @@ class CompiledFunction:
 
     Attributes:
         function: The function that is compiled.
-        backend: The compiler: "inductor", "graph", or a function.
+        graphs: Its compiled traces, and their backend.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -287,11 +283,7 @@ class CompiledFunction:
     """
 
     function: Callable[..., Any]
-    backend: str | Backend
-    _graphs: Graphs = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._graphs = Graphs(self.backend)
+    graphs: Graphs
 
     def __call__(self, state: Any, batch: Any, **extra: Any) -> Any:
         """Run the function; the first call with new shapes traces and compiles.
@@ -300,7 +292,7 @@ class CompiledFunction:
             RuntimeError: See `CompiledStep`.
         """
         parts = Parts.of_function(self.function)
-        return _run(self._graphs, self.function, parts, (state, batch, extra), None)
+        return _run(self.graphs, self.function, parts, (state, batch, extra), None)
 
 
 # --- Counters, by which the host decides which transforms run: a graph for each branch ---
@@ -526,5 +518,5 @@ def compile(
         )
     backend = check_backend(backend)
     if isinstance(step, TrainStep):
-        return CompiledStep(step, backend)
-    return CompiledFunction(step, backend)
+        return CompiledStep(step, Graphs(backend))
+    return CompiledFunction(step, Graphs(backend))

@@ -22,7 +22,9 @@ from gradfilter.grads._state_owners import (
     FOREIGN,
     MISSING,
     STANDARD,
+    is_own_class,
     is_own_function,
+    names_in,
     same_value,
     values_in,
 )
@@ -97,15 +99,11 @@ def _inside(value: Any) -> Iterator[Any]:
         yield from (item for key, item in vars(value).items() if key not in STANDARD)
         for hooks in (value._forward_hooks, value._forward_pre_hooks, value._backward_hooks):
             yield from hooks.values()
-    elif _is_own(type(value)):
+    elif is_own_class(type(value)):
         yield from getattr(value, "__dict__", {}).values()
     for kind in type(value).__mro__:
-        if _is_own(kind):
+        if is_own_class(kind):
             yield from (item for item in vars(kind).values() if isinstance(item, FunctionType))
-
-
-def _is_own(kind: type) -> bool:
-    return str(kind.__module__).partition(".")[0] not in FOREIGN
 
 
 def _readings(value: Any) -> Iterator[Reading]:
@@ -138,7 +136,7 @@ def _readings_of(function: FunctionType) -> Iterator[Reading]:
         if not isinstance(module, ModuleType):
             yield _reading(name, get)
         elif module.__name__.partition(".")[0] not in FOREIGN:
-            for key in _names(code) & vars(module).keys():
+            for key in names_in(code)[0] & vars(module).keys():
                 yield _reading(f"{name}.{key}", partial(vars(module).get, key, MISSING))
 
 
@@ -161,14 +159,5 @@ def _content(cell: CellType) -> Any:
 def _globals_read(code: CodeType) -> frozenset[str]:
     """Return the global names that code reads, with the functions inside it."""
     names = {i.argval for i in dis.get_instructions(code) if i.opname in GLOBAL_READS}
-    return frozenset(names.union(*map(_globals_read, _nested(code))))
-
-
-@lru_cache(maxsize=4096)
-def _names(code: CodeType) -> frozenset[str]:
-    """Return all names and attributes that code uses."""
-    return frozenset(code.co_names).union(*map(_names, _nested(code)))
-
-
-def _nested(code: CodeType) -> list[CodeType]:
-    return [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    nested = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return frozenset(names.union(*map(_globals_read, nested)))
