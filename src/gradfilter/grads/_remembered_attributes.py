@@ -73,8 +73,8 @@ def check_remembered(
         if name in context.attributes.unwatched or not (_has_tensors(before) and _has_tensors(now)):
             unsure = name
     # A new attribute cannot have been used, but a branch may ask whether it exists. The uses of an
-    # attribute of a scripted module are not seen. The first row
-    # runs again as well: the attribute may hold what the last row left, which fits the last row.
+    # attribute of a scripted module are not seen. The first row runs again as well: the attribute
+    # may hold what the last row left, which fits the last row.
     if unsure is not None and any(
         _answers_differ(loss, params, batch, context, row) for row in (0, *rows)
     ):

@@ -366,7 +366,9 @@ class Filtered:
         check_owned(self._module, self.optimizer, "Filtered")
         params = self._params()
         if self._graphs is None:
-            found = self._filter(params, self._batch_rows(inputs, targets), self._state, extra)
+            found = self._filter(
+                params, self._batch_rows(params, inputs, targets), self._state, extra
+            )
         else:
             found = self._filter_in_graph(self._graphs, params, inputs, targets, extra)
         losses, out = found.losses, found.out
@@ -397,7 +399,7 @@ class Filtered:
                 "Expected one batch per step with compile=, found accumulate(). Use larger "
                 "batches, or do not compile."
             )
-        part = dense_rows(*self._batch_rows(inputs, targets))
+        part = dense_rows(*self._batch_rows(self._params(), inputs, targets))
         insert(self._module, {}, part.buffers)
         self._pending.append(part)
         loss = part.mean_loss()
@@ -455,9 +457,8 @@ class Filtered:
         )
         return replace(grads_of, probes=self._probes)
 
-    def _batch_rows(self, inputs: Any, targets: Any) -> _Rows:
+    def _batch_rows(self, params: Params, inputs: Any, targets: Any) -> _Rows:
         """Return the rows of one batch at the module's own parameters and buffers."""
-        params = self._params()
         batch = batch_of(inputs, targets, self.criterion)
         scale = scale_of(self.scaler, _tree.device_of(params))
         with renormalised(self._module):
