@@ -142,6 +142,54 @@ def test_steps_of_a_pure_update_and_of_a_host(name):
         torch.testing.assert_close(hosted.state_dict()[key], value, rtol=1e-12, atol=1e-12)
 
 
+class Rebound(nn.Module):
+    """A buffer that every pass replaces, and an attribute that keeps the tensor from before."""
+
+    def __init__(self, follows):
+        super().__init__()
+        self.linear, self.follows = nn.Linear(6, 3), follows
+        self.register_buffer("seen", torch.arange(3.0))
+        self.first = self.seen
+
+    def forward(self, x):
+        self.seen = self.seen * 1.1 + 0.1
+        if self.follows:
+            self.first = self.seen
+        return self.linear(x) * (1 + self.seen - self.first)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_an_attribute_that_keeps_a_replaced_buffer_is_refused(plan):
+    """It would have to keep its number from row to row and step to step; a host would write it."""
+    model = Rebound(follows=False)
+    params, buffers = gf.extract(model)
+    loss = gf.model_loss(model, F.cross_entropy)
+    expected = "found it replaced by another tensor while attribute 'first' keeps the old one"
+    with pytest.raises(ValueError, match=expected):
+        gf.microbatch_grads(loss, M, plan=plan)(params, vectors(), buffers=buffers)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    host = Filtered(model, F.cross_entropy, gf.mean_rows(), sgd, microbatches=M, plan=plan)
+    with pytest.raises(ValueError, match=expected):
+        host.step(*vectors())
+    assert model.first is model.seen
+    assert torch.equal(model.seen, torch.arange(3.0))
+
+
+@pytest.mark.filterwarnings("ignore:Fell back")
+@pytest.mark.parametrize("plan", ["auto", "loop"])
+def test_an_attribute_that_is_replaced_with_its_buffer_follows_it(plan):
+    batch = vectors()
+    torch.manual_seed(0)
+    losses, expected = module_rows(Rebound(follows=True), F.cross_entropy, batch, M)
+    torch.manual_seed(0)
+    model = Rebound(follows=True)
+    params, buffers = gf.extract(model)
+    compute = gf.microbatch_grads(gf.model_loss(model, F.cross_entropy), M, plan=plan)
+    rows = compute(params, batch, buffers=buffers)
+    torch.testing.assert_close(rows.losses, losses)
+    torch.testing.assert_close(dict(rows.stacked()), expected)
+
+
 def test_a_view_that_every_pass_makes_anew_stays_fused():
     """It shares the memory of the weight from the second step on, and is not read before."""
 

@@ -210,9 +210,18 @@ class ModuleTensors:
                         found = cast(Tensor, holder[key])
                         untied = untied if after.setdefault(name, found) is found else key
                     holder[key] = tensor
+                stale = None
                 for view, replaced in views:
                     if view.attributes.get(view.key) is replaced:
                         view.attributes[view.key] = view.view
+                        if after.get(view.name) is not tensors[view.name]:
+                            stale = view
+        if stale is not None:
+            raise ValueError(
+                f"Expected a forward pass that writes into buffer {stale.name!r}, found it "
+                f"replaced by another tensor while attribute {stale.key!r} keeps the old one. "
+                f"Write into it (copy_), or store {stale.key!r} as a clone()."
+            )
         if untied is not None:
             raise ValueError(
                 f"Expected tied tensors to stay tied, found {untied!r} replaced by another tensor "

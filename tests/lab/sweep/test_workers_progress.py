@@ -34,20 +34,25 @@ def test_one_job_says_how_many_trainings_and_jobs_and_a_line_each(tmp_path):
 @pytest.mark.slow
 def test_several_jobs_say_it_while_they_work(tmp_path):
     run = [sys.executable, "-m", "gradfilter", "sweep", "--grid", "seed=0,1,2", "--jobs", "2"]
-    with subprocess.Popen(
-        [*run, *LONGER, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        start = process.stdout.readline()
-        early = [process.stdout.readline(), process.poll()]
-        rest, err = process.communicate()
+    # Lines are read in one way only: communicate() does not see what readline() has buffered.
+    with (
+        (tmp_path / "stderr").open("w+") as errors,
+        subprocess.Popen(
+            [*run, *LONGER, str(tmp_path)], stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
+    ):
+        start, first = process.stdout.readline(), process.stdout.readline()
+        still_training = process.poll() is None
+        rest = process.stdout.read()
+    err = (tmp_path / "stderr").read_text()
     assert process.returncode == 0, err
     assert start == f"study 'sweep': 3 trainings in {tmp_path / 'sweep'}, 2 jobs\n"
-    assert early[1] is None  # the first line came while the others trained
-    told = sorted(line for line in (early[0] + rest).splitlines() if line.startswith("trial "))
+    assert still_training
+    told = sorted(line for line in (first + rest).splitlines() if line.startswith("trial "))
     assert [line.partition(": test")[0] for line in told] == [
         f"trial {seed}: seed {seed}" for seed in range(3)
     ]
-    assert plain(start + early[0] + rest + err)
+    assert plain(start + first + rest + err)
 
 
 @pytest.mark.slow
