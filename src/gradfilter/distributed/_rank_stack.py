@@ -277,8 +277,9 @@ class RankStack(BaseStack):
         dot, sq_norms:          M to every other rank
 
     For M = 1 a gram and a combination send as much as one ring all-reduce. `consensus_filter` uses
-    them up to M = 2, else two combinations without a gram. ``stacked``, and so a `sam_perturb` per
-    microbatch, sends all rows to all ranks: see `across_ranks` for a better way.
+    them up to M = 2, else two combinations without a gram. ``stacked``, and so an adaptive
+    `sam_perturb` per microbatch, sends all rows to all ranks: see `across_ranks` for a better way.
+    `along` sends nothing but the losses.
 
     The constructor compares rows and leaves of all ranks, by a short message between CPUs, and
     gathers the losses. ``buffers`` and ``aux`` are the local ones: BatchNorm keeps statistics per
@@ -426,6 +427,28 @@ class RankStack(BaseStack):
             rest = leaf[:1].expand(len(self._gathered) - len(self), *leaf.shape[1:])
             own[name] = self._gathered.local_part(torch.cat([leaf, rest]))
         return self._with_local_rows(self._gathered.local.at_rows(own))
+
+    @override
+    def along(self, factors: Tensor) -> GradStack:
+        check_per_row("factor", factors, len(self))
+        own = self._local_factors(factors)
+        return self._with_local_rows(self._gathered.local.along(own))
+
+    @override
+    def _points(self, factors: Tensor) -> Tree:
+        """Return the points of the local rows; `at_rows` reads no others."""
+        found, gathered = {}, self._gathered
+        for name, leaf in gathered.local._points(self._local_factors(factors)).items():
+            rows = leaf[:1].expand(len(gathered), *leaf.shape[1:]).clone()
+            gathered.local_part(rows).copy_(leaf)
+            found[name] = rows[: len(self)]
+        return found
+
+    def _local_factors(self, factors: Tensor) -> Tensor:
+        """Return the factors of the local rows, of which `scaled` and `first` know nothing."""
+        factors = scale_rows(_tree.at_least_float32(factors), self.scale)
+        rest = factors.new_zeros(len(self._gathered) - len(self))
+        return self._gathered.local_part(torch.cat([factors, rest]))
 
     def _with_local_rows(self, local: GradStack) -> GradStack:
         ranks = self._gathered.ranks

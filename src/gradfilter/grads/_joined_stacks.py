@@ -105,6 +105,10 @@ class JoinedStack(GradStack):
     def at_rows(self, params: Tree) -> GradStack:
         return join(*(part.at_rows(params) for part in self.parts))
 
+    @override
+    def _points(self, factors: Tensor) -> Tree:
+        return {name: p for part in self.parts for name, p in part._points(factors).items()}
+
 
 def join(*parts: GradStack) -> GradStack:
     """Join the leaves of several stacks with the same rows."""
@@ -198,6 +202,14 @@ class SelectedStack(GradStack):
     @override
     def at_rows(self, params: Tree) -> GradStack:
         return choose(self.when, self.new.at_rows(params), self.old.at_rows(params))
+
+    @override
+    def along(self, factors: Tensor) -> GradStack:
+        return choose(self.when, self.new.along(factors), self.old.along(factors))
+
+    @override
+    def _points(self, factors: Tensor) -> Tree:
+        return self._pick(self.new._points(factors), self.old._points(factors))
 
 
 def choose(when: Tensor, new: GradStack, old: GradStack) -> GradStack:

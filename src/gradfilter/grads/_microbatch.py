@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -43,6 +43,7 @@ from gradfilter.grads._seeds import SeedsInLoss, draw_once
 from gradfilter.grads._stack import ComputedDenseStack, ComputedStack, StackOrigin
 from gradfilter.grads._vmap import vmap_rows
 from gradfilter.grads._writes import WriteWatch
+from gradfilter.grads.fused._along import Bypassed, ParamsAlong, detached, held
 from gradfilter.grads.fused._forward import Forward, forward_single
 from gradfilter.grads.fused._fused_stack import FusedStack, LazyRows, PassSource, SinglePass
 from gradfilter.grads.fused._lift import untraced
@@ -191,27 +192,37 @@ class BatchPasses:
         finally:
             self.loss.first = False
 
-    def _stack_at(self, plan: Plan, params: Params, per_row: bool, kept: Collection[str]) -> Any:
+    def _stack_at(
+        self, plan: Plan, params: Mapping[str, Tensor], per_row: bool, kept: Collection[str]
+    ) -> Any:
         """Return the stack at other parameters; those in ``kept`` are as they were given."""
         return untraced(self._pass_at)(plan, params, per_row, kept)
 
     def _pass_at(
-        self, plan: Plan, params: Params, per_row: bool, kept: Collection[str]
+        self, plan: Plan, params: Mapping[str, Tensor], per_row: bool, kept: Collection[str]
     ) -> ComputedStack:
         self._check_kept(kept)
         with self.context.restored():
-            if plan == "fused" and self.settings.plan == "auto":
-                return self._fused_or_loop(params, per_row)
-            return self._stack(plan, params, per_row)
+            try:
+                return self._chosen(plan, params, per_row)
+            except Bypassed:
+                # The loss uses a parameter where only its values can be replaced.
+                self.give_up()
+                return self._chosen(plan, dict(params), per_row)
+
+    def _chosen(self, plan: Plan, params: Mapping[str, Tensor], per_row: bool) -> ComputedStack:
+        if plan == "fused" and self.settings.plan == "auto":
+            return self._fused_or_loop(params, per_row)
+        return self._stack(plan, params, per_row)
 
     def _check_kept(self, names: Collection[str]) -> None:
         if names:
             self._given.check({f"parameter {name!r}" for name in names})
 
-    def _fused_or_loop(self, params: Params, per_row: bool) -> ComputedStack:
+    def _fused_or_loop(self, params: Mapping[str, Tensor], per_row: bool) -> ComputedStack:
         try:
             return self._stack("fused", params, per_row)
-        except RefusedByAll:
+        except (Bypassed, RefusedByAll):
             self.give_up()  # discard the state that the failed pass left in the modules
             raise
         except Exception as refusal:
@@ -226,16 +237,22 @@ class BatchPasses:
             _warn(refusal)
             return result
 
-    def _stack(self, plan: Plan, params: Params, per_row: bool) -> ComputedStack:
+    def _stack(self, plan: Plan, params: Mapping[str, Tensor], per_row: bool) -> ComputedStack:
         """Compute the rows by one plan, in the present random state and settings."""
-        at = {name: p.detach() for name, p in params.items()}
+        at = detached(params)
         origin = StackOrigin(
-            len(self.batch), params if per_row else at, partial(self._stack_at, plan)
+            len(self.batch),
+            params if per_row else at,
+            partial(self._stack_at, plan),
+            per_row,
+            self._check_kept,
         )
         try:
             if plan == "fused":
                 return self._fused(at, per_row, origin)
-            grads, losses, after, aux = self._rows(plan, at, per_row)
+            grads, losses, after, aux = self._rows(plan, dict(at), per_row)
+        except Bypassed:
+            raise
         except Exception as error:
             raise_with_plan(error, plan)
         why = self._fallback if plan == "loop" else ""
@@ -349,10 +366,13 @@ class BatchPasses:
         self.context.undo()
         remove(self.context.attributes.added())
 
-    def _fused(self, params: Params, per_row: bool, origin: StackOrigin) -> ComputedStack:
+    def _fused(
+        self, params: Mapping[str, Tensor], per_row: bool, origin: StackOrigin
+    ) -> ComputedStack:
         run = FusedPass(self, params, per_row)
-        if per_row and self.settings.chunk_size is not None:
-            rows = run.in_chunks(self.settings.chunk_size)
+        every = self.settings.chunk_size
+        if per_row and every is not None and not isinstance(params, ParamsAlong):
+            rows = run.in_chunks(every)
             if rows is not None:
                 grads, losses, after, aux = rows
                 return ComputedDenseStack(
@@ -413,12 +433,12 @@ class FusedPass(PassSource):
     """
 
     passes: BatchPasses
-    params: Params
+    params: Mapping[str, Tensor]
     per_row: bool
 
     def __post_init__(self) -> None:
         """Record the versions of the parameters."""
-        self._given = Versions((f"parameter {name!r}", p) for name, p in self.params.items())
+        self._given = Versions((f"parameter {n!r}", p) for n, p in held(self.params).items())
 
     def first(self) -> Forward:
         """Run the forward pass, and refuse it if a loop over rows would give another result."""
@@ -430,7 +450,12 @@ class FusedPass(PassSource):
             if len(passes.batch) > 1:
                 rows = [group[-1] for group in found.groups] or [-1]
                 check_remembered(
-                    passes.loss, self.params, passes.batch, passes.context, found.remembered, rows
+                    passes.loss,
+                    dict(self.params),
+                    passes.batch,
+                    passes.context,
+                    found.remembered,
+                    rows,
                 )
             if passes.random_after is None:
                 passes.random_after = random_state(passes.context.device)
@@ -473,7 +498,7 @@ class FusedPass(PassSource):
     @override
     def fallback(self, refusal: Exception) -> Tree:
         self._given.check()
-        return self.passes.loop_instead(self.params, self.per_row, refusal)
+        return self.passes.loop_instead(dict(self.params), self.per_row, refusal)
 
     def in_chunks(self, size: int) -> Rows | None:
         """Compute rows (M, *shape), ``size`` at a time, because M sets of parameters are large.
@@ -507,7 +532,7 @@ class FusedPass(PassSource):
         return _tree.tree_map(lambda *t: torch.cat(t), *grads), torch.cat(losses), buffers, joined
 
     def _run(
-        self, batch: Batch, params: Params, grouping: Grouping, *, check: bool = False
+        self, batch: Batch, params: Mapping[str, Tensor], grouping: Grouping, *, check: bool = False
     ) -> Forward:
         loss, context = self.passes.loss, self.passes.context
         if len(batch) == 1:

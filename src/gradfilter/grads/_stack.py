@@ -179,7 +179,7 @@ class GradStack(ABC):
 
     Transforms need almost only four questions: ``gram()`` = J Jᵀ, ``combine(w)`` = wᵀ J,
     ``dot(v)`` = J v and ``sq_norms()`` = diag(J Jᵀ). A stack can answer these without storing J.
-    Stacks are immutable; `scaled`, `columns`, `first`, `at` and `at_rows` return new ones.
+    Stacks are immutable; `scaled`, `columns`, `first`, `at`, `at_rows` and `along` return new ones.
 
     The caller may write into an answer: the next answer is not affected. Only `stacked` may return
     the tensors that the stack holds, because a copy of M gradients would double the memory. If they
@@ -294,6 +294,19 @@ class GradStack(ABC):
     def at_rows(self, params: Tree) -> GradStack:
         """Return a stack like `at`, with row m at its own parameters: leaves (M, *shape)."""
 
+    def along(self, factors: Tensor) -> GradStack:
+        """Return a stack like `at`, with row m at w + c_m g_m for ``factors`` c (M,).
+
+        g_m is row m of this stack: the factors of `scaled` apply, and leaves that `columns` omitted
+        keep their values. Plan "fused" computes the M sets of parameters only where it has to.
+        """
+        check_per_row("factor", factors, len(self))
+        return self.at_rows(self._points(factors))
+
+    @abstractmethod
+    def _points(self, factors: Tensor) -> Tree:
+        """Return the parameters w + c_m g_m of every row. (M, *shape)."""
+
     def gram_is_cheap(self) -> bool:
         """Return whether the Gram costs less than the norms, a `combine` and a `dot` together."""
         return len(self) <= GRAM_UP_TO
@@ -319,11 +332,20 @@ class StackOrigin:
         params: The parameters at which the stack was computed.
         evaluate: ``(params, per_row, kept) -> stack``. ``kept`` names the parameters that are
             still those of the stack; they must not have been written since.
+        per_row: True if every row has its own parameters: leaves (M, *shape).
+        check: Called with the names of such parameters, and raises if they were written.
     """
 
     rows: int
-    params: Params = field(repr=False)
-    evaluate: Callable[[Params, bool, Collection[str]], GradStack] = field(repr=False)
+    params: Mapping[str, Tensor] = field(repr=False)
+    evaluate: Callable[[Mapping[str, Tensor], bool, Collection[str]], GradStack] = field(repr=False)
+    per_row: bool = False
+    check: Callable[[Collection[str]], None] = field(default=lambda names: None, repr=False)
+
+
+def _shapes(origin: StackOrigin) -> dict[str, torch.Size]:
+    """Return the shape of every parameter in a row."""
+    return {name: p.shape[1:] if origin.per_row else p.shape for name, p in origin.params.items()}
 
 
 class BaseStack(GradStack):
@@ -331,7 +353,7 @@ class BaseStack(GradStack):
 
     Attributes:
         scale: The factors (M,), applied where the rows are used, or None.
-        origin: The way to compute the rows again; without it `at` and `at_rows` raise.
+        origin: The way to compute the rows again; without it `at`, `at_rows` and `along` raise.
     """
 
     scale: Tensor | None
@@ -396,20 +418,37 @@ class BaseStack(GradStack):
     @override
     def at(self, params: Params) -> GradStack:
         origin = self._origin("at", params)
-        check_shapes({name: p.shape for name, p in origin.params.items()}, params, "at")
+        check_shapes(_shapes(origin), params, "at")
         kept = origin.params.keys() - params.keys()
+        if origin.per_row and kept:
+            given = {name: p.expand(len(self), *p.shape) for name, p in params.items()}
+            return self.at_rows(given)
         return self.like(origin.evaluate({**origin.params, **params}, False, kept))
 
     @override
     def at_rows(self, params: Tree) -> GradStack:
         origin = self._origin("at_rows", params)
-        shapes = {name: p.shape for name, p in origin.params.items()}
-        check_shapes(shapes, params, "at_rows", rows=len(self))
+        check_shapes(_shapes(origin), params, "at_rows", rows=len(self))
         # A stack cut by `first` is computed with all rows: its random numbers stay the same.
-        whole = {name: p.expand(origin.rows, *p.shape) for name, p in origin.params.items()}
+        whole = {
+            name: p if origin.per_row else p.expand(origin.rows, *p.shape)
+            for name, p in origin.params.items()
+        }
         given = {name: torch.cat([leaf, whole[name][len(self) :]]) for name, leaf in params.items()}
         kept = origin.params.keys() - params.keys()
         return self.like(origin.evaluate({**whole, **given}, True, kept))
+
+    @override
+    def _points(self, factors: Tensor) -> Tree:
+        origin = self._origin("along", {})
+        origin.check(set(self.shapes))
+        steps, near = _tree.at_least_float32(factors), {}
+        for name, leaf in self.stacked().items():
+            own, rows = origin.params[name], _tree.at_least_float32(leaf)
+            base = _tree.at_least_float32(own[: len(self)] if origin.per_row else own)
+            step = steps.to(rows.dtype).view(-1, *[1] * (rows.ndim - 1))
+            near[name] = torch.addcmul(base, rows, step).to(own.dtype)
+        return near
 
     def _origin(self, question: str, params: Mapping[str, Tensor]) -> StackOrigin:
         if self.origin is None:
@@ -469,7 +508,7 @@ class DenseStack(BaseStack):
         buffers: The buffers after the M microbatches.
         aux: A tree of tensors with leading axis M.
         scale: The factors (M,), applied where the rows are used.
-        origin: The way to compute the rows again; without it `at` and `at_rows` raise.
+        origin: The way to compute the rows again; without it `at`, `at_rows` and `along` raise.
         empty: The mask (M,) of empty rows, if known; else computed from losses and rows.
 
     Raises:

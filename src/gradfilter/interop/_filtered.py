@@ -112,7 +112,7 @@ def join_stacks(parts: Sequence[DenseStack]) -> DenseStack:
     origins = [cast(StackOrigin, part.origin) for part in parts]  # rows of a batch have one
     sizes = [len(part) for part in parts]
 
-    def evaluate(params: Params, per_row: bool, kept: Collection[str]) -> GradStack:
+    def evaluate(params: Mapping[str, Tensor], per_row: bool, kept: Collection[str]) -> GradStack:
         pieces = _cut(params, sizes) if per_row else [params] * len(sizes)
         return join_stacks(
             [
@@ -121,17 +121,21 @@ def join_stacks(parts: Sequence[DenseStack]) -> DenseStack:
             ]
         )
 
+    def check(names: Collection[str]) -> None:
+        for origin in origins:
+            origin.check(names)
+
     return DenseStack(
         {name: torch.cat([part.rows[name] for part in parts]) for name in parts[0].rows},
         _cat_numbers([part.losses for part in parts]),
         parts[-1].buffers,
         None if parts[0].aux is None else _tree.tree_map(_cat, *(part.aux for part in parts)),
         scale=_cat_numbers([part.scale for part in parts]),
-        origin=StackOrigin(sum(sizes), origins[0].params, evaluate),
+        origin=StackOrigin(sum(sizes), origins[0].params, evaluate, check=check),
     )
 
 
-def _cut(params: Params, sizes: list[int]) -> list[Params]:
+def _cut(params: Mapping[str, Tensor], sizes: list[int]) -> list[Mapping[str, Tensor]]:
     """Split parameters with a leading axis M into those of the rows of every part."""
     cuts = zip(*(torch.split(leaf, sizes) for leaf in params.values()), strict=True)
     return [dict(zip(params, cut, strict=True)) for cut in cuts]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import ChainMap
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -183,7 +183,7 @@ def with_own_losses(rows: ComputedStack) -> ComputedStack:
     """
     origin = rows.origin
 
-    def evaluate(params: Params, per_row: bool, kept: Collection[str]) -> GradStack:
+    def evaluate(params: Mapping[str, Tensor], per_row: bool, kept: Collection[str]) -> GradStack:
         return with_own_losses(cast(ComputedStack, origin.evaluate(params, per_row, kept)))
 
     again = replace(origin, evaluate=evaluate)

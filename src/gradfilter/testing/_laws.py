@@ -211,7 +211,9 @@ class _KnownGradients:
     def origin(self) -> StackOrigin:
         return StackOrigin(len(self.losses), self.params, self.at)
 
-    def at(self, elsewhere: Params, per_row: bool, kept: Collection[str]) -> DenseStack:
+    def at(
+        self, elsewhere: Mapping[str, Tensor], per_row: bool, kept: Collection[str]
+    ) -> DenseStack:
         moved = {
             name: g + 0.5 * (elsewhere[name] - self.params[name] + torch.zeros_like(g))
             for name, g in self.rows.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from gradfilter._readable import readable
 from gradfilter._types import Context, Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack, as_stack
 from gradfilter.transforms._transform import check_leaves, check_number, transform_in_context
+
+T = TypeVar("T")
 
 DELTA = 1e-12  # keeps a zero gradient finite
 
@@ -81,7 +83,10 @@ def sam_perturb(
     def on_rows(rows: GradStack, state: State, params: Params, context: Context) -> tuple[Any, ...]:
         finite = rows.live & rows.sq_norms().isfinite()
         weights = finite / finite.sum().clamp(min=1).to(_tree.sum_dtype(finite))
-        if per_microbatch:
+        if per_microbatch and adaptive is None:
+            # Each row along its own gradient; no M sets of parameters where they are not needed.
+            again = _named_errors(rows.along, perturbation.step(rows.sq_norms().sqrt()))
+        elif per_microbatch:
             near = torch.vmap(perturbation.perturbed, in_dims=(None, 0))(params, rows.stacked())
             again = _named_errors(rows.at_rows, near)
         else:
@@ -131,11 +136,14 @@ class _Perturbation:
     adaptive: Literal["asam", "gsam"] | None
     eta: float | Tensor
 
+    def step(self, norm: Tensor) -> Tensor:
+        """Return ρ / (norm + δ): 1/δ at most, which half precision cannot hold."""
+        return self.rho / (norm + DELTA)
+
     def perturbed(self, params: Params, grads: Tree) -> Params:
         """Return w + e."""
         shape, scale = self._shape_and_scale(params, grads)
-        # 1/δ at most, which half precision cannot hold
-        step = self.rho / (_products.norm(scale) + DELTA)
+        step = self.step(_products.norm(scale))
         moves = {name: _tree.at_least_float32(s) for name, s in shape.items()}
         # addcmul makes one pass over memory, a product and a sum would make two.
         return {
@@ -171,9 +179,9 @@ def _rows_at(params: Params, rows: GradStack | None, context: Context) -> GradSt
     return _named_errors(rows.at, params)
 
 
-def _named_errors(question: Callable[[Params], GradStack], params: Params) -> GradStack:
+def _named_errors(question: Callable[[T], GradStack], given: T) -> GradStack:
     try:
-        return question(params)
+        return question(given)
     except ValueError as error:
         raise ValueError(f"sam_perturb: {error}") from error
 

@@ -249,13 +249,13 @@ def weigh(tensor: Tensor, weights: Tensor | None, live: Tensor | None) -> Tensor
     """Multiply every row of (M, ...) by its weight; rows that are not live become exactly 0."""
     if weights is not None:
         wide = _tree.at_least_float32(tensor)
-        tensor = (wide * _along_rows(weights.to(wide.dtype), wide)).to(tensor.dtype)
+        tensor = (wide * along_rows(weights.to(wide.dtype), wide)).to(tensor.dtype)
     return mask(tensor, live)
 
 
 def mask(tensor: Tensor, live: Tensor | None) -> Tensor:
     """Replace the rows of (M, ...) that are not live by 0."""
-    return tensor if live is None else torch.where(_along_rows(live, tensor), tensor, 0.0)
+    return tensor if live is None else torch.where(along_rows(live, tensor), tensor, 0.0)
 
 
 def paired(a: Tensor, b: Tensor) -> Tensor:
@@ -264,7 +264,8 @@ def paired(a: Tensor, b: Tensor) -> Tensor:
     return product.flatten(1).sum(1, dtype=_tree.sum_dtype(product))
 
 
-def _along_rows(values: Tensor, tensor: Tensor) -> Tensor:
+def along_rows(values: Tensor, tensor: Tensor) -> Tensor:
+    """Return values (M,) in a shape that broadcasts against (M, ...)."""
     return values.view(-1, *[1] * (tensor.ndim - 1))
 
 

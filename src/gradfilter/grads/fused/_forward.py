@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,7 @@ from typing_extensions import override
 from gradfilter import _tree
 from gradfilter._types import Params, Tree
 from gradfilter.grads._batch import Batch
-from gradfilter.grads._buffer_watch import BufferWatch, RunningUpdates
+from gradfilter.grads._buffer_watch import VIEWS, BufferWatch, RunningUpdates
 from gradfilter.grads._call_context import CallContext, Versions
 from gradfilter.grads._error_notes import asks_for_memory
 from gradfilter.grads._loop import refuse_writes, written_attribute, written_parameter
@@ -27,13 +27,14 @@ from gradfilter.grads._normalized_loss import NormalizedLoss, as_parameter
 from gradfilter.grads._one_image import STRAIGHTENED, one_image
 from gradfilter.grads._seeds import Seeds
 from gradfilter.grads._writes import memory, written
+from gradfilter.grads.fused._along import ParamsAlong, held, refuse_bypassed
 from gradfilter.grads.fused._autocast import under_autocast
 from gradfilter.grads.fused._host import Host
 from gradfilter.grads.fused._lift import Level, repeated
 from gradfilter.grads.fused._modules_by_row import ByRow
 from gradfilter.grads.fused._row_questions import GRAPH, VALUES
 from gradfilter.grads.fused._tape import LeafVisitor, Tape
-from gradfilter.grads.fused.overrides._registry import OVERRIDES
+from gradfilter.grads.fused.overrides._registry import OVERRIDES, TAKES_MOVES
 from gradfilter.grads.fused.overrides._spellings import spellings
 from gradfilter.grads.fused.overrides._vmap_faults import refuse_nested
 
@@ -92,6 +93,7 @@ class Forward:
         by_row: The classes of the modules that ran row by row.
         used: The tensors in attributes of modules that the loss used, by name.
         changed: True if attributes of modules have changed.
+        moved: The leaves of `ParamsAlong` whose values in every row were computed.
     """
 
     losses: Tensor
@@ -103,6 +105,7 @@ class Forward:
     by_row: tuple[str, ...] = ()
     used: set[str] = field(default_factory=set)
     changed: bool = False
+    moved: tuple[str, ...] = ()
 
     @property
     def remembered(self) -> set[str] | None:
@@ -145,6 +148,19 @@ STATISTICS = {F.batch_norm, F.instance_norm, *spellings("batch_norm"), *spelling
 """Functions whose overrides record their use of buffers themselves."""
 
 
+DESCRIPTIONS = {
+    *("size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "__len__"),
+    *("is_contiguous", "is_floating_point", "is_complex", "get_device", "storage_offset"),
+    *("requires_grad_", "register_hook", "__set__"),
+}
+"""Methods that do not read the values of a tensor."""
+
+
+def _reads_values(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return func in VIEWS if name == "__get__" else name not in DESCRIPTIONS
+
+
 class Overrides(TorchFunctionMode):
     """Call the operation override of every function that has one."""
 
@@ -163,9 +179,14 @@ class Overrides(TorchFunctionMode):
             self._refuse_writing(tensor)
         self._seeds.check(func, kwargs)
         override = OVERRIDES.get(func) or VALUES.get(func) or GRAPH.get(func)
+        moves = bool(self.host.moves) and _reads_values(func)
+        if moves and not (func in TAKES_MOVES and self.host.level.is_innermost()):
+            args, kwargs = self._own((args, kwargs))
         if override is not None:
             if self.host.level.is_innermost():
                 result = override(self.host, *args, **kwargs)
+                if result is NotImplemented and moves:
+                    args, kwargs = self._own((args, kwargs))
                 if result is not NotImplemented:
                     if func not in STATISTICS:
                         self.host.running.watch.note(func, args, kwargs)
@@ -185,6 +206,10 @@ class Overrides(TorchFunctionMode):
             if asks_for_memory(error):
                 reason = "it asks for the memory of a tensor, which holds all rows"
             raise RuntimeError(f"{name} cannot run over all rows at once: {reason}") from error
+
+    def _own(self, given: Any) -> Any:
+        """Replace the leaves that have a move by the values of all rows."""
+        return _tree.tree_map(self.host.own, given)
 
     def _refuse_writing(self, tensor: Tensor) -> None:
         name = self._guarded.get(memory(tensor))
@@ -207,7 +232,7 @@ class BatchWritten(RuntimeError):
 
 def forward(
     loss: NormalizedLoss,
-    params: Params,
+    params: Mapping[str, Tensor],
     batch: Batch,
     per_row: bool,
     by_row: ByRow,
@@ -218,7 +243,7 @@ def forward(
 
     Args:
         loss: The loss.
-        params: The parameters; with ``per_row`` each with a leading axis M.
+        params: The parameters; with ``per_row`` each with a leading axis M, or `ParamsAlong`.
         batch: The rows.
         per_row: True if every row has its own parameters.
         by_row: The modules that run row by row.
@@ -230,9 +255,11 @@ def forward(
     """
     _refuse_backward_hooks(loss)
     count = len(batch)
+    moves = params.moves if isinstance(params, ParamsAlong) else {}
+    shared = isinstance(params, ParamsAlong) or not per_row
     leaves = {
-        name: (p if per_row else repeated(p, count)).detach().requires_grad_()
-        for name, p in params.items()
+        name: (repeated(p, count) if shared else p).detach().requires_grad_()
+        for name, p in held(params).items()
     }
     tape = Tape(leaves, linear=not loss.hooks)
     own = {name: b.clone() for name, b in batch.buffers.items()}
@@ -246,7 +273,7 @@ def forward(
     ):
         guarded = _guarded([] if own_batch else batch.tensors, leaves, loss)
         generators = [generator for _, generator in loss.attributes.generators]
-        host = Host(level, tape, running, partial(_reenter, guarded, generators))
+        host = Host(level, tape, running, partial(_reenter, guarded, generators), moves)
         overrides = Overrides(host, guarded, Seeds(generators))
         inside = {name: as_parameter(level.wrap(leaf)) for name, leaf in leaves.items()}
         row = batch.rebuild(level.wrap(t) for t in batch.tensors)
@@ -264,6 +291,8 @@ def forward(
             "(x = x.clone()), or use inplace=False"
         )
     ends = loss.check_reaches(losses, leaves.values())
+    if moves:
+        refuse_bypassed(losses, [leaves[name] for name in moves])
     if ends.padded_lookup:
         # vmap joins the tables of all rows into one, and masks only the first table. The override
         # is correct for every function that Python calls.
@@ -283,7 +312,14 @@ def forward(
     tape.linear = tape.linear and not (calls.modules or ends.custom)
     looped = tuple(sorted({type(module).__name__ for module in calls.modules}))
     return Forward(
-        losses, tape, after, aux, by_row=looped, used=watch.used_attributes, changed=changed
+        losses,
+        tape,
+        after,
+        aux,
+        by_row=looped,
+        used=watch.used_attributes,
+        changed=changed,
+        moved=tuple(sorted(host.moved)),
     )
 
 
@@ -328,7 +364,7 @@ def _guarded(batch: list[Tensor], leaves: Params, loss: NormalizedLoss) -> dict[
 
 def forward_single(
     loss: NormalizedLoss,
-    params: Params,
+    params: Mapping[str, Tensor],
     batch: Batch,
     per_row: bool,
     context: CallContext,
@@ -360,7 +396,7 @@ def forward_single(
     ends = loss.check_reaches(value, leaves.values())
     loss.clean_attributes(leaves)
     if not per_row:
-        loss.renormalised(params, leaves)
+        loss.renormalised(dict(params), leaves)
     if ends.reentrant:
         raise RuntimeError(
             "torch.utils.checkpoint(use_reentrant=True) runs in the loop only; use_reentrant=False "

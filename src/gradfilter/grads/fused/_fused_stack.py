@@ -20,6 +20,7 @@ from gradfilter.grads._error_notes import note_anomaly, reason_of
 from gradfilter.grads._module_tensors import Hook, apply_hooks
 from gradfilter.grads._stack import (
     ComputedStack,
+    GradStack,
     StackOrigin,
     check_per_row,
     check_same_leaves,
@@ -30,6 +31,7 @@ from gradfilter.grads._stack import (
     versions,
     written,
 )
+from gradfilter.grads.fused._along import Move, ParamsAlong
 from gradfilter.grads.fused._factors import (
     JOINED,
     DenseFactor,
@@ -146,6 +148,7 @@ class LazyRows:
         self.modes: Modes = choose_modes(first.tape.leaves, first.tape.uses, budget)
         self.overrides = dict(first.tape.overrides)
         self.groups, self.by_row = first.groups, first.by_row
+        self.moved = first.moved
         self.count = len(first.losses)
         self._losses = first.losses.detach()
         self.device = first.losses.device
@@ -224,6 +227,10 @@ class LazyRows:
             )
             for name in names
         }
+
+    def factors(self, names: Collection[str]) -> dict[str, Factor]:
+        """Return the factors of some leaves; those without a gradient have none."""
+        return {name: factor for name, factor in self._factors().items() if name in names}
 
     def total(self, names: Collection[str], weights: Tensor) -> Tree:
         """Compute Σ_m w_m row_m on some leaves; rows of weight 0 are masked."""
@@ -481,6 +488,8 @@ class FusedStack(ComputedStack):
             )
         if self.run.by_row:
             lines.append(f"row by row inside the pass: {', '.join(self.run.by_row)}")
+        if self.run.moved:
+            lines.append(f"values computed for every row: {', '.join(self.run.moved)}")
         return "\n".join([*lines, *explain_fallback(self.run.fallback)])
 
     @property
@@ -526,6 +535,23 @@ class FusedStack(ComputedStack):
     def stacked(self) -> Tree:
         rows = untraced(self.run.rows)(self.names)
         return {n: scale_rows(leaf[: self.count], self.scale) for n, leaf in rows.items()}
+
+    @override
+    def along(self, factors: Tensor) -> GradStack:
+        check_per_row("factor", factors, self.count)
+        # Groups of rows and a single row use the parameters themselves.
+        if self.origin.per_row or self.groups or self.run.count == 1:
+            return super().along(factors)
+        return untraced(self._along)(factors)
+
+    def _along(self, factors: Tensor) -> GradStack:
+        steps = scale_rows(_tree.at_least_float32(factors), self.scale).clone()
+        # Rows that `first` cut off stay where they are.
+        steps = torch.cat([steps, steps.new_zeros(self.run.count - self.count)])
+        self.origin.check(self.origin.params.keys())
+        moves = {n: Move(factor, steps) for n, factor in self.run.factors(self.names).items()}
+        params = ParamsAlong(self.origin.params, moves, self.run.count)
+        return self.like(self.origin.evaluate(params, True, self.origin.params.keys()))
 
     @override
     def _scaled(self, scale: Tensor) -> FusedStack:

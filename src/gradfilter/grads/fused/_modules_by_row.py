@@ -26,7 +26,6 @@ from gradfilter._types import Tree
 from gradfilter.grads._buffer_watch import Unreplayable
 from gradfilter.grads._normalized_loss import as_parameter
 from gradfilter.grads.fused._host import Host
-from gradfilter.grads.fused._lift import Level
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 """The types that a module may take and return in addition to tensors."""
@@ -181,7 +180,7 @@ class RowByRowCalls:
                     level.lower(v).unbind() if level.batched(v) else [v] * level.rows
                     for v in values
                 ]
-                parameters = _Parameters(module, level)
+                parameters = _Parameters(module, self.host)
                 outputs = []
                 for m in range(level.rows):
                     parameters.to_row(m)
@@ -212,14 +211,15 @@ def _tables(module: nn.Module) -> list[dict[str, Any]]:
 class _Parameters:
     """The parameters of a module, each with a tensor for every row."""
 
-    def __init__(self, module: nn.Module, level: Level) -> None:
+    def __init__(self, module: nn.Module, host: Host) -> None:
+        level = host.level
         unbound: dict[int, tuple[Tensor, ...]] = {}
         self._places: list[tuple[dict[str, Any], str, tuple[Tensor, ...]]] = []
         for table in _tables(module):
             for key, tensor in table.items():
                 if level.batched(tensor):
                     # All rows at once: the gradient of one row would be as large as that of all.
-                    rows = unbound.setdefault(id(tensor), level.lower(tensor).unbind())
+                    rows = unbound.setdefault(id(tensor), level.lower(host.own(tensor)).unbind())
                     if isinstance(tensor, nn.Parameter):
                         rows = tuple(as_parameter(row) for row in rows)
                     self._places.append((table, key, rows))

@@ -9,7 +9,7 @@ the rows. The stack then looks as if it came from one pass.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
@@ -19,7 +19,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradfilter import _tree
-from gradfilter._types import Params
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._call_context import (
     CallContext,
@@ -199,7 +198,7 @@ class Grouping:
 
 def forward_in_groups(
     loss: NormalizedLoss,
-    params: Params,
+    params: Mapping[str, Tensor],
     batch: Batch,
     per_row: bool,
     grouping: Grouping,
@@ -268,7 +267,7 @@ def forward_in_groups(
             left.append({name for name, *_ in context.attributes.changes()})
             if ahead:
                 last = [group[-1] for group in (*(rows for rows, _ in parts), *ahead)]
-                check_remembered(loss, params, batch, context, part.remembered, last)
+                check_remembered(loss, dict(params), batch, context, part.remembered, last)
         if ahead:
             start = random_state(context.device)
     _check_left(left)

@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradfilter._types import Tree
+from gradfilter.grads.fused._along import Move
 from gradfilter.grads.fused._factors import Factor
 
 # --- The tape ---
@@ -41,11 +42,13 @@ class Weight:
         value: The value that all rows share, without a leading axis.
         rows: The tensor (M, *shape) where autograd expects the gradient; None if frozen.
         leaf: The name of the leaf; None if the value was computed from leaves, or is frozen.
+        move: What every row adds to the value; None if the rows share it.
     """
 
     value: Tensor
     rows: Tensor | None
     leaf: str | None
+    move: Move | None = None
 
 
 @dataclass(frozen=True)

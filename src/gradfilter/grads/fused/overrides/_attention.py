@@ -105,11 +105,15 @@ def multi_head_attention(
     if not host.batched(query, key, value) or (is_causal and attn_mask is None):
         return NotImplemented
     host.tape.overrides["multi_head_attention"] += 1
+    own = {id(t): host.own(t) for t in (query, key, value)}  # one tensor stays one tensor
+    query, key, value = (own[id(t)] for t in (query, key, value))
+    bias_k, bias_v = host.own(bias_k), host.own(bias_v)
+    key_padding_mask, attn_mask = host.own(key_padding_mask), host.own(attn_mask)
 
     project = functools.partial(linear_or_vmap, host)
     alone = query.ndim == 2
     if alone:
-        three = {id(t): t.unsqueeze(1) for t in (query, key, value)}  # one tensor stays one tensor
+        three = {id(t): t.unsqueeze(1) for t in (query, key, value)}
         query, key, value = (three[id(t)] for t in (query, key, value))
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
     weights: tuple[Any, ...] = (q_proj_weight, k_proj_weight, v_proj_weight)
@@ -119,8 +123,9 @@ def multi_head_attention(
     else:
         if not use_separate_proj_weight:
             assert in_proj_weight is not None
-            weights = in_proj_weight.chunk(3)
-        biases: tuple[Any, ...] = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+            weights = host.own(in_proj_weight).chunk(3)
+        shift = host.own(in_proj_bias)
+        biases: tuple[Any, ...] = (None,) * 3 if shift is None else shift.chunk(3)
         q, k, v = map(project, (query, key, value), weights, biases)
     length, samples, width = query.shape
     # Added positions that attention is always allowed to use.

@@ -41,10 +41,9 @@ def conv(dims: int) -> Override:
         dilation: Sizes = 1,
         groups: int = 1,
     ) -> Any:
-        weights = _weights(host, dims, input, weight, bias)
-        if weights is None:
+        if not _runs(host, dims, input, weight, bias):
             return NotImplemented
-        stride, dilation = _sizes(stride, dims), _sizes(dilation, dims)
+        input, stride, dilation = host.own(input), _sizes(stride, dims), _sizes(dilation, dims)
         if isinstance(padding, str):
             # "same" pads one more on the right if the total is odd.
             total = [0] * dims if padding == "valid" else _same_padding(weight.shape[2:], dilation)
@@ -55,7 +54,7 @@ def conv(dims: int) -> Override:
         geometry = Geometry(
             dims, stride, _sizes(padding, dims), dilation, False, (0,) * dims, groups
         )
-        return host.run("conv", _apply, host, host.level.lower(input), *weights, geometry)
+        return _run(host, input, weight, bias, geometry)
 
     return replacement
 
@@ -74,24 +73,31 @@ def conv_transpose(dims: int) -> Override:
         groups: int = 1,
         dilation: Sizes = 1,
     ) -> Any:
-        weights = _weights(host, dims, input, weight, bias)
-        if weights is None:
+        if not _runs(host, dims, input, weight, bias):
             return NotImplemented
         sizes = (_sizes(v, dims) for v in (stride, padding, dilation, output_padding))
         stride, padding, dilation, output_padding = sizes
         geometry = Geometry(dims, stride, padding, dilation, True, output_padding, groups)
-        return host.run("conv", _apply, host, host.level.lower(input), *weights, geometry)
+        return _run(host, input, weight, bias, geometry)
 
     return replacement
 
 
-def _weights(
-    host: Host, dims: int, input: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Weight | None, ...] | None:
-    """Return weight and bias for the override, or None if the layer has to run under vmap."""
+def _runs(host: Host, dims: int, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether the override can run the layer, which else has to run under vmap."""
     if not host.wanted(input, weight, bias) or input.ndim not in (dims + 1, dims + 2):
-        return None
-    return host.weights(weight, bias)
+        return False
+    return host.weight(weight, moves=True) is not None
+
+
+def _run(host: Host, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Any:
+    x, shared = host.level.lower(host.own(input)), host.weight(weight, moves=True)
+    shift = host.weights(bias)
+    if shift is not None:
+        return host.run("conv", _apply, host, x, shared, *shift, geometry)
+    y = host.run("conv", _apply, host, x, shared, None, geometry)
+    channels = (-1, *[1] * geometry.dims)
+    return y + host.own(bias).to(y.dtype).view(channels)
 
 
 def _sizes(value: Sizes, dims: int) -> tuple[int, ...]:
@@ -108,9 +114,13 @@ def _apply(
 ) -> Tensor:
     if x.ndim == geometry.dims + 2:  # a row of one sample, without a sample axis
         return _apply(host, x.unsqueeze(1), weight, bias, geometry).squeeze(1)
+    own = None if weight.move is None else host.moved_values(weight)
     x, weight, bias, no_autocast = in_autocast(x, weight, bias)
+    operation = _Conv(geometry)
+    if own is not None:
+        operation = _ConvWithOwnWeights(geometry, own.to(weight.value.dtype))
     with no_autocast:
-        y = _Conv(geometry).apply(host.tape, x, weight, bias)
+        y = operation.apply(host.tape, x, weight, bias)
     small = x if geometry.transposed else y
     n = small.numel() // (len(x) * small.shape[2])
     flops = 2 * len(x) * n * weight.value.numel()
@@ -144,6 +154,33 @@ class _Conv(RowOperation[Tensor]):
         if needs_grad.bias:
             biases = DenseFactor(grad.sum((1, *range(3, grad.ndim))))
         return Gradients(inputs, weights, biases)
+
+
+@dataclass(eq=False)
+class _ConvWithOwnWeights(_Conv):
+    """A convolution whose M weights differ.
+
+    One call for all rows, as the groups of one convolution, is slower on CPUs than M calls unless
+    rows are tiny; M calls of one sample spend their time on the calls.
+    """
+
+    weights: Tensor
+
+    @override
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Saved]:
+        rows = zip(x.unbind(), self.weights.unbind(), strict=True)
+        return torch.stack([self.geometry.forward(row, own, bias) for row, own in rows]), (x,)
+
+    @override
+    def backward(
+        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, needs_grad: NeedsGrad
+    ) -> Gradients:
+        found = super().backward(grad, saved, weight, bias, needs_grad._replace(input=False))
+        if not needs_grad.input:
+            return found
+        rows = zip(grad.unbind(), saved[0].unbind(), self.weights.unbind(), strict=True)
+        inputs = torch.stack([self.geometry.input_grad(*row) for row in rows])
+        return found._replace(input=inputs)
 
 
 # --- Memory formats do not change values, and inside vmap a row has no format of its own ---

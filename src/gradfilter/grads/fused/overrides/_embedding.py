@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]  # no stub
 from typing_extensions import override
 
+from gradfilter.grads.fused._along import add_lookups
 from gradfilter.grads.fused._factors import EmbeddingFactor, ghost_flops
 from gradfilter.grads.fused._host import Host
 from gradfilter.grads.fused._tape import Weight
@@ -73,13 +74,15 @@ def embedding(
     if not host.batched(weight):
         return NotImplemented
     refuse_options("embedding", sparse, max_norm)
-    weights = host.weights(weight)
+    shared = host.weight(weight, moves=True)
+    if shared is not None and shared.move is not None and shared.move.lookups() is None:
+        shared, weight = None, host.own(weight)
     padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
     index = host.level.lower(input)
-    if weights is None:
+    if shared is None:
         tables = host.level.lower(weight)
         return host.run("embedding", _own_tables, index, tables, padding, scale_grad_by_freq)
-    return host.run("embedding", _apply, host, index, *weights, padding, scale_grad_by_freq)
+    return host.run("embedding", _apply, host, index, shared, padding, scale_grad_by_freq)
 
 
 def embedding_of(
@@ -116,7 +119,13 @@ def _apply(host: Host, index: Tensor, weight: Weight, padding: int, by_frequency
     # A row uses n of the table's units: compare their products with those of the whole table.
     ghost = ghost_flops(len(index), n, width, len(weight.value))
     host.used("embedding", weight, index.numel() * width, kept, ghost)
-    return _Embedding(padding, by_frequency).apply(host.tape, index, weight, None)
+    y = _Embedding(padding, by_frequency).apply(host.tape, index, weight, None)
+    lookups = None if weight.move is None else weight.move.lookups()
+    if weight.move is None or lookups is None:
+        return y
+    flat = index.flatten(1)
+    moved = add_lookups(y.view(*flat.shape, width), flat, lookups, weight.move.steps)
+    return moved.view(y.shape)
 
 
 @dataclass(eq=False)
@@ -173,7 +182,7 @@ def embedding_bag(
     host.tape.overrides["embedding_bag"] += 1
     found = embedding(host, input, weight, padding_idx)
     if per_sample_weights is not None:
-        found = found * per_sample_weights[..., None]
+        found = found * host.own(per_sample_weights)[..., None]
     padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
     kept = (input != padding)[..., None]
     if mode == "max":

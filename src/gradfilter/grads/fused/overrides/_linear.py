@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradfilter import _tree
+from gradfilter.grads.fused._along import add_products, add_transposed
 from gradfilter.grads.fused._autocast import under_autocast
 from gradfilter.grads.fused._factors import DenseFactor, OuterFactor, ghost_flops
 from gradfilter.grads.fused._host import Host, in_autocast
@@ -27,30 +28,40 @@ from gradfilter.grads.fused.overrides._row_operation import (
 
 def linear(host: Host, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """Replace `torch.nn.functional.linear` for inputs of any rank."""
-    weights = host.weights(weight, bias)
+    weights = host.weights(weight, moves=True)
     if weights is None or not host.wanted(x, weight, bias) or weight.ndim != 2:
         return NotImplemented
-    return host.run("linear", _apply, host, host.level.lower(x), *weights)
+    x, shift = host.level.lower(host.own(x)), host.weights(bias)
+    if shift is None:  # every row has its own
+        y = host.run("linear", _apply, host, x, *weights, None)
+        return y + host.own(bias).to(y.dtype)
+    return host.run("linear", _apply, host, x, *weights, *shift)
 
 
 def linear_or_vmap(host: Host, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Apply the override if it can, else run the function under vmap."""
     found = linear(host, x, weight, bias)
     if found is NotImplemented:
-        found = under_autocast(F.linear)(x, weight, bias)
+        found = under_autocast(F.linear)(*map(host.own, (x, weight, bias)))
     result: Tensor = found
     return result
 
 
 def _apply(host: Host, x: Tensor, weight: Weight, bias: Weight | None) -> Tensor:
+    move, (p, d), n = weight.move, weight.value.shape, x.shape[:-1].numel()
+    products = None if move is None else move.products(n // len(x))
+    own = None if move is None or products is not None else host.moved_values(weight)
     x, weight, bias, no_autocast = in_autocast(x, weight, bias)
-    p, d = weight.value.shape
-    n = x.shape[:-1].numel()
     kept = n * (p + d) * x.element_size()
     host.used("linear", weight, 2 * n * p * d, kept, ghost_flops(len(x), n // len(x), p, d))
     host.used("linear", bias, n * p)
+    operation = _Linear(frozen=weight.rows is None)
+    if move is not None and products is not None:
+        operation = _LinearAlong(False, products, move.steps)
+    if own is not None:
+        operation = _LinearWithOwnWeights(False, own.to(weight.value.dtype))
     with no_autocast:
-        return _Linear(frozen=weight.rows is None).apply(host.tape, x, weight, bias)
+        return operation.apply(host.tape, x, weight, bias)
 
 
 @dataclass(eq=False)
@@ -76,6 +87,57 @@ class _Linear(RowOperation[Tensor]):
         if needs_grad.bias:
             biases = DenseFactor(outputs.sum(1))
         return Gradients(inputs, weights, biases)
+
+
+@dataclass(eq=False)
+class _LinearAlong(_Linear):
+    """y = x (W + r_m D_mᵀ A_m)ᵀ + b without the M weights.
+
+    Attributes:
+        products: The A_m and D_m, one pair for each use of the weight in the pass before.
+        steps: The r_m. (M,).
+    """
+
+    products: list[OuterFactor]
+    steps: Tensor
+
+    @override
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Saved]:
+        y, rows = F.linear(x, weight, bias), _by_position(x)
+        return add_products(_by_position(y), rows, self.products, self.steps).view(y.shape), (x,)
+
+    @override
+    def backward(
+        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, needs_grad: NeedsGrad
+    ) -> Gradients:
+        found = super().backward(grad, saved, weight, bias, needs_grad)
+        if found.input is None:
+            return found
+        rows, outputs = _by_position(found.input), _by_position(grad)
+        inputs = add_transposed(rows, outputs, self.products, self.steps)
+        return found._replace(input=inputs.view(found.input.shape))
+
+
+@dataclass(eq=False)
+class _LinearWithOwnWeights(_Linear):
+    """y = x W_mᵀ + b with the M weights."""
+
+    weights: Tensor
+
+    @override
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Saved]:
+        y = torch.bmm(_by_position(x), self.weights.mT).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias, (x,)
+
+    @override
+    def backward(
+        self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, needs_grad: NeedsGrad
+    ) -> Gradients:
+        found = super().backward(grad, saved, weight, bias, needs_grad._replace(input=False))
+        if not needs_grad.input:
+            return found
+        inputs = torch.bmm(_by_position(grad), self.weights)
+        return found._replace(input=inputs.view(saved[0].shape))
 
 
 def _by_position(rows: Tensor) -> Tensor:

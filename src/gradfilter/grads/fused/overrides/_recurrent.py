@@ -81,7 +81,8 @@ def cell(gates: Gates) -> Override:
         b_ih: Tensor | None = None,
         b_hh: Tensor | None = None,
     ) -> Any:
-        states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        input = host.own(input)
+        states = tuple(map(host.own, (hx,) if isinstance(hx, Tensor) else hx))
         if not host.batched(input, *states, w_ih, w_hh):
             return NotImplemented
         dtype = autocast_dtype(input.device)

@@ -63,3 +63,13 @@ OVERRIDES: dict[Callable[..., Any], Override] = {
     **FAULTS,
 }
 """The override of each function. All other functions run under vmap: exact, but slower."""
+
+TAKES_MOVES = {
+    *(f for d in (1, 2, 3) for f in spellings(f"conv{d}d")),
+    *(f for d in (1, 2, 3) for f in spellings(f"conv_transpose{d}d")),
+    *spellings("embedding"),
+    *spellings("linear"),
+    *(f for name in CELLS for f in spellings(name)),
+}
+TAKES_MOVES |= {F.linear, F.embedding, F.embedding_bag, F.multi_head_attention_forward}
+"""Functions whose overrides add `Weight.move`; other functions get the values of all rows."""
