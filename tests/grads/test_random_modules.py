@@ -24,7 +24,7 @@ CHUNKS = 20
 
 EVERY = (
     *("gram", "scaled.combine", "at.stacked", "at_rows.stacked", "dot"),
-    *("columns.first.sq_norms", "stacked"),
+    *("along.stacked", "scaled.columns.along.combine", "columns.first.sq_norms", "stacked"),
 )
 
 

@@ -170,7 +170,7 @@ class Case:
         plan: As in `gf.microbatch_grads`.
         dtype: A name in `DTYPES`.
         questions: Names of `_random_check.QUESTIONS`, behind "scaled.", "columns.", "first.",
-            "at." or "at_rows." in any number.
+            "at.", "at_rows." or "along." in any number.
         chain: Names in `_random_check.TRANSFORMS`, or none.
         host: "pure", or "Filtered": the same chain around a torch.optim optimizer.
         training: The mode of the model.
@@ -316,16 +316,21 @@ def reseed(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-PREFIXES = ("scaled.", "columns.", "first.", "at.", "at_rows.")
+PREFIXES = ("scaled.", "columns.", "first.", "at.", "at_rows.", "along.")
+ELSEWHERE = PREFIXES[3:]
+"""Prefixes that evaluate the rows at other parameters; a question has one of them at most."""
 ASKED = ("gram", "combine", "dot", "sq_norms", "stacked")
 
 
-def draw_questions(pick: random.Random) -> tuple[str, ...]:
+def draw_questions(pick: random.Random, exact: bool) -> tuple[str, ...]:
+    """Draw questions; only exact rows say exactly which points lie along them."""
     questions = []
     for _ in range(pick.randint(1, 4)):
         derived = pick.sample(PREFIXES, pick.choice((0, 0, 1, 1, 2)))
-        if "at." in derived and "at_rows." in derived:
-            derived.remove("at_rows.")
+        if not exact and "along." in derived:
+            derived.remove("along.")
+        if len([prefix for prefix in derived if prefix in ELSEWHERE]) > 1:
+            derived.pop()
         questions.append("".join(derived) + pick.choice(ASKED))
     return tuple(questions)
 
@@ -384,7 +389,7 @@ def draw(
         samples=pick.choice((2, 2, 3) if averages else (1, 2, 2, 3)),
         plan=pick.choice(("auto", "auto", "auto", "fused", "fused", "loop", "vmap")),
         dtype=dtype,
-        questions=draw_questions(pick),
+        questions=draw_questions(pick, not smooth),
         chain=chain,
         host=pick.choice(("pure", "Filtered")) if chain else "pure",
         training=pick.random() < 0.85,

@@ -212,6 +212,7 @@ class Arguments:
         generator = torch.Generator().manual_seed(case.seed + 2)
         draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
         self.weights, self.factors = draw(self.count), draw(self.count)
+        self.steps = 0.1 * torch.linspace(-1, 2, self.count, dtype=torch.float64)
         if self.count > 2:
             self.weights[1] = 0.0
             self.factors[-1] = 0.0
@@ -235,6 +236,8 @@ class Arguments:
                 rows = rows.first(min(self.cut, len(rows)))
             elif step == "at":
                 rows = rows.at(self.near)
+            elif step == "along":
+                rows = rows.along(self.steps[: len(rows)])
             else:
                 rows = rows.at_rows({n: p[: len(rows)] for n, p in self.near_rows.items()})
         return rows
@@ -287,7 +290,7 @@ def _check_rows(case: Case, reference: _Reference, caught: list[Any]) -> None:
     arguments = Arguments(case, reference.rows)
     want, wide, answers = reference.rows, reference.wide, reference.answers
     if case.random and not by_loop:
-        want = wide = _itself(rows)
+        want = wide = _itself(rows, params)
         answers = []
         for question in case.questions:
             answer = arguments.ask(want, question)
@@ -316,7 +319,7 @@ def _check_rows(case: Case, reference: _Reference, caught: list[Any]) -> None:
     _check_stash(case, model, reference.plain.model)
 
 
-def _itself(rows: gf.GradStack) -> PlainRows:
+def _itself(rows: gf.GradStack, params: dict[str, Tensor]) -> PlainRows:
     """Evaluate held rows of a stack at other parameters."""
 
     def held(stack: gf.GradStack) -> PlainRows:
@@ -328,6 +331,7 @@ def _itself(rows: gf.GradStack) -> PlainRows:
         count = len(next(iter(params.values())))
         return held((rows if count == len(rows) else rows.first(count)).at_rows(params))
 
+    evaluate.incoming = params
     return held(rows)
 
 

@@ -18,7 +18,8 @@ class PlainRows(gf.GradStack):
 
     Args:
         leaves: (M, *shape) by name.
-        evaluate: ``(params, per_row) -> PlainRows`` at other parameters.
+        evaluate: ``(params, per_row) -> PlainRows`` at other parameters; its attribute
+            ``incoming`` has the parameters of these rows.
         factors: (M,), the scales of the rows.
     """
 
@@ -97,6 +98,14 @@ class PlainRows(gf.GradStack):
     def at_rows(self, params):
         return self.like(self.evaluate(params, True))
 
+    def _points(self, factors):
+        incoming = self.evaluate.incoming
+        steps = factors.double()
+        return {
+            name: incoming[name] + steps.view(-1, *[1] * (leaf.ndim - 1)) * leaf
+            for name, leaf in self.wide().items()
+        }
+
     def release(self):
         pass
 
@@ -133,6 +142,7 @@ class PlainTraining:
             finally:
                 _set_global_states(generators)
 
+        evaluate.incoming = incoming
         reseed(seed)
         return self._run(evaluate, {}, False, incoming)
 

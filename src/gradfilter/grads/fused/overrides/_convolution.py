@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -160,14 +160,18 @@ class _Conv(RowOperation[Tensor]):
 class _ConvWithOwnWeights(_Conv):
     """A convolution whose M weights differ.
 
-    One call for all rows, as the groups of one convolution, is slower on CPUs than M calls unless
-    rows are tiny; M calls of one sample spend their time on the calls.
+    Rows of one sample are the groups of one convolution, without a copy. Rows of several samples
+    take one call each: as groups they would be copied, and each call has enough work.
     """
 
     weights: Tensor
 
     @override
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Saved]:
+        if x.shape[1] == 1:
+            biases = None if bias is None else bias.repeat(len(x))
+            y = self._groups(x).forward(_joined(x), self.weights.flatten(0, 1), biases)
+            return y.view(len(x), 1, -1, *y.shape[2:]), (x,)
         rows = zip(x.unbind(), self.weights.unbind(), strict=True)
         return torch.stack([self.geometry.forward(row, own, bias) for row, own in rows]), (x,)
 
@@ -178,9 +182,23 @@ class _ConvWithOwnWeights(_Conv):
         found = super().backward(grad, saved, weight, bias, needs_grad._replace(input=False))
         if not needs_grad.input:
             return found
-        rows = zip(grad.unbind(), saved[0].unbind(), self.weights.unbind(), strict=True)
+        (x,) = saved
+        if x.shape[1] == 1:
+            weights = self.weights.flatten(0, 1)
+            joined = self._groups(x).input_grad(_joined(grad), _joined(x), weights)
+            return found._replace(input=joined.reshape(x.shape))
+        rows = zip(grad.unbind(), x.unbind(), self.weights.unbind(), strict=True)
         inputs = torch.stack([self.geometry.input_grad(*row) for row in rows])
         return found._replace(input=inputs)
+
+    def _groups(self, x: Tensor) -> Geometry:
+        """Return the geometry of all rows as the groups of one convolution."""
+        return replace(self.geometry, groups=self.geometry.groups * len(x))
+
+
+def _joined(rows: Tensor) -> Tensor:
+    """Return rows of one sample (M, 1, channels, ...) as the channels of one sample."""
+    return rows.reshape(1, -1, *rows.shape[3:])
 
 
 # --- Memory formats do not change values, and inside vmap a row has no format of its own ---
