@@ -14,6 +14,7 @@ from _world import mine
 from gradfilter import _tree
 from gradfilter.distributed import RankStack, _ranks, across_ranks
 from gradfilter.distributed import _ranks as _exchange
+from gradfilter.grads._joined_stacks import join
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -142,7 +143,7 @@ def test_many_rows_per_rank(two, m):
 
 
 def elsewhere(m):
-    """`at` and `at_rows` of what `first`, `columns` and `scaled` left."""
+    """`at`, `at_rows` and `along` of what `first`, `columns` and `scaled` left."""
     net = torch.nn.Linear(4, 3)
     loss = gf.model_loss(net, F.cross_entropy)
     params, _ = gf.extract(net)
@@ -159,7 +160,12 @@ def elsewhere(m):
         far = {n: torch.linspace(0, 1, params[n].numel()).view_as(params[n]) for n in a.shapes}
         near = {n: params[n] + far[n] for n in far}
         apart = {n: torch.stack([p + k * far[n] for k in range(len(a))]) for n, p in near.items()}
-        for x, y in ((a.at(near), b.at(near)), (a.at_rows(apart), b.at_rows(apart))):
+        steps = torch.linspace(-0.5, 0.7, len(a))
+        joined = (
+            join(*(s.columns([n]).scaled(steps + 1) for n in s.shapes)).along(steps) for s in (a, b)
+        )
+        pairs = [(a.at(near), b.at(near)), (a.at_rows(apart), b.at_rows(apart))]
+        for x, y in (*pairs, (a.along(steps), b.along(steps)), tuple(joined)):
             assert x.shapes == y.shapes and torch.equal(x.live, y.live)
             close(x.losses, y.losses)
             close(x.gram(), y.gram())

@@ -415,12 +415,9 @@ class RankStack(BaseStack):
 
     @override
     def at_rows(self, params: Tree) -> GradStack:
-        unknown = sorted(set(params) - set(self.shapes))
-        if unknown:
-            raise ValueError(
-                f"Expected parameters among {sorted(self.shapes)}, found unknown {unknown}."
-            )
-        check_shapes(self.shapes, params, "at_rows", rows=len(self))
+        # Leaves of other columns may also be given; the local rows know their names and shapes.
+        shapes = {name: self.shapes.get(name, leaf.shape[1:]) for name, leaf in params.items()}
+        check_shapes(shapes, params, "at_rows", rows=len(self))
         own = {}
         for name, leaf in params.items():
             # Rows that `first` cut off are also computed, so that every rank has M.

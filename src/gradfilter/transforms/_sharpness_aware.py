@@ -83,7 +83,7 @@ def sam_perturb(
     def on_rows(rows: GradStack, state: State, params: Params, context: Context) -> tuple[Any, ...]:
         finite = rows.live & rows.sq_norms().isfinite()
         weights = finite / finite.sum().clamp(min=1).to(_tree.sum_dtype(finite))
-        if per_microbatch and adaptive is None:
+        if per_microbatch and perturbation.adaptive is None:
             # Each row along its own gradient; no M sets of parameters where they are not needed.
             again = _named_errors(rows.along, perturbation.step(rows.sq_norms().sqrt()))
         elif per_microbatch:
