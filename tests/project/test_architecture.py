@@ -137,6 +137,8 @@ NEIGHBOURS = {
     "gradfilter.grads.fused.overrides._attention": "the registry lists the overrides",
     "gradfilter.grads.fused.overrides._convolution": "the registry lists the overrides",
     "gradfilter.grads.fused.overrides._cross_entropy": "the registry lists the overrides",
+    "gradfilter.grads.fused.overrides._embedding_bag": "the registry lists the overrides",
+    "gradfilter.grads.fused.overrides._losses": "the registry lists the overrides",
     "gradfilter.grads.fused.overrides._norms": "the registry lists the overrides",
     "gradfilter.grads.fused.overrides._recurrent": "the registry lists the overrides",
     "gradfilter.interop._filtered": "a public class",

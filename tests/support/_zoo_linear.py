@@ -101,6 +101,6 @@ CASES = [
     Case("written-in-place", written_in_place, inputs(6), rules="linear"),
     Case("per-sample-weights", per_sample_weights, inputs(6), rules="linear"),
     Case("bilinear", bilinear, inputs(6), rules="linear"),
-    Case("einsum", einsum, inputs(4, 6)),
-    Case("addmm", addmm, inputs(6)),
+    Case("einsum", einsum, inputs(4, 6), rules="product"),
+    Case("addmm", addmm, inputs(6), rules="product"),
 ]

@@ -10,7 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeVar, get_args
@@ -46,7 +46,7 @@ from gradfilter.grads._writes import WriteWatch
 from gradfilter.grads.fused._along import Bypassed, ParamsAlong, detached, held
 from gradfilter.grads.fused._forward import Forward, forward_single
 from gradfilter.grads.fused._fused_stack import FusedStack, LazyRows, PassSource, SinglePass
-from gradfilter.grads.fused._lift import untraced
+from gradfilter.grads.fused._lift import quiet_fallbacks, untraced
 from gradfilter.grads.fused._modules_by_row import ByRow
 from gradfilter.grads.fused._row_groups import Grouping, forward_in_groups
 
@@ -537,7 +537,12 @@ class FusedPass(PassSource):
         loss, context = self.passes.loss, self.passes.context
         if len(batch) == 1:
             return forward_single(loss, params, batch, self.per_row, context)
-        found = forward_in_groups(loss, params, batch, self.per_row, grouping, context, check=check)
+        # Who asks for plan "fused" by name is told what vmap does not support; "auto" chooses.
+        quiet = self.passes.settings.plan == "auto"
+        with quiet_fallbacks() if quiet else nullcontext():
+            found = forward_in_groups(
+                loss, params, batch, self.per_row, grouping, context, check=check
+            )
         self.passes.settings.by_row.update(grouping.by_row)
         return found
 

@@ -54,11 +54,16 @@ class Move:
 
     def products(self, n: int) -> list[OuterFactor] | None:
         """Return the factors of products, if they are cheaper than the rows for n positions."""
-        parts = _parts(self.factor)
-        outer = [part for part in parts if isinstance(part, OuterFactor)]
+        parts, (p, d) = _parts(self.factor), self.factor.shape
+        outer = [
+            part
+            for part in parts
+            if isinstance(part, OuterFactor)
+            and (part.outputs.shape[-1], part.inputs.shape[-1]) == (p, d)
+        ]
         if len(outer) < len(parts):
             return None
-        (p, d), kept = self.factor.shape, sum(part.inputs.shape[1] for part in outer)
+        kept = sum(part.inputs.shape[1] for part in outer)
         # Forward and backward, two small products each; or the rows, and two products with them.
         return outer if 2 * n * kept * (p + d) <= (kept + 2 * n) * p * d else None
 

@@ -120,6 +120,9 @@ class OuterFactor(Divisible):
 
     Its Gram needs no rows: ⟨d ⊗ a, d' ⊗ a'⟩ = ⟨d, d'⟩ ⟨a, a'⟩, so K is (D Dᵀ) ∘ (A Aᵀ), summed
     over the positions t of either row.
+
+    The leaf (p, d) may have more dims: the first ones together have p entries, the others d. A leaf
+    (d, p), of y = a W, has rows Σ_t a_mt ⊗ d_mt: inputs and output gradients are exchanged.
     """
 
     inputs: Tensor
@@ -132,11 +135,16 @@ class OuterFactor(Divisible):
     @override
     def rows(self, low: int = 0, high: int | None = None) -> Tensor:
         """Compute D_mᵀ A_m for all m by one batched product."""
-        columns = self.outputs[..., low:high].mT
+        columns = self.outputs
+        if low or high is not None:
+            width = self.outputs.shape[-1] // self.shape[0]  # the entries of one unit
+            columns = columns[..., low * width : None if high is None else high * width]
+        columns = columns.mT
         # With one position per row it is an outer product, limited by memory bandwidth.
         single = self.inputs.shape[1] == 1
         rows = columns * self.inputs if single else torch.bmm(columns, self.inputs)
-        return rows.view(self.count, rows.shape[1], *self.shape[1:])
+        units = len(range(self.shape[0])[low:high])
+        return rows.view(self.count, units, *self.shape[1:])
 
     @override
     def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
@@ -147,8 +155,8 @@ class OuterFactor(Divisible):
     @override
     def dot(self, leaf: Tensor) -> Tensor:
         """Compute Σ_t ⟨d_mt, V a_mt⟩ by a product like that of the forward pass."""
-        moved = self.inputs @ leaf.flatten(1).T.to(self.inputs.dtype)
-        return paired(moved, self.outputs)
+        matrix = leaf.reshape(self.outputs.shape[-1], self.inputs.shape[-1])
+        return paired(self.inputs @ matrix.T.to(self.inputs.dtype), self.outputs)
 
     @override
     def part(self, low: int, high: int) -> Self:
@@ -179,6 +187,25 @@ class OuterFactor(Divisible):
             products = torch.bmm(inputs, inputs.mT).mul_(torch.bmm(outputs, outputs.mT))
             return products.sum((1, 2), dtype=_tree.sum_dtype(products)).clamp(min=0)
         return _products.row_sq_norms(self.rows().flatten(1))
+
+
+def join_uses(factors: list[Factor]) -> list[Factor]:
+    """Join the outer products of several uses of a leaf: the positions of all uses are one sum."""
+    joined: dict[tuple[int, int], list[OuterFactor]] = {}
+    others: list[Factor] = []
+    for factor in factors:
+        if type(factor) is OuterFactor:
+            size = factor.outputs.shape[-1], factor.inputs.shape[-1]
+            joined.setdefault(size, []).append(factor)
+        else:
+            others.append(factor)
+    sums = (uses[0] if len(uses) == 1 else _joined(uses) for uses in joined.values())
+    return [*sums, *others]
+
+
+def _joined(uses: list[OuterFactor]) -> OuterFactor:
+    inputs = torch.cat([use.inputs for use in uses], 1)
+    return OuterFactor(inputs, torch.cat([use.outputs for use in uses], 1), uses[0].shape)
 
 
 def by_rows(factor: F, bytes_of_row: int, answer: Callable[[F], Tensor]) -> Tensor:

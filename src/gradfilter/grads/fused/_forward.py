@@ -90,7 +90,7 @@ class Forward:
         aux: The second value that the loss returned, stacked over the rows.
         single: The state that the backward pass of a single row needs; None for several rows.
         groups: The rows of each pass, if rows that answer the host differently ran separately.
-        by_row: The classes of the modules that ran row by row.
+        by_row: The classes of the modules that ran row by row, and the operations.
         used: The tensors in attributes of modules that the loss used, by name.
         changed: True if attributes of modules have changed.
         moved: The leaves of `ParamsAlong` whose values in every row were computed.
@@ -310,7 +310,7 @@ def forward(
     aux = None if aux is None else _tree.tree_map(torch.Tensor.detach, aux)
     # A module that runs row by row may change its gradient in a way that is not linear.
     tape.linear = tape.linear and not (calls.modules or ends.custom)
-    looped = tuple(sorted({type(module).__name__ for module in calls.modules}))
+    looped = tuple(sorted({type(module).__name__ for module in calls.modules} | tape.looped))
     return Forward(
         losses,
         tape,

@@ -38,6 +38,7 @@ from gradfilter.grads.fused._factors import (
     Factor,
     TiledFactor,
     join_dense,
+    join_uses,
     small_dense,
     split_joined,
 )
@@ -326,7 +327,9 @@ class LazyRows:
 
     def as_factor(self, name: str, factors: list[Factor], grad: Tensor | None) -> Factor:
         """Return the one factor of a complete leaf, in the leaf's mode."""
-        parts = [*factors] if grad is None else [*factors, DenseFactor(grad)]
+        parts = join_uses(factors)
+        if grad is not None:
+            parts.append(DenseFactor(grad))
         if name in self._hooks:
             rows = parts[0].rows() if len(parts) == 1 else TiledFactor(parts).rows()
             rows, first = rows.to(self._dtypes[name]), parts[0]

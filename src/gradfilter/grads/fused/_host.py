@@ -13,7 +13,7 @@ from torch import Tensor
 from gradfilter.grads._buffer_watch import RunningUpdates
 from gradfilter.grads.fused._along import Move, own_rows
 from gradfilter.grads.fused._lift import Level, autocast_dtype, is_shared
-from gradfilter.grads.fused._tape import Tape, Use, Weight
+from gradfilter.grads.fused._tape import ProductSize, Tape, Use, Weight
 
 Override = Callable[..., Any]
 """``override(host, *args, **kwargs)`` replaces a function, or returns NotImplemented."""
@@ -39,6 +39,12 @@ class Host:
 
     drew: bool = False
     """True if a single random number was drawn for each row; answers may depend on it."""
+
+    hooked_views: set[str] = field(default_factory=set)
+    """The leaves of which a view has a hook, which has to see the gradient of that view."""
+
+    used_views: set[str] = field(default_factory=set)
+    """The leaves of which an override used a view, whose gradient then never exists."""
 
     def __post_init__(self) -> None:
         """Index the leaves by identity."""
@@ -75,6 +81,45 @@ class Host:
             found = self._leaves[id(rows)]
             return found if moves or found.move is None else None
         return Weight(rows.detach()[0], rows, None) if is_shared(rows) else None
+
+    def viewed(self, value: Tensor) -> tuple[Weight, tuple[int | None, ...]] | None:
+        """Return a parameter that all rows share, and its dim behind every dim of the value.
+
+        Where the value is a leaf with dims in another order, or repeated by ``expand``, the
+        parameter is that leaf, and a dim that is not the leaf's is None. Call `use_view` if an
+        override uses it.
+        """
+        weight = self.weight(value)
+        if weight is None or weight.leaf is not None or weight.rows is None:
+            return None if weight is None else (weight, tuple(range(value.ndim)))
+        rows = weight.rows
+        leaf = self._leaves.get(id(rows._base))
+        if leaf is not None and leaf.rows is not None and leaf.leaf not in self.hooked_views:
+            dims = _dims_of_view(rows, leaf.rows)
+            if dims is not None and rows.requires_grad:
+                return leaf, dims
+        return weight, tuple(range(value.ndim))
+
+    def use_view(self, value: Tensor, weight: Weight) -> None:
+        """Note that an override uses a leaf instead of a view of it."""
+        if weight.leaf is not None and weight.rows is not self.level.lower(value):
+            self.used_views.add(weight.leaf)
+
+    def hook_on(self, rows: Tensor) -> None:
+        """Note a hook on a tensor (M, ...), which may be a view of a leaf.
+
+        Raises:
+            RuntimeError: An override has used the leaf instead.
+        """
+        leaf = self._leaves.get(id(rows._base))
+        if leaf is None or leaf.leaf is None:
+            return
+        if leaf.leaf in self.used_views:
+            raise RuntimeError(
+                f"a hook on a view of parameter {leaf.leaf!r} cannot run over all rows at once "
+                "after the view was used. Register it before"
+            )
+        self.hooked_views.add(leaf.leaf)
 
     def weights(
         self, *values: Tensor | None, moves: bool = False
@@ -117,10 +162,40 @@ class Host:
         flops: int,
         kept: int = 0,
         ghost_flops: int | None = None,
+        product: ProductSize | None = None,
     ) -> None:
         """Note one use of a leaf for the choice of modes."""
         if weight is not None and weight.leaf is not None:
-            self.tape.uses.append(Use(weight.leaf, override, flops, kept, ghost_flops))
+            self.tape.uses.append(Use(weight.leaf, override, flops, kept, ghost_flops, product))
+
+    def used_in_product(
+        self, override: str, weight: Weight | None, size: ProductSize, element_size: int
+    ) -> None:
+        """Note one use of a leaf whose factor is an `OuterFactor`."""
+        n, p, d = size.rows * size.n, size.p, size.d
+        kept = n * (p + d) * element_size
+        self.used(override, weight, 2 * n * p * d, kept, size.ghost_flops, size)
+
+
+def _dims_of_view(view: Tensor, leaf: Tensor) -> tuple[int | None, ...] | None:
+    """Return the leaf's dim behind each dim of a view (M, ...); None if the view is another one."""
+    if view.storage_offset() != leaf.storage_offset() or view.dtype != leaf.dtype:
+        return None
+    left = {(size, step): dim for dim, (size, step) in enumerate(_extents(leaf))}
+    if len(left) < leaf.ndim - 1 or any(size == 1 or step == 0 for size, step in left):
+        return None
+    dims: list[int | None] = []
+    for size, step in _extents(view):
+        repeats = size == 1 or step == 0
+        if not repeats and (size, step) not in left:
+            return None
+        dims.append(None if repeats else left.pop((size, step)))
+    return None if left else tuple(dims)
+
+
+def _extents(rows: Tensor) -> list[tuple[int, int]]:
+    """Return the size and the stride of every dim but the first."""
+    return list(zip(rows.shape[1:], rows.stride()[1:], strict=True))
 
 
 def in_autocast(x: Tensor, *weights: Weight | None) -> tuple[Any, ...]:

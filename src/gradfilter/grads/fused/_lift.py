@@ -84,6 +84,20 @@ class Level:
         return context
 
 
+@contextmanager
+def quiet_fallbacks() -> Iterator[None]:
+    """Keep torch from warning that vmap runs an operation row by row.
+
+    Python's own filters would do it too, but changing them makes every other warning appear again.
+    """
+    module: Any = _functorch
+    module._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        module._set_vmap_fallback_warning_enabled(True)
+
+
 def is_shared(rows: Tensor) -> bool:
     """Return whether all rows of (M, ...) are the same tensor, repeated by a stride of 0."""
     return rows.stride(0) == 0

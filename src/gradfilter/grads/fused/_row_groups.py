@@ -35,6 +35,7 @@ from gradfilter.grads.fused._factors import (
     Factor,
     OuterFactor,
     TiledFactor,
+    join_uses,
 )
 from gradfilter.grads.fused._forward import BatchWritten, Forward, forward
 from gradfilter.grads.fused._modules_by_row import ByRow
@@ -364,7 +365,7 @@ def _uses(tapes: list[Tape], count: int) -> list[Use]:
     """Return the uses of leaves by overrides as if all rows had been in one pass."""
     paths = {tuple((use.leaf, use.override) for use in tape.uses) for tape in tapes}
     if len(paths) > 1:
-        return [replace(use, ghost_flops=None) for tape in tapes for use in tape.uses]
+        return [replace(use, ghost_flops=None, product=None) for tape in tapes for use in tape.uses]
     rows = [len(next(iter(tape.leaves.values()))) for tape in tapes]
 
     most = max(range(len(rows)), key=rows.__getitem__)
@@ -377,6 +378,7 @@ def _uses(tapes: list[Tape], count: int) -> list[Use]:
             flops=sum(use.flops for use in uses),
             kept=sum(use.kept for use in uses),
             ghost_flops=ghost and ghost * count**2 // rows[most] ** 2,
+            product=uses[0].product and uses[0].product._replace(rows=count),
         )
         found.append(together)
     return found
@@ -425,5 +427,7 @@ class _Collector(LeafVisitor):
 
     @override
     def visit(self, name: str, factors: list[Factor], grad: Tensor | None) -> None:
-        own = [*factors] if grad is None else [*factors, DenseFactor(grad)]
+        own = join_uses(factors)
+        if grad is not None:
+            own.append(DenseFactor(grad))
         self.found.setdefault(name, []).append(FactorPart(self.rows, own))

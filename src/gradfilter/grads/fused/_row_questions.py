@@ -219,6 +219,7 @@ def _register_hook(host: Host, tensor: Tensor, hook: Callable[[Tensor], Any]) ->
     for name, leaf in host.tape.leaves.items():
         if leaf is rows:
             raise hooked_parameter(name)
+    host.hook_on(rows)
     # A hook need not be linear, so it must see the unweighted gradient of every row.
     host.tape.linear = False
     on_rows = RowHook(host, _functorch.maybe_get_bdim(tensor), hook)

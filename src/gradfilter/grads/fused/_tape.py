@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from gradfilter._types import Tree
 from gradfilter.grads.fused._along import Move
-from gradfilter.grads.fused._factors import Factor
+from gradfilter.grads.fused._factors import Factor, ghost_flops
 
 # --- The tape ---
 
@@ -51,6 +51,20 @@ class Weight:
     move: Move | None = None
 
 
+class ProductSize(NamedTuple):
+    """The sizes of an `OuterFactor`: (M, n, p) output gradients and (M, n, d) inputs."""
+
+    rows: int
+    n: int
+    p: int
+    d: int
+
+    @property
+    def ghost_flops(self) -> int | None:
+        """The flops of the ghost Gram; None if rows are cheaper."""
+        return ghost_flops(*self)
+
+
 @dataclass(frozen=True)
 class Use:
     """One use of a leaf by an override in the forward pass; the mode is chosen from it.
@@ -61,6 +75,7 @@ class Use:
         flops: The flops of the leaf's ordinary weight gradient over all rows.
         kept: The bytes of the factor, inputs and output gradients; 0 if the rows cost nothing.
         ghost_flops: The flops of the ghost Gram; None if there is none or rows are cheaper.
+        product: The size of the use if its factor is an `OuterFactor`.
     """
 
     leaf: str
@@ -68,6 +83,7 @@ class Use:
     flops: int
     kept: int = 0
     ghost_flops: int | None = None
+    product: ProductSize | None = None
 
 
 @dataclass
@@ -83,6 +99,7 @@ class Tape:
         visitor: The visitor of the present backward pass.
         uses: The uses of leaves that overrides recorded.
         overrides: The number of times each override ran.
+        looped: The operations that ran row by row.
         ignored: The rows that had only ignored labels in every class loss; None if not recorded,
             because the losses can be read. (M,) bool.
         linear: True if the backward pass is linear in the cotangent: no hook changes it.
@@ -93,6 +110,7 @@ class Tape:
     visitor: LeafVisitor | None = None
     uses: list[Use] = field(default_factory=list)
     overrides: Counter[str] = field(default_factory=Counter)
+    looped: set[str] = field(default_factory=set)
     ignored: Tensor | None = None
     linear: bool = True
     _factors: dict[str, list[Factor]] = field(default_factory=dict)
@@ -258,8 +276,23 @@ def _save(
 
 
 def _fastest(name: str, rows: tuple[int, ...], uses: list[Use], size: int) -> Layer:
-    ghost = len(uses) == 1 and uses[0].ghost_flops is not None
-    return _layer(name, rows, uses, size, "ghost" if ghost else "store")
+    if _ghost_flops(uses) is not None:
+        return _layer(name, rows, uses, size, "ghost")
+    store = _layer(name, rows, uses, size, "store")
+    if not uses or not all(use.kept for use in uses):
+        return store
+    # Combining lookups takes fewer flops than combining rows, most of whose entries are 0.
+    stream = _layer(name, rows, uses, size, "stream")
+    return stream if stream.flops < store.flops else store
+
+
+def _ghost_flops(uses: list[Use]) -> int | None:
+    """Return the flops of the ghost Gram of all uses of a leaf together."""
+    if len(uses) == 1:
+        return uses[0].ghost_flops
+    sizes = [use.product for use in uses if use.product is not None]
+    alike = len(sizes) == len(uses) and len({(s.rows, s.p, s.d) for s in sizes}) == 1
+    return sizes[0]._replace(n=sum(s.n for s in sizes)).ghost_flops if alike else None
 
 
 def _layer(name: str, rows: tuple[int, ...], uses: list[Use], size: int, mode: Mode) -> Layer:
@@ -267,7 +300,7 @@ def _layer(name: str, rows: tuple[int, ...], uses: list[Use], size: int, mode: M
     for extent in rows:
         numbers *= extent
     if mode == "ghost":
-        flops = uses[0].ghost_flops or 0
+        flops = _ghost_flops(uses) or 0
     elif mode == "stream":
         flops = 2 * count * numbers + sum(use.flops for use in uses if use.kept)
     else:

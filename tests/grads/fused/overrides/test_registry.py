@@ -14,12 +14,19 @@ import gradfilter as gf
 from _zoo import ZOO
 from _zoo_case import PLAN, Case, Net, inputs
 from _zoo_check import Oracle, probe_for
+from gradfilter.grads.fused.overrides._row_by_row import COMPOSED, NAMES
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
     pytest.mark.skipif(PLAN != "fused", reason="only the fused plan has rules"),
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
 ]
+
+
+def plain_name(function):
+    """Return the name f of aten.f.overload."""
+    return function.__name__.split(".")[0]
+
 
 # The functions a rule stands for, by their names.
 FUNCTIONS = {
@@ -39,6 +46,18 @@ FUNCTIONS = {
     "nll_loss": {"nll_loss"},
     "rnn": {"lstm", "gru", "rnn_tanh", "rnn_relu"},
     "cell": {"lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"},
+    "product": {
+        *("matmul", "__matmul__", "__rmatmul__", "linalg_matmul", "mm", "bmm", "addmm"),
+        *("baddbmm", "einsum"),
+    },
+    **{
+        loss: {loss}
+        for loss in (
+            *("kl_div", "soft_margin_loss", "margin_ranking_loss", "multi_margin_loss"),
+            *("multilabel_margin_loss", "triplet_margin_loss", "ctc_loss", "gaussian_nll_loss"),
+        )
+    },
+    "row by row": {*NAMES, *(plain_name(function) for function in COMPOSED)},
     "format": {"contiguous", "to", "clone"},  # without a name of their own
     # What vmap itself runs wrongly: test_spellings.py.
     "fault": {
@@ -76,6 +95,9 @@ COUNTS = [
     ("nll_loss", "loss-nll", 1),
     ("rnn", "lstm-used-twice", 2),
     ("rnn", "gru", 1),
+    ("product", "addmm", 2),
+    ("product", "einsum", 2),
+    ("product", "tied-transposed", 1),
 ]
 
 # Cases that a rule must be there for.
@@ -95,11 +117,6 @@ def table():
     from gradfilter.grads.fused.overrides._registry import OVERRIDES
 
     return OVERRIDES
-
-
-def plain_name(function):
-    """Return the name f of aten.f.overload."""
-    return function.__name__.split(".")[0]
 
 
 @pytest.fixture

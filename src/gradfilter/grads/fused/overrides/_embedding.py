@@ -1,4 +1,4 @@
-"""Overrides of embeddings and bags of embeddings: one lookup over all rows."""
+"""Overrides of embeddings: one lookup over all rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]  
 from typing_extensions import override
 
 from gradfilter.grads.fused._along import add_lookups
-from gradfilter.grads.fused._factors import EmbeddingFactor, ghost_flops
+from gradfilter.grads.fused._factors import EmbeddingFactor
 from gradfilter.grads.fused._host import Host
 from gradfilter.grads.fused._tape import Weight
 from gradfilter.grads.fused.overrides._row_operation import (
@@ -112,19 +112,24 @@ def _own_tables(index: Tensor, tables: Tensor, padding: int, by_frequency: bool)
     return torch.where((index == padding)[..., None], found.detach(), found)
 
 
-def _apply(host: Host, index: Tensor, weight: Weight, padding: int, by_frequency: bool) -> Tensor:
+def note_lookup(host: Host, override: str, index: Tensor, weight: Weight) -> None:
+    """Note the lookup of (M, ...) units of a table for the choice of modes."""
     width = weight.value.shape[1]
     kept = index.nbytes + index.numel() * width * weight.value.element_size()
-    n = index.numel() // len(index)
-    # A row uses n of the table's units: compare their products with those of the whole table.
-    ghost = ghost_flops(len(index), n, width, len(weight.value))
-    host.used("embedding", weight, index.numel() * width, kept, ghost)
-    y = _Embedding(padding, by_frequency).apply(host.tape, index, weight, None)
+    n, units = index.numel() // len(index), len(weight.value)
+    # The Gram takes the products of all positions, or those of the tables if these are fewer.
+    ghost = 2 * index.numel() ** 2 * width if n * n <= units else None
+    host.used(override, weight, index.numel() * width, kept, ghost)
+
+
+def _apply(host: Host, index: Tensor, weight: Weight, padding: int, scaled: bool) -> Tensor:
+    note_lookup(host, "embedding", index, weight)
+    y = _Embedding(padding, scaled).apply(host.tape, index, weight, None)
     lookups = None if weight.move is None else weight.move.lookups()
     if weight.move is None or lookups is None:
         return y
     flat = index.flatten(1)
-    moved = add_lookups(y.view(*flat.shape, width), flat, lookups, weight.move.steps)
+    moved = add_lookups(y.view(*flat.shape, y.shape[-1]), flat, lookups, weight.move.steps)
     return moved.view(y.shape)
 
 
@@ -133,7 +138,7 @@ class _Embedding(RowOperation[Tensor]):
     """The input is the index; a negative ``padding`` stands for none."""
 
     padding: int
-    by_frequency: bool
+    scaled: bool
 
     @override
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Saved]:
@@ -147,65 +152,16 @@ class _Embedding(RowOperation[Tensor]):
         grad = grad.reshape(*index.shape, shape[1])
         if self.padding >= 0:
             grad = torch.where((index == self.padding)[..., None], 0.0, grad)
-        if self.by_frequency:  # counted within the row, as in its own backward pass
-            ones = torch.ones_like(index, dtype=grad.dtype)
-            counts = grad.new_zeros(len(index), shape[0]).scatter_add_(1, index, ones)
-            grad = grad / counts.gather(1, index)[..., None]
+        if self.scaled:
+            grad = by_frequency(index, grad, shape[0])
         return Gradients(weight=EmbeddingFactor(index, grad, shape))
 
 
-# --- Bags of embeddings: a lookup over all rows and a sum, where vmap would run row by row ---
+def by_frequency(index: Tensor, grad: Tensor, units: int) -> Tensor:
+    """Divide the gradient (M, n, width) of every position by how often its row has the unit.
 
-
-def embedding_bag(
-    host: Host,
-    input: Tensor,
-    weight: Tensor,
-    offsets: Tensor | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    mode: str = "mean",
-    sparse: bool = False,
-    per_sample_weights: Tensor | None = None,
-    include_last_offset: bool = False,
-    padding_idx: int | None = None,
-) -> Any:
-    """Replace `torch.nn.functional.embedding_bag` for bags of one length, (B, length)."""
-    if not host.batched(weight) or not weight.is_floating_point():
-        return NotImplemented
-    refuse_options("embedding_bag", sparse, max_norm)
-    if input.ndim != 2 or not input.shape[1] or scale_grad_by_freq or offsets is not None:
-        return NotImplemented
-    if per_sample_weights is not None and mode != "sum":
-        return NotImplemented  # torch raises the error
-    host.tape.overrides["embedding_bag"] += 1
-    found = embedding(host, input, weight, padding_idx)
-    if per_sample_weights is not None:
-        found = found * host.own(per_sample_weights)[..., None]
-    padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
-    kept = (input != padding)[..., None]
-    if mode == "max":
-        largest = torch.where(kept, found, float("-inf")).max(1).values
-        return torch.where(kept.any(1), largest, 0.0)
-    if padding_idx is not None:
-        found = torch.where(kept, found, 0.0)
-    total = found.sum(1)
-    return total / kept.sum(1).clamp(min=1) if mode == "mean" else total
-
-
-def embedding_bag_of(
-    host: Host,
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    scale_grad_by_freq: bool = False,
-    mode: int = 0,
-    sparse: bool = False,
-    *_: Any,
-    **__: Any,
-) -> Any:
-    """Replace `torch.embedding_bag`; bags that differ in length have no rows and are refused."""
-    if host.batched(weight):
-        refuse_options("embedding_bag", sparse, None)
-    return NotImplemented
+    It is counted within the row, as in its own backward pass.
+    """
+    ones = torch.ones_like(index, dtype=grad.dtype)
+    counts = grad.new_zeros(len(index), units).scatter_add_(1, index, ones)
+    return grad / counts.gather(1, index)[..., None]

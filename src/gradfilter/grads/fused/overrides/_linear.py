@@ -13,9 +13,10 @@ from typing_extensions import override
 from gradfilter import _tree
 from gradfilter.grads.fused._along import add_products, add_transposed
 from gradfilter.grads.fused._autocast import under_autocast
-from gradfilter.grads.fused._factors import DenseFactor, OuterFactor, ghost_flops
+from gradfilter.grads.fused._factors import DenseFactor, OuterFactor
 from gradfilter.grads.fused._host import Host, in_autocast
-from gradfilter.grads.fused._tape import Weight
+from gradfilter.grads.fused._tape import ProductSize, Weight
+from gradfilter.grads.fused.overrides._matrix_products import linear_of_view
 from gradfilter.grads.fused.overrides._row_operation import (
     Gradients,
     NeedsGrad,
@@ -31,6 +32,10 @@ def linear(host: Host, x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     weights = host.weights(weight, moves=True)
     if weights is None or not host.wanted(x, weight, bias) or weight.ndim != 2:
         return NotImplemented
+    if weights[0] is not None and weights[0].leaf is None and weights[0].rows is not None:
+        found = linear_of_view(host, host.own(x), weight, host.own(bias))
+        if found is not NotImplemented:
+            return found
     x, shift = host.level.lower(host.own(x)), host.weights(bias)
     if shift is None:  # every row has its own
         y = host.run("linear", _apply, host, x, *weights, None)
@@ -52,8 +57,8 @@ def _apply(host: Host, x: Tensor, weight: Weight, bias: Weight | None) -> Tensor
     products = None if move is None else move.products(n // len(x))
     own = None if move is None or products is not None else host.moved_values(weight)
     x, weight, bias, no_autocast = in_autocast(x, weight, bias)
-    kept = n * (p + d) * x.element_size()
-    host.used("linear", weight, 2 * n * p * d, kept, ghost_flops(len(x), n // len(x), p, d))
+    size = ProductSize(len(x), n // len(x), p, d)
+    host.used_in_product("linear", weight, size, x.element_size())
     host.used("linear", bias, n * p)
     operation = _Linear(frozen=weight.rows is None)
     if move is not None and products is not None:

@@ -14,13 +14,11 @@ from gradfilter.grads.fused.overrides._attention import (
 )
 from gradfilter.grads.fused.overrides._convolution import FORMATS, conv, conv_transpose
 from gradfilter.grads.fused.overrides._cross_entropy import class_loss
-from gradfilter.grads.fused.overrides._embedding import (
-    embedding,
-    embedding_bag,
-    embedding_bag_of,
-    embedding_of,
-)
+from gradfilter.grads.fused.overrides._embedding import embedding, embedding_of
+from gradfilter.grads.fused.overrides._embedding_bag import embedding_bag, embedding_bag_of
 from gradfilter.grads.fused.overrides._linear import linear, weight_norm
+from gradfilter.grads.fused.overrides._losses import LOSSES
+from gradfilter.grads.fused.overrides._matrix_products import PRODUCTS
 from gradfilter.grads.fused.overrides._norms import (
     batch_norm,
     group_norm,
@@ -29,6 +27,7 @@ from gradfilter.grads.fused.overrides._norms import (
     rms_norm,
 )
 from gradfilter.grads.fused.overrides._recurrent import CELLS, recurrent
+from gradfilter.grads.fused.overrides._row_by_row import ROW_BY_ROW
 from gradfilter.grads.fused.overrides._spellings import override_spellings, spellings
 from gradfilter.grads.fused.overrides._vmap_faults import FAULTS
 
@@ -37,6 +36,7 @@ RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 OVERRIDES: dict[Callable[..., Any], Override] = {
     **{f: conv(d) for d in (1, 2, 3) for f in spellings(f"conv{d}d")},
     **{f: conv_transpose(d) for d in (1, 2, 3) for f in spellings(f"conv_transpose{d}d")},
+    **ROW_BY_ROW,
     F.batch_norm: batch_norm,
     F.layer_norm: layer_norm,
     F.rms_norm: rms_norm,
@@ -45,7 +45,7 @@ OVERRIDES: dict[Callable[..., Any], Override] = {
     F.embedding: embedding,
     **dict.fromkeys(spellings("embedding"), embedding_of),
     F.embedding_bag: embedding_bag,
-    **dict.fromkeys(spellings("embedding_bag"), embedding_bag_of),
+    **{f: embedding_bag_of(ROW_BY_ROW[f]) for f in spellings("embedding_bag")},
     **override_spellings("batch_norm", batch_norm),
     **override_spellings("layer_norm", layer_norm),
     **override_spellings("rms_norm", rms_norm),
@@ -59,6 +59,8 @@ OVERRIDES: dict[Callable[..., Any], Override] = {
     F.multi_head_attention_forward: multi_head_attention,
     **{f: recurrent(f) for name in RECURRENT for f in spellings(name)},
     **{f: override for name, override in CELLS.items() for f in spellings(name)},
+    **PRODUCTS,
+    **LOSSES,
     **FORMATS,
     **FAULTS,
 }
@@ -71,5 +73,5 @@ TAKES_MOVES = {
     *spellings("linear"),
     *(f for name in CELLS for f in spellings(name)),
 }
-TAKES_MOVES |= {F.linear, F.embedding, F.embedding_bag, F.multi_head_attention_forward}
+TAKES_MOVES |= {F.linear, F.embedding, F.multi_head_attention_forward}
 """Functions whose overrides add `Weight.move`; other functions get the values of all rows."""
