@@ -11,7 +11,7 @@ from benchmarks._setting import Setting
 from torch import nn
 
 from benchmarks import _row_sections as row_sections
-from benchmarks import growth, memory, padded, rules, sharpness
+from benchmarks import growth, layers, memory, padded, rules, sharpness
 from gradfilter.grads.fused.overrides._convolution import FORMATS
 from gradfilter.grads.fused.overrides._vmap_faults import FAULTS
 
@@ -107,11 +107,20 @@ def test_every_rule_has_a_model_that_leans_on_it():
     assert {rules.called(function) for function in rules.OVERRIDES} - right_first == named
 
 
-@pytest.mark.parametrize("module", [growth, memory, rules, sharpness])
+@pytest.mark.parametrize("module", [growth, layers, memory, rules, sharpness])
 def test_a_command_says_what_it_is_for(module, capsys):
     with pytest.raises(SystemExit):
         module.main(["--help"])
     assert module.__doc__.splitlines()[0] in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_layers_run_with_every_plan_and_without_torchs_warning(tmp_path):
+    layers.main(["--quick", "--rounds", "1", "--out", str(tmp_path)])
+    written = json.loads((tmp_path / "layers-cpu.json").read_text())
+    assert [w["model"] for w in written["workloads"]] == list(layers.LAYERS)
+    for workload in written["workloads"]:
+        assert list(workload["results"]) == ["plain", "loop", "fused"]
+        assert not any(result["failure"] for result in workload["results"].values())
 
 
 def test_padded_text_is_counted_and_timed(tmp_path, capsys):
