@@ -16,6 +16,7 @@ from typing_extensions import override
 from gradfilter._factory import FactoryCall, MadeByFactory
 from gradfilter._overlap import refuse_shared_memory
 from gradfilter._readable import differentiated
+from gradfilter._row_rules import RowRules
 from gradfilter._state_rules import StateRules, settled
 from gradfilter._tree import as_bool_tensor, device_of, donate_into, select
 
@@ -174,6 +175,7 @@ class Transform(MadeByFactory):
         parts: The transforms of a chain; empty for all others.
         made_by: The call of the factory that made it.
         rules: The rules for a state that changes in skipped steps as well; None for others.
+        row_rules: The rules of a transform that acts row by row; None if it compares rows.
         apply: Computes and applies the updates in one pass, if there is such a way: `with_apply`.
 
     Calling a transform that ends in an update applies it:
@@ -188,6 +190,7 @@ class Transform(MadeByFactory):
     publishes: frozenset[str] = frozenset()
     made_by: FactoryCall | None = None
     rules: StateRules | None = None
+    row_rules: RowRules | None = None
     # Not arguments: `replace(transform, compute=...)` must not keep what belonged to the old one.
     parts: tuple[Transform, ...] = field(default=(), init=False)
     apply: Callable[..., tuple[Params, State, Out]] | None = field(default=None, init=False)
@@ -198,7 +201,7 @@ class Transform(MadeByFactory):
         """Everything that the call of a factory determines."""
         return (
             *(self.name, self.compute, self.init, self.kinds),
-            *(self.needs, self.publishes, self.rules),
+            *(self.needs, self.publishes, self.rules, self.row_rules),
         )
 
     @override

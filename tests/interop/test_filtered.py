@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 import gradfilter as gf
 from _models import ConvBN, Dropped, Tied, WithLoss, images, token_loss, tokens, vectors
 from gradfilter import _tree
+from gradfilter.grads._row_parts import join_stacks
 from gradfilter.grads._stack import StackOrigin
 from gradfilter.interop import GSAM, SAM, SGD_AGC, Filtered, LinearScheduler, step_gaf
-from gradfilter.interop._filtered import join_stacks
 
 PICKY = 0.9  # of random batches this accepts some rows and skips some steps
 NOTHING, ALL = 0.0, 2.0

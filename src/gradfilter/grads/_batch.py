@@ -79,6 +79,29 @@ def split(batch: Any, microbatches: int | None) -> tuple[list[Tensor], Rebuild]:
     return tensors, Structure(values, places, unflatten)
 
 
+def cut(batch: Any, microbatches: int | None, rows: int) -> list[tuple[Any, int]]:
+    """Cut a batch into batches of some rows each, in order; the last may have fewer.
+
+    Args:
+        batch: See `split`.
+        microbatches: See `split`.
+        rows: The number of rows of a part.
+
+    Returns:
+        The parts, and the number of rows of each.
+    """
+    tensors, rebuild = split(batch, microbatches)
+    count = len(tensors[0])
+    parts = [slice(low, min(low + rows, count)) for low in range(0, count, rows)]
+    return [
+        (
+            rebuild(rearrange(t[part], "m b ... -> (m b) ...") for t in tensors),
+            part.stop - part.start,
+        )
+        for part in parts
+    ]
+
+
 @dataclass(frozen=True, eq=False)
 class Structure:
     """The structure of a batch.

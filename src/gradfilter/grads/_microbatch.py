@@ -135,6 +135,14 @@ class GradFunction:
             raise more_than_a_batch("grads_of(params, batch)", "grads_of(params, (x, y))", more)
         return untraced(self._stack_of)(params, batch, buffers)
 
+    def with_rows(self, count: int) -> GradFunction:
+        """Return the same function for another number of rows; of samples, it is any number."""
+        if self.microbatches in (None, count):
+            return self
+        other = replace(self, microbatches=count)
+        object.__setattr__(other, "by_row", self.by_row)  # what was learned serves both
+        return other
+
     def _stack_of(self, params: Params, batch: Any, buffers: Tree | None) -> ComputedStack:
         check_params(params)
         loss = NormalizedLoss.of(self.loss, self.has_aux)

@@ -417,7 +417,7 @@ class BaseStack(GradStack):
 
     @override
     def at(self, params: Params) -> GradStack:
-        origin = self._origin("at", params)
+        origin = self.known_origin("at", params)
         check_shapes(_shapes(origin), params, "at")
         kept = origin.params.keys() - params.keys()
         if origin.per_row and kept:
@@ -427,7 +427,7 @@ class BaseStack(GradStack):
 
     @override
     def at_rows(self, params: Tree) -> GradStack:
-        origin = self._origin("at_rows", params)
+        origin = self.known_origin("at_rows", params)
         check_shapes(_shapes(origin), params, "at_rows", rows=len(self))
         # A stack cut by `first` is computed with all rows: its random numbers stay the same.
         whole = {
@@ -440,7 +440,7 @@ class BaseStack(GradStack):
 
     @override
     def _points(self, factors: Tensor) -> Tree:
-        origin = self._origin("along", {})
+        origin = self.known_origin("along", {})
         origin.check(set(self.shapes))
         steps, near = _tree.at_least_float32(factors), {}
         for name, leaf in self.stacked().items():
@@ -450,7 +450,8 @@ class BaseStack(GradStack):
             near[name] = torch.addcmul(base, rows, step).to(own.dtype)
         return near
 
-    def _origin(self, question: str, params: Mapping[str, Tensor]) -> StackOrigin:
+    def known_origin(self, question: str, params: Mapping[str, Tensor]) -> StackOrigin:
+        """Return the origin, or refuse a question that needs it, or its unknown parameters."""
         if self.origin is None:
             instead = ", or pass grad_fn=... to the update" if question == "at" else ""
             raise ValueError(

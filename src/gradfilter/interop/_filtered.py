@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from gradfilter.grads._hidden_state import Probes
 from gradfilter.grads._loss import extract, insert
 from gradfilter.grads._microbatch import GradFunction, Plan, microbatch_grads, per_sample_grads
 from gradfilter.grads._normalized_loss import NormalizedLoss
-from gradfilter.grads._stack import BaseStack, ComputedStack, DenseStack, GradStack, StackOrigin
+from gradfilter.grads._row_parts import dense_rows, join_stacks
+from gradfilter.grads._stack import ComputedStack, DenseStack, GradStack
 from gradfilter.interop._host_chain import (
     check_owned,
     filter_chain,
@@ -42,6 +43,7 @@ from gradfilter.interop._host_loss import (
     with_own_losses,
 )
 from gradfilter.interop._sam import check_steps_alone
+from gradfilter.transforms._chain import row_part
 from gradfilter.transforms._compile import (
     Backend,
     Graphs,
@@ -52,21 +54,9 @@ from gradfilter.transforms._compile import (
     decisions,
 )
 from gradfilter.transforms._state_dict import load_state_dict, state_dict
+from gradfilter.transforms._streaming import ReducedRows
 
-# --- The rows of one batch, and those of several batches as one stack ---
-
-
-def dense_rows(rows: GradStack, factors: Tensor | None = None) -> DenseStack:
-    """Return the rows themselves, without activations.
-
-    Args:
-        rows: A stack that has not been scaled.
-        factors: The factors (M,) to scale it with.
-    """
-    origin = rows.origin if isinstance(rows, BaseStack) else None
-    dense = DenseStack(rows.stacked(), rows.losses, rows.buffers, rows.aux, factors, origin)
-    rows.release()
-    return dense
+# --- The batch ---
 
 
 def batch_of(inputs: Any, targets: Any, criterion: Callable[..., Any] | None) -> Any:
@@ -93,77 +83,18 @@ def batch_of(inputs: Any, targets: Any, criterion: Callable[..., Any] | None) ->
     return inputs if targets is None else (inputs, targets)
 
 
-def join_stacks(parts: Sequence[DenseStack]) -> DenseStack:
-    """Join the rows of all parts in order; each part is computed again on its own batch.
-
-    Args:
-        parts: Stacks on the same leaves, taken at the same parameters.
-
-    Raises:
-        ValueError: The leaves differ.
-    """
-    names = set(parts[0].rows)
-    for part in parts[1:]:
-        if set(part.rows) != names:
-            raise ValueError(
-                "Expected the same trainable parameters in every accumulated batch, found "
-                f"{sorted(names ^ set(part.rows))} in some only. Freeze and unfreeze after step()."
-            )
-    origins = [cast(StackOrigin, part.origin) for part in parts]  # rows of a batch have one
-    sizes = [len(part) for part in parts]
-
-    def evaluate(params: Mapping[str, Tensor], per_row: bool, kept: Collection[str]) -> GradStack:
-        pieces = _cut(params, sizes) if per_row else [params] * len(sizes)
-        return join_stacks(
-            [
-                dense_rows(origin.evaluate(piece, per_row, kept))
-                for origin, piece in zip(origins, pieces, strict=True)
-            ]
-        )
-
-    def check(names: Collection[str]) -> None:
-        for origin in origins:
-            origin.check(names)
-
-    return DenseStack(
-        {name: torch.cat([part.rows[name] for part in parts]) for name in parts[0].rows},
-        _cat_numbers([part.losses for part in parts]),
-        parts[-1].buffers,
-        None if parts[0].aux is None else _tree.tree_map(_cat, *(part.aux for part in parts)),
-        scale=_cat_numbers([part.scale for part in parts]),
-        origin=StackOrigin(sum(sizes), origins[0].params, evaluate, check=check),
-    )
-
-
-def _cut(params: Mapping[str, Tensor], sizes: list[int]) -> list[Mapping[str, Tensor]]:
-    """Split parameters with a leading axis M into those of the rows of every part."""
-    cuts = zip(*(torch.split(leaf, sizes) for leaf in params.values()), strict=True)
-    return [dict(zip(params, cut, strict=True)) for cut in cuts]
-
-
-def _cat(first: Tensor, *rest: Tensor) -> Tensor:
-    """Concatenate one leaf of the aux of all parts."""
-    for other in rest:
-        if other.shape[1:] != first.shape[1:]:
-            raise ValueError(
-                "Expected aux of the same shape from the rows of every accumulated batch, found "
-                f"the shapes {tuple(first.shape)} and {tuple(other.shape)}. Reduce it over the "
-                "samples, or accumulate batches of one size."
-            )
-    return torch.cat([first, *rest])
-
-
-def _cat_numbers(numbers: Sequence[Tensor | None]) -> Tensor | None:
-    """Concatenate one number per row of every part, or return None if a part has none."""
-    given = [part for part in numbers if part is not None]
-    return torch.cat(given) if len(given) == len(numbers) else None
-
-
 # --- The wrapper ---
 
 
 _Rows = tuple[ComputedStack, Tensor | None]
 """The rows of a batch, and the factors that remove a loss scale from them."""
+
+
+def _add_to(reduced: ReducedRows, computed: _Rows) -> None:
+    """Reduce the rows of a batch together with those of the batches before."""
+    rows, factors = computed
+    with torch.no_grad():
+        reduced.add(rows if factors is None else rows.scaled(factors))
 
 
 class _FilteredBatch(NamedTuple):
@@ -355,7 +286,9 @@ class Filtered:
         self._grads_of(None)
         check_owned(self._module, optimizer, "Filtered")
         self._state = self.transforms.init(extract(self._module)[0])
-        self._pending: list[DenseStack] = []
+        self._row_part = row_part(self.transforms)
+        self._held: list[DenseStack] = []
+        self._reduced: ReducedRows | None = None
         self.shared: Tree = {}  # used by hosts
 
     def step(self, inputs: Any, targets: Any = None, **extra: Any) -> StepResult:
@@ -392,22 +325,41 @@ class Filtered:
         metrics = {name: value for name, value in out.items() if name not in GLOBAL_NAMES}
         return StepResult(found.loss, {"keep": keep, **metrics}, found.aux)
 
-    def accumulate(self, inputs: Any, targets: Any = None) -> Tensor:
-        """Compute and hold the M rows of a batch; the next `step` filters them with its own.
+    def accumulate(self, inputs: Any, targets: Any = None, **extra: Any) -> Tensor:
+        """Compute the M rows of a batch; the next `step` filters them with its own.
+
+        If every transform up to the reducer acts row by row (`finite_filter`, `clip_per_row`,
+        `mean_rows`), the rows of the batch are reduced at once, and all batches together hold one
+        gradient. Otherwise the rows of all batches are held until the step, because the chain
+        compares them.
+
+        Args:
+            inputs: As in `step`.
+            targets: As in `step`.
+            **extra: Keywords that transforms up to the reducer read, the same objects as in `step`.
 
         Returns:
             The mean loss of these rows. ().
+
+        Raises:
+            ValueError: Rows of other parameters, or keywords with other values, were accumulated.
         """
         if self._graphs is not None:
             raise RuntimeError(
                 "Expected one batch per step with compile=, found accumulate(). Use larger "
                 "batches, or do not compile."
             )
-        part = dense_rows(*self._batch_rows(self._params(), inputs, targets))
-        insert(self._module, {}, part.buffers)
-        self._pending.append(part)
-        loss = part.mean_loss()
-        assert loss is not None  # rows of a batch always have their losses
+        params = self._params()
+        computed = self._batch_rows(params, inputs, targets)
+        loss = computed[0].mean_loss()
+        if self._row_part is None:
+            self._held.append(dense_rows(*computed))
+        else:
+            reduced = self._reduced or ReducedRows(self._row_part, self._state, params, extra)
+            reduced.check_keywords(extra)
+            _add_to(reduced, computed)
+            self._reduced = reduced
+        insert(self._module, {}, computed[0].buffers)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -416,9 +368,10 @@ class Filtered:
         Raises:
             RuntimeError: Rows are accumulated; a checkpoint cannot hold them.
         """
-        if self._pending:
+        batches = len(self._held) if self._reduced is None else len(self._reduced)
+        if batches:
             raise RuntimeError(
-                f"Expected no accumulated rows in a checkpoint, found {len(self._pending)} "
+                f"Expected no accumulated rows in a checkpoint, found {batches} "
                 "batches of them. Take state_dict() after step()."
             )
         states = {"transforms": state_dict(self._state), "optimizer": self.optimizer.state_dict()}
@@ -445,7 +398,12 @@ class Filtered:
         self.optimizer.load_state_dict(states["optimizer"])
         if self.scaler is not None:
             self.scaler.load_state_dict(states["scaler"])
-        self._state, self._pending = state, []
+        self._state = state
+        self._discard_accumulated()
+
+    def _discard_accumulated(self) -> None:
+        """Forget the batches accumulated since the last step."""
+        self._held, self._reduced = [], None
 
     def _params(self) -> Params:
         named = self._module.named_parameters()
@@ -482,19 +440,23 @@ class Filtered:
     def _filter(self, params: Params, computed: _Rows, state: State, extra: Any) -> _FilteredBatch:
         """Run the chain on the rows of a batch, and of every batch accumulated before."""
         of_batch, factors = computed
-        rows, buffers = cast(GradStack, of_batch), of_batch.buffers
-        if self._pending:
-            rows, self._pending = join_stacks([*self._pending, dense_rows(rows, factors)]), []
+        rows: GradStack | ReducedRows = of_batch
+        if self._reduced is not None:
+            _add_to(self._reduced, computed)
+            rows = self._reduced
+        elif self._held:
+            rows = join_stacks([*self._held, dense_rows(*computed)])
         elif factors is not None:
-            rows = rows.scaled(factors)
+            rows = of_batch.scaled(factors)
+        self._discard_accumulated()
         losses, loss, aux = rows.losses, rows.mean_loss(), rows.aux
         assert losses is not None and loss is not None  # rows of a batch have their losses
         with torch.no_grad():
             grads, state, out = self.transforms.update(rows, state, params, **extra)
-        rows.release()
+        of_batch.release()
         # The other global names stand for stacks, for the transforms of this chain only.
         out = {name: v for name, v in out.items() if name == "keep" or name not in GLOBAL_NAMES}
-        return _FilteredBatch(grads, state, out, buffers, losses, loss, aux)
+        return _FilteredBatch(grads, state, out, of_batch.buffers, losses, loss, aux)
 
     def _filter_in_graph(
         self, graphs: Graphs, params: Params, inputs: Any, targets: Any, extra: Any

@@ -125,7 +125,8 @@ class Hosted(Filtered):
 
     def begin(self) -> None:
         """Begin a step; discard the rows of an interrupted one."""
-        self.kept, self._pending = False, []
+        self.kept = False
+        self._discard_accumulated()
 
     @override
     def step(self, inputs: Any, targets: Any = None, **extra: Any) -> StepResult:
@@ -151,7 +152,8 @@ class Hosted(Filtered):
         Raises:
             ValueError: The state belongs to other transforms.
         """
-        self._state, self._pending = load_state_dict(self._state, states), []
+        self._state = load_state_dict(self._state, states)
+        self._discard_accumulated()
 
     def resume(self, saved: Mapping[str, Any] | None, source: str) -> None:
         """Load a state, or warn if a checkpoint has no state for these transforms."""

@@ -85,7 +85,8 @@ class FilteredModule(lightning.LightningModule):
 
     As under mixed precision, ``trainer.global_step`` and the schedulers count a skipped step, so
     that runs end at the planned step. With ``accumulate_grad_batches`` k the rows of k
-    batches are filtered together. Logged once per step: ``train_loss``, ``keep`` and the metrics
+    batches are filtered together; if the chain acts row by row, one gradient is held
+    (`Filtered.accumulate`). Logged once per step: ``train_loss``, ``keep`` and the metrics
     of the transforms, averaged over rows (``agree_filter/accepted`` is a fraction), and what
     ``microbatch_loss`` gives to ``self.log``, such as an accuracy (or a ``train_loss`` of its own),
     likewise. The transforms' state is in Lightning's checkpoint. For ``precision`` "32-true",

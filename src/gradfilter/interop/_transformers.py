@@ -83,8 +83,9 @@ class FilteredTrainer(Trainer):
     trainer or ``compute_loss_func`` holds. ``num_items_in_batch`` is the number of items per row,
     so that the mean of all rows is the gradient a Trainer would have computed. With
     ``gradient_accumulation_steps`` k the rows of k batches are filtered together, and the mean is
-    over all of them. A model that accepts ``num_items_in_batch`` and ignores it (BERT for
-    classification) is different in Trainer itself, which does not divide its loss by k.
+    over all of them; if the chain acts row by row, one gradient is held (`Filtered.accumulate`). A
+    model that accepts ``num_items_in_batch`` and ignores it (BERT for classification) is different
+    in Trainer itself, which does not divide its loss by k.
 
     Logged with Trainer's own: ``keep`` and the metrics of the transforms, averaged over rows
     (``agree_filter/accepted`` is a fraction) and over the steps since the last log; likewise the

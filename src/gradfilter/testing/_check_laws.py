@@ -36,6 +36,7 @@ LAWS: dict[str, Law] = {
         _laws.publishes_what_it_says,
         _laws.names_leaves_that_do_not_match,
         _laws.donates_storage,
+        _laws.works_on_parts_of_the_rows,
         _machine_laws.compiles_whole_and_once,
         _machine_laws.same_on_a_gpu,
     )
@@ -58,6 +59,7 @@ def check_laws(
     (float32, float64, bfloat16), ``half_precision_follows_single``, ``never_waits`` (no
     ``.item()``, no ``if`` on a tensor), ``state_round_trips``, ``nesting_does_not_matter``,
     ``publishes_what_it_says``, ``names_leaves_that_do_not_match``, ``donates_storage``,
+    ``works_on_parts_of_the_rows`` (of what has `joins` of `gradfilter.transform`),
     ``compiles_whole_and_once`` (``fullgraph=True``, backend ``aot_eager``) and, where there is a
     CUDA device, ``same_on_a_gpu``. They run one after another on small random parameters and rows.
     Most of the time goes to the compiler, whose caches are cleared.
@@ -100,7 +102,7 @@ def check_laws(
         >>> transform = gf.transform("hasty", "tree -> tree", hasty)
         >>> check_laws(transform, skip=["compiles_whole_and_once"])
         Traceback (most recent call last):
-        AssertionError: hasty breaks 1 of 15 laws.
+        AssertionError: hasty breaks 1 of 16 laws.
           never_waits: No step asks the host for the value of a tensor.
             In mean_rows -> hasty -> sgd and hasty -> sgd: ...
     """

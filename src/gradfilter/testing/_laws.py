@@ -20,12 +20,13 @@ from gradfilter._state_rules import COUNTER, settled
 from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import DenseStack, StackOrigin
 from gradfilter.schedules._schedules import linear
-from gradfilter.transforms._chain import chain
+from gradfilter.transforms._chain import chain, row_part
 from gradfilter.transforms._clipping import clip_by_global_norm, clip_per_row
 from gradfilter.transforms._compile import decisions
 from gradfilter.transforms._reducers import finite_filter
 from gradfilter.transforms._scheduled import scheduled
 from gradfilter.transforms._state_dict import load_state_dict, state_dict
+from gradfilter.transforms._streaming import ReducedRows
 
 # --- Compare trees as bits: −0.0 differs from 0.0, and NaN equals itself ---
 
@@ -499,6 +500,41 @@ def donates_storage(update: Transform, problem: Problem) -> None:
         ensure(same, f"parameters or state have new tensors with donate=True{when}")
 
 
+def works_on_parts_of_the_rows(update: Transform, problem: Problem) -> None:
+    """What acts row by row by its rules gives the same for parts of the rows, without draws."""
+    guarded = chain(finite_filter(), update)
+    of_chain = None if isinstance(problem, TreeProblem) else row_part(guarded)
+    if of_chain is None:
+        return
+    params, state, rows = problem.started(guarded, torch.float64)
+    for spoilt in ((), (problem.count - 1,), range(problem.count // 2)):
+        rows = {name: leaf.clone() for name, leaf in rows.items()}
+        for leaf in rows.values():
+            leaf[list(spoilt)] = torch.nan
+        expected = problem.step(guarded, params, state, rows)
+        for size in range(1, problem.count):
+            extra = {**problem.keywords(params, rows), **problem.extra}
+            reduced = ReducedRows(of_chain, state, params, extra)
+            stack = make_stack(params, rows)
+            random = torch.get_rng_state()
+            with torch.no_grad():
+                for part in _parts_of(stack, size):
+                    reduced.add(part)
+            ensure(torch.equal(random, torch.get_rng_state()), "random numbers are drawn")
+            found = guarded(params, state, reduced, **extra)
+            _assert_close(found, expected, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+def _parts_of(stack: DenseStack, size: int) -> Iterator[DenseStack]:
+    """Cut a stack of `make_stack` into stacks of some rows each."""
+    assert stack.origin is not None and stack.losses is not None  # it is one of `make_stack`
+    for low in range(0, len(stack), size):
+        rows = {name: leaf[low : low + size] for name, leaf in stack.rows.items()}
+        losses = stack.losses[low : low + size]
+        known = _KnownGradients(dict(stack.origin.params), rows, losses)
+        yield DenseStack(rows, losses=losses, origin=known.origin)
+
+
 # --- The laws about torch.compile and devices ---
 
 
@@ -557,12 +593,17 @@ def _has_counters(update: Transform, state: State) -> bool:
 
 
 def _assert_close(
-    found: Any, expected: Any, *, atol: float = 1e-6, equal_nan: bool = False
+    found: Any,
+    expected: Any,
+    *,
+    rtol: float = 1e-4,
+    atol: float = 1e-6,
+    equal_nan: bool = False,
 ) -> None:
     got, want = (_tree.flatten_with_names(tree)[0] for tree in (found, expected))
     ensure(list(got) == list(want), f"leaves {sorted(set(got) ^ set(want))} come and go")
     for name, value in want.items():
         try:
-            torch.testing.assert_close(got[name], value, rtol=1e-4, atol=atol, equal_nan=equal_nan)
+            torch.testing.assert_close(got[name], value, rtol=rtol, atol=atol, equal_nan=equal_nan)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None

@@ -12,6 +12,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from gradfilter._factory import factory
+from gradfilter._row_rules import joined_rules
 from gradfilter._state_rules import PartRules, settled
 from gradfilter._types import (
     GLOBAL_NAMES,
@@ -23,10 +24,12 @@ from gradfilter._types import (
     Params,
     State,
     Transform,
+    Tree,
     all_keep,
 )
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._fingerprint import initialising
+from gradfilter.transforms._streaming import ReducedRows, RowPart
 from gradfilter.transforms._transform import REDUCERS, convert_grads
 
 # --- Order: check that transforms fit behind each other, and propose a better place ---
@@ -246,8 +249,14 @@ def chain(*transforms: Transform) -> Transform:
         for key in part.publishes
     )
     rules = PartRules.of({name: part.rules for name, part in composed.parts.items()})
+    row_rules = joined_rules(
+        {name: part.row_rules for name, part in composed.parts.items()},
+        sum("keep" in part.publishes for part in flat),
+    )
     built = Transform(
-        "", kinds, composed.init, composed.compute, frozenset(), publishes, rules=rules
+        *("", kinds, composed.init, composed.compute, frozenset[str](), publishes),
+        rules=rules,
+        row_rules=row_rules,
     )
     built = built.with_parts(flat)
     return built if flat[-1].apply is None else built.with_apply(composed.apply)
@@ -305,20 +314,61 @@ class _Composition:
     ) -> tuple[Any, State, Out]:
         """Run the parts one after another; each sees what those before it have published."""
         check_state(self.label, "chain", state, computes, BEGIN)
-        grads = convert_grads(self.label, self.kinds, grads, params)
         published: Out = {}
         new_state: dict[str, State] = {}
+
+        if isinstance(grads, ReducedRows):
+            reduced, grads = grads, self._begin(grads, context)
+            for name, new_state[name], out in reduced.published():
+                found = _found(name, out, params, context)
+                context, published = context.with_values(found), published | found
+            if (rows := reduced.rows()) is not None:
+                context = context.with_values({"rows": rows})
+        else:
+            grads = convert_grads(self.label, self.kinds, grads, params)
         for name, compute in computes.items():
+            if name in new_state:  # it has run on each part of the rows
+                continue
             if isinstance(grads, GradStack):
                 context = context.with_values({"rows": grads})
             grads, new_state[name], out = compute(grads, state[name], params, context)
-            found = {k: v for k, v in out.items() if k in GLOBAL_NAMES}
-            if "keep" in found:
-                found["keep"] = all_keep(params, context.keep, found["keep"])
-            found |= {f"{name}/{k}": v for k, v in out.items() if k not in GLOBAL_NAMES}
-            context = context.with_values(found)
-            published |= found
+            found = _found(name, out, params, context)
+            context, published = context.with_values(found), published | found
         return grads, new_state, published
+
+    def _begin(self, reduced: ReducedRows, context: Context) -> Tree:
+        """Return the gradient that the parts up to the reducer have given."""
+        if any(self.parts.get(name) is not part for name, part in reduced.row_part.parts.items()):
+            raise TypeError(
+                f"{self.label}: expected rows reduced by this chain, found those of another one. "
+                "Reduce them with the row_part of this chain."
+            )
+        reduced.check_keywords(context.values)
+        return reduced.grads()
+
+
+def _found(name: str, out: Out, params: Params, context: Context) -> Out:
+    """Return the published values of a part under the names that they have in the chain."""
+    found = {k: v for k, v in out.items() if k in GLOBAL_NAMES}
+    if "keep" in found:
+        found["keep"] = all_keep(params, context.keep, found["keep"])
+    return found | {f"{name}/{k}": v for k, v in out.items() if k not in GLOBAL_NAMES}
+
+
+def row_part(update: Transform) -> RowPart | None:
+    """Return the transforms up to the reducer, if rows may come in parts; None if they may not."""
+    named_parts = dict(zip(names_of(update.parts), update.parts, strict=True))
+    found: dict[str, Transform] = {}
+    for position, (name, part) in enumerate(named_parts.items()):
+        if part.row_rules is None:
+            return None
+        found[name] = part
+        if Kind.ROWS_TO_TREE in part.kinds:
+            behind = update.parts[position + 1 :]
+            return RowPart(found, any(later.row_rules is None for later in behind))
+        if Kind.ROWS_TO_ROWS not in part.kinds:
+            return None
+    return None
 
 
 @factory

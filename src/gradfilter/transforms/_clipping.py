@@ -13,6 +13,7 @@ from torch import Tensor
 from gradfilter import _products, _tree
 from gradfilter._factory import factory
 from gradfilter._readable import transformed
+from gradfilter._row_rules import IGNORES_ROWS, RowRules
 from gradfilter._shards import cuts, is_sharded, local, parts, resharded
 from gradfilter._types import Context, Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
@@ -192,7 +193,11 @@ def clip_per_row(max_norm: float) -> Transform:
         return rows.scaled(factors), state, out
 
     return transform_in_context(
-        "clip_per_row", "rows -> rows", update, publishes=("norm", "clipped_fraction")
+        "clip_per_row",
+        "rows -> rows",
+        update,
+        publishes=("norm", "clipped_fraction"),
+        row_rules=RowRules({"norm": "rows", "clipped_fraction": "mean"}),
     )
 
 
@@ -238,7 +243,11 @@ def clip_by_global_norm(max_norm: float) -> Transform:
         return clipped, state, out
 
     return transform_in_context(
-        "clip_by_global_norm", "tree -> tree", update, publishes=("norm", "clipped_fraction")
+        "clip_by_global_norm",
+        "tree -> tree",
+        update,
+        publishes=("norm", "clipped_fraction"),
+        row_rules=IGNORES_ROWS,
     )
 
 
@@ -303,7 +312,13 @@ def agc_clip(
             check_predicate("agc_clip", argument, predicate)
 
     clip = _UnitClip(0.0 if clipping is None else clipping, eps, exclude, unit_dims)
-    return transform_in_context("agc_clip", "tree -> tree", clip, publishes=("clipped_fraction",))
+    return transform_in_context(
+        "agc_clip",
+        "tree -> tree",
+        clip,
+        publishes=("clipped_fraction",),
+        row_rules=IGNORES_ROWS,
+    )
 
 
 @dataclass(frozen=True, eq=False)

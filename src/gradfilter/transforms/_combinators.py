@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradfilter import _tree
 from gradfilter._factory import factory
+from gradfilter._row_rules import IGNORES_ROWS, RowRules
 from gradfilter._state_rules import PartRules, settled
 from gradfilter._types import (
     GLOBAL_NAMES,
@@ -135,6 +136,8 @@ def masked(transform: Transform, names: Callable[[str], bool]) -> Transform:
         init=init,
         compute=compute,
         publishes=publishes,
+        # As a reducer it has several weights.
+        row_rules=None if reduces else transform.row_rules,
     )
 
 
@@ -186,7 +189,8 @@ def freeze(names: Callable[[str], bool] | None = None) -> Transform:
 
     # With a predicate the other leaves need an update, so only the place after an update rule fits.
     alone = (Kind.ROWS_TO_UPDATE, Kind.TREE_TO_UPDATE) if every else ()
-    return transform_in_context("freeze", (*alone, Kind.UPDATE_TO_UPDATE), update, init=init)
+    kinds = (*alone, Kind.UPDATE_TO_UPDATE)
+    return transform_in_context("freeze", kinds, update, init=init, row_rules=IGNORES_ROWS)
 
 
 # --- Different chains for different leaves ---
@@ -271,8 +275,10 @@ def partition(branches: Mapping[str, Transform], label: Callable[[str], str]) ->
     publishes = {"keep"} | {f"{key}/keep" for key in branches}
     for key, branch in branches.items():
         publishes |= {f"{key}/{branch.metric(name)}" for name in branch.publishes - GLOBAL_NAMES}
+    ignored = Kind.ROWS_TO_UPDATE not in kinds and all(b.row_rules for b in branches.values())
     made = transform_in_context("partition", kinds, update, init=init, publishes=publishes)
-    return replace(made, rules=PartRules.of({key: b.rules for key, b in branches.items()}))
+    rules = PartRules.of({key: b.rules for key, b in branches.items()})
+    return replace(made, rules=rules, row_rules=IGNORES_ROWS if ignored else None)
 
 
 def _common_kinds(branches: Mapping[str, Transform]) -> tuple[Kind, ...]:
@@ -329,7 +335,20 @@ def gate(transform: Transform, when: str) -> Transform:
             "mean different things. Gate the update rule, or use freeze(names) after it."
         )
     gated = _Gated(name, transform, when)
-    return replace(transform, name=name, compute=gated)
+    return replace(transform, name=name, compute=gated, row_rules=_gated_rules(transform, when))
+
+
+def _gated_rules(transform: Transform, when: str) -> RowRules | None:
+    """Return the rules of a gated transform, if the bool is the same for every part of the rows."""
+    rules = transform.row_rules
+    on_rows = any(kind.takes == "rows" for kind in transform.kinds)
+    if rules is None or not on_rows:
+        return rules
+    # Metrics and ``keep`` are those of a part; a reducer that is bypassed has another divisor.
+    if when == "keep" or "/" in when or Kind.ROWS_TO_TREE in transform.kinds:
+        return None
+    reads = None if rules.reads is None else rules.reads | {when}
+    return RowRules(rules.joins, reads)
 
 
 @dataclass(frozen=True, eq=False)

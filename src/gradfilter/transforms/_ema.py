@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gradfilter import _tree
 from gradfilter._factory import factory
+from gradfilter._row_rules import IGNORES_ROWS
 from gradfilter._types import Context, Out, Params, State, Transform, Tree
 from gradfilter.transforms._transform import check_number, transform_in_context
 
@@ -50,7 +51,9 @@ def ema_params(decay: float = 0.999) -> Transform:
         }
         return updates, {KEY: average}, {}
 
-    return transform_in_context("ema_params", "update -> update", update, init=init)
+    return transform_in_context(
+        "ema_params", "update -> update", update, init=init, row_rules=IGNORES_ROWS
+    )
 
 
 def ema_of(state: State) -> Tree:

@@ -14,8 +14,9 @@ import torch
 
 from gradfilter import _tree
 from gradfilter._factory import factory
+from gradfilter._row_rules import RowRules, reads_of
 from gradfilter._state_rules import COUNTER, RESTS, RUNS, CounterRules, PartRules
-from gradfilter._types import Context, Out, Params, State, Transform
+from gradfilter._types import Context, Kind, Out, Params, State, Transform
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._reducers import mean_weights
 from gradfilter.transforms._transform import convert_grads
@@ -142,7 +143,20 @@ def _some_calls(
         needs=needs,
         publishes=transform.publishes | others,
         rules=rules,
+        row_rules=_row_rules(transform, otherwise),
     )
+
+
+def _row_rules(transform: Transform, otherwise: Transform | None) -> RowRules | None:
+    """Return the rules of both transforms, if they join what both publish in the same way."""
+    found = [part.row_rules for part in (transform, otherwise) if part is not None]
+    rules = [part for part in found if part is not None]
+    if len(rules) < len(found) or Kind.ROWS_TO_TREE in transform.kinds:  # a bypass has no divisor
+        return None
+    first, last = rules[0].joins, rules[-1].joins
+    if any(first[name] != last[name] for name in first.keys() & last.keys()):
+        return None
+    return RowRules({**first, **last}, reads_of(rules))
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gradfilter import _tree
 from gradfilter._factory import factory
+from gradfilter._row_rules import RowRules
 from gradfilter._shards import whole
 from gradfilter._types import Context, Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
@@ -45,7 +46,17 @@ def mean_rows() -> Transform:
         weights = mean_weights(rows)
         return rows.combine(weights), state, {"weights": weights}
 
-    return transform_in_context("mean_rows", "rows -> tree", update, publishes=("weights",))
+    return transform_in_context(
+        "mean_rows",
+        "rows -> tree",
+        update,
+        publishes=("weights",),
+        row_rules=RowRules({"weights": "shares"}, divisor=_live_count),
+    )
+
+
+def _live_count(rows: GradStack) -> Tensor:
+    return rows.live.sum()
 
 
 @factory
@@ -194,4 +205,5 @@ def finite_filter() -> Transform:
         ("rows -> rows", "tree -> tree"),
         update,
         publishes=("keep", "finite"),
+        row_rules=RowRules({"keep": "any", "finite": "rows"}),
     )

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from gradfilter import _tree
 from gradfilter._factory import factory, undecorated
+from gradfilter._row_rules import Join, RowRules
 from gradfilter._state_rules import PartRules
-from gradfilter._types import Context, Out, Params, State, Transform
+from gradfilter._types import Context, Kind, Out, Params, State, Transform
 from gradfilter.schedules._schedules import Schedule
 from gradfilter.transforms._update_rules import new_count, schedule_value
 
@@ -104,8 +105,20 @@ def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transfo
     publishes = template.publishes | frozenset(moving)
     name = template.name or "scheduled"
     rules = PartRules.of({"link": template.rules})
+    row_rules = template.row_rules
+    if Kind.ROWS_TO_TREE in template.kinds:  # its divisor may be scheduled
+        row_rules = None
+    if row_rules is not None:  # a schedule reads any keyword
+        joins: dict[str, Join] = {**row_rules.joins, **dict.fromkeys(moving, "same")}
+        row_rules = RowRules(joins, reads=None)
     return replace(
-        template, name=name, init=init, compute=compute, publishes=publishes, rules=rules
+        template,
+        name=name,
+        init=init,
+        compute=compute,
+        publishes=publishes,
+        rules=rules,
+        row_rules=row_rules,
     )
 
 

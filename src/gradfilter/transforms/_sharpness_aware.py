@@ -12,6 +12,7 @@ from torch import Tensor
 from gradfilter import _products, _tree
 from gradfilter._factory import factory
 from gradfilter._readable import readable
+from gradfilter._row_rules import IGNORES_ROWS
 from gradfilter._types import Context, Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack, as_stack
 from gradfilter.transforms._transform import check_leaves, check_number, transform_in_context
@@ -254,5 +255,10 @@ def gsam_decompose(alpha: float) -> Transform:
         return found, state, {"cosine": cosine}
 
     return transform_in_context(
-        "gsam_decompose", "tree -> tree", update, needs=("clean_grads",), publishes=("cosine",)
+        "gsam_decompose",
+        "tree -> tree",
+        update,
+        needs=("clean_grads",),
+        publishes=("cosine",),
+        row_rules=IGNORES_ROWS,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -12,11 +12,14 @@ from torch import nn
 from gradfilter import _tree
 from gradfilter._info import Info
 from gradfilter._types import Kind, Params, State, Transform, Tree
-from gradfilter.grads._batch import more_than_a_batch
+from gradfilter.grads._batch import cut, more_than_a_batch
 from gradfilter.grads._call_context import random_state, random_state_restored, set_random_state
 from gradfilter.grads._loss import extract
 from gradfilter.grads._microbatch import GradFunction, Plan, microbatch_grads, per_sample_grads
-from gradfilter.transforms._chain import check_state, check_tree, not_a_transform
+from gradfilter.grads._row_parts import dense_rows, join_stacks
+from gradfilter.grads._stack import ComputedStack, DenseStack
+from gradfilter.transforms._chain import check_state, check_tree, not_a_transform, row_part
+from gradfilter.transforms._streaming import ReducedRows
 
 
 class TrainState(TypedDict):
@@ -41,6 +44,7 @@ class TrainStep:
 
     grads_of: GradFunction
     update: Transform
+    rows_at_once: int | None = None
 
     def init(self, model: nn.Module | Params, *, seed: int | None = None) -> TrainState:
         """Return the first state: a tree of tensors (params, buffers, transforms, random state).
@@ -100,7 +104,7 @@ class TrainStep:
         device = _tree.device_of(state["params"])
         with random_state_restored(device):
             set_random_state(state["random"], device)
-            rows = self.grads_of(state["params"], batch, buffers=state["buffers"])
+            rows = self._rows(state, batch, extra)
             # A donated update overwrites the parameters, from which a loss of NaN has to be asked.
             loss = rows.mean_loss() if donate else None
             params, transforms, info = self.update(
@@ -108,6 +112,7 @@ class TrainStep:
             )
             random = random_state(device)  # after the draws of the transforms
         loss = rows.mean_loss() if loss is None else loss
+        assert loss is not None  # rows of a batch always have their losses
         state = {
             "params": params,
             "buffers": rows.buffers,
@@ -116,6 +121,32 @@ class TrainStep:
         }
         aux = {} if rows.aux is None else {"aux": rows.aux}
         return state, Info({"loss": loss, **aux, **info})
+
+    def _rows(
+        self, state: TrainState, batch: Any, extra: Mapping[str, Any]
+    ) -> ComputedStack | DenseStack | ReducedRows:
+        """Return the rows of the batch, or what the chain has made of them part by part."""
+        params, buffers = state["params"], state["buffers"]
+        parts = [(batch, self.grads_of)]
+        if self.rows_at_once is not None:
+            cuts = cut(batch, self.grads_of.microbatches, self.rows_at_once)
+            parts = [(part, self.grads_of.with_rows(count)) for part, count in cuts]
+        if len(parts) == 1:
+            return self.grads_of(params, batch, buffers=buffers)
+        of_chain = row_part(self.update)
+        if of_chain is None:  # the chain compares rows of different parts
+            held: list[DenseStack] = []
+            for part, grads_of in parts:
+                held.append(dense_rows(grads_of(params, part, buffers=buffers)))
+                buffers = held[-1].buffers
+            return join_stacks(held)
+        reduced = ReducedRows(of_chain, state["transforms"], params, extra, buffers)
+        for part, grads_of in parts:
+            rows = grads_of(params, part, buffers=reduced.buffers)
+            with torch.no_grad():
+                reduced.add(rows)
+            del rows  # before the next part is computed
+        return reduced
 
 
 def train_step(
@@ -127,6 +158,7 @@ def train_step(
     plan: Plan = "auto",
     chunk_size: int | None = None,
     memory_budget: int | float = 0.25,
+    rows_at_once: int | None = None,
 ) -> TrainStep:
     """Combine loss, gradients and update into one object with one state to checkpoint.
 
@@ -140,9 +172,15 @@ def train_step(
         plan: See `microbatch_grads`.
         chunk_size: See `microbatch_grads`.
         memory_budget: See `microbatch_grads`.
+        rows_at_once: The number of rows of a physical batch; None for all rows. The batch is cut,
+            and a pass runs over each part. If every transform up to the reducer acts row by row
+            (`finite_filter`, `clip_per_row`, `mean_rows`), the step holds one gradient; otherwise
+            all rows, because the chain compares them. The result is that of one part, up to
+            rounding and to which random numbers a dropout layer draws.
 
     Raises:
         TypeError: ``update`` does not take rows or does not end in an update.
+        ValueError: ``rows_at_once`` is not a whole number >= 1.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -161,6 +199,12 @@ def train_step(
             f"train_step: expected a chain from rows to an update, found {update.kind!r}. Start "
             "with mean_rows() or a filter, and end with an update rule such as sgd(lr)."
         )
+    whole = isinstance(rows_at_once, int) and not isinstance(rows_at_once, bool)
+    if rows_at_once is not None and not (whole and rows_at_once >= 1):
+        raise ValueError(
+            "train_step: expected rows_at_once as a whole number of rows >= 1 or None, found "
+            f"{rows_at_once!r}. None computes all rows in one pass."
+        )
     options: dict[str, Any] = {
         "has_aux": has_aux,
         "plan": plan,
@@ -172,7 +216,7 @@ def train_step(
         if microbatches is None
         else microbatch_grads(loss, microbatches, **options)
     )
-    return TrainStep(grads_of, update)
+    return TrainStep(grads_of, update, rows_at_once)
 
 
 def _no_chain(update: Any, more: tuple[Any, ...]) -> TypeError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradfilter import _tree
 from gradfilter._factory import factory
+from gradfilter._row_rules import Join, RowRules, check_joins
 from gradfilter._state_rules import Observing
 from gradfilter._types import (
     GLOBAL_NAMES,
@@ -46,6 +47,9 @@ def transform(
     needs: Iterable[str] = (),
     publishes: Iterable[str] = (),
     observes: bool = False,
+    joins: Mapping[str, Join] | None = None,
+    reads: Iterable[str] = (),
+    divisor: Callable[[GradStack], Tensor] | None = None,
 ) -> Transform:
     """Make a `Transform` whose update first checks kind, names and shapes of its gradients.
 
@@ -59,9 +63,18 @@ def transform(
         publishes: Every key of ``out``.
         observes: True to keep the new state in skipped steps as well: a memory of what was seen,
             such as norms, without which a rule may reject for ever what it no longer remembers.
+        joins: For a transform that acts row by row, so that rows may come in
+            [parts](../ideas/chains.md#rows-in-parts): for every published value how those of the
+            parts are joined. ``"rows"``: one number per row. ``"mean"``: a mean over all rows.
+            ``"any"``: true if true in some part. ``"same"``: equal in every part. ``"shares"``:
+            the weights of a reducer with a divisor. On one gradient, a dict says that the transform
+            ignores ``rows``. None: it compares rows.
+        reads: The keywords that such a transform of rows reads; it gets no others.
+        divisor: For such a reducer, Σ w_m g_m / d: the number d () of a stack, a sum over its rows,
+            0 if none takes part. None for a plain sum.
 
     Raises:
-        ValueError: An unknown kind or need.
+        ValueError: An unknown kind or need; a published value without a join.
         TypeError: update names one of its first three parameters as a keyword that chains pass.
 
     Examples:
@@ -81,6 +94,7 @@ def transform(
         init=init,
         needs=needs,
         publishes=publishes,
+        row_rules=None if joins is None else RowRules(dict(joins), frozenset(reads), divisor),
     )
     return replace(made, rules=Observing()) if observes else made
 
@@ -93,6 +107,7 @@ def transform_in_context(
     init: Callable[[Params], State] = no_state,
     needs: Iterable[str] = (),
     publishes: Iterable[str] = (),
+    row_rules: RowRules | None = None,
 ) -> Transform:
     """Make a `Transform` as `transform` does, from a function that takes a `Context`."""
     given = (kinds,) if isinstance(kinds, str) else tuple(kinds)
@@ -107,8 +122,13 @@ def transform_in_context(
             "an extra keyword; say so in an error of your own when it is not there."
         )
 
+    if row_rules is not None and any(kind.takes == "rows" for kind in parsed):
+        check_joins(name, row_rules.joins, frozenset(publishes))
     checked = _Checked(name, parsed, compute)
-    return Transform(name, parsed, init, checked, frozenset(needs), frozenset(publishes))
+    return Transform(
+        *(name, parsed, init, checked, frozenset(needs), frozenset(publishes)),
+        row_rules=row_rules,
+    )
 
 
 @dataclass(frozen=True, eq=False)

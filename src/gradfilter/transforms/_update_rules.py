@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradfilter import _tree
 from gradfilter._factory import factory
 from gradfilter._readable import followed
+from gradfilter._row_rules import IGNORES_ROWS
 from gradfilter._types import (
     Compute,
     Context,
@@ -250,7 +251,12 @@ def update_rule(name: str, lr: float | Schedule, rule: LeafRule) -> Transform:
     check_number(name, "weight_decay", rule.weight_decay, low=0, fix="0 switches it off.")
     updates = _Updates(name, as_schedule(lr), rule)
     made = transform_in_context(
-        name, Kind.TREE_TO_UPDATE, updates.compute, init=updates.init, publishes=("lr",)
+        name,
+        Kind.TREE_TO_UPDATE,
+        updates.compute,
+        init=updates.init,
+        publishes=("lr",),
+        row_rules=IGNORES_ROWS,
     )
     kernel = rule.kernel
     return made if kernel is None else made.with_apply(_FusedUpdates(updates, kernel, made.compute))

@@ -1,14 +1,11 @@
 """The memory that factors take to answer, and their answers against the rows."""
 
-import weakref
-
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import gradfilter as gf
+from _allocations import Peak
 from _plain import off
 from gradfilter.grads.fused import _conv_factor
 from gradfilter.grads.fused import _factors as _factor
@@ -16,36 +13,6 @@ from gradfilter.grads.fused._conv_factor import ConvFactor, Geometry
 from gradfilter.grads.fused._factors import EmbeddingFactor, OuterFactor, TiledFactor
 
 BLOCK = 2**18
-
-
-class Peak(TorchDispatchMode):
-    """The most bytes of new storage that were alive at one time."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.seen:
-            return
-        self.seen.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-        def gone():
-            self.now -= size
-            self.seen.discard(key)
-
-        weakref.finalize(storage, gone)
 
 
 def outer(m, n, p, d):
