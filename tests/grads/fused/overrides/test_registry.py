@@ -97,7 +97,6 @@ COUNTS = [
     ("rnn", "gru", 1),
     ("product", "addmm", 2),
     ("product", "einsum", 2),
-    ("product", "tied-transposed", 1),
 ]
 
 # Cases that a rule must be there for.

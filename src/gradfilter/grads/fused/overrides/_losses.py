@@ -34,7 +34,7 @@ class _Loss:
     run: Callable[..., Tensor | None]
     reductions: tuple[str, ...] = REDUCTIONS
 
-    def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, host: Host, /, *args: Any, **kwargs: Any) -> Any:
         tensors, options = _split(self.names, args, kwargs)
         reduction = options.pop("reduction", "mean")
         legacy = options.pop("size_average", None), options.pop("reduce", None)

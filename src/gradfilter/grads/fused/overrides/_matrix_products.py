@@ -307,7 +307,8 @@ class _Fixed:
     terms: tuple[str, str]
     y: str
 
-    def __call__(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, host: Host, /, *args: Any, **kwargs: Any) -> Any:
+        # ``self`` is positional only, because aten's functions have an argument of that name.
         found = _bound(self.names, args, kwargs)
         if found is None:
             return NotImplemented
