@@ -161,7 +161,7 @@ def test_accumulated_rows_hold_one_gradient(plan):
         for batch in batches[1:]:
             wrapper.accumulate(*batch)
         gc.collect()
-        assert memory.now < 1.5 * size
+        assert memory.now < 1.1 * size
         result = wrapper.step(*batches[0])
     assert result.info["clip_per_row/norm"].shape == (48,)
     assert memory.peak < 10 * size

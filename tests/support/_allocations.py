@@ -7,6 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+def storages(tree):
+    return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
 class Peak(TorchDispatchMode):
     """The bytes of new storage that are alive, and the most that were alive at one time."""
 
@@ -16,10 +20,11 @@ class Peak(TorchDispatchMode):
         self.seen = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {s._cdata for s in storages((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
+        for storage in storages(out):
+            if storage._cdata not in given:  # a view is not new
+                self._count(storage)
         return out
 
     def _count(self, storage):
