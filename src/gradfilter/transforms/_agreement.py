@@ -57,7 +57,7 @@ def _in_numbers(gram: Tensor, usable: Tensor, threshold: float | Tensor, mean: b
     accepted, cosine = [False] * count, [math.nan] * count
     for i in (i for i in range(count) if live[i]):
         norm = max(math.sqrt(max(k[i][i], 0.0)), EPS)
-        squared = sum(x * y for x, y, used in zip(v, a, live, strict=True) if used)
+        squared = sum([x * y for x, y, used in zip(v, a, live, strict=True) if used])
         length = max(math.sqrt(max(squared, 0.0)), EPS * (n if mean else 1))
         accepted[i] = n == 0 or v[i] >= smallest_cosine * norm * length
         cosine[i] = 1.0 if n == 0 else v[i] / (length * norm)
