@@ -38,6 +38,8 @@ PARTS = {
     "memory": Part("memory"),
     "rules": Part("rules"),
     "per_sample": Part("per_sample"),
+    "layers": Part("layers"),
+    "rows_along": Part("rows_along", quick=("--quick", "--models", "mlp-small", "lenet")),
     "padded": Part("padded", quick=("--quick", "--models", "bert-32")),
     "sharpness": Part("sharpness", quick=("--quick", "--models", "mlp")),
     "update": Part("update"),

@@ -11,7 +11,7 @@ from benchmarks._setting import Setting
 from torch import nn
 
 from benchmarks import _row_sections as row_sections
-from benchmarks import growth, layers, memory, padded, rules, sharpness
+from benchmarks import growth, layers, memory, padded, rows_along, rules, sharpness
 from gradfilter.grads.fused.overrides._convolution import FORMATS
 from gradfilter.grads.fused.overrides._vmap_faults import FAULTS
 
@@ -107,7 +107,7 @@ def test_every_rule_has_a_model_that_leans_on_it():
     assert {rules.called(function) for function in rules.OVERRIDES} - right_first == named
 
 
-@pytest.mark.parametrize("module", [growth, layers, memory, rules, sharpness])
+@pytest.mark.parametrize("module", [growth, layers, memory, rows_along, rules, sharpness])
 def test_a_command_says_what_it_is_for(module, capsys):
     with pytest.raises(SystemExit):
         module.main(["--help"])
@@ -121,6 +121,20 @@ def test_layers_run_with_every_plan_and_without_torchs_warning(tmp_path):
     for workload in written["workloads"]:
         assert list(workload["results"]) == ["plain", "loop", "fused"]
         assert not any(result["failure"] for result in workload["results"].values())
+
+
+def test_rows_along_agree_and_are_timed(tmp_path):
+    options = ["--quick", "--rounds", "1", "--models", "mlp-small", "--out", str(tmp_path)]
+    rows_along.main(options)
+    (workload,) = json.loads((tmp_path / "rows_along-cpu.json").read_text())["workloads"]
+    assert list(workload["results"]) == ["plain", "products", "M sets of parameters", "loop"]
+    assert not any(result["failure"] for result in workload["results"].values())
+
+
+def test_rows_that_do_not_agree_are_not_timed(monkeypatch):
+    monkeypatch.setattr(rows_along, "TOLERANCE", 0.0)
+    with pytest.raises(AssertionError, match="is off by"):
+        rows_along.check(rows_along.CASES["mlp-small"], torch.device("cpu"))
 
 
 def test_padded_text_is_counted_and_timed(tmp_path, capsys):
