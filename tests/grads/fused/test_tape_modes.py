@@ -75,11 +75,25 @@ def test_a_narrow_layer_on_many_positions_holds_its_rows():
     assert chosen["0.weight"] == "store"
 
 
-def test_a_weight_used_twice_is_never_a_ghost(monkeypatch):
+def test_a_matrix_used_twice_is_one_ghost(monkeypatch):
     monkeypatch.setattr(_factor, "LARGE_SUM", 1e9)
     case = ZOO["used-twice"]
     rows = case.rows(case.model(), case.samples(3, 2), 3, 2, PLAN)
-    assert {layer.leaf: layer.mode for layer in rows.layers}["a.weight"] != "ghost"
+    assert {layer.leaf: layer.mode for layer in rows.layers}["a.weight"] == "ghost"
+
+
+def test_a_convolution_used_twice_is_never_a_ghost(monkeypatch):
+    monkeypatch.setattr(_factor, "LARGE_SUM", 1e9)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.out = nn.Conv2d(2, 2, 3, padding=1), nn.Linear(2 * 64, 5)
+
+        def forward(self, x):
+            return self.out(self.conv(self.conv(x).relu()).flatten(1))
+
+    assert modes(Twice(), inputs(2, 8, 8)(16), 4)["conv.weight"] == "store"
 
 
 def test_a_small_budget_streams():

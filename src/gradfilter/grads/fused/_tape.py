@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -241,45 +239,29 @@ class Modes:
         return "\n".join(table)
 
 
-class LeafSize(NamedTuple):
-    """The size of a leaf: its shape with the leading axis M, and the bytes of a number."""
-
-    shape: tuple[int, ...]
-    element_size: int
-
-
 def choose_modes(leaves: Tree, uses: list[Use], budget: int) -> Modes:
     """Choose the fastest modes, and for leaves beyond the budget those that hold least."""
-    sizes = [(name, LeafSize(leaf.shape, leaf.element_size())) for name, leaf in leaves.items()]
-    return _modes_of(tuple(sizes), tuple(uses), budget)
-
-
-# Every step asks for the modes of the same sizes and uses.
-@lru_cache(maxsize=64)
-def _modes_of(sizes: tuple[tuple[str, LeafSize], ...], uses: tuple[Use, ...], budget: int) -> Modes:
-    leaves = dict(sizes)
     by_leaf: dict[str, list[Use]] = {name: [] for name in leaves}
     for use in uses:
         by_leaf[use.leaf].append(use)
-    layers = {name: _fastest(name, *leaf, by_leaf[name]) for name, leaf in leaves.items()}
+    layers = {
+        name: _fastest(name, leaf.shape, by_leaf[name], leaf.element_size())
+        for name, leaf in leaves.items()
+    }
     excess = sum(layer.bytes for layer in layers.values()) - budget
     if excess > 0:
         excess = _save(layers, leaves, by_leaf, excess)
     gram = sum(layer.flops for layer in layers.values())
-    numbers = {name: math.prod(leaf.shape) for name, leaf in leaves.items()}
-    products = sum(max(2 * use.flops, 4 * numbers[use.leaf]) for use in uses)
+    products = sum(max(2 * use.flops, 4 * leaves[use.leaf].numel()) for use in uses)
     return Modes(layers, gram <= products, keeps=excess <= 0)
 
 
 def _save(
-    layers: dict[str, Layer],
-    leaves: dict[str, LeafSize],
-    by_leaf: dict[str, list[Use]],
-    excess: int,
+    layers: dict[str, Layer], leaves: Tree, by_leaf: dict[str, list[Use]], excess: int
 ) -> int:
     """Choose modes that hold less until the budget suffices. Return the bytes still missing."""
     leaner = {
-        name: _layer(name, *leaves[name], by_leaf[name], "stream")
+        name: _layer(name, leaves[name].shape, by_leaf[name], leaves[name].element_size(), "stream")
         for name, layer in layers.items()
         if layer.mode == "store" and by_leaf[name] and all(use.kept for use in by_leaf[name])
     }
@@ -293,14 +275,14 @@ def _save(
     return excess
 
 
-def _fastest(name: str, rows: tuple[int, ...], size: int, uses: list[Use]) -> Layer:
+def _fastest(name: str, rows: tuple[int, ...], uses: list[Use], size: int) -> Layer:
     if _ghost_flops(uses) is not None:
-        return _layer(name, rows, size, uses, "ghost")
-    store = _layer(name, rows, size, uses, "store")
+        return _layer(name, rows, uses, size, "ghost")
+    store = _layer(name, rows, uses, size, "store")
     if not uses or not all(use.kept for use in uses):
         return store
     # Combining lookups takes fewer flops than combining rows, most of whose entries are 0.
-    stream = _layer(name, rows, size, uses, "stream")
+    stream = _layer(name, rows, uses, size, "stream")
     return stream if stream.flops < store.flops else store
 
 
@@ -313,8 +295,10 @@ def _ghost_flops(uses: list[Use]) -> int | None:
     return sizes[0]._replace(n=sum(s.n for s in sizes)).ghost_flops if alike else None
 
 
-def _layer(name: str, rows: tuple[int, ...], size: int, uses: list[Use], mode: Mode) -> Layer:
-    count, numbers = rows[0], math.prod(rows)
+def _layer(name: str, rows: tuple[int, ...], uses: list[Use], size: int, mode: Mode) -> Layer:
+    count, numbers = rows[0], 1
+    for extent in rows:
+        numbers *= extent
     if mode == "ghost":
         flops = _ghost_flops(uses) or 0
     elif mode == "stream":
