@@ -13,6 +13,9 @@ from torch import nn
 from benchmarks import _row_sections as row_sections
 from benchmarks import growth, layers, memory, padded, rows_along, rules, sharpness
 from gradfilter.grads.fused.overrides._convolution import FORMATS
+from gradfilter.grads.fused.overrides._losses import LOSSES
+from gradfilter.grads.fused.overrides._matrix_products import PRODUCTS
+from gradfilter.grads.fused.overrides._row_by_row import ROW_BY_ROW
 from gradfilter.grads.fused.overrides._vmap_faults import FAULTS
 
 CPU = torch.device("cpu")
@@ -104,6 +107,8 @@ def test_every_rule_has_a_model_that_leans_on_it():
     # Rules that are there to be right, not fast: vmap's own answer is wrong, or there is none.
     right_first = {"embedding_bag", "gru_cell", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell"}
     right_first |= {rules.called(function) for function in (*FAULTS, *FORMATS)}
+    # The benchmark of layers compares these with the loop.
+    right_first |= {rules.called(f) for f in (*PRODUCTS, *LOSSES, *ROW_BY_ROW)} - named
     assert {rules.called(function) for function in rules.OVERRIDES} - right_first == named
 
 
