@@ -74,11 +74,22 @@ OPTIONS = {
 ENDS = {"include_last_offset": True}
 
 
+def torch_counts_right():
+    """Whether torch's own bag divides by the right frequencies, as the plain embedding does."""
+    table, index = torch.ones(4, 1), torch.tensor([[1, 2, 1], [1, 3, 3]])
+    bag = nn.EmbeddingBag.from_pretrained(table, False, mode="sum", scale_grad_by_freq=True)
+    plain = nn.Embedding.from_pretrained(table.clone(), False, scale_grad_by_freq=True)
+    (found,) = torch.autograd.grad(bag(index).sum(), bag.weight)
+    return torch.equal(found, torch.autograd.grad(plain(index).sum(), plain.weight)[0])
+
+
 @pytest.mark.parametrize("offsets", [None, (0, 2, 2, 5), "last"], ids=["rows", "offsets", "last"])
 @pytest.mark.parametrize(("m", "b"), [(3, 2), (4, 1)])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_bags_have_the_rows_of_ordinary_passes(name, m, b, offsets):
     options = OPTIONS[name]
+    if options.get("scale_grad_by_freq") and not torch_counts_right():
+        pytest.skip("this torch divides by the frequencies of other units (2.11 does)")
     if offsets == "last":
         offsets, options = (0, 3, 5, b * LENGTH), {**options, **ENDS}
     torch.manual_seed(0)

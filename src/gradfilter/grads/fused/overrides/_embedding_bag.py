@@ -155,7 +155,8 @@ class _Bags(RowOperation[Tensor]):
         last: True if the last bag is not a bag, but begins where the one before it ends.
         mode: One of `MODES`.
         padding: The unit that is omitted; negative for none.
-        scaled: True if gradients are divided by how often the row contains the unit.
+        scaled: True if gradients are divided by how often the row contains the unit. (The kernel
+            of torch 2.11 on a CPU takes the frequencies of other units; later ones agree.)
         weighted: True if the input is the weights.
     """
 
