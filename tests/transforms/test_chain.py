@@ -245,7 +245,7 @@ def test_sam_without_a_way_to_the_second_gradient():
 
 def test_m_sharpness_needs_rows_that_can_be_computed_again():
     update = gf.chain(gf.sam_perturb(0.1, per_microbatch=True), gf.mean_rows(), sgd())
-    with pytest.raises(ValueError, match=r"sam_perturb: .*cannot answer `at_rows`") as caught:
+    with pytest.raises(ValueError, match=r"sam_perturb: .*cannot answer `along`") as caught:
         call(update, grad_fn=lambda params: ROWS)
     assert "grad_fn" not in str(caught.value)
 
