@@ -90,9 +90,11 @@ def contenders(
     state = update.init(params)
     loss = gf.model_loss(model, criterion)
 
+    plans: tuple[gf.Plan, ...] = ("auto", "loop")
+    grads_of = {plan: gf.microbatch_grads(loss, case.rows, plan=plan) for plan in plans}
+
     def rows_by(plan: gf.Plan) -> gf.GradStack:
-        grads_of = gf.microbatch_grads(loss, case.rows, plan=plan)
-        return grads_of(params, batch, buffers=buffers)
+        return grads_of[plan](params, batch, buffers=buffers)
 
     def plain() -> None:
         torch.autograd.grad(criterion(model(batch[0]), batch[1]), [*model.parameters()])
