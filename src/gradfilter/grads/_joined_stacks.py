@@ -17,9 +17,28 @@ from gradfilter.grads._stack import GradStack, check_same_leaves, copied
 T = TypeVar("T")
 
 
+class StackOfParts(GradStack):
+    """The base class of stacks that consist of other stacks.
+
+    Attributes:
+        parts: These stacks.
+    """
+
+    parts: tuple[GradStack, ...]
+
+    @override
+    def explain(self) -> str:
+        return "\n".join(part.explain() for part in self.parts)
+
+    @override
+    def release(self) -> None:
+        for part in self.parts:
+            part.release()
+
+
 @copied("losses")
 @dataclass(frozen=True, eq=False, repr=False)
-class JoinedStack(GradStack):
+class JoinedStack(StackOfParts):
     """J = [J_1, J_2, ...], made by `join`."""
 
     parts: tuple[GradStack, ...]
@@ -45,15 +64,6 @@ class JoinedStack(GradStack):
     @override
     def gram_is_cheap(self) -> bool:
         return all(part.gram_is_cheap() for part in self.parts)
-
-    @override
-    def explain(self) -> str:
-        return "\n".join(part.explain() for part in self.parts)
-
-    @override
-    def release(self) -> None:
-        for part in self.parts:
-            part.release()
 
     @override
     def gram(self) -> Tensor:

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter._types import Params, Tree
-from gradfilter.grads._joined_stacks import JoinedStack, SelectedStack, choose, join
+from gradfilter.grads._joined_stacks import JoinedStack, SelectedStack, StackOfParts, choose, join
 from gradfilter.grads._stack import (
     BaseStack,
     DenseStack,
@@ -297,7 +297,7 @@ class RepeatedStack(BaseStack):
         return self._replaced(count=count, scale=scale, numbers=numbers)
 
 
-class PartedStack(GradStack):
+class PartedStack(StackOfParts):
     """J = [J_1; J_2; ...]: the rows of several batches, asked one batch after another.
 
     Only `gram`, which compares all rows, and `stacked` hold the rows of all batches together.
@@ -351,15 +351,6 @@ class PartedStack(GradStack):
     def gram_is_cheap(self) -> bool:
         """Return False: the Gram holds the rows of all batches together."""
         return False
-
-    @override
-    def explain(self) -> str:
-        return "\n".join(part.explain() for part in self.parts)
-
-    @override
-    def release(self) -> None:
-        for part in self.parts:
-            part.release()
 
     @override
     def gram(self) -> Tensor:

@@ -82,11 +82,12 @@ def sam_perturb(
     perturbation = _Perturbation(rho, adaptive, eta)
 
     def on_rows(rows: GradStack, state: State, params: Params, context: Context) -> tuple[Any, ...]:
-        finite = rows.live & rows.sq_norms().isfinite()
+        sq_norms = rows.sq_norms()
+        finite = rows.live & sq_norms.isfinite()
         weights = finite / finite.sum().clamp(min=1).to(_tree.sum_dtype(finite))
         if per_microbatch and perturbation.adaptive is None:
             # Each row along its own gradient; no M sets of parameters where they are not needed.
-            again = _named_errors(rows.along, perturbation.step(rows.sq_norms().sqrt()))
+            again = _named_errors(rows.along, perturbation.step(sq_norms.sqrt()))
         elif per_microbatch:
             near = torch.vmap(perturbation.perturbed, in_dims=(None, 0))(params, rows.stacked())
             again = _named_errors(rows.at_rows, near)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradfilter as gf
+from _compiled import check_compiled
 from _plain import module_rows, off, side_by_side
 from gradfilter.grads.fused import _factors
 
@@ -283,16 +284,7 @@ def test_autocast_gives_the_dtype_of_a_plain_pass(name):
 @pytest.mark.parametrize("name", ["x @ w.T", "Conv1D of GPT-2", "einsum, heads first"])
 def test_a_compiled_step_equals_the_step(name):
     model, batch = case(name, 3, B)
-    step = gf.train_step(
-        gf.model_loss(model, spread), gf.chain(gf.mean_rows(), gf.sgd(0.1)), microbatches=3
-    )
-    fast = gf.compile(step, backend="graph")
-    state = other = step.init(model, seed=0)
-    for _ in range(2):
-        state, _ = fast(state, batch)
-        other, _ = step(other, batch)
-    for n, p in other["params"].items():
-        torch.testing.assert_close(state["params"][n], p)
+    check_compiled(model, spread, batch, 3)
 
 
 @pytest.mark.parametrize("wrong", [lambda x, w: x @ w, lambda x, w: torch.mm(x, w)])

@@ -125,10 +125,10 @@ def note_lookup(host: Host, override: str, index: Tensor, weight: Weight) -> Non
 def _apply(host: Host, index: Tensor, weight: Weight, padding: int, scaled: bool) -> Tensor:
     note_lookup(host, "embedding", index, weight)
     y = _Embedding(padding, scaled).apply(host.tape, index, weight, None)
-    lookups = None if weight.move is None else weight.move.lookups()
-    if weight.move is None or lookups is None:
+    if weight.move is None:
         return y
-    flat = index.flatten(1)
+    lookups, flat = weight.move.lookups(), index.flatten(1)
+    assert lookups is not None  # else every row has its own table
     moved = add_lookups(y.view(*flat.shape, y.shape[-1]), flat, lookups, weight.move.steps)
     return moved.view(y.shape)
 
