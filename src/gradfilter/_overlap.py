@@ -1,4 +1,4 @@
-"""Check whether tensors that will be written share memory."""
+"""Find tensors that share memory with those that will be written: refuse them, or copy them."""
 
 from __future__ import annotations
 
@@ -35,6 +35,54 @@ def refuse_shared_memory(params: Any, state: Any) -> None:
         f"{names[0]!r} and {names[1]!r} in the same, which would be updated twice. Give a tied "
         "parameter once (named_parameters does), or omit donate."
     )
+
+
+def copied_where_shared(tree: Any, written: Any) -> Any:
+    """Return a tree with copies of the tensors whose memory belongs to one that will be written.
+
+    Args:
+        tree: What is read after the write.
+        written: A tree of the tensors that will be written.
+    """
+    if not any(isinstance(leaf, Tensor) for leaf in _tree.leaves(tree)):
+        return tree
+    memory = _memory_of(_tree.leaves(written))
+    return _tree.tree_map(lambda leaf: _copied_if_in(leaf, memory), tree)
+
+
+def copied_before_writing(new: Any, old: Any) -> Any:
+    """Return ``new`` with copies of what would change while it is written into ``old``.
+
+    A state may hold parameters, or what another entry held: ``{"last": params, "before":
+    state["last"]}``. Such a leaf must be read before the write to the tensor that it shows.
+
+    Args:
+        new: What will be written, leaf by leaf.
+        old: A tree of the same structure, into which it will be written.
+    """
+    places = zip(_tree.leaves(old), _tree.leaves(new), strict=True)
+    memory = _memory_of(o for o, n in places if o is not n)
+    return _tree.tree_map(lambda o, n: n if o is n else _copied_if_in(n, memory), old, new)
+
+
+def _memory_of(leaves: Iterable[Any]) -> set[int] | None:
+    """Return the storages of tensors, or None where tensors have none: under a compiler."""
+    if followed():
+        return None
+    return {storage_of(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+
+
+def _copied_if_in(leaf: Any, memory: set[int] | None) -> Any:
+    """Copy a tensor if it is in this memory. A compiler removes copies that are not needed."""
+    if isinstance(leaf, Tensor) and (memory is None or storage_of(leaf) in memory):
+        return leaf.clone()
+    return leaf
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Return the identity of the storage that a tensor is a view of."""
+    identity: int = local(tensor).untyped_storage()._cdata
+    return identity
 
 
 def _sharing(tensors: Iterable[Any]) -> tuple[Tensor, Tensor] | None:

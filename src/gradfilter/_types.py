@@ -14,7 +14,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradfilter._factory import FactoryCall, MadeByFactory
-from gradfilter._overlap import refuse_shared_memory
+from gradfilter._overlap import (
+    copied_before_writing,
+    copied_where_shared,
+    refuse_shared_memory,
+)
 from gradfilter._readable import differentiated
 from gradfilter._row_rules import RowRules
 from gradfilter._state_rules import StateRules, settled
@@ -317,8 +321,9 @@ class Transform(MadeByFactory):
                 )
                 keep = all_keep(params, context.keep, out.get("keep"))
             if donate:
-                new_params = donate_into(params, new_params)
-                new_state = donate_into(state, new_state)
+                old, new = (params, state), (new_params, new_state)
+                out = copied_where_shared(out, old)
+                new_params, new_state = donate_into(old, copied_before_writing(new, old))
         # A stack that is kept should not hold the activations it was computed from.
         release = getattr(grads, "release", None)
         if release is not None:

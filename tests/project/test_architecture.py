@@ -132,7 +132,6 @@ def test_there_is_no_import_circle():
 
 # Modules whose only importer stands next to them in the same folder, and why they are files.
 NEIGHBOURS = {
-    "gradfilter._overlap": "memory that tensors share: a subject of its own, and of torch",
     "gradfilter.grads._vmap": "one of the three plans",
     "gradfilter.grads.fused.overrides._attention": "the registry lists the overrides",
     "gradfilter.grads.fused.overrides._convolution": "the registry lists the overrides",
@@ -179,7 +178,6 @@ def test_a_module_for_one_neighbour_has_a_reason_to_be_a_file():
 # The tests of modules that no file of tests is named after.
 TESTED_BY = {
     "_about": ["lab/test_demo.py"],
-    "_overlap": ["transforms/test_update_rules_donate.py"],
     "_products": ["grads/test_stack.py", "grads/test_stack_half.py"],
     "_readable": ["transforms/test_agreement.py", "grads/test_differentiated.py"],
     "_shards": ["distributed/test_sharded.py", "distributed/test_sharded_mesh.py"],

@@ -216,7 +216,11 @@ def plain(batch: Any) -> Any:
 
 
 def _leading_axis(tensors: list[Tensor]) -> int:
-    sizes = sorted({t.shape[0] if t.ndim else -1 for t in tensors})
+    sizes: list[int] = []  # symbolic sizes cannot be in a set
+    for size in (t.shape[0] if t.ndim else -1 for t in tensors):
+        if not any(size == other for other in sizes):
+            sizes.append(size)
+    sizes.sort()
     if not tensors or -1 in sizes:
         raise ValueError(
             "Expected a batch of tensors with a leading axis of N samples, found "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfilter import _tree
+from gradfilter._overlap import copied_where_shared
 from gradfilter._state_rules import settled
 from gradfilter._types import GLOBAL_NAMES, Out, Params, State, Transform, Tree, all_keep
 from gradfilter.grads._batch import plain
@@ -25,7 +26,6 @@ from gradfilter.interop._host_chain import (
     filter_chain,
     note_skip,
     overflowed,
-    own_state,
     write_grads,
 )
 from gradfilter.interop._host_loss import (
@@ -308,22 +308,24 @@ class Filtered:
             )
         else:
             found = self._filter_in_graph(self._graphs, params, inputs, targets, extra)
-        losses, out = found.losses, found.out
+        # The optimizer writes the parameters, which a state, a metric or an aux may show.
+        state, out, aux = copied_where_shared((found.state, found.out, found.aux), params)
+        losses = found.losses
         given = all_keep(params, out.get("keep"), extra.get("keep"))
         keep = _tree.as_bool_tensor(True if given is None else given, losses.device)
         insert(self._module, {}, found.buffers)
         # The only wait for the device, to decide whether to call the optimizer.
         if given is None or bool(keep):
-            self._state = own_state(found.state, params)
+            self._state = state
             write_grads(self._module, self.optimizer, found.grads)
             self.optimizer.step()
         else:
-            self._state = settled(self.transforms.rules, False, found.state, self._state)
+            self._state = settled(self.transforms.rules, False, state, self._state)
             note_skip(self.optimizer)
         if self.scaler is not None and self.scaler.is_enabled():
             update_scale(self.scaler, overflowed(out, losses))
         metrics = {name: value for name, value in out.items() if name not in GLOBAL_NAMES}
-        return StepResult(found.loss, {"keep": keep, **metrics}, found.aux)
+        return StepResult(found.loss, {"keep": keep, **metrics}, aux)
 
     def accumulate(self, inputs: Any, targets: Any = None, **extra: Any) -> Tensor:
         """Compute the M rows of a batch; the next `step` filters them with its own.

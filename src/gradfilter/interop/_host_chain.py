@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from gradfilter import _tree
-from gradfilter._types import Kind, Out, Params, State, Transform, Tree
+from gradfilter._types import Kind, Out, Transform, Tree
 from gradfilter.transforms._chain import chain
 from gradfilter.transforms._reducers import finite_filter
 from gradfilter.transforms._transform import REDUCERS
@@ -72,17 +69,6 @@ def overflowed(out: Out, losses: Tensor) -> Tensor:
     # All ranks must decide alike about the rows of all ranks, so local losses are not used.
     excused = ~losses.isfinite() if finite.shape == losses.shape else finite
     return (~finite & ~excused).any()
-
-
-def own_state(state: State, params: Params) -> State:
-    """Copy those tensors of a state that are parameters, which the optimizer will write."""
-    written = {p.untyped_storage().data_ptr() for p in params.values()}
-
-    def own(leaf: Any) -> Any:
-        shared = isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() in written
-        return torch.clone(leaf) if shared else leaf
-
-    return _tree.tree_map(own, state)
 
 
 def check_owned(module: nn.Module, optimizer: torch.optim.Optimizer, caller: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradfilter import _tree
 from gradfilter._info import Info
+from gradfilter._overlap import copied_where_shared
 from gradfilter.grads._batch import plain
 from gradfilter.grads._call_context import Rewinds, random_state_restored
 from gradfilter.transforms._compile import decisions
@@ -221,17 +222,6 @@ def copy_inputs(static: dict[str, Any], given: dict[str, Any]) -> None:
                 old[name].copy_(value)
 
 
-def copied_where_shared(tree: Any, held: Any) -> Any:
-    """Copy those tensors of a tree that share memory with ``held``, which will be overwritten."""
-    held_memory = {_place(leaf) for leaf in _tree.leaves(held)}
-    return _tree.tree_map(
-        lambda leaf: (
-            leaf.clone() if isinstance(leaf, Tensor) and _place(leaf) in held_memory else leaf
-        ),
-        tree,
-    )
-
-
 def _inputs(batch: Any, extra: dict[str, Any]) -> dict[str, Any]:
     return {"batch": plain(batch), **extra}
 
@@ -243,7 +233,3 @@ def _copied(leaf: Any) -> Any:
 def _kind(leaf: Any) -> str:
     """Describe what a graph fixes of a leaf: the shape and dtype of a tensor, else the value."""
     return f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
-
-
-def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

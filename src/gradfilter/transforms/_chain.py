@@ -12,6 +12,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from gradfilter._factory import factory
+from gradfilter._overlap import copied_where_shared
 from gradfilter._row_rules import joined_rules
 from gradfilter._state_rules import PartRules, settled
 from gradfilter._types import (
@@ -296,7 +297,8 @@ class _Composition:
         assert apply_last is not None
         # The last part gives new parameters in place of an update: no part follows it.
         computes[last] = partial(apply_last, donate=donate)
-        new_params, new_state, out = self._run(computes, grads, state, params, context)
+        donated = last if donate else None
+        new_params, new_state, out = self._run(computes, grads, state, params, context, donated)
         keep = all_keep(params, context.keep, out.get("keep"))
         if keep is not None:
             for name in before:
@@ -311,8 +313,12 @@ class _Composition:
         state: State,
         params: Params,
         context: Context,
+        donated: str | None = None,
     ) -> tuple[Any, State, Out]:
-        """Run the parts one after another; each sees what those before it have published."""
+        """Run the parts one after another; each sees what those before it have published.
+
+        The part ``donated`` may write into the parameters and into its own state.
+        """
         check_state(self.label, "chain", state, computes, BEGIN)
         published: Out = {}
         new_state: dict[str, State] = {}
@@ -331,6 +337,9 @@ class _Composition:
                 continue
             if isinstance(grads, GradStack):
                 context = context.with_values({"rows": grads})
+            if name == donated:
+                kept = new_state, published
+                new_state, published = copied_where_shared(kept, (params, state[name]))
             grads, new_state[name], out = compute(grads, state[name], params, context)
             found = _found(name, out, params, context)
             context, published = context.with_values(found), published | found

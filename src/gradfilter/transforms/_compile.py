@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +25,7 @@ from gradfilter.grads._normalized_loss import NormalizedLoss
 from gradfilter.grads._recorded_draws import START
 from gradfilter.grads._state_owners import values_in
 from gradfilter.transforms._host_changes import HostState
-from gradfilter.transforms._trace import Run, Trace, trace
+from gradfilter.transforms._trace import Donated, Run, Trace, trace
 from gradfilter.transforms._train_step import TrainState, TrainStep
 
 Backend = Callable[[torch.fx.GraphModule], Callable[..., Any]]
@@ -139,6 +139,7 @@ class Graphs:
         *,
         options: Any = None,
         random: dict[str, Any] | None = None,
+        donated: Donated | None = None,
     ) -> tuple[Any, dict[str, Any] | None]:
         """Return ``function(given)``, computed by a graph.
 
@@ -149,6 +150,8 @@ class Graphs:
             options: Everything else that it depends on, comparable.
             random: The state of the generators to draw from; None to draw from the generators as
                 they are, and to advance them.
+            donated: Chooses the results that are written into tensors of the argument; ``options``
+                must tell one choice from another.
 
         Returns:
             The result, and the random state after it if one was given.
@@ -159,7 +162,7 @@ class Graphs:
         entry = self.entries.get(key)
         if entry is None or not entry.is_valid():
             self._warn_of_retrace(key, entry)
-            entry = self.entries[key] = self._compile(function, given, parts)
+            entry = self.entries[key] = self._compile(function, given, parts, donated)
             while len(self.entries) > MOST_TRACES:
                 self.entries.popitem(last=False)
         self.entries.move_to_end(key)
@@ -174,12 +177,15 @@ class Graphs:
                 random = random_state(device)
             else:
                 results = entry.run(*tensors, *outside)
-        return entry.trace.rebuild(results), random
+        return entry.trace.result(results, tensors), random
 
-    def _compile(self, function: Run, given: dict[str, Any], parts: Parts) -> _CompiledTrace:
+    def _compile(
+        self, function: Run, given: dict[str, Any], parts: Parts, donated: Donated | None
+    ) -> _CompiledTrace:
         host = HostState.now(parts.losses, parts.updates, parts.owners)
         others = _named(host.read.modules)
-        traced = partial(trace, function, given, [*parts.modules.values(), *others.values()])
+        modules = [*parts.modules.values(), *others.values()]
+        traced = partial(trace, function, given, modules, donated)
         with host.kept(traced):
             found = traced()
         outside = tuple(_kind_of(place()) for place in found.outside)
@@ -252,14 +258,16 @@ class CompiledStep:
         given: TrainState = {**state, "transforms": decided(update, transforms)}
         new, info = _run(
             self.graphs,
-            partial(self.step, donate=donate),
+            self.step,
             Parts.of_step(self.step),
             (given, batch, extra),
             (donate, decisions(update, transforms)),
+            _params_and_transforms if donate else None,
         )
         new["transforms"] = counted(update, new["transforms"], transforms)
-        if donate:
-            _put_back(state, new)
+        if donate:  # the graph has written all but the counters, which it has not seen
+            _tree.donate_into(transforms, new["transforms"])
+            new["transforms"] = transforms
         return new, Info(info)
 
 
@@ -319,6 +327,7 @@ def _run(
     parts: Parts,
     arguments: tuple[Any, Any, dict[str, Any]],
     options: Any,
+    donated: Donated | None = None,
 ) -> Any:
     """Return ``function(state, batch, **extra)``, whose random state is not a part of the graph."""
     state, batch, extra = arguments
@@ -339,7 +348,7 @@ def _run(
         return (new, dict(info)), after
 
     given = {"state": state, "batch": plain(batch), "extra": extra}
-    found, after = graphs.run(run, given, parts, options=options, random=random)
+    found, after = graphs.run(run, given, parts, options=options, random=random, donated=donated)
     if not drawing:
         return found
     new, info = found
@@ -358,17 +367,12 @@ def _device_of(tensors: list[Tensor]) -> torch.device:
     return devices[0] if devices else torch.device("cpu")
 
 
-def _put_back(old: Any, new: Any) -> None:
-    """Put the results of a donated step into their old tensors, where a compiler has moved them."""
+def _params_and_transforms(given: Any, result: Any) -> Iterator[tuple[Any, Any]]:
+    """Choose the parts of a step's state that ``donate=True`` overwrites."""
+    new, _ = result
     for part in ("params", "transforms"):
-        new[part] = _tree.tree_map(_into, old[part], new[part])
-
-
-def _into(old: Any, new: Any) -> Any:
-    if not isinstance(old, Tensor) or old is new:
-        return new
-    same = old.untyped_storage().data_ptr() == new.untyped_storage().data_ptr()
-    return old if same and old.stride() == new.stride() else old.copy_(new)
+        old = _tree.leaves(given["state"][part])
+        yield from zip(old, _tree.leaves(new[part]), strict=True)
 
 
 # --- The key of the cache: everything that a trace depends on ---

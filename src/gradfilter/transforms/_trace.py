@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import linecache
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from gradfilter import _tree
+from gradfilter._overlap import storage_of
 from gradfilter.grads._call_context import recording
 from gradfilter.grads._recorded_draws import CannotRecord, RecordedDraws, draws_nothing, is_draw
 from gradfilter.transforms._host_changes import is_users_code
@@ -45,18 +46,30 @@ class Trace:
     Attributes:
         graph: The graph: a function of the leaves that are tensors, then of ``outside``.
         outside: The places of the other tensors that it reads.
-        rebuild: Puts the results of the graph into the structure of the step's results.
+        writes: Pairs of positions: a result, and the input into which the graph writes it.
         draws: True if it draws random numbers.
     """
 
     graph: GraphModule
     outside: tuple[Place, ...]
-    rebuild: Callable[[Iterable[Any]], Any]
+    writes: tuple[tuple[int, int], ...]
     draws: bool
+    _rebuild: Callable[[Iterable[Any]], Any]
+
+    def result(self, results: Iterable[Any], inputs: Sequence[Tensor]) -> Any:
+        """Return results of the graph in the structure of the step's results."""
+        leaves = list(results)
+        for position, source in self.writes:
+            leaves[position] = inputs[source]
+        return self._rebuild(leaves)
 
 
 Run = Callable[[Any], tuple[Any, dict[str, Any]]]
 """A pure function of a tree; it returns another tree, and the random state after it."""
+
+Donated = Callable[[Any, Any], Iterable[tuple[Any, Any]]]
+"""Given the argument and the result, returns pairs of a leaf of each: the one to write into, and
+the one to write."""
 
 
 @dataclass(eq=False)
@@ -69,6 +82,7 @@ class _Flat:
         restore: Puts leaves into the structure of the tree.
         numbers: The random numbers of the trace.
         rebuild: Puts results into the structure of the result; set by a call.
+        results: The number of results; set by a call.
         random: The random state after the call.
     """
 
@@ -77,10 +91,19 @@ class _Flat:
     restore: Callable[[Iterable[Any]], Any]
     numbers: RecordedDraws
     rebuild: Callable[[Iterable[Any]], Any] = list
+    results: int = 0
     random: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self) -> list[Tensor]:
         return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    def writes(self, donated: Donated) -> tuple[tuple[int, int], ...]:
+        """Return which result is to be written into which tensor."""
+        tensors = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+        inputs = {position: i for i, position in enumerate(tensors)}
+        given, result = self.restore(range(len(self.leaves))), self.rebuild(range(self.results))
+        pairs = donated(given, result)
+        return tuple((new, inputs[old]) for old, new in pairs if old in inputs)
 
     def __call__(self, *tensors: Tensor) -> list[Any]:
         given = iter(tensors)
@@ -88,16 +111,20 @@ class _Flat:
         with self.numbers.recorded():
             result, self.random = self.run(self.restore(filled))
         results, self.rebuild = _tree.flatten(result)
+        self.results = len(results)
         return results
 
 
-def trace(run: Run, given: Any, modules: Iterable[nn.Module]) -> Trace:
+def trace(
+    run: Run, given: Any, modules: Iterable[nn.Module], donated: Donated | None = None
+) -> Trace:
     """Trace ``run(given)``, which is called once, on tensors without values.
 
     Args:
         run: The function.
         given: Its argument. Leaves that are not tensors are constants of the graph.
         modules: The modules whose tensors the function may read.
+        donated: Chooses the results that the graph writes into its inputs.
 
     Raises:
         RuntimeError: The function reads the value of a tensor.
@@ -124,9 +151,11 @@ def trace(run: Run, given: Any, modules: Iterable[nn.Module]) -> Trace:
         )
     _erase_forgotten(graph, flat.numbers.forgotten)
     _clean(graph)
+    writes = () if donated is None else flat.writes(donated)
+    _write_into_inputs(graph, writes)
     outside = _lift_constants(graph, modules)
     graph.recompile()
-    return Trace(graph, outside, flat.rebuild, drawn > 0)
+    return Trace(graph, outside, writes, drawn > 0, flat.rebuild)
 
 
 # --- Errors ---
@@ -226,6 +255,30 @@ def _hashable(value: Any) -> Any:
     if isinstance(value, dict):
         return tuple((key, _hashable(item)) for key, item in sorted(value.items()))
     return value if isinstance(value, Node) else (type(value), value)
+
+
+def _write_into_inputs(graph: GraphModule, writes: Iterable[tuple[int, int]]) -> None:
+    """Write results into inputs at the end of the graph, in place of returning them.
+
+    A compiler then computes each result in the memory of its input.
+    """
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    output = next(node for node in reversed(graph.graph.nodes) if node.op == "output")
+    results = list(output.args[0])
+    targets = [(i, inputs[source]) for i, source in writes]
+    memory = {storage_of(target.meta["val"]) for i, target in targets if results[i] is not target}
+    unchanged = {i for i, target in targets if results[i] is target}
+    with graph.graph.inserting_before(output):
+        for i, value in enumerate(results):
+            shown = value.meta.get("val") if isinstance(value, Node) else None
+            if i not in unchanged and isinstance(shown, Tensor) and storage_of(shown) in memory:
+                results[i] = graph.graph.call_function(aten.clone.default, (value,))
+                results[i].meta["val"] = shown
+        for i, target in targets:
+            if i not in unchanged:
+                graph.graph.call_function(aten.copy_.default, (target, results[i]))
+            results[i] = None
+    output.args = (results,)
 
 
 def _lift_constants(graph: GraphModule, modules: Iterable[nn.Module]) -> tuple[Place, ...]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradfilter import _tree
 from gradfilter._info import Info
+from gradfilter._overlap import copied_where_shared
 from gradfilter._types import Kind, Params, State, Transform, Tree
 from gradfilter.grads._batch import cut, more_than_a_batch
 from gradfilter.grads._call_context import random_state, random_state_restored, set_random_state
@@ -105,22 +106,22 @@ class TrainStep:
         with random_state_restored(device):
             set_random_state(state["random"], device)
             rows = self._rows(state, batch, extra)
-            # A donated update overwrites the parameters, from which a loss of NaN has to be asked.
-            loss = rows.mean_loss() if donate else None
+            # A donated update overwrites the parameters, from which a loss of NaN has to be asked,
+            # and which aux and buffers may show.
+            of_loss = copied_where_shared(_of_loss(rows), state["params"]) if donate else None
             params, transforms, info = self.update(
                 state["params"], state["transforms"], rows, donate=donate, **extra
             )
             random = random_state(device)  # after the draws of the transforms
-        loss = rows.mean_loss() if loss is None else loss
-        assert loss is not None  # rows of a batch always have their losses
+        loss, aux, buffers = of_loss or _of_loss(rows)
         state = {
             "params": params,
-            "buffers": rows.buffers,
+            "buffers": buffers,
             "transforms": transforms,
             "random": random,
         }
-        aux = {} if rows.aux is None else {"aux": rows.aux}
-        return state, Info({"loss": loss, **aux, **info})
+        shown = {} if aux is None else {"aux": aux}
+        return state, Info({"loss": loss, **shown, **info})
 
     def _rows(
         self, state: TrainState, batch: Any, extra: Mapping[str, Any]
@@ -147,6 +148,13 @@ class TrainStep:
                 reduced.add(rows)
             del rows  # before the next part is computed
         return reduced
+
+
+def _of_loss(rows: ComputedStack | DenseStack | ReducedRows) -> tuple[Tensor, Any, Tree]:
+    """Return the mean loss of rows, their aux and the new buffers."""
+    loss = rows.mean_loss()
+    assert loss is not None  # rows of a batch always have their losses
+    return loss, rows.aux, rows.buffers
 
 
 def train_step(

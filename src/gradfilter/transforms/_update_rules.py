@@ -152,6 +152,12 @@ def _is_like(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
 
 
+def _share_an_address(read: Tree, written: Iterable[Tree]) -> bool:
+    """Return whether a gradient is a tensor that a kernel overwrites, perhaps before it is read."""
+    addresses = {leaf.data_ptr() for tree in written for leaf in tree.values() if leaf.numel()}
+    return any(leaf.data_ptr() in addresses for leaf in read.values())
+
+
 # --- The transform of an update rule: all leaves, the step count and the learning rate ---
 
 
@@ -227,7 +233,8 @@ class _FusedUpdates:
     ) -> tuple[Params, State, Out]:
         keep = all_keep(params, context.keep)
         own = {buffer: state[buffer] for buffer in self.updates.rule.buffers}
-        if not self.kernel.fits(params, (grads, *own.values())):
+        fits = self.kernel.fits(params, (grads, *own.values()))
+        if not fits or (donate and _share_an_address(grads, (params, *own.values()))):
             updates, new_state, out = self.formulas(grads, state, params, context)
             return *apply_updates(params, state, updates, new_state, keep), out
         value, t, lr_state = self.updates.begin(state, context)
