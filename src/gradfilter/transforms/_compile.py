@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, overload
 
@@ -25,6 +25,8 @@ from gradfilter.grads._normalized_loss import NormalizedLoss
 from gradfilter.grads._recorded_draws import START
 from gradfilter.grads._state_owners import values_in
 from gradfilter.transforms._host_changes import HostState
+from gradfilter.transforms._inductor import by_inductor
+from gradfilter.transforms._symbolic_sizes import FixedSizes
 from gradfilter.transforms._trace import Donated, Run, Trace, trace
 from gradfilter.transforms._train_step import TrainState, TrainStep
 
@@ -122,10 +124,13 @@ class Graphs:
 
     Attributes:
         backend: The compiler: "inductor", "graph", or a function.
+        dynamic: True if one trace may hold for several sizes of the batch.
+        entries: The traces for each key; several only for different sizes of the batch.
     """
 
     backend: str | Backend
-    entries: OrderedDict[Any, _CompiledTrace] = field(
+    dynamic: bool = False
+    entries: OrderedDict[Any, list[_CompiledTrace]] = field(
         default_factory=OrderedDict, init=False, repr=False
     )
     _traces: int = field(default=0, init=False, repr=False)
@@ -157,30 +162,52 @@ class Graphs:
             The result, and the random state after it if one was given.
         """
         leaves, _ = _tree.flatten_with_names(given)
-        kinds = {name: _kind_of(leaf) for name, leaf in leaves.items()}
+        tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
+        sized = {name for name in tensors if self.dynamic and name.split(".")[0] == "batch"}
+        kinds = {name: _kind_of(leaf, name in sized) for name, leaf in leaves.items()}
         key = (tuple(kinds.items()), options, _surroundings(parts.modules))
-        entry = self.entries.get(key)
+        inputs = list(tensors.values())
+        known = self.entries.get(key, [])
+        entry = next((e for e in known if e.trace.sizes.hold_for(inputs)), None)
         if entry is None or not entry.is_valid():
             self._warn_of_retrace(key, entry)
-            entry = self.entries[key] = self._compile(function, given, parts, donated)
-            while len(self.entries) > MOST_TRACES:
-                self.entries.popitem(last=False)
+            symbolic = [i for i, name in enumerate(tensors) if name in sized]
+            new = self._compile(function, given, parts, donated, symbolic)
+            self._keep(key, new, entry)
+            entry = new
         self.entries.move_to_end(key)
-        tensors = [leaf for leaf in leaves.values() if isinstance(leaf, Tensor)]
         outside = [place() for place in entry.trace.outside]
         with torch.no_grad(), ExitStack() as stack:
             if entry.trace.draws and random is not None:
-                device = _device_of(tensors)
+                device = _device_of(inputs)
                 stack.enter_context(random_state_restored(device))
                 set_random_state(random, device)
-                results = entry.run(*tensors, *outside)
+                results = entry.run(*inputs, *outside)
                 random = random_state(device)
             else:
-                results = entry.run(*tensors, *outside)
-        return entry.trace.result(results, tensors), random
+                results = entry.run(*inputs, *outside)
+        return entry.trace.result(results, inputs), random
+
+    def _keep(self, key: Any, new: _CompiledTrace, stale: _CompiledTrace | None) -> None:
+        """Keep a trace in place of one that is not valid any more, and drop the oldest ones."""
+        self.entries[key] = [
+            *(e for e in self.entries.get(key, []) if e is not stale),
+            new,
+        ]
+        self.entries.move_to_end(key)
+        while sum(map(len, self.entries.values())) > MOST_TRACES:
+            oldest = next(iter(self.entries))
+            del self.entries[oldest][0]
+            if not self.entries[oldest]:
+                del self.entries[oldest]
 
     def _compile(
-        self, function: Run, given: dict[str, Any], parts: Parts, donated: Donated | None
+        self,
+        function: Run,
+        given: dict[str, Any],
+        parts: Parts,
+        donated: Donated | None,
+        symbolic: Collection[int],
     ) -> _CompiledTrace:
         host = HostState.now(parts.losses, parts.updates, parts.owners)
         others = _named(host.read.modules)
@@ -188,6 +215,10 @@ class Graphs:
         traced = partial(trace, function, given, modules, donated)
         with host.kept(traced):
             found = traced()
+        if symbolic:
+            tensors = [leaf for leaf in _tree.leaves(given) if isinstance(leaf, Tensor)]
+            shapes = FixedSizes({i: tensors[i].shape for i in symbolic})
+            found = _with_symbolic_sizes(partial(traced, symbolic), replace(found, sizes=shapes))
         outside = tuple(_kind_of(place()) for place in found.outside)
         run = self._compiler()(found.graph)
         return _CompiledTrace(found, run, outside, host, _modes_of(others))
@@ -196,7 +227,7 @@ class Graphs:
         if self.backend == "graph":
             return lambda graph: graph
         if self.backend == "inductor":
-            return _by_inductor
+            return by_inductor
         assert callable(self.backend)
         return self.backend
 
@@ -209,7 +240,8 @@ class Graphs:
         if stale is None:
             names = ("state, batch or keywords", "options", "modes and settings")
             parts = zip(names, last, key, strict=True)
-            why = " and ".join(name for name, old, new in parts if old != new) + " differ"
+            changed = [name for name, old, new in parts if old != new] or ["sizes of the batch"]
+            why = " and ".join(changed) + " differ"
         warnings.warn(
             f"gradfilter.compile: trace number {self._traces} of this step, because {why} from "
             "those of the last trace. Each trace is compiled anew. Pass numbers that change as "
@@ -356,9 +388,21 @@ def _run(
     return new, info
 
 
-def _by_inductor(graph: torch.fx.GraphModule) -> Callable[..., Any]:
-    compiled: Callable[..., Any] = torch.compile(graph, fullgraph=True, dynamic=False)
-    return compiled
+def _with_symbolic_sizes(traced: Callable[[], Trace], fixed: Trace) -> Trace:
+    """Return a trace with symbolic sizes if it holds the operations of one with fixed sizes.
+
+    Some functions of torch (dropout) have no rule for symbols. A plan could then take another way
+    to the rows, so the operations are compared, and not only the success.
+    """
+    if fixed.has_forgotten_draws:
+        return fixed
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the trace with fixed sizes has shown them
+            found = traced()
+    except Exception:
+        return fixed
+    return found if found.operations() == fixed.operations() else fixed
 
 
 def _device_of(tensors: list[Tensor]) -> torch.device:
@@ -378,19 +422,20 @@ def _params_and_transforms(given: Any, result: Any) -> Iterator[tuple[Any, Any]]
 # --- The key of the cache: everything that a trace depends on ---
 
 
-def _kind_of(leaf: Any) -> Any:
-    """Return what a graph fixes of a leaf: all of a tensor except for its values."""
+def _kind_of(leaf: Any, sized: bool = False) -> Any:
+    """Return what a graph fixes of a leaf: all of a tensor except for its values.
+
+    Args:
+        leaf: A tensor or another value.
+        sized: True if the sizes are symbols of the trace, which has conditions of its own. The
+            sizes 0 and 1 are never symbols: such an axis is empty, or is expanded.
+    """
     if not isinstance(leaf, Tensor):
         return type(leaf), repr(leaf)
-    return (
-        type(leaf),
-        tuple(leaf.shape),
-        leaf.stride(),
-        leaf.dtype,
-        leaf.device,
-        leaf.is_conj(),
-        leaf.is_neg(),
-    )
+    layout: Any = (tuple(leaf.shape), leaf.stride())
+    if sized and leaf.is_contiguous():
+        layout = tuple(min(size, 2) for size in leaf.shape)
+    return type(leaf), layout, leaf.dtype, leaf.device, leaf.is_conj(), leaf.is_neg()
 
 
 GLOBAL_HOOKS: tuple[Any, ...] = (
@@ -464,13 +509,15 @@ def check_backend(backend: str | Backend) -> str | Backend:
 
 
 @overload
-def compile(step: TrainStep, *, backend: str | Backend = "inductor") -> CompiledStep: ...
+def compile(
+    step: TrainStep, *, backend: str | Backend = "inductor", dynamic: bool = False
+) -> CompiledStep: ...
 @overload
 def compile(
-    step: Callable[..., Any], *, backend: str | Backend = "inductor"
+    step: Callable[..., Any], *, backend: str | Backend = "inductor", dynamic: bool = False
 ) -> CompiledFunction: ...
 def compile(
-    step: Callable[..., Any], *, backend: str | Backend = "inductor"
+    step: Callable[..., Any], *, backend: str | Backend = "inductor", dynamic: bool = False
 ) -> CompiledStep | CompiledFunction:
     """Compile a step of `train_step`: forward pass, backward pass, filter and update in one graph.
 
@@ -494,6 +541,12 @@ def compile(
         backend: "inductor" for torch's compiler, "graph" for the graph without a compiler, or a
             function that is called with the `torch.fx.GraphModule` and returns a function of the
             same tensors.
+        dynamic: True to trace with symbols in place of the sizes of the batch's tensors. One graph
+            then holds for all sizes that take the same way through the step: a last, smaller batch
+            and texts of other lengths need no second trace. A size that decides how a gradient is
+            computed (``explain()``), or that the loss reads as a number, limits the graph to the
+            sizes with the same answer; for others the step is traced again. Compiled code for
+            symbolic sizes may be slower.
 
     Returns:
         A `CompiledStep`, which is called as the step is, also with ``donate=True``, or a
@@ -522,5 +575,5 @@ def compile(
         )
     backend = check_backend(backend)
     if isinstance(step, TrainStep):
-        return CompiledStep(step, Graphs(backend))
-    return CompiledFunction(step, Graphs(backend))
+        return CompiledStep(step, Graphs(backend, dynamic))
+    return CompiledFunction(step, Graphs(backend, dynamic))

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import linecache
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,12 @@ from gradfilter._overlap import storage_of
 from gradfilter.grads._call_context import recording
 from gradfilter.grads._recorded_draws import CannotRecord, RecordedDraws, draws_nothing, is_draw
 from gradfilter.transforms._host_changes import is_users_code
+from gradfilter.transforms._symbolic_sizes import FixedSizes, SymbolicDropout, SymbolicSizes
 
 aten: Any = torch.ops.aten
+
+COPIES = ("empty", "clone", "_unsafe_view")
+"""Operations that compute nothing; which of them a trace has may depend on its symbols."""
 
 Place = Callable[[], Any]
 """Returns the present tensor of a place, such as a frozen parameter of a module."""
@@ -48,12 +53,16 @@ class Trace:
         outside: The places of the other tensors that it reads.
         writes: Pairs of positions: a result, and the input into which the graph writes it.
         draws: True if it draws random numbers.
+        sizes: The sizes of the inputs for which it holds.
+        has_forgotten_draws: True if a pass that was given up drew numbers.
     """
 
     graph: GraphModule
     outside: tuple[Place, ...]
     writes: tuple[tuple[int, int], ...]
     draws: bool
+    sizes: SymbolicSizes | FixedSizes
+    has_forgotten_draws: bool
     _rebuild: Callable[[Iterable[Any]], Any]
 
     def result(self, results: Iterable[Any], inputs: Sequence[Tensor]) -> Any:
@@ -62,6 +71,16 @@ class Trace:
         for position, source in self.writes:
             leaves[position] = inputs[source]
         return self._rebuild(leaves)
+
+    def operations(self) -> list[str]:
+        """Return the names of the operations that compute something, in their order."""
+        called = (n.target for n in self.graph.graph.nodes if n.op == "call_function")
+        names = [
+            target._schema.name.removeprefix("aten::").rstrip("_")
+            for target in called
+            if isinstance(target, torch._ops.OpOverload) and not _is_view(target)
+        ]
+        return [name for name in names if not name.startswith(("sym_", *COPIES))]
 
 
 Run = Callable[[Any], tuple[Any, dict[str, Any]]]
@@ -116,7 +135,11 @@ class _Flat:
 
 
 def trace(
-    run: Run, given: Any, modules: Iterable[nn.Module], donated: Donated | None = None
+    run: Run,
+    given: Any,
+    modules: Iterable[nn.Module],
+    donated: Donated | None = None,
+    symbolic: Collection[int] = (),
 ) -> Trace:
     """Trace ``run(given)``, which is called once, on tensors without values.
 
@@ -125,6 +148,8 @@ def trace(
         given: Its argument. Leaves that are not tensors are constants of the graph.
         modules: The modules whose tensors the function may read.
         donated: Chooses the results that the graph writes into its inputs.
+        symbolic: The positions of the tensors, among all tensors of the argument, whose sizes are
+            symbols: the trace holds for every size that takes the same way through the function.
 
     Raises:
         RuntimeError: The function reads the value of a tensor.
@@ -132,12 +157,15 @@ def trace(
     leaves, restore = _tree.flatten(given)
     flat = _Flat(run, leaves, restore, RecordedDraws())
     # Real tensors that the step meets (frozen parameters) become attributes of the graph.
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    sizes = SymbolicSizes(tuple(symbolic))
+    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes.environment)
+    mode: Literal["fake", "symbolic"] = "symbolic" if symbolic else "fake"
     try:
-        inputs = [fake.from_tensor(tensor, static_shapes=True) for tensor in flat.tensors()]
-        with recording(flat.numbers), torch.no_grad():
+        inputs = sizes.inputs(fake, flat.tensors())
+        rules = SymbolicDropout() if symbolic else nullcontext()
+        with recording(flat.numbers), torch.no_grad(), rules:
             # A lambda, because make_fx counts the parameters of the function itself.
-            graph = make_fx(lambda *tensors: flat(*tensors), tracing_mode="fake")(*inputs)
+            graph = make_fx(lambda *tensors: flat(*tensors), tracing_mode=mode)(*inputs)
     except Exception as error:
         cause = _cause_of(error)
         if cause is None:
@@ -149,13 +177,15 @@ def trace(
             "The step cannot be traced: a repeated pass draws more random numbers than the first "
             "one. Call step(state, batch) instead."
         )
+    sizes.close()
     _erase_forgotten(graph, flat.numbers.forgotten)
     _clean(graph)
     writes = () if donated is None else flat.writes(donated)
     _write_into_inputs(graph, writes)
     outside = _lift_constants(graph, modules)
     graph.recompile()
-    return Trace(graph, outside, writes, drawn > 0, flat.rebuild)
+    forgotten = any(flat.numbers.forgotten)
+    return Trace(graph, outside, writes, drawn > 0, sizes, forgotten, flat.rebuild)
 
 
 # --- Errors ---

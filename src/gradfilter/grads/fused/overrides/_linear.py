@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,7 @@ def linear_or_vmap(host: Host, x: Tensor, weight: Tensor, bias: Tensor | None = 
 
 
 def _apply(host: Host, x: Tensor, weight: Weight, bias: Weight | None) -> Tensor:
-    move, (p, d), n = weight.move, weight.value.shape, x.shape[:-1].numel()
+    move, (p, d), n = weight.move, weight.value.shape, math.prod(x.shape[:-1])
     products = None if move is None else move.products(n // len(x))
     own = None if move is None or products is not None else host.moved_values(weight)
     x, weight, bias, no_autocast = in_autocast(x, weight, bias)
@@ -147,7 +148,7 @@ class _LinearWithOwnWeights(_Linear):
 
 def _by_position(rows: Tensor) -> Tensor:
     """Return (M, ..., d) as (M, n, d), also where n or d is 0, from which -1 cannot be inferred."""
-    return rows.reshape(len(rows), rows.shape[1:-1].numel(), rows.shape[-1])
+    return rows.reshape(len(rows), math.prod(rows.shape[1:-1]), rows.shape[-1])
 
 
 # --- Weight normalisation: one weight for all rows, its gradient split row by row ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -459,5 +460,5 @@ class _RMSNorm(RowOperation[Tensor]):
 
 def _sums(products: Tensor, shape: Sequence[int]) -> Tensor:
     """Sum over all dims but the normalised ones, row by row. (M, *shape)."""
-    positions = products.shape[1 : products.ndim - len(shape)].numel()
+    positions = math.prod(products.shape[1 : products.ndim - len(shape)])
     return products.reshape(len(products), positions, *shape).sum(1)

@@ -1,0 +1,56 @@
+"""Compile a graph of aten operations by torch's compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+aten: Any = torch.ops.aten
+
+
+def by_inductor(graph: GraphModule) -> Callable[..., Any]:
+    """Compile a graph; a graph with symbolic sizes is compiled again when a size changes first."""
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and node.target is aten.add.Tensor:
+            _keep_apart_from_a_product(graph, node)
+    graph.recompile()
+    symbolic = any(isinstance(node.meta.get("val"), torch.SymInt) for node in graph.graph.nodes)
+    compiled: Callable[..., Any] = torch.compile(
+        graph, fullgraph=True, dynamic=None if symbolic else False
+    )
+    return compiled
+
+
+def _keep_apart_from_a_product(graph: GraphModule, add: Node) -> None:
+    """Write a + b as b − (−a) if b is a large matrix product on a CPU: the same bits.
+
+    The compiler would join sum and product to one call (addmm). On a CPU this call copies a into
+    its result first, so that the momentum of a large weight would be written twice.
+    """
+    if add.kwargs or len(add.args) != 2:
+        return
+    for other, product in (add.args, add.args[::-1]):
+        if isinstance(other, Node) and isinstance(product, Node) and _is_product(product):
+            value = product.meta["val"]
+            if value.device.type == "cpu" and other.meta["val"].shape == value.shape:
+                with graph.graph.inserting_before(add):
+                    negated = graph.graph.call_function(aten.neg.default, (other,))
+                    negated.meta["val"] = other.meta["val"]
+                    new = graph.graph.call_function(aten.sub.Tensor, (product, negated))
+                new.meta = dict(add.meta)
+                add.replace_all_uses_with(new)
+                graph.graph.erase_node(add)
+                return
+
+
+def _is_product(node: Any) -> bool:
+    """Return whether a node is a matrix product, perhaps seen in another shape."""
+    while isinstance(node, Node) and node.target in (
+        aten.view.default,
+        aten._unsafe_view.default,
+    ):
+        node = node.args[0]
+    return isinstance(node, Node) and node.target is aten.mm.default

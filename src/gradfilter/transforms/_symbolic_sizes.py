@@ -1,0 +1,124 @@
+"""Trace with symbols in place of sizes, and decide for which sizes the trace holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
+
+
+@dataclass(eq=False)
+class SymbolicSizes:
+    """The inputs of a trace whose sizes are symbols, and what the trace has asked of them.
+
+    A question of the function about a size (``if n > 8``) is answered as for the sizes of the
+    trace, and recorded as a condition. A size that was read as a number is a condition as well.
+
+    Attributes:
+        positions: The positions of these inputs.
+        environment: Creates symbols and records the conditions; None without such inputs.
+    """
+
+    positions: tuple[int, ...]
+    environment: ShapeEnv | None = None
+    _inputs: list[Any] = field(default_factory=list, repr=False)
+    _condition: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.positions:
+            self.environment = ShapeEnv()
+
+    def inputs(self, mode: FakeTensorMode, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return tensors without values for a trace."""
+        chosen = set(self.positions)
+        found = [
+            _symbolic(mode, tensor, i)
+            if i in chosen
+            else mode.from_tensor(tensor, static_shapes=True)
+            for i, tensor in enumerate(tensors)
+        ]
+        self._inputs = [found[i] for i in self.positions]
+        return found
+
+    def close(self) -> None:
+        """Collect the conditions at the end of the trace."""
+        if self.environment is not None:
+            self._condition = self.environment.produce_guards_expression(
+                self._inputs, ignore_static=False
+            )
+            self._inputs = []
+
+    def hold_for(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether inputs have sizes for which the trace holds."""
+        if self.environment is None or self._condition is None:
+            return True
+        given = [_Layout(tensors[i]) for i in self.positions]
+        return bool(self.environment.evaluate_guards_expression(self._condition, given))
+
+
+def _symbolic(mode: FakeTensorMode, tensor: Tensor, position: int) -> Tensor:
+    # Equal sizes share a symbol, so that inputs and targets have one number of samples.
+    symbols: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DUCK] * tensor.ndim)
+    source = ConstantSource(f"input_{position}")
+    fake: Tensor = mode.from_tensor(tensor, symbolic_context=symbols, source=source)
+    return fake
+
+
+class SymbolicDropout(TorchFunctionMode):
+    """Run dropout as the operations that torch runs on a CPU: its C++ code asks for real sizes."""
+
+    @override
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Replace `torch.nn.functional.dropout`; run everything else as it is."""
+        kwargs = kwargs or {}
+        return _dropout(*args, **kwargs) if func is F.dropout else func(*args, **kwargs)
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if not training or p == 0 or not 0 <= p <= 1:
+        return F.dropout(input, p, training, inplace)
+    noise = torch.empty_like(input, requires_grad=False).bernoulli_(1 - p)
+    noise = noise if p == 1 else noise.div_(1 - p)
+    return input.mul_(noise) if inplace else input * noise
+
+
+@dataclass(frozen=True, eq=False)
+class FixedSizes:
+    """Sizes of inputs of a trace that holds for no others.
+
+    Attributes:
+        shapes: The shape of each input, by its position.
+    """
+
+    shapes: dict[int, torch.Size]
+
+    def hold_for(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether inputs have these sizes."""
+        return all(tensors[i].shape == shape for i, shape in self.shapes.items())
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """The sizes and strides of a tensor; where it begins in memory is not a condition."""
+
+    tensor: Tensor
+
+    def size(self) -> torch.Size:
+        return self.tensor.size()
+
+    def stride(self) -> tuple[int, ...]:
+        return self.tensor.stride()
+
+    def storage_offset(self) -> int:
+        return 0
