@@ -21,16 +21,18 @@ BLOCK = 1024
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """Compute ``a bᵀ`` for (m, n) and (k, n) in float32 or wider, with float64 totals. (m, k)."""
-    n, width = a.shape[1], max(BLOCK, 4 * len(a))
+    (m, n), k = a.shape, b.shape[0]
+    width = max(BLOCK, 4 * m)
     # With few blocks a float32 sum is as accurate, and one product has less overhead.
     whole = n - n % width if n > 4 * BLOCK else 0
     a, b = _tree.at_least_float32(a), _tree.at_least_float32(b)
     with _tree.no_autocast(a):
         total: Tensor = (a[:, whole:] @ b[:, whole:].T).to(_tree.sum_dtype(a))
         if whole:
+            count = whole // width
             blocks = torch.bmm(
-                rearrange(a[:, :whole], "m (c w) -> c m w", w=width),
-                rearrange(b[:, :whole], "k (c w) -> c w k", w=width),
+                a[:, :whole].reshape(m, count, width).transpose(0, 1),  # (count, m, width)
+                b[:, :whole].reshape(k, count, width).permute(1, 2, 0),  # (count, width, k)
             )
             total = total + blocks.sum(0, dtype=_tree.sum_dtype(a))
     return total

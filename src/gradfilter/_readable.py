@@ -24,7 +24,9 @@ def readable(tensor: Tensor) -> bool:
 
 def followed() -> bool:
     """Return whether a compiler, tracer or ``torch.func`` transform follows the operations."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing() or transformed()
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return True
+    return maybe_current_level() is not None
 
 
 def differentiated() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,23 +50,25 @@ def against_running(
 
 def _in_numbers(gram: Tensor, usable: Tensor, threshold: float | Tensor, mean: bool) -> Judged:
     """Run on a CPU: M² multiplications are faster than a dozen tensor operations per row."""
-    k, live = gram.tolist(), usable.tolist()
+    live = usable.tolist()
+    k = (gram if all(live) else masked_gram(gram, usable)).tolist()
     limit = threshold.reshape(1).tolist()[0] if isinstance(threshold, Tensor) else threshold
     smallest_cosine = -math.inf if limit >= 2 else 1 - limit
     count = len(k)
     v, a, n = [0.0] * count, [0.0] * count, 0
     accepted, cosine = [False] * count, [math.nan] * count
-    for i in (i for i in range(count) if live[i]):
-        norm = max(math.sqrt(max(k[i][i], 0.0)), EPS)
-        squared = sum([x * y for x, y, used in zip(v, a, live, strict=True) if used])
+    for i, row in enumerate(k):
+        if not live[i]:
+            continue
+        norm = max(math.sqrt(max(row[i], 0.0)), EPS)
+        squared = sum(map(operator.mul, v, a))
         length = max(math.sqrt(max(squared, 0.0)), EPS * (n if mean else 1))
         accepted[i] = n == 0 or v[i] >= smallest_cosine * norm * length
         cosine[i] = 1.0 if n == 0 else v[i] / (length * norm)
         if accepted[i]:
-            keep, take = (1.0, 1.0) if mean or n == 0 else (0.5, 0.5)
-            v = [keep * x + take * y for x, y in zip(v, k[i], strict=True)]
-            a = [keep * x for x in a]
-            a[i] += take
+            v, a[i] = list(map(operator.add, v, row)), 1.0
+            if not mean and n > 0:  # half of the mean so far, and half of this row
+                v, a = [x / 2 for x in v], [x / 2 for x in a]
             n += 1
     if mean:
         a = [x / max(n, 1) for x in a]

@@ -105,14 +105,16 @@ class FusedKernel:
         if followed():
             return False
         dtypes = {"cpu": self.cpu_dtypes, "cuda": KERNEL_DTYPES}
-        return all(
-            p.dtype in dtypes.get(p.device.type, ()) and _is_plain(p) for p in params.values()
-        ) and all(
-            isinstance(tree, dict)
-            and tree.keys() == params.keys()
-            and all(_is_plain(leaf) and _is_like(leaf, params[name]) for name, leaf in tree.items())
-            for tree in trees
-        )
+        for p in params.values():
+            if p.dtype not in dtypes.get(p.device.type, ()) or not _is_plain(p):
+                return False
+        for tree in trees:
+            if not isinstance(tree, dict) or tree.keys() != params.keys():
+                return False
+            for name, leaf in tree.items():
+                if not _is_plain(leaf) or not _is_like(leaf, params[name]):
+                    return False
+        return True
 
     def run(
         self,
