@@ -9,6 +9,7 @@ from torch import nn
 
 import gradfilter as gf
 from _models import vectors
+from gradfilter.grads._module_tensors import modules_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 every_plan = pytest.mark.parametrize("plan", ["loop", "vmap", "fused"])
@@ -229,3 +230,25 @@ def test_sparse_embeddings_give_dense_rows(plan):
     dense = copy.deepcopy(model)
     dense[0].sparse = False
     assert_equals_naive(grads_of(params, (ids, y)), dense, (ids, y), 3)
+
+
+class WithoutParts(nn.Sequential):
+    """A module that hides its parts."""
+
+    def named_modules(self, memo=None, prefix="", remove_duplicate=True):
+        yield prefix, self
+
+
+def nested():
+    model = nn.Sequential(Shared(), nn.Sequential(nn.Linear(6, 6), nn.Identity()))
+    model.none = None
+    model.register_module("empty", None)
+    model.again = model[1][0]
+    return model
+
+
+@pytest.mark.parametrize(
+    "model", [nested(), nn.Sequential(nested(), WithoutParts(nn.Linear(1, 1))), nn.Linear(1, 1)]
+)
+def test_modules_are_those_of_torch_in_its_order(model):
+    assert list(modules_of(model).items()) == list(model.named_modules())

@@ -59,7 +59,7 @@ def split(batch: Any, microbatches: int | None) -> tuple[list[Tensor], Rebuild]:
             )
         if isinstance(value, Tensor) and (value.is_nested or value.layout != torch.strided):
             raise TypeError(_not_dense(value))
-        if _holds_tensors(value, 3):
+        if not isinstance(value, Tensor) and _holds_tensors(value, 3):
             raise TypeError(
                 f"Expected a batch of tensors in tuples, lists and dicts, found one inside of "
                 f"{type(value).__name__}, which would go whole to every microbatch. Take its "
@@ -75,7 +75,8 @@ def split(batch: Any, microbatches: int | None) -> tuple[list[Tensor], Rebuild]:
             f"M = {rows}. Use a batch of {max(size // rows, 1) * rows}, or drop the last "
             "incomplete batch (DataLoader(..., drop_last=True))."
         )
-    tensors = [rearrange(values[i], "(m b) ... -> m b ...", m=rows) for i in places]
+    shape = rows, size // rows  # M and B
+    tensors = [values[i].reshape(*shape, *values[i].shape[1:]) for i in places]
     return tensors, Structure(values, places, unflatten)
 
 
@@ -157,11 +158,13 @@ def check_device(params: Params, tensors: list[Tensor]) -> None:
     check_constant(params, tensors)
     home = _tree.device_of(params)
     strangers = [t for t in tensors if t.device != home]
+    if not strangers:
+        return
     # Integer tensors may stay on the CPU (sequence lengths must), but not the whole batch.
     lengths_only = len(strangers) < len(tensors) and all(
         t.device.type == "cpu" and not t.is_floating_point() for t in strangers
     )
-    if strangers and not lengths_only:
+    if not lengths_only:
         raise ValueError(
             f"Expected the batch on {home}, where the parameters are, found a tensor on "
             f"{strangers[0].device}. Move the batch with .to({str(home)!r}), or the model before "
@@ -198,7 +201,7 @@ def check_params(params: Params) -> None:
                 f"Expected dense parameters that have values, found {name!r} {where}. Use "
                 "model.to_empty(device=...) and initialise it, or p.to_dense(), before `extract`."
             )
-        if is_sharded(p):
+        if type(p) is not Tensor and is_sharded(p):
             raise TypeError(
                 f"Expected parameters that are whole on every rank, found {name!r} sharded over "
                 "ranks (DTensor), which vmap and functional_call do not mix with tensors. Take the "
@@ -208,10 +211,12 @@ def check_params(params: Params) -> None:
 
 def plain(batch: Any) -> Any:
     """Replace all mappings in a batch by dicts: for torch a tokenizer's output is one leaf."""
+    if isinstance(batch, Tensor):
+        return batch
     if isinstance(batch, Mapping):
         return {key: plain(value) for key, value in batch.items()}
     if type(batch) in (tuple, list):
-        return type(batch)(plain(value) for value in batch)
+        return type(batch)([plain(value) for value in batch])
     return batch
 
 

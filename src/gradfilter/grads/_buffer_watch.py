@@ -45,6 +45,10 @@ class BufferWatch:
         buffers: The buffers of this pass.
         cumulative: The running means with momentum None, whose counters torch's BatchNorm reads.
         attributes: Other tensors whose use is recorded.
+
+    Attributes:
+        used_attributes: The names of those other tensors that were used.
+        has_tensors: True if there is any tensor to follow.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class BufferWatch:
         for name, tensor in attributes:
             self._attributes.setdefault(id(tensor), set()).add(name)
         self.used_attributes: set[str] = set()
+        self.has_tensors = bool(self._names or self._attributes)
 
     def name(self, value: Any) -> str | None:
         """Return the name of a buffer, or None for another value."""
@@ -69,7 +74,7 @@ class BufferWatch:
 
     def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record the buffers that a function uses, and refuse writes that cannot be detected."""
-        if not self._names and not self._attributes:
+        if not self.has_tensors:
             return
         name = getattr(func, "__name__", "")
         if name == "__get__":

@@ -27,16 +27,21 @@ class Versions:
     """Tensors, and the number of in-place writes to each at one moment.
 
     Args:
-        tensors: Pairs of a name for errors and a tensor.
+        tensors: Pairs of a name and a tensor.
+        label: The words for such a tensor in errors, with ``{}`` in place of its name.
     """
 
-    def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def __init__(self, tensors: Iterable[tuple[str, Tensor]], label: str = "{}") -> None:
+        self._label = label
         # Tensors of inference mode have no version counter.
         self._noted = [(n, t, t._version) for n, t in tensors if not t.is_inference()]
 
     def written(self) -> str | None:
-        """Return the name of a tensor that has been written since, or None."""
-        return next((n for n, t, version in self._noted if t._version != version), None)
+        """Return the words for a tensor that has been written since, or None."""
+        for name, tensor, version in self._noted:
+            if tensor._version != version:
+                return self._label.format(name)
+        return None
 
     def check(self, names: Collection[str] | None = None) -> None:
         """Refuse to compute with tensors that have been written since.
@@ -47,9 +52,10 @@ class Versions:
         for name, tensor, version in self._noted:
             if tensor._version != version and (names is None or name in names):
                 raise RuntimeError(
-                    f"Expected the tensors of a stack as they were when it was computed, found the "
-                    f"{name} written in place since. This question needs another pass over the "
-                    "batch: ask it before writing, or compute the stack from clones."
+                    "Expected the tensors of a stack as they were when it was computed, found the "
+                    f"{self._label.format(name)} written in place since. This question needs "
+                    "another pass over the batch: ask it before writing, or compute the stack from "
+                    "clones."
                 )
 
 
@@ -96,7 +102,9 @@ class HostRandom:
         torch's generators draw for every row, also in a pass over all rows at once.
         """
         for (name, get, _), state in zip(self._generators, self._states, strict=True):
-            if not isinstance(state, torch.Tensor) and not _equal(get(), state):
+            if isinstance(state, torch.Tensor):
+                continue
+            if _comparable(get()) != _comparable(state):
                 return str(name)
         return None
 
@@ -122,14 +130,13 @@ def _accessors(name: str, generator: Any) -> Generator:
     return name, generator.get_state, generator.set_state
 
 
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(value, b[key]) for key, value in a.items())
-    if hasattr(a, "tobytes"):
-        return bool(a.tobytes() == b.tobytes())
-    if isinstance(a, tuple) and any(hasattr(item, "tobytes") for item in a):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    return bool(a == b)
+def _comparable(state: Any) -> Any:
+    """Return a state with bytes in place of NumPy's arrays, which ``==`` compares item by item."""
+    if isinstance(state, dict):
+        return {key: _comparable(value) for key, value in state.items()}
+    if isinstance(state, tuple):
+        return [item.tobytes() if hasattr(item, "tobytes") else item for item in state]
+    return state.tobytes() if hasattr(state, "tobytes") else state
 
 
 # --- The context of a call ---
@@ -355,13 +362,15 @@ class CallContext:
             random_state(device),
             HostRandom(attributes.generators, everywhere=everywhere),
             tuple(
-                (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-                for kind in kinds
-                if torch.amp.is_autocast_available(kind)
+                [
+                    (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+                    for kind in kinds
+                    if torch.amp.is_autocast_available(kind)
+                ]
             ),
-            tuple((m, m.training) for m in modules.values()),
+            tuple([(m, m.training) for m in modules.values()]),
             attributes,
-            Versions([*tensors, *((f"attribute {n}", t) for n, t in attributes.tensors)]),
+            Versions([*tensors, *[(f"attribute {n}", t) for n, t in attributes.tensors]]),
         )
 
     @contextmanager
@@ -369,20 +378,17 @@ class CallContext:
         """Set every module to the recorded mode, and restore its present mode on exit."""
         present = [(module, module.training) for module, _ in self.training]
         try:
-            for module, training in self.training:
-                module.training = training
+            _set_modes(self.training)
             yield
         finally:
-            for module, training in present:  # a forward pass may have changed modes
-                module.training = training
+            _set_modes(present)  # a forward pass may have changed modes
 
     def rewind(self) -> None:
         """Reset random numbers, modes and attributes to that moment."""
         set_random_state(self.random, self.device)
         self.host.restore()
         self.attributes.restore()
-        for module, training in self.training:
-            module.training = training
+        _set_modes(self.training)
 
     def switched(self) -> nn.Module | None:
         """Return a module that is in another mode than at that moment, or None."""
@@ -410,3 +416,10 @@ class CallContext:
             stack.enter_context(self.modes())
             self.rewind()
             yield
+
+
+def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    """Set the modules to training or evaluation mode, each by itself."""
+    for module, training in modes:
+        if module.training is not training:  # nn.Module assigns slowly
+            module.training = training

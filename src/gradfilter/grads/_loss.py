@@ -128,7 +128,8 @@ class ModelLoss:
                 places.empty_again(empty)
                 remove_new_parts(tables)
                 raise
-            places.refuse_new_buffers(empty)
+            if empty:
+                places.refuse_new_buffers(empty)
             _refuse_new_parts(remove_new_parts(tables))
         _refuse_lost_buffers(buffers.keys() - after.keys())
         new_buffers = {name: after[name] for name in buffers}

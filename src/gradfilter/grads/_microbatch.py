@@ -10,7 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeVar, get_args
@@ -188,7 +188,7 @@ class BatchPasses:
     def __post_init__(self) -> None:
         """Record the versions of the parameters."""
         self.grouping = Grouping(ByRow(self.settings.by_row))
-        self._given = Versions((f"parameter {name!r}", p) for name, p in self.params.items())
+        self._given = Versions(self.params.items(), "parameter {!r}")
 
     def first(self) -> ComputedStack:
         """Return the stack of the call."""
@@ -225,7 +225,7 @@ class BatchPasses:
 
     def _check_kept(self, names: Collection[str]) -> None:
         if names:
-            self._given.check({f"parameter {name!r}" for name in names})
+            self._given.check(names)
 
     def _fused_or_loop(self, params: Mapping[str, Tensor], per_row: bool) -> ComputedStack:
         try:
@@ -392,7 +392,7 @@ class BatchPasses:
         return FusedStack(
             LazyRows(run, first, budget, self.loss.hooks),
             tuple(params),
-            len(losses),
+            losses.shape[0],
             losses,
             first.buffers,
             first.aux,
@@ -425,8 +425,8 @@ class BatchPasses:
 
 def _read(loss: NormalizedLoss, batch: Batch) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors that a pass reads in addition to the parameters."""
-    yield from (("batch", t) for t in batch.tensors)
-    yield from ((f"buffer {name!r}", b) for name, b in batch.buffers.items())
+    yield from [("batch", t) for t in batch.tensors]
+    yield from [(f"buffer {name!r}", b) for name, b in batch.buffers.items()]
     yield from loss.criterion_buffers()
 
 
@@ -446,7 +446,7 @@ class FusedPass(PassSource):
 
     def __post_init__(self) -> None:
         """Record the versions of the parameters."""
-        self._given = Versions((f"parameter {n!r}", p) for n, p in held(self.params).items())
+        self._given = Versions(held(self.params).items(), "parameter {!r}")
 
     def first(self) -> Forward:
         """Run the forward pass, and refuse it if a loop over rows would give another result."""
@@ -478,16 +478,16 @@ class FusedPass(PassSource):
         return found
 
     @override
+    def backward_pass(self, run: Forward) -> AbstractContextManager[None]:
+        return _tree.NO_CHANGE if run.tape.linear else self._watched_backward_pass()
+
     @contextmanager
-    def backward_pass(self, run: Forward) -> Iterator[None]:
+    def _watched_backward_pass(self) -> Iterator[None]:
         """Let hooks draw the same numbers in every backward pass, and refuse what they share.
 
         Raises:
             RuntimeError: A hook draws on the host or changes an attribute, once for all rows.
         """
-        if run.tape.linear:
-            yield
-            return
         passes = self.passes
         host, attributes = passes.context.host.present(), passes.context.attributes.present()
         with passes.same_backward_draws():
@@ -547,7 +547,7 @@ class FusedPass(PassSource):
             return forward_single(loss, params, batch, self.per_row, context)
         # Who asks for plan "fused" by name is told what vmap does not support; "auto" chooses.
         quiet = self.passes.settings.plan == "auto"
-        with quiet_fallbacks() if quiet else nullcontext():
+        with quiet_fallbacks() if quiet else _tree.NO_CHANGE:
             found = forward_in_groups(
                 loss, params, batch, self.per_row, grouping, context, check=check
             )

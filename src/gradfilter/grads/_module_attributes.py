@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from gradfilter.grads._state_owners import (
@@ -68,9 +69,14 @@ class Attributes:
         none = frozenset[str]()
         seen = {id(module) for module in modules.values()}
         tables: list[Table] = [
-            *((name, vars(module), STANDARD) for name, module in modules.items()),
-            *(table for name, module in modules.items() for table in scripted_tables(module, name)),
-            *((name, table, none) for name, table in self._more),
+            *[(name, vars(module), STANDARD) for name, module in modules.items()],
+            *[
+                table
+                for name, module in modules.items()
+                if isinstance(module, torch.jit.ScriptModule)
+                for table in scripted_tables(module, name)
+            ],
+            *[(name, table, none) for name, table in self._more],
             *class_tables({type(module) for module in modules.values()}, seen),
         ]
         for name, owner in self._objects:
@@ -152,7 +158,7 @@ class Attributes:
         changed = [
             held
             for held in self._held
-            if len(held.table) != held.size or _differ(held.before, held.table)
+            if len(held.table) != held.size or (held.before and _differ(held.before, held.table))
         ]
         for held in changed:
             for key, value in list(held.table.items()):

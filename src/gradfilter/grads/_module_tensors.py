@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from typing_extensions import override
 
 from gradfilter._types import Tree
 
@@ -26,22 +27,33 @@ _LOCKS_LOCK = threading.Lock()
 def _locks_of(modules: list[nn.Module]) -> list[threading.RLock]:
     """Return one lock per module, in an order that is the same for all threads."""
     with _LOCKS_LOCK:
-        found = [_LOCKS.setdefault(module, threading.RLock()) for module in modules]
+        found = [
+            _LOCKS.get(module) or _LOCKS.setdefault(module, threading.RLock()) for module in modules
+        ]
     return sorted(found, key=id)
 
 
-@contextmanager
-def locked(locks: list[threading.RLock]) -> Iterator[None]:
-    """Hold all locks inside the context."""
-    held: list[threading.RLock] = []
-    try:
-        for lock in locks:
-            lock.acquire()
-            held.append(lock)
-        yield
-    finally:
-        for lock in held:
-            lock.release()
+class Locked(AbstractContextManager[None]):
+    """Holds all locks inside the context."""
+
+    def __init__(self, locks: list[threading.RLock]) -> None:
+        self._locks = locks
+        self._held: list[threading.RLock] = []
+
+    @override
+    def __enter__(self) -> None:
+        try:
+            for lock in self._locks:
+                lock.acquire()
+                self._held.append(lock)
+        except BaseException:  # the user interrupts the wait
+            self.__exit__()
+            raise
+
+    @override
+    def __exit__(self, *error: object) -> None:
+        while self._held:
+            self._held.pop().release()
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,25 @@ class AttributeView:
         return replaced.detach().as_strided(shape, strides, replaced.storage_offset() + offset)
 
 
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every module once by its name, as ``named_modules`` does in many more calls."""
+    found: dict[str, nn.Module] = {}
+    seen: set[nn.Module] = set()
+    ahead: list[tuple[str, nn.Module | None]] = [("", model)]
+    while ahead:
+        name, module = ahead.pop()
+        if module is None or module in seen:
+            continue
+        if type(module).named_modules is not nn.Module.named_modules:
+            return dict(model.named_modules())  # the class has other modules
+        seen.add(module)
+        found[name] = module
+        inner = f"{name}." if name else ""
+        for key, part in reversed(module._modules.items()):
+            ahead.append((inner + key, part))
+    return found
+
+
 @dataclass(frozen=True)
 class ModuleTensors:
     """The places of parameters and buffers in a module, found in one walk through it.
@@ -123,31 +154,31 @@ class ModuleTensors:
     @classmethod
     def of(cls, model: nn.Module) -> ModuleTensors:
         """Return the places of a module."""
-        named = list(model.named_modules())
-        holding = [module for _, module in named if module._parameters or module._buffers]
+        named = modules_of(model)
+        holding = [module for module in named.values() if module._parameters or module._buffers]
         locks = _locks_of(holding)
-        with locked(locks):  # another thread's tensors may be in the places at this moment
+        with Locked(locks):  # another thread's tensors may be in the places at this moment
             return cls._collect(named, locks)
 
     @classmethod
-    def _collect(
-        cls, named: list[tuple[str, nn.Module]], locks: list[threading.RLock]
-    ) -> ModuleTensors:
+    def _collect(cls, named: dict[str, nn.Module], locks: list[threading.RLock]) -> ModuleTensors:
         first: dict[int, str] = {}
         canonical: dict[str, str] = {}
         holders: dict[str, tuple[dict[str, Tensor | None], str]] = {}
         trainable: Tree = {}
         buffers: dict[int, tuple[str, Tensor]] = {}
         empty, renormalised = [], set()
-        modules = [(f"{prefix}." if prefix else "", m) for prefix, m in named]
+        modules = [(f"{prefix}." if prefix else "", m) for prefix, m in named.items()]
         for prefix, module in modules:
-            if getattr(module, "max_norm", None) is not None:
+            parameters: Any = module._parameters
+            has_weight = "weight" in parameters or "weight" in module._buffers
+            if has_weight and getattr(module, "max_norm", None) is not None:
                 renormalised.add(f"{prefix}weight")
-            for key, tensor in module._parameters.items():
+            for key, tensor in parameters.items():
                 if tensor is not None:
                     place = prefix + key
                     name = canonical[place] = first.setdefault(id(tensor), place)
-                    holders[place] = cast(Any, module._parameters), key
+                    holders[place] = parameters, key
                     if tensor.requires_grad:
                         trainable[name] = tensor
         for prefix, module in modules:
@@ -163,9 +194,7 @@ class ModuleTensors:
         hooks = _gradient_hooks(trainable)
         own = dict(buffers.values())
         views = list(_views({**trainable, **own}, modules))
-        return cls(
-            canonical, holders, trainable, own, empty, written, hooks, views, dict(named), locks
-        )
+        return cls(canonical, holders, trainable, own, empty, written, hooks, views, named, locks)
 
     @contextmanager
     def filled(self, tensors: Mapping[str, Tensor]) -> Iterator[Tree]:
@@ -195,9 +224,9 @@ class ModuleTensors:
         after: Tree = {}
         own: list[Tensor | None] = []
         untied = None
-        with locked(self.locks):
+        with Locked(self.locks):
             try:
-                own.extend(holder[key] for holder, key, _ in filled)
+                own = [holder[key] for holder, key, _ in filled]
                 for holder, key, name in filled:
                     holder[key] = tensors[name]
                 for view, replaced in views:
@@ -206,8 +235,7 @@ class ModuleTensors:
             finally:
                 # A module may have replaced its tensors.
                 for (holder, key, name), tensor in zip(filled, own, strict=False):
-                    if key in holder and holder[key] is not None:
-                        found = cast(Tensor, holder[key])
+                    if key in holder and (found := holder[key]) is not None:
                         untied = untied if after.setdefault(name, found) is found else key
                     holder[key] = tensor
                 stale = None
@@ -235,7 +263,7 @@ class ModuleTensors:
     def tables(self) -> list[tuple[dict[str, Any], int]]:
         """Return the dicts in which modules register their parts, and their sizes."""
         found: list[dict[str, Any]] = []
-        for module in self._all():
+        for module in self.modules.values():
             parts: Any = module._parameters, module._buffers, module._modules
             found.extend(parts)
         return [(table, len(table)) for table in found]
@@ -280,8 +308,9 @@ def _views(named: Tree, modules: list[tuple[str, nn.Module]]) -> Iterator[Attrib
     found = [
         (module, key, value)
         for _, module in modules
+        if Tensor in map(type, vars(module).values())  # asked of every module in every step
         for key, value in vars(module).items()
-        if type(value) is Tensor  # asked of every attribute in every step
+        if type(value) is Tensor
     ]
     if found:
         plain = [(name, tensor) for name, tensor in named.items() if _is_plain(tensor)]

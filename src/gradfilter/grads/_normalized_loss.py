@@ -53,6 +53,7 @@ class GraphEnds:
         padded_lookup: True if it holds an embedding with ``padding_idx`` that torch itself runs.
         custom: True if it holds an ``autograd.Function`` of the user, whose backward pass may
             change a gradient in any way.
+        closed: True if it ends in the given leaves alone.
     """
 
     reached: bool
@@ -61,6 +62,7 @@ class GraphEnds:
     reentrant: bool
     padded_lookup: bool = False
     custom: bool = False
+    closed: bool = False
 
 
 def ends_of(value: Tensor, leaves: Iterable[Tensor], own: Mapping[str, Tensor]) -> GraphEnds:
@@ -79,6 +81,7 @@ def ends_of(value: Tensor, leaves: Iterable[Tensor], own: Mapping[str, Tensor]) 
     ahead: list[Any] = [value.grad_fn]
     kinds: set[Any] = set()  # far fewer than nodes, so each kind is examined once
     reached = padded = False
+    closed = True
     stranger: tuple[str, Any] | None = None
     others: list[Tensor] = []
     while ahead:
@@ -91,6 +94,7 @@ def ends_of(value: Tensor, leaves: Iterable[Tensor], own: Mapping[str, Tensor]) 
                 padded = True
         else:
             variable = getattr(node, "variable", None)
+            closed = closed and id(variable) in wanted
             if id(variable) in wanted:
                 reached = True
             elif id(variable) in strangers:
@@ -101,15 +105,12 @@ def ends_of(value: Tensor, leaves: Iterable[Tensor], own: Mapping[str, Tensor]) 
             if before is not None and before not in seen:
                 seen.add(before)
                 ahead.append(before)
-    reentrant = any(kind.__name__ == REENTRANT for kind in kinds)
-    return GraphEnds(reached, stranger, others, reentrant, padded, any(map(_is_custom, kinds)))
-
-
-def _is_custom(kind: Any) -> bool:
-    node: Any = kind  # torch sets _forward_cls, which the type of the class does not list
-    if not issubclass(kind, BackwardCFunction):
-        return False
-    return not node._forward_cls.__module__.startswith("gradfilter.")
+    reentrant = REENTRANT in [kind.__name__ for kind in kinds]
+    # torch sets _forward_cls, which the type of the class does not list.
+    functions: list[Any] = [kind for kind in kinds if issubclass(kind, BackwardCFunction)]
+    custom = not all(f._forward_cls.__module__.startswith("gradfilter.") for f in functions)
+    closed = closed and not reentrant
+    return GraphEnds(reached, stranger, others, reentrant, padded, custom, closed)
 
 
 def bypass_error(
@@ -172,7 +173,7 @@ def _holds(value: Any, parameter: Any, depth: int) -> bool:
 def _own_methods(modules: Iterable[nn.Module]) -> Iterator[Any]:
     """Yield what the forward passes and hooks of modules refer to, other than the modules."""
     modules = list(modules)
-    functions: list[Any] = list(forward_methods(modules))
+    functions: list[Any] = forward_methods(modules)
     for module in modules:
         functions += (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     known = set[int]()
@@ -210,7 +211,7 @@ class NormalizedLoss:
     @cached_property
     def cumulative(self) -> set[str]:
         """The names of running means with momentum None."""
-        return cumulative_means(self.loss.model) if isinstance(self.loss, ModelLoss) else set()
+        return set() if self.places is None else cumulative_means(self.places.modules)
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -220,13 +221,18 @@ class NormalizedLoss:
         return {**self.places.modules, **self._criterion_modules}
 
     @cached_property
+    def _criterion_owners(self) -> list[Any]:
+        """Return the modules and the user's objects that the criterion refers to."""
+        return list(owners_in(self.loss.criterion, names=True))
+
+    @cached_property
     def _criterion_modules(self) -> dict[str, nn.Module]:
         """Return the modules of a criterion that are not the model's, by new names."""
         if self.places is None:
             return {}
         known = {id(module) for module in self.places.modules.values()}
         prefix, modules = "criterion", dict[str, nn.Module]()
-        for owner in owners_in(self.loss.criterion, names=True):
+        for owner in self._criterion_owners:
             if isinstance(owner, nn.Module):
                 while prefix in self.places.modules or prefix in modules:
                     prefix += "_"
@@ -243,14 +249,16 @@ class NormalizedLoss:
         Those draw only from torch's generators, and reading the states of the others takes a
         fraction of a millisecond.
         """
-        modules = self.modules.values()
-        if self.places is None or any(
-            m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules
-        ):
+        if self.places is None:
             return True
+        modules = self.modules.values()
+        for module in modules:
+            if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+                return True
         criterion = getattr(self.loss, "criterion", None)
-        kinds = [*map(type, modules), *([] if criterion is None else [criterion])]
-        return any(_defining_module(kind).partition(".")[0] != "torch" for kind in kinds)
+        called = [*map(type, modules), *([] if criterion is None else [criterion])]
+        homes = {str(getattr(kind, "__module__", None)) for kind in called}
+        return {home.partition(".")[0] for home in homes} != {"torch"}
 
     @cached_property
     def attributes(self) -> Attributes:
@@ -270,8 +278,8 @@ class NormalizedLoss:
         criterion = self.loss.criterion
         if isinstance(criterion, Owners):
             return Attributes(self.modules, [*more, ("", vars(criterion))], called)
-        own = (o for o in owners_in(criterion, names=True) if not isinstance(o, nn.Module))
-        return Attributes(self.modules, more, [*called, *(("criterion", o) for o in own)])
+        own = [("criterion", o) for o in self._criterion_owners if not isinstance(o, nn.Module)]
+        return Attributes(self.modules, more, [*called, *own])
 
     @property
     def hooks(self) -> dict[str, list[Hook]]:
@@ -425,11 +433,6 @@ class NormalizedLoss:
         return value, buffers, aux
 
 
-def _defining_module(kind: Any) -> str:
-    """Return the Python module that defines a class, a function, or an object's class."""
-    return str(getattr(kind, "__module__", None))
-
-
 def as_parameter(tensor: Tensor) -> Tensor:
     """Mark a tensor so that ``isinstance(tensor, nn.Parameter)`` is true, and return it.
 
@@ -437,6 +440,13 @@ def as_parameter(tensor: Tensor) -> Tensor:
     """
     tensor._is_param = True
     return tensor
+
+
+def as_parameters(tensors: list[Tensor]) -> list[Tensor]:
+    """Mark all tensors as `as_parameter` does, and return them."""
+    for tensor in tensors:
+        tensor._is_param = True
+    return tensors
 
 
 def refuse_late_hooks(trainable: Tree) -> None:

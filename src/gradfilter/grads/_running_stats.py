@@ -8,7 +8,7 @@ without it. The batch statistics s_m are kept, and the recurrence runs afterward
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,11 +97,11 @@ class RecordRunningStats(TorchFunctionMode):
         self._watch.check(after, {name for call in self.recorded.calls for name in call[:2]})
 
 
-def cumulative_means(model: nn.Module) -> set[str]:
+def cumulative_means(modules: Mapping[str, nn.Module]) -> set[str]:
     """Return the names of running means whose momentum is None: cumulative averages, a = 1/t."""
     return {
         f"{prefix}.running_mean" if prefix else "running_mean"
-        for prefix, module in model.named_modules()
+        for prefix, module in modules.items()
         if isinstance(module, nn.modules.batchnorm._BatchNorm)
         and module.momentum is None
         # A subclass with its own forward pass may use the counter differently.

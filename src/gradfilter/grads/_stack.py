@@ -146,7 +146,10 @@ def versions(tensors: Mapping[str, Tensor]) -> dict[str, int] | None:
     if torch.compiler.is_compiling():
         return None
     return {
-        name: _writes(t) for name, t in tensors.items() if not (t.is_inference() or _wrapped(t))
+        name: t._version if type(t) is Tensor else _writes(t)
+        for name, t in tensors.items()
+        # A transform of torch.func that wraps a tensor counts separately.
+        if not (t.is_inference() or is_functorch_wrapped_tensor(t))
     }
 
 
@@ -154,17 +157,17 @@ def written(tensors: Mapping[str, Tensor], before: dict[str, int] | None) -> lis
     """Return the names of the tensors that were written since `versions`."""
     if before is None or torch.compiler.is_compiling():
         return []
-    return [name for name, version in before.items() if _writes(tensors[name]) != version]
+    found = []
+    for name, version in before.items():
+        tensor = tensors[name]
+        if (tensor._version if type(tensor) is Tensor else _writes(tensor)) != version:
+            found.append(name)
+    return found
 
 
 def _writes(tensor: Tensor) -> int:
     """Return the version of a tensor; for a sharded one, the sum with that of its shard."""
     return tensor._version + (local(tensor)._version if is_sharded(tensor) else 0)
-
-
-def _wrapped(tensor: Tensor) -> bool:
-    """Return whether a transform of ``torch.func`` wraps the tensor and counts separately."""
-    return bool(is_functorch_wrapped_tensor(tensor))
 
 
 # --- The protocol ---

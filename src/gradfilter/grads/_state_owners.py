@@ -86,6 +86,8 @@ def owners_in(value: Any, *, names: bool = False) -> Iterator[Any]:
 
 def _is_object(value: Any) -> bool:
     """Return whether a value is a module, an object of the user's own, or a generator."""
+    if isinstance(value, FunctionType):
+        return False
     return isinstance(value, nn.Module) or _has_attributes(value) or is_generator(value)
 
 
@@ -100,11 +102,11 @@ def values_in(value: Any, *, names: bool = False) -> Iterator[Any]:
         yield item
         if _is_object(item):
             if names and depth:
-                found.extend((method, depth - 1) for method in _called_methods(item))
+                found += [(method, depth - 1) for method in _called_methods(item)]
             if not isinstance(item, ITEMS):
                 continue
         if depth:
-            found.extend((part, depth - 1) for part in _parts_of(item, names))
+            found += [(part, depth - 1) for part in _parts_of(item, names)]
 
 
 def _called_methods(value: Any) -> Iterator[FunctionType]:
@@ -112,20 +114,22 @@ def _called_methods(value: Any) -> Iterator[FunctionType]:
     if isinstance(value, nn.Module):
         yield from forward_methods(value.modules())
     else:
-        yield from _methods(type(value), "__call__")
+        yield from _methods([type(value)], "__call__")
 
 
-def forward_methods(modules: Iterable[nn.Module]) -> Iterator[FunctionType]:
-    """Yield the method ``forward`` of every class among the modules, also those of base classes."""
-    for kind in dict.fromkeys(map(type, modules)):
-        yield from _methods(kind, "forward")
+def forward_methods(modules: Iterable[nn.Module]) -> list[FunctionType]:
+    """Return the method ``forward`` of every class of the user, also those of base classes."""
+    return _methods(dict.fromkeys(map(type, modules)), "forward")
 
 
-def _methods(kind: type, name: str) -> Iterator[FunctionType]:
-    for base in kind.__mro__:
-        method = vars(base).get(name)
-        if isinstance(method, FunctionType) and is_own_function(method):
-            yield method
+def _methods(kinds: Iterable[type], name: str) -> list[FunctionType]:
+    found: list[FunctionType] = []
+    for kind in kinds:
+        for base in kind.__mro__:
+            method = vars(base).get(name)
+            if isinstance(method, FunctionType) and not is_foreign(method.__module__):
+                found.append(method)
+    return found
 
 
 def _parts_of(value: Any, names: bool) -> Iterable[Any]:
@@ -177,22 +181,24 @@ def names_in(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(used), frozenset(stored & {*code.co_freevars, *used})
 
 
+@lru_cache(maxsize=4096)
+def is_foreign(module: str | None) -> bool:
+    """Return whether a Python module, given by its name, is of a package in `FOREIGN`."""
+    return str(module).partition(".")[0] in FOREIGN
+
+
 def is_own_function(value: Any) -> bool:
-    return isinstance(value, FunctionType) and _defining_package(value) not in FOREIGN
+    return isinstance(value, FunctionType) and not is_foreign(value.__module__)
 
 
 def is_own_class(value: Any) -> bool:
-    return isinstance(value, type) and _defining_package(value) not in FOREIGN
+    return isinstance(value, type) and not is_foreign(value.__module__)
 
 
 def _closed_over(function: FunctionType) -> Iterator[Any]:
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # the cell is still empty
             yield cell.cell_contents
-
-
-def _defining_package(definition: type | FunctionType) -> str:
-    return str(definition.__module__).partition(".")[0]
 
 
 def _has_attributes(value: Any) -> bool:
@@ -205,7 +211,7 @@ def _has_attributes(value: Any) -> bool:
         return True
     return (
         (hasattr(value, "__dict__") or bool(_slots(type(value))))
-        and _defining_package(type(value)) not in FOREIGN
+        and not is_foreign(type(value).__module__)
         and not isinstance(value, (nn.Module, type))
     )
 
@@ -307,9 +313,9 @@ def scripted_tables(module: nn.Module, label: str) -> Iterator[Table]:
 def class_tables(kinds: Iterable[type], seen: set[int]) -> Iterator[Table]:
     """Yield the attributes of the user's own classes and their base classes, each once."""
     for kind in kinds:
-        if _defining_package(kind) not in FOREIGN:
+        if not is_foreign(kind.__module__):
             for base in kind.__mro__:
-                if id(base) not in seen and _defining_package(base) not in FOREIGN:
+                if id(base) not in seen and not is_foreign(base.__module__):
                     seen.add(id(base))
                     yield base.__name__, _ClassValues(base), frozenset()
 
@@ -334,7 +340,7 @@ class _View(MutableMapping[Any, Any]):
 
     @override
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len([*iter(self)])  # list(self) would ask for the length
 
 
 class PlainValues(_View):

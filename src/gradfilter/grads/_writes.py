@@ -42,13 +42,13 @@ _OPTIONAL: dict[Callable[..., Any], int] = dict(
 
 def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Tensor]:
     """Return the tensors that a call would write into."""
-    if _may_write(func) or (kwargs and "out" in kwargs):
-        return _written(func, args, kwargs)
+    if may_write(func) or (kwargs and "out" in kwargs):
+        return written_by(func, args, kwargs)
     return ()
 
 
 @lru_cache(4096)
-def _may_write(func: Any) -> bool:
+def may_write(func: Any) -> bool:
     """Return whether a function can write into an argument other than ``out``."""
     name = getattr(func, "__name__", "")
     if func in _OPTIONAL or name in _OPERATORS or name in ("__set__", "__setitem__"):
@@ -56,7 +56,8 @@ def _may_write(func: Any) -> bool:
     return name.endswith("_") and not name.endswith("__") and name not in _HARMLESS
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """Yield the tensors that a call of a function that may write would write into."""
     out = kwargs.get("out")
     if out is not None:
         yield from _tensors(out)
@@ -65,7 +66,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
         chosen = args[place] if len(args) > place else kwargs.get("inplace", False)
         if chosen:
             yield from _tensors(args[0] if args else kwargs.get("input"))
-    elif args and _may_write(func):
+    elif args and may_write(func):
         sets = getattr(func, "__name__", "") == "__set__"
         if not sets or (func == _SET_DATA and not _is_same(*args)):  # nn.Module.to, of routers
             yield from _tensors(args[0])

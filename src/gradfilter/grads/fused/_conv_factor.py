@@ -151,7 +151,8 @@ class ConvFactor(Divisible):
     @override
     def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
         """Compute one ordinary weight gradient from weighted output gradients."""
-        outputs, inputs = weigh(self.outputs, weights, live), mask(self.inputs, live)
+        outputs = weigh(self.outputs, weights, live)
+        inputs = self.inputs if live is None else mask(self.inputs, live)
         return self.geometry.weight_grad(outputs.flatten(0, 1), inputs.flatten(0, 1), self.weight)
 
     @override

@@ -130,7 +130,7 @@ class OuterFactor(Divisible):
     shape: torch.Size
 
     def __post_init__(self) -> None:
-        self.count = len(self.inputs)
+        self.count = self.inputs.shape[0]
 
     @override
     def rows(self, low: int = 0, high: int | None = None) -> Tensor:
@@ -149,7 +149,8 @@ class OuterFactor(Divisible):
     @override
     def total(self, weights: Tensor | None = None, live: Tensor | None = None) -> Tensor:
         """Compute Dᵀ A over all rows, with weighted output gradients."""
-        outputs, inputs = weigh(self.outputs, weights, live), mask(self.inputs, live)
+        outputs = weigh(self.outputs, weights, live)
+        inputs = self.inputs if live is None else mask(self.inputs, live)
         return (outputs.flatten(0, 1).T @ inputs.flatten(0, 1)).view(self.shape)
 
     @override
@@ -240,7 +241,7 @@ def ghost_gram(inputs: Tensor, outputs: Tensor) -> Tensor:
     step = min(step, max(1, LARGEST // (4 * count * n * n)))
     a, d = _tree.at_least_float32(inputs), _tree.at_least_float32(outputs)
     if step == count:
-        return _ghost_block(a, d, count)
+        return _ghost_products(a, d, a, d)
     gram = torch.empty(count, count, dtype=_tree.sum_dtype(a), device=a.device)
     for low in range(0, count, step):
         high = min(low + step, count)
@@ -263,7 +264,7 @@ def _ghost_block(a: Tensor, d: Tensor, width: int) -> Tensor:
 
 def _ghost_products(a: Tensor, d: Tensor, b: Tensor, e: Tensor) -> Tensor:
     """Compute Σ_tt' ⟨a_mt, b_m't'⟩ ⟨d_mt, e_m't'⟩. (k, l) float64."""
-    (count, n), width = a.shape[:2], len(b)
+    (count, n), width = a.shape[:2], b.shape[0]
     with _tree.no_autocast(a):
         products = (a.flatten(0, 1) @ b.flatten(0, 1).T).mul_(d.flatten(0, 1) @ e.flatten(0, 1).T)
     if n == 1:
@@ -277,12 +278,12 @@ def weigh(tensor: Tensor, weights: Tensor | None, live: Tensor | None) -> Tensor
     if weights is not None:
         wide = _tree.at_least_float32(tensor)
         tensor = (wide * along_rows(weights.to(wide.dtype), wide)).to(tensor.dtype)
-    return mask(tensor, live)
+    return tensor if live is None else mask(tensor, live)
 
 
-def mask(tensor: Tensor, live: Tensor | None) -> Tensor:
+def mask(tensor: Tensor, live: Tensor) -> Tensor:
     """Replace the rows of (M, ...) that are not live by 0."""
-    return tensor if live is None else torch.where(along_rows(live, tensor), tensor, 0.0)
+    return torch.where(along_rows(live, tensor), tensor, 0.0)
 
 
 def paired(a: Tensor, b: Tensor) -> Tensor:
@@ -299,14 +300,15 @@ def along_rows(values: Tensor, tensor: Tensor) -> Tensor:
 # --- Rows that are held because they are small ---
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, init=False)
 class DenseFactor(Factor):
     """The rows (M, *shape) themselves."""
 
     held: Tensor
 
-    def __post_init__(self) -> None:
-        self.count, self.shape = len(self.held), self.held.shape[1:]
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
+        self.count, self.shape = held.shape[0], held.shape[1:]
 
     def _matrix(self) -> Tensor:
         return self.held.reshape(self.count, -1)
@@ -334,7 +336,8 @@ class DenseFactor(Factor):
 
     @override
     def gram(self) -> Tensor:
-        return _products.inner(self._matrix(), self._matrix())
+        matrix = self._matrix()
+        return _products.inner(matrix, matrix)
 
     @override
     def sq_norms(self) -> Tensor:
@@ -345,23 +348,21 @@ JOINED = ""
 """The name of the factor that joins several leaves."""
 
 
-def small_dense(factors: Mapping[str, Factor], names: Collection[str]) -> list[str]:
+def small_rows(held: Mapping[str, Tensor], names: Collection[str]) -> list[str]:
     """Return those of the named leaves whose rows are held and small."""
     return [
         name
-        for name, factor in factors.items()
-        if name in names
-        and isinstance(factor, DenseFactor)
-        and factor.shape.numel() < _products.SMALL
+        for name, rows in held.items()
+        if name in names and rows.numel() < _products.SMALL * rows.shape[0]
     ]
 
 
-def join_dense(factors: Mapping[str, Factor], names: list[str]) -> dict[str, Factor]:
+def join_rows(held: Mapping[str, Tensor], names: list[str]) -> dict[str, Factor]:
     """Join leaves whose rows are held into one factor."""
     if not names:
         return {}
-    matrices = [factors[name].rows().reshape(factors[name].count, -1) for name in names]
-    return {JOINED: DenseFactor(torch.cat([_tree.at_least_float32(m) for m in matrices], 1))}
+    matrices = torch.cat([held[name].reshape(held[name].shape[0], -1) for name in names], 1)
+    return {JOINED: DenseFactor(_tree.at_least_float32(matrices))}
 
 
 def split_joined(total: Tensor, names: list[str], shapes: Mapping[str, torch.Size]) -> Tree:

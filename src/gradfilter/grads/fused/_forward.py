@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,14 +23,14 @@ from gradfilter.grads._buffer_watch import VIEWS, BufferWatch, RunningUpdates
 from gradfilter.grads._call_context import CallContext, Versions
 from gradfilter.grads._error_notes import asks_for_memory
 from gradfilter.grads._loop import refuse_writes, written_attribute, written_parameter
-from gradfilter.grads._normalized_loss import NormalizedLoss, as_parameter
+from gradfilter.grads._normalized_loss import NormalizedLoss, as_parameters
 from gradfilter.grads._one_image import STRAIGHTENED, one_image
-from gradfilter.grads._seeds import Seeds
-from gradfilter.grads._writes import memory, written
+from gradfilter.grads._seeds import DRAWS, Seeds
+from gradfilter.grads._writes import may_write, memory, written_by
 from gradfilter.grads.fused._along import ParamsAlong, held, refuse_bypassed
 from gradfilter.grads.fused._autocast import under_autocast
 from gradfilter.grads.fused._host import Host
-from gradfilter.grads.fused._lift import Level, repeated
+from gradfilter.grads.fused._lift import Level, autocast_any, repeated
 from gradfilter.grads.fused._modules_by_row import ByRow
 from gradfilter.grads.fused._row_questions import GRAPH, VALUES
 from gradfilter.grads.fused._tape import LeafVisitor, Tape
@@ -114,7 +114,7 @@ class Forward:
 
     def backward(self, cotangent: Tensor, visitor: LeafVisitor, *, retain: bool) -> None:
         """Run one backward pass, and hand every leaf that has a gradient to the visitor."""
-        with nullcontext() if self.single is None else self.single.state():
+        with _tree.NO_CHANGE if self.single is None else self.single.state():
             self.tape.backward(self.losses, cotangent, visitor, retain=retain)
 
 
@@ -156,6 +156,10 @@ DESCRIPTIONS = {
 """Methods that do not read the values of a tensor."""
 
 
+SINGLE = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
+"""The types of most arguments, which contain no other values."""
+
+
 def _reads_values(func: Any) -> bool:
     name = getattr(func, "__name__", "")
     return func in VIEWS if name == "__get__" else name not in DESCRIPTIONS
@@ -164,20 +168,28 @@ def _reads_values(func: Any) -> bool:
 class Overrides(TorchFunctionMode):
     """Call the operation override of every function that has one."""
 
-    def __init__(self, host: Host, guarded: dict[int, str], seeds: Seeds) -> None:
-        """Take the host, the names of the guarded tensors by their address, and the seeds."""
+    def __init__(self, host: Host, guarded: Callable[[], dict[int, str]], seeds: Seeds) -> None:
+        """Take the host, the names of the guarded tensors by their address, and the seeds.
+
+        ``guarded`` is called before the first write of the loss: most losses write nothing.
+        """
         super().__init__()
         self.host, self._guarded, self._seeds = host, guarded, seeds
+        self._guarded_names: dict[int, str] | None = None
+        self._watch = host.running.watch if host.running.watch.has_tensors else None
 
     @override
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Try the override, else run the function as it is."""
+        # This runs for every operation, and a call costs as much as a small operation.
         kwargs = kwargs or {}
-        for tensor in written(func, args, kwargs):
-            self._refuse_writing(tensor)
-        self._seeds.check(func, kwargs)
+        if may_write(func) or "out" in kwargs:
+            for tensor in written_by(func, args, kwargs):
+                self._refuse_writing(tensor)
+        if getattr(func, "__name__", "") in DRAWS:
+            self._seeds.check(func, kwargs)
         override = OVERRIDES.get(func) or VALUES.get(func) or GRAPH.get(func)
         moves = bool(self.host.moves) and _reads_values(func)
         if moves and not (func in TAKES_MOVES and self.host.level.is_innermost()):
@@ -188,16 +200,17 @@ class Overrides(TorchFunctionMode):
                 if result is NotImplemented and moves:
                     args, kwargs = self._own((args, kwargs))
                 if result is not NotImplemented:
-                    if func not in STATISTICS:
-                        self.host.running.watch.note(func, args, kwargs)
+                    if self._watch is not None and func not in STATISTICS:
+                        self._watch.note(func, args, kwargs)
                     return result
             elif self.host.level.is_left():
                 func = MASKED_BY_HAND.get(func) or STRAIGHTENED.get(func, func)
             else:
                 refuse_nested(func)
-        self.host.running.watch.note(func, args, kwargs)
+        if self._watch is not None:
+            self._watch.note(func, args, kwargs)
         try:
-            return under_autocast(func)(*args, **kwargs)
+            return (under_autocast(func) if autocast_any() else func)(*args, **kwargs)
         except RuntimeError as error:
             if _is_checkpoint(*args):
                 raise RuntimeError(CHECKPOINTS) from error
@@ -209,10 +222,16 @@ class Overrides(TorchFunctionMode):
 
     def _own(self, given: Any) -> Any:
         """Replace the leaves that have a move by the values of all rows."""
+        if isinstance(given, SINGLE):
+            return self.host.own(given)
+        if type(given) in (tuple, list):
+            return type(given)([self._own(value) for value in given])
         return _tree.tree_map(self.host.own, given)
 
     def _refuse_writing(self, tensor: Tensor) -> None:
-        name = self._guarded.get(memory(tensor))
+        if self._guarded_names is None:
+            self._guarded_names = self._guarded()
+        name = self._guarded_names.get(memory(tensor))
         if name == BATCH:
             raise BatchWritten
         if name in self.host.tape.leaves:
@@ -265,18 +284,18 @@ def forward(
     own = {name: b.clone() for name, b in batch.buffers.items()}
     watch = BufferWatch(own, loss.cumulative, loss.attribute_tensors())
     running = RunningUpdates(watch, own, loss.cumulative)
-    given = Versions([] if own_batch else [("batch", t) for t in batch.tensors])
+    given = Versions([] if own_batch else [("", t) for t in batch.tensors], "batch")
     with (
         torch.enable_grad(),
         disable_saved_tensors_hooks(CHECKPOINTS),
         Level.entered(count) as level,
     ):
-        guarded = _guarded([] if own_batch else batch.tensors, leaves, loss)
+        guarded = partial(_guarded, [] if own_batch else batch.tensors, leaves, loss)
         generators = [generator for _, generator in loss.attributes.generators]
         host = Host(level, tape, running, partial(_reenter, guarded, generators), moves)
         overrides = Overrides(host, guarded, Seeds(generators))
-        inside = {name: as_parameter(level.wrap(leaf)) for name, leaf in leaves.items()}
-        row = batch.rebuild(level.wrap(t) for t in batch.tensors)
+        inside = dict(zip(leaves, as_parameters(level.wrap_all(leaves.values())), strict=True))
+        row = batch.rebuild(level.wrap_all(batch.tensors))
         with by_row.entered(host) as calls, overrides:
             try:
                 value, after, aux = loss.writing(inside, row, own)
@@ -308,6 +327,7 @@ def forward(
             after[name] = before + count * (counter - before)
     after |= {**running.finish(), **calls.buffers}
     aux = None if aux is None else _tree.tree_map(torch.Tensor.detach, aux)
+    tape.closed = ends.closed
     # A module that runs row by row may change its gradient in a way that is not linear.
     tape.linear = tape.linear and not (calls.modules or ends.custom)
     looped = tuple(sorted({type(module).__name__ for module in calls.modules} | tape.looped))
@@ -334,7 +354,9 @@ def _refuse_backward_hooks(loss: NormalizedLoss) -> None:
 
 
 @contextmanager
-def _reenter(guarded: dict[int, str], generators: list[Any], host: Host) -> Iterator[None]:
+def _reenter(
+    guarded: Callable[[], dict[int, str]], generators: list[Any], host: Host
+) -> Iterator[None]:
     """Enter the level and the overrides of a forward pass that has ended."""
     with Level.entered(host.level.rows) as level:
         if level.number != host.level.number:
@@ -406,7 +428,7 @@ def forward_single(
     # The result of a hook need not be linear in the gradient.
     tape = Tape({name: leaf.detach().unsqueeze(0) for name, leaf in leaves.items()}, leaves)
     seen = hooked_tensors or hooked_nodes or loss.hooks or ends.custom or any(_backward_hooks(loss))
-    tape.linear = not seen
+    tape.linear, tape.closed = not seen, ends.closed
     after = {name: b.detach() for name, b in after.items()}
     aux = None if aux is None else _tree.tree_map(lambda t: t.detach().unsqueeze(0), aux)
     return Forward(losses, tape, after, aux, SingleRow(loss, leaves, batch, context))

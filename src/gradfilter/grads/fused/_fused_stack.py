@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -37,9 +37,9 @@ from gradfilter.grads.fused._factors import (
     DenseFactor,
     Factor,
     TiledFactor,
-    join_dense,
+    join_rows,
     join_uses,
-    small_dense,
+    small_rows,
     split_joined,
 )
 from gradfilter.grads.fused._forward import Forward
@@ -72,10 +72,9 @@ class PassSource(ABC):
     def fallback(self, refusal: Exception) -> Tree:
         """Compute the rows without the backward pass that was refused, or raise."""
 
-    @contextmanager
-    def backward_pass(self, run: Forward) -> Iterator[None]:
-        """Surround a backward pass, in which hooks may draw random numbers."""
-        yield
+    def backward_pass(self, run: Forward) -> AbstractContextManager[None]:
+        """Return a context for a backward pass, in which hooks may draw random numbers."""
+        return _tree.NO_CHANGE
 
 
 @dataclass(frozen=True)
@@ -150,12 +149,13 @@ class LazyRows:
         self.overrides = dict(first.tape.overrides)
         self.groups, self.by_row = first.groups, first.by_row
         self.moved = first.moved
-        self.count = len(first.losses)
+        self.count = first.losses.shape[0]
         self._losses = first.losses.detach()
         self.device = first.losses.device
         self._ignored = first.tape.ignored
-        self._half = autocast_dtype(self.device) is not None or any(
-            dtype.itemsize < 4 for dtype in self._dtypes.values()
+        wide = {torch.float32, torch.float64}
+        self._half = autocast_dtype(self.device) is not None or not wide.issuperset(
+            self._dtypes.values()
         )
         self._grams: dict[frozenset[str], Tensor] = {}
         self._norms: dict[frozenset[str], Tensor] = {}
@@ -166,17 +166,18 @@ class LazyRows:
         self.state = State.GRAPH
         self._forward: Forward | None = forward
         self._kept: dict[str, Factor] = {}
+        self._held: dict[str, Tensor] = {}
         self._versions: dict[str, int] | None = None
 
     def _enter_factors(self, kept: dict[str, Factor]) -> None:
         self.state = State.FACTORS
-        self._forward, self._kept = None, kept
-        self._versions = versions(_stored_rows(kept))
+        self._forward, self._kept, self._held = None, kept, _held_rows(kept)
+        self._versions = versions(self._held)
 
     def release(self) -> None:
         """Free the graph and the factors; another pass can compute them again."""
         self.state = State.RELEASED
-        self._forward, self._kept, self._versions = None, {}, None
+        self._forward, self._kept, self._held, self._versions = None, {}, {}, None
 
     def empty(self) -> Tensor | None:
         """Find the rows with a NaN loss and a zero gradient, or None. (M,) bool."""
@@ -266,7 +267,7 @@ class LazyRows:
             live = self._live(names, weights)
             found = self._ask(names, lambda factor, _: factor.total(weights, live), join=True)
             if JOINED in found:
-                small = small_dense(self._factors(), names)
+                small = small_rows(self._held, names)
                 found |= split_joined(found.pop(JOINED), small, self.shapes)
         return found
 
@@ -295,7 +296,7 @@ class LazyRows:
     ) -> Tensor:
         """Sum the answers to a question over some leaves."""
         answers = list(self._ask(names, question, join=join).values())
-        dtype = _tree.sum_dtype(torch.empty(0, device=self.device))
+        dtype = _tree.sum_dtype(self._losses)
         if not answers:
             return torch.zeros(shape, dtype=dtype, device=self.device)
         return torch.stack(answers).sum(0)
@@ -306,18 +307,18 @@ class LazyRows:
             answers = _Answers(self, names, question)
             if self._backward(None, answers):
                 return answers.found
-        factors = self._factors()
-        chosen = {name: factors[name] for name in factors if name in names}
+        chosen = self.factors(names)
         if join:
-            small = small_dense(factors, names)
-            rest = {name: factor for name, factor in chosen.items() if name not in set(small)}
-            chosen = {**rest, **join_dense(chosen, small)}
-        with torch.no_grad(), self._no_autocast():
+            small = small_rows(self._held, names)
+            for name in small:
+                del chosen[name]
+            chosen |= join_rows(self._held, small)
+        with torch.set_grad_enabled(False), _tree.no_autocast(self._losses):
             return {name: question(factor, name) for name, factor in chosen.items()}
 
     def _factors(self) -> dict[str, Factor]:
         """Return the factor of each leaf; run the backward pass first if they are not held."""
-        if self.state is State.FACTORS and written(_stored_rows(self._kept), self._versions):
+        if self.state is State.FACTORS and written(self._held, self._versions):
             self.release()  # `rows` returns what is held, and the user has written into it
         if self.state is not State.FACTORS:
             kept = _KeptFactors(self)
@@ -327,7 +328,7 @@ class LazyRows:
 
     def as_factor(self, name: str, factors: list[Factor], grad: Tensor | None) -> Factor:
         """Return the one factor of a complete leaf, in the leaf's mode."""
-        parts = join_uses(factors)
+        parts = join_uses(factors) if len(factors) > 1 else [*factors]
         if grad is not None:
             parts.append(DenseFactor(grad))
         if name in self._hooks:
@@ -363,7 +364,7 @@ class LazyRows:
         cotangent = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
         try:
             # Autocast applies to the forward pass only; the answers are computed exactly.
-            with self._no_autocast(), self._source.backward_pass(run):
+            with _tree.no_autocast(losses), self._source.backward_pass(run):
                 run.backward(cotangent, visitor, retain=retain)
         except Exception as refusal:
             note_anomaly(refusal)
@@ -373,9 +374,6 @@ class LazyRows:
             self._enter_factors({name: DenseFactor(leaf) for name, leaf in rows.items()})
             return False
         return True
-
-    def _no_autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, enabled=False)
 
 
 @dataclass
@@ -420,7 +418,7 @@ class _KeptFactors(LeafVisitor):
         self.found[name] = self.rows.as_factor(name, factors, grad)
 
 
-def _stored_rows(kept: dict[str, Factor]) -> dict[str, Tensor]:
+def _held_rows(kept: dict[str, Factor]) -> dict[str, Tensor]:
     """Return the rows among the factors that are held."""
     return {name: factor.held for name, factor in kept.items() if isinstance(factor, DenseFactor)}
 

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradfilter import _tree
 from gradfilter.grads._buffer_watch import RunningUpdates
 from gradfilter.grads.fused._along import Move, own_rows
+from gradfilter.grads.fused._factors import ghost_flops
 from gradfilter.grads.fused._lift import Level, autocast_dtype, is_shared
 from gradfilter.grads.fused._tape import ProductSize, Tape, Use, Weight
 
@@ -57,7 +59,7 @@ class Host:
 
     def batched(self, *values: Any) -> bool:
         """Return whether some value differs between rows, judged by its type."""
-        return any(self.level.batched(value) for value in values)
+        return any(map(self.level.batched, values))
 
     def wanted(self, x: Tensor, *weights: Tensor | None) -> bool:
         """Return whether a layer needs its override; a frozen one only under autocast."""
@@ -74,11 +76,11 @@ class Host:
             value: The parameter as the override gets it.
             moves: True if the override uses `Weight.move`.
         """
-        if not self.level.batched(value):
+        rows = self.level.rows_of(value)
+        if rows is None:
             return Weight(value, None, None)
-        rows = self.level.lower(value)
-        if id(rows) in self._leaves:
-            found = self._leaves[id(rows)]
+        found = self._leaves.get(id(rows))
+        if found is not None:
             return found if moves or found.move is None else None
         return Weight(rows.detach()[0], rows, None) if is_shared(rows) else None
 
@@ -125,9 +127,12 @@ class Host:
         self, *values: Tensor | None, moves: bool = False
     ) -> tuple[Weight | None, ...] | None:
         """Apply `weight` to every value that is not None; None if rows have their own of any."""
-        found = [None if value is None else self.weight(value, moves=moves) for value in values]
-        if any(w is None and v is not None for w, v in zip(found, values, strict=True)):
-            return None
+        found: list[Weight | None] = []
+        for value in values:
+            weight = None if value is None else self.weight(value, moves=moves)
+            if weight is None and value is not None:
+                return None
+            found.append(weight)
         return tuple(found)
 
     def own(self, value: Any) -> Any:
@@ -174,7 +179,7 @@ class Host:
         """Note one use of a leaf whose factor is an `OuterFactor`."""
         n, p, d = size.rows * size.n, size.p, size.d
         kept = n * (p + d) * element_size
-        self.used(override, weight, 2 * n * p * d, kept, size.ghost_flops, size)
+        self.used(override, weight, 2 * n * p * d, kept, ghost_flops(*size), size)
 
 
 def _dims_of_view(view: Tensor, leaf: Tensor) -> tuple[int | None, ...] | None:
@@ -202,7 +207,7 @@ def in_autocast(x: Tensor, *weights: Weight | None) -> tuple[Any, ...]:
     """Cast the operands of a matrix product as autocast does; add a context without autocast."""
     dtype = autocast_dtype(x.device)
     if dtype is None or x.dtype == torch.float64:
-        return (x, *weights, nullcontext())
+        return (x, *weights, _tree.NO_CHANGE)
     cast = [
         w and replace(w, value=w.value.to(dtype) if w.value.is_floating_point() else w.value)
         for w in weights

@@ -10,7 +10,7 @@ an MLP whose whole step takes eight. All use of undocumented parts of torch's vm
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -19,9 +19,12 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]  # no stub
-from torch._functorch.predispatch import lazy_load_decompositions
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
-from torch._functorch.vmap import vmap_increment_nesting
+from torch._functorch.predispatch import (
+    _vmap_decrement_nesting,
+    _vmap_increment_nesting,
+    lazy_load_decompositions,
+)
+from typing_extensions import override
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -38,8 +41,11 @@ class Level:
     def entered(cls, rows: int) -> Iterator[Level]:
         """Run under ``vmap(..., randomness="different")``, without its handling of trees."""
         lazy_load_decompositions()
-        with vmap_increment_nesting(rows, "different") as number:
+        number = _vmap_increment_nesting(rows, "different")
+        try:
             yield cls(rows, number)
+        finally:
+            _vmap_decrement_nesting()
 
     def is_innermost(self) -> bool:
         """Return whether the loss runs no torch.func transform of its own inside this level."""
@@ -58,13 +64,22 @@ class Level:
             and _functorch.maybe_get_level(value) == self.number
         )
 
-    def lower(self, value: Tensor) -> Tensor:
-        """Return the tensor of all rows, (M, ...); a tensor that all rows share gets stride 0."""
-        if not self.batched(value):
-            return value.expand(self.rows, *value.shape)
+    def rows_of(self, value: Any) -> Tensor | None:
+        """Return the tensor of all rows, (M, ...), of a value that has rows, else None."""
+        if not (
+            isinstance(value, Tensor)  # as `batched`, which is one more call for every operand
+            and _functorch.is_batchedtensor(value)
+            and _functorch.maybe_get_level(value) == self.number
+        ):
+            return None
         tensor = _functorch.get_unwrapped(value)
         place = _functorch.maybe_get_bdim(value)
         return tensor if place == 0 else tensor.movedim(place, 0)
+
+    def lower(self, value: Tensor) -> Tensor:
+        """Return the tensor of all rows, (M, ...); a tensor that all rows share gets stride 0."""
+        rows = self.rows_of(value)
+        return value.expand(self.rows, *value.shape) if rows is None else rows
 
     def wrap(self, value: Any) -> Any:
         """Return the row's view of a tensor (M, ...), or of a tuple of them."""
@@ -72,16 +87,31 @@ class Level:
             return tuple(self.wrap(item) for item in value)
         return _functorch._add_batch_dim(value, 0, self.number)
 
+    def wrap_all(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Return the row's view of every tensor (M, ...)."""
+        return [_functorch._add_batch_dim(tensor, 0, self.number) for tensor in tensors]
+
     def lift_call(self, compute: Callable[..., Any], *args: Any) -> Any:
         """Run ``compute`` on the tensors of all rows, and wrap the result for one row."""
-        with self.on_all_rows():
+        with AllRows():
             found = compute(*args)
         return self.wrap(found)
 
     def on_all_rows(self) -> AbstractContextManager[None]:
         """Return a context that leaves vmap, in order to compute with the tensors of all rows."""
-        context: AbstractContextManager[None] = temporarily_pop_interpreter_stack()
-        return context
+        return AllRows()
+
+
+class AllRows(AbstractContextManager[None]):
+    """Leaves vmap inside the context. torch's own context for it takes three times the calls."""
+
+    @override
+    def __enter__(self) -> None:
+        self._level = _functorch.pop_dynamic_layer_stack()
+
+    @override
+    def __exit__(self, *error: object) -> None:
+        _functorch.push_dynamic_layer_stack(self._level)
 
 
 @contextmanager
@@ -141,10 +171,8 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
-def autocast_any() -> bool:
-    """Return whether autocast is enabled for some device."""
-    enabled: bool = torch._C._is_any_autocast_enabled()
-    return enabled
+autocast_any: Callable[[], bool] = torch._C._is_any_autocast_enabled
+"""Returns whether autocast is enabled for some device."""
 
 
 def autocast_names(device: str) -> set[str]:

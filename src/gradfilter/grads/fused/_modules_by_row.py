@@ -79,6 +79,9 @@ class ByRow:
     def entered(self, host: Host) -> Iterator[RowByRowCalls]:
         """Run a pass over all rows with these modules row by row."""
         calls = RowByRowCalls(host)
+        if not self._modules:
+            yield calls
+            return
         with ExitStack() as stack:
             for module in self._modules:
                 stack.enter_context(_replaced(module, calls))

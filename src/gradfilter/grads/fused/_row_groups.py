@@ -365,7 +365,7 @@ def _uses(tapes: list[Tape], count: int) -> list[Use]:
     """Return the uses of leaves by overrides as if all rows had been in one pass."""
     paths = {tuple((use.leaf, use.override) for use in tape.uses) for tape in tapes}
     if len(paths) > 1:
-        return [replace(use, ghost_flops=None, product=None) for tape in tapes for use in tape.uses]
+        return [use._replace(ghost_flops=None, product=None) for tape in tapes for use in tape.uses]
     rows = [len(next(iter(tape.leaves.values()))) for tape in tapes]
 
     most = max(range(len(rows)), key=rows.__getitem__)
@@ -373,8 +373,7 @@ def _uses(tapes: list[Tape], count: int) -> list[Use]:
     for uses in zip(*(tape.uses for tape in tapes), strict=True):
         ghosts = [use.ghost_flops for use in uses]
         ghost = None if None in ghosts else ghosts[most]
-        together = replace(
-            uses[0],
+        together = uses[0]._replace(
             flops=sum(use.flops for use in uses),
             kept=sum(use.kept for use in uses),
             ghost_flops=ghost and ghost * count**2 // rows[most] ** 2,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradfilter._types import Tree
+from gradfilter.grads.fused import _factors
 from gradfilter.grads.fused._along import Move
 from gradfilter.grads.fused._factors import Factor, ghost_flops
 
@@ -65,8 +67,7 @@ class ProductSize(NamedTuple):
         return ghost_flops(*self)
 
 
-@dataclass(frozen=True)
-class Use:
+class Use(NamedTuple):
     """One use of a leaf by an override in the forward pass; the mode is chosen from it.
 
     Attributes:
@@ -103,6 +104,8 @@ class Tape:
         ignored: The rows that had only ignored labels in every class loss; None if not recorded,
             because the losses can be read. (M,) bool.
         linear: True if the backward pass is linear in the cotangent: no hook changes it.
+        closed: True if the graph is known to end in the leaves alone, so that a backward pass
+            writes into no tensor of the user.
     """
 
     leaves: Tree
@@ -113,29 +116,17 @@ class Tape:
     looped: set[str] = field(default_factory=set)
     ignored: Tensor | None = None
     linear: bool = True
+    closed: bool = False
     _factors: dict[str, list[Factor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Register hooks that finish every leaf as soon as it is complete."""
-        for name, leaf in (self.alone or self.leaves).items():
-            on_completion: Callable[..., Any] = leaf.register_post_accumulate_grad_hook
-            on_completion(self._completion(name))
-
-    def _completion(self, name: str) -> Callable[[Tensor], None]:
         # The leaf holds its hook, and the tape holds the leaf. The garbage collector may not find a
         # cycle through a tensor's hooks, which would keep the parameters of every step.
-        weak = weakref.ref(self)
-
-        def complete(leaf: Tensor) -> None:
-            tape = weak()
-            grad, leaf.grad = leaf.grad, None
-            if tape is None:
-                return
-            if grad is not None and tape.alone is not None:
-                grad = (grad.to_dense() if grad.is_sparse else grad).unsqueeze(0)
-            tape._finish(name, grad)
-
-        return complete
+        weak: weakref.ref[Tape] = weakref.ref(self)
+        for name, leaf in (self.alone or self.leaves).items():
+            on_completion: Callable[..., Any] = leaf.register_post_accumulate_grad_hook
+            on_completion(partial(_complete, weak, name))
 
     def _finish(self, name: str, grad: Tensor | None) -> None:
         factors = self._factors.pop(name, [])
@@ -155,13 +146,25 @@ class Tape:
         """Run one backward pass, and hand every leaf that has a gradient to the visitor."""
         self.visitor = visitor
         try:
-            inputs = list((self.alone or self.leaves).values())
+            # torch goes through the whole graph to find the ways to given inputs.
+            inputs = None if self.closed else list((self.alone or self.leaves).values())
             torch.autograd.backward(losses, cotangent, retain_graph=retain, inputs=inputs)
             for name in list(self._factors):
                 self._finish(name, None)
         finally:
             self.visitor = None
             self._factors.clear()
+
+
+def _complete(weak: weakref.ref[Tape], name: str, leaf: Tensor) -> None:
+    """Finish a leaf: a hook on it, which runs when its gradient is accumulated."""
+    tape = weak()
+    grad, leaf.grad = leaf.grad, None
+    if tape is None:
+        return
+    if grad is not None and tape.alone is not None:
+        grad = (grad.to_dense() if grad.is_sparse else grad).unsqueeze(0)
+    tape._finish(name, grad)
 
 
 # --- Modes: a leaf is stored, streamed, or never materialised (ghost) ---
@@ -204,7 +207,7 @@ class Modes:
             then every question takes a backward pass of its own over the graph.
     """
 
-    layers: dict[str, Layer]
+    layers: Mapping[str, Layer]
     gram_is_cheap: bool
     keeps: bool
 
@@ -241,29 +244,50 @@ class Modes:
 
 def choose_modes(leaves: Tree, uses: list[Use], budget: int) -> Modes:
     """Choose the fastest modes, and for leaves beyond the budget those that hold least."""
-    by_leaf: dict[str, list[Use]] = {name: [] for name in leaves}
+    sizes = [(name, leaf.shape, leaf.element_size()) for name, leaf in leaves.items()]
+    return _modes_for(tuple(sizes), tuple(uses), budget, _factors.LARGE_SUM)
+
+
+LeafSize = tuple[str, torch.Size, int]
+"""A leaf's name, its shape (M, ...), and the bytes of one of its numbers."""
+
+
+@lru_cache(maxsize=256)
+def _modes_for(
+    leaves: tuple[LeafSize, ...], uses: tuple[Use, ...], budget: int, large_sum: float
+) -> Modes:
+    """Choose the modes once for steps of equal sizes: they depend on nothing else.
+
+    Args:
+        leaves: The sizes of all leaves.
+        uses: The uses of leaves by overrides.
+        budget: The bytes that may be held.
+        large_sum: `_factors.LARGE_SUM`, from which `ghost_flops` decides.
+    """
+    shapes = {name: shape for name, shape, _ in leaves}
+    by_leaf: dict[str, list[Use]] = {name: [] for name in shapes}
     for use in uses:
         by_leaf[use.leaf].append(use)
-    layers = {
-        name: _fastest(name, leaf.shape, by_leaf[name], leaf.element_size())
-        for name, leaf in leaves.items()
-    }
+    layers = {name: _fastest(name, shape, by_leaf[name], size) for name, shape, size in leaves}
     excess = sum(layer.bytes for layer in layers.values()) - budget
     if excess > 0:
         excess = _save(layers, leaves, by_leaf, excess)
     gram = sum(layer.flops for layer in layers.values())
-    products = sum(max(2 * use.flops, 4 * leaves[use.leaf].numel()) for use in uses)
+    products = sum(max(2 * use.flops, 4 * shapes[use.leaf].numel()) for use in uses)
     return Modes(layers, gram <= products, keeps=excess <= 0)
 
 
 def _save(
-    layers: dict[str, Layer], leaves: Tree, by_leaf: dict[str, list[Use]], excess: int
+    layers: dict[str, Layer],
+    leaves: tuple[LeafSize, ...],
+    by_leaf: dict[str, list[Use]],
+    excess: int,
 ) -> int:
     """Choose modes that hold less until the budget suffices. Return the bytes still missing."""
     leaner = {
-        name: _layer(name, leaves[name].shape, by_leaf[name], leaves[name].element_size(), "stream")
-        for name, layer in layers.items()
-        if layer.mode == "store" and by_leaf[name] and all(use.kept for use in by_leaf[name])
+        name: _layer(name, shape, by_leaf[name], size, "stream")
+        for name, shape, size in leaves
+        if layers[name].mode == "store" and by_leaf[name] and all(use.kept for use in by_leaf[name])
     }
     savings = {name: layers[name].bytes - layer.bytes for name, layer in leaner.items()}
     for name in sorted(savings, key=lambda name: -savings[name]):

@@ -30,18 +30,20 @@ from gradfilter.grads.fused.overrides._row_operation import (
 
 def linear(host: Host, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """Replace `torch.nn.functional.linear` for inputs of any rank."""
-    weights = host.weights(weight, moves=True)
-    if weights is None or not host.wanted(x, weight, bias) or weight.ndim != 2:
+    matrix = host.weight(weight, moves=True)
+    if matrix is None or weight.ndim != 2:
         return NotImplemented
-    if weights[0] is not None and weights[0].leaf is None and weights[0].rows is not None:
+    if matrix.rows is None and not host.wanted(x, bias):
+        return NotImplemented
+    if matrix.rows is not None and matrix.leaf is None:
         found = linear_of_view(host, host.own(x), weight, host.own(bias))
         if found is not NotImplemented:
             return found
-    x, shift = host.level.lower(host.own(x)), host.weights(bias)
-    if shift is None:  # every row has its own
-        y = host.run("linear", _apply, host, x, *weights, None)
+    x, shift = host.level.lower(host.own(x)), None if bias is None else host.weight(bias)
+    if bias is not None and shift is None:  # every row has its own
+        y = host.run("linear", _apply, host, x, matrix, None)
         return y + host.own(bias).to(y.dtype)
-    return host.run("linear", _apply, host, x, *weights, *shift)
+    return host.run("linear", _apply, host, x, matrix, shift)
 
 
 def linear_or_vmap(host: Host, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -55,10 +57,11 @@ def linear_or_vmap(host: Host, x: Tensor, weight: Tensor, bias: Tensor | None = 
 
 def _apply(host: Host, x: Tensor, weight: Weight, bias: Weight | None) -> Tensor:
     move, (p, d), n = weight.move, weight.value.shape, math.prod(x.shape[:-1])
-    products = None if move is None else move.products(n // len(x))
+    rows = x.shape[0]
+    products = None if move is None else move.products(n // rows)
     own = None if move is None or products is not None else host.moved_values(weight)
     x, weight, bias, no_autocast = in_autocast(x, weight, bias)
-    size = ProductSize(len(x), n // len(x), p, d)
+    size = ProductSize(rows, n // rows, p, d)
     host.used_in_product("linear", weight, size, x.element_size())
     host.used("linear", bias, n * p)
     operation = _Linear(frozen=weight.rows is None)
@@ -148,7 +151,8 @@ class _LinearWithOwnWeights(_Linear):
 
 def _by_position(rows: Tensor) -> Tensor:
     """Return (M, ..., d) as (M, n, d), also where n or d is 0, from which -1 cannot be inferred."""
-    return rows.reshape(len(rows), math.prod(rows.shape[1:-1]), rows.shape[-1])
+    shape = rows.shape
+    return rows.reshape(shape[0], math.prod(shape[1:-1]), shape[-1])
 
 
 # --- Weight normalisation: one weight for all rows, its gradient split row by row ---

@@ -73,8 +73,9 @@ class RowOperation(ABC, Generic[W]):
 
     def apply(self, tape: Tape, x: Tensor, weight: Weight | None, bias: Weight | None) -> Tensor:
         """Run the operation, and record its weight's and bias's gradients in the backward pass."""
-        rows = (None if p is None else p.rows for p in (weight, bias))
-        y: Tensor = _RowFunction.apply(x, *rows, self, weight, bias, tape)
+        weight_rows = None if weight is None else weight.rows
+        bias_rows = None if bias is None else bias.rows
+        y: Tensor = _RowFunction.apply(x, weight_rows, bias_rows, self, weight, bias, tape)
         return y
 
 
@@ -91,7 +92,8 @@ class _RowFunction(torch.autograd.Function):
         bias: Weight | None,
         tape: Tape,
     ) -> Tensor:
-        y, saved = operation.forward(x, _value(weight), _value(bias))
+        value = None if weight is None else weight.value
+        y, saved = operation.forward(x, value, None if bias is None else bias.value)
         ctx.save_for_backward(*saved)
         ctx.operation, ctx.weight, ctx.bias, ctx.tape = operation, weight, bias, tape
         return _without_view(y)
@@ -99,20 +101,20 @@ class _RowFunction(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
-        needs_grad = NeedsGrad(*ctx.needs_input_grad[:3])
+        weight, bias = ctx.weight, ctx.bias
         found = ctx.operation.backward(
-            grad_outputs[0], ctx.saved_tensors, _value(ctx.weight), _value(ctx.bias), needs_grad
+            grad_outputs[0],
+            ctx.saved_tensors,
+            None if weight is None else weight.value,
+            None if bias is None else bias.value,
+            NeedsGrad(*ctx.needs_input_grad[:3]),
         )
-        weight = bias = None
+        weight_grad = bias_grad = None
         if found.weight is not None:
-            weight = ctx.tape.record(ctx.weight, found.weight)
+            weight_grad = ctx.tape.record(weight, found.weight)
         if found.bias is not None:
-            bias = ctx.tape.record(ctx.bias, found.bias)
-        return found.input, weight, bias, None, None, None, None
-
-
-def _value(weight: Weight | None) -> Tensor | None:
-    return None if weight is None else weight.value
+            bias_grad = ctx.tape.record(bias, found.bias)
+        return found.input, weight_grad, bias_grad, None, None, None, None
 
 
 def _without_view(output: Tensor) -> Tensor:
