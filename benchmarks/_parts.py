@@ -43,6 +43,7 @@ PARTS = {
     "padded": Part("padded", quick=("--quick", "--models", "bert-32")),
     "sharpness": Part("sharpness", quick=("--quick", "--models", "mlp")),
     "update": Part("update"),
+    "python_calls": Part("python_calls"),
     "distributed": Part("distributed", quick=("--quick", "--models", "mlp-0.1M", "--worlds", "2")),
     "stats": Part("stats", quick=("--quick", "--classes", "10", "--rounds", "1")),
     "gpu": Part("gpu", only_cuda=True),
