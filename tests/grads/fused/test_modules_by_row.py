@@ -341,3 +341,39 @@ def test_padding_is_masked_in_every_row_of_a_part(padding):
     want = plain_rows(net, batch, 3)
     for name, leaf in rows.stacked().items():
         torch.testing.assert_close(leaf, want[name], rtol=1e-10, atol=1e-12)
+
+
+class OldFunction(torch.autograd.Function):
+    """A function of the old form, without setup_context, which vmap refuses."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].cos()
+
+
+class WithOldFunction(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return OldFunction.apply(self.inner(x))
+
+
+def test_rows_at_their_own_points_stay_in_the_pass():
+    """The values of a row's own parameters are computed while vmap has been left already."""
+    torch.manual_seed(0)
+    model = nn.Sequential(WithOldFunction(), nn.Linear(6, 3), nn.Linear(3, 3)).double()
+    batch = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    steps = torch.tensor([0.1, -0.2], dtype=torch.float64)
+    loss, params = gf.model_loss(model, nn.functional.mse_loss), gf.extract(model)[0]
+    found, expected = (
+        gf.microbatch_grads(loss, 2, plan=plan)(params, batch).along(steps).stacked()
+        for plan in ("fused", "loop")
+    )
+    torch.testing.assert_close(found, expected)

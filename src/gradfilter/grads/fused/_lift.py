@@ -103,15 +103,20 @@ class Level:
 
 
 class AllRows(AbstractContextManager[None]):
-    """Leaves vmap inside the context. torch's own context for it takes three times the calls."""
+    """Leaves vmap inside the context, if it was not left before.
+
+    torch's own context for it takes three times the calls, and cannot be entered again inside.
+    """
 
     @override
     def __enter__(self) -> None:
-        self._level = _functorch.pop_dynamic_layer_stack()
+        inside = _functorch.peek_interpreter_stack() is not None
+        self._level = _functorch.pop_dynamic_layer_stack() if inside else None
 
     @override
     def __exit__(self, *error: object) -> None:
-        _functorch.push_dynamic_layer_stack(self._level)
+        if self._level is not None:
+            _functorch.push_dynamic_layer_stack(self._level)
 
 
 @contextmanager
