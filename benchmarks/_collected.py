@@ -23,7 +23,7 @@ MACHINE = (
     "date",
     "cuda", "cudnn", "capability", "memory_bytes", "tf32_matmul", "tf32_convolution",
 )  # fmt: skip
-RAW = {"benchmark", "values", "lines", "validation", "best", "min", "max"}
+RAW = {"benchmark", "functions", "values", "lines", "validation", "best", "min", "max"}
 CELL = ("ratio", "seconds", "peak_bytes", "failure")
 
 

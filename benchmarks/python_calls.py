@@ -86,11 +86,12 @@ def count_calls(step: Contender) -> Counter[str]:
         if event == "call":
             found[_name(frame)] += 1
 
+    before = sys.getprofile()
     sys.setprofile(note)
     try:
         step()
     finally:
-        sys.setprofile(None)
+        sys.setprofile(before)
     del found[_name_of(step)]
     return +found
 
@@ -108,11 +109,12 @@ def count_instructions(step: Contender) -> int:
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         return each
 
+    before = sys.gettrace()
     sys.settrace(begin)
     try:
         step()
     finally:
-        sys.settrace(None)
+        sys.settrace(before)
     return found
 
 

@@ -33,9 +33,9 @@ def test_the_counts_of_a_step_are_the_same_every_time():
 
 
 def test_a_filtered_step_of_the_mlp_makes_few_calls():
-    """As every call counts for a small step, it is 870 with Python 3.11, fewer with later ones."""
+    """As every call counts for a small step, it is 868 with Python 3.11 and torch 2.14."""
     steps = python_calls.contenders(TASKS["mlp"], 8, 16, torch.device("cpu"))
-    assert python_calls.count(steps["filter"]).calls < 950
+    assert python_calls.count(steps["filter"]).calls < 1000
 
 
 def test_the_file_has_earlier_counts_next_to_the_present_ones(tmp_path, capsys):
@@ -48,5 +48,5 @@ def test_the_file_has_earlier_counts_next_to_the_present_ones(tmp_path, capsys):
     (workload,) = written["workloads"]
     assert workload["model"] == "mlp"
     assert list(workload["counts"]) == ["plain", "filter", "step", "SAM per row"]
-    assert workload["before"] == workload["counts"]
+    assert workload["before"] == json.loads(before.read_text())["workloads"][0]["counts"]
     assert "SAM per row" in capsys.readouterr().out
