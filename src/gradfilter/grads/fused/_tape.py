@@ -245,7 +245,12 @@ class Modes:
 def choose_modes(leaves: Tree, uses: list[Use], budget: int) -> Modes:
     """Choose the fastest modes, and for leaves beyond the budget those that hold least."""
     sizes = [(name, leaf.shape, leaf.element_size()) for name, leaf in leaves.items()]
-    return _modes_for(tuple(sizes), tuple(uses), budget, _factors.LARGE_SUM)
+    key = (tuple(sizes), tuple(uses), budget, _factors.LARGE_SUM)
+    try:
+        hash(key)
+    except TypeError:  # sizes that are symbols of a trace
+        return _modes_for.__wrapped__(*key)
+    return _modes_for(*key)
 
 
 LeafSize = tuple[str, torch.Size, int]
@@ -315,7 +320,10 @@ def _ghost_flops(uses: list[Use]) -> int | None:
     if len(uses) == 1:
         return uses[0].ghost_flops
     sizes = [use.product for use in uses if use.product is not None]
-    alike = len(sizes) == len(uses) and len({(s.rows, s.p, s.d) for s in sizes}) == 1
+    if len(sizes) < len(uses) or not sizes:
+        return None
+    first = sizes[0]
+    alike = all((s.rows, s.p, s.d) == (first.rows, first.p, first.d) for s in sizes)
     return sizes[0]._replace(n=sum(s.n for s in sizes)).ghost_flops if alike else None
 
 
