@@ -7,6 +7,7 @@ import torch
 
 import gradfilter as gf
 from _cases import flip, is_head, label, make_params, make_rows
+from gradfilter._state_rules import settled
 from gradfilter.schedules import linear
 
 
@@ -106,3 +107,13 @@ def observing_scale(factor):
         "scale", "tree -> tree", update, observes=True,
         init=lambda params: {"seen": torch.zeros(())},
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("part", [gf.every, lambda k, part: gf.late(part, k)])
+def test_a_counter_on_the_cpu_does_not_wait_for_keep_of_a_device(part):
+    update = gf.chain(gf.mean_rows(), part(2, flip()), sgd())
+    state = update.init(make_params())
+    name = next(name for name in state if "calls" in state[name])
+    keep = torch.ones((), dtype=torch.bool, device="meta")  # nothing can be copied from it
+    new = {name: {**state[name], "calls": state[name]["calls"] + 1}}
+    assert int(settled(update.rules, keep, new, {name: state[name]})[name]["calls"]) == 1

@@ -125,9 +125,10 @@ class CounterRules(StateRules):
 
     @override
     def settled(self, keep: Tensor | bool, new: Any, old: Any) -> Any:
-        if COUNTER not in new:  # in a trace
-            return self.inner.settled(keep, new, old)
-        return self.inner.settled(keep, new, old) | {COUNTER: new[COUNTER]}
+        # The counter stays out of it: on the CPU, it would wait for a `keep` of another device.
+        rest = {name: part for name, part in new.items() if name != COUNTER}
+        counter = {COUNTER: new[COUNTER]} if COUNTER in new else {}  # there is none in a trace
+        return self.inner.settled(keep, rest, old) | counter
 
     @override
     def decisions(self, state: Any) -> Iterator[bool]:
