@@ -1,6 +1,7 @@
 """Attributes that a pass leaves and the next one reads: rows are those of a plain loop."""
 
 import random
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import gradfilter as gf
 from _plain import module_rows
+from gradfilter.grads import _remembered_attributes
 from gradfilter.interop import Filtered, step_gaf
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -293,3 +295,24 @@ def test_a_criterion_with_a_running_buffer_ends_and_is_right(host):
     for p, q in zip(model.parameters(), plain_model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(own.mean, criterion.mean)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_the_references_that_recurrent_modules_keep_to_their_weights_cost_no_pass(kind):
+    """Torch makes them anew when weights are exchanged; no row needs what the last one left."""
+    model = nn.Sequential(kind(3, 4, batch_first=True), Last(), nn.Linear(4, 2))
+    batch = torch.randn(6, 5, 3), torch.arange(6) % 2
+    params, _ = gf.extract(model)
+    with mock.patch.object(_remembered_attributes, "_row_with") as again:
+        rows = gf.microbatch_grads(gf.model_loss(model, F.cross_entropy), 3, plan="fused")(
+            params, batch
+        )
+    assert not again.called
+    _, expected = module_rows(model, F.cross_entropy, batch, 3)
+    for name, leaf in rows.stacked().items():
+        torch.testing.assert_close(leaf, expected[name], msg=name)
+
+
+class Last(nn.Module):
+    def forward(self, found):
+        return found[0][:, -1]

@@ -23,6 +23,10 @@ from gradfilter.grads._normalized_loss import NormalizedLoss
 from gradfilter.grads._state_owners import CONTAINERS, MISSING, same_value
 
 
+WEIGHT_REFERENCES = "_flat_weight_refs"
+"""Weak references of torch's recurrent modules, which every call compares with the weights."""
+
+
 def check_remembered(
     loss: NormalizedLoss,
     params: Params,
@@ -60,6 +64,8 @@ def check_remembered(
         return
     unsure: str | None = None
     for name, before, now in context.attributes.changes():
+        if name.rpartition(".")[2] == WEIGHT_REFERENCES:
+            continue
         if _counts(before, now):
             raise RuntimeError(
                 f"the forward pass changes attribute {name!r}, and every row would see the same "
