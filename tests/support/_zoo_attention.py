@@ -70,7 +70,7 @@ def biased(x):
 def keys_present(x):
     """Make a mask (n, 1, 1, T) that omits keys whose first number is positive."""
     there = x[:, :, 0] <= 0
-    return (there | (torch.arange(T) == 0))[:, None, None]
+    return (there | (torch.arange(T, device=x.device) == 0))[:, None, None]
 
 
 def self_attention(**options):
@@ -92,7 +92,7 @@ def with_padding(merge):
     """Build nn.MultiheadAttention with a key padding mask and a causal mask."""
 
     def run(net, x):
-        causal = torch.ones(T, T, dtype=torch.bool).triu(1) if merge else None
+        causal = x.new_ones(T, T, dtype=torch.bool).triu(1) if merge else None
         absent = ~keys_present(x)[:, 0, 0]
         return net.mha(x, x, x, key_padding_mask=absent, attn_mask=causal, need_weights=False)[0]
 
@@ -122,7 +122,7 @@ def encoder(**options):
 
 def decoder():
     def run(net, x):
-        causal = nn.Transformer.generate_square_subsequent_mask(T, dtype=x.dtype)
+        causal = nn.Transformer.generate_square_subsequent_mask(T, x.device, x.dtype)
         return net.layer(x, net.memory(x[:, :3]), tgt_mask=causal, tgt_is_causal=True)
 
     layer = nn.TransformerDecoderLayer(D, H, 12, dropout=0.0, batch_first=True)

@@ -15,7 +15,7 @@ PLAN = "fused"
 def wavy(output, y):
     """Return a loss in which all entries of the output have different weights."""
     entries = output.flatten(1)
-    place = torch.arange(entries.shape[1], dtype=entries.dtype)
+    place = torch.arange(entries.shape[1], dtype=entries.dtype, device=entries.device)
     return (entries.tanh() * torch.cos(place + y[:, None])).sum(1).mean()
 
 

@@ -18,7 +18,7 @@ def with_aux(output, y):
 def contrast(output, y):
     """Compute InfoNCE within the microbatch: the other samples are the negatives."""
     a, b = F.normalize(output, dim=1).chunk(2, 1)
-    return F.cross_entropy(a @ b.t() / 0.3, torch.arange(len(output)))
+    return F.cross_entropy(a @ b.t() / 0.3, torch.arange(len(output), device=output.device))
 
 
 def pairwise(output, y):
@@ -34,23 +34,24 @@ def summed(output, y):
 
 
 def quadratic(output, y):
-    return F.mse_loss(output, (y[:, None] == torch.arange(5)).to(output.dtype)) + output.norm()
+    wanted = y[:, None] == torch.arange(5, device=y.device)
+    return F.mse_loss(output, wanted.to(output.dtype)) + output.norm()
 
 
-def class_weights(classes=5):
-    return torch.linspace(0.5, 2.0, classes)
+def class_weights(y, classes=5):
+    return torch.linspace(0.5, 2.0, classes, device=y.device)
 
 
 def weighted(output, y):
     """Weight the classes, omit one of them, and smooth the labels."""
-    options = {"weight": class_weights(), "ignore_index": 3, "label_smoothing": 0.2}
+    options = {"weight": class_weights(y), "ignore_index": 3, "label_smoothing": 0.2}
     return F.cross_entropy(output, y, **options)
 
 
 def sample_by_sample(output, y):
     """Compute a loss per sample, and stack the losses."""
     losses = F.cross_entropy(output, y, reduction="none")
-    return (losses * (1 + torch.arange(len(y)))).mean()
+    return (losses * (1 + torch.arange(len(y), device=y.device))).mean()
 
 
 def alone(output, y):
@@ -59,7 +60,7 @@ def alone(output, y):
 
 
 def nll(output, y):
-    return F.nll_loss(output.log_softmax(1), y, weight=class_weights(), ignore_index=1)
+    return F.nll_loss(output.log_softmax(1), y, weight=class_weights(y), ignore_index=1)
 
 
 def probable(output, y):
@@ -70,8 +71,9 @@ def probable(output, y):
 
 def segmentation(output, y):
     """Use a class for every place of a map."""
-    places = (y[:, None, None] + torch.arange(5)[:, None] + torch.arange(5)) % 4
-    return F.cross_entropy(output, places, ignore_index=2, weight=class_weights(4))
+    place = torch.arange(5, device=y.device)
+    places = (y[:, None, None] + place[:, None] + place) % 4
+    return F.cross_entropy(output, places, ignore_index=2, weight=class_weights(y, 4))
 
 
 def of_no_sample(output, y):
@@ -81,7 +83,7 @@ def of_no_sample(output, y):
 
 def of_small_numbers(output, y):
     """Use classes as bytes, which index as a mask does."""
-    return F.cross_entropy(output, y.to(torch.uint8), weight=class_weights())
+    return F.cross_entropy(output, y.to(torch.uint8), weight=class_weights(y))
 
 
 class OwnLoss(nn.Module):
@@ -127,7 +129,7 @@ def indexed():
 
     def run(net, x):
         h = net.a(x)
-        h = torch.where(torch.arange(8) % 2 == 0, h.roll(1, -1), h[..., :1])
+        h = torch.where(torch.arange(8, device=h.device) % 2 == 0, h.roll(1, -1), h[..., :1])
         h = torch.cat([h[..., ::2], h.flip(-1)[..., 1::2], h[..., [0, 0, 3]]], -1)
         return net.b(h.sort(-1).values.cumsum(-1))
 

@@ -121,8 +121,7 @@ class _NoWaiting(TorchDispatchMode):
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().split("::")[1].split(".")[0].strip("_")
-        if name in WAITING or (name in ("index", "index_put") and _by_a_mask(*args)):
+        if waits(func, args):
             _refuse(func)
         return func(*args, **(kwargs or {}))
 
@@ -139,6 +138,12 @@ class _NoCopies(TorchFunctionMode):
         if func in COPIES and not any(args[0] is counter for counter in self._counters):
             _refuse(f"Tensor.{func.__name__}")
         return func(*args, **(kwargs or {}))
+
+
+def waits(func: Any, args: Any) -> bool:
+    """Return whether an operation of torch waits for values of its arguments."""
+    name = func.name().split("::")[1].split(".")[0].strip("_")
+    return name in WAITING or (name in ("index", "index_put") and _by_a_mask(*args))
 
 
 def _by_a_mask(tensor: Tensor, indices: Any, values: Tensor | None = None, *rest: Any) -> bool:

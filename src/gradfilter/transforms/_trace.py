@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -156,9 +157,11 @@ def trace(
     """
     leaves, restore = _tree.flatten(given)
     flat = _Flat(run, leaves, restore, RecordedDraws())
-    # Real tensors that the step meets (frozen parameters) become attributes of the graph.
+    # Real tensors that the step meets (frozen parameters) become attributes of the graph. Tensors
+    # that are fake already bring a mode of their own, and two modes do not mix.
     sizes = SymbolicSizes(tuple(symbolic))
-    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes.environment)
+    own_mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes.environment)
+    fake = detect_fake_mode(flat.tensors()) or own_mode
     mode: Literal["fake", "symbolic"] = "symbolic" if symbolic else "fake"
     try:
         inputs = sizes.inputs(fake, flat.tensors())
