@@ -1,8 +1,10 @@
 """The models of the GPU benchmark, and small models of the same kinds for tests of its code."""
 
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks._models import GPT, Task, images, resnet18, texts
 
@@ -48,6 +50,28 @@ def gpt2(vocab: int, length: int, width: int, depth: int, heads: int) -> nn.Modu
         eos_token_id=None,
     )
     return Logits(GPT2LMHeadModel(config))
+
+
+class Recomputed(nn.Module):
+    """A block whose activations are computed again in the backward pass."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.block, x, use_reentrant=False)
+
+
+def checkpointed(task: Task) -> Task:
+    """Return a task whose model has a checkpoint around each of its blocks."""
+
+    def build() -> nn.Module:
+        model = task.model()
+        model.blocks = nn.Sequential(*map(Recomputed, model.blocks))
+        return model
+
+    return replace(task, title=f"{task.title}, checkpointed", model=build)
 
 
 def tasks(*, quick: bool) -> dict[str, Task]:

@@ -12,7 +12,8 @@ Json = dict[str, Any]
 def gpu(part: Json) -> Section:
     cases = part["cases"]
     plans = [_named(case) for case in cases.values() if "gram_difference" in case]
-    captured = [case for name, case in cases.items() if name.startswith("captured-")]
+    steps = ("captured-", "compiled-", "sam-rows-", "checkpointed-")
+    captured = [case for name, case in cases.items() if name.startswith(steps)]
     captured = [case for case in captured if "results" in case]
     tables = [by_contest(plans, "plain", _ours)] if plans else []
     tables += [by_contender(captured, "plain", _ours)] if captured else []
@@ -24,7 +25,9 @@ def gpu(part: Json) -> Section:
         ("gpu",),
         "Measured: the time of plans and whole steps on large models, in float32 and with bfloat16 "
         "autocast. Also a step of `train_step` that launches every kernel, and the same step as "
-        "one CUDA graph (`gradfilter.capture`). The base is one plain forward and backward pass.",
+        "one CUDA graph (`gradfilter.capture`) and compiled (`gradfilter.compile`), SAM along the "
+        "mean gradient and along that of each row, and models with activation checkpointing. The "
+        "base is one plain forward and backward pass.",
         "\n".join(tables),
         Dots(panels(contests, "plain", _ours), 2, over("plain")) if contests else None,
         "\n".join(filter(None, [_waits(cases), _convolutions(cases.get("conv", {}))])),
@@ -32,7 +35,7 @@ def gpu(part: Json) -> Section:
 
 
 def _ours(name: str) -> bool:
-    return name.startswith(("fused", "captured"))
+    return name.startswith(("fused", "captured", "compiled", "auto"))
 
 
 def _named(case: Json) -> Json:

@@ -11,10 +11,18 @@ from benchmarks._timing import Contender, Timings, clock_for, interleave, reason
 
 
 def race(
-    entrants: dict[str, Contender], rounds: int, device: torch.device, *, base: str
+    entrants: dict[str, Contender],
+    rounds: int,
+    device: torch.device,
+    *,
+    base: str,
+    until: float | None = None,
 ) -> tuple[dict[str, Result], Timings]:
-    """Time all contenders, with ratios to ``base``; the result of a failure is its reason."""
-    timings = interleave(entrants, rounds, clock_for(device))
+    """Time all contenders, with ratios to ``base``; the result of a failure is its reason.
+
+    No further round begins after the time ``until``.
+    """
+    timings = interleave(entrants, rounds, clock_for(device), until=until)
     results = {}
     for name, run in entrants.items():
         if name in timings.failures:

@@ -82,14 +82,22 @@ def rotations(names: list[str], rounds: int) -> Iterator[list[str]]:
 
 
 def interleave(
-    contenders: dict[str, Contender], rounds: int, clock: Clock, *, warmup: int = 1
+    contenders: dict[str, Contender],
+    rounds: int,
+    clock: Clock,
+    *,
+    warmup: int = 1,
+    until: float | None = None,
 ) -> Timings:
     """Time every contender once per round, after rounds to warm up.
 
-    If a contender raises an error, it takes no further part, and the reason is kept.
+    If a contender raises an error, it takes no further part, and the reason is kept. No round
+    begins after the time ``until`` of `time.perf_counter`, except for the first one that is timed.
     """
     timings = Timings({name: [] for name in contenders})
     for number, order in enumerate(rotations(list(contenders), warmup + rounds)):
+        if until is not None and number > warmup and time.perf_counter() > until:
+            break
         for name in order:
             if name in timings.failures:
                 continue

@@ -59,6 +59,7 @@ def measure(
     device: torch.device,
     *,
     bf16: bool = False,
+    until: float | None = None,
 ) -> Workload:
     """Measure all contenders on one model at one size (M, B)."""
     microbatches, samples = size
@@ -66,7 +67,7 @@ def measure(
     entrants = contenders(setting, microbatches)
     if task.classifies and samples > 1:  # it needs more than one sample per row
         entrants[PUBLISHED] = deferred(lambda: setting.published(microbatches))
-    results, timings = race(entrants, rounds, device, base="plain")
+    results, timings = race(entrants, rounds, device, base="plain", until=until)
     ratios = {
         f"{a} / {b}": timings.ratio_to(b, a)
         for a, b in COMPARED

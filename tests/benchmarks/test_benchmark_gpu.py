@@ -1,17 +1,19 @@
 """The code of the GPU benchmark, run on a CPU with small sizes."""
 
 import json
+import time
 
 import pytest
 import torch
 from benchmarks._plans import PLANS
 from benchmarks._tf32 import tf32_off
+from benchmarks._timing import clock_for, interleave
 
 from benchmarks import _gpu_cases, gpu
 
 
-def run(tmp_path, *cases):
-    options = ["--device", "cpu", "--quick", "--rounds", "1", "--out", str(tmp_path)]
+def run(tmp_path, *cases, more=()):
+    options = ["--device", "cpu", "--quick", "--rounds", "1", "--out", str(tmp_path), *more]
     gpu.main([*options, "--cases", *cases])
     (path,) = tmp_path.glob("*.json")
     return json.loads(path.read_text())
@@ -56,3 +58,48 @@ def test_tf32_is_switched_off_and_back():
     with tf32_off():
         assert state() == (False, False)
     assert state() == before
+
+
+def test_compiled_steps(tmp_path):
+    case = run(tmp_path, "compiled-mlp")["cases"]["compiled-mlp"]
+    assert set(case["results"]) == {"plain", "step", "graph"}
+    assert case["first_call"]["graph"] > 0
+    assert case["ratios"]["step / graph"]["median"] > 0
+
+
+def test_sam_along_the_gradient_of_each_row_by_every_plan(tmp_path):
+    results = run(tmp_path, "sam-rows-mlp")["cases"]["sam-rows-mlp"]["results"]
+    assert set(results) == {"plain", "SAM", *(f"{plan}, SAM per row" for plan in PLANS)}
+    assert all(result["failure"] is None for result in results.values())
+
+
+def test_checkpointed_models_by_every_plan_that_takes_them(tmp_path):
+    case = run(tmp_path, "checkpointed-gpt")["cases"]["checkpointed-gpt"]
+    assert {"auto", *PLANS} < set(case["results"])
+    for name in ("plain", "plain, no checkpoints", "fused, no checkpoints", "auto", "loop"):
+        assert case["results"][name]["failure"] is None
+    refused = [r["failure"] for name, r in case["results"].items() if r["failure"]]
+    assert all("checkpointing" in reason or "saved tensor hooks" in reason for reason in refused)
+
+
+def test_cases_after_the_time_limit_are_named_and_earlier_results_stay(
+    tmp_path, monkeypatch, capsys
+):
+    def sleep(options):
+        time.sleep(60)
+
+    run(tmp_path, "waits-gpt")
+    monkeypatch.setitem(_gpu_cases.CASES, "conv", sleep)
+    monkeypatch.setitem(_gpu_cases.CASES, "waits-gpt", sleep)
+    cases = run(tmp_path, "conv", "waits-gpt", more=("--minutes", "0.002"))["cases"]
+    assert cases["conv"]["failure"] == "not measured: the time was over"
+    assert cases["waits-gpt"]["failure"] == "needs a CUDA device"
+    assert "Not measured in 0.002 minutes: conv waits-gpt" in capsys.readouterr().out
+
+
+def test_no_round_begins_after_the_share_of_a_case():
+    calls = []
+    contenders = {"one": lambda: calls.append(1)}
+    found = interleave(contenders, 5, clock_for(torch.device("cpu")), until=0.0)
+    assert len(found.seconds["one"]) == 1
+    assert len(calls) >= 2  # one to warm up
