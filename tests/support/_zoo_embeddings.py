@@ -19,7 +19,8 @@ def tied(pad=None):
     """Build a model in which one matrix embeds the tokens and computes the output."""
 
     def run(net, ids):
-        return net.out(net.mix(net.embed(ids) + net.place(torch.arange(LENGTH, device=ids.device))).tanh())
+        place = torch.arange(LENGTH, device=ids.device)
+        return net.out(net.mix(net.embed(ids) + net.place(place)).tanh())
 
     net = Net(
         run,
@@ -65,7 +66,8 @@ def gathered():
 
     def run(net, ids):
         rows = torch.index_select(net.table, 0, ids.flatten()).unflatten(0, ids.shape)
-        one_hot = (ids[..., None] == torch.arange(VOCABULARY, device=ids.device)).to(rows.dtype) @ net.table
+        places = torch.arange(VOCABULARY, device=ids.device)
+        one_hot = (ids[..., None] == places).to(rows.dtype) @ net.table
         ranked = torch.gather(rows, 1, ids[..., None].expand_as(rows) % LENGTH)
         return (rows + one_hot * ranked) @ net.table.t()
 

@@ -22,7 +22,6 @@ from gradfilter.grads._module_attributes import Attributes, tensors_in
 from gradfilter.grads._normalized_loss import NormalizedLoss
 from gradfilter.grads._state_owners import CONTAINERS, MISSING, same_value
 
-
 WEIGHT_REFERENCES = "_flat_weight_refs"
 """Weak references of torch's recurrent modules, which every call compares with the weights."""
 

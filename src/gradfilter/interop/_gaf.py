@@ -121,7 +121,8 @@ def step_gaf(
         optimizer.step()
     else:
         note_skip(optimizer)
-    sizes = torch.tensor([float(len(targets)) for _, targets in batches], device=home)
+    # Filled on the device: a list would be copied from the host.
+    sizes = torch.stack([torch.full((), float(len(y)), device=home) for _, y in batches])
     assert rows.losses is not None  # rows of batches always have their losses
     result = {
         "train_loss": float((rows.losses * sizes).sum() / sizes.sum()),
