@@ -83,4 +83,4 @@ GRAPHS = {
     for case in first_of_each()
     if not case.has_aux
 }
-CASES: dict[str, Run] = {**FIRST, **GRAPHS}
+CASES: dict[str, Run] = {**FIRST}
