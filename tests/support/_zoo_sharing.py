@@ -143,7 +143,7 @@ CASES = [
     Case("weight-norm", normed_weights, MAPS),
     Case("spectral-norm-eval", lambda: spectral_norm(nn.Linear(6, 4)).eval(), ROWS),
     Case("orthogonal", lambda: orthogonal(nn.Linear(6, 4)), ROWS, may_refuse="orthogonal|linalg"),
-    Case("checkpointed", checkpointed, ROWS, may_refuse="activation checkpointing"),
+    Case("checkpointed", checkpointed, ROWS, rules="linear"),
     Case("experts", experts, ROWS, rules="linear"),
     Case("squeeze-excite", squeezed, inputs(4, 5, 5), rules="conv linear"),
 ]

@@ -166,7 +166,7 @@ class _Call:
     mean: str
     var: str
     momentum: float
-    x: Tensor
+    x: Tensor | None
     kernel: Kernel
 
 
@@ -191,6 +191,10 @@ class RunningUpdates:
     updated: Tree = field(default_factory=dict)
     _calls: list[_Call] = field(default_factory=list)
 
+    def again(self) -> RunningUpdates:
+        """Return the updates of a part of the pass that runs again: they change nothing here."""
+        return RunningUpdates(self.watch, self.buffers, self.cumulative)
+
     def read(self, *statistics: Tensor | None) -> None:
         """Record that statistics were used without an update."""
         self.watch.read(*(name for s in statistics if (name := self.watch.name(s)) is not None))
@@ -202,8 +206,14 @@ class RunningUpdates:
         momentum: float,
         x: Tensor,
         kernel: Kernel = torch.batch_norm_update_stats,
+        *,
+        hold: bool = True,
     ) -> list[RunningStatistics]:
-        """Begin one call of batch_norm on (M, B, C, ...). Return the statistics of every row."""
+        """Begin one call of batch_norm on (M, B, C, ...). Return the statistics of every row.
+
+        The input is held for the end of the pass, unless ``hold`` is False; then the layer must not
+        be used again.
+        """
         if mean is None or var is None:
             return [RunningStatistics(None, None, momentum)] * len(x)
         names = self.watch.name(mean), self.watch.name(var)
@@ -211,7 +221,7 @@ class RunningUpdates:
             raise RuntimeError(
                 "batch_norm updates running statistics that are not buffers of the model"
             )
-        call = _Call(names[0], names[1], momentum, x.detach(), kernel)
+        call = _Call(names[0], names[1], momentum, x.detach() if hold else None, kernel)
         self._calls.append(call)
         for name in (call.mean, call.var):
             self.updated[name] = self.buffers[name].clone()
@@ -229,10 +239,13 @@ class RunningUpdates:
 
     def _repeat_in_order(self, calls: list[_Call]) -> None:
         own = self.buffers[calls[0].mean].clone(), self.buffers[calls[0].var].clone()
-        for m in range(len(calls[0].x)):
-            for call in calls:
+        inputs = [call.x for call in calls if call.x is not None]
+        if len(inputs) < len(calls):
+            raise Unreplayable(calls[0].mean, "inside of a checkpoint and once more")
+        for m in range(len(inputs[0])):
+            for call, x in zip(calls, inputs, strict=True):
                 momentum = self._momentum(call, m, len(calls))
-                call.kernel(call.x[m], *own, momentum)
+                call.kernel(x[m], *own, momentum)
         self.updated[calls[0].mean], self.updated[calls[0].var] = own
 
     def _momentum(self, call: _Call, m: int, uses: int) -> float:

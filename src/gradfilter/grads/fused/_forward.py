@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.autograd.graph import disable_saved_tensors_hooks
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -20,15 +20,23 @@ from gradfilter import _tree
 from gradfilter._types import Params, Tree
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._buffer_watch import VIEWS, BufferWatch, RunningUpdates
-from gradfilter.grads._call_context import CallContext, Versions
+from gradfilter.grads._call_context import CallContext, Versions, random_state, same_random_state
 from gradfilter.grads._error_notes import asks_for_memory
 from gradfilter.grads._loop import refuse_writes, written_attribute, written_parameter
+from gradfilter.grads._module_attributes import Attributes
 from gradfilter.grads._normalized_loss import NormalizedLoss, as_parameters
 from gradfilter.grads._one_image import STRAIGHTENED, one_image
 from gradfilter.grads._seeds import DRAWS, Seeds
 from gradfilter.grads._writes import may_write, memory, written_by
 from gradfilter.grads.fused._along import ParamsAlong, held, refuse_bypassed
 from gradfilter.grads.fused._autocast import under_autocast
+from gradfilter.grads.fused._checkpoints import (
+    OTHER_HOOKS,
+    Checkpoints,
+    leave_checkpoints,
+    saves_arguments,
+    top_hooks,
+)
 from gradfilter.grads.fused._host import Host
 from gradfilter.grads.fused._lift import Level, autocast_any, repeated
 from gradfilter.grads.fused._modules_by_row import ByRow
@@ -73,12 +81,6 @@ MASKED_BY_HAND: dict[Callable[..., Any], Callable[..., Any]] = {
 # --- The pass over all rows ---
 
 
-CHECKPOINTS = (
-    "activation checkpointing (or other code with hooks on saved tensors) inside the loss cannot "
-    "run over all rows at once"
-)
-
-
 @dataclass(frozen=True)
 class Forward:
     """One forward pass over all rows.
@@ -88,7 +90,7 @@ class Forward:
         tape: The tape on which a backward pass leaves the gradients.
         buffers: The buffers after all rows, in order.
         aux: The second value that the loss returned, stacked over the rows.
-        single: The state that the backward pass of a single row needs; None for several rows.
+        state: Returns the context that a backward pass needs.
         groups: The rows of each pass, if rows that answer the host differently ran separately.
         by_row: The classes of the modules that ran row by row, and the operations.
         used: The tensors in attributes of modules that the loss used, by name.
@@ -100,7 +102,7 @@ class Forward:
     tape: Tape
     buffers: Tree
     aux: Any
-    single: SingleRow | None = None
+    state: Callable[[], AbstractContextManager[None]] = nullcontext
     groups: tuple[tuple[int, ...], ...] = ()
     by_row: tuple[str, ...] = ()
     used: set[str] = field(default_factory=set)
@@ -114,7 +116,7 @@ class Forward:
 
     def backward(self, cotangent: Tensor, visitor: LeafVisitor, *, retain: bool) -> None:
         """Run one backward pass, and hand every leaf that has a gradient to the visitor."""
-        with _tree.NO_CHANGE if self.single is None else self.single.state():
+        with self.state():
             self.tape.backward(self.losses, cotangent, visitor, retain=retain)
 
 
@@ -139,6 +141,57 @@ class SingleRow:
             self.loss.module_state(self.leaves, self.batch.buffers),
         ):
             yield
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointedRows:
+    """The state of the modules at the end of a forward pass over all rows, for its checkpoints.
+
+    Attributes:
+        loss: The loss.
+        host: The forward pass.
+        inside: The leaves as the modules saw them.
+        buffers: The buffers as the modules saw them.
+        training: Every module with its mode.
+        attributes: The attributes of the modules, with the tensors of the pass.
+    """
+
+    loss: NormalizedLoss
+    host: Host
+    inside: Params
+    buffers: Tree
+    training: list[tuple[nn.Module, bool]]
+    attributes: Attributes
+
+    @classmethod
+    def now(cls, loss: NormalizedLoss, host: Host, inside: Params, buffers: Tree) -> Self:
+        """Record the state, before the tensors of the pass are removed from the attributes."""
+        modes = [(module, module.training) for module in loss.modules.values()]
+        return cls(loss, host, inside, buffers, modes, loss.attributes.present())
+
+    @contextmanager
+    def state(self) -> Iterator[None]:
+        """Restore that state inside the context."""
+        present = self.loss.attributes.present()
+        modes = [(module, module.training) for module, _ in self.training]
+        try:
+            self.attributes.restore()
+            _set_modes(self.training)
+            with ExitStack() as stack:
+                if self.loss.places is not None:
+                    # The buffers themselves, which the pass knows by identity.
+                    filled = self.loss.places.filled({**self.inside, **self.buffers})
+                    with self.host.in_pass():  # a view of a leaf in an attribute is a row, too
+                        stack.enter_context(filled)
+                yield
+        finally:
+            _set_modes(modes)
+            present.restore()
+
+
+def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
 
 
 BATCH = ""
@@ -168,10 +221,13 @@ def _reads_values(func: Any) -> bool:
 class Overrides(TorchFunctionMode):
     """Call the operation override of every function that has one."""
 
-    def __init__(self, host: Host, guarded: Callable[[], dict[int, str]], seeds: Seeds) -> None:
+    def __init__(
+        self, host: Host, guarded: Callable[[], dict[int, str]], seeds: Seeds | None
+    ) -> None:
         """Take the host, the names of the guarded tensors by their address, and the seeds.
 
         ``guarded`` is called before the first write of the loss: most losses write nothing.
+        Without seeds, draws are not checked.
         """
         super().__init__()
         self.host, self._guarded, self._seeds = host, guarded, seeds
@@ -185,10 +241,12 @@ class Overrides(TorchFunctionMode):
         """Try the override, else run the function as it is."""
         # This runs for every operation, and a call costs as much as a small operation.
         kwargs = kwargs or {}
+        if top_hooks() is not None:
+            self.host.adopt_checkpoint()
         if may_write(func) or "out" in kwargs:
             for tensor in written_by(func, args, kwargs):
                 self._refuse_writing(tensor)
-        if getattr(func, "__name__", "") in DRAWS:
+        if self._seeds is not None and getattr(func, "__name__", "") in DRAWS:
             self._seeds.check(func, kwargs)
         override = OVERRIDES.get(func) or VALUES.get(func) or GRAPH.get(func)
         moves = bool(self.host.moves) and _reads_values(func)
@@ -209,11 +267,14 @@ class Overrides(TorchFunctionMode):
                 refuse_nested(func)
         if self._watch is not None:
             self._watch.note(func, args, kwargs)
+        if args and isinstance(args[0], type) and saves_arguments(args):
+            with self.host.level.on_all_rows():
+                return args[0].apply(*args[1:])
         try:
             return (under_autocast(func) if autocast_any() else func)(*args, **kwargs)
+        except CheckpointError:
+            raise
         except RuntimeError as error:
-            if _is_checkpoint(*args):
-                raise RuntimeError(CHECKPOINTS) from error
             name = getattr(func, "__name__", str(func))
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             if asks_for_memory(error):
@@ -238,11 +299,6 @@ class Overrides(TorchFunctionMode):
             raise written_parameter(f"parameter {name!r}")
         if name is not None:
             raise written_attribute(name)
-
-
-def _is_checkpoint(function: Any = None, *_: Any) -> bool:
-    # In torch 2.11 vmap sees the autograd function of a checkpoint before any hook is registered.
-    return isinstance(function, type) and function.__module__ == "torch.utils.checkpoint"
 
 
 class BatchWritten(RuntimeError):
@@ -273,6 +329,9 @@ def forward(
         RuntimeError: Something cannot run over all rows at once.
     """
     _refuse_backward_hooks(loss)
+    if top_hooks() is not None:
+        raise RuntimeError(OTHER_HOOKS)
+    state: Callable[[], AbstractContextManager[None]] = nullcontext
     count = len(batch)
     moves = params.moves if isinstance(params, ParamsAlong) else {}
     shared = isinstance(params, ParamsAlong) or not per_row
@@ -287,19 +346,25 @@ def forward(
     given = Versions([] if own_batch else [("", t) for t in batch.tensors], "batch")
     with (
         torch.enable_grad(),
-        disable_saved_tensors_hooks(CHECKPOINTS),
         Level.entered(count) as level,
     ):
         guarded = partial(_guarded, [] if own_batch else batch.tensors, leaves, loss)
         generators = [generator for _, generator in loss.attributes.generators]
-        host = Host(level, tape, running, partial(_reenter, guarded, generators), moves)
+        reenter = partial(_reenter, guarded, generators)
+        rerun = partial(_rerun, guarded, generators, by_row)
+        host = Host(level, tape, running, Checkpoints(level), reenter, rerun, moves)
         overrides = Overrides(host, guarded, Seeds(generators))
         inside = dict(zip(leaves, as_parameters(level.wrap_all(leaves.values())), strict=True))
         row = batch.rebuild(level.wrap_all(batch.tensors))
         with by_row.entered(host) as calls, overrides:
             try:
                 value, after, aux = loss.writing(inside, row, own)
+            except BaseException as error:
+                leave_checkpoints(error)
+                raise
             finally:
+                if host.checkpoints.found:
+                    state = CheckpointedRows.now(loss, host, inside, own).state
                 changed = loss.clean_attributes(inside, partial(_last_row, level))
         watch.check(after, set(running.updated), calls.buffers)
         losses = level.lower(value)
@@ -336,6 +401,7 @@ def forward(
         tape,
         after,
         aux,
+        state,
         by_row=looped,
         used=watch.used_attributes,
         changed=changed,
@@ -365,6 +431,44 @@ def _reenter(
             )
         with Overrides(host, guarded, Seeds(generators)):
             yield
+
+
+@contextmanager
+def _rerun(
+    guarded: Callable[[], dict[int, str]], generators: list[Any], by_row: ByRow, first: Host
+) -> Iterator[None]:
+    """Enter the level and the overrides for a part of a forward pass that runs again.
+
+    Raises:
+        RuntimeError: It draws other random numbers than the first time: torch sets its default
+            generators back, unless preserve_rng_state is False, and no others.
+    """
+    device = _tree.device_of(first.tape.leaves)
+    before = random_state(device), _states(generators)
+    with Level.entered(first.level.rows) as level:
+        if level.number != first.level.number:
+            raise RuntimeError(
+                "a checkpoint cannot run again inside another transform of torch.func"
+            )
+        host = first.again()
+        try:
+            # The first run has checked the seeds, and torch sets them back.
+            with by_row.entered(host), Overrides(host, guarded, None):
+                yield
+        finally:
+            after = random_state(device), _states(generators)
+            if not all(map(same_random_state, before, after)):
+                raise RuntimeError(
+                    "a checkpointed function draws other random numbers when it runs again than "
+                    "the first time. Draw from torch's default generators, with "
+                    "preserve_rng_state=True"
+                )
+
+
+def _states(generators: list[Any]) -> dict[str, Any]:
+    """Return the states of torch's generators among those that a loss refers to."""
+    own = [generator for generator in generators if isinstance(generator, torch.Generator)]
+    return {str(i): generator.get_state() for i, generator in enumerate(own)}
 
 
 def _last_row(level: Level, tensor: Tensor) -> Tensor:
@@ -431,7 +535,7 @@ def forward_single(
     tape.linear, tape.closed = not seen, ends.closed
     after = {name: b.detach() for name, b in after.items()}
     aux = None if aux is None else _tree.tree_map(lambda t: t.detach().unsqueeze(0), aux)
-    return Forward(losses, tape, after, aux, SingleRow(loss, leaves, batch, context))
+    return Forward(losses, tape, after, aux, SingleRow(loss, leaves, batch, context).state)
 
 
 def _backward_hooks(loss: NormalizedLoss) -> Iterator[bool]:

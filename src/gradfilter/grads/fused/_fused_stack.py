@@ -165,6 +165,7 @@ class LazyRows:
     def _enter_graph(self, forward: Forward) -> None:
         self.state = State.GRAPH
         self._forward: Forward | None = forward
+        self._used = False
         self._kept: dict[str, Factor] = {}
         self._held: dict[str, Tensor] = {}
         self._versions: dict[str, int] | None = None
@@ -176,7 +177,7 @@ class LazyRows:
 
     def release(self) -> None:
         """Free the graph and the factors; another pass can compute them again."""
-        self.state = State.RELEASED
+        self.state, self._used = State.RELEASED, False
         self._forward, self._kept, self._held, self._versions = None, {}, {}, None
 
     def empty(self) -> Tensor | None:
@@ -354,10 +355,11 @@ class LazyRows:
 
         The graph is retained only if ``retain`` is set and factors are not kept.
         """
-        run = self._forward or self._source.rerun()
+        run, used = self._forward or self._source.rerun(), self._used
         retain = retain and not self.modes.keeps
         if retain:
             self._enter_graph(run)
+            self._used = True
         else:  # the pass frees the activations while it runs
             self.release()
         losses = run.losses
@@ -369,6 +371,8 @@ class LazyRows:
         except Exception as refusal:
             note_anomaly(refusal)
             self.release()
+            if used:  # a graph with selective checkpoints allows one backward pass only
+                return self._backward(weights, visitor, retain=retain)
             rows = self._source.fallback(refusal)
             self.fallback = reason_of(refusal)
             self._enter_factors({name: DenseFactor(leaf) for name, leaf in rows.items()})

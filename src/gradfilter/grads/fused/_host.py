@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from gradfilter import _tree
 from gradfilter.grads._buffer_watch import RunningUpdates
 from gradfilter.grads.fused._along import Move, own_rows
 from gradfilter.grads.fused._factors import ghost_flops
+from gradfilter.grads.fused._checkpoints import Checkpoints
 from gradfilter.grads.fused._lift import Level, autocast_dtype, is_shared
 from gradfilter.grads.fused._tape import ProductSize, Tape, Use, Weight
 
@@ -28,7 +30,9 @@ class Host:
     level: Level
     tape: Tape
     running: RunningUpdates
-    reenter: Callable[[Host], AbstractContextManager[None]] = lambda host: nullcontext()
+    checkpoints: Checkpoints
+    reenter: Callable[[Host], AbstractContextManager[None]]
+    rerun: Callable[[Host], AbstractContextManager[None]]
     moves: Mapping[str, Move] = field(default_factory=dict)
     """What every row adds to a leaf, by the leaf's name."""
 
@@ -56,6 +60,20 @@ class Host:
             if is_shared(rows)
         }
         self._own: dict[str, Tensor] = {}
+
+    def adopt_checkpoint(self) -> None:
+        """Let a checkpoint that the loss has entered run its function again in this pass."""
+        self.checkpoints.adopt(self._run_again)
+
+    def _run_again(self) -> AbstractContextManager[None]:
+        return self.rerun(self)
+
+    def again(self) -> Host:
+        """Return the host of a part of the pass that runs again, which records nothing here."""
+        found = copy.copy(self)
+        found.tape, found.running = self.tape.apart(), self.running.again()
+        found.drew = False  # what was drawn later must not refuse a question
+        return found
 
     def batched(self, *values: Any) -> bool:
         """Return whether some value differs between rows, judged by its type."""

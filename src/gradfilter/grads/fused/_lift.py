@@ -133,6 +133,11 @@ def quiet_fallbacks() -> Iterator[None]:
         module._set_vmap_fallback_warning_enabled(True)
 
 
+def unwrapped(value: Tensor) -> Tensor:
+    """Return the tensor of all rows behind a row of any level, with its rows in any dim."""
+    return _functorch.get_unwrapped(value) if _functorch.is_batchedtensor(value) else value
+
+
 def is_shared(rows: Tensor) -> bool:
     """Return whether all rows of (M, ...) are the same tensor, repeated by a stride of 0."""
     return rows.stride(0) == 0

@@ -170,6 +170,7 @@ class RowByRowCalls:
     def run(self, call: ForwardByRow, args: Any, kwargs: Any) -> Any:
         """Run one call of a module row by row."""
         module, level = call.module, self.host.level
+        self.host.adopt_checkpoint()  # before the level is left
         self.modules.append(module)
         values, rebuild = _tree.flatten((args, kwargs))
         _check_plain(module, values)

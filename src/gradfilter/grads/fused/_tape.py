@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -139,6 +140,14 @@ class Tape:
             return factor.rows()
         self._factors.setdefault(weight.leaf, []).append(factor)
         return None
+
+    def apart(self) -> Tape:
+        """Return a tape of the same leaves that records nothing on this one."""
+        found = copy.copy(self)  # without hooks on the leaves
+        found.visitor, found.ignored = None, None
+        found.uses, found.overrides, found.looped = [], Counter(), set()
+        found._factors = {}
+        return found
 
     def backward(
         self, losses: Tensor, cotangent: Tensor, visitor: LeafVisitor, *, retain: bool

@@ -68,7 +68,9 @@ def batch_norm(
         return _run(
             host, "batch_norm", _GivenStatistics(running_mean, running_var, eps), x, weights
         )
-    running = host.running.start(running_mean, running_var, momentum, x)
+    running = host.running.start(
+        running_mean, running_var, momentum, x, hold=not host.checkpoints.inside
+    )
     return _run(host, "batch_norm", _BatchNorm(running, eps), x, weights)
 
 
@@ -268,7 +270,9 @@ def instance_norm(
         return NotImplemented
     x = host.level.lower(input)
     if running_mean is not None:
-        running = host.running.start(running_mean, running_var, momentum, x, _update)
+        running = host.running.start(
+            running_mean, running_var, momentum, x, _update, hold=not host.checkpoints.inside
+        )
         for m, statistics in enumerate(running):
             _update(x[m].detach(), *statistics)
     return _run(host, "instance_norm", _GroupNorm(x.shape[2], eps), x, weights)
