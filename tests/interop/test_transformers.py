@@ -390,6 +390,18 @@ def test_an_overriding_compute_loss_is_the_loss_of_a_microbatch(trainer):
     close(model, plain, tolerance=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+@pytest.mark.filterwarnings("error:Fell back to plan:UserWarning")
+def test_gradient_checkpointing_changes_no_step(trainer):
+    plain = classifier()
+    model, data = copy.deepcopy(plain), labelled(2 * SIZE)
+    for trained, on in ((model, True), (plain, False)):
+        settings = {"max_steps": 2, "gradient_checkpointing": on}
+        trainer(trained, data, args=settings, optimizers=sgd(trained)[:2]).train()
+    assert model.is_gradient_checkpointing
+    close(model, plain)
+
+
 def test_the_loss_goes_down(trainer):
     model, data = language_model(), sentences(3 * STEPS * SIZE)
     args = {"learning_rate": 3e-2, "max_steps": 3 * STEPS, "logging_steps": 5}

@@ -191,10 +191,6 @@ class RunningUpdates:
     updated: Tree = field(default_factory=dict)
     _calls: list[_Call] = field(default_factory=list)
 
-    def again(self) -> RunningUpdates:
-        """Return the updates of a part of the pass that runs again: they change nothing here."""
-        return RunningUpdates(self.watch, self.buffers, self.cumulative)
-
     def read(self, *statistics: Tensor | None) -> None:
         """Record that statistics were used without an update."""
         self.watch.read(*(name for s in statistics if (name := self.watch.name(s)) is not None))

@@ -150,7 +150,8 @@ def questions(net, x):
             h = h.sin()
         return net.block(h)
 
-    return net.out(checkpoint(run, net.a(x)))
+    h = checkpoint(run, net.a(x))
+    return net.out(h) + 0 * torch.rand(())  # after a draw, a question to the host is refused
 
 
 @form
@@ -488,25 +489,28 @@ def test_a_refused_pass_leaves_no_hooks():
 
 
 class Block(nn.Module):
-    def __init__(self, norm=False):
+    def __init__(self):
         super().__init__()
         self.first, self.second = nn.LayerNorm(24), nn.LayerNorm(24)
         self.qkv, self.project = nn.Linear(24, 72), nn.Linear(24, 24)
         self.up, self.down = nn.Linear(24, 96), nn.Linear(96, 24)
-        self.norm = nn.BatchNorm1d(32) if norm else nn.Identity()
 
     def forward(self, x):
         heads = self.qkv(self.first(x)).unflatten(-1, (3, 2, 12)).movedim(-3, 0)
         q, k, v = heads.transpose(-2, -3)
         mixed = F.dropout((q @ k.mT).softmax(-1), 0.1) @ v
         x = x + self.project(mixed.transpose(-2, -3).flatten(-2))
-        return x + self.down(F.gelu(self.up(self.norm(self.second(x)))))
+        return x + self.down(F.gelu(self.up(self.second(x))))
+
+
+def normalised():
+    return nn.Sequential(*(layer for _ in range(3) for layer in (nn.BatchNorm1d(32), nn.Tanh())))
 
 
 class Tower(nn.Module):
-    def __init__(self, checkpointed, **options):
+    def __init__(self, block, checkpointed):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(**options) for _ in range(4))
+        self.blocks = nn.ModuleList(block() for _ in range(4))
         self.out, self.checkpointed = nn.Linear(24, 3), checkpointed
 
     def forward(self, x):
@@ -515,20 +519,20 @@ class Tower(nn.Module):
         return self.out(x.mean(1))
 
 
-def saved_bytes(run, **options):
+def saved_bytes(run, block):
     """The peak without checkpoints minus that with them."""
     peaks = []
     for checkpointed in (False, True):
         torch.manual_seed(0)
-        model = Tower(checkpointed, **options)
+        model = Tower(block, checkpointed)
         with Peak() as memory:
             run(model, (torch.randn(16, 32, 24), torch.arange(16) % 3))
         peaks.append(memory.peak)
     return peaks[0] - peaks[1]
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_checkpoints_save_what_they_save_in_a_plain_pass(norm):
+@pytest.mark.parametrize("block", [Block, normalised])
+def test_checkpoints_save_what_they_save_in_a_plain_pass(block):
     def plain(model, batch):
         F.cross_entropy(model(batch[0]), batch[1]).backward()
 
@@ -538,18 +542,18 @@ def test_checkpoints_save_what_they_save_in_a_plain_pass(norm):
         "gram and combine": lambda rows: (rows.gram(), rows.combine(ones)),
         "norms": lambda rows: rows.sq_norms(),
     }
-    want = saved_bytes(plain, norm=norm)
+    want = saved_bytes(plain, block)
     for name, ask in questions.items():
         budget = 0.25 if name == "combine" else 0
         run = lambda model, batch, b=budget, a=ask: a(rows_of(model, batch, 8, memory_budget=b))
-        assert saved_bytes(run, norm=norm) > 0.85 * want, name
+        assert saved_bytes(run, block) > 0.85 * want, name
 
     def step(model, batch):
         loss = gf.model_loss(model, F.cross_entropy)
         train = gf.train_step(loss, gf.chain(gf.mean_rows(), gf.sgd(0.1)), microbatches=8)
         train(train.init(model), batch)
 
-    assert saved_bytes(step, norm=norm) > 0.85 * want
+    assert saved_bytes(step, block) > 0.85 * want
 
 
 def test_a_released_stack_leaves_nothing_to_the_garbage_collector():

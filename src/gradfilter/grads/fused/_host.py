@@ -69,9 +69,12 @@ class Host:
         return self.rerun(self)
 
     def again(self) -> Host:
-        """Return the host of a part of the pass that runs again, which records nothing here."""
+        """Return the host of a part of the pass that runs again, and records nothing on the tape.
+
+        Running statistics are read at the end of the first run, so further updates are lost.
+        """
         found = copy.copy(self)
-        found.tape, found.running = self.tape.apart(), self.running.again()
+        found.tape = self.tape.apart()
         found.drew = False  # what was drawn later must not refuse a question
         return found
 
