@@ -177,7 +177,7 @@ class _Recompute:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _SavedRows:
     """A row of the level of the pass, saved as the tensor of all rows.
 
     Attributes:
@@ -209,7 +209,7 @@ class _Pack:
         left = nullcontext() if self.level.is_left() else self.level.on_all_rows()
         with left, torch._C.DisableTorchFunction():
             rows = self.level.lower(tensor)
-            return _Rows(self.pack(rows), rows.requires_grad)
+            return _SavedRows(self.pack(rows), rows.requires_grad)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +220,7 @@ class _Unpack:
     level: Level
 
     def __call__(self, saved: Any) -> Any:
-        if not isinstance(saved, _Rows):
+        if not isinstance(saved, _SavedRows):
             return self.unpack(saved)
         rows = self.unpack(saved.saved).detach().requires_grad_(saved.requires_grad)
         return self.level.wrap(rows)
