@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from gradfilter import _tree
 from gradfilter.grads._buffer_watch import RunningUpdates
 from gradfilter.grads.fused._along import Move, own_rows
-from gradfilter.grads.fused._factors import ghost_flops
 from gradfilter.grads.fused._checkpoints import Checkpoints
+from gradfilter.grads.fused._factors import ghost_flops
 from gradfilter.grads.fused._lift import Level, autocast_dtype, is_shared
 from gradfilter.grads.fused._tape import ProductSize, Tape, Use, Weight
 
