@@ -70,6 +70,7 @@ class AttributeView:
         whole: True if the value is the parameter or buffer itself.
         strides: The strides of the parameter or buffer.
         geometry: Shape and strides of the view, and its offset in the parameter or buffer.
+        follows: True if the view was made with a graph, through which gradients go.
     """
 
     attributes: dict[str, Any]
@@ -79,6 +80,7 @@ class AttributeView:
     whole: bool
     strides: tuple[int, ...]
     geometry: tuple[tuple[int, ...], tuple[int, ...], int]
+    follows: bool
 
     @classmethod
     def find(cls, module: nn.Module, key: str, view: Tensor, name: str, of: Tensor) -> Self:
@@ -86,7 +88,8 @@ class AttributeView:
         # Now, because a pass watches which attributes it uses, and would count these questions.
         offset = int(view.storage_offset() - of.storage_offset())
         geometry = tuple(view.shape), view.stride(), offset
-        return cls(vars(module), key, view, name, view is of, of.stride(), geometry)
+        follows = view.grad_fn is not None
+        return cls(vars(module), key, view, name, view is of, of.stride(), geometry, follows)
 
     def of(self, replaced: Tensor) -> Tensor:
         """Return the same view of the tensor that replaces the parameter or buffer."""
@@ -99,7 +102,8 @@ class AttributeView:
                 f"{self.strides}. Make the view in forward."
             )
         shape, strides, offset = self.geometry
-        return replaced.detach().as_strided(shape, strides, replaced.storage_offset() + offset)
+        base = replaced if self.follows else replaced.detach()
+        return base.as_strided(shape, strides, replaced.storage_offset() + offset)
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:

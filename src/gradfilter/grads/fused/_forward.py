@@ -269,7 +269,8 @@ class Overrides(TorchFunctionMode):
             self._watch.note(func, args, kwargs)
         if args and isinstance(args[0], type) and saves_arguments(args):
             with self.host.level.on_all_rows():
-                return args[0].apply(*args[1:])
+                holder: Any = args[0]
+                return holder.apply(*args[1:])
         try:
             return (under_autocast(func) if autocast_any() else func)(*args, **kwargs)
         except CheckpointError:
