@@ -43,6 +43,7 @@ PARTS = {
     "padded": Part("padded", quick=("--quick", "--models", "bert-32")),
     "sharpness": Part("sharpness", quick=("--quick", "--models", "mlp")),
     "update": Part("update"),
+    "compiled": Part("compiled", quick=("--quick", "--models", "mlp", "--backend", "graph")),
     "python_calls": Part("python_calls"),
     "distributed": Part("distributed", quick=("--quick", "--models", "mlp-0.1M", "--worlds", "2")),
     "stats": Part("stats", quick=("--quick", "--classes", "10", "--rounds", "1")),

@@ -116,6 +116,20 @@ def rules(part: Json) -> Section:
     )
 
 
+def layers(part: Json) -> Section:
+    contests = part["workloads"]
+    return Section(
+        "Layers for which vmap alone is slower than a loop",
+        ("layers",),
+        "Measured: the time for rows, Gram and weighted sum of small models that mostly consist of "
+        f"one layer, one sample per row. The base is {PLAIN}. torch has no rule for vmap for some "
+        "of these operations, or a slow one; `fused` has an operation override for each.\n\n"
+        f"{faster(contests, [('fused', ('loop',))])}",
+        by_contest(contests, "plain", _fused),
+        Dots(panels(contests, "plain", _fused), 3, over("plain")),
+    )
+
+
 def per_sample(part: Json) -> Section:
     contests = part["workloads"]
     others = [name for name in names_of(contests) if ": " in name and not is_ours(name)]

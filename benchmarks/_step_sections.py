@@ -8,6 +8,8 @@ from benchmarks._tables import (
     by_contender,
     by_contest,
     faster,
+    label,
+    markdown,
     names_of,
     panels,
 )
@@ -81,6 +83,44 @@ def update(part: Json) -> Section:
 
 def _steps(name: str) -> bool:
     return is_ours(name) or name.startswith("ours")
+
+
+def compiled(part: Json) -> Section:
+    contests = part["workloads"]
+    names = [name for name in names_of(contests) if name in contests[0]["first_call_seconds"]]
+    rows = [
+        [label(contest), *(f"{contest['first_call_seconds'][name]:.0f}" for name in names)]
+        for contest in contests
+    ]
+    return Section(
+        "Compiled steps",
+        ("compiled",),
+        "Measured: the time of a whole step with M rows, the agreement filter and SGD with "
+        "momentum, in place. The base is a whole step of torch with the same optimizer, not "
+        "compiled. `eager` is a step of `train_step`, `graph` its trace without a compiler, and "
+        "`compiled` is `gradfilter.compile`. `torch, compiled` is the step of torch under "
+        "`torch.compile`; it has one gradient, and ours has M.\n\n"
+        + faster(contests, [("compiled", ("eager", "graph"))]),
+        by_contest(contests, "torch", lambda name: name in ("eager", "graph", "compiled")),
+        Dots(panels(contests, "torch", lambda name: name == "compiled"), 2, over("torch")),
+        more="Seconds of the first call, which traces and compiles (no cache):\n\n"
+        + markdown(["", *names], rows),
+    )
+
+
+def rows_along(part: Json) -> Section:
+    contests, ours = part["workloads"], "products"
+    others = [name for name in names_of(contests) if name not in ("plain", ours)]
+    return Section(
+        "SAM per row",
+        ("rows_along",),
+        "Measured: the time of the mean gradient of rows that are each perturbed along their own "
+        "gradient. The base is one plain forward and backward pass of torch for the same samples. "
+        "`products` is `sam_perturb(per_microbatch=True)`. The other ways compute M sets of "
+        f"parameters, or one row after the other.\n\n{faster(contests, [(ours, others)])}",
+        by_contest(contests, "plain", lambda name: name == ours),
+        Dots(panels(contests, "plain", lambda name: name == ours), 2, over("plain")),
+    )
 
 
 def distributed(part: Json) -> Section:

@@ -11,7 +11,7 @@ from benchmarks._setting import Setting
 from torch import nn
 
 from benchmarks import _row_sections as row_sections
-from benchmarks import growth, layers, memory, padded, rows_along, rules, sharpness
+from benchmarks import compiled, growth, layers, memory, padded, rows_along, rules, sharpness
 from gradfilter.grads.fused.overrides._convolution import FORMATS
 from gradfilter.grads.fused.overrides._losses import LOSSES
 from gradfilter.grads.fused.overrides._matrix_products import PRODUCTS
@@ -112,7 +112,7 @@ def test_every_rule_has_a_model_that_leans_on_it():
     assert {rules.called(function) for function in rules.OVERRIDES} - right_first == named
 
 
-@pytest.mark.parametrize("module", [growth, layers, memory, rows_along, rules, sharpness])
+@pytest.mark.parametrize("module", [compiled, growth, layers, memory, rows_along, rules, sharpness])
 def test_a_command_says_what_it_is_for(module, capsys):
     with pytest.raises(SystemExit):
         module.main(["--help"])
@@ -126,6 +126,28 @@ def test_layers_run_with_every_plan_and_without_torchs_warning(tmp_path):
     for workload in written["workloads"]:
         assert list(workload["results"]) == ["plain", "loop", "fused"]
         assert not any(result["failure"] for result in workload["results"].values())
+
+
+def test_compiled_steps_agree_and_are_timed(tmp_path, monkeypatch):
+    # torch's own compiler takes a minute; the contender is the same without it.
+    eager = compiled.torch_step
+    monkeypatch.setattr(
+        compiled, "torch_step", lambda setting, compiled: eager(setting, compiled=False)
+    )
+    (workload,) = run(compiled, tmp_path, "--backend", "graph")
+    assert list(workload["results"]) == ["torch", "torch, compiled", "eager", "graph", "compiled"]
+    assert set(workload["first_call_seconds"]) == {"torch, compiled", "graph", "compiled"}
+    assert workload["results"]["torch"]["ratio"]["median"] == 1
+
+
+def test_compiled_steps_that_do_not_agree_are_not_timed(monkeypatch):
+    setting = Setting.of(LINEAR, 8, CPU)
+    ways = {
+        "eager": compiled.own_step(setting, 2, None),
+        "graph": lambda: {name: p + 0.1 for name, p in setting.params.items()},
+    }
+    with pytest.raises(AssertionError, match='step of "eager", found another of "graph"'):
+        compiled.first_calls(setting, ways)
 
 
 def test_rows_along_agree_and_are_timed(tmp_path):

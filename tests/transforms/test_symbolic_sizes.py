@@ -57,7 +57,7 @@ SAM = gf.chain(gf.mean_rows(), gf.sam_perturb(0.05), gf.sgd(0.1))
 CASES = {
     "perceptron": (mlp, AGREE, 4, vectors, (24, 48, 40)),
     "dropout": (lambda: mlp(nn.Dropout(0.4)), AGREE, 4, vectors, (24, 48, 40)),
-    "samples": (mlp, CLIP, None, vectors, (24, 7, 40)),
+    "clip": (mlp, CLIP, 4, vectors, (24, 8, 40)),
     "SAM": (mlp, SAM, 2, vectors, (24, 40, 8)),
     "BatchNorm": (conv, AGREE, 4, pictures, (24, 48, 16)),
     "lengths of texts": (lambda: Text().to(FLOAT), AGREE, 4, texts, (5, 9, 7)),
@@ -115,9 +115,9 @@ def test_a_size_that_decides_the_way_to_a_gradient_is_another_trace():
     assert list(seen.values()) == [1, 2]  # ghost products, then stored rows
 
 
-@pytest.mark.parametrize("of", ["a number", "feature dropout"])
+@pytest.mark.parametrize("of", ["a number", "feature dropout", "one row per sample"])
 def test_what_needs_fixed_sizes_is_traced_for_each(of):
-    """A loss that reads a size as a number, and functions without a rule for symbols."""
+    """A number read from a size, a function without a rule for symbols, the number of rows."""
     model = (
         mlp(nn.Unflatten(1, (8, 1)), nn.Dropout1d(0.4), nn.Flatten())
         if of == "feature dropout"
@@ -125,9 +125,11 @@ def test_what_needs_fixed_sizes_is_traced_for_each(of):
     )
 
     def criterion(output, target):
-        return F.cross_entropy(output, target) / int(output.shape[0])
+        loss = F.cross_entropy(output, target)
+        return loss / int(output.shape[0]) if of == "a number" else loss
 
-    step = gf.train_step(gf.model_loss(model, criterion), AGREE, microbatches=4)
+    rows = None if of == "one row per sample" else 4
+    step = gf.train_step(gf.model_loss(model, criterion), AGREE, microbatches=rows)
     compiled = gf.compile(step, backend="graph", dynamic=True)
     expected = own = step.init(model, seed=1)
     with warnings.catch_warnings():

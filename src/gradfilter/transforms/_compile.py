@@ -545,8 +545,8 @@ def compile(
             then holds for all sizes that take the same way through the step: a last, smaller batch
             and texts of other lengths need no second trace. A size that decides how a gradient is
             computed (``explain()``), or that the loss reads as a number, limits the graph to the
-            sizes with the same answer; for others the step is traced again. Compiled code for
-            symbolic sizes may be slower.
+            sizes with the same answer; for others the step is traced again. The number of rows is
+            never a symbol. Compiled code for symbolic sizes may be slower.
 
     Returns:
         A `CompiledStep`, which is called as the step is, also with ``donate=True``, or a
