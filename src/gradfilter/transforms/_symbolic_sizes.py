@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
+
+if TYPE_CHECKING:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 
 @dataclass(eq=False)
@@ -35,6 +36,8 @@ class SymbolicSizes:
 
     def __post_init__(self) -> None:
         if self.positions:
+            from torch.fx.experimental.symbolic_shapes import ShapeEnv  # imports sympy
+
             self.environment = ShapeEnv()
 
     def inputs(self, mode: FakeTensorMode, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -66,6 +69,10 @@ class SymbolicSizes:
 
 
 def _symbolic(mode: FakeTensorMode, tensor: Tensor, position: int) -> Tensor:
+    # Importing these takes a second.
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
     # Equal sizes share a symbol, so that inputs and targets have one number of samples.
     symbols: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DUCK] * tensor.ndim)
     source = ConstantSource(f"input_{position}")

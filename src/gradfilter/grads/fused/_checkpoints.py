@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import GeneratorType
 from typing import Any
 
@@ -45,10 +46,9 @@ Again = Callable[[], AbstractContextManager[None]]
 """Returns the context in which a function runs again."""
 
 
-def top_hooks() -> Hooks | None:
-    """Return the hooks through which autograd saves a tensor now."""
-    found: Hooks | None = _autograd._top_saved_tensors_default_hooks(False)
-    return found
+# Asked before every operation: a partial of a function of C is no call of Python.
+top_hooks: Callable[[], Hooks | None] = partial(_autograd._top_saved_tensors_default_hooks, False)
+"""Returns the hooks through which autograd saves a tensor now."""
 
 
 def saves_arguments(args: tuple[Any, ...]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
@@ -102,7 +102,7 @@ class Forward:
     tape: Tape
     buffers: Tree
     aux: Any
-    state: Callable[[], AbstractContextManager[None]] = nullcontext
+    state: Callable[[], AbstractContextManager[None]] | None = None
     groups: tuple[tuple[int, ...], ...] = ()
     by_row: tuple[str, ...] = ()
     used: set[str] = field(default_factory=set)
@@ -116,7 +116,7 @@ class Forward:
 
     def backward(self, cotangent: Tensor, visitor: LeafVisitor, *, retain: bool) -> None:
         """Run one backward pass, and hand every leaf that has a gradient to the visitor."""
-        with self.state():
+        with _tree.NO_CHANGE if self.state is None else self.state():
             self.tape.backward(self.losses, cotangent, visitor, retain=retain)
 
 
@@ -332,7 +332,7 @@ def forward(
     _refuse_backward_hooks(loss)
     if top_hooks() is not None:
         raise RuntimeError(OTHER_HOOKS)
-    state: Callable[[], AbstractContextManager[None]] = nullcontext
+    state: Callable[[], AbstractContextManager[None]] | None = None
     count = len(batch)
     moves = params.moves if isinstance(params, ParamsAlong) else {}
     shared = isinstance(params, ParamsAlong) or not per_row
