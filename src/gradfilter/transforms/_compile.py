@@ -546,7 +546,8 @@ def compile(
             and texts of other lengths need no second trace. A size that decides how a gradient is
             computed (``explain()``), or that the loss reads as a number, limits the graph to the
             sizes with the same answer; for others the step is traced again. The number of rows is
-            never a symbol. Compiled code for symbolic sizes may be slower.
+            never a symbol, and a step with convolutions, BatchNorm or attention is still traced for
+            every size. Compiled code for symbolic sizes may be slower.
 
     Returns:
         A `CompiledStep`, which is called as the step is, also with ``donate=True``, or a
