@@ -34,7 +34,11 @@ def executed(path: Path, folder: Path) -> NotebookNode:
     )
     client.execute(env=environment)
     for cell in notebook.cells:
-        for output in cell.get("outputs", []):
+        # Warnings of libraries name folders of this machine.
+        shown = [o for o in cell.get("outputs", []) if o.get("name") != "stderr"]
+        if "outputs" in cell:
+            cell.outputs = shown
+        for output in shown:
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = reduced(output.data["image/png"])
     notebook.metadata = {
