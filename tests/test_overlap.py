@@ -38,7 +38,8 @@ def remembering(view):
     def update(grads, state, params, **extra):
         last = {name: leaf.reshape(params[name].shape) for name, leaf in state["last"].items()}
         pulled = {name: g + 0.5 * (params[name] - last[name]) for name, g in grads.items()}
-        new = {"last": {name: view(p) for name, p in params.items()}, "before": state["last"]}
+        # In another order than in the first state.
+        new = {"before": state["last"], "last": {name: view(p) for name, p in params.items()}}
         shown = {"first": params["w"][0], "held": state["before"]["b"], "all": params["w"]}
         return pulled, new, shown
 

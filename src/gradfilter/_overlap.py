@@ -60,8 +60,9 @@ def copied_before_writing(new: Any, old: Any) -> Any:
         new: What will be written, leaf by leaf.
         old: A tree of the same structure, into which it will be written.
     """
-    places = zip(_tree.leaves(old), _tree.leaves(new), strict=True)
-    memory = _memory_of(o for o, n in places if o is not n)
+    written: list[Any] = []
+    _tree.tree_map(lambda o, n: None if o is n else written.append(o), old, new)
+    memory = _memory_of(written)
     return _tree.tree_map(lambda o, n: n if o is n else _copied_if_in(n, memory), old, new)
 
 

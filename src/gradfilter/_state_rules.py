@@ -128,7 +128,8 @@ class CounterRules(StateRules):
         # The counter stays out of it: on the CPU, it would wait for a `keep` of another device.
         rest = {name: part for name, part in new.items() if name != COUNTER}
         counter = {COUNTER: new[COUNTER]} if COUNTER in new else {}  # there is none in a trace
-        return self.inner.settled(keep, rest, old) | counter
+        found = self.inner.settled(keep, rest, old) | counter
+        return {name: found[name] for name in new}
 
     @override
     def decisions(self, state: Any) -> Iterator[bool]:

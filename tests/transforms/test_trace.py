@@ -86,7 +86,7 @@ def test_python_values_are_constants():
         lambda tree: ({"y": tree["x"] * tree["n"]}, {"draws": 0}), {"x": torch.ones(2), "n": 3}, ()
     )
     assert found.graph(torch.ones(2))[0].tolist() == [3.0, 3.0]
-    assert found.rebuild([torch.ones(())]) == {"y": torch.ones(())}
+    assert found.result([torch.ones(())], []) == {"y": torch.ones(())}
 
 
 def test_a_repeated_pass_that_draws_more_is_refused():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -411,12 +411,13 @@ def _device_of(tensors: list[Tensor]) -> torch.device:
     return devices[0] if devices else torch.device("cpu")
 
 
-def _params_and_transforms(given: Any, result: Any) -> Iterator[tuple[Any, Any]]:
+def _params_and_transforms(given: Any, result: Any) -> list[tuple[Any, Any]]:
     """Choose the parts of a step's state that ``donate=True`` overwrites."""
     new, _ = result
+    pairs: list[tuple[Any, Any]] = []
     for part in ("params", "transforms"):
-        old = _tree.leaves(given["state"][part])
-        yield from zip(old, _tree.leaves(new[part]), strict=True)
+        _tree.tree_map(lambda *pair: pairs.append(pair), given["state"][part], new[part])
+    return pairs
 
 
 # --- The key of the cache: everything that a trace depends on ---
