@@ -124,6 +124,13 @@ def by_the_mean(kind):
 
 
 ROWS = [kind for kind in KINDS if kind.startswith("rows")]
+
+
+def repeated(params):
+    """Numbers that share memory, into which nothing can be written."""
+    return {name: torch.ones_like(p.sum()).expand(p.shape) for name, p in params.items()}
+
+
 GROWS = Breach(
     more=lambda state, params: {"seen": torch.cat([state["seen"], torch.zeros(1)])},
     init=lambda params: {"seen": torch.zeros(1)},
@@ -144,10 +151,7 @@ BREACHES = {
     "never_waits": Breach(change=lambda g: g / (1 + g.abs().max().item())),
     "state_round_trips": GROWS,
     "publishes_what_it_says": Breach(out=lambda: {"size": torch.ones(())}),
-    "donates_storage": Breach(
-        more=lambda state, params: dict(params),
-        init=lambda params: {name: p.clone() for name, p in params.items()},
-    ),
+    "donates_storage": Breach(more=lambda state, params: repeated(params), init=repeated),
     COMPILE: Breach(change=calls),
 }
 # What is done to an update, or to a tree that rows are reduced to, is not the caller's business.
