@@ -50,8 +50,8 @@ def copied_where_shared(tree: Any, written: Any) -> Any:
     return _tree.tree_map(lambda leaf: _copied_if_in(leaf, memory), tree)
 
 
-def copied_before_writing(new: Any, old: Any) -> Any:
-    """Return ``new`` with copies of what would change while it is written into ``old``.
+def copied_before_writing(new: Any, old: Any, shown: Any) -> tuple[Any, Any]:
+    """Copy what would change while one tree is written into another.
 
     A state may hold parameters, or what another entry held: ``{"last": params, "before":
     state["last"]}``. Such a leaf must be read before the write to the tensor that it shows.
@@ -59,11 +59,16 @@ def copied_before_writing(new: Any, old: Any) -> Any:
     Args:
         new: What will be written, leaf by leaf.
         old: A tree of the same structure, into which it will be written.
+        shown: What is read after the write, such as metrics.
+
+    Returns:
+        ``new`` and ``shown`` with these copies.
     """
     written: list[Any] = []
     _tree.tree_map(lambda o, n: None if o is n else written.append(o), old, new)
     memory = _memory_of(written)
-    return _tree.tree_map(lambda o, n: n if o is n else _copied_if_in(n, memory), old, new)
+    copied = _tree.tree_map(lambda o, n: n if o is n else _copied_if_in(n, memory), old, new)
+    return copied, _tree.tree_map(lambda leaf: _copied_if_in(leaf, memory), shown)
 
 
 def _memory_of(leaves: Iterable[Any]) -> set[int] | None:
@@ -82,7 +87,9 @@ def _copied_if_in(leaf: Any, memory: set[int] | None) -> Any:
 
 def storage_of(tensor: Tensor) -> int:
     """Return the identity of the storage that a tensor is a view of."""
-    identity: int = local(tensor).untyped_storage()._cdata
+    # This runs for every leaf of a donated step; most are not sharded.
+    own = tensor if type(tensor) in (Tensor, nn.Parameter) else local(tensor)
+    identity: int = own.untyped_storage()._cdata
     return identity
 
 

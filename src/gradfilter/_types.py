@@ -14,11 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradfilter._factory import FactoryCall, MadeByFactory
-from gradfilter._overlap import (
-    copied_before_writing,
-    copied_where_shared,
-    refuse_shared_memory,
-)
+from gradfilter._overlap import copied_before_writing, refuse_shared_memory
 from gradfilter._readable import differentiated
 from gradfilter._row_rules import RowRules
 from gradfilter._state_rules import StateRules, settled
@@ -322,8 +318,8 @@ class Transform(MadeByFactory):
                 keep = all_keep(params, context.keep, out.get("keep"))
             if donate:
                 old, new = (params, state), (new_params, new_state)
-                out = copied_where_shared(out, old)
-                new_params, new_state = donate_into(old, copied_before_writing(new, old))
+                new, out = copied_before_writing(new, old, out)
+                new_params, new_state = donate_into(old, new)
         # A stack that is kept should not hold the activations it was computed from.
         release = getattr(grads, "release", None)
         if release is not None:

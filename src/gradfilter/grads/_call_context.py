@@ -378,17 +378,17 @@ class CallContext:
         """Set every module to the recorded mode, and restore its present mode on exit."""
         present = [(module, module.training) for module, _ in self.training]
         try:
-            _set_modes(self.training)
+            set_modes(self.training)
             yield
         finally:
-            _set_modes(present)  # a forward pass may have changed modes
+            set_modes(present)  # a forward pass may have changed modes
 
     def rewind(self) -> None:
         """Reset random numbers, modes and attributes to that moment."""
         set_random_state(self.random, self.device)
         self.host.restore()
         self.attributes.restore()
-        _set_modes(self.training)
+        set_modes(self.training)
 
     def switched(self) -> nn.Module | None:
         """Return a module that is in another mode than at that moment, or None."""
@@ -418,7 +418,7 @@ class CallContext:
             yield
 
 
-def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
     """Set the modules to training or evaluation mode, each by itself."""
     for module, training in modes:
         if module.training is not training:  # nn.Module assigns slowly

@@ -391,8 +391,8 @@ def _run(
 def _with_symbolic_sizes(traced: Callable[[], Trace], fixed: Trace) -> Trace:
     """Return a trace with symbolic sizes if it holds the operations of one with fixed sizes.
 
-    Some functions of torch (dropout) have no rule for symbols. A plan could then take another way
-    to the rows, so the operations are compared, and not only the success.
+    Some functions of torch (convolutions under vmap) have no rule for symbols. A plan could then
+    take another way to the rows, so the operations are compared, and not only the success.
     """
     if fixed.has_forgotten_draws:
         return fixed

@@ -20,7 +20,13 @@ from gradfilter import _tree
 from gradfilter._types import Params, Tree
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._buffer_watch import VIEWS, BufferWatch, RunningUpdates
-from gradfilter.grads._call_context import CallContext, Versions, random_state, same_random_state
+from gradfilter.grads._call_context import (
+    CallContext,
+    Versions,
+    random_state,
+    same_random_state,
+    set_modes,
+)
 from gradfilter.grads._error_notes import asks_for_memory
 from gradfilter.grads._loop import refuse_writes, written_attribute, written_parameter
 from gradfilter.grads._module_attributes import Attributes
@@ -176,7 +182,7 @@ class CheckpointedRows:
         modes = [(module, module.training) for module, _ in self.training]
         try:
             self.attributes.restore()
-            _set_modes(self.training)
+            set_modes(self.training)
             with ExitStack() as stack:
                 if self.loss.places is not None:
                     # The buffers themselves, which the pass knows by identity.
@@ -185,13 +191,8 @@ class CheckpointedRows:
                         stack.enter_context(filled)
                 yield
         finally:
-            _set_modes(modes)
+            set_modes(modes)
             present.restore()
-
-
-def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module.training = training
 
 
 BATCH = ""
