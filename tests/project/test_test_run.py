@@ -105,3 +105,33 @@ def test_a_failed_example_and_the_signals_of_who_started_the_run_reach_no_other_
     )
     assert "1 failed, 5 passed" in done.stdout, done.stdout
     assert "::test_examples.example\n" in done.stdout, done.stdout
+
+
+def strict():
+    """Make every warning in this rank an error, and forget to undo it."""
+    warnings.simplefilter("error")
+
+
+def lenient():
+    warnings.warn("a third party's notice", stacklevel=1)
+
+
+def test_a_rank_that_makes_warnings_errors_does_so_for_itself_alone(two):
+    two.run(strict)
+    two.run(lenient)
+
+
+def test_to_import_the_benchmarks_changes_no_setting_of_later_tests():
+    code = (
+        "import os, pkgutil, importlib, benchmarks\n"
+        "before = dict(os.environ)\n"
+        "for part in pkgutil.iter_modules(benchmarks.__path__):\n"
+        "    if part.name != '__main__':\n"
+        "        importlib.import_module(f'benchmarks.{part.name}')\n"
+        "print(*set(os.environ) - set(before))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    )
+    # The profiler's notices, and where torch's compiler writes once it is imported.
+    assert set(done.stdout.split()) <= {"KINETO_LOG_LEVEL", "TORCHINDUCTOR_CACHE_DIR"}
