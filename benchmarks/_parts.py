@@ -39,7 +39,9 @@ PARTS = {
     "rules": Part("rules"),
     "per_sample": Part("per_sample"),
     "layers": Part("layers"),
-    "rows_along": Part("rows_along", quick=("--quick", "--models", "mlp-small", "lenet")),
+    "rows_along": Part(
+        "rows_along", quick=("--quick", "--models", "mlp-small", "--backend", "graph")
+    ),
     "padded": Part("padded", quick=("--quick", "--models", "bert-32")),
     "sharpness": Part("sharpness", quick=("--quick", "--models", "mlp")),
     "update": Part("update"),

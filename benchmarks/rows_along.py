@@ -4,7 +4,9 @@ A plain pass is an ordinary forward and backward pass over the same samples. "pr
 ``sam_perturb(per_microbatch=True)``, which adds products of what went into a layer and what came
 back. "M sets of parameters" computes the parameters of every row and evaluates them with
 ``at_rows``, as this library did before. "loop" is the same transform on rows of plan "loop".
-Before it, all compute in float64, and must agree.
+"products, compiled" is a whole step of "products" with ``sgd``, compiled. Before the measurement
+all compute in float64, and must agree; there the compiled step runs its graph without a compiler.
+In float32 the compiled step must agree with "products".
 
     python benchmarks/rows_along.py
 """
@@ -37,7 +39,9 @@ from benchmarks._results import Contest, Workload, save
 
 NAME = Path(__file__).stem
 RHO, CLASSES = 0.05, 10
+PRODUCTS, COMPILED = "products", "products, compiled"
 TOLERANCE = 1e-10  # relative, in float64
+SINGLE_TOLERANCE = 1e-3  # relative, in float32
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ CASES = {
 
 
 def contenders(
-    case: Rows, device: torch.device, dtype: torch.dtype
+    case: Rows, device: torch.device, dtype: torch.dtype, backend: str
 ) -> dict[str, Callable[[], Any]]:
     """Return a plain pass, and every way to the mean gradient of rows at their own points."""
     torch.manual_seed(0)
@@ -111,9 +115,17 @@ def contenders(
         }
         return rows.at_rows(near).combine(steps.new_full((case.rows,), 1 / case.rows))
 
+    step = gf.train_step(loss, gf.chain(*update.parts, gf.sgd(1.0)), microbatches=case.rows)
+    run, start = gf.compile(step, backend=backend), step.init(model)
+
+    def compiled() -> dict[str, Tensor]:
+        after = run(start, batch)[0]["params"]
+        return {name: params[name] - leaf for name, leaf in after.items()}
+
     return {
         "plain": plain,
-        "products": by_rule("auto"),
+        PRODUCTS: by_rule("auto"),
+        COMPILED: compiled,
         "M sets of parameters": by_sets,
         "loop": by_rule("loop"),
     }
@@ -121,26 +133,40 @@ def contenders(
 
 def check(case: Rows, device: torch.device) -> None:
     """Refuse to measure ways that do not agree in float64."""
-    ways = contenders(case, device, torch.float64)
+    ways = contenders(case, device, torch.float64, "graph")
     del ways["plain"]
     found = {name: way() for name, way in ways.items()}
     want = found.pop("loop")
     for way, tree in found.items():
-        for name, leaf in tree.items():
-            error = (leaf - want[name]).norm() / max(float(want[name].norm()), 1e-8)
-            if not error < TOLERANCE:
-                raise AssertionError(f"{case.title}, {way}: {name} is off by {error:.1e}")
+        compare(f"{case.title}, {way}", tree, want, TOLERANCE)
+
+
+def compare(way: str, tree: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
+    """Refuse gradients that are not those wanted.
+
+    Raises:
+        AssertionError: A leaf is further off than the tolerance, relative to its norm.
+    """
+    for name, leaf in tree.items():
+        error = (leaf - want[name]).norm() / max(float(want[name].norm()), 1e-8)
+        if not error < tolerance:
+            raise AssertionError(f"{way}: {name} is off by {error:.1e}")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser(__doc__, CASES, rounds=10).parse_args(arguments)
+    command = parser(__doc__ or "", CASES, rounds=10)
+    command.add_argument("--backend", choices=["inductor", "graph"], default="inductor")
+    options = command.parse_args(arguments)
     device = torch.device(options.device)
     workloads: list[Contest] = []
     for name in track(options.models, "Measuring", console=Console(stderr=True)):
         case = CASES[name]
         if device.type == "cpu":  # other devices may lack float64
             check(case, device)
-        entrants = contenders(case, device, torch.float32)
+        entrants = contenders(case, device, torch.float32, options.backend)
+        compare(
+            f"{case.title}, compiled", entrants[COMPILED](), entrants[PRODUCTS](), SINGLE_TOLERANCE
+        )
         results, _ = race(entrants, rounds_of(options), device, base="plain")
         workloads.append(
             Workload(
@@ -152,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
                 samples_per_microbatch=case.samples,
             )
         )
-    head = facts(NAME, options)
+    head = facts(NAME, options) | {"backend": options.backend}
     save(options.out / f"{NAME}-{device.type}.json", head, workloads)
     by_contender(workloads, caption(head))
 

@@ -152,9 +152,11 @@ def test_compiled_steps_that_do_not_agree_are_not_timed(monkeypatch):
 
 def test_rows_along_agree_and_are_timed(tmp_path):
     options = ["--quick", "--rounds", "1", "--models", "mlp-small", "--out", str(tmp_path)]
-    rows_along.main(options)
+    rows_along.main([*options, "--backend", "graph"])
     (workload,) = json.loads((tmp_path / "rows_along-cpu.json").read_text())["workloads"]
-    assert list(workload["results"]) == ["plain", "products", "M sets of parameters", "loop"]
+    assert list(workload["results"]) == [
+        "plain", "products", "products, compiled", "M sets of parameters", "loop"
+    ]  # fmt: skip
     assert not any(result["failure"] for result in workload["results"].values())
 
 

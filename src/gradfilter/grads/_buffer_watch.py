@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradfilter._types import Tree
 from gradfilter.grads._writes import tensor_property
@@ -144,6 +144,18 @@ class Unreplayable(RuntimeError):
             f'writes {how}, from row to row. Use plan="loop".'
         )
         self.buffer = buffer
+
+
+def cumulative_means(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Return the names of running means whose momentum is None: cumulative averages, a = 1/t."""
+    return {
+        f"{prefix}.running_mean" if prefix else "running_mean"
+        for prefix, module in modules.items()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.momentum is None
+        # A subclass with its own forward pass may use the counter differently.
+        and type(module).forward is nn.modules.batchnorm._BatchNorm.forward
+    }
 
 
 # --- Running statistics in the fused plan: the kernel of the loop, row by row ---

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from gradfilter._types import Params, Tree
+from gradfilter.grads._buffer_watch import cumulative_means
 from gradfilter.grads._loss import (
     ModelLoss,
     RefusedByAll,
@@ -29,7 +30,6 @@ from gradfilter.grads._loss import (
 )
 from gradfilter.grads._module_attributes import Attributes
 from gradfilter.grads._module_tensors import Hook, ModuleTensors
-from gradfilter.grads._running_stats import cumulative_means
 from gradfilter.grads._state_owners import STANDARD, Owners, forward_methods, owners_in
 
 # --- The ends of the graph of a loss ---

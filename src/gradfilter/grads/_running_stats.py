@@ -8,13 +8,13 @@ without it. The batch statistics s_m are kept, and the recurrence runs afterward
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
@@ -95,18 +95,6 @@ class RecordRunningStats(TorchFunctionMode):
     def check(self, after: Tree) -> None:
         """Refuse changes that cannot be replayed, given the buffers after the forward pass."""
         self._watch.check(after, {name for call in self.recorded.calls for name in call[:2]})
-
-
-def cumulative_means(modules: Mapping[str, nn.Module]) -> set[str]:
-    """Return the names of running means whose momentum is None: cumulative averages, a = 1/t."""
-    return {
-        f"{prefix}.running_mean" if prefix else "running_mean"
-        for prefix, module in modules.items()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        and module.momentum is None
-        # A subclass with its own forward pass may use the counter differently.
-        and type(module).forward is nn.modules.batchnorm._BatchNorm.forward
-    }
 
 
 def replay(
