@@ -577,3 +577,16 @@ def test_a_cycle_of_containers_ends():
     cycle.append(cycle)
     assert [type(owner) for owner in owners_in(cycle)] == [Counter]
     assert {type(owner) for owner in owners_in({"cycle": cycle})} == {list, Counter}
+
+
+def asserts_and_logs(output, targets):
+    assert output.ndim == 2  # pytest rewrites this line, and its code refers to pytest
+    if output.isnan().any():
+        pytest.fail("a logger has as many objects")
+    return F.mse_loss(output, targets)
+
+
+def test_testing_tools_and_loggers_are_not_searched():
+    """Their thousands of objects would be compared in every step."""
+    assert "@pytest_ar" in asserts_and_logs.__globals__
+    assert [*owners_in(asserts_and_logs, names=True)] == [asserts_and_logs]

@@ -91,7 +91,11 @@ class Unknown:
 
 
 class RandomModel(nn.Module):
-    """Layers and habits, by their names."""
+    """Layers and habits.
+
+    They are handed over, not looked up by name: what the code of a loss refers to is watched in
+    every pass, and the table of all habits is large.
+    """
 
     def __init__(self, kind, layers, habits, criterion):
         super().__init__()
@@ -99,9 +103,9 @@ class RandomModel(nn.Module):
         self.head = nn.Linear(6, CLASSES)
         self.kind, self.habits, self.own_criterion = kind, habits, criterion
         self.probe = inputs(kind, 2, torch.Generator().manual_seed(7))
-        for name in habits:
-            if hasattr(HABITS[name], "install"):
-                HABITS[name].install(self)
+        for habit in habits:
+            if hasattr(habit, "install"):
+                habit.install(self)
 
     def once_more(self):
         """Return the logits of a constant input, without the habits."""
@@ -120,8 +124,8 @@ class RandomModel(nn.Module):
 
     def stage(self, name, value):
         for habit in self.habits:
-            if hasattr(HABITS[habit], name):
-                value = getattr(HABITS[habit], name)(self, value)
+            if hasattr(habit, name):
+                value = getattr(habit, name)(self, value)
         return value
 
     def forward(self, x, scale=None, labels=None):
@@ -142,10 +146,10 @@ class Criterion:
         self.loss = loss
 
     def __call__(self, output, y):
-        value = LOSSES[self.loss](output, y)
+        value = self.loss(output, y)
         for habit in self.model[0].habits:
-            if hasattr(HABITS[habit], "criterion"):
-                value = value + HABITS[habit].criterion(self.model[0], output, y)
+            if hasattr(habit, "criterion"):
+                value = value + habit.criterion(self.model[0], output, y)
         return value
 
 
@@ -231,7 +235,7 @@ class Case:
             return self._build(dtype or DTYPES[self.dtype])
 
     def _build(self, dtype: torch.dtype) -> tuple[RandomModel, Criterion]:
-        torch.manual_seed(self.seed)
+        seed_default(self.seed)
         made, kind = [], self.kind
         for name in self.layers:
             entry: LayerKind = LAYERS[name]
@@ -241,8 +245,8 @@ class Case:
             kind = entry.gives
         if kind != "vector":
             made.append(Between(kind, "vector"))
-        criterion = Criterion(self.loss)
-        model = RandomModel(self.kind, made, self.habits, [criterion])
+        criterion = Criterion(LOSSES[self.loss])
+        model = RandomModel(self.kind, made, tuple(map(HABITS.get, self.habits)), [criterion])
         criterion.model = [model]
         model.train(self.training)
         layers = [m for m in made if not isinstance(m, Between)]
@@ -309,9 +313,18 @@ def default_dtype(dtype: torch.dtype):
         torch.set_default_dtype(before)
 
 
+def seed_default(seed: int) -> None:
+    """Seed torch's generator of the CPU.
+
+    Without a GPU, a torch that was built for one notes every call of ``torch.manual_seed`` with its
+    stack, which takes longer than a small forward pass.
+    """
+    torch.default_generator.manual_seed(seed)
+
+
 def reseed(seed: int) -> None:
     """Set every global generator."""
-    torch.manual_seed(seed)
+    seed_default(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 

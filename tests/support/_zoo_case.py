@@ -56,7 +56,7 @@ class Case:
 
     def model(self) -> nn.Module:
         """Build the model with no weights or running statistics at zero or one."""
-        torch.manual_seed(1)
+        torch.default_generator.manual_seed(1)
         model = self.build()
         with torch.no_grad():
             for p in model.parameters():
@@ -69,7 +69,7 @@ class Case:
 
     def samples(self, m: int, b: int) -> Any:
         """Make a batch of M·B samples."""
-        torch.manual_seed(2)
+        torch.default_generator.manual_seed(2)
         return self.batch(m * b)
 
     def rows(

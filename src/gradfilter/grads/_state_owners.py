@@ -48,8 +48,17 @@ MISSING: Any = object()
 FOREIGN = sys.stdlib_module_names | {
     *("torch", "numpy", "gradfilter", "lightning", "pytorch_lightning", "lightning_fabric"),
     *("transformers", "accelerate"),
+    # Loggers, progress bars and plots.
+    *("wandb", "mlflow", "tensorboard", "tensorboardX", "aim", "comet_ml", "neptune", "loguru"),
+    *("tqdm", "rich", "matplotlib", "IPython", "ipykernel", "traitlets"),
+    # An assert in a test refers to pytest, and so to all of its plugins.
+    *("pytest", "_pytest", "pluggy", "hypothesis"),
 }
-"""Packages whose objects are not searched for attributes."""
+"""Packages whose objects are not searched for attributes.
+
+No loss depends on them, and one logger can refer to thousands of objects, which would be compared
+in every step. Data and configurations (pandas, omegaconf) are searched: their values count.
+"""
 
 SEARCHED = 100
 """The number of items up to which a container is searched."""
@@ -437,11 +446,12 @@ class ItemValues(_View):
         return (key for key in self._items if self.get(key, MISSING) is not MISSING)
 
 
-def _slots(kind: type) -> list[str]:
+@lru_cache(maxsize=4096)
+def _slots(kind: type) -> tuple[str, ...]:
     """Return the names that classes with ``__slots__`` declare."""
     declared = [vars(base).get("__slots__", ()) for base in kind.__mro__]
     names = [name for slots in declared for name in ([slots] if isinstance(slots, str) else slots)]
-    return [name for name in names if not name.startswith("__")]
+    return tuple(name for name in names if not name.startswith("__"))
 
 
 class _SlotValues(_View):
