@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import gradfilter as gf
 from _models import OldStyle
@@ -122,3 +123,28 @@ def test_rows_under_vmap_carry_no_graph():
     assert not stack.losses.requires_grad
     assert not stack.stacked()["w"].requires_grad
     assert not stack.gram().requires_grad
+
+
+class Checkpoints(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.linear, self.reentrant = nn.Linear(3, 2), reentrant
+
+    def forward(self, x):
+        return checkpoint(torch.tanh, self.linear(x), use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize(
+    "reentrant, plan, fix",
+    [
+        (False, "vmap", r'Use plan="auto", "fused" or "loop"\.'),
+        (True, "vmap", r"use_reentrant=False"),
+        (True, "fused", r"use_reentrant=False"),
+    ],
+)
+def test_checkpoints_are_refused_in_our_words(reentrant, plan, fix):
+    model = Checkpoints(reentrant)
+    loss = gf.model_loss(model, torch.nn.functional.cross_entropy)
+    batch = torch.randn(8, 3), torch.randint(2, (8,))
+    with pytest.raises(RuntimeError, match=rf"activation checkpointing .*{fix}"):
+        gf.microbatch_grads(loss, 4, plan=plan)(gf.extract(model)[0], batch).gram()

@@ -9,6 +9,15 @@ import gradfilter as gf
 from gradfilter import diagnostics
 
 
+@pytest.fixture(autouse=True)
+def only_new_objects():
+    """Hide everything older than a test from the garbage collector, which otherwise visits it."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def live_tensors():
     gc.collect()
     return sum(type(found) is torch.Tensor for found in gc.get_objects())

@@ -65,11 +65,32 @@ def asks_for_memory(error: Exception) -> bool:
     return any(text in str(error) for text in texts)
 
 
+def _checkpoint_refusal(error: Exception, plan: str) -> str | None:
+    """Return a refusal of activation checkpoints in words of ours; torch's name its internals."""
+    text = str(error)
+    if "saved tensor hooks" in text or "_NoopSaveInputs" in text:  # of newer and older torch
+        return (
+            f'The model uses activation checkpointing (torch.utils.checkpoint), which plan="{plan}" '
+            'cannot run. Use plan="auto", "fused" or "loop".'
+        )
+    homes: list[str] = []
+    trace = error.__traceback__
+    while trace is not None:
+        homes.append(str(trace.tb_frame.f_globals.get("__name__")))
+        trace = trace.tb_next
+    if "setup_context" in text and "torch.utils.checkpoint" in homes[-3:]:
+        return (
+            "The model uses activation checkpointing with use_reentrant=True, which only the loop "
+            'can run. Use checkpoint(..., use_reentrant=False), or plan="auto" or plan="loop".'
+        )
+    return None
+
+
 def raise_with_plan(error: Exception, plan: str) -> NoReturn:
     """Raise an error of a plan; if the plan runs all rows at once, name plan "loop" as the fix.
 
-    Torch's texts about the memory of a tensor name classes of its own, so they are replaced. Any
-    other error of torch and of the loss, and a refusal of the fused plan, gets a note, unless it
+    Torch's texts about the memory of a tensor and about checkpoints name classes of its own, so they
+    are replaced. Any other error of torch and of the loss, and a refusal of the fused plan, gets a note, unless it
     has one or names the plan itself.
     """
     if plan not in ("fused", "vmap"):
@@ -79,6 +100,9 @@ def raise_with_plan(error: Exception, plan: str) -> NoReturn:
             "The loss asks for the memory of a tensor (copy.deepcopy, numpy() and data_ptr() do), "
             'which holds all rows. Use plan="loop".'
         ) from error
+    refused = _checkpoint_refusal(error, plan)
+    if refused is not None:
+        raise RuntimeError(refused) from error
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
