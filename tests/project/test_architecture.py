@@ -196,7 +196,6 @@ TESTED_BY = {
     "grads/_joined_stacks": ["grads/test_stack.py", "grads/test_stack_immutable.py"],
     "grads/_loop": ["grads/test_microbatch.py"],
     "grads/_loss": ["grads/test_microbatch.py", "grads/test_microbatch_errors.py"],
-    "grads/_running_stats": ["grads/test_microbatch.py"],
     "grads/_state_owners": ["grads/test_module_attributes.py"],
     "grads/_vmap": ["grads/test_microbatch.py"],
     "grads/_writes": ["grads/test_call_context.py"],

@@ -70,8 +70,8 @@ def _checkpoint_refusal(error: Exception, plan: str) -> str | None:
     text = str(error)
     if "saved tensor hooks" in text or "_NoopSaveInputs" in text:  # of newer and older torch
         return (
-            f'The model uses activation checkpointing (torch.utils.checkpoint), which plan="{plan}" '
-            'cannot run. Use plan="auto", "fused" or "loop".'
+            "The model uses activation checkpointing (torch.utils.checkpoint), which "
+            f'plan="{plan}" cannot run. Use plan="auto", "fused" or "loop".'
         )
     homes: list[str] = []
     trace = error.__traceback__
@@ -89,9 +89,9 @@ def _checkpoint_refusal(error: Exception, plan: str) -> str | None:
 def raise_with_plan(error: Exception, plan: str) -> NoReturn:
     """Raise an error of a plan; if the plan runs all rows at once, name plan "loop" as the fix.
 
-    Torch's texts about the memory of a tensor and about checkpoints name classes of its own, so they
-    are replaced. Any other error of torch and of the loss, and a refusal of the fused plan, gets a note, unless it
-    has one or names the plan itself.
+    Torch's texts about the memory of a tensor and about checkpoints name classes of its own, so
+    they are replaced. Any other error of torch and of the loss, and a refusal of the fused plan,
+    gets a note, unless it has one or names the plan itself.
     """
     if plan not in ("fused", "vmap"):
         raise error

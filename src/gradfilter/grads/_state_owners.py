@@ -446,12 +446,11 @@ class ItemValues(_View):
         return (key for key in self._items if self.get(key, MISSING) is not MISSING)
 
 
-@lru_cache(maxsize=4096)
-def _slots(kind: type) -> tuple[str, ...]:
+def _slots(kind: type) -> list[str]:
     """Return the names that classes with ``__slots__`` declare."""
     declared = [vars(base).get("__slots__", ()) for base in kind.__mro__]
     names = [name for slots in declared for name in ([slots] if isinstance(slots, str) else slots)]
-    return tuple(name for name in names if not name.startswith("__"))
+    return [name for name in names if not name.startswith("__")]
 
 
 class _SlotValues(_View):
