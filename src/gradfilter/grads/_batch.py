@@ -33,8 +33,9 @@ class Batch:
     rebuild: Rebuild
     buffers: Tree
 
-    def __len__(self) -> int:
-        """Return M."""
+    @property
+    def count(self) -> int:
+        """M. In a trace it may be a symbol, which `len` would turn into a number."""
         return self.tensors[0].shape[0]
 
 

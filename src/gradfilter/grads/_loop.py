@@ -37,7 +37,7 @@ def loop_rows(loss: NormalizedLoss, params: Params, batch: Batch, per_row: bool)
 
 
 def _rows(loss: NormalizedLoss, params: Params, batch: Batch, per_row: bool) -> Rows:
-    count, buffers = len(batch), batch.buffers
+    count, buffers = batch.count, batch.buffers
     shapes = {name: p.shape[1:] if per_row else p.shape for name, p in params.items()}
     # Write row by row, because stacking M finished gradients would hold all of them twice.
     rows = {name: p.new_empty((count, *shapes[name])) for name, p in params.items()}

@@ -249,7 +249,7 @@ class BatchPasses:
         """Compute the rows by one plan, in the present random state and settings."""
         at = detached(params)
         origin = StackOrigin(
-            len(self.batch),
+            self.batch.count,
             params if per_row else at,
             partial(self._stack_at, plan),
             per_row,
@@ -319,7 +319,7 @@ class BatchPasses:
         torch's own modules and functions have none, and one row at a time sees it as it is.
         """
         quiet = self.context.device.type == "cpu" and not (followed() or is_recorded())
-        return self.loss.first and len(self.batch) > 1 and quiet and self.loss.may_draw_on_host
+        return self.loss.first and self.batch.count > 1 and quiet and self.loss.may_draw_on_host
 
     def _probe_row(self) -> None:
         """Refuse a hidden state: evaluate a row twice, and compare losses and gradients."""
@@ -401,7 +401,7 @@ class BatchPasses:
 
     def loop_instead(self, params: Params, per_row: bool, refusal: Exception) -> Tree:
         """Compute the rows by the loop, after the backward pass over all rows was refused."""
-        if self.settings.plan != "auto" or len(self.batch) == 1:
+        if self.settings.plan != "auto" or self.batch.count == 1:
             raise_with_plan(refusal, self.settings.plan)
         self._check_undrawn(refusal)
         with self.context.restored():
@@ -455,7 +455,7 @@ class FusedPass(PassSource):
         found = passes.first_pass(self.per_row, run, lambda found: found.losses)
         self._losses = found.losses.detach()
         if not self.per_row:
-            if len(passes.batch) > 1:
+            if passes.batch.count > 1:
                 rows = [group[-1] for group in found.groups] or [-1]
                 check_remembered(
                     passes.loss,
@@ -492,7 +492,7 @@ class FusedPass(PassSource):
         host, attributes = passes.context.host.present(), passes.context.attributes.present()
         with passes.same_backward_draws():
             yield
-        if len(passes.batch) == 1:
+        if passes.batch.count == 1:
             return
         changes = attributes.changes()
         shared = host.moved() or next((name for name, a, b in changes if is_count(a, b)), None)
@@ -520,7 +520,7 @@ class FusedPass(PassSource):
         before = random_state(device)
         found: list[Rows] = []
         buffers: Tree = batch.buffers
-        for low in range(0, len(batch), size):
+        for low in range(0, batch.count, size):
             rows = slice(low, low + size)
             some = replace(batch, tensors=[t[rows] for t in batch.tensors], buffers=buffers)
             grouping.groups = None
@@ -543,7 +543,7 @@ class FusedPass(PassSource):
         self, batch: Batch, params: Mapping[str, Tensor], grouping: Grouping, *, check: bool = False
     ) -> Forward:
         loss, context = self.passes.loss, self.passes.context
-        if len(batch) == 1:
+        if batch.count == 1:
             return forward_single(loss, params, batch, self.per_row, context)
         # Who asks for plan "fused" by name is told what vmap does not support; "auto" chooses.
         quiet = self.passes.settings.plan == "auto"

@@ -133,7 +133,7 @@ def _answers_differ(
 
     The loss of an empty row is NaN, whatever the attributes are, so another row takes its place.
     """
-    after, count = context.attributes.present(), len(batch)
+    after, count = context.attributes.present(), batch.count
     step = -1 if place < 0 else 1
     for other in range(count):
         row = batch.rebuild(t[(place + step * other) % count].clone() for t in batch.tensors)

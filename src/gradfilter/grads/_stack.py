@@ -214,6 +214,11 @@ class GradStack(ABC):
     def __len__(self) -> int:
         """Return the number of rows, M."""
 
+    @property
+    def _rows(self) -> int:
+        """M. In a trace it may be a symbol, which `len` would turn into a number."""
+        return len(self)
+
     @override
     def __repr__(self) -> str:
         """Return the numbers of rows and leaves, without computing anything."""
@@ -388,12 +393,12 @@ class BaseStack(GradStack):
             return scale != 0 if empty is None else (scale != 0) & ~empty
         if empty is not None:
             return ~empty
-        return torch.ones(len(self), dtype=torch.bool, device=self.device)
+        return torch.ones(self._rows, dtype=torch.bool, device=self.device)
 
     @override
     def scaled(self, factors: Tensor) -> Self:
         """Return diag(c) J; the factors are applied where the rows are used."""
-        check_per_row("factor", factors, len(self))
+        check_per_row("factor", factors, self._rows)
         # Copy, so that later writes into the factors have no effect.
         factors = _tree.at_least_float32(factors).clone()
         return self._scaled(scale_rows(factors, self.scale))
@@ -472,8 +477,8 @@ class BaseStack(GradStack):
 
     @override
     def like(self, stack: GradStack) -> GradStack:
-        if len(self) < len(stack):
-            stack = stack.first(len(self))
+        if self._rows < stack._rows:
+            stack = stack.first(self._rows)
         if set(self.shapes) < set(stack.shapes):
             stack = stack.columns(list(self.shapes))
         return stack if self.scale is None else stack.scaled(self.scale)

@@ -194,12 +194,12 @@ class _Agreement:
     def __call__(
         self, rows: GradStack, state: State, params: Params, context: Context
     ) -> tuple[Tree, State, Out]:
-        if len(rows) < 2:
+        gram = rows.gram()
+        if gram.shape[0] < 2:
             raise ValueError(
                 "agree_filter: expected at least two rows, found M = 1, which has nothing to agree "
                 "with. Use microbatch_grads(loss, M) with M >= 2, or mean_rows()."
             )
-        gram = rows.gram()
         rule = _against_first if self.against == "first" else against_running
         weights, accepted, cosine = rule(
             gram, rows.live & gram.diagonal().isfinite(), self.threshold, self.average

@@ -391,8 +391,8 @@ def _run(
 def _with_symbolic_sizes(traced: Callable[[], Trace], fixed: Trace) -> Trace:
     """Return a trace with symbolic sizes if it holds the operations of one with fixed sizes.
 
-    Some functions of torch (convolutions under vmap) have no rule for symbols. A plan could then
-    take another way to the rows, so the operations are compared, and not only the success.
+    Some functions of torch have no rule for symbols. A plan could then take another way to the
+    rows, so the operations are compared, and not only the success.
     """
     if fixed.has_forgotten_draws:
         return fixed
@@ -543,12 +543,18 @@ def compile(
             function that is called with the `torch.fx.GraphModule` and returns a function of the
             same tensors.
         dynamic: True to trace with symbols in place of the sizes of the batch's tensors. One graph
-            then holds for all sizes that take the same way through the step: a last, smaller batch
-            and texts of other lengths need no second trace. A size that decides how a gradient is
-            computed (``explain()``), or that the loss reads as a number, limits the graph to the
-            sizes with the same answer; for others the step is traced again. The number of rows is
-            never a symbol, and a step with convolutions, BatchNorm or attention is still traced for
-            every size. Compiled code for symbolic sizes may be slower.
+            then holds for all sizes that take the same way through the step: a last, smaller batch,
+            texts of other lengths and pictures of other sides need no second trace, and with one
+            row per sample other numbers of rows do not either. The sizes 0 and 1 are never symbols.
+            A size that decides how something is computed (``explain()``), or that the loss reads as
+            a number, limits the graph to the sizes with the same answer; for others the step is
+            traced again. A graph has no loops, so a step that takes the rows one after another is
+            traced for every number of rows M: `agree_filter` against the running mean, where the
+            verdict on a row depends on the rows before it; BatchNorm in training mode, which
+            updates its running statistics M times in order; recurrent layers, and others that
+            ``explain()`` lists as "row by row"; the Gram of short lookups in an embedding, and the
+            rows of a convolution with groups, which have one product per row; plan ``"loop"``.
+            Compiled code for symbolic sizes may be slower.
 
     Returns:
         A `CompiledStep`, which is called as the step is, also with ``donate=True``, or a

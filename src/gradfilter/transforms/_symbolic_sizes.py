@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
+
+from gradfilter.grads.fused._lift import of_all_samples
 
 if TYPE_CHECKING:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -32,7 +34,7 @@ class SymbolicSizes:
     positions: tuple[int, ...]
     environment: ShapeEnv | None = None
     _inputs: list[Any] = field(default_factory=list, repr=False)
-    _condition: str | None = field(default=None, repr=False)
+    _condition: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.positions:
@@ -55,9 +57,9 @@ class SymbolicSizes:
     def close(self) -> None:
         """Collect the conditions at the end of the trace."""
         if self.environment is not None:
-            self._condition = self.environment.produce_guards_expression(
-                self._inputs, ignore_static=False
-            )
+            text = self.environment.produce_guards_expression(self._inputs, ignore_static=False)
+            # Compiled once: it may take thousands of characters, and is evaluated in every step.
+            self._condition = text and compile(text, "<conditions on sizes>", "eval")
             self._inputs = []
 
     def hold_for(self, tensors: Sequence[Tensor]) -> bool:
@@ -65,7 +67,10 @@ class SymbolicSizes:
         if self.environment is None or self._condition is None:
             return True
         given = [_Layout(tensors[i]) for i in self.positions]
-        return bool(self.environment.evaluate_guards_expression(self._condition, given))
+        try:
+            return bool(self.environment.evaluate_guards_expression(self._condition, given))
+        except ZeroDivisionError:  # an image smaller than a kernel: some output would be empty
+            return False
 
 
 def _symbolic(mode: FakeTensorMode, tensor: Tensor, position: int) -> Tensor:
@@ -80,16 +85,32 @@ def _symbolic(mode: FakeTensorMode, tensor: Tensor, position: int) -> Tensor:
     return fake
 
 
-class SymbolicDropout(TorchFunctionMode):
-    """Run dropout as the operations that torch runs on a CPU: its C++ code asks for real sizes."""
+class SymbolicRules(TorchFunctionMode):
+    """Run dropout and pooling by operations that have rules for symbols, with the same results.
+
+    The C++ code of torch's dropout, and of vmap's rules for pooling, asks for numbers.
+    """
 
     @override
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Replace `torch.nn.functional.dropout`; run everything else as it is."""
+        """Replace `torch.nn.functional.dropout` and pooling; run everything else as it is."""
         kwargs = kwargs or {}
-        return _dropout(*args, **kwargs) if func is F.dropout else func(*args, **kwargs)
+        if func is F.dropout:
+            return _dropout(*args, **kwargs)
+        dims = POOLING.get(func)
+        if dims is not None and args:
+            return of_all_samples(func, dims, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+POOLING: dict[Callable[..., Any], int] = {
+    getattr(F, f"{kind}{dims}d"): dims
+    for kind in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool")
+    for dims in (1, 2, 3)
+}
+"""The functions that vmap runs over the samples of all rows, and the dims of their windows."""
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

@@ -34,12 +34,15 @@ from gradfilter._overlap import storage_of
 from gradfilter.grads._call_context import recording
 from gradfilter.grads._recorded_draws import CannotRecord, RecordedDraws, draws_nothing, is_draw
 from gradfilter.transforms._host_changes import is_users_code
-from gradfilter.transforms._symbolic_sizes import FixedSizes, SymbolicDropout, SymbolicSizes
+from gradfilter.transforms._symbolic_sizes import FixedSizes, SymbolicRules, SymbolicSizes
 
 aten: Any = torch.ops.aten
 
 COPIES = ("empty", "clone", "_unsafe_view")
 """Operations that compute nothing; which of them a trace has may depend on its symbols."""
+
+SPELLINGS = {"_native_batch_norm_legit": "native_batch_norm"}
+"""Operations that a trace with symbols calls by another name: the kernel is the same."""
 
 Place = Callable[[], Any]
 """Returns the present tensor of a place, such as a frozen parameter of a module."""
@@ -81,7 +84,8 @@ class Trace:
             for target in called
             if isinstance(target, torch._ops.OpOverload) and not _is_view(target)
         ]
-        return [name for name in names if not name.startswith(("sym_", *COPIES))]
+        computing = (name for name in names if not name.startswith(("sym_", *COPIES)))
+        return [SPELLINGS.get(name, name) for name in computing]
 
 
 Run = Callable[[Any], tuple[Any, dict[str, Any]]]
@@ -165,7 +169,7 @@ def trace(
     mode: Literal["fake", "symbolic"] = "symbolic" if symbolic else "fake"
     try:
         inputs = sizes.inputs(fake, flat.tensors())
-        rules = SymbolicDropout() if symbolic else nullcontext()
+        rules = SymbolicRules() if symbolic else nullcontext()
         with recording(flat.numbers), torch.no_grad(), rules:
             # A lambda, because make_fx counts the parameters of the function itself.
             graph = make_fx(lambda *tensors: flat(*tensors), tracing_mode=mode)(*inputs)

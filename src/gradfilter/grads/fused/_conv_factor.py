@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -108,7 +109,7 @@ class ConvFactor(Divisible):
     geometry: Geometry
 
     def __post_init__(self) -> None:
-        self.count, self.shape = len(self.inputs), self.weight.shape
+        self.count, self.shape = self.inputs.shape[0], self.weight.shape
         groups = self.geometry.groups
         self.unit = len(self.weight) // groups if groups > 1 else 1
 
@@ -204,8 +205,8 @@ class ConvFactor(Divisible):
 
     def _sizes(self) -> tuple[int, int, int]:
         """Return the positions per row, and the two sides of the weight as a matrix: n, p, d."""
-        n = self.outputs.numel() // (self.count * self.outputs.shape[2])
-        return n, self.shape[0], self.shape[1:].numel()
+        _, samples, _, *extents = self.outputs.shape
+        return samples * math.prod(extents), self.shape[0], self.shape[1:].numel()
 
     def _unfolded(self) -> OuterFactor:
         """Return the same rows as the factor of a product, with columns in another order."""
@@ -219,7 +220,7 @@ class ConvFactor(Divisible):
         # Channels last, so that all channels of a pixel are copied at once.
         x = F.pad(self.inputs.flatten(0, 1), sides).movedim(1, -1).contiguous()
         steps = x.stride()[1:-1]
-        size = (len(x), *self.outputs.shape[3:], *kernel, x.shape[-1])
+        size = (x.shape[0], *self.outputs.shape[3:], *kernel, x.shape[-1])
         strides = (
             x.stride(0),
             *(s * step for s, step in zip(g.stride, steps, strict=True)),

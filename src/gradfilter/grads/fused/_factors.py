@@ -93,9 +93,12 @@ def tiles(factor: Factor) -> Iterator[Tensor]:
         yield factor.rows().reshape(factor.count, 1)
         return
     per_unit = factor.count * factor.shape[1:].numel() * 4
+    units = factor.shape[0]
     step = max(factor.unit, TILE // max(per_unit, 1) // factor.unit * factor.unit)
-    for low in range(0, factor.shape[0], step):
-        rows = factor.rows(low, min(low + step, factor.shape[0]))
+    # Where one tile suffices, the step does not depend on M, which may be a symbol of a trace.
+    step = min(max(units, 1), step)
+    for low in range(0, units, step):
+        rows = factor.rows(low, min(low + step, units))
         yield rows.reshape(factor.count, -1)
 
 
@@ -237,13 +240,15 @@ def ghost_gram(inputs: Tensor, outputs: Tensor) -> Tensor:
     products stay small. With fewer positions, the extra calls cost more than they save.
     """
     count, n = inputs.shape[:2]
-    step = -(-count // min(max(count * n // 128, 1), 4))
+    # An int also in a trace whose sizes are symbols: a loop has to know how often it runs.
+    step = -(-count // int(min(max(1, count * n // 128), 4)))
     step = min(step, max(1, LARGEST // (4 * count * n * n)))
     a, d = _tree.at_least_float32(inputs), _tree.at_least_float32(outputs)
     if step == count:
         return _ghost_products(a, d, a, d)
     gram = torch.empty(count, count, dtype=_tree.sum_dtype(a), device=a.device)
-    for low in range(0, count, step):
+    for i in range(-(-count // step)):
+        low = i * step
         high = min(low + step, count)
         block = _ghost_block(a[low:], d[low:], high - low)
         gram[low:, low:high] = block
@@ -434,7 +439,7 @@ class EmbeddingFactor(Divisible):
     shape: torch.Size
 
     def __post_init__(self) -> None:
-        self.count = len(self.index)
+        self.count = self.index.shape[0]
 
     @override
     def rows(self, low: int = 0, high: int | None = None) -> Tensor:

@@ -334,7 +334,7 @@ def forward(
     if top_hooks() is not None:
         raise RuntimeError(OTHER_HOOKS)
     state: Callable[[], AbstractContextManager[None]] | None = None
-    count = len(batch)
+    count = batch.count
     moves = params.moves if isinstance(params, ParamsAlong) else {}
     shared = isinstance(params, ParamsAlong) or not per_row
     leaves = {

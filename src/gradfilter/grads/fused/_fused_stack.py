@@ -459,6 +459,11 @@ class FusedStack(ComputedStack):
 
     @property
     @override
+    def _rows(self) -> int:
+        return self.count
+
+    @property
+    @override
     def shapes(self) -> dict[str, torch.Size]:
         return {name: self.run.shapes[name] for name in self.names}
 

@@ -119,6 +119,36 @@ class AllRows(AbstractContextManager[None]):
             _functorch.push_dynamic_layer_stack(self._level)
 
 
+def of_all_samples(
+    function: Callable[..., Any], dims: int, input: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """Run a function of images (B, channels, ...) or (channels, ...) on those of all rows.
+
+    This is vmap's own rule, which turns symbolic sizes into numbers.
+
+    Args:
+        function: The function.
+        dims: The number of dims of an image without its channels.
+        input: The images, inside or outside of vmap.
+        *args: Further arguments, none of which has rows.
+        **kwargs: The same.
+    """
+    levels = _functorch.get_interpreter_stack() or ()
+    number = levels[0].level() if len(levels) == 1 else 0
+    rows = Level(0, number).rows_of(input)
+    if rows is None or rows.ndim not in (dims + 2, dims + 3):
+        return function(input, *args, **kwargs)
+    lead = rows.shape[: rows.ndim - dims - 1]  # M, or M and B
+
+    def compute() -> Any:
+        found = function(rows.flatten(0, len(lead) - 1), *args, **kwargs)
+        several = isinstance(found, tuple)
+        parts = tuple(y.view(*lead, *y.shape[1:]) for y in (found if several else (found,)))
+        return parts if several else parts[0]
+
+    return Level(rows.shape[0], number).lift_call(compute)
+
+
 @contextmanager
 def quiet_fallbacks() -> Iterator[None]:
     """Keep torch from warning that vmap runs an operation row by row.

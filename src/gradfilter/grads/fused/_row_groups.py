@@ -9,7 +9,7 @@ the rows. The stack then looks as if it came from one pass.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
@@ -188,7 +188,8 @@ class Grouping:
 
     Attributes:
         by_row: The modules that run row by row.
-        groups: The rows of each group, in order; None before the first pass.
+        groups: The rows of each group, in order; None before the first pass. The empty list stands
+            for all rows.
         copies: True if the loss writes into the batch, so that it gets a copy.
     """
 
@@ -222,14 +223,14 @@ def forward_in_groups(
         RuntimeError: The rows cannot be split into groups: there are too many groups, they write
             into buffers, or random numbers would differ from those of the first pass.
     """
-    begin = [list(range(len(batch)))] if grouping.groups is None else grouping.groups
+    begin: list[list[int]] = [[]] if grouping.groups is None else grouping.groups
     ahead, start = [*begin], context.random
     parts: list[tuple[list[int], Forward]] = []
     left: list[set[str]] = []
     refused = False
     while ahead:
         rows = ahead[0]
-        whole = len(rows) == len(batch)
+        whole = not rows
         own = params if whole or not per_row else {name: p[rows] for name, p in params.items()}
         some = batch if whole else replace(batch, tensors=[t[rows] for t in batch.tensors])
         copies = grouping.copies
@@ -250,9 +251,9 @@ def forward_in_groups(
             # A group would draw other random numbers, and with those rows may answer differently.
             groups: list[list[int]] = []
             if isinstance(refusal, Disagreement) and not _has_drawn(start, context):
-                groups = _grouped_by_answer(rows, refusal.answers)
+                groups = _grouped_by_answer(rows or range(batch.count), refusal.answers)
             count = len(parts) + len(groups) + len(ahead) - 1
-            if groups and (count == 2 or count < len(batch)) and count <= MOST_GROUPS:
+            if groups and (count == 2 or count < batch.count) and count <= MOST_GROUPS:
                 ahead[:1] = groups
             elif grouping.by_row.learn(refusal, loss.modules):
                 # The groups may come from questions that are now answered row by row.
@@ -279,7 +280,7 @@ def forward_in_groups(
     return parts[0][1] if len(parts) == 1 else _merged_passes(parts, batch)
 
 
-def _grouped_by_answer(rows: list[int], answers: list[str]) -> list[list[int]]:
+def _grouped_by_answer(rows: Sequence[int], answers: list[str]) -> list[list[int]]:
     """Group rows by answer; the group of the last row runs last, as modules keep its state."""
     groups: dict[str, list[int]] = {}
     for row, answer in zip(rows, answers, strict=True):
@@ -330,12 +331,12 @@ def _merged_passes(parts: list[tuple[list[int], Forward]], batch: Batch) -> Forw
         if aux is not None:
             aux = _tree.tree_map(lambda *t: gathered(list(t), places), *(p.aux for p in passes))
     leaves = {
-        name: leaf.detach()[:1].expand(len(batch), *leaf.shape[1:])
+        name: leaf.detach()[:1].expand(batch.count, *leaf.shape[1:])
         for name, leaf in first.tape.leaves.items()
     }
     tape = GroupedTape(
         leaves,
-        uses=_uses([part.tape for part in passes], len(batch)),
+        uses=_uses([part.tape for part in passes], batch.count),
         overrides=sum((part.tape.overrides for part in passes), Counter()),
         ignored=_ignored([part.tape for part in passes], places),
         linear=all(part.tape.linear for part in passes),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -287,7 +288,7 @@ def _modes_for(
     if excess > 0:
         excess = _save(layers, leaves, by_leaf, excess)
     gram = sum(layer.flops for layer in layers.values())
-    products = sum(max(2 * use.flops, 4 * shapes[use.leaf].numel()) for use in uses)
+    products = sum(max(2 * use.flops, 4 * math.prod(shapes[use.leaf])) for use in uses)
     return Modes(layers, gram <= products, keeps=excess <= 0)
 
 

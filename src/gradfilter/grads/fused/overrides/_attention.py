@@ -32,7 +32,7 @@ def scaled_dot_product_attention(
     rank = query.ndim
     if not host.batched(query, key, value) or not rank == key.ndim == value.ndim >= 3:
         return NotImplemented
-    if len({query.shape[0], key.shape[0], value.shape[0]}) > 1:
+    if not query.shape[0] == key.shape[0] == value.shape[0]:
         return NotImplemented
     if attn_mask is not None and attn_mask.ndim > rank:
         return NotImplemented
@@ -52,15 +52,15 @@ def _mask(host: Host, mask: Tensor, rank: int, samples: int) -> Tensor:
     if not host.level.batched(mask) and (mask.ndim < rank or mask.shape[0] == 1):
         return mask
     rows = host.level.lower(mask)
-    rows = rows.reshape(len(rows), *[1] * (rank - mask.ndim), *mask.shape)
-    return rows.expand(len(rows), samples, *rows.shape[2:]).flatten(0, 1)
+    rows = rows.reshape(rows.shape[0], *[1] * (rank - mask.ndim), *mask.shape)
+    return rows.expand(rows.shape[0], samples, *rows.shape[2:]).flatten(0, 1)
 
 
 def _apply(operands: list[Tensor], mask: Tensor | None, options: dict[str, Any]) -> Tensor:
-    rows = len(operands[0])
+    rows, samples = operands[0].shape[:2]
     query, key, value = (t.flatten(0, 1) for t in operands)
     y = F.scaled_dot_product_attention(query, key, value, mask, **options)
-    return y.view(rows, len(y) // rows, *y.shape[1:])
+    return y.view(rows, samples, *y.shape[1:])
 
 
 # --- nn.MultiheadAttention: linear layers and attention, which torch hides in one call ---
@@ -136,7 +136,7 @@ def multi_head_attention(
         masks = (attn_mask, key_padding_mask)
         attn_mask, key_padding_mask = (m if m is None else F.pad(m, (0, 1)) for m in masks)
     # (T, B, heads * size) -> (B, heads, T, size)
-    q, k, v = (t.reshape(len(t), samples, num_heads, -1).permute(1, 2, 0, 3) for t in (q, k, v))
+    q, k, v = (t.reshape(t.shape[0], samples, num_heads, -1).permute(1, 2, 0, 3) for t in (q, k, v))
     mask = _merged(attn_mask, key_padding_mask, samples, num_heads, q.dtype)
     dropout = dropout_p if training else 0.0
     attention = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -121,11 +122,12 @@ def _apply(
         operation = _ConvWithOwnWeights(geometry, own.to(weight.value.dtype))
     with no_autocast:
         y = operation.apply(host.tape, x, weight, bias)
-    small = x if geometry.transposed else y
-    n = small.numel() // (len(x) * small.shape[2])
-    flops = 2 * len(x) * n * weight.value.numel()
-    ghost = geometry.ghost_flops(len(x), n, weight.value.shape)
-    host.used("conv", weight, flops, x.nbytes + y.nbytes, ghost)
+    count, samples, _, *extents = (x if geometry.transposed else y).shape
+    n = samples * math.prod(extents)
+    flops = 2 * count * n * weight.value.numel()
+    ghost = geometry.ghost_flops(count, n, weight.value.shape)
+    kept = (x.numel() + y.numel()) * x.element_size()
+    host.used("conv", weight, flops, kept, ghost)
     host.used("conv", bias, y.numel())
     return y
 
@@ -169,9 +171,9 @@ class _ConvWithOwnWeights(_Conv):
     @override
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Saved]:
         if x.shape[1] == 1:
-            biases = None if bias is None else bias.repeat(len(x))
+            biases = None if bias is None else bias.repeat(x.shape[0])
             y = self._groups(x).forward(_joined(x), self.weights.flatten(0, 1), biases)
-            return y.view(len(x), 1, -1, *y.shape[2:]), (x,)
+            return y.view(x.shape[0], 1, -1, *y.shape[2:]), (x,)
         rows = zip(x.unbind(), self.weights.unbind(), strict=True)
         return torch.stack([self.geometry.forward(row, own, bias) for row, own in rows]), (x,)
 
@@ -193,7 +195,7 @@ class _ConvWithOwnWeights(_Conv):
 
     def _groups(self, x: Tensor) -> Geometry:
         """Return the geometry of all rows as the groups of one convolution."""
-        return replace(self.geometry, groups=self.geometry.groups * len(x))
+        return replace(self.geometry, groups=self.geometry.groups * x.shape[0])
 
 
 def _joined(rows: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -115,8 +116,8 @@ def _own_tables(index: Tensor, tables: Tensor, padding: int, by_frequency: bool)
 def note_lookup(host: Host, override: str, index: Tensor, weight: Weight) -> None:
     """Note the lookup of (M, ...) units of a table for the choice of modes."""
     width = weight.value.shape[1]
-    kept = index.nbytes + index.numel() * width * weight.value.element_size()
-    n, units = index.numel() // len(index), len(weight.value)
+    kept = index.numel() * (index.element_size() + width * weight.value.element_size())
+    n, units = math.prod(index.shape[1:]), weight.value.shape[0]
     # The Gram takes the products of all positions, or those of the tables if these are fewer.
     ghost = 2 * index.numel() ** 2 * width if n * n <= units else None
     host.used(override, weight, index.numel() * width, kept, ghost)
@@ -163,5 +164,5 @@ def by_frequency(index: Tensor, grad: Tensor, units: int) -> Tensor:
     It is counted within the row, as in its own backward pass.
     """
     ones = torch.ones_like(index, dtype=grad.dtype)
-    counts = grad.new_zeros(len(index), units).scatter_add_(1, index, ones)
+    counts = grad.new_zeros(index.shape[0], units).scatter_add_(1, index, ones)
     return grad / counts.gather(1, index)[..., None]

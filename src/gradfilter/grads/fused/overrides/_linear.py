@@ -180,7 +180,7 @@ class _WeightNorm(RowOperation[Tensor]):
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Saved]:
         v = x[0]  # the same in every row
         w = torch._weight_norm(v, weight, self.dim)  # pyright: ignore[reportPrivateImportUsage]  # as weight_norm
-        return w.expand(len(x), *w.shape), (v,)
+        return w.expand(x.shape[0], *w.shape), (v,)
 
     @override
     def backward(
@@ -191,6 +191,6 @@ class _WeightNorm(RowOperation[Tensor]):
         norm: Tensor = torch.linalg.vector_norm(v, dim=over, keepdim=True)
         along = (grad * v).sum([d + 1 for d in over], keepdim=True) / norm
         dtype = saved[0].dtype
-        per_row = along.to(dtype).reshape(len(grad), *g.shape)
+        per_row = along.to(dtype).reshape(grad.shape[0], *g.shape)
         inputs = (g / norm * (grad - v / norm * along)).to(dtype) if needs_grad.input else None
         return Gradients(inputs, DenseFactor(per_row) if needs_grad.weight else None)

@@ -78,7 +78,7 @@ def _reduced(losses: Tensor, reduction: str, shape: torch.Size) -> Tensor:
 def _of_entries(loss: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     """Compute the loss of every entry, of tensors that are broadcast within a row."""
     most = max(t.ndim for t in rows)
-    return loss(*(t.reshape(len(t), *[1] * (most - t.ndim), *t.shape[1:]) for t in rows))
+    return loss(*(t.reshape(t.shape[0], *[1] * (most - t.ndim), *t.shape[1:]) for t in rows))
 
 
 def _of_samples(loss: Callable[..., Tensor], rows: Tensor, targets: Tensor) -> Tensor | None:
@@ -90,7 +90,8 @@ def _of_samples(loss: Callable[..., Tensor], rows: Tensor, targets: Tensor) -> T
 
 def _of_vectors(loss: Callable[..., Tensor], *rows: Tensor) -> Tensor | None:
     """Compute the loss of vectors of one shape, which are the last dim."""
-    return loss(*rows) if len({t.shape for t in rows}) == 1 and rows[0].ndim > 1 else None
+    alike = all(t.shape == rows[0].shape for t in rows)
+    return loss(*rows) if alike and rows[0].ndim > 1 else None
 
 
 def ctc_loss(

@@ -148,7 +148,7 @@ class _Product(RowOperation[Tensor]):
 
     @override
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Saved]:
-        of, count, order = self.letters, len(x), self._output_order
+        of, count, order = self.letters, x.shape[0], self._output_order
         positions, d = count * of.size(of.positions), of.size(of.contracted)
         rows = self._matrix(x, ROWS + of.x, self._input_order, positions, d)
         matrix = self._weight(weight)
@@ -164,7 +164,7 @@ class _Product(RowOperation[Tensor]):
     def backward(
         self, grad: Tensor, saved: Any, weight: Tensor, bias: Tensor | None, needs_grad: NeedsGrad
     ) -> Gradients:
-        of, count, (rows,) = self.letters, len(grad), saved
+        of, count, (rows,) = self.letters, grad.shape[0], saved
         n, p = of.size(of.positions), of.size(of.free)
         outputs = self._matrix(grad, ROWS + of.y, self._output_order, count * n, p)
         inputs = weights = biases = None
@@ -267,10 +267,10 @@ def _apply(
     n, d, p = (letters.size(of) for of in (letters.positions, letters.contracted, letters.free))
     if letters.is_outer:
         p, d = (p, d) if letters.free_first else (d, p)
-        host.used_in_product("product", weight, ProductSize(len(x), n, p, d), x.element_size())
+        host.used_in_product("product", weight, ProductSize(x.shape[0], n, p, d), x.element_size())
     else:
-        host.used("product", weight, 2 * len(x) * n * d * p * letters.size(letters.joint))
-    host.used("product", bias, len(x) * n * p)
+        host.used("product", weight, 2 * x.shape[0] * n * d * p * letters.size(letters.joint))
+    host.used("product", bias, x.shape[0] * n * p)
     with no_autocast:
         return _Product(letters, alpha, beta).apply(host.tape, x, weight, bias)
 

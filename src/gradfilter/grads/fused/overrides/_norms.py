@@ -114,7 +114,7 @@ class _BatchNorm(RowOperation[Tensor | None]):
     ) -> tuple[Tensor, Saved]:
         wide = x.dtype in (torch.float32, torch.float64)  # else torch's own choice
         if x.ndim == 5 and wide and _is_plain(x[0]):
-            means, inverses = x.new_empty(2, len(x), x.shape[2])
+            means, inverses = x.new_empty(2, x.shape[0], x.shape[2])
             y = torch.empty_like(x)
             for m, (mean, var, rate) in enumerate(self.running):
                 out = (y[m], means[m], inverses[m])
@@ -336,7 +336,8 @@ class _GroupNorm(RowOperation[Tensor | None]):
 
     def _sizes(self, x: Tensor) -> tuple[int, int, int, int]:
         """Return the numbers of rows, of samples in a row, of channels, and of positions."""
-        return len(x), x.shape[1], x.shape[2], x[0, 0, 0].numel()
+        count, samples, channels, *extents = x.shape
+        return count, samples, channels, math.prod(extents)
 
 
 # --- LayerNorm and RMSNorm: one kernel over all rows, gains and shifts summed row by row ---
@@ -412,7 +413,7 @@ class _LayerNorm(RowOperation[Tensor | None]):
     ) -> Gradients:
         x, mean, inverse = saved
         kernel, shape = torch.ops.aten.native_layer_norm_backward, self.shape
-        if x[0].numel() >= LARGE_ROW:
+        if math.prod(x.shape[1:]) >= LARGE_ROW:
             per_row = [
                 kernel(grad[m], x[m], shape, mean[m], inverse[m], weight, bias, list(needs_grad))
                 for m in range(len(x))
@@ -465,4 +466,4 @@ class _RMSNorm(RowOperation[Tensor]):
 def _sums(products: Tensor, shape: Sequence[int]) -> Tensor:
     """Sum over all dims but the normalised ones, row by row. (M, *shape)."""
     positions = math.prod(products.shape[1 : products.ndim - len(shape)])
-    return products.reshape(len(products), positions, *shape).sum(1)
+    return products.reshape(products.shape[0], positions, *shape).sum(1)
