@@ -554,7 +554,9 @@ def compile(
             updates its running statistics M times in order; recurrent layers, and others that
             ``explain()`` lists as "row by row"; the Gram of short lookups in an embedding, and the
             rows of a convolution with groups, which have one product per row; plan ``"loop"``.
-            Compiled code for symbolic sizes may be slower.
+            Every size is traced for itself where torch computes something else under symbols, such
+            as the dropout inside of `torch.nn.functional.scaled_dot_product_attention`, or has no
+            rule for them. Compiled code for symbolic sizes may be slower.
 
     Returns:
         A `CompiledStep`, which is called as the step is, also with ``donate=True``, or a
