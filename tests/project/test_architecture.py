@@ -140,6 +140,7 @@ NEIGHBOURS = {
     "gradfilter.grads.fused.overrides._losses": "the registry lists the overrides",
     "gradfilter.grads.fused.overrides._norms": "the registry lists the overrides",
     "gradfilter.grads.fused.overrides._recurrent": "the registry lists the overrides",
+    "gradfilter.interop._earlier_batches": "what a graph leaves for the next; the other: a host",
     "gradfilter.interop._filtered": "a public class",
     "gradfilter.interop._published_schedulers": "public classes",
     "gradfilter.lab._demo": "a command",

@@ -165,6 +165,11 @@ class StepRandom(Protocol):
 _RECORDING: ContextVar[StepRandom | None] = ContextVar("recording", default=None)
 
 
+def recorded() -> StepRandom | None:
+    """Return the random numbers of the step that is recorded as a graph; None outside of one."""
+    return _RECORDING.get()
+
+
 def is_recorded() -> bool:
     """Return whether a step is recorded as a graph, so that generators do not move."""
     return _RECORDING.get() is not None

@@ -116,7 +116,7 @@ class GradFunction:
     plan: Plan
     chunk_size: int | None
     memory_budget: int | float
-    by_row: ByRow = field(default_factory=ByRow, init=False, repr=False)
+    by_row: ByRow = field(default_factory=ByRow, repr=False)
     probes: Probes = field(default_factory=Probes, repr=False)
 
     def __call__(
@@ -139,11 +139,22 @@ class GradFunction:
         """Return the same function for another number of rows; of samples, it is any number."""
         if self.microbatches in (None, count):
             return self
-        other = replace(self, microbatches=count)
-        object.__setattr__(other, "by_row", self.by_row)  # what was learned serves both
-        return other
+        return replace(self, microbatches=count)
+
+    def origin(self, params: Params, batch: Any, buffers: Tree | None) -> StackOrigin:
+        """Return the way to compute the rows of a batch again, without a pass over it now.
+
+        The arguments are those of a call; random numbers are those that a call would draw now.
+        """
+        passes: BatchPasses = untraced(self._passes)(params, batch, buffers)
+        passes.loss.first = False
+        plan = "fused" if self.plan == "auto" else self.plan
+        return passes.origin(plan, detached(passes.params), False)
 
     def _stack_of(self, params: Params, batch: Any, buffers: Tree | None) -> ComputedStack:
+        return self._passes(params, batch, buffers).first()
+
+    def _passes(self, params: Params, batch: Any, buffers: Tree | None) -> BatchPasses:
         check_params(params)
         loss = NormalizedLoss.of(self.loss, self.has_aux)
         loss.check_params(params)
@@ -157,7 +168,7 @@ class GradFunction:
             loss.attributes,
             everywhere=loss.may_draw_on_host,
         )
-        return BatchPasses(self, loss, rows, context, params).first()
+        return BatchPasses(self, loss, rows, context, params)
 
 
 @dataclass(eq=False)
@@ -248,13 +259,7 @@ class BatchPasses:
     def _stack(self, plan: Plan, params: Mapping[str, Tensor], per_row: bool) -> ComputedStack:
         """Compute the rows by one plan, in the present random state and settings."""
         at = detached(params)
-        origin = StackOrigin(
-            self.batch.count,
-            params if per_row else at,
-            partial(self._stack_at, plan),
-            per_row,
-            self._check_kept,
-        )
+        origin = self.origin(plan, params if per_row else at, per_row)
         try:
             if plan == "fused":
                 return self._fused(at, per_row, origin)
@@ -266,6 +271,12 @@ class BatchPasses:
         why = self._fallback if plan == "loop" else ""
         return ComputedDenseStack(
             grads, losses=losses, buffers=after, aux=aux, origin=origin, plan=plan, fallback=why
+        )
+
+    def origin(self, plan: Plan, params: Mapping[str, Tensor], per_row: bool) -> StackOrigin:
+        """Return the way to compute the rows at these parameters again, and at others."""
+        return StackOrigin(
+            self.batch.count, params, partial(self._stack_at, plan), per_row, self._check_kept
         )
 
     def _rows(self, plan: Plan, params: Params, per_row: bool) -> Rows:

@@ -3,11 +3,13 @@
 A repeated pass (the second pass of SAM, for example) draws the numbers of the first pass again. In
 eager execution the generator is set back for it, which a graph cannot express. In a trace the drawn
 numbers are values of the graph, and the repeated pass uses these values: the number of draws before
-a moment takes the place of a generator's state.
+a moment takes the place of a generator's state. A graph can also return its numbers, and a later
+graph take them, to repeat a pass of the first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
+
+from gradfilter.grads._call_context import StepRandom, recorded
 
 aten: Any = torch.ops.aten
 
@@ -44,23 +48,23 @@ class _Draw:
 
     Attributes:
         call: The operation with its numbers.
-        result: The numbers that were drawn.
-        index: The number of draws that ran before it.
-        attempt: The number of times that the position was set before it.
+        result: The numbers that were drawn; None if they cannot be repeated.
+        index: The number of draws that ran before it; -1 if another graph ran it.
+        attempt: The number of times that the position was set before it; -1 likewise.
     """
 
     call: tuple[Any, ...]
-    result: Any
+    result: Tensor | None
     index: int
     attempt: int
 
 
 @dataclass(eq=False)
-class RecordedDraws:
+class RecordedDraws(StepRandom):
     """The draws of one step, in order.
 
     Attributes:
-        draws: The draws so far.
+        draws: The draws so far, with those of other graphs that were taken.
         position: The number of draws before the next one; a repeated pass sets it back.
         forgotten: For every draw that ran, in order, whether the pass it belongs to was given up.
     """
@@ -70,10 +74,34 @@ class RecordedDraws:
     forgotten: list[bool] = field(default_factory=list)
     _attempt: int = 0
 
+    @property
+    def calls(self) -> tuple[Any, ...]:
+        """The operations of the draws that ran here, each with its numbers."""
+        return tuple(draw.call for draw in self.draws if draw.index >= 0)
+
+    @property
+    def results(self) -> list[Tensor | None]:
+        """The numbers of these draws, for another graph to take."""
+        return [draw.result for draw in self.draws if draw.index >= 0]
+
+    def take(self, calls: Iterable[Any], results: Iterable[Tensor | None]) -> None:
+        """Take the draws of another graph; a pass repeats them if it begins at this position.
+
+        Args:
+            calls: ``calls`` of the trace of that graph.
+            results: The ``results`` that the graph returned.
+        """
+        assert self.position == len(self.draws)  # no pass is being repeated
+        pairs = zip(calls, results, strict=True)
+        self.draws += [_Draw(call, result, -1, -1) for call, result in pairs]
+        self.position = len(self.draws)
+
+    @override
     def state(self) -> dict[str, Any]:
         """Return the present position, in place of the states of generators."""
         return {"draws": self.position}
 
+    @override
     def set(self, state: dict[str, Any]) -> None:
         """Set the position, so that the draws after it are repeated."""
         if "draws" not in state:
@@ -84,11 +112,16 @@ class RecordedDraws:
         self.position = state["draws"]
         self._attempt += 1
 
-    restore = set
+    @override
+    def restore(self, state: dict[str, Any]) -> None:
+        """Return to a position, at the end of a repeated pass."""
+        self.set(state)
 
+    @override
     def moment(self) -> None:
         """Record a moment: any number of them can be restored."""
 
+    @override
     def forget(self, state: dict[str, Any]) -> None:
         """Forget the draws since a state: the pass that made them was given up."""
         start = state["draws"]
@@ -119,9 +152,9 @@ class RecordedDraws:
         if self.position < len(self.draws):
             return self._repeat(call, args)
         result = func(*args, **kwargs)
-        # A later operation may write into the numbers: dropout scales its mask in place.
-        kept = result.clone() if isinstance(result, Tensor) else result
-        self.draws.append(_Draw(call, kept, len(self.forgotten), self._attempt))
+        self.draws.append(
+            _Draw(call, _repeatable(func, result), len(self.forgotten), self._attempt)
+        )
         self.forgotten.append(False)
         self.position += 1
         return result
@@ -135,17 +168,35 @@ class RecordedDraws:
                 f"({_name(draw.call[0])})"
             )
         self.position += 1
-        if func is aten.native_dropout.default:
-            mask = draw.result[1]
-            p = args[1]
-            return args[0] * mask * (0.0 if p == 1 else 1 / (1 - p)), mask
-        name, overload = func._schema.name.removeprefix("aten::"), func._overloadname
-        if name not in NUMBERS and f"{name}.{overload}" not in NUMBERS:
+        if draw.result is None:
             raise CannotRecord(
                 f"{_name(func)} mixes random numbers with values, and a repeated pass cannot draw "
                 "the same numbers with other values"
             )
-        return args[0].copy_(draw.result) if name.endswith("_") else draw.result.clone()
+        if func is aten.native_dropout.default:
+            mask, p = draw.result, args[1]
+            return args[0] * mask * (0.0 if p == 1 else 1 / (1 - p)), mask
+        return args[0].copy_(draw.result) if _name(func).endswith("_") else draw.result.clone()
+
+
+def _repeatable(func: Any, result: Any) -> Tensor | None:
+    """Return a copy of the numbers that a draw gave, or None if they cannot be told from values.
+
+    A copy, because a later operation may write into them: dropout scales its mask in place.
+    """
+    if func is aten.native_dropout.default:
+        result = result[1]  # the mask
+    elif _name(func) not in NUMBERS and f"{_name(func)}.{func._overloadname}" not in NUMBERS:
+        return None
+    found: Tensor = result.clone()
+    return found
+
+
+def present_draws() -> RecordedDraws:
+    """Return the draws of the step that is being traced."""
+    numbers = recorded()
+    assert isinstance(numbers, RecordedDraws)  # the caller runs in a trace
+    return numbers
 
 
 class _DrawMode(TorchDispatchMode):

@@ -448,15 +448,69 @@ class PartedStack(StackOfParts):
         return {name: torch.cat([points[name] for points in found]) for name in self.shapes}
 
 
+# --- A stack without rows as a tree of tensors, which one graph returns and another takes ---
+
+
+def as_tensors(stack: GradStack, origin: StackOrigin | None) -> dict[str, Any]:
+    """Return a stack as a tree of tensors, without its rows.
+
+    Args:
+        stack: A stack whose rows can be computed again.
+        origin: The way to compute the rows of the batch.
+
+    Raises:
+        RuntimeError: The stack has another origin: rows at other parameters, for example.
+    """
+    if isinstance(stack, JoinedStack):
+        return {"joined": [as_tensors(part, origin) for part in stack.parts]}
+    if isinstance(stack, SelectedStack):
+        pair = {"new": as_tensors(stack.new, origin), "old": as_tensors(stack.old, origin)}
+        return {"when": stack.when, **pair}
+    if not isinstance(stack, BaseStack) or origin is None or stack.origin is not origin:
+        raise RuntimeError(
+            "Expected the rows of the batch, chosen or scaled, from the transforms up to the "
+            f"reducer, found {type(stack).__name__} at other parameters or of another batch: a "
+            "later graph cannot compute them again. Use larger batches, or do not compile."
+        )
+    return {
+        "leaves": {name: {} for name in stack.shapes},
+        "scale": stack.scale,
+        "losses": stack.losses,
+        "aux": stack.aux,
+        "empty": stack._empty(),
+    }
+
+
+def from_tensors(tree: Mapping[str, Any], origin: StackOrigin) -> GradStack:
+    """Return the stack that `as_tensors` took apart, with the same origin in another graph."""
+    if "joined" in tree:
+        return join(*(from_tensors(part, origin) for part in tree["joined"]))
+    if "when" in tree:
+        pair = [from_tensors(tree[key], origin) for key in ("new", "old")]
+        return choose(tree["when"], *pair)
+    numbers = _PassNumbers(tree["losses"], {}, tree["aux"], tree["empty"])
+    count = len(tree["losses"])
+    return RepeatedStack(origin, tuple(tree["leaves"]), count, tree["scale"], numbers)
+
+
 # --- One sum, to which the parts are added ---
 
 
 class RunningSum:
-    """A weighted sum of trees, in float32 or wider, that holds one tree."""
+    """A weighted sum of trees, in float32 or wider, that holds one tree.
 
-    def __init__(self) -> None:
-        self._total: Tree = {}
+    Args:
+        total: The sum of the trees that were added before; `add` writes into it.
+    """
+
+    def __init__(self, total: Tree | None = None) -> None:
+        self._total: Tree = {} if total is None else total
         self._dtypes: dict[str, torch.dtype] = {}
+
+    @property
+    def total(self) -> Tree:
+        """The sum itself, which the next `add` writes."""
+        return self._total
 
     def check(self, tree: Mapping[str, Any]) -> None:
         """Refuse a tree with other leaves than those that were added.

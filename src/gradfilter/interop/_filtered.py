@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +22,9 @@ from gradfilter.grads._loss import extract, insert
 from gradfilter.grads._microbatch import GradFunction, Plan, microbatch_grads, per_sample_grads
 from gradfilter.grads._normalized_loss import NormalizedLoss
 from gradfilter.grads._row_parts import dense_rows, join_stacks
-from gradfilter.grads._stack import ComputedStack, DenseStack, GradStack
+from gradfilter.grads._stack import ComputedStack, DenseStack, GradStack, StackOrigin
+from gradfilter.grads.fused._modules_by_row import ByRow
+from gradfilter.interop._earlier_batches import EarlierBatches, earlier_rows, held_of
 from gradfilter.interop._host_chain import (
     check_owned,
     filter_chain,
@@ -34,6 +38,7 @@ from gradfilter.interop._host_loss import (
     check_order,
     has_compiled,
     loss_of,
+    origin_with_own_losses,
     original_of,
     plan_for,
     renormalised,
@@ -95,6 +100,19 @@ def _add_to(reduced: ReducedRows, computed: _Rows) -> None:
     rows, factors = computed
     with torch.no_grad():
         reduced.add(rows if factors is None else rows.scaled(factors))
+
+
+def _with_earlier(
+    computed: _Rows, earlier: ReducedRows | list[DenseStack]
+) -> GradStack | ReducedRows:
+    """Return the rows of a batch together with those of the batches before."""
+    of_batch, factors = computed
+    if isinstance(earlier, ReducedRows):
+        _add_to(earlier, computed)
+        return earlier
+    if earlier:
+        return join_stacks([*earlier, dense_rows(*computed)])
+    return of_batch if factors is None else of_batch.scaled(factors)
 
 
 class _FilteredBatch(NamedTuple):
@@ -213,7 +231,8 @@ class Filtered:
             ``aux`` of `StepResult`.
         compile: True to compute loss, rows and chain as one graph compiled by torch, or a backend
             of `gradfilter.compile`. The optimizer's step is not a part of it. The first batch of
-            each shape is compiled. Not with `accumulate`, embeddings with max_norm, or
+            each shape is compiled. `accumulate` has a graph of its own, and the graph of a step is
+            one for each number of accumulated batches. Not with embeddings with max_norm, or
             `across_ranks`.
 
     Raises:
@@ -280,15 +299,17 @@ class Filtered:
         self._module, self._has_aux = view_of(model, criterion), has_aux
         self._microbatches = microbatches
         self._graphs = graphs_for(model, criterion, self.transforms, compile)
+        self._batch_graphs = None if self._graphs is None else Graphs(self._graphs.backend)
         self._plan: Plan = plan_for(model, criterion, plan)
         self._memory_budget = memory_budget
-        self._probes = Probes()
+        self._probes, self._by_row = Probes(), ByRow()
         self._grads_of(None)
         check_owned(self._module, optimizer, "Filtered")
         self._state = self.transforms.init(extract(self._module)[0])
         self._row_part = row_part(self.transforms)
         self._held: list[DenseStack] = []
         self._reduced: ReducedRows | None = None
+        self._earlier = EarlierBatches()  # those of a compiled host
         self.shared: Tree = {}  # used by hosts
 
     def step(self, inputs: Any, targets: Any = None, **extra: Any) -> StepResult:
@@ -303,11 +324,13 @@ class Filtered:
         check_owned(self._module, self.optimizer, "Filtered")
         params = self._params()
         if self._graphs is None:
-            found = self._filter(
-                params, self._batch_rows(params, inputs, targets), self._state, extra
-            )
+            computed = self._batch_rows(params, inputs, targets)
+            rows = _with_earlier(computed, self._reduced or self._held)
+            self._discard_accumulated()
+            found = self._filter(params, computed[0], rows, self._state, extra)
         else:
             found = self._filter_in_graph(self._graphs, params, inputs, targets, extra)
+            self._discard_accumulated()
         # The optimizer writes the parameters, which a state, a metric or an aux may show.
         state, out, aux = copied_where_shared((found.state, found.out, found.aux), params)
         losses = found.losses
@@ -346,14 +369,22 @@ class Filtered:
         Raises:
             ValueError: Rows of other parameters, or keywords with other values, were accumulated.
         """
-        if self._graphs is not None:
-            raise RuntimeError(
-                "Expected one batch per step with compile=, found accumulate(). Use larger "
-                "batches, or do not compile."
-            )
         params = self._params()
+        if self._batch_graphs is None:
+            loss, buffers = self._accumulate(params, inputs, targets, extra)
+        else:
+            loss, buffers = self._accumulate_in_graph(
+                self._batch_graphs, params, inputs, targets, extra
+            )
+        insert(self._module, {}, buffers)
+        return loss
+
+    def _accumulate(
+        self, params: Params, inputs: Any, targets: Any, extra: Any
+    ) -> tuple[Tensor, Tree]:
+        """Compute the rows of a batch and hold them; return the mean loss and the buffers."""
         computed = self._batch_rows(params, inputs, targets)
-        loss = computed[0].mean_loss()
+        rows, loss = computed[0], computed[0].mean_loss()
         if self._row_part is None:
             self._held.append(dense_rows(*computed))
         else:
@@ -361,8 +392,7 @@ class Filtered:
             reduced.check_keywords(extra)
             _add_to(reduced, computed)
             self._reduced = reduced
-        insert(self._module, {}, computed[0].buffers)
-        return loss
+        return loss, rows.buffers
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states except the module's: ``transforms`` (flat), ``optimizer``, ``scaler``.
@@ -371,6 +401,7 @@ class Filtered:
             RuntimeError: Rows are accumulated; a checkpoint cannot hold them.
         """
         batches = len(self._held) if self._reduced is None else len(self._reduced)
+        batches += len(self._earlier)
         if batches:
             raise RuntimeError(
                 f"Expected no accumulated rows in a checkpoint, found {batches} "
@@ -405,7 +436,7 @@ class Filtered:
 
     def _discard_accumulated(self) -> None:
         """Forget the batches accumulated since the last step."""
-        self._held, self._reduced = [], None
+        self._held, self._reduced, self._earlier = [], None, EarlierBatches()
 
     def _params(self) -> Params:
         named = self._module.named_parameters()
@@ -419,7 +450,7 @@ class Filtered:
             if self._microbatches is None
             else microbatch_grads(loss, self._microbatches, **options)
         )
-        return replace(grads_of, probes=self._probes)
+        return replace(grads_of, probes=self._probes, by_row=self._by_row)
 
     def _batch_rows(self, params: Params, inputs: Any, targets: Any) -> _Rows:
         """Return the rows of one batch at the module's own parameters and buffers."""
@@ -439,18 +470,15 @@ class Filtered:
             return rows, None
         return with_own_losses(rows), (1 / scale.to(_tree.sum_dtype(scale))).expand(len(rows))
 
-    def _filter(self, params: Params, computed: _Rows, state: State, extra: Any) -> _FilteredBatch:
-        """Run the chain on the rows of a batch, and of every batch accumulated before."""
-        of_batch, factors = computed
-        rows: GradStack | ReducedRows = of_batch
-        if self._reduced is not None:
-            _add_to(self._reduced, computed)
-            rows = self._reduced
-        elif self._held:
-            rows = join_stacks([*self._held, dense_rows(*computed)])
-        elif factors is not None:
-            rows = of_batch.scaled(factors)
-        self._discard_accumulated()
+    def _filter(
+        self,
+        params: Params,
+        of_batch: ComputedStack,
+        rows: GradStack | ReducedRows,
+        state: State,
+        extra: Any,
+    ) -> _FilteredBatch:
+        """Run the chain on the rows of a batch, joined with those of the batches before."""
         losses, loss, aux = rows.losses, rows.mean_loss(), rows.aux
         assert losses is not None and loss is not None  # rows of a batch have their losses
         with torch.no_grad():
@@ -464,6 +492,53 @@ class Filtered:
         self, graphs: Graphs, params: Params, inputs: Any, targets: Any, extra: Any
     ) -> _FilteredBatch:
         """Do the same by a graph, whose inputs are all tensors that may change."""
+        given, parts, options = self._graph_arguments(params, inputs, targets, extra)
+        if self._earlier.reduced is not None:
+            self._earlier.reduced.check_keywords(extra)
+        given["earlier"] = self._earlier.tensors()
+        constants = self._earlier.constants(parts)
+
+        def run(tree: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            params, earlier = tree["params"], tree["earlier"]
+            with self._sharing(tree["shared"]):
+                before = earlier_rows(
+                    earlier, constants, partial(self._origin, params), self._no_rows(tree)
+                )
+                computed = self._traced_rows(tree)
+                rows = _with_earlier(computed, before)
+                found = self._filter(params, computed[0], rows, tree["transforms"], tree["extra"])
+            return tuple(found), random_state(_tree.device_of(params))
+
+        found, *_ = graphs.run(run, given, parts, options=(options, constants))
+        batch = _FilteredBatch(*found)
+        return batch._replace(state=counted(self.transforms, batch.state, self._state))
+
+    def _accumulate_in_graph(
+        self, graphs: Graphs, params: Params, inputs: Any, targets: Any, extra: Any
+    ) -> tuple[Tensor, Tree]:
+        """Do the same as `_accumulate` by a graph."""
+        given, parts, options = self._graph_arguments(params, inputs, targets, extra)
+
+        def run(tree: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            with self._sharing(tree["shared"]):
+                rows, factors = self._traced_rows(tree)
+                found = rows.mean_loss(), rows.buffers
+                held = held_of(rows, factors, self._no_rows(tree))
+            return (*found, held), random_state(_tree.device_of(params))
+
+        (loss, buffers, held), _, moment = graphs.run(run, given, parts, options=options)
+        reduced = self._earlier.reduced
+        if reduced is None and self._row_part is not None:
+            reduced = ReducedRows(self._row_part, self._state, params, extra)
+        if reduced is not None:
+            reduced.check_keywords(extra)
+        self._earlier.add(reduced, given, held, moment)
+        return loss, buffers
+
+    def _graph_arguments(
+        self, params: Params, inputs: Any, targets: Any, extra: Any
+    ) -> tuple[dict[str, Any], Parts, Any]:
+        """Return the tensors that a graph takes, what it is made of, and its other arguments."""
         scale = scale_of(self.scaler, _tree.device_of(params))
         given = {
             "params": params,
@@ -474,24 +549,31 @@ class Filtered:
             "shared": self.shared,
             "extra": extra,
         }
-
-        def run(tree: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            shared, self.shared = self.shared, tree["shared"]
-            try:
-                rows = self._rows(
-                    tree["params"], tree["batch"], tree["buffers"], tree["scale"].get("scale")
-                )
-                found = self._filter(tree["params"], rows, tree["transforms"], tree["extra"])
-            finally:
-                self.shared = shared
-            return tuple(found), random_state(_tree.device_of(params))
-
         loss = NormalizedLoss.of(self._grads_of(scale).loss, False)
-        found, _ = graphs.run(
-            run,
-            given,
-            Parts((loss,), (self.transforms,)),
-            options=decisions(self.transforms, self._state),
-        )
-        batch = _FilteredBatch(*found)
-        return batch._replace(state=counted(self.transforms, batch.state, self._state))
+        return given, Parts((loss,), (self.transforms,)), decisions(self.transforms, self._state)
+
+    @contextmanager
+    def _sharing(self, shared: Tree) -> Iterator[None]:
+        """Let the losses read these tensors in place of the present ones."""
+        before, self.shared = self.shared, shared
+        try:
+            yield
+        finally:
+            self.shared = before
+
+    def _traced_rows(self, tree: dict[str, Any]) -> _Rows:
+        """Return the rows of the batch of a traced step."""
+        scale = tree["scale"].get("scale")
+        return self._rows(tree["params"], tree["batch"], tree["buffers"], scale)
+
+    def _no_rows(self, tree: dict[str, Any]) -> ReducedRows | None:
+        """Return what the rows of a traced step are added to; None if the chain needs all rows."""
+        if self._row_part is None:
+            return None
+        return ReducedRows(self._row_part, tree["transforms"], tree["params"], tree["extra"])
+
+    def _origin(self, params: Params, given: dict[str, Any]) -> StackOrigin:
+        """Return the way to compute the rows of an earlier batch again."""
+        scale = given["scale"].get("scale")
+        origin = self._grads_of(scale).origin(params, given["batch"], given["buffers"])
+        return origin if scale is None else origin_with_own_losses(origin)

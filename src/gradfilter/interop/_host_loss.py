@@ -23,7 +23,7 @@ from gradfilter._types import Params, Transform, Tree
 from gradfilter.grads._loss import ModelLoss, refuse_class, refuse_lazy
 from gradfilter.grads._microbatch import Plan
 from gradfilter.grads._module_tensors import ModuleTensors
-from gradfilter.grads._stack import ComputedStack, GradStack
+from gradfilter.grads._stack import ComputedStack, GradStack, StackOrigin
 
 # --- One module with the tensors of a model and of a criterion with parameters ---
 
@@ -181,17 +181,21 @@ def with_own_losses(rows: ComputedStack) -> ComputedStack:
 
     The rows themselves are those of the scaled losses, and ``aux`` is the criterion's own.
     """
-    origin = rows.origin
+    losses, *aux = rows.aux
+    origin = origin_with_own_losses(rows.origin)
+    same: ComputedStack = replace(
+        cast(Any, rows), losses=losses, aux=aux[0] if aux else None, origin=origin
+    )
+    return same
+
+
+def origin_with_own_losses(origin: StackOrigin) -> StackOrigin:
+    """Return the way to the rows of a `ScaledLoss` as to those of `with_own_losses`."""
 
     def evaluate(params: Mapping[str, Tensor], per_row: bool, kept: Collection[str]) -> GradStack:
         return with_own_losses(cast(ComputedStack, origin.evaluate(params, per_row, kept)))
 
-    again = replace(origin, evaluate=evaluate)
-    losses, *aux = rows.aux
-    same: ComputedStack = replace(
-        cast(Any, rows), losses=losses, aux=aux[0] if aux else None, origin=again
-    )
-    return same
+    return replace(origin, evaluate=evaluate)
 
 
 # --- The loss, also of a compiled module ---

@@ -53,11 +53,6 @@ def check_fit(module: Any) -> None:
             f"{name}: expected one process, found {module.trainer.world_size}, which would not "
             "see each other's rows. Use L.Trainer(devices=1)."
         )
-    if module.compile_step is not False and module.trainer.accumulate_grad_batches > 1:
-        raise ValueError(
-            f"{name}: expected accumulate_grad_batches=1 with compile_step, found "
-            f"{module.trainer.accumulate_grad_batches}. Use larger batches, or do not compile."
-        )
     if module.trainer.precision == "16-mixed":
         raise ValueError(
             f'{name}: expected precision "32-true" or "bf16-mixed", found "16-mixed", whose '

@@ -151,11 +151,6 @@ class FilteredTrainer(Trainer):
         own = frozenset(vars(self))
         super().__init__(*args, **kwargs)
         check_arguments(self.args)
-        if compile is not False and self.args.gradient_accumulation_steps > 1:
-            raise ValueError(
-                "FilteredTrainer: expected gradient_accumulation_steps=1 with compile=, found "
-                f"{self.args.gradient_accumulation_steps}. Use larger batches, or do not compile."
-            )
         self.add_callback(_Gate(self))
         self.transforms, self.microbatches = transforms, microbatches
         self.plan: Plan = plan

@@ -69,6 +69,28 @@ class _CompiledTrace:
 
 
 @dataclass(frozen=True, eq=False)
+class Moment:
+    """What a run of a graph depended on in addition to its inputs.
+
+    Attributes:
+        outside: The tensors from outside that it read.
+    """
+
+    outside: tuple[Any, ...]
+    _entry: _CompiledTrace
+    _surroundings: Any
+
+    @property
+    def calls(self) -> tuple[Any, ...]:
+        """The draws of random numbers that it ran."""
+        return self._entry.trace.calls
+
+    def is_present(self, parts: Parts) -> bool:
+        """Return whether the Python state, the modes and the settings are still those."""
+        return _surroundings(parts.modules) == self._surroundings and self._entry.is_valid()
+
+
+@dataclass(frozen=True, eq=False)
 class Parts:
     """The losses and transforms that a function is made of.
 
@@ -145,7 +167,7 @@ class Graphs:
         options: Any = None,
         random: dict[str, Any] | None = None,
         donated: Donated | None = None,
-    ) -> tuple[Any, dict[str, Any] | None]:
+    ) -> tuple[Any, dict[str, Any] | None, Moment]:
         """Return ``function(given)``, computed by a graph.
 
         Args:
@@ -159,13 +181,14 @@ class Graphs:
                 must tell one choice from another.
 
         Returns:
-            The result, and the random state after it if one was given.
+            The result, the random state after it if one was given, and what the graph depended on.
         """
         leaves, _ = _tree.flatten_with_names(given)
         tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
         sized = {name for name in tensors if self.dynamic and name.split(".")[0] == "batch"}
         kinds = {name: _kind_of(leaf, name in sized) for name, leaf in leaves.items()}
-        key = (tuple(kinds.items()), options, _surroundings(parts.modules))
+        surroundings = _surroundings(parts.modules)
+        key = (tuple(kinds.items()), options, surroundings)
         inputs = list(tensors.values())
         known = self.entries.get(key, [])
         entry = next((e for e in known if e.trace.sizes.hold_for(inputs)), None)
@@ -176,9 +199,9 @@ class Graphs:
             self._keep(key, new, entry)
             entry = new
         self.entries.move_to_end(key)
-        outside = [place() for place in entry.trace.outside]
+        outside = tuple(place() for place in entry.trace.outside)
         with torch.no_grad(), ExitStack() as stack:
-            if entry.trace.draws and random is not None:
+            if entry.trace.calls and random is not None:
                 device = _device_of(inputs)
                 stack.enter_context(random_state_restored(device))
                 set_random_state(random, device)
@@ -186,7 +209,8 @@ class Graphs:
                 random = random_state(device)
             else:
                 results = entry.run(*inputs, *outside)
-        return entry.trace.result(results, inputs), random
+        moment = Moment(outside, entry, surroundings)
+        return entry.trace.result(results, inputs), random, moment
 
     def _keep(self, key: Any, new: _CompiledTrace, stale: _CompiledTrace | None) -> None:
         """Keep a trace in place of one that is not valid any more, and drop the oldest ones."""
@@ -380,7 +404,7 @@ def _run(
         return (new, dict(info)), after
 
     given = {"state": state, "batch": plain(batch), "extra": extra}
-    found, after = graphs.run(run, given, parts, options=options, random=random, donated=donated)
+    found, after, _ = graphs.run(run, given, parts, options=options, random=random, donated=donated)
     if not drawing:
         return found
     new, info = found

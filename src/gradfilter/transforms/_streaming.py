@@ -41,8 +41,8 @@ class RowPart:
 
 
 @dataclass(frozen=True)
-class _PartResult:
-    """What a part of the rows has given.
+class PartResult:
+    """What a part of the rows has given, in addition to its gradient.
 
     Attributes:
         outs: The published values of every transform.
@@ -61,6 +61,23 @@ class _PartResult:
     rows: GradStack | None
 
 
+@dataclass(frozen=True)
+class ReducedPart:
+    """A part of the rows after the reducer.
+
+    Attributes:
+        grads: The result of the reducer for these rows.
+        result: What they have given in addition to it.
+        states: The new state of every transform up to the reducer.
+        buffers: The buffers after these rows.
+    """
+
+    grads: Tree
+    result: PartResult
+    states: dict[str, State]
+    buffers: Tree
+
+
 @dataclass(eq=False)
 class ReducedRows:
     """The rows of a step that were reduced part by part. A chain takes it in place of a stack.
@@ -74,6 +91,9 @@ class ReducedRows:
         state: The state of the chain before the step.
         params: The parameters at which all rows are taken.
         extra: The caller's keywords.
+        buffers: The buffers after the last part.
+        total: The sum of the gradients of the parts, each times its divisor.
+        results: What else the parts have given.
     """
 
     row_part: RowPart
@@ -81,17 +101,21 @@ class ReducedRows:
     params: Params
     extra: Mapping[str, Any]
     buffers: Tree = field(default_factory=dict)
-    _total: RunningSum = field(default_factory=RunningSum)
-    _results: list[_PartResult] = field(default_factory=list)
+    total: RunningSum = field(default_factory=RunningSum)
+    results: list[PartResult] = field(default_factory=list)
     _states: dict[str, State] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return the number of parts."""
-        return len(self._results)
+        return len(self.results)
 
     def add(self, rows: GradStack) -> None:
         """Reduce the next rows, and free what they hold."""
-        self._total.check(rows.shapes)
+        self.total.check(rows.shapes)
+        self.append(self.reduce(rows))
+
+    def reduce(self, rows: GradStack) -> ReducedPart:
+        """Return the next rows after the reducer, without adding them; free what they hold."""
         first, values = rows, {k: v for k, v in self.extra.items() if k != "keep"}
         states: dict[str, State] = {}
         outs: dict[str, Out] = {}
@@ -107,7 +131,7 @@ class ReducedRows:
             outs[name] = out
         divisor_of = [*all_rules.values()][-1].divisor  # the reducer's
         divisor = None if divisor_of is None else divisor_of(rows)
-        result = _PartResult(
+        result = PartResult(
             outs,
             divisor,
             first.losses,
@@ -116,41 +140,50 @@ class ReducedRows:
             without_rows(rows) if self.row_part.rows_are_read else None,
         )
         first.release()
-        cat_trees([part.aux for part in (*self._results[:1], result)])  # refuse other shapes now
-        self._total.add(grads, divisor)
-        self._results.append(result)
-        self._states, self.buffers = states, first.buffers
+        return ReducedPart(grads, result, states, first.buffers)
+
+    def append(self, part: ReducedPart) -> None:
+        """Add the result of `reduce` to those of the parts before.
+
+        Raises:
+            ValueError: It has other leaves, or aux of another shape.
+        """
+        self.total.check(part.grads)
+        cat_trees([given.aux for given in (*self.results[:1], part.result)])
+        self.total.add(part.grads, part.result.divisor)
+        self.results.append(part.result)
+        self._states, self.buffers = part.states, part.buffers
 
     @property
     def losses(self) -> Tensor | None:
         """The losses of all rows, or None if they are not known. (M,)."""
-        return cat_numbers([part.losses for part in self._results])
+        return cat_numbers([part.losses for part in self.results])
 
     @property
     def aux(self) -> Any:
         """The aux of all rows."""
-        return cat_trees([part.aux for part in self._results])
+        return cat_trees([part.aux for part in self.results])
 
     def mean_loss(self) -> Tensor | None:
         """Return the mean of the losses of the rows that take part, or None without losses. ()."""
         losses = self.losses
-        live = torch.cat([part.live for part in self._results])
+        live = torch.cat([part.live for part in self.results])
         return None if losses is None else mean_of(losses, live)
 
     def rows(self) -> GradStack | None:
         """Return the rows for transforms behind the reducer; None if no transform reads them."""
-        rows = [part.rows for part in self._results if part.rows is not None]
+        rows = [part.rows for part in self.results if part.rows is not None]
         return PartedStack(rows) if rows else None
 
     def grads(self) -> Tree:
         """Return the result of the reducer for all rows."""
-        return self._total.rounded(self._divisor())
+        return self.total.rounded(self._divisor())
 
     def published(self) -> Iterator[tuple[str, State, Out]]:
         """Yield every transform up to the reducer: name, new state and published values."""
-        sizes = [len(part.live) for part in self._results]
+        sizes = [len(part.live) for part in self.results]
         for name, rules in self.row_part.rules.items():
-            outs = [part.outs[name] for part in self._results]
+            outs = [part.outs[name] for part in self.results]
             joined = rules.joined(outs, sizes)
             for key in outs[-1].keys() - joined.keys():
                 joined[key] = self._shares([out[key] for out in outs])
@@ -174,7 +207,7 @@ class ReducedRows:
 
     def _divisor(self) -> Tensor | None:
         """Return the divisor of all rows, 1 if no row takes part. ()."""
-        found = [part.divisor for part in self._results if part.divisor is not None]
+        found = [part.divisor for part in self.results if part.divisor is not None]
         if not found:
             return None
         total = torch.stack(found).sum()
@@ -185,7 +218,7 @@ class ReducedRows:
         divisor = self._divisor()
         if divisor is None:
             return torch.cat(weights)
-        pairs = zip(weights, self._results, strict=True)
+        pairs = zip(weights, self.results, strict=True)
         scaled = [own if part.divisor is None else own * part.divisor for own, part in pairs]
         return torch.cat(scaled) / divisor
 

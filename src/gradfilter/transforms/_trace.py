@@ -56,7 +56,7 @@ class Trace:
         graph: The graph: a function of the leaves that are tensors, then of ``outside``.
         outside: The places of the other tensors that it reads.
         writes: Pairs of positions: a result, and the input into which the graph writes it.
-        draws: True if it draws random numbers.
+        calls: The draws of random numbers that it runs, in order, as `RecordedDraws` has them.
         sizes: The sizes of the inputs for which it holds.
         has_forgotten_draws: True if a pass that was given up drew numbers.
     """
@@ -64,7 +64,7 @@ class Trace:
     graph: GraphModule
     outside: tuple[Place, ...]
     writes: tuple[tuple[int, int], ...]
-    draws: bool
+    calls: tuple[Any, ...]
     sizes: SymbolicSizes | FixedSizes
     has_forgotten_draws: bool
     _rebuild: Callable[[Iterable[Any]], Any]
@@ -178,8 +178,7 @@ def trace(
         if cause is None:
             raise
         raise _untraceable(error, cause) from error
-    drawn = len(flat.numbers.draws)
-    if flat.random != {"draws": drawn}:
+    if flat.random != {"draws": len(flat.numbers.draws)}:
         raise RuntimeError(
             "The step cannot be traced: a repeated pass draws more random numbers than the first "
             "one. Call step(state, batch) instead."
@@ -192,7 +191,7 @@ def trace(
     outside = _lift_constants(graph, modules)
     graph.recompile()
     forgotten = any(flat.numbers.forgotten)
-    return Trace(graph, outside, writes, drawn > 0, sizes, forgotten, flat.rebuild)
+    return Trace(graph, outside, writes, flat.numbers.calls, sizes, forgotten, flat.rebuild)
 
 
 # --- Errors ---
