@@ -102,6 +102,24 @@ def test_a_step_of_every_plan_runs_in_compiled_code(plan, backend):
         torch.testing.assert_close(gf.state_dict(found)[name], leaf)
 
 
+@pytest.mark.parametrize("plan", ["loop", "vmap", "fused"])
+@pytest.mark.parametrize("place", ["before the reducer", "after it"])
+def test_a_second_pass_in_compiled_code_draws_the_masks_of_the_first(plan, place):
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2)).double()
+    sharp, mean = gf.sam_perturb(0.5), gf.mean_rows()
+    parts = (sharp, mean) if place == "before the reducer" else (mean, sharp)
+    loss = gf.model_loss(model, F.cross_entropy)
+    step = gf.train_step(loss, gf.chain(*parts, gf.sgd(0.1)), microbatches=2, plan=plan)
+    batch = X.double(), Y
+    found = []
+    for run in (step, torch.compile(step, backend="aot_eager")):
+        torch.manual_seed(1)
+        state, _ = run(step.init(model), batch)
+        found.append(state["params"])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_anomaly_mode_says_how_to_let_a_filter_see_the_row(plan):
     x, params = X.clone(), problem()[1]

@@ -81,7 +81,7 @@ def _checkpoint_refusal(error: Exception, plan: str) -> str | None:
     if "setup_context" in text and "torch.utils.checkpoint" in homes[-3:]:
         return (
             "The model uses activation checkpointing with use_reentrant=True, which only the loop "
-            'can run. Use checkpoint(..., use_reentrant=False), or plan="auto" or plan="loop".'
+            'can run; other plans run it with use_reentrant=False. Use plan="loop".'
         )
     return None
 

@@ -178,6 +178,13 @@ def repeated(value: Tensor, count: int) -> Tensor:
     return value.as_strided((count, *value.shape), (0, *value.stride()))
 
 
+UNTRACED = (
+    "a pass over rows is not traced by torch.compile; gradfilter.compile(step) makes one graph of "
+    "the whole step"
+)
+"""What torch.compile and its logs say of a pass."""
+
+
 def untraced(function: F) -> F:
     """Exclude a function from ``torch.compile``: traced, it may silently give wrong gradients.
 
@@ -186,7 +193,7 @@ def untraced(function: F) -> F:
     """
     if torch.compiler.is_compiling():
         disable: Any = torch.compiler.disable
-        return cast(F, disable(function))
+        return cast(F, disable(function, reason=UNTRACED))
     if "torch._dynamo" not in sys.modules:  # importing the compiler takes a second
         return function
     return cast(F, partial(_call_untraced(), function))
@@ -200,7 +207,7 @@ def _call_untraced() -> Callable[..., Any]:
         return function(*args, **kwargs)
 
     disable: Any = torch.compiler.disable
-    untraced_call: Callable[..., Any] = disable(call)
+    untraced_call: Callable[..., Any] = disable(call, reason=UNTRACED)
     return untraced_call
 
 
