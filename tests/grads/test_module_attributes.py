@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import pprint
 import warnings
 from collections import defaultdict
 from functools import partial
@@ -16,7 +17,7 @@ from torch import nn
 import gradfilter as gf
 from _plain import module_rows
 from gradfilter import diagnostics
-from gradfilter.grads._state_owners import SEARCHED, owners_in
+from gradfilter.grads._state_owners import SEARCHED, PlainValues, owners_in
 from gradfilter.interop import SAM, Filtered, step_gaf
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -590,3 +591,20 @@ def test_testing_tools_and_loggers_are_not_searched():
     """Their thousands of objects would be compared in every step."""
     assert "@pytest_ar" in asserts_and_logs.__globals__
     assert [*owners_in(asserts_and_logs, names=True)] == [asserts_and_logs]
+
+
+class Reads(pprint.PrettyPrinter):
+    """An object of a framework: its base class assigns _width, _depth and others."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = 2.0
+
+    def width(self):
+        return self.scale * self._width
+
+
+def test_what_a_framework_counts_is_watched_if_the_users_code_names_it():
+    found = {*PlainValues(Reads())}
+    assert "_width" in found and "scale" in found
+    assert "_depth" not in found and "_compact" not in found

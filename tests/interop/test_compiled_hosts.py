@@ -304,7 +304,7 @@ def test_trainer(tmp_path, items, batches):
         _, expected, wanted = run(False)
     assert [k for k, v in expected.items() if not torch.equal(weights[k], v)] == []
     assert logs == wanted and "doubled" in logs[0]
-    assert len(trainer._hosted._graphs.entries) == 1
+    assert trainer._hosted._graphs._traces == 1
     assert nothing_changed_between_batches(trainer._hosted)
     assert len({float(log["doubled"]) for log in logs if "doubled" in log}) > 1
 
@@ -353,5 +353,5 @@ def test_lightning(accumulate):
         _, expected, wanted = run(False)
     assert [k for k, v in expected.items() if not torch.equal(weights[k], v)] == []
     assert metrics == wanted and "right" in metrics
-    assert len(model._hosted._graphs.entries) == (1 if accumulate == 1 else 2)
+    assert model._hosted._graphs._traces == (1 if accumulate == 1 else 2)
     assert nothing_changed_between_batches(model._hosted)

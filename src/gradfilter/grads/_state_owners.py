@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import inspect
 import sys
 from argparse import Namespace
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -353,11 +354,44 @@ class _View(MutableMapping[Any, Any]):
 
 
 class PlainValues(_View):
-    """The numbers, texts and None among the attributes of an object."""
+    """The numbers, texts and None among the attributes of an object.
+
+    Attributes that only classes of a framework assign and no code of the user mentions are omitted:
+    they count steps and the like.
+    """
+
+    def __init__(self, owner: Any) -> None:
+        super().__init__(owner)
+        self._omitted = _assigned_by_frameworks(type(owner))
 
     @override
     def __iter__(self) -> Iterator[str]:
-        return (key for key, value in vars(self._owner).items() if type(value) in PLAIN)
+        return (
+            key
+            for key, value in vars(self._owner).items()
+            if type(value) in PLAIN and key not in self._omitted
+        )
+
+
+def _assigned_by_frameworks(kind: type) -> set[str]:
+    """Return the attributes that foreign base classes assign and the other classes never name."""
+    assigned, named = set[str](), set[str]()
+    for base in kind.__mro__:
+        for function in vars(base).values():
+            code = getattr(inspect.unwrap(function), "__code__", None)
+            if not isinstance(code, CodeType):
+                continue
+            if not is_foreign(base.__module__):
+                named |= names_in(code)[0]
+            elif base.__module__ not in ("builtins", "typing"):
+                assigned |= _assigned_attributes(code)
+    return assigned - named
+
+
+@lru_cache(maxsize=4096)
+def _assigned_attributes(code: CodeType) -> frozenset[str]:
+    """Return the attributes of any object that code assigns."""
+    return frozenset(s.argval for s in dis.get_instructions(code) if s.opname == "STORE_ATTR")
 
 
 class _FunctionValues(_View):

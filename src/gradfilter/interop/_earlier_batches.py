@@ -181,20 +181,38 @@ def earlier_rows(
     return begun
 
 
+@dataclass(frozen=True, eq=False)
+class _Guard:
+    """Refuses another pass over a batch if what it reads has changed since the first.
+
+    Attributes:
+        origin: The way to compute the rows of the batch.
+        read: What has changed of what the pass reads, or None.
+        params: What has changed of the parameters, or None.
+    """
+
+    origin: StackOrigin
+    read: str | None
+    params: str | None
+
+    def check(self, names: Collection[str]) -> None:
+        """Refuse a pass that needs some of the parameters as they were."""
+        if names and self.params is not None:
+            raise _changed(self.params)
+
+    def evaluate(
+        self, given: Mapping[str, Tensor], per_row: bool, kept: Collection[str]
+    ) -> GradStack:
+        """Compute the rows at other parameters."""
+        if self.read is not None:
+            raise _changed(self.read)
+        self.check(kept)
+        return self.origin.evaluate(given, per_row, kept)
+
+
 def _guarded(origin: StackOrigin, read: str | None, params: str | None) -> StackOrigin:
-    """Refuse another pass if what it reads has changed since the first."""
-
-    def check(names: Collection[str]) -> None:
-        if names and params is not None:
-            raise _changed(params)
-
-    def evaluate(given: Mapping[str, Tensor], per_row: bool, kept: Collection[str]) -> GradStack:
-        if read is not None:
-            raise _changed(read)
-        check(kept)
-        return origin.evaluate(given, per_row, kept)
-
-    return StackOrigin(origin.rows, origin.params, evaluate, origin.per_row, check)
+    guard = _Guard(origin, read, params)
+    return StackOrigin(origin.rows, origin.params, guard.evaluate, origin.per_row, guard.check)
 
 
 def _changed(what: str) -> RuntimeError:

@@ -85,6 +85,8 @@ class Hosted(Filtered):
 
     Attributes:
         kept: True if the host should make the last step; read from the device only once.
+        completes_step: True while the host runs the last batch of a step, if it says so. It is not
+            an attribute of the module, where it would be a state that the loss may read.
         shared: The tensors that the losses of all rows read, other than the batch, by name. A
             compiled step takes them as inputs.
     """
@@ -103,7 +105,7 @@ class Hosted(Filtered):
         owners: Mapping[str, Any] | None = None,
     ) -> None:
         """Check the arguments as `Filtered` does."""
-        self.kept = False
+        self.kept, self.completes_step = False, False
         self._served = model, optimizer
         super().__init__(
             _with_loss(model, loss),

@@ -140,7 +140,6 @@ class FilteredModule(lightning.LightningModule):
     _hosted: Hosted | None = None
     _saved: dict[str, Tensor] | None = None
     _resumes = False
-    _completes_step = False
     _loss_log: LossLog | None = None
 
     def microbatch_loss(self, batch: Any) -> Tensor:
@@ -171,7 +170,7 @@ class FilteredModule(lightning.LightningModule):
         hosted = self._host()
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             hosted.begin()
-        if not self._completes_step:
+        if not hosted.completes_step:
             return hosted.accumulate({"batch": batch})
         result = hosted.step({"batch": batch})
         assert self._loss_log is not None  # the wrapper exists, so the log does
@@ -211,11 +210,11 @@ class FilteredModule(lightning.LightningModule):
         """Let the trainer clip and step, unless the chain skips the step."""
         assert optimizer_closure is not None  # the trainer always has one
         hosted = self._host()
-        hosted.kept, self._completes_step = False, True
+        hosted.kept, hosted.completes_step = False, True
         try:
             loss = optimizer_closure()
         finally:
-            self._completes_step = False
+            hosted.completes_step = False
         if hosted.kept:
             super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
 

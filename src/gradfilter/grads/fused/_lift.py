@@ -139,14 +139,16 @@ def of_all_samples(
     if rows is None or rows.ndim not in (dims + 2, dims + 3):
         return function(input, *args, **kwargs)
     lead = rows.shape[: rows.ndim - dims - 1]  # M, or M and B
+    call = partial(function, rows.flatten(0, len(lead) - 1), *args, **kwargs)
+    return Level(rows.shape[0], number).lift_call(partial(_with_dims, call, lead))
 
-    def compute() -> Any:
-        found = function(rows.flatten(0, len(lead) - 1), *args, **kwargs)
-        several = isinstance(found, tuple)
-        parts = tuple(y.view(*lead, *y.shape[1:]) for y in (found if several else (found,)))
-        return parts if several else parts[0]
 
-    return Level(rows.shape[0], number).lift_call(compute)
+def _with_dims(call: Callable[[], Any], lead: torch.Size) -> Any:
+    """Return the result of a call, a tensor or several, with its first dim split into several."""
+    found = call()
+    several = isinstance(found, tuple)
+    parts = tuple(y.view(*lead, *y.shape[1:]) for y in (found if several else (found,)))
+    return parts if several else parts[0]
 
 
 @contextmanager
