@@ -78,7 +78,7 @@ def test_constants_of_the_step_stay_in_the_graph():
     assert len(found.outside) == 1 and found.outside[0]() is outside
     outside.add_(1)  # in place: the graph reads the tensor itself
     (y,) = found.graph(torch.ones(2), found.outside[0]())
-    assert y.tolist() == [3.0, 4.0] and not found.draws
+    assert y.tolist() == [3.0, 4.0] and not found.calls
 
 
 def test_python_values_are_constants():
