@@ -91,6 +91,7 @@ class Case:
         batch_of: Draws a batch of a size.
         sizes: The sizes, in order.
         traces: The number of traces after all of them.
+        lately: True if torch 2.11 traces every size for itself.
     """
 
     model: Callable[[], nn.Module]
@@ -99,6 +100,7 @@ class Case:
     batch_of: Callable[[int], Any]
     sizes: tuple[int, ...]
     traces: int
+    lately: bool = False
 
 
 # Samples in a ragged last batch, and one sample in a row, a text of one token: 1 is no symbol.
@@ -126,11 +128,13 @@ CASES = {
     # The second size has a Gram in two blocks, which is another trace.
     "texts": Case(lambda: Text(False).to(FLOAT), AGREE, 4, texts, (24, 40, 28), 2),
     "lengths of texts": Case(
-        lambda: Text(True).to(FLOAT), AGREE, 4, partial(texts, 8), (5, 9, 7, 1), 2
+        lambda: Text(True).to(FLOAT), AGREE, 4, partial(texts, 8), (5, 9, 7, 1), 2, lately=True
     ),
     "rows": Case(lambda: mlp(nn.Dropout(0.4)), CLIP, None, vectors, (24, 48, 41, 1), 2),
     "rows of pictures": Case(of_any_side, FIRST, None, pictures, (24, 48, 41), 1),
-    "rows of texts": Case(lambda: Text(False).to(FLOAT), CLIP, None, texts, (24, 48, 41), 1),
+    "rows of texts": Case(
+        lambda: Text(False).to(FLOAT), CLIP, None, texts, (24, 48, 41), 1, lately=True
+    ),
 }
 
 
@@ -161,7 +165,8 @@ def test_a_graph_for_many_sizes_gives_the_steps_of_each(case):
     compiled = gf.compile(step, backend="graph", dynamic=True)
     # The first two sizes again, so that a trace that holds for them alone would be counted.
     assert_trains_alike(step, compiled, model, map(case.batch_of, (*case.sizes, *case.sizes[:2])))
-    assert traces(compiled) == case.traces
+    fixed = case.lately and torch.__version__ < "2.12"
+    assert traces(compiled) == (len(case.sizes) if fixed else case.traces)
 
 
 def test_a_size_that_decides_the_way_to_a_gradient_is_another_trace():

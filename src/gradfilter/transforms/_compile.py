@@ -580,7 +580,8 @@ def compile(
             rows of a convolution with groups, which have one product per row; plan ``"loop"``.
             Every size is traced for itself where torch computes something else under symbols, such
             as the dropout inside of `torch.nn.functional.scaled_dot_product_attention`, or has no
-            rule for them. Compiled code for symbolic sizes may be slower.
+            rule for them (some attention in torch 2.11). Compiled code for symbolic sizes may be
+            slower.
 
     Returns:
         A `CompiledStep`, which is called as the step is, also with ``donate=True``, or a
