@@ -11,26 +11,13 @@ from torch import nn
 
 import gradfilter as gf
 from _formulas import formulas
-from _models import Dropped, Tied, images, token_loss, tokens, vectors
+from _models import Dropped, Normed, Tied, images, token_loss, tokens, vectors
 from gradfilter import interop
 from gradfilter.distributed import across_ranks
 from gradfilter.interop import Filtered
 
 pytestmark = pytest.mark.usefixtures("float64")
 M, STEPS = 4, 6
-
-
-class Normed(nn.Module):
-    """BatchNorm, dropout and a frozen layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.norm, self.last = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
-        self.frozen = nn.Linear(8, 8).requires_grad_(False)
-
-    def forward(self, x):
-        h = F.dropout(self.norm(self.first(x)).relu(), 0.3, self.training)
-        return self.last(h + self.frozen(h))
 
 
 class Convolutions(nn.Module):

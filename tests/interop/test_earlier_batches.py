@@ -12,22 +12,10 @@ from torch import nn
 import gradfilter as gf
 from _allocations import Peak
 from _formulas import formulas
+from _models import Normed
 from gradfilter.interop import Filtered
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-class Normed(nn.Module):
-    """BatchNorm, dropout and a frozen layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.norm, self.last = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
-        self.frozen = nn.Linear(8, 8).requires_grad_(False)
-
-    def forward(self, x):
-        h = F.dropout(self.norm(self.first(x)).relu(), 0.3, self.training)
-        return self.last(h + self.frozen(h))
 
 
 def vectors(n):

@@ -21,6 +21,19 @@ class ConvBN(nn.Module):
         return self.head(h.mean((2, 3)))
 
 
+class Normed(nn.Module):
+    """BatchNorm, dropout and a frozen layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+
+    def forward(self, x):
+        h = F.dropout(self.norm(self.first(x)).relu(), 0.3, self.training)
+        return self.last(h + self.frozen(h))
+
+
 class Tied(nn.Module):
     """An embedding tied to the output, with an unused and a frozen parameter."""
 

@@ -112,17 +112,19 @@ def test_a_second_pass_in_compiled_code_draws_the_masks_of_the_first(plan, place
     loss = gf.model_loss(model, F.cross_entropy)
     step = gf.train_step(loss, gf.chain(*parts, gf.sgd(0.1)), microbatches=2, plan=plan)
     batch = X.double(), Y
-    found = []
-    for run in (step, torch.compile(step, backend="aot_eager")):
+    compiled = torch.compile(step, backend="aot_eager")
+    torch.manual_seed(1)
+    expected, _ = step(step.init(model), batch)
+    torch.manual_seed(1)
+    if place == "before the reducer" and torch.__version__ < "2.12":
+        # Its compiler reads the losses of two stacks, which are copies, and takes them for one
+        # tensor under two names. This is an error, never another number; gf.compile works.
+        with pytest.raises(AssertionError, match="Guard failed on the same frame"):
+            compiled(step.init(model), batch)
+        compiled = gf.compile(step, backend="graph")
         torch.manual_seed(1)
-        try:
-            state, _ = run(step.init(model), batch)
-        except AssertionError as error:
-            if "Guard failed on the same frame" in str(error):
-                pytest.skip("the compiler of this torch fails on guards of its own (torch 2.11)")
-            raise
-        found.append(state["params"])
-    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    found, _ = compiled(step.init(model), batch)
+    torch.testing.assert_close(found["params"], expected["params"], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("plan", PLANS)
