@@ -172,7 +172,7 @@ def recorded() -> StepRandom | None:
 
 def is_recorded() -> bool:
     """Return whether a step is recorded as a graph, so that generators do not move."""
-    return _RECORDING.get() is not None
+    return recorded() is not None
 
 
 @contextmanager
