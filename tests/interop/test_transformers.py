@@ -392,6 +392,7 @@ def test_an_overriding_compute_loss_is_the_loss_of_a_microbatch(trainer):
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 @pytest.mark.filterwarnings("error:Fell back to plan:UserWarning")
+@pytest.mark.usefixtures("float64")
 def test_gradient_checkpointing_changes_no_step(trainer):
     plain = classifier()
     model, data = copy.deepcopy(plain), labelled(2 * SIZE)

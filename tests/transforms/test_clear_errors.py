@@ -40,7 +40,7 @@ def per_sample(**options):
     return gf.per_sample_grads(problem()[0], **options)
 
 
-@pytest.mark.parametrize("budget", ["1GB", float("nan"), float("inf"), None, True, -1, 1.5])
+@pytest.mark.parametrize("budget", ["1GB", float("nan"), float("inf"), True, -1, 1.5])
 @pytest.mark.parametrize("make", [lambda **o: grads_of(**o), lambda **o: per_sample(**o)])
 def test_a_memory_budget_is_a_number(make, budget):
     with pytest.raises(ValueError, match=r"memory_budget as bytes .*Write 10\*\*9 for a gigabyte"):

@@ -53,20 +53,36 @@ from gradfilter.grads.fused._row_groups import Grouping, forward_in_groups
 # --- The memory budget ---
 
 
-def check_budget(budget: int | float) -> None:
+DEFAULT_BUDGET = 0.25
+"""The fraction of the device's memory that is the budget of a loss without checkpoints."""
+
+
+def check_budget(budget: int | float | None) -> None:
     """Refuse a budget that is neither a number of bytes nor a fraction of the memory."""
+    if budget is None:
+        return
     fraction = isinstance(budget, float)
     number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
     if not number or not 0 <= budget <= (1 if fraction else math.inf):  # also refuses nan
         raise ValueError(
             "Expected memory_budget as bytes (int >= 0) or as a fraction of the device's memory "
-            f"(float from 0 to 1), found {budget!r}. Write 10**9 for a gigabyte; the "
-            "default is 0.25."
+            f"(float from 0 to 1), found {budget!r}. Write 10**9 for a gigabyte, "
+            f"or pass nothing: the default is {DEFAULT_BUDGET}, and 0 for a loss with activation "
+            "checkpoints."
         )
 
 
-def bytes_of(budget: int | float, device: torch.device) -> int:
-    """Return a budget in bytes."""
+def bytes_of(budget: int | float | None, device: torch.device, *, checkpointed: bool) -> int:
+    """Return a budget in bytes.
+
+    Args:
+        budget: Bytes (int), a fraction of the device's memory (float), or None for the default.
+        device: The device whose memory it is.
+        checkpointed: True if the loss uses activation checkpoints. By default nothing is held
+            then: factors are among the activations that a checkpoint is there to forget.
+    """
+    if budget is None:
+        budget = 0 if checkpointed else DEFAULT_BUDGET
     if not isinstance(budget, float):
         return budget
     if device.type == "cuda":
@@ -96,7 +112,8 @@ class GradFunction:
         has_aux: True if the loss returns ``(scalar, aux)``.
         plan: The way the rows are computed.
         chunk_size: The number of rows per call of torch.vmap, or None for all.
-        memory_budget: The bytes (int) or a fraction of the memory of the device (float).
+        memory_budget: The bytes (int) or a fraction of the memory of the device (float); None for
+            the default.
         by_row: The modules that plan "fused" runs row by row, learned from refused passes.
         probes: Decides which passes run twice, to find a state of the loss that is hidden.
 
@@ -115,7 +132,7 @@ class GradFunction:
     has_aux: bool
     plan: Plan
     chunk_size: int | None
-    memory_budget: int | float
+    memory_budget: int | float | None
     by_row: ByRow = field(default_factory=ByRow, repr=False)
     probes: Probes = field(default_factory=Probes, repr=False)
 
@@ -399,7 +416,9 @@ class BatchPasses:
                 )
         first = run.first()
         losses = first.losses.detach()
-        budget = bytes_of(self.settings.memory_budget, self.context.device)
+        budget = bytes_of(
+            self.settings.memory_budget, self.context.device, checkpointed=first.checkpointed
+        )
         return FusedStack(
             LazyRows(run, first, budget, self.loss.hooks),
             tuple(params),
@@ -595,7 +614,7 @@ def microbatch_grads(
     has_aux: bool = False,
     plan: Plan = "auto",
     chunk_size: int | None = None,
-    memory_budget: int | float = 0.25,
+    memory_budget: int | float | None = None,
 ) -> GradFunction:
     """Return a function ``(params, batch, *, buffers) -> GradStack``: one gradient per microbatch.
 
@@ -623,8 +642,8 @@ def microbatch_grads(
         memory_budget: The memory that plan ``"fused"`` may hold between questions, in addition to
             an ordinary backward pass: bytes (int), or a fraction of the device's memory (float, up
             to 1). If it is too small, the plan streams rows, and at last runs a backward pass for
-            every question.
-            ``explain()`` of a stack says what was chosen.
+            every question. The default is 0.25, and 0 if the loss uses activation checkpoints,
+            which would save nothing otherwise. ``explain()`` of a stack says what was chosen.
 
     Raises:
         ValueError: M < 1; N not divisible by M; tensors of the batch disagree on N; the batch is
@@ -653,7 +672,7 @@ def per_sample_grads(
     has_aux: bool = False,
     plan: Plan = "auto",
     chunk_size: int | None = None,
-    memory_budget: int | float = 0.25,
+    memory_budget: int | float | None = None,
 ) -> GradFunction:
     """Return a function like that of `microbatch_grads` with M = N, B = 1: a gradient per sample.
 
@@ -682,7 +701,7 @@ def _grad_function(
     has_aux: bool,
     plan: Plan,
     chunk_size: int | None,
-    memory_budget: int | float,
+    memory_budget: int | float | None,
 ) -> GradFunction:
     if isinstance(loss, nn.Module) or not callable(loss):
         raise TypeError(

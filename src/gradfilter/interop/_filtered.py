@@ -265,7 +265,7 @@ class Filtered:
         microbatches: int | None,
         *,
         plan: Plan = "auto",
-        memory_budget: int | float = 0.25,
+        memory_budget: int | float | None = None,
         scaler: torch.amp.GradScaler | None = None,
         has_aux: bool = False,
         compile: bool | str | Backend = False,

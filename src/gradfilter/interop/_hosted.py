@@ -100,7 +100,7 @@ class Hosted(Filtered):
         microbatches: int | None,
         *,
         plan: Plan,
-        memory_budget: int | float,
+        memory_budget: int | float | None,
         compile: bool | str | Backend = False,
         owners: Mapping[str, Any] | None = None,
     ) -> None:

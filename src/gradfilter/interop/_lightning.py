@@ -134,7 +134,7 @@ class FilteredModule(lightning.LightningModule):
     transforms: Transform
     microbatches: int | None
     plan: Plan = "auto"
-    memory_budget: int | float = 0.25
+    memory_budget: int | float | None = None
     compile_step: bool | str | Backend = False
 
     _hosted: Hosted | None = None

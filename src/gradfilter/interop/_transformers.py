@@ -142,7 +142,7 @@ class FilteredTrainer(Trainer):
         transforms: Transform,
         microbatches: int | None,
         plan: Plan = "auto",
-        memory_budget: int | float = 0.25,
+        memory_budget: int | float | None = None,
         compile: bool | str | Backend = False,
         **kwargs: Any,
     ) -> None:

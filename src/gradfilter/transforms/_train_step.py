@@ -165,7 +165,7 @@ def train_step(
     microbatches: int | None = None,
     plan: Plan = "auto",
     chunk_size: int | None = None,
-    memory_budget: int | float = 0.25,
+    memory_budget: int | float | None = None,
     rows_at_once: int | None = None,
 ) -> TrainStep:
     """Combine loss, gradients and update into one object with one state to checkpoint.

@@ -102,6 +102,7 @@ class Forward:
         used: The tensors in attributes of modules that the loss used, by name.
         changed: True if attributes of modules have changed.
         moved: The leaves of `ParamsAlong` whose values in every row were computed.
+        checkpointed: True if the loss uses activation checkpoints.
     """
 
     losses: Tensor
@@ -114,6 +115,7 @@ class Forward:
     used: set[str] = field(default_factory=set)
     changed: bool = False
     moved: tuple[str, ...] = ()
+    checkpointed: bool = False
 
     @property
     def remembered(self) -> set[str] | None:
@@ -408,6 +410,7 @@ def forward(
         used=watch.used_attributes,
         changed=changed,
         moved=tuple(sorted(host.moved)),
+        checkpointed=host.checkpoints.found,
     )
 
 

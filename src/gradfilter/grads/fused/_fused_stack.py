@@ -148,7 +148,7 @@ class LazyRows:
         self.modes: Modes = choose_modes(first.tape.leaves, first.tape.uses, budget)
         self.overrides = dict(first.tape.overrides)
         self.groups, self.by_row = first.groups, first.by_row
-        self.moved = first.moved
+        self.moved, self.checkpointed = first.moved, first.checkpointed
         self.count = first.losses.shape[0]
         self._losses = first.losses.detach()
         self.device = first.losses.device
@@ -491,6 +491,11 @@ class FusedStack(ComputedStack):
     def explain(self) -> str:
         """Return the mode, the extra flops and the kept bytes of every leaf, one line per leaf."""
         lines = [str(self.run.modes)]
+        if self.run.checkpointed and not self.run.modes.keeps:
+            lines.append(
+                "the loss uses activation checkpoints; a larger memory_budget= holds what they "
+                "would forget, and takes fewer passes"
+            )
         if self.groups:
             rows = "; ".join(", ".join(map(str, group)) for group in self.groups)
             lines.append(

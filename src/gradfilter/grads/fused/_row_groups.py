@@ -353,6 +353,7 @@ def _merged_passes(parts: list[tuple[list[int], Forward]], batch: Batch) -> Forw
         by_row=first.by_row,
         used=used,
         changed=any(p.changed for p in passes),
+        checkpointed=any(p.checkpointed for p in passes),
     )
 
 
