@@ -13,7 +13,6 @@ import gradfilter as gf
 from _formulas import formulas
 from _models import Dropped, Normed, Tied, images, token_loss, tokens, vectors
 from gradfilter import interop
-from gradfilter.distributed import across_ranks
 from gradfilter.interop import Filtered
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -205,8 +204,6 @@ def test_what_cannot_be_compiled_is_refused():
 
     with pytest.raises(ValueError, match="no embedding with max_norm with compile="):
         make(nn.Sequential(nn.Embedding(7, 6, max_norm=1.0), nn.Linear(6, 3)))
-    with pytest.raises(ValueError, match="one process with compile=, found across_ranks"):
-        make(chain=gf.chain(across_ranks(), gf.mean_rows()))
     with pytest.raises(ValueError, match='Expected backend "inductor", "graph" or a function'):
         make(compile="cuda")
     compiled = Dropped()

@@ -169,6 +169,16 @@ def test_a_graph_for_many_sizes_gives_the_steps_of_each(case):
     assert traces(compiled) == (len(case.sizes) if fixed else case.traces)
 
 
+def test_slices_of_a_data_set_share_a_graph():
+    model, (x, y) = mlp(), vectors(400)
+    step = gf.train_step(gf.model_loss(model, F.cross_entropy), CLIP, microbatches=4)
+    compiled = gf.compile(step, backend="graph", dynamic=True)
+    places = (16, 64), (64, 112), (112, 152), (0, 48)  # the first one does not begin at 0
+    batches = [(x[start:stop], y[start:stop]) for start, stop in places]
+    assert_trains_alike(step, compiled, model, batches)
+    assert traces(compiled) == 1
+
+
 def test_a_size_that_decides_the_way_to_a_gradient_is_another_trace():
     model = nn.Linear(40, 30, dtype=FLOAT)
     loss = gf.model_loss(model, F.cross_entropy)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from itertools import zip_longest
 from typing import Any, Self
@@ -22,6 +23,7 @@ from gradfilter import _products, _tree
 from gradfilter._factory import factory
 from gradfilter._types import Context, Out, Params, State, Transform, Tree
 from gradfilter.distributed._ranks import Bucket, Ranks, added_up, combined, exchanged
+from gradfilter.grads._call_context import surroundings
 from gradfilter.grads._stack import (
     GRAM_UP_TO,
     BaseStack,
@@ -167,6 +169,11 @@ def validate_ranks(
             names two ranks and the difference.
     """
     text, own = _described(stack, keep is not None), per_row(stack, True if keep is None else keep)
+    around = surroundings()
+    if around is not None:  # no rank sends anything before all have traced
+        check = partial(_check_before_run, len(stack), text, ranks)
+        around.append(partial(ranks.around_graph, check))
+        return GatheredRows(stack, ranks, ranks.gather(own))
     few = own.device.type == "cpu" and len(stack) <= ROWS
     # The message has a fixed length, because ranks that differ could not compare otherwise.
     message = torch.zeros(3 + 3 * ROWS, dtype=torch.int64)
@@ -188,7 +195,12 @@ def check_leaves_alike(params: Mapping[str, Tensor], ranks: Ranks) -> None:
         ValueError: They differ; the error names two ranks and the difference.
     """
     text = _described(DenseStack({name: p.detach()[None] for name, p in params.items()}), False)
-    note = torch.tensor([1, _digest(text), len(text)])
+    _check_before_run(1, text, ranks)
+
+
+def _check_before_run(rows: int, text: bytes, ranks: Ranks) -> None:
+    """Refuse, on every rank, a run of a graph whose rows differ between ranks."""
+    note = torch.tensor([rows, _digest(text), len(text)])
     _check_alike(ranks.gather_on_host(note).tolist(), text, ranks)
 
 
@@ -561,6 +573,7 @@ def across_ranks(group: dist.ProcessGroup | None = None) -> Transform:
 
     Results from before this transform are not changed: ``info["loss"]`` of a `train_step`, the
     ``loss`` of a `Filtered` step and metrics of earlier transforms are those of this rank's rows.
+    In a step of `gradfilter.compile` the collectives are operations of the graph.
     ``value`` for a `plateau` schedule must be the same on all ranks; `RankStack.losses` has all
     losses.
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from hashlib import sha256
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from torch import Tensor
 from gradfilter import _products
 from gradfilter._readable import readable
 from gradfilter._types import Tree
+from gradfilter.grads._call_context import surroundings
 
 # --- The ranks and their collectives ---
 
@@ -28,6 +30,13 @@ LONG = 2**15
 # Since torch 2.13 the old name warns on every call and rank; 2.11 and 2.12 have only that name.
 _NAME = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 _all_gather_single: Callable[..., dist.Work | None] = getattr(dist, _NAME)
+
+
+collectives: Any = torch.ops._c10d_functional
+"""Collectives that can be operations of a graph: they return new tensors, and are waited for."""
+
+BACKENDS = ("gloo", "NCCL", "process group", "Connection")
+"""Words in the errors of collectives."""
 
 
 class LostRanksError(RuntimeError):
@@ -89,6 +98,9 @@ class Ranks:
         """
         if self.group is None:
             return lambda: parcels
+        if surroundings() is not None:
+            size = [len(parcels) // self.size] * self.size
+            return self._in_graph(collectives.all_to_all_single, parcels, size, size)
         parts = torch.empty_like(parcels)
         doing = "exchanging gradients"
         with self._explained(doing):
@@ -100,9 +112,12 @@ class Ranks:
 
         Args:
             tensor: The tensor of this rank.
-            into: The memory for the result. (W, *shape)
+            into: Memory for the result, which a graph does not use. (W, *shape)
         """
         tensor = tensor.detach()  # collectives have no graph
+        if self.group is not None and surroundings() is not None:
+            own = tensor.contiguous()[None]
+            return self._in_graph(collectives.all_gather_into_tensor, own, self.size)
         parts = tensor.new_empty(self.size, *tensor.shape) if into is None else into
         if self.group is None:
             parts.copy_(tensor[None])
@@ -131,10 +146,15 @@ class Ranks:
         return self.start_gather(tensor)()
 
     def start_total(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Start `total` in the memory of the tensor, and wait for it when the result is called."""
+        """Start `total`, and wait for it when the result is called.
+
+        The sum is in the memory of the tensor, except in a graph.
+        """
         tensor = tensor.detach()
         if self.group is None:
             return lambda: tensor
+        if surroundings() is not None:
+            return self._in_graph(collectives.all_reduce, tensor, "sum")
         doing = "adding up"
         with self._explained(doing):
             work = dist.all_reduce(tensor, group=self.group, async_op=True)
@@ -184,6 +204,25 @@ class Ranks:
         if self.group is not None:
             dist.barrier(self.group)
 
+    def _in_graph(
+        self, collective: Callable[..., Tensor], tensor: Tensor, *args: Any
+    ) -> Callable[[], Tensor]:
+        """Start a collective of the graph that is being traced, which computes nothing yet."""
+        assert self.group is not None
+        started = collective(tensor, *args, self.group.group_name)
+        return partial(collectives.wait_tensor, started)
+
+    @contextmanager
+    def around_graph(self, check: Callable[[], None]) -> Iterator[None]:
+        """Run a check before a graph, and explain errors of the collectives in the graph."""
+        check()
+        try:
+            yield
+        except RuntimeError as error:
+            if not any(word in str(error) for word in BACKENDS):
+                raise
+            raise self._lost("running a compiled step", error) from error
+
     def _wait_for(self, doing: str, works: Sequence[dist.Work | None], result: Tensor) -> Tensor:
         """Wait for collectives, which until then hold the tensors that they send and fill."""
         with self._explained(doing):
@@ -198,13 +237,16 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            raise LostRanksError(
-                f"Rank {self.name(self.rank)} of {dist.get_world_size()} lost the others while "
-                f"{doing}: one of them died, raised an error, or was silent for longer than "
-                "the process group's timeout. "
-                "Nothing was updated in this step. Look for the first error among the ranks, and "
-                f"start all of them again from a checkpoint. torch.distributed says: {error}"
-            ) from error
+            raise self._lost(doing, error) from error
+
+    def _lost(self, doing: str, error: RuntimeError) -> LostRanksError:
+        return LostRanksError(
+            f"Rank {self.name(self.rank)} of {dist.get_world_size()} lost the others while "
+            f"{doing}: one of them died, raised an error, or was silent for longer than "
+            "the process group's timeout. "
+            "Nothing was updated in this step. Look for the first error among the ranks, and "
+            f"start all of them again from a checkpoint. torch.distributed says: {error}"
+        )
 
 
 ALONE = Ranks(None, 0, 1)
@@ -303,6 +345,8 @@ def added_up(tree: Tree, ranks: Ranks) -> Tree:
 def _summed_into(shard: Tensor, weights: Tensor, place: int) -> Tensor:
     """Compute the weighted sum of the rows, in the memory of one of them if possible. (s,)."""
     own = shard[place]
+    if surroundings() is not None:  # a graph gathers into new memory
+        return _products.weighted_sum(weights, shard).to(shard.dtype)
     if shard.dtype not in (torch.float32, torch.float64) or not readable(weights):
         return own.copy_(_products.weighted_sum(weights, shard))
     numbers: list[float] = weights.tolist()

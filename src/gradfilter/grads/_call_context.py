@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -175,14 +175,35 @@ def is_recorded() -> bool:
     return recorded() is not None
 
 
+Surrounding = Callable[[], AbstractContextManager[None]]
+"""Returns the context for one run of a graph."""
+
+_SURROUNDINGS: ContextVar[list[Surrounding] | None] = ContextVar("surroundings", default=None)
+
+
+def surroundings() -> list[Surrounding] | None:
+    """Return the contexts in which the graph that is being traced will run, to be added to.
+
+    They do what a graph cannot: a rank compares its rows with those of the others before every run.
+    None if nothing is traced, also while a CUDA graph is captured.
+    """
+    return _SURROUNDINGS.get()
+
+
 @contextmanager
-def recording(numbers: StepRandom) -> Iterator[None]:
-    """Let a step draw from ``numbers`` while it is recorded."""
-    token = _RECORDING.set(numbers)
+def recording(numbers: StepRandom, around: list[Surrounding] | None = None) -> Iterator[None]:
+    """Let a step draw from ``numbers`` while it is recorded.
+
+    Args:
+        numbers: The random numbers of the step.
+        around: Gets the contexts in which the graph will run; None for a capture.
+    """
+    tokens = _RECORDING.set(numbers), _SURROUNDINGS.set(around)
     try:
         yield
     finally:
-        _RECORDING.reset(token)
+        _RECORDING.reset(tokens[0])
+        _SURROUNDINGS.reset(tokens[1])
 
 
 class Rewinds(StepRandom):

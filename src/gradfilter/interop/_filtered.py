@@ -156,11 +156,6 @@ def graphs_for(
             "Expected a module as it was before torch.compile with compile=, found a compiled one. "
             "Pass the original: the graph holds its forward pass as well."
         )
-    if any(part.name == "across_ranks" for part in transforms.parts):
-        raise ValueError(
-            "Expected a chain of one process with compile=, found across_ranks, whose ranks "
-            "communicate between operations. Do not compile."
-        )
     if any(getattr(m, "max_norm", None) is not None for m in model.modules()):
         raise ValueError(
             "Expected no embedding with max_norm with compile=, whose weight the forward pass "
@@ -232,8 +227,7 @@ class Filtered:
         compile: True to compute loss, rows and chain as one graph compiled by torch, or a backend
             of `gradfilter.compile`. The optimizer's step is not a part of it. The first batch of
             each shape is compiled. `accumulate` has a graph of its own, and the graph of a step is
-            one for each number of accumulated batches. Not with embeddings with max_norm, or
-            `across_ranks`.
+            one for each number of accumulated batches. Not with embeddings with max_norm.
 
     Raises:
         TypeError: ``transforms`` does not lead from rows to a tree; an optimizer whose step needs a

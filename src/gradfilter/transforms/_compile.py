@@ -201,6 +201,8 @@ class Graphs:
         self.entries.move_to_end(key)
         outside = tuple(place() for place in entry.trace.outside)
         with torch.no_grad(), ExitStack() as stack:
+            for context in entry.trace.around:
+                stack.enter_context(context())
             if entry.trace.calls and random is not None:
                 device = _device_of(inputs)
                 stack.enter_context(random_state_restored(device))

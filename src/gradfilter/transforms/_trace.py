@@ -31,7 +31,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from gradfilter import _tree
 from gradfilter._overlap import storage_of
-from gradfilter.grads._call_context import recording
+from gradfilter.grads._call_context import Surrounding, recording
 from gradfilter.grads._recorded_draws import CannotRecord, RecordedDraws, draws_nothing, is_draw
 from gradfilter.transforms._host_changes import is_users_code
 from gradfilter.transforms._symbolic_sizes import FixedSizes, SymbolicRules, SymbolicSizes
@@ -41,7 +41,10 @@ aten: Any = torch.ops.aten
 COPIES = ("empty", "clone", "_unsafe_view")
 """Operations that compute nothing; which of them a trace has may depend on its symbols."""
 
-SPELLINGS = {"_native_batch_norm_legit": "native_batch_norm"}
+SPELLINGS = {
+    "_native_batch_norm_legit": "native_batch_norm",
+    "_native_batch_norm_legit_no_training": "native_batch_norm",
+}
 """Operations that a trace with symbols calls by another name: the kernel is the same."""
 
 Place = Callable[[], Any]
@@ -58,6 +61,7 @@ class Trace:
         writes: Pairs of positions: a result, and the input into which the graph writes it.
         calls: The draws of random numbers that it runs, in order, as `RecordedDraws` has them.
         sizes: The sizes of the inputs for which it holds.
+        around: The contexts in which it runs.
         has_forgotten_draws: True if a pass that was given up drew numbers.
     """
 
@@ -66,6 +70,7 @@ class Trace:
     writes: tuple[tuple[int, int], ...]
     calls: tuple[Any, ...]
     sizes: SymbolicSizes | FixedSizes
+    around: tuple[Surrounding, ...]
     has_forgotten_draws: bool
     _rebuild: Callable[[Iterable[Any]], Any]
 
@@ -170,7 +175,8 @@ def trace(
     try:
         inputs = sizes.inputs(fake, flat.tensors())
         rules = SymbolicRules() if symbolic else nullcontext()
-        with recording(flat.numbers), torch.no_grad(), rules:
+        around: list[Surrounding] = []
+        with recording(flat.numbers, around), torch.no_grad(), rules:
             # A lambda, because make_fx counts the parameters of the function itself.
             graph = make_fx(lambda *tensors: flat(*tensors), tracing_mode=mode)(*inputs)
     except Exception as error:
@@ -190,8 +196,8 @@ def trace(
     _write_into_inputs(graph, writes)
     outside = _lift_constants(graph, modules)
     graph.recompile()
-    forgotten = any(flat.numbers.forgotten)
-    return Trace(graph, outside, writes, flat.numbers.calls, sizes, forgotten, flat.rebuild)
+    forgotten, calls = any(flat.numbers.forgotten), flat.numbers.calls
+    return Trace(graph, outside, writes, calls, sizes, tuple(around), forgotten, flat.rebuild)
 
 
 # --- Errors ---

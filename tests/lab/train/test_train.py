@@ -411,16 +411,13 @@ def test_what_is_not_installed_is_said_before_anything_is_done(tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-def test_ranks_train_what_one_process_trains(tmp_path):
+@pytest.mark.parametrize("more", [[], pytest.param(["--compile"], marks=pytest.mark.slow)])
+def test_ranks_train_what_one_process_trains(more, tmp_path):
     options = [*map(str, SMALL), "--microbatches", "4", "--agree", "0.9", "--dtype", "float64"]
     assert command(*options, "--save-dir", tmp_path / "alone")[0] == 0
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launch, "-m", "gradfilter", *options, "--save-dir", tmp_path / "two"],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    run = ["-m", "gradfilter", *options, *more, "--save-dir", tmp_path / "two"]
+    done = subprocess.run([sys.executable, *launch, *run], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     runs = [only_run(tmp_path / name) for name in ("alone", "two")]
     for a, b in zip(*map(metrics, runs), strict=True):

@@ -210,13 +210,6 @@ def build_training(
         "Warm up for longer, or omit it.",
     )
     _check_patterns(config, model)
-    check(
-        not config.compile or ranks.size == 1,
-        "--compile",
-        "one process",
-        f"{ranks.size}",
-        "Processes communicate between operations. Omit --compile.",
-    )
     loss = gf.model_loss(model, _criterion(config))
     update = update_of(config, total, per_epoch, ranks, lr)
     eager = gf.train_step(loss, update, microbatches=rows)
