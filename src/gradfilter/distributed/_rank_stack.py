@@ -171,7 +171,7 @@ def validate_ranks(
     text, own = _described(stack, keep is not None), per_row(stack, True if keep is None else keep)
     around = surroundings()
     if around is not None:  # no rank sends anything before all have traced
-        check = partial(_check_before_run, len(stack), text, ranks)
+        check = partial(_check_rows_alike, len(stack), text, ranks)
         around.append(partial(ranks.around_graph, check))
         return GatheredRows(stack, ranks, ranks.gather(own))
     few = own.device.type == "cpu" and len(stack) <= ROWS
@@ -195,11 +195,11 @@ def check_leaves_alike(params: Mapping[str, Tensor], ranks: Ranks) -> None:
         ValueError: They differ; the error names two ranks and the difference.
     """
     text = _described(DenseStack({name: p.detach()[None] for name, p in params.items()}), False)
-    _check_before_run(1, text, ranks)
+    _check_rows_alike(1, text, ranks)
 
 
-def _check_before_run(rows: int, text: bytes, ranks: Ranks) -> None:
-    """Refuse, on every rank, a run of a graph whose rows differ between ranks."""
+def _check_rows_alike(rows: int, text: bytes, ranks: Ranks) -> None:
+    """Refuse, on every rank, rows or leaves that differ between ranks."""
     note = torch.tensor([rows, _digest(text), len(text)])
     _check_alike(ranks.gather_on_host(note).tolist(), text, ranks)
 
