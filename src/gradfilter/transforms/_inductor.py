@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,11 @@ aten: Any = torch.ops.aten
 
 def by_inductor(graph: GraphModule) -> Callable[..., Any]:
     """Compile a graph; a graph with symbolic sizes is compiled again when a size changes first."""
-    for node in graph.graph.nodes:
-        if node.op == "call_function" and node.target is aten.add.Tensor:
+    for node in list(graph.graph.nodes):
+        if node.target is aten.add.Tensor:
             _keep_apart_from_a_product(graph, node)
+        elif node.target is aten.native_batch_norm.out:
+            _copy_the_results(graph, node)
     graph.recompile()
     symbolic = any(isinstance(node.meta.get("val"), torch.SymInt) for node in graph.graph.nodes)
     compiled: Callable[..., Any] = torch.compile(
@@ -44,6 +47,23 @@ def _keep_apart_from_a_product(graph: GraphModule, add: Node) -> None:
                 add.replace_all_uses_with(new)
                 graph.graph.erase_node(add)
                 return
+
+
+def _copy_the_results(graph: GraphModule, norm: Node) -> None:
+    """Let a norm return its results, and copy them where it has written them.
+
+    The compiler takes this form of the operation apart too late to see that it writes into them.
+    """
+    with graph.graph.inserting_before(norm):
+        found = graph.graph.call_function(aten._native_batch_norm_legit.default, norm.args)
+        for i, name in enumerate(("out", "save_mean", "save_invstd")):
+            result = graph.graph.call_function(operator.getitem, (found, i))
+            graph.graph.call_function(aten.copy_.default, (norm.kwargs[name], result))
+    for user in list(norm.users):
+        name = ("out", "save_mean", "save_invstd")[user.args[1]]
+        user.replace_all_uses_with(norm.kwargs[name])
+        graph.graph.erase_node(user)
+    graph.graph.erase_node(norm)
 
 
 def _is_product(node: Any) -> bool:
