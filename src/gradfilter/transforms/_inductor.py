@@ -11,6 +11,9 @@ from torch.fx import GraphModule, Node
 
 aten: Any = torch.ops.aten
 
+RESULTS = ("out", "save_mean", "save_invstd")
+"""The arguments into which a norm writes its results."""
+
 
 def by_inductor(graph: GraphModule) -> Callable[..., Any]:
     """Compile a graph; a graph with symbolic sizes is compiled again when a size changes first."""
@@ -56,12 +59,13 @@ def _copy_the_results(graph: GraphModule, norm: Node) -> None:
     """
     with graph.graph.inserting_before(norm):
         found = graph.graph.call_function(aten._native_batch_norm_legit.default, norm.args)
-        for i, name in enumerate(("out", "save_mean", "save_invstd")):
+        for i, name in enumerate(RESULTS):
             result = graph.graph.call_function(operator.getitem, (found, i))
             graph.graph.call_function(aten.copy_.default, (norm.kwargs[name], result))
     for user in list(norm.users):
-        name = ("out", "save_mean", "save_invstd")[user.args[1]]
-        user.replace_all_uses_with(norm.kwargs[name])
+        index: Any = user.args[1]
+        place: Any = norm.kwargs[RESULTS[index]]
+        user.replace_all_uses_with(place)
         graph.graph.erase_node(user)
     graph.graph.erase_node(norm)
 
