@@ -128,9 +128,8 @@ def test_a_graph_for_many_sizes(two):
 
 @pytest.mark.slow
 def test_inductor_trains_as_without_compiling(two):
-    for chain in ("agreement", "SAM"):
-        step = two.run(_without_dropout, chain)
-        assert step == [1, 1]
+    # This chain needs every collective: it exchanges rows, gathers losses, and adds up.
+    assert two.run(_without_dropout, "SAM per row") == [1, 1]
 
 
 def _without_dropout(chain):

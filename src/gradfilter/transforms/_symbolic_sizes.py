@@ -81,7 +81,8 @@ def _symbolic(mode: FakeTensorMode, tensor: Tensor, position: int) -> Tensor:
     # Equal sizes share a symbol, so that inputs and targets have one number of samples.
     symbols: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DUCK] * tensor.ndim)
     source = ConstantSource(f"input_{position}")
-    if tensor.storage_offset() and type(tensor) is Tensor and not tensor.is_conj():
+    lazy = tensor.is_conj() or tensor.is_neg()
+    if tensor.storage_offset() and type(tensor) is Tensor and not lazy:
         # The place of a slice in its data set would be a number that the trace depends on.
         options: Any = {"dtype": tensor.dtype, "device": tensor.device}
         tensor = torch.empty_strided(tensor.size(), tensor.stride(), **options)
