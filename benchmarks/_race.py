@@ -16,13 +16,14 @@ def race(
     device: torch.device,
     *,
     base: str,
+    warmup: int = 1,
     until: float | None = None,
 ) -> tuple[dict[str, Result], Timings]:
     """Time all contenders, with ratios to ``base``; the result of a failure is its reason.
 
     No further round begins after the time ``until``.
     """
-    timings = interleave(entrants, rounds, clock_for(device), until=until)
+    timings = interleave(entrants, rounds, clock_for(device), warmup=warmup, until=until)
     results = {}
     for name, run in entrants.items():
         if name in timings.failures:

@@ -28,11 +28,12 @@ def fused_vs_looped(part: Json) -> Section:
         f"Measured: the time for the gradients of M microbatches of B samples, their Gram, the "
         f"agreement filter and the weighted sum of all rows. The base is {PLAIN} of torch for the "
         "same M·B samples. `loop` is M ordinary backward passes, `vmap` is "
-        '`torch.func.vmap(grad)`, and `fused` is the choice of `plan="auto"`. `fused step` and '
-        "`step_GAF` are whole steps with SGD. `step_GAF` is from the package "
-        "gradient-agreement-filtering. It halves where ours takes the mean, and it needs classes "
-        "and more than one sample per row. In every step it also collects its samples one by one "
-        "from a data set and counts the correct predictions.\n\n"
+        '`torch.func.vmap(grad)`, and `fused` is the choice of `plan="auto"`. `by hand` is the '
+        "same for the MLP alone, written for this model in few calls of torch, without autograd "
+        "and without checks: the floor. `fused step` and `step_GAF` are whole steps with SGD. "
+        "`step_GAF` is from the package gradient-agreement-filtering. It halves where ours takes "
+        "the mean, and it needs classes and more than one sample per row. In every step it also "
+        "collects its samples one by one from a data set and counts the correct predictions.\n\n"
         "Medians over all models: fused **{fused}**, loop {loop}, vmap {vmap}. ".format(**medians)
         + faster(contests, [("fused", ("loop", "vmap")), ("fused step", ("step_GAF",))]),
         by_contest(contests, "plain", _fused),

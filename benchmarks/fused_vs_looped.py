@@ -3,8 +3,9 @@
 Plain is one forward and backward pass for all N = M·B samples. A plan computes the M rows, their
 Gram, the agreement filter and the weighted sum of all rows. Two contenders are whole steps, which
 also change the parameters by SGD with momentum: ``step_GAF`` of the published package, and ours for
-comparison. The results are the time over plain, computed within each round, and the peak memory of
-new storage.
+comparison. "by hand", of the MLP alone, is the computation of a plan written for this one model in
+few calls of torch. The results are the time over plain, computed within each round, and the peak
+memory of new storage.
 
     python benchmarks/fused_vs_looped.py --device cpu
     python -m benchmarks.fused_vs_looped --quick --models mlp gpt
@@ -26,6 +27,7 @@ if not __package__:  # run as a file: make the package importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gradfilter as gf
+from benchmarks._by_hand import by_hand
 from benchmarks._command import caption, facts, parser, rounds_of
 from benchmarks._models import TASKS, Task
 from benchmarks._plans import PLANS
@@ -36,6 +38,7 @@ from benchmarks._setting import THRESHOLD, Setting
 from benchmarks._timing import Contender
 
 NAME = Path(__file__).stem
+BY_HAND = "by hand"
 STEP = "fused step"
 PUBLISHED = "step_GAF"
 COMPARED = ((PUBLISHED, STEP), (PUBLISHED, "fused"))
@@ -65,6 +68,8 @@ def measure(
     microbatches, samples = size
     setting = Setting.of(task, microbatches * samples, device, bf16=bf16)
     entrants = contenders(setting, microbatches)
+    if name == "mlp":
+        entrants[BY_HAND] = by_hand(setting, microbatches)
     if task.classifies and samples > 1:  # it needs more than one sample per row
         entrants[PUBLISHED] = deferred(lambda: setting.published(microbatches))
     results, timings = race(entrants, rounds, device, base="plain", until=until)
@@ -104,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
     head = facts(NAME, options)
     target = options.out / f"{NAME}-{device.type}.json"
     save(target, head, workloads)
-    names = (*PLANS, STEP, PUBLISHED)
+    names = (*PLANS, BY_HAND, STEP, PUBLISHED)
     table(workloads, names, caption(head))
     everything = sorted(load(target), key=lambda workload: list(TASKS).index(workload.model))
     chart(everything, names, caption(head), target.with_suffix(".png"))

@@ -17,14 +17,16 @@ T = TypeVar("T")
 
 def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """Apply a function leaf by leaf to trees of one structure."""
+    if isinstance(tree, Tensor):
+        return function(tree, *rest)
+    # Parameters and states are dicts, and pairs of them. torch takes eight calls for each leaf.
     if type(tree) is dict and all(map(partial(_is_dict_of, tree.keys()), rest)):
-        # The trees of most steps: parameters and states. torch takes eight calls for each leaf.
         return {
-            key: function(value, *map(itemgetter(key), rest))
-            if isinstance(value, Tensor)
-            else tree_map(function, value, *map(itemgetter(key), rest))
+            key: tree_map(function, value, *map(itemgetter(key), rest))
             for key, value in tree.items()
         }
+    if type(tree) is tuple and all(type(t) is tuple and len(t) == len(tree) for t in rest):
+        return tuple(tree_map(function, *parts) for parts in zip(tree, *rest, strict=True))
     return pytree.tree_map(function, tree, *rest)
 
 
@@ -34,7 +36,12 @@ def _is_dict_of(keys: Collection[Any], tree: Any) -> bool:
 
 def leaves(tree: Any) -> list[Any]:
     """Return the leaves of a tree, in a fixed order."""
-    return list(pytree.tree_leaves(tree))
+    if isinstance(tree, Tensor):
+        return [tree]
+    parts = tree.values() if type(tree) is dict else tree if type(tree) is tuple else None
+    if parts is None:
+        return list(pytree.tree_leaves(tree))
+    return [leaf for part in parts for leaf in leaves(part)]
 
 
 def flatten(tree: Any) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:

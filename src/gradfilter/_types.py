@@ -177,6 +177,8 @@ class Transform(MadeByFactory):
         rules: The rules for a state that changes in skipped steps as well; None for others.
         row_rules: The rules of a transform that acts row by row; None if it compares rows.
         apply: Computes and applies the updates in one pass, if there is such a way: `with_apply`.
+        takes_scaled: True if ``apply`` takes a `ScaledTree` as well.
+        scaling: Gives a `ScaledTree` in place of a tree, if there is such a way: `with_scaling`.
 
     Calling a transform that ends in an update applies it:
     ``transform(params, state, grads, **extra) -> (params, state, info)``.
@@ -194,6 +196,8 @@ class Transform(MadeByFactory):
     # Not arguments: `replace(transform, compute=...)` must not keep what belonged to the old one.
     parts: tuple[Transform, ...] = field(default=(), init=False)
     apply: Callable[..., tuple[Params, State, Out]] | None = field(default=None, init=False)
+    takes_scaled: bool = field(default=False, init=False)
+    scaling: Compute | None = field(default=None, init=False)
 
     @property
     @override
@@ -236,7 +240,9 @@ class Transform(MadeByFactory):
         """
         return self.compute(grads, state, params, Context(extra))
 
-    def with_apply(self, apply: Callable[..., tuple[Params, State, Out]]) -> Transform:
+    def with_apply(
+        self, apply: Callable[..., tuple[Params, State, Out]], *, takes_scaled: bool = False
+    ) -> Transform:
         """Return this transform with a function that computes and applies its updates in one pass.
 
         Args:
@@ -244,8 +250,19 @@ class Transform(MadeByFactory):
                 results are those of `compute` and `apply_updates`, up to rounding. It follows
                 ``context.keep`` and every ``keep`` that it publishes. With ``donate`` it may write
                 into ``params`` and ``state``. A chain that ends in this transform uses it.
+            takes_scaled: True if ``grads`` may be a `ScaledTree`, which a transform before it in a
+                chain gives.
         """
-        return self._replaced(apply=apply)
+        return self._replaced(apply=apply, takes_scaled=takes_scaled)
+
+    def with_scaling(self, scaling: Compute | None) -> Transform:
+        """Return this transform with a function that leaves the products of its result to others.
+
+        Args:
+            scaling: As `compute`, for a transform that multiplies leaves by factors. It may give a
+                `ScaledTree` in place of a tree. A chain uses it before an ``apply`` that takes one.
+        """
+        return self._replaced(scaling=scaling)
 
     def with_parts(self, parts: tuple[Transform, ...]) -> Transform:
         """Return this transform as the chain of its parts."""
@@ -258,7 +275,8 @@ class Transform(MadeByFactory):
 
     def _replaced(self, **changed: Any) -> Transform:
         new = replace(self)
-        for name, value in {"apply": self.apply, "parts": self.parts, **changed}.items():
+        kept = {name: getattr(self, name) for name in ("apply", "parts", "takes_scaled", "scaling")}
+        for name, value in {**kept, **changed}.items():
             object.__setattr__(new, name, value)
         return new
 

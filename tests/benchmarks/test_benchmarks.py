@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks._by_hand import by_hand
 from benchmarks._memory import peak_bytes
-from benchmarks._models import Task, images
+from benchmarks._models import TASKS, Task, images
 from benchmarks._report import chart, table
+from benchmarks._setting import Setting
 from benchmarks._timing import Spread, interleave, rotations
 from rich.console import Console
 from torch import nn
@@ -34,7 +36,8 @@ def test_script_measures_every_plan_and_writes_table_json_and_chart(tmp_path):
     (workload,) = written["workloads"]
     assert workload["microbatches"] * workload["samples_per_microbatch"] == 128
     step, published = fused_vs_looped.STEP, fused_vs_looped.PUBLISHED
-    assert list(workload["results"]) == ["plain", *fused_vs_looped.PLANS, step, published]
+    ours = (*fused_vs_looped.PLANS, step, fused_vs_looped.BY_HAND)
+    assert list(workload["results"]) == ["plain", *ours, published]
     assert workload["ratios"][f"{published} / {step}"]["median"] > 0
     for result in workload["results"].values():
         assert result["failure"] is None
@@ -48,6 +51,16 @@ def test_script_measures_every_plan_and_writes_table_json_and_chart(tmp_path):
     assert gradient < plain["peak_bytes"] < 2 * gradient
     assert 8 * gradient < loop["peak_bytes"] < 24 * gradient
     assert (tmp_path / "fused_vs_looped-cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("microbatches", "samples"), [(4, 3), (6, 1)])
+def test_by_hand_computes_what_a_plan_computes(microbatches, samples, float64):
+    setting = Setting.of(TASKS["mlp"], microbatches * samples, CPU)
+    plan, _, _ = setting.filtered(microbatches, "fused")()
+    found = by_hand(setting, microbatches)()
+    assert found.keys() == plan.keys()
+    for name, leaf in plan.items():
+        torch.testing.assert_close(found[name], leaf, rtol=1e-10, atol=1e-14)
 
 
 class Moody(nn.Linear):

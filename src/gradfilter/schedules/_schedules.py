@@ -68,6 +68,11 @@ class Schedule(MadeByFactory):
             return f"Schedule(max_value={self.max_value}, min_value={self.min_value})"
         return str(self.call)
 
+    @property
+    def depends_on_count_alone(self) -> bool:
+        """Whether the value is known to depend on the step alone, and on no published metric."""
+        return isinstance(self.at, (_AfterWarmup, _Constant))
+
     def __call__(self, count: int | Tensor) -> Tensor:
         """Return the value at step ``count``, for schedules without a state."""
         count = torch.as_tensor(count)
@@ -79,7 +84,17 @@ def as_schedule(value: float | Tensor | Schedule) -> Schedule:
     if isinstance(value, Schedule):
         return value
     bounds = (0.0, 0.0) if isinstance(value, Tensor) else (value, value)
-    return Schedule(lambda count, state, **extra: (_tree.scalar(value, count), state), *bounds)
+    return Schedule(_Constant(value), *bounds)
+
+
+@dataclass(frozen=True, eq=False)
+class _Constant:
+    """Give a number, or a 0-d tensor, at every step."""
+
+    value: float | Tensor
+
+    def __call__(self, count: Tensor, state: State, **extra: Any) -> tuple[Tensor, State]:
+        return _tree.scalar(self.value, count), state
 
 
 def after_warmup(

@@ -13,7 +13,9 @@ from torch.optim import Optimizer
 
 from gradfilter._factory import factory
 from gradfilter._overlap import copied_where_shared
+from gradfilter._readable import followed
 from gradfilter._row_rules import joined_rules
+from gradfilter._scaled_tree import ScaledTree
 from gradfilter._state_rules import PartRules, settled
 from gradfilter._types import (
     GLOBAL_NAMES,
@@ -295,10 +297,18 @@ class _Composition:
         *before, last = self.parts
         apply_last = self.parts[last].apply
         assert apply_last is not None
+        read_later: list[ScaledTree] = []
+        if before and self.parts[last].takes_scaled and not followed():
+            scaling = self.parts[before[-1]].scaling
+            if scaling is not None:
+                computes[before[-1]] = partial(_noted, scaling, read_later)
         # The last part gives new parameters in place of an update: no part follows it.
         computes[last] = partial(apply_last, donate=donate)
         donated = last if donate else None
         new_params, new_state, out = self._run(computes, grads, state, params, context, donated)
+        for tree in read_later:
+            of_last = {key: out.pop(key) for key in list(out) if key.startswith(f"{last}/")}
+            out |= _found(before[-1], tree.published(), params, context) | of_last
         keep = all_keep(params, context.keep, out.get("keep"))
         if keep is not None:
             for name in before:
@@ -356,6 +366,21 @@ class _Composition:
         return reduced.grads()
 
 
+def _noted(
+    scaling: Compute,
+    trees: list[ScaledTree],
+    grads: Any,
+    state: State,
+    params: Params,
+    context: Context,
+) -> tuple[Any, State, Out]:
+    """Run a scaling, and note its tree, which publishes more after it has been read."""
+    found, new_state, out = scaling(grads, state, params, context)
+    if isinstance(found, ScaledTree):
+        trees.append(found)
+    return found, new_state, out
+
+
 def _found(name: str, out: Out, params: Params, context: Context) -> Out:
     """Return the published values of a part under the names that they have in the chain."""
     found = {k: v for k, v in out.items() if k in GLOBAL_NAMES}
@@ -395,11 +420,11 @@ def named(name: str, transform: Transform) -> Transform:
     """
     if not name or "/" in name or "." in name:
         raise ValueError(f"Expected a name without '/' and '.', found {name!r}.")
-    renamed = replace(transform, name=name)
+    renamed = replace(transform, name=name).with_scaling(transform.scaling)
     # A chain that has become one transform gives an update, as every transform inside another does.
     if transform.apply is None or transform.parts:
         return renamed
-    return renamed.with_apply(transform.apply)
+    return renamed.with_apply(transform.apply, takes_scaled=transform.takes_scaled)
 
 
 def _flattened(parts: Parts) -> tuple[Transform, ...]:

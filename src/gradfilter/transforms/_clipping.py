@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial, reduce
 
@@ -14,6 +14,7 @@ from gradfilter import _products, _tree
 from gradfilter._factory import factory
 from gradfilter._readable import transformed
 from gradfilter._row_rules import IGNORES_ROWS, RowRules
+from gradfilter._scaled_tree import ScaledTree, scaled
 from gradfilter._shards import cuts, is_sharded, local, parts, resharded
 from gradfilter._types import Context, Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
@@ -36,8 +37,11 @@ Within = dict[str, list[int]]
 
 def within_units(tree: Tree, unit_dims: UnitDims | None) -> Within:
     """Return the dims inside the units of every leaf; leaves with a single unit come last."""
-    within = {name: _unit_axes(name, leaf.ndim, unit_dims) for name, leaf in tree.items()}
-    return dict(sorted(within.items(), key=lambda item: len(item[1]) == tree[item[0]].ndim))
+    several, single = Within(), Within()
+    for name, leaf in tree.items():
+        dims = _unit_axes(name, leaf.ndim, unit_dims)
+        (single if len(dims) == leaf.ndim else several)[name] = dims
+    return several | single
 
 
 def _unit_axes(name: str, ndim: int, unit_dims: UnitDims | None) -> list[int]:
@@ -229,18 +233,23 @@ def clip_by_global_norm(max_norm: float) -> Transform:
         "clip_by_global_norm", "max_norm", max_norm, low=0, open_low=True, fix="1.0 is usual."
     )
 
-    def update(
+    def scaling(
         grads: Tree, state: State, params: Params, context: Context
-    ) -> tuple[Tree, State, Out]:
+    ) -> tuple[ScaledTree, State, Out]:
         norm = _products.norm(grads)
         factor = _shrink(norm, max_norm)
         out = {"norm": norm, "clipped_fraction": (factor < 1).to(norm.dtype)}
-        # The factor may be too small for the precision of the gradients.
-        clipped = {
-            name: (_tree.at_least_float32(g) * factor.to(_tree.at_least_float32(g).dtype))
-            for name, g in grads.items()
-        }
-        return clipped, state, out
+
+        def factors(names: Collection[str]) -> Tree:
+            return {n: factor.to(_tree.at_least_float32(grads[n]).dtype) for n in names}
+
+        return ScaledTree(grads, factors), state, out
+
+    def update(
+        grads: Tree, state: State, params: Params, context: Context
+    ) -> tuple[Tree, State, Out]:
+        clipped, state, out = scaling(grads, state, params, context)
+        return clipped.wide(grads), state, out
 
     return transform_in_context(
         "clip_by_global_norm",
@@ -248,7 +257,7 @@ def clip_by_global_norm(max_norm: float) -> Transform:
         update,
         publishes=("norm", "clipped_fraction"),
         row_rules=IGNORES_ROWS,
-    )
+    ).with_scaling(scaling)
 
 
 @factory
@@ -318,7 +327,7 @@ def agc_clip(
         clip,
         publishes=("clipped_fraction",),
         row_rules=IGNORES_ROWS,
-    )
+    ).with_scaling(clip.scaling)
 
 
 @dataclass(frozen=True, eq=False)
@@ -333,9 +342,8 @@ class _UnitClip:
     def __call__(
         self, grads: Tree, state: State, params: Params, context: Context
     ) -> tuple[Tree, State, Out]:
-        exclude = self.exclude
-        chosen = {n: g for n, g in grads.items() if exclude is None or not exclude(n)}
-        if is_off(self.clipping) or not chosen:
+        chosen = self._chosen(grads)
+        if not chosen:
             nothing = torch.zeros((), dtype=torch.float32, device=_tree.device_of(grads))
             return grads, state, {"clipped_fraction": nothing}
         clipped, shrunk = dict(grads), []
@@ -346,7 +354,34 @@ class _UnitClip:
             some, fewer = self.clip({n: grads[n] for n in names}, {n: params[n] for n in names})
             clipped |= some
             shrunk.append(fewer)
-        return clipped, state, {"clipped_fraction": torch.cat(shrunk).to(torch.float32).mean()}
+        return clipped, state, _fraction(shrunk)
+
+    def scaling(
+        self, grads: Tree, state: State, params: Params, context: Context
+    ) -> tuple[Tree | ScaledTree, State, Out]:
+        """Do the same as a call, and leave norms and products to the reader of the result."""
+        chosen = self._chosen(grads)
+        if not chosen or any(map(is_sharded, chosen.values())):
+            return self(grads, state, params, context)
+        shrunk = list[Tensor]()
+
+        def factors(names: Collection[str]) -> Tree:
+            found: Tree = {}
+            for block in blocks({n: chosen[n] for n in names if n in chosen}, BLOCK):
+                of_block = ({n: tree[n] for n in block} for tree in (grads, params))
+                some, fewer = self.factors(*of_block)
+                found |= some
+                shrunk.append(fewer)
+            return found
+
+        return ScaledTree(grads, factors, lambda: _fraction(shrunk)), state, {}
+
+    def _chosen(self, grads: Tree) -> Tree:
+        """Return the leaves that are clipped."""
+        if is_off(self.clipping):
+            return {}
+        exclude = self.exclude
+        return {n: g for n, g in grads.items() if exclude is None or not exclude(n)}
 
     def clip(
         self,
@@ -355,21 +390,29 @@ class _UnitClip:
         summed: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tree, Tensor]:
         """Return clipped leaves of one dtype, and a mask of the units that were scaled down."""
+        factors, fewer = self.factors(grads, params, summed)
+        return scaled(grads, factors), fewer
+
+    def factors(
+        self,
+        grads: Tree,
+        params: Params,
+        summed: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tree, Tensor]:
+        """Return the factors of leaves of one dtype, and a mask of the units to scale down."""
         within = within_units(grads, self.unit_dims)
         limits = self.clipping * unit_norms(params, within, summed).clamp(min=self.eps)
         if isinstance(self.clipping, Tensor):  # a schedule that ends at 0 switches clipping off
             limits = torch.where(self.clipping == 0, torch.inf, limits)
         factors = _shrink(unit_norms(grads, within, summed), limits)
-        # In half precision a small factor would round to 0 before the product.
-        leaves = [_tree.at_least_float32(grads[name]) for name in within]
-        by = per_leaf(factors.to(leaves[0].dtype), grads, within)
-        # A factor of 1 changes no bit, and costs less than torch.where per entry.
-        scaled: Sequence[Tensor]
-        if transformed():  # vmap does not support one call for all
-            scaled = [leaf * factor for leaf, factor in zip(leaves, by, strict=True)]
-        else:
-            scaled = torch._foreach_mul(leaves, by)  # pyright: ignore[reportPrivateImportUsage]  # as torch's clipping
-        return dict(zip(within, scaled, strict=True)), factors < 1
+        dtype = _tree.at_least_float32(next(iter(grads.values()))).dtype
+        by = per_leaf(factors.to(dtype), grads, within)
+        return dict(zip(within, by, strict=True)), factors < 1
+
+
+def _fraction(shrunk: list[Tensor]) -> Out:
+    """Return the fraction of the units that were scaled down, to be published."""
+    return {"clipped_fraction": torch.cat(shrunk).to(torch.float32).mean()}
 
 
 # --- Budget clipping: the rows of a batch share a limited sum of norms by their agreement ---

@@ -13,6 +13,7 @@ from gradfilter import _tree
 from gradfilter._factory import factory
 from gradfilter._readable import followed
 from gradfilter._row_rules import IGNORES_ROWS
+from gradfilter._scaled_tree import ScaledTree
 from gradfilter._types import (
     Compute,
     Context,
@@ -119,7 +120,7 @@ class FusedKernel:
     def run(
         self,
         params: Tree,
-        grads: Tree,
+        grads: Tree | ScaledTree,
         buffers: dict[str, Tree],
         t: Tensor,
         lr: Tensor,
@@ -136,7 +137,9 @@ class FusedKernel:
         for names in blocks(params, BLOCK):
             lists = [[tree[n] if donate else tree[n].clone() for n in names] for tree in old]
             own = dict(zip(buffers, lists[1:], strict=True))
-            self.function(lists[0], [grads[n] for n in names], own, t, lr, skip)
+            read = grads.read(names) if isinstance(grads, ScaledTree) else grads
+            self.function(lists[0], [read[n] for n in names], own, t, lr, skip)
+            del read  # before the next products are computed
             if donate:  # tell autograd, which may have saved these tensors; the kernels do not
                 changed = [leaf for leaves in lists for leaf in leaves if not leaf.is_inference()]
                 torch.autograd.graph.increment_version(changed)
@@ -235,8 +238,11 @@ class _FusedUpdates:
     ) -> tuple[Params, State, Out]:
         keep = all_keep(params, context.keep)
         own = {buffer: state[buffer] for buffer in self.updates.rule.buffers}
-        fits = self.kernel.fits(params, (grads, *own.values()))
-        if not fits or (donate and _share_an_address(grads, (params, *own.values()))):
+        leaves = grads.leaves if isinstance(grads, ScaledTree) else grads
+        fits = self.kernel.fits(params, (leaves, *own.values()))
+        if not fits or (donate and _share_an_address(leaves, (params, *own.values()))):
+            if isinstance(grads, ScaledTree):
+                grads = _tree.in_dtypes_of(params, grads.wide(params))
             updates, new_state, out = self.formulas(grads, state, params, context)
             return *apply_updates(params, state, updates, new_state, keep), out
         value, t, lr_state = self.updates.begin(state, context)
@@ -267,8 +273,12 @@ def update_rule(name: str, lr: float | Schedule, rule: LeafRule) -> Transform:
         publishes=("lr",),
         row_rules=IGNORES_ROWS,
     )
-    kernel = rule.kernel
-    return made if kernel is None else made.with_apply(_FusedUpdates(updates, kernel, made.compute))
+    if rule.kernel is None:
+        return made
+    return made.with_apply(
+        _FusedUpdates(updates, rule.kernel, made.compute),
+        takes_scaled=updates.schedule.depends_on_count_alone,
+    )
 
 
 # --- Adam and AdamW ---

@@ -26,6 +26,9 @@ from gradfilter.grads.fused._factors import (
     weigh,
 )
 
+FEW_POSITIONS = 512
+"""The positions of a row up to which its windows are laid out, instead of a call for every row."""
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -115,17 +118,40 @@ class ConvFactor(Divisible):
 
     @override
     def rows(self, low: int = 0, high: int | None = None) -> Tensor:
-        """Compute the rows one after another: no kernel takes a batch of weight gradients."""
+        """Compute the rows one after another: no kernel takes a batch of weight gradients.
+
+        Where the windows of a row are few, one product for all rows is faster.
+        """
         weight, inputs, outputs = self.weight[low:high], self.inputs, self.outputs
         geometry = self.geometry
         if len(weight) < len(self.weight):
             inputs, outputs, geometry = self._tile(low, low + len(weight))
+        part = replace(self, inputs=inputs, outputs=outputs, weight=weight, geometry=geometry)
+        if part._windows_are_faster():
+            n, _, d = part._sizes()
+            return by_rows(part, 2 * n * d * inputs.element_size(), ConvFactor._rows_of_windows)
         if inputs.shape[1] == 1 and geometry.is_product:
             return self._as_groups(inputs, outputs, weight)
         rows = inputs.new_empty(self.count, *weight.shape)
         for m in range(self.count):
             rows[m] = geometry.weight_grad(outputs[m], inputs[m], weight)
         return rows
+
+    def _windows_are_faster(self) -> bool:
+        """Return whether a product of windows takes less time than a call for every row.
+
+        Measured on two cores for layers of LeNet and ResNet18, from 8 rows of 16 samples to 128 of
+        one: up to twice as fast with few positions, and up to twice as slow with thousands.
+        """
+        positions, samples = self._sizes()[0], self.inputs.shape[1]
+        several = self.geometry.is_product and self.inputs.device.type == "cpu" and samples > 1
+        return several and positions <= FEW_POSITIONS
+
+    def _rows_of_windows(self) -> Tensor:
+        """Compute the rows as products of windows and output gradients."""
+        own = self._unfolded()
+        taps = torch.bmm(own.outputs.mT, own.inputs).unflatten(2, (*self.shape[2:], -1))
+        return taps.movedim(-1, 2).contiguous()
 
     def _as_groups(self, inputs: Tensor, outputs: Tensor, weight: Tensor) -> Tensor:
         """Compute rows of one sample each as the groups of one convolution, without copies."""

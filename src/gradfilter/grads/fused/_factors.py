@@ -274,8 +274,10 @@ def _ghost_products(a: Tensor, d: Tensor, b: Tensor, e: Tensor) -> Tensor:
         products = (a.flatten(0, 1) @ b.flatten(0, 1).T).mul_(d.flatten(0, 1) @ e.flatten(0, 1).T)
     if n == 1:
         return products.to(_tree.sum_dtype(a))
-    sums = products.view(-1, width, n).sum(2, dtype=_tree.sum_dtype(a))
-    return sums.view(count, n, width).sum(1)
+    # Up to so many numbers a float32 sum loses as little as a product does.
+    short = products.view(-1, width, n)
+    sums = short.sum(2) if n <= _products.BLOCK else short.sum(2, dtype=_tree.sum_dtype(a))
+    return sums.view(count, n, width).sum(1, dtype=_tree.sum_dtype(a))
 
 
 def weigh(tensor: Tensor, weights: Tensor | None, live: Tensor | None) -> Tensor:
@@ -362,12 +364,25 @@ def small_rows(held: Mapping[str, Tensor], names: Collection[str]) -> list[str]:
     ]
 
 
-def join_rows(held: Mapping[str, Tensor], names: list[str]) -> dict[str, Factor]:
-    """Join leaves whose rows are held into one factor."""
+def join_rows(held: Mapping[str, Tensor], names: list[str]) -> tuple[dict[str, Factor], Tree]:
+    """Join leaves whose rows are held into one factor.
+
+    Returns:
+        The factor under `JOINED`, and the rows of every leaf as views of it; none of leaves in half
+        precision, which are wider in the factor.
+    """
     if not names:
-        return {}
-    matrices = torch.cat([held[name].reshape(held[name].shape[0], -1) for name in names], 1)
-    return {JOINED: DenseFactor(_tree.at_least_float32(matrices))}
+        return {}, {}
+    rows = [held[name] for name in names]
+    matrices = torch.cat([leaf.reshape(leaf.shape[0], -1) for leaf in rows], 1)
+    joined = _tree.at_least_float32(matrices)
+    parts = torch.split_with_sizes(joined, [leaf.shape[1:].numel() for leaf in rows], 1)
+    views = {
+        name: part.view(leaf.shape)
+        for name, leaf, part in zip(names, rows, parts, strict=True)
+        if leaf.dtype == joined.dtype
+    }
+    return {JOINED: DenseFactor(joined)}, views
 
 
 def split_joined(total: Tensor, names: list[str], shapes: Mapping[str, torch.Size]) -> Tree:

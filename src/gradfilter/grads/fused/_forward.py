@@ -356,7 +356,8 @@ def forward(
         generators = [generator for _, generator in loss.attributes.generators]
         reenter = partial(_reenter, guarded, generators)
         rerun = partial(_rerun, guarded, generators, by_row)
-        host = Host(level, tape, running, Checkpoints(level), reenter, rerun, moves)
+        values = held(params) if shared else {}
+        host = Host(level, tape, running, Checkpoints(level), reenter, rerun, values, moves)
         overrides = Overrides(host, guarded, Seeds(generators))
         inside = dict(zip(leaves, as_parameters(level.wrap_all(leaves.values())), strict=True))
         row = batch.rebuild(level.wrap_all(batch.tensors))

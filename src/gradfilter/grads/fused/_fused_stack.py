@@ -168,17 +168,19 @@ class LazyRows:
         self._used = False
         self._kept: dict[str, Factor] = {}
         self._held: dict[str, Tensor] = {}
+        self._joint: tuple[list[str], dict[str, Factor]] = [], {}
         self._versions: dict[str, int] | None = None
 
     def _enter_factors(self, kept: dict[str, Factor]) -> None:
         self.state = State.FACTORS
         self._forward, self._kept, self._held = None, kept, _held_rows(kept)
-        self._versions = versions(self._held)
+        self._joint, self._versions = ([], {}), versions(self._held)
 
     def release(self) -> None:
         """Free the graph and the factors; another pass can compute them again."""
         self.state, self._used = State.RELEASED, False
         self._forward, self._kept, self._held, self._versions = None, {}, {}, None
+        self._joint = [], {}
 
     def empty(self) -> Tensor | None:
         """Find the rows with a NaN loss and a zero gradient, or None. (M,) bool."""
@@ -268,8 +270,7 @@ class LazyRows:
             live = self._live(names, weights)
             found = self._ask(names, lambda factor, _: factor.total(weights, live), join=True)
             if JOINED in found:
-                small = small_rows(self._held, names)
-                found |= split_joined(found.pop(JOINED), small, self.shapes)
+                found |= split_joined(found.pop(JOINED), self._joined(names)[0], self.shapes)
         return found
 
     def _live(self, names: Collection[str], weights: Tensor) -> Tensor | None:
@@ -310,12 +311,27 @@ class LazyRows:
                 return answers.found
         chosen = self.factors(names)
         if join:
-            small = small_rows(self._held, names)
+            small, joint = self._joined(names)
             for name in small:
                 del chosen[name]
-            chosen |= join_rows(self._held, small)
+            chosen |= joint
         with torch.set_grad_enabled(False), _tree.no_autocast(self._losses):
             return {name: question(factor, name) for name, factor in chosen.items()}
+
+    def _joined(self, names: Collection[str]) -> tuple[list[str], dict[str, Factor]]:
+        """Return those leaves whose rows are held and small, and the one factor of all of them.
+
+        Gram and combination ask about the same leaves, so the last join is kept. The rows of each
+        leaf become views of it, so that it takes no memory in addition.
+        """
+        small = small_rows(self._held, names)
+        if small != self._joint[0]:
+            joint, parts = join_rows(self._held, small)
+            self._joint = small, joint
+            self._kept |= {name: DenseFactor(part) for name, part in parts.items()}
+            self._held |= parts
+            self._versions = versions(self._held)
+        return self._joint
 
     def _factors(self) -> dict[str, Factor]:
         """Return the factor of each leaf; run the backward pass first if they are not held."""

@@ -33,6 +33,9 @@ class Host:
     checkpoints: Checkpoints
     reenter: Callable[[Host], AbstractContextManager[None]]
     rerun: Callable[[Host], AbstractContextManager[None]]
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    """The value of every leaf that all rows share, detached, by the leaf's name."""
+
     moves: Mapping[str, Move] = field(default_factory=dict)
     """What every row adds to a leaf, by the leaf's name."""
 
@@ -54,10 +57,13 @@ class Host:
 
     def __post_init__(self) -> None:
         """Index the leaves by identity."""
+        leaves = self.tape.leaves
+        values = self.values or {
+            n: rows.detach()[0] for n, rows in leaves.items() if is_shared(rows)
+        }
         self._leaves = {
-            id(rows): Weight(rows.detach()[0], rows, name, self.moves.get(name))
-            for name, rows in self.tape.leaves.items()
-            if is_shared(rows)
+            id(leaves[name]): Weight(value, leaves[name], name, self.moves.get(name))
+            for name, value in values.items()
         }
         self._own: dict[str, Tensor] = {}
 
