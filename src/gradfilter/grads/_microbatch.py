@@ -420,7 +420,7 @@ class BatchPasses:
             self.settings.memory_budget, self.context.device, checkpointed=first.checkpointed
         )
         return FusedStack(
-            LazyRows(run, first, budget, self.loss.hooks),
+            LazyRows(run, first, budget, self.loss.hooks, lean=self.settings.memory_budget is None),
             tuple(params),
             losses.shape[0],
             losses,
@@ -643,7 +643,9 @@ def microbatch_grads(
             an ordinary backward pass: bytes (int), or a fraction of the device's memory (float, up
             to 1). If it is too small, the plan streams rows, and at last runs a backward pass for
             every question. The default is 0.25, and 0 if the loss uses activation checkpoints,
-            which would save nothing otherwise. ``explain()`` of a stack says what was chosen.
+            which would save nothing otherwise. By default rows are also streamed where they would
+            take more than 8 times the memory of what they are computed from. ``explain()`` of a
+            stack says what was chosen.
 
     Raises:
         ValueError: M < 1; N not divisible by M; tensors of the batch disagree on N; the batch is

@@ -37,7 +37,8 @@ Within = dict[str, list[int]]
 
 def within_units(tree: Tree, unit_dims: UnitDims | None) -> Within:
     """Return the dims inside the units of every leaf; leaves with a single unit come last."""
-    several, single = Within(), Within()
+    several: Within = {}
+    single: Within = {}
     for name, leaf in tree.items():
         dims = _unit_axes(name, leaf.ndim, unit_dims)
         (single if len(dims) == leaf.ndim else several)[name] = dims

@@ -187,8 +187,8 @@ def test_modes_are_chosen_again_for_other_sizes_and_budgets(model, options):
     run, found = modes_of(model, **options)
     tape = run._forward.tape
     sizes = tuple((name, leaf.shape, leaf.element_size()) for name, leaf in tape.leaves.items())
-    budget = options.get("memory_budget", 10**9)
-    fresh = _tape._modes_for.__wrapped__(sizes, tuple(tape.uses), budget, 2.5)
+    budget, lean = options.get("memory_budget", 10**9), "memory_budget" not in options
+    fresh = _tape._modes_for.__wrapped__(sizes, tuple(tape.uses), budget, lean, 2.5)
     assert found == fresh and found != usual
 
 

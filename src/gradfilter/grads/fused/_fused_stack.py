@@ -124,6 +124,7 @@ class LazyRows:
         first: The forward pass that has run.
         budget: The bytes that may be held between questions.
         hooks: The hooks that the user registered on parameters, to be run on every row.
+        lean: True to hold no rows that take much more memory than their factors.
 
     Attributes:
         state: The present state.
@@ -137,6 +138,8 @@ class LazyRows:
         first: Forward,
         budget: int,
         hooks: dict[str, list[Hook]] | None = None,
+        *,
+        lean: bool = False,
     ) -> None:
         self._source = source
         self.fallback = ""  # the reason why the loop has computed the rows
@@ -145,7 +148,7 @@ class LazyRows:
         self._linear = first.tape.linear
         self.shapes = {name: leaf.shape[1:] for name, leaf in first.tape.leaves.items()}
         self._dtypes = {name: leaf.dtype for name, leaf in first.tape.leaves.items()}
-        self.modes: Modes = choose_modes(first.tape.leaves, first.tape.uses, budget)
+        self.modes: Modes = choose_modes(first.tape.leaves, first.tape.uses, budget, lean=lean)
         self.overrides = dict(first.tape.overrides)
         self.groups, self.by_row = first.groups, first.by_row
         self.moved, self.checkpointed = first.moved, first.checkpointed
