@@ -369,8 +369,9 @@ class _UnitClip:
         def factors(names: Collection[str]) -> Tree:
             found: Tree = {}
             for block in blocks({n: chosen[n] for n in names if n in chosen}, BLOCK):
-                of_block = ({n: tree[n] for n in block} for tree in (grads, params))
-                some, fewer = self.factors(*of_block)
+                some, fewer = self.factors(
+                    {n: grads[n] for n in block}, {n: params[n] for n in block}
+                )
                 found |= some
                 shrunk.append(fewer)
             return found

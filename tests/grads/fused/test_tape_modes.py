@@ -9,6 +9,7 @@ import gradfilter as gf
 from _zoo import ZOO
 from _zoo_case import PLAN, Case, inputs
 from _zoo_check import Oracle, probe_for
+from gradfilter.grads.fused import _conv_factor
 from gradfilter.grads.fused import _factors as _factor
 
 pytestmark = [
@@ -54,6 +55,25 @@ def test_every_mode_gives_the_loops_answers(name, ghosts, budget, monkeypatch):
             oracle.check_pass(rows, where)
             for question in order:
                 oracle.check(rows, question, where)
+
+
+@pytest.mark.parametrize("positions", [0, 10**6], ids=["a call per row", "windows"])
+@pytest.mark.parametrize("name", [name for name in NAMES if "conv" in name or name == "lenet"])
+def test_both_ways_to_the_rows_of_a_convolution_give_the_loops_answers(
+    name, positions, monkeypatch
+):
+    monkeypatch.setattr(_conv_factor, "FEW_POSITIONS", positions)
+    monkeypatch.setattr(_factor, "LARGE_SUM", 0.0)
+    monkeypatch.setattr(_factor, "LARGEST", 64)  # windows of some rows at a time
+    case = ZOO[name]
+    model = case.model()
+    for m, b in SIZES:
+        batch = case.samples(m, b)
+        loop = case.rows(model, batch, m, b, "loop")
+        oracle = Oracle(loop, probe_for(gf.extract(model)[0], m), case.rtol)
+        rows = case.rows(model, batch, m, b, PLAN, memory_budget=0.25)
+        for question in ("stacked", "gram", "combine", "dot"):
+            oracle.check(rows, question, f"{name}, M = {m}")
 
 
 def modes(model, batch, m, **options):

@@ -150,7 +150,8 @@ class ConvFactor(Divisible):
     def _rows_of_windows(self) -> Tensor:
         """Compute the rows as products of windows and output gradients."""
         own = self._unfolded()
-        taps = torch.bmm(own.outputs.mT, own.inputs).unflatten(2, (*self.shape[2:], -1))
+        rows = torch.bmm(own.outputs.mT, own.inputs)
+        taps = rows.view(self.count, self.shape[0], *self.shape[2:], self.shape[1])
         return taps.movedim(-1, 2).contiguous()
 
     def _as_groups(self, inputs: Tensor, outputs: Tensor, weight: Tensor) -> Tensor:
