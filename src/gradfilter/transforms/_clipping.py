@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, reduce
 
 import torch
@@ -364,19 +364,8 @@ class _UnitClip:
         chosen = self._chosen(grads)
         if not chosen or any(map(is_sharded, chosen.values())):
             return self(grads, state, params, context)
-        shrunk = list[Tensor]()
-
-        def factors(names: Collection[str]) -> Tree:
-            found: Tree = {}
-            for block in blocks({n: chosen[n] for n in names if n in chosen}, BLOCK):
-                some, fewer = self.factors(
-                    {n: grads[n] for n in block}, {n: params[n] for n in block}
-                )
-                found |= some
-                shrunk.append(fewer)
-            return found
-
-        return ScaledTree(grads, factors, lambda: _fraction(shrunk)), state, {}
+        blockwise = _BlockFactors(self, chosen, params)
+        return ScaledTree(grads, blockwise, blockwise.published), state, {}
 
     def _chosen(self, grads: Tree) -> Tree:
         """Return the leaves that are clipped."""
@@ -410,6 +399,38 @@ class _UnitClip:
         dtype = _tree.at_least_float32(next(iter(grads.values()))).dtype
         by = per_leaf(factors.to(dtype), grads, within)
         return dict(zip(within, by, strict=True)), factors < 1
+
+
+@dataclass(frozen=True, eq=False)
+class _BlockFactors:
+    """The factors of some leaves at a time, and the units that were scaled down so far.
+
+    Attributes:
+        clip: The clip.
+        chosen: The gradients of the leaves that are clipped.
+        params: The parameters.
+        shrunk: The masks of the units of the leaves so far.
+    """
+
+    clip: _UnitClip
+    chosen: Tree
+    params: Params
+    shrunk: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, names: Collection[str]) -> Tree:
+        """Return the factors of those of some leaves that are clipped."""
+        found: Tree = {}
+        for block in blocks({n: self.chosen[n] for n in names if n in self.chosen}, BLOCK):
+            some, fewer = self.clip.factors(
+                {n: self.chosen[n] for n in block}, {n: self.params[n] for n in block}
+            )
+            found |= some
+            self.shrunk.append(fewer)
+        return found
+
+    def published(self) -> Out:
+        """Return what the clip publishes, after all leaves."""
+        return _fraction(self.shrunk)
 
 
 def _fraction(shrunk: list[Tensor]) -> Out:

@@ -274,10 +274,8 @@ def _ghost_products(a: Tensor, d: Tensor, b: Tensor, e: Tensor) -> Tensor:
         products = (a.flatten(0, 1) @ b.flatten(0, 1).T).mul_(d.flatten(0, 1) @ e.flatten(0, 1).T)
     if n == 1:
         return products.to(_tree.sum_dtype(a))
-    # Up to so many numbers a float32 sum loses as little as a product does.
-    short = products.view(-1, width, n)
-    sums = short.sum(2) if n <= _products.BLOCK else short.sum(2, dtype=_tree.sum_dtype(a))
-    return sums.view(count, n, width).sum(1, dtype=_tree.sum_dtype(a))
+    sums = products.view(-1, width, n).sum(2, dtype=_tree.sum_dtype(a))
+    return sums.view(count, n, width).sum(1)
 
 
 def weigh(tensor: Tensor, weights: Tensor | None, live: Tensor | None) -> Tensor:
