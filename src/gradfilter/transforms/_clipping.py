@@ -347,15 +347,13 @@ class _UnitClip:
         if not chosen:
             nothing = torch.zeros((), dtype=torch.float32, device=_tree.device_of(grads))
             return grads, state, {"clipped_fraction": nothing}
-        clipped, shrunk = dict(grads), []
         if any(map(is_sharded, chosen.values())):
             some, fraction = clip_shards(self.clip, chosen, params, self.unit_dims)
-            return clipped | some, state, {"clipped_fraction": fraction}
+            return grads | some, state, {"clipped_fraction": fraction}
+        clipped, blockwise = dict(grads), _BlockFactors(self, chosen, params)
         for names in blocks(chosen, BLOCK):
-            some, fewer = self.clip({n: grads[n] for n in names}, {n: params[n] for n in names})
-            clipped |= some
-            shrunk.append(fewer)
-        return clipped, state, _fraction(shrunk)
+            clipped |= scaled({n: grads[n] for n in names}, blockwise(names))
+        return clipped, state, blockwise.published()
 
     def scaling(
         self, grads: Tree, state: State, params: Params, context: Context

@@ -37,6 +37,13 @@ ORDERS = [
 SIZES = [(2, 3), (5, 2)]
 
 
+def oracle_of(case, model, m, b):
+    """Return a batch, and the answers of the loop to questions about it."""
+    batch = case.samples(m, b)
+    loop = case.rows(model, batch, m, b, "loop")
+    return batch, Oracle(loop, probe_for(gf.extract(model)[0], m), case.rtol)
+
+
 @pytest.mark.parametrize("budget", [0, 2_000, 0.25], ids=["none", "little", "plenty"])
 @pytest.mark.parametrize("ghosts", [0.0, 1e9], ids=["materialised", "ghost"])
 @pytest.mark.parametrize("name", NAMES)
@@ -46,9 +53,7 @@ def test_every_mode_gives_the_loops_answers(name, ghosts, budget, monkeypatch):
     case = ZOO[name]
     model = case.model()
     for m, b in SIZES:
-        batch = case.samples(m, b)
-        loop = case.rows(model, batch, m, b, "loop")
-        oracle = Oracle(loop, probe_for(gf.extract(model)[0], m), case.rtol)
+        batch, oracle = oracle_of(case, model, m, b)
         for order in ORDERS:
             where = f"{name}, M = {m}, {' -> '.join(order)}"
             rows = case.rows(model, batch, m, b, PLAN, memory_budget=budget)
@@ -68,9 +73,7 @@ def test_both_ways_to_the_rows_of_a_convolution_give_the_loops_answers(
     case = ZOO[name]
     model = case.model()
     for m, b in SIZES:
-        batch = case.samples(m, b)
-        loop = case.rows(model, batch, m, b, "loop")
-        oracle = Oracle(loop, probe_for(gf.extract(model)[0], m), case.rtol)
+        batch, oracle = oracle_of(case, model, m, b)
         rows = case.rows(model, batch, m, b, PLAN, memory_budget=0.25)
         for question in ("stacked", "gram", "combine", "dot"):
             oracle.check(rows, question, f"{name}, M = {m}")

@@ -255,9 +255,8 @@ class Modes:
 MUCH_LARGER = 8
 """How many times the memory of their factors rows may take, unless a budget was given.
 
-Rows that are held save one weight gradient of their layer, at most a ninth of a pass. With 32 rows
-of 4 images, ResNet18 holds 2.2 gradients of memory for it, and with 8 rows of 16 images nothing
-exceeds this limit.
+Rows that are held save one weight gradient of their layer. The layers of ResNet18 with 128 channels
+exceed this limit with 32 rows of 4 images, and do not with 16 of 8 or 8 of 16.
 """
 
 
