@@ -133,6 +133,7 @@ def test_there_is_no_import_circle():
 # Modules whose only importer stands next to them in the same folder, and why they are files.
 NEIGHBOURS = {
     "gradfilter.grads._vmap": "one of the three plans",
+    "gradfilter.grads.fused._conv_windows": "how windows are laid out; the other: what is asked",
     "gradfilter.grads.fused.overrides._attention": "the registry lists the overrides",
     "gradfilter.grads.fused.overrides._convolution": "the registry lists the overrides",
     "gradfilter.grads.fused.overrides._cross_entropy": "the registry lists the overrides",
@@ -201,6 +202,7 @@ TESTED_BY = {
     "grads/_vmap": ["grads/test_microbatch.py"],
     "grads/_writes": ["grads/test_call_context.py"],
     "grads/fused/_conv_factor": ["grads/fused/test_factors_memory.py"],
+    "grads/fused/_conv_geometry": ["grads/fused/test_conv_windows.py"],
     "grads/fused/_host": ["grads/fused/overrides/test_registry.py"],
     "grads/fused/_lift": ["grads/fused/overrides/test_registry.py"],
     "grads/fused/_row_questions": [

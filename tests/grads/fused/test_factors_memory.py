@@ -9,7 +9,8 @@ from _allocations import Peak
 from _plain import off
 from gradfilter.grads.fused import _conv_factor
 from gradfilter.grads.fused import _factors as _factor
-from gradfilter.grads.fused._conv_factor import ConvFactor, Geometry
+from gradfilter.grads.fused._conv_factor import ConvFactor
+from gradfilter.grads.fused._conv_geometry import Geometry
 from gradfilter.grads.fused._factors import EmbeddingFactor, OuterFactor, TiledFactor
 
 BLOCK = 2**18

@@ -62,12 +62,14 @@ def test_every_mode_gives_the_loops_answers(name, ghosts, budget, monkeypatch):
                 oracle.check(rows, question, where)
 
 
-@pytest.mark.parametrize("positions", [0, 10**6], ids=["a call per row", "windows"])
+@pytest.mark.parametrize("layout", ["calls", "windows", "bands"])
 @pytest.mark.parametrize("name", [name for name in NAMES if "conv" in name or name == "lenet"])
-def test_both_ways_to_the_rows_of_a_convolution_give_the_loops_answers(
-    name, positions, monkeypatch
-):
-    monkeypatch.setattr(_conv_factor, "FEW_POSITIONS", positions)
+def test_all_ways_to_the_rows_of_a_convolution_give_the_loops_answers(name, layout, monkeypatch):
+    def forced(weight, geometry, samples, positions):
+        possible = geometry.is_product and (layout != "bands" or geometry.stride[0] == 1)
+        return layout if possible else "calls"
+
+    monkeypatch.setattr(_conv_factor, "fastest", forced)
     monkeypatch.setattr(_factor, "LARGE_SUM", 0.0)
     monkeypatch.setattr(_factor, "LARGEST", 64)  # windows of some rows at a time
     case = ZOO[name]

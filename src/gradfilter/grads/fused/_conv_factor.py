@@ -3,99 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
 from gradfilter import _products, _tree
+from gradfilter.grads.fused._conv_geometry import Geometry
+from gradfilter.grads.fused._conv_windows import Layout, band_products, fastest, windows
 from gradfilter.grads.fused._factors import (
     LARGEST,
     Divisible,
     OuterFactor,
     by_rows,
     ghost_between,
-    ghost_flops,
     ghost_gram,
     mask,
     paired,
     tiled_gram,
     weigh,
 )
-
-FEW_POSITIONS = 1024
-"""The positions of a row up to which its windows are laid out, instead of a call for every row."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """All settings of a convolution except its weight; sizes are one number per dim."""
-
-    dims: int
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    transposed: bool
-    output_padding: tuple[int, ...]
-    groups: int
-
-    @property
-    def is_product(self) -> bool:
-        """True if the convolution is a product of its windows, laid out as a matrix."""
-        return self.groups == 1 and not self.transposed
-
-    def ghost_flops(self, count: int, n: int, weight: torch.Size) -> int | None:
-        """Return the flops of a weight's ghost Gram; None if there is none or rows are cheaper.
-
-        Args:
-            count: M.
-            n: The positions of the output in a row.
-            weight: The weight's shape.
-        """
-        return ghost_flops(count, n, weight[0], weight[1:].numel()) if self.is_product else None
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Apply the convolution to inputs (N, channels, ...)."""
-        y: Tensor = torch.ops.aten.convolution(
-            x,
-            weight,
-            bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding,
-            self.groups,
-        )
-        return y
-
-    def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> Any:
-        return torch.ops.aten.convolution_backward(
-            grad,
-            x,
-            weight,
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding,
-            self.groups,
-            wanted,
-        )
-
-    def input_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """Return the gradient of the input."""
-        found: Tensor = self._backward(grad, x, weight, [True, False, False])[0]
-        return found
-
-    def weight_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """Return the gradient of the weight, summed over N."""
-        found: Tensor = self._backward(grad, x, weight, [False, True, False])[1]
-        return found
 
 
 @dataclass(eq=False)
@@ -118,18 +48,17 @@ class ConvFactor(Divisible):
 
     @override
     def rows(self, low: int = 0, high: int | None = None) -> Tensor:
-        """Compute the rows one after another: no kernel takes a batch of weight gradients.
+        """Compute the rows as products of windows, or by one call each, whichever is faster.
 
-        Where the windows of a row are few, one product for all rows is faster.
+        No kernel takes a batch of weight gradients.
         """
         weight, inputs, outputs = self.weight[low:high], self.inputs, self.outputs
         geometry = self.geometry
         if len(weight) < len(self.weight):
             inputs, outputs, geometry = self._tile(low, low + len(weight))
         part = replace(self, inputs=inputs, outputs=outputs, weight=weight, geometry=geometry)
-        if part._windows_are_faster():
-            n, _, d = part._sizes()
-            return by_rows(part, 2 * n * d * inputs.element_size(), ConvFactor._rows_of_windows)
+        if part._layout() != "calls":
+            return part._by_rows(ConvFactor._rows_of_products)
         if inputs.shape[1] == 1 and geometry.is_product:
             return self._as_groups(inputs, outputs, weight)
         rows = inputs.new_empty(self.count, *weight.shape)
@@ -137,22 +66,31 @@ class ConvFactor(Divisible):
             rows[m] = geometry.weight_grad(outputs[m], inputs[m], weight)
         return rows
 
-    def _windows_are_faster(self) -> bool:
-        """Return whether a product of windows takes less time than a call for every row.
+    def _layout(self) -> Layout:
+        if self.inputs.device.type != "cpu":
+            return "calls"
+        return fastest(self.shape, self.geometry, self.inputs.shape[1], self._sizes()[0])
 
-        Measured on two cores for layers of LeNet and ResNet18, from 2 rows of 100 samples to 32 of
-        4: up to twice as fast with few positions, and up to twice as slow with many.
-        """
-        positions, samples = self._sizes()[0], self.inputs.shape[1]
-        several = self.geometry.is_product and self.inputs.device.type == "cpu" and samples > 1
-        return several and positions <= FEW_POSITIONS
+    def _by_rows(self, answer: Callable[[ConvFactor], Tensor]) -> Tensor:
+        """Compute an answer (M, ...) from windows, for as many rows at a time as memory allows."""
+        n, _, d = self._sizes()
+        return by_rows(self, 2 * n * d * self.inputs.element_size(), answer)
 
-    def _rows_of_windows(self) -> Tensor:
-        """Compute the rows as products of windows and output gradients."""
+    def _products(self) -> list[Tensor]:
+        """Return the rows in parts: those of each tap of the first dim, or all. (M, out, ...)."""
+        if self._layout() == "bands":
+            kernel = self.shape[2:]
+            return band_products(self.inputs, self.outputs, kernel, self.geometry)
         own = self._unfolded()
-        rows = torch.bmm(own.outputs.mT, own.inputs)
-        taps = rows.view(self.count, self.shape[0], *self.shape[2:], self.shape[1])
-        return taps.movedim(-1, 2).contiguous()
+        return [torch.bmm(own.outputs.mT, own.inputs)]
+
+    def _rows_of_products(self) -> Tensor:
+        """Compute the rows as products of windows and output gradients."""
+        parts = self._products()
+        _, inputs, *kernel = self.shape
+        first = kernel[0] // len(parts)
+        taps = (part.view(*part.shape[:2], first, *kernel[1:], inputs) for part in parts)
+        return torch.cat([tap.movedim(-1, 2) for tap in taps], 3)
 
     def _as_groups(self, inputs: Tensor, outputs: Tensor, weight: Tensor) -> Tensor:
         """Compute rows of one sample each as the groups of one convolution, without copies."""
@@ -222,13 +160,18 @@ class ConvFactor(Divisible):
         n, p, d = self._sizes()
         if self.geometry.is_product and 2 * n * n <= p * d:
             return by_rows(self, 4 * n * (2 * n + d), ConvFactor._sq_norms_of_windows)
-        return by_rows(self, 4 * p * d, ConvFactor._sq_norms_of_rows)
+        size = self.inputs.element_size()
+        held = p * d if self._layout() == "calls" else 2 * n * d
+        return by_rows(self, held * size, ConvFactor._sq_norms_of_rows)
 
     def _sq_norms_of_windows(self) -> Tensor:
         return self._unfolded().sq_norms()
 
     def _sq_norms_of_rows(self) -> Tensor:
-        return _products.row_sq_norms(self.rows().flatten(1))
+        if self._layout() == "calls":
+            return _products.row_sq_norms(self.rows().flatten(1))
+        norms = [_products.row_sq_norms(part.flatten(1)) for part in self._products()]
+        return torch.stack(norms).sum(0)
 
     def _sizes(self) -> tuple[int, int, int]:
         """Return the positions per row, and the two sides of the weight as a matrix: n, p, d."""
@@ -238,21 +181,5 @@ class ConvFactor(Divisible):
     def _unfolded(self) -> OuterFactor:
         """Return the same rows as the factor of a product, with columns in another order."""
         outputs = self.outputs.movedim(2, -1).flatten(1, -2)  # (M, n, out)
-        return OuterFactor(self._windows(), outputs, self.shape)
-
-    def _windows(self) -> Tensor:
-        """Return all windows of the padded input, channels last. (M, n, taps * in)."""
-        g, kernel = self.geometry, self.shape[2:]
-        sides = [side for p in reversed(g.padding) for side in (p, p)]
-        # Channels last, so that all channels of a pixel are copied at once.
-        x = F.pad(self.inputs.flatten(0, 1), sides).movedim(1, -1).contiguous()
-        steps = x.stride()[1:-1]
-        size = (x.shape[0], *self.outputs.shape[3:], *kernel, x.shape[-1])
-        strides = (
-            x.stride(0),
-            *(s * step for s, step in zip(g.stride, steps, strict=True)),
-            *(d * step for d, step in zip(g.dilation, steps, strict=True)),
-            1,
-        )
-        taps = kernel.numel() * x.shape[-1]
-        return x.as_strided(size, strides).reshape(self.count, -1, taps)
+        inputs = windows(self.inputs, self.shape[2:], self.outputs.shape[3:], self.geometry)
+        return OuterFactor(inputs, outputs, self.shape)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from gradfilter.grads.fused._conv_factor import ConvFactor, Geometry
+from gradfilter.grads.fused._conv_factor import ConvFactor
+from gradfilter.grads.fused._conv_geometry import Geometry
 from gradfilter.grads.fused._factors import DenseFactor
 from gradfilter.grads.fused._host import Host, Override, in_autocast
 from gradfilter.grads.fused._tape import Weight
