@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from gradfilter import _tree
@@ -40,16 +39,19 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 def row_sq_norms(a: Tensor) -> Tensor:
     """Compute the squared 2-norms of the rows of (m, n), with float64 totals. (m,)."""
-    dtype = torch.promote_types(a.dtype, torch.float32)
-    n = a.shape[1]
+    dtype, wide = torch.promote_types(a.dtype, torch.float32), _tree.sum_dtype(a)
+    m, n = a.shape
     whole = n - n % BLOCK
-    tail: Tensor = torch.linalg.vector_norm(a[:, whole:], dim=1, dtype=dtype)
-    tail = tail.to(_tree.sum_dtype(a)).square()
-    if not whole:
-        return tail
-    blocks = rearrange(a[:, :whole], "m (c w) -> m c w", w=BLOCK)
-    norms: Tensor = torch.linalg.vector_norm(blocks, dim=2, dtype=dtype)
-    return tail + norms.to(_tree.sum_dtype(a)).square().sum(1)
+    found: Tensor | None = None
+    if whole:
+        blocks = a[:, :whole].view(m, whole // BLOCK, BLOCK)
+        norms: Tensor = torch.linalg.vector_norm(blocks, dim=2, dtype=dtype)
+        found = norms.to(wide).square().sum(1)
+    if found is None or whole < n:
+        tail: Tensor = torch.linalg.vector_norm(a[:, whole:], dim=1, dtype=dtype)
+        rest = tail.to(wide).square()
+        found = rest if found is None else rest + found
+    return found
 
 
 def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:

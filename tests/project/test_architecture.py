@@ -160,7 +160,7 @@ NEIGHBOURS = {
     "gradfilter.testing._laws": "the laws; the other file tries them",
     "gradfilter.transforms._consensus": "a public transform with a page of its own",
     "gradfilter.transforms._inductor": "what torch's compiler gets; the other file keeps graphs",
-    "gradfilter.transforms._trace": "the graph of a step; the other file compiles and keeps graphs",
+    "gradfilter.transforms._joined_norms": "one formula; the other: what torch's compiler gets",
     "gradfilter.transforms._read_values": "what a step reads; the other file: what it changes",
 }
 

@@ -1,5 +1,7 @@
 """The graph of a traced step: clean, without constants from outside, with draws that repeat."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,6 +61,60 @@ def test_frozen_parameters_are_inputs():
     # 4 parameters, their momentum, the counter, x, y, and 2 frozen parameters
     assert len(inputs) >= 4 + 4 + 2 + 2
     assert sum(node.name.startswith("outside") for node in inputs) == 2
+
+
+def test_a_frozen_parameter_is_one_input_however_often_it_is_used():
+    model = nn.Sequential(nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 3))
+    model.insert(1, model[0])
+    graph = graph_of(step_of(model), model, batch())
+    outside = [node for node in graph.graph.nodes if node.name.startswith("outside")]
+    assert len(outside) == 2
+
+
+class NormedTwice(nn.Module):
+    """The statistics are computed again at the end of a pass, by an operation without a result."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(self.norm(x).tanh()))
+
+
+class NormedForTheStatistics(nn.Module):
+    """Nothing uses the result of the norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        self.norm(x)
+        return self.head(x)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("backend", ["graph", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("plan", ["fused", "loop", "vmap"])
+@pytest.mark.parametrize("build", [NormedTwice, NormedForTheStatistics])
+def test_running_statistics_are_updated_though_no_schema_says_so(build, plan, backend):
+    model = build()
+    update = gf.chain(gf.mean_rows(), gf.sgd(0.1))
+    loss = gf.model_loss(model, F.cross_entropy)
+    step = gf.train_step(loss, update, microbatches=4, plan=plan)
+    compiled = gf.compile(step, backend=backend)
+    state, norm = compiled.init(model), copy.deepcopy(model)
+    for _ in range(2):
+        inputs, classes = batch()
+        state, _ = compiled(state, (inputs, classes))
+        for row in inputs.chunk(4):
+            norm(row)
+        for name, parameter in norm.named_parameters():
+            parameter.data.copy_(state["params"][name])
+    for name in ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked"):
+        expected = norm.state_dict()[name]
+        torch.testing.assert_close(state["buffers"][name], expected, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("more", [(), (gf.sam_perturb(0.05),)])

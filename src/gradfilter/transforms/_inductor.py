@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from gradfilter.transforms._joined_norms import join_batch_norms
+from gradfilter.transforms._trace import updates_statistics
+
 aten: Any = torch.ops.aten
 
 RESULTS = ("out", "save_mean", "save_invstd")
@@ -20,8 +23,12 @@ def by_inductor(graph: GraphModule) -> Callable[..., Any]:
     for node in list(graph.graph.nodes):
         if node.target is aten.add.Tensor:
             _keep_apart_from_a_product(graph, node)
-        elif node.target is aten.native_batch_norm.out:
+    join_batch_norms(graph)
+    for node in list(graph.graph.nodes):
+        if node.target is aten.native_batch_norm.out:
             _copy_the_results(graph, node)
+        elif updates_statistics(node):
+            _declare_the_update(graph, node)
     graph.recompile()
     symbolic = any(isinstance(node.meta.get("val"), torch.SymInt) for node in graph.graph.nodes)
     compiled: Callable[..., Any] = torch.compile(
@@ -67,6 +74,25 @@ def _copy_the_results(graph: GraphModule, norm: Node) -> None:
         place: Any = norm.kwargs[RESULTS[index]]
         user.replace_all_uses_with(place)
         graph.graph.erase_node(user)
+    graph.graph.erase_node(norm)
+
+
+def _declare_the_update(graph: GraphModule, norm: Node) -> None:
+    """Replace a norm by one whose schema says that it updates running statistics.
+
+    The compiler would drop the update of the other.
+    """
+    args: tuple[Any, ...]
+    if norm.target is aten.native_batch_norm.default:
+        args = norm.args
+    elif norm.target is aten.batch_norm_update_stats.default and not norm.users:
+        x, mean, var, momentum = norm.args
+        args = x, None, None, mean, var, True, momentum, 0.0
+    else:
+        return
+    with graph.graph.inserting_before(norm):
+        declared = graph.graph.call_function(aten._native_batch_norm_legit.default, args)
+    norm.replace_all_uses_with(declared)
     graph.graph.erase_node(norm)
 
 

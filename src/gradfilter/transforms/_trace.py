@@ -281,8 +281,17 @@ def _clean(graph: GraphModule) -> None:
             if known is not node:
                 node.replace_all_uses_with(known)
                 graph.graph.erase_node(node)
-    graph.graph.eliminate_dead_code()
+    graph.graph.eliminate_dead_code(lambda node: node.is_impure() or updates_statistics(node))
     graph.graph.lint()
+
+
+def updates_statistics(node: Node) -> bool:
+    """Return whether a batch norm updates running statistics, which its schema does not say."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return given.get("running_mean") is not None and given.get("training", True) is True
 
 
 def _is_view(target: Any) -> bool:
@@ -330,6 +339,7 @@ def _lift_constants(graph: GraphModule, modules: Iterable[nn.Module]) -> tuple[P
     """
     known = _places_in(modules)
     places: list[Place] = []
+    inputs: dict[int, Node] = {}  # by identity: a trace has one constant for each use of a tensor
     last = [node for node in graph.graph.nodes if node.op == "placeholder"]
     for node in list(graph.graph.nodes):
         if node.op != "get_attr":
@@ -337,12 +347,15 @@ def _lift_constants(graph: GraphModule, modules: Iterable[nn.Module]) -> tuple[P
         tensor = getattr(graph, node.target)
         if isinstance(tensor, FakeTensor) or _made_in_the_trace(node):
             continue
-        places.append(known.get(id(tensor)) or _Entry({"": tensor}, ""))
-        with graph.graph.inserting_after(last[-1]) if last else graph.graph.inserting_before(node):
-            new = graph.graph.placeholder(f"outside_{len(places)}")
-        last.append(new)
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
+        if id(tensor) not in inputs:
+            places.append(known.get(id(tensor)) or _Entry({"": tensor}, ""))
+            first = graph.graph.inserting_after(last[-1]) if last else None
+            with first or graph.graph.inserting_before(node):
+                new = graph.graph.placeholder(f"outside_{len(places)}")
+            last.append(new)
+            new.meta = dict(node.meta)
+            inputs[id(tensor)] = new
+        node.replace_all_uses_with(inputs[id(tensor)])
         graph.graph.erase_node(node)
     graph.delete_all_unused_submodules()
     return tuple(places)

@@ -87,10 +87,9 @@ class ConvFactor(Divisible):
     def _rows_of_products(self) -> Tensor:
         """Compute the rows as products of windows and output gradients."""
         parts = self._products()
-        _, inputs, *kernel = self.shape
-        first = kernel[0] // len(parts)
-        taps = (part.view(*part.shape[:2], first, *kernel[1:], inputs) for part in parts)
-        return torch.cat([tap.movedim(-1, 2) for tap in taps], 3)
+        joined = torch.stack(parts, 2) if len(parts) > 1 else parts[0]
+        taps = joined.view(self.count, self.shape[0], *self.shape[2:], self.shape[1])
+        return taps.movedim(-1, 2).contiguous()
 
     def _as_groups(self, inputs: Tensor, outputs: Tensor, weight: Tensor) -> Tensor:
         """Compute rows of one sample each as the groups of one convolution, without copies."""

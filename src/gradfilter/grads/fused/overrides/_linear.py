@@ -94,7 +94,8 @@ class _Linear(RowOperation[Tensor]):
         if needs_grad.weight:
             weights = OuterFactor(_by_position(x), outputs, weight.shape)
         if needs_grad.bias:
-            biases = DenseFactor(outputs.sum(1))
+            # The sum over one position would be a copy.
+            biases = DenseFactor(outputs.squeeze(1) if outputs.shape[1] == 1 else outputs.sum(1))
         return Gradients(inputs, weights, biases)
 
 
