@@ -84,12 +84,15 @@ class _Consensus:
         else:
             excess = (usable & (1 - cosine <= threshold)).to(cosine.dtype)
         # From 2 on nothing is compared: all usable rows are accepted with equal weights.
-        everything = torch.zeros_like(usable) | (threshold >= 2)
-        excess = torch.where(everything, usable.to(cosine.dtype), excess)
+        if isinstance(threshold, Tensor):
+            excess = torch.where(threshold >= 2, usable.to(cosine.dtype), excess)
+        elif threshold >= 2:
+            excess = usable.to(cosine.dtype)
         accepted = excess > 0
-        # Divide by the largest first, so that the sum does not underflow.
-        excess = excess / torch.where(accepted.any(), excess.max(), 1.0)
-        weights = excess / torch.where(accepted.any(), excess.sum(), 1.0)
+        # Divide by the largest first, so that the sum does not underflow; then it is at least 1.
+        largest = excess.max()
+        excess = excess / torch.where(largest > 0, largest, 1.0)
+        weights = excess / excess.sum().clamp(min=1)
         out = {
             "keep": accepted.sum() >= self.min_accepted,
             "weights": weights,
@@ -117,8 +120,7 @@ def cosines_from_gram(rows: GradStack, eps: float) -> tuple[Tensor, Tensor]:
     sq_norms = gram.diagonal()
     usable = rows.live & sq_norms.isfinite()
     inverse = _inverse_norms(sq_norms, usable)
-    unit = torch.where(usable[:, None] & usable, gram, 0.0) * inverse[:, None] * inverse
-    sums = unit.sum(1)
+    sums = torch.where(usable[:, None] & usable, gram, 0.0) @ inverse * inverse
     return _leave_one_out(sums, sums.sum(), inverse, usable, eps), usable
 
 
