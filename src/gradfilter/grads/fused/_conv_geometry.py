@@ -38,35 +38,20 @@ class Geometry:
         """
         return ghost_flops(count, n, weight[0], weight[1:].numel()) if self.is_product else None
 
+    @property
+    def _settings(self) -> tuple[Any, ...]:
+        """The settings in the order of torch's arguments."""
+        sizes = self.stride, self.padding, self.dilation
+        return *sizes, self.transposed, self.output_padding, self.groups
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the convolution to inputs (N, channels, ...)."""
-        y: Tensor = torch.ops.aten.convolution(
-            x,
-            weight,
-            bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding,
-            self.groups,
-        )
+        y: Tensor = torch.ops.aten.convolution(x, weight, bias, *self._settings)
         return y
 
     def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> Any:
-        return torch.ops.aten.convolution_backward(
-            grad,
-            x,
-            weight,
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding,
-            self.groups,
-            wanted,
-        )
+        backward: Any = torch.ops.aten.convolution_backward
+        return backward(grad, x, weight, None, *self._settings, wanted)
 
     def input_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient of the input."""
