@@ -163,7 +163,7 @@ def test_rows_along_agree_and_are_timed(tmp_path):
 def test_rows_that_do_not_agree_are_not_timed(monkeypatch):
     monkeypatch.setattr(rows_along, "TOLERANCE", 0.0)
     with pytest.raises(AssertionError, match="is off by"):
-        rows_along.check(rows_along.CASES["mlp-small"], torch.device("cpu"))
+        rows_along.check(rows_along.CASES["mlp-small"], torch.device("cpu"), "graph")
 
 
 def test_padded_text_is_counted_and_timed(tmp_path, capsys):

@@ -90,6 +90,17 @@ def test_a_compiled_host_accumulates_to_the_bit(case):
         assert len(set(kept)) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_inductor_accumulates_as_without_compiling(case):
+    chain, options = CASES[case]
+    options = {"sizes": (8, 8), **options}
+    with torch._inductor.config.patch(fallback_random=True):  # the same draws as eager ones
+        _, found = train("inductor", chain, **options)
+    _, expected = train(False, chain, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12, equal_nan=True)
+
+
 @pytest.mark.parametrize("chain", ["streamed", "held"])
 def test_sam_with_dropout_follows_ordinary_backward_passes(chain):
     """The second pass over each batch sees the masks of its first pass."""
