@@ -120,7 +120,8 @@ def cosines_from_gram(rows: GradStack, eps: float) -> tuple[Tensor, Tensor]:
     sq_norms = gram.diagonal()
     usable = rows.live & sq_norms.isfinite()
     inverse = _inverse_norms(sq_norms, usable)
-    sums = torch.where(usable[:, None] & usable, gram, 0.0) @ inverse * inverse
+    # Not a matrix product, which autocast would run in half precision.
+    sums = (torch.where(usable[:, None] & usable, gram, 0.0) * inverse).sum(1) * inverse
     return _leave_one_out(sums, sums.sum(), inverse, usable, eps), usable
 
 

@@ -9,13 +9,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from gradfilter.transforms._joined_norms import join_batch_norms
+from gradfilter.transforms._joined_norms import RESULTS, join_batch_norms, replace_results
 from gradfilter.transforms._trace import updates_statistics
 
 aten: Any = torch.ops.aten
-
-RESULTS = ("out", "save_mean", "save_invstd")
-"""The arguments into which a norm writes its results."""
 
 
 def by_inductor(graph: GraphModule) -> Callable[..., Any]:
@@ -69,12 +66,7 @@ def _copy_the_results(graph: GraphModule, norm: Node) -> None:
         for i, name in enumerate(RESULTS):
             result = graph.graph.call_function(operator.getitem, (found, i))
             graph.graph.call_function(aten.copy_.default, (norm.kwargs[name], result))
-    for user in list(norm.users):
-        index: Any = user.args[1]
-        place: Any = norm.kwargs[RESULTS[index]]
-        user.replace_all_uses_with(place)
-        graph.graph.erase_node(user)
-    graph.graph.erase_node(norm)
+    replace_results(graph, norm, [norm.kwargs[name] for name in RESULTS])
 
 
 def _declare_the_update(graph: GraphModule, norm: Node) -> None:

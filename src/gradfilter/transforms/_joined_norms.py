@@ -16,10 +16,15 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from gradfilter.transforms._trace import arguments_of
+
 aten: Any = torch.ops.aten
 
 WIDE = (torch.float32, torch.float64)
 """The dtypes in which torch's kernel computes as it stores."""
+
+RESULTS = ("out", "save_mean", "save_invstd")
+"""The arguments into which a norm writes its results."""
 
 
 def join_batch_norms(graph: GraphModule) -> None:
@@ -65,7 +70,7 @@ def _layers(graph: GraphModule, target: Any, own: Collection[str]) -> list[_Laye
     layers: dict[tuple[Any, ...], tuple[dict[str, Node], dict[str, Any]]] = {}
     for node in graph.graph.nodes:
         if node.target is target:
-            arguments = _arguments(node)
+            arguments = arguments_of(node)
             slices = {name: s for name, v in arguments.items() if (s := _slice(v)) is not None}
             rows = {row for _, row in slices.values()}
             if len(rows) == 1 and "input" in slices:
@@ -85,12 +90,6 @@ def _is_whole(x: torch.Tensor, rows: list[int]) -> bool:
     """Return whether these are all rows in order, of known sizes and the computation's dtype."""
     known = all(isinstance(size, int) for size in x.shape)
     return known and x.dtype in WIDE and len(rows) > 1 and rows == list(range(len(x)))
-
-
-def _arguments(node: Node) -> dict[str, Any]:
-    """Return the arguments of a call by name."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
 def _slice(value: Any) -> tuple[Node, int] | None:
@@ -156,7 +155,7 @@ class _Writer:
 def _join_forward(graph: GraphModule, layer: _Layer) -> None:
     """Compute y = w (x − mean) / √(var + ε) + b for all rows, and the running statistics."""
     x, over = layer.tensors["input"], layer.over
-    results = [layer.tensors.get(name) for name in ("out", "save_mean", "save_invstd")]
+    results = [layer.tensors.get(name) for name in RESULTS]
     weight, bias, mean, var = (
         layer.shared[name] for name in ("weight", "bias", "running_mean", "running_var")
     )
@@ -182,15 +181,13 @@ def _join_forward(graph: GraphModule, layer: _Layer) -> None:
     for place, value in zip(results, (y, own_mean, own_inverse), strict=True):
         write(aten.copy_.default, place, value)
     if mean is not None:
-        rates = [_arguments(norm)["momentum"] for norm in layer.norms]
+        rates = [arguments_of(norm)["momentum"] for norm in layer.norms]
         _update(write, mean, own_mean, rates)
         n = math.prod(x.meta["val"].shape[axis] for axis in over)
         flat = write(aten.squeeze.dims, biased, over)
         _update(write, var, write(aten.mul.Tensor, flat, n / (n - 1)), rates)
     for norm in layer.norms:
-        arguments = _arguments(norm)
-        places = [arguments[name] for name in ("out", "save_mean", "save_invstd")]
-        _replace(graph, norm, places)
+        replace_results(graph, norm, [norm.kwargs[name] for name in RESULTS])
 
 
 def _update(write: _Writer, running: Node, own: Node, rates: list[float]) -> None:
@@ -238,7 +235,7 @@ def _join_backward(graph: GraphModule, layer: _Layer) -> None:
         for value in found
     ]
     for row, norm in enumerate(layer.norms):
-        _replace(graph, norm, [of_rows[row] if of_rows else None for of_rows in slices])
+        replace_results(graph, norm, [of_rows[row] if of_rows else None for of_rows in slices])
     for value, of_rows in zip(found, slices, strict=True):
         if value is None:
             continue
@@ -248,7 +245,7 @@ def _join_backward(graph: GraphModule, layer: _Layer) -> None:
                 graph.graph.erase_node(user)
 
 
-def _replace(graph: GraphModule, norm: Node, results: list[Any]) -> None:
+def replace_results(graph: GraphModule, norm: Node, results: list[Any]) -> None:
     """Let the users of a call's results use others, and erase the call."""
     for user in list(norm.users):
         index: Any = user.args[1]

@@ -289,9 +289,15 @@ def updates_statistics(node: Node) -> bool:
     """Return whether a batch norm updates running statistics, which its schema does not say."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
-    names = [argument.name for argument in node.target._schema.arguments]
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    given = arguments_of(node)
     return given.get("running_mean") is not None and given.get("training", True) is True
+
+
+def arguments_of(node: Node) -> dict[str, Any]:
+    """Return the arguments of an operation by name."""
+    operation: Any = node.target
+    names = [argument.name for argument in operation._schema.arguments]
+    return dict(zip(names, node.args, strict=False)) | node.kwargs
 
 
 def _is_view(target: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -58,7 +57,8 @@ class ConvFactor(Divisible):
             inputs, outputs, geometry = self._tile(low, low + len(weight))
         part = replace(self, inputs=inputs, outputs=outputs, weight=weight, geometry=geometry)
         if part._layout() != "calls":
-            return part._by_rows(ConvFactor._rows_of_products)
+            n, _, d = part._sizes()
+            return by_rows(part, 2 * n * d * inputs.element_size(), ConvFactor._rows_of_products)
         if inputs.shape[1] == 1 and geometry.is_product:
             return self._as_groups(inputs, outputs, weight)
         rows = inputs.new_empty(self.count, *weight.shape)
@@ -70,11 +70,6 @@ class ConvFactor(Divisible):
         if self.inputs.device.type != "cpu":
             return "calls"
         return fastest(self.shape, self.geometry, self.inputs.shape[1], self._sizes()[0])
-
-    def _by_rows(self, answer: Callable[[ConvFactor], Tensor]) -> Tensor:
-        """Compute an answer (M, ...) from windows, for as many rows at a time as memory allows."""
-        n, _, d = self._sizes()
-        return by_rows(self, 2 * n * d * self.inputs.element_size(), answer)
 
     def _products(self) -> list[Tensor]:
         """Return the rows in parts: those of each tap of the first dim, or all. (M, out, ...)."""

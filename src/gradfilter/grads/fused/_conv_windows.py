@@ -101,8 +101,11 @@ def band_products(inputs: Tensor, outputs: Tensor, kernel: torch.Size, g: Geomet
 
 def _channels_last(inputs: Tensor, geometry: Geometry) -> Tensor:
     """Return padded inputs (M * B, ..., in): all channels of a pixel are copied at once."""
-    sides = [side for p in reversed(geometry.padding) for side in (p, p)]
-    return F.pad(inputs.flatten(0, 1), sides).movedim(1, -1).contiguous()
+    x = inputs.flatten(0, 1)
+    if any(geometry.padding):  # without, F.pad would be one more copy
+        x = F.pad(x, [side for p in reversed(geometry.padding) for side in (p, p)])
+    # A compiler has to know the strides, so there is a copy also where they would fit.
+    return x.movedim(1, -1).clone(memory_format=torch.contiguous_format)
 
 
 def _times(steps: Sequence[int], factors: Sequence[int]) -> list[int]:
