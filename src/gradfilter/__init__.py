@@ -77,6 +77,8 @@ __all__ = [
     "select",
     "sgd",
     "sign_agreement",
+    "spike_clip",
+    "spike_skip",
     "state_dict",
     "testing",
     "train_step",

@@ -50,6 +50,8 @@ from gradfilter.transforms._reducers import sign_agreement as sign_agreement
 from gradfilter.transforms._scheduled import scheduled as scheduled
 from gradfilter.transforms._sharpness_aware import gsam_decompose as gsam_decompose
 from gradfilter.transforms._sharpness_aware import sam_perturb as sam_perturb
+from gradfilter.transforms._spikes import spike_clip as spike_clip
+from gradfilter.transforms._spikes import spike_skip as spike_skip
 from gradfilter.transforms._state_dict import load_state_dict as load_state_dict
 from gradfilter.transforms._state_dict import state_dict as state_dict
 from gradfilter.transforms._train_step import TrainState as TrainState

@@ -72,6 +72,14 @@ CASES = {
     ],
     "agc_clip": [lambda: on_tree(gf.agc_clip(0.01)), lambda: on_tree(gf.agc_clip(None))],
     "clip_by_global_norm": [lambda: on_tree(gf.clip_by_global_norm(0.5))],
+    "spike_clip": [
+        lambda: on_tree(gf.spike_clip(warmup=1)),
+        lambda: on_tree(gf.spike_clip(factor=0.5, warmup=1, per_leaf=True)),
+    ],
+    "spike_skip": [
+        lambda: on_tree(gf.spike_skip(4, sigmas=3.0)),
+        lambda: on_tree(gf.spike_skip(2, of="norm", max_consecutive=1)),
+    ],
     "sam_perturb": [
         lambda: on_tree(gf.sam_perturb(0.05)),
         lambda: from_rows(gf.sam_perturb(0.5, adaptive="asam")),

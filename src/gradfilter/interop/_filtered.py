@@ -28,8 +28,10 @@ from gradfilter.interop._earlier_batches import EarlierBatches, earlier_rows, he
 from gradfilter.interop._host_chain import (
     check_owned,
     filter_chain,
+    gave_up,
     note_skip,
     overflowed,
+    who_gave_up,
     write_grads,
 )
 from gradfilter.interop._host_loss import (
@@ -314,6 +316,9 @@ class Filtered:
                 arguments or a dict of keyword arguments. Alone, one dict for the whole batch.
             targets: The criterion's targets; None for such a dict.
             **extra: Keywords for the transforms: ``keep``, ``count``, ``value``.
+
+        Raises:
+            RuntimeError: `spike_skip` has given up. The step has ended: its state is that after it.
         """
         check_owned(self._module, self.optimizer, "Filtered")
         params = self._params()
@@ -341,6 +346,8 @@ class Filtered:
             note_skip(self.optimizer)
         if self.scaler is not None and self.scaler.is_enabled():
             update_scale(self.scaler, overflowed(out, losses))
+        if names := who_gave_up(out):
+            raise gave_up("Filtered", names)
         metrics = {name: value for name, value in out.items() if name not in GLOBAL_NAMES}
         return StepResult(found.loss, {"keep": keep, **metrics}, aux)
 

@@ -71,6 +71,25 @@ def overflowed(out: Out, losses: Tensor) -> Tensor:
     return (~finite & ~excused).any()
 
 
+def who_gave_up(out: Out) -> list[str]:
+    """Return the names of the transforms that have given up.
+
+    It reads bools from the device, which wait for nothing where ``keep`` has been read before.
+    """
+    flags = {name: value for name, value in out.items() if name.split("/")[-1] == "gave_up"}
+    return [name.rpartition("/")[0] or "spike_skip" for name, flag in flags.items() if bool(flag)]
+
+
+def gave_up(caller: str, names: list[str]) -> RuntimeError:
+    """Return the error for transforms that have given up."""
+    return RuntimeError(
+        f"{caller}: {', '.join(names)} gave up, after max_consecutive spikes in a row. The "
+        "parameters are those of the last step that was applied. Load an earlier checkpoint, and "
+        "lower the learning rate or look at the data of these steps; max_consecutive=None never "
+        "gives up."
+    )
+
+
 def check_owned(module: nn.Module, optimizer: torch.optim.Optimizer, caller: str) -> None:
     """Refuse an optimizer of trainable parameters that get no gradient here.
 

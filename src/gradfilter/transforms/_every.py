@@ -19,7 +19,9 @@ from gradfilter._state_rules import COUNTER, RESTS, RUNS, CounterRules, PartRule
 from gradfilter._types import Context, Kind, Out, Params, State, Transform
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._reducers import mean_weights
-from gradfilter.transforms._transform import convert_grads
+from gradfilter.transforms._transform import check_whole, convert_grads
+
+COUNTED = "It counts calls, and the host compares it."
 
 
 @factory
@@ -57,7 +59,7 @@ def every(k: int, transform: Transform, otherwise: Transform | None = None) -> T
         Liu, Y., Mai, S., Chen, X., Hsieh, C.-J., You, Y. Towards Efficient and Scalable
         Sharpness-Aware Minimization. CVPR 2022. https://arxiv.org/abs/2203.02714
     """
-    _check_whole("every", "k", k, 1)
+    check_whole("every", "k", k, low=1, fix=COUNTED)
     return _some_calls("every", transform, otherwise, lambda call: call % k == 0)
 
 
@@ -91,16 +93,8 @@ def late(transform: Transform, start: int, otherwise: Transform | None = None) -
         Zhou, Z., Wang, M., Mao, Y., Li, B., Yan, J. Sharpness-Aware Minimization Efficiently
         Selects Flatter Minima Late in Training. ICLR 2025. https://arxiv.org/abs/2410.10373
     """
-    _check_whole("late", "start", start, 0)
+    check_whole("late", "start", start, low=0, fix=COUNTED)
     return _some_calls("late", transform, otherwise, lambda call: call >= start)
-
-
-def _check_whole(caller: str, argument: str, value: Any, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(
-            f"{caller}: expected {argument} as a whole number >= {low}, found {value!r}. It counts "
-            "calls, and the host compares it."
-        )
 
 
 def _some_calls(

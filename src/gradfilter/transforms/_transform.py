@@ -270,6 +270,15 @@ def check_number(
         )
 
 
+def check_whole(transform_name: str, argument: str, value: Any, *, low: int, fix: str) -> None:
+    """Refuse what is not a whole number, or below the lowest one."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(
+            f"{transform_name}: expected {argument} as a whole number >= {low}, found {value!r}. "
+            f"{fix}"
+        )
+
+
 def check_distance(transform_name: str, value: Any, fix: str) -> None:
     """Refuse a threshold that is not a cosine distance; infinity accepts all rows."""
     if not (isinstance(value, float) and value == float("inf")):
