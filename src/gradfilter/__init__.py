@@ -28,6 +28,7 @@ __all__ = [
     "ModelLoss",
     "Params",
     "Plan",
+    "Quantile",
     "Schedule",
     "TrainState",
     "TrainStep",
@@ -67,8 +68,11 @@ __all__ = [
     "microbatch_grads",
     "model_loss",
     "named",
+    "normalize_rows",
+    "outlier_filter",
     "partition",
     "per_sample_grads",
+    "quantile",
     "rmsprop",
     "sam_perturb",
     "scalars",
@@ -83,6 +87,7 @@ __all__ = [
     "testing",
     "train_step",
     "transform",
+    "trim_losses",
 ]
 
 _SUBPACKAGES = ("diagnostics", "distributed", "interop", "schedules", "testing")

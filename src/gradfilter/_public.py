@@ -27,9 +27,7 @@ from gradfilter.transforms._capture import capture as capture
 from gradfilter.transforms._chain import chain as chain
 from gradfilter.transforms._chain import named as named
 from gradfilter.transforms._clipping import agc_clip as agc_clip
-from gradfilter.transforms._clipping import budget_clip as budget_clip
 from gradfilter.transforms._clipping import clip_by_global_norm as clip_by_global_norm
-from gradfilter.transforms._clipping import clip_per_row as clip_per_row
 from gradfilter.transforms._combinators import freeze as freeze
 from gradfilter.transforms._combinators import gate as gate
 from gradfilter.transforms._combinators import masked as masked
@@ -43,10 +41,17 @@ from gradfilter.transforms._ema import ema_params as ema_params
 from gradfilter.transforms._every import every as every
 from gradfilter.transforms._every import late as late
 from gradfilter.transforms._hyperparameters import hyperparameters as hyperparameters
+from gradfilter.transforms._outliers import outlier_filter as outlier_filter
+from gradfilter.transforms._outliers import trim_losses as trim_losses
 from gradfilter.transforms._reducers import aggregate as aggregate
 from gradfilter.transforms._reducers import finite_filter as finite_filter
 from gradfilter.transforms._reducers import mean_rows as mean_rows
 from gradfilter.transforms._reducers import sign_agreement as sign_agreement
+from gradfilter.transforms._row_clipping import Quantile as Quantile
+from gradfilter.transforms._row_clipping import budget_clip as budget_clip
+from gradfilter.transforms._row_clipping import clip_per_row as clip_per_row
+from gradfilter.transforms._row_clipping import normalize_rows as normalize_rows
+from gradfilter.transforms._row_clipping import quantile as quantile
 from gradfilter.transforms._scheduled import scheduled as scheduled
 from gradfilter.transforms._sharpness_aware import gsam_decompose as gsam_decompose
 from gradfilter.transforms._sharpness_aware import sam_perturb as sam_perturb

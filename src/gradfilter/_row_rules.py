@@ -27,7 +27,7 @@ class RowRules:
     """The rules of a transform that acts row by row; for one gradient, that it ignores rows.
 
     The transform draws no random numbers, because a part would draw others than all rows together.
-    Its new state does not depend on the rows.
+    Its new state does not depend on the rows, unless it has ``observe``.
 
     Attributes:
         joins: How to join each published value.
@@ -36,11 +36,14 @@ class RowRules:
         divisor: For a reducer that gives Σ w_m g_m / d with w_m of its own row alone: the number d
             of a stack, which is the sum of the d of its parts, 0 if no row takes part. () None for
             a plain sum.
+        observe: Returns the new state from the state before the step and the published values of
+            all rows. The gradients of a step must not depend on it.
     """
 
     joins: Mapping[str, Join]
     reads: frozenset[str] | None = frozenset()
     divisor: Callable[[Any], Tensor] | None = None
+    observe: Callable[[Any, Mapping[str, Any]], Any] | None = None
 
     def seen(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return those of the values that the transform reads."""
@@ -94,7 +97,9 @@ def joined_rules(parts: Mapping[str, RowRules | None], keeps: int) -> RowRules |
             part says less than one for all rows.
     """
     known = [(name, rules) for name, rules in parts.items() if rules is not None]
-    if len(known) < len(parts) or keeps > 1 or any(rules.divisor for _, rules in known):
+    if len(known) < len(parts) or keeps > 1:
+        return None
+    if any(rules.divisor or rules.observe for _, rules in known):
         return None
     joins: dict[str, Join] = {
         key if key == "keep" or not name else f"{name}/{key}": join

@@ -61,7 +61,19 @@ CASES = {
     "aggregate": [lambda: reducer(gf.aggregate(lambda gram: gram.diagonal().softmax(0)))],
     "mean_rows": [lambda: reducer(gf.mean_rows())],
     "sign_agreement": [lambda: reducer(gf.sign_agreement(0.6))],
-    "clip_per_row": [lambda: from_rows(gf.clip_per_row(0.5))],
+    "clip_per_row": [
+        lambda: from_rows(gf.clip_per_row(0.5)),
+        lambda: from_rows(gf.clip_per_row(gf.quantile(0.5))),
+        lambda: from_rows(gf.clip_per_row("smallest")),
+        lambda: from_rows(gf.clip_per_row(0.5, per_leaf=True)),
+        lambda: from_rows(gf.clip_per_row(gf.quantile(0.3, decay=0.5), per_leaf=True)),
+    ],
+    "normalize_rows": [lambda: from_rows(gf.normalize_rows())],
+    "outlier_filter": [
+        lambda: from_rows(gf.outlier_filter(1.1)),
+        lambda: from_rows(gf.outlier_filter(1.1, of="loss", center="mean")),
+    ],
+    "trim_losses": [lambda: from_rows(gf.trim_losses(0.3))],
     "budget_clip": [
         lambda: from_rows(gf.budget_clip(0.3)),
         lambda: from_rows(gf.budget_clip(0.5, power=0)),

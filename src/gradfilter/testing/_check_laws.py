@@ -12,8 +12,8 @@ from gradfilter.testing import _laws
 from gradfilter.testing import _laws as _machine_laws
 from gradfilter.testing._laws import SHAPES, M, Problem, TreeProblem
 from gradfilter.transforms._chain import chain
-from gradfilter.transforms._clipping import clip_per_row
 from gradfilter.transforms._reducers import mean_rows
+from gradfilter.transforms._row_clipping import clip_per_row
 from gradfilter.transforms._update_rules import sgd
 
 Law = Callable[[Transform, Problem], None]

@@ -21,9 +21,10 @@ from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import DenseStack, StackOrigin
 from gradfilter.schedules._schedules import linear
 from gradfilter.transforms._chain import chain, row_part
-from gradfilter.transforms._clipping import clip_by_global_norm, clip_per_row
+from gradfilter.transforms._clipping import clip_by_global_norm
 from gradfilter.transforms._compile import decisions
 from gradfilter.transforms._reducers import finite_filter
+from gradfilter.transforms._row_clipping import clip_per_row
 from gradfilter.transforms._scheduled import scheduled
 from gradfilter.transforms._state_dict import load_state_dict, state_dict
 from gradfilter.transforms._streaming import ReducedRows

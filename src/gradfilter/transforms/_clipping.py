@@ -1,4 +1,4 @@
-"""Clip every row, the whole gradient, every unit (AGC), or the sum of norms of the rows."""
+"""Clip the whole gradient, or every unit of it (AGC)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from torch import Tensor
 from gradfilter import _products, _tree
 from gradfilter._factory import factory
 from gradfilter._readable import transformed
-from gradfilter._row_rules import IGNORES_ROWS, RowRules
+from gradfilter._row_rules import IGNORES_ROWS
 from gradfilter._scaled_tree import ScaledTree, scaled
 from gradfilter._shards import cuts, is_sharded, local, parts, resharded
 from gradfilter._types import Context, Out, Params, State, Transform, Tree
-from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._blocks import blocks
-from gradfilter.transforms._consensus import cosines_with_others
 from gradfilter.transforms._transform import (
     check_number,
     check_predicate,
@@ -148,62 +146,16 @@ def clip_shards(
     return clipped, shrunk / units
 
 
-# --- Clipping of rows, of the whole gradient, and of units ---
+# --- Clipping of the whole gradient, and of units ---
 
 
 BLOCK = 1 << 20
 
 
-def _shrink(norms: Tensor, limit: Tensor | float) -> Tensor:
+def shrinking(norms: Tensor, limit: Tensor | float) -> Tensor:
     """Compute min(1, limit/norm), or 1 for a norm that is not finite: Inf and NaN stay visible."""
     over = (norms > limit) & norms.isfinite()
     return torch.where(over, limit / torch.where(over, norms, 1.0), 1.0)
-
-
-@factory
-def clip_per_row(max_norm: float) -> Transform:
-    """Scale every row to a norm of at most ``max_norm``.
-
-    g_i ← g_i · min(1, max_norm / ‖g_i‖), the norm over all leaves. A row that is not finite is not
-    changed; finite_filter removes it.
-
-    Args:
-        max_norm: The largest norm of a row, above 0.
-
-    Needs: rows. Publishes: ``norm`` (M,) before clipping, ``clipped_fraction`` ().
-
-    Raises:
-        ValueError: max_norm <= 0.
-
-    Examples:
-        >>> import torch, gradfilter as gf
-        >>> rows, params = {"w": torch.tensor([[3.0, 4.0], [0.0, 0.5]])}, {"w": torch.zeros(2)}
-        >>> gf.clip_per_row(1.0).update(rows, {}, params)[0].sq_norms()
-        tensor([1.0000, 0.2500], dtype=torch.float64)
-
-    References:
-        Abadi et al., "Deep Learning with Differential Privacy", 2016,
-        https://arxiv.org/abs/1607.00133
-    """
-    check_number(
-        "clip_per_row", "max_norm", max_norm, low=0, open_low=True, fix="1.0 is a good start."
-    )
-
-    def update(
-        rows: GradStack, state: State, params: Params, context: Context
-    ) -> tuple[GradStack, State, Out]:
-        norms = rows.sq_norms().sqrt()
-        factors = _shrink(norms, max_norm)
-        out = {"norm": norms, "clipped_fraction": (factors < 1).to(norms.dtype).mean()}
-        return rows.scaled(factors), state, out
-
-    return transform_in_context(
-        "clip_per_row",
-        "rows -> rows",
-        update,
-        publishes=("norm", "clipped_fraction"),
-        row_rules=RowRules({"norm": "rows", "clipped_fraction": "mean"}),
-    )
 
 
 @factory
@@ -238,7 +190,7 @@ def clip_by_global_norm(max_norm: float) -> Transform:
         grads: Tree, state: State, params: Params, context: Context
     ) -> tuple[ScaledTree, State, Out]:
         norm = _products.norm(grads)
-        factor = _shrink(norm, max_norm)
+        factor = shrinking(norm, max_norm)
         out = {"norm": norm, "clipped_fraction": (factor < 1).to(norm.dtype)}
 
         def factors(names: Collection[str]) -> Tree:
@@ -393,7 +345,7 @@ class _UnitClip:
         limits = self.clipping * unit_norms(params, within, summed).clamp(min=self.eps)
         if isinstance(self.clipping, Tensor):  # a schedule that ends at 0 switches clipping off
             limits = torch.where(self.clipping == 0, torch.inf, limits)
-        factors = _shrink(unit_norms(grads, within, summed), limits)
+        factors = shrinking(unit_norms(grads, within, summed), limits)
         dtype = _tree.at_least_float32(next(iter(grads.values()))).dtype
         by = per_leaf(factors.to(dtype), grads, within)
         return dict(zip(within, by, strict=True)), factors < 1
@@ -434,126 +386,3 @@ class _BlockFactors:
 def _fraction(shrunk: list[Tensor]) -> Out:
     """Return the fraction of the units that were scaled down, to be published."""
     return {"clipped_fraction": torch.cat(shrunk).to(torch.float32).mean()}
-
-
-# --- Budget clipping: the rows of a batch share a limited sum of norms by their agreement ---
-
-
-LEAST_SHARE = 1e-3
-"""The smallest cosine used for a row; such a row gets what the others do not use."""
-
-
-@factory
-def budget_clip(budget: float = 0.3, *, power: float = 3.0) -> Transform:
-    r"""Limit the mean norm of the rows, and give rows that agree a larger share.
-
-    With n_i = ‖g_i‖, their mean m, and b = budget · (m of the first step):
-
-        m <= b:  g_i ← g_i
-        m > b:   g_i ← g_i · min(1, c·φ_i / n_i),  φ_i = max(s_i, 0.001)^power,
-
-    with c such that the mean of the new norms is b²/m. s_i is the cosine of row i with the sum of
-    the other unit rows, as in `consensus_filter`.
-
-    When correct labels are learned, the mean norm falls below the budget, and the gradients are no
-    longer changed. Wrong labels keep the mean norm high. Then the allowed mean b²/m is small,
-    smaller with more wrong rows, and the rows that agree get most of it.
-
-    On scikit-learn's digits, before mean_rows, sgd(0.2, momentum=0.9) and ema_params(0.99), the
-    rows per sample, a small network ends at 98.3, 96.5 and 94.4 % with 0, 30 and 50 % wrong
-    labels; plain training, at the best rate for each of the first two, at 98.1 and 94.4 %
-    (`benchmarks/label_noise.py`). No other task was tried.
-
-    Args:
-        budget: The allowed fraction of the mean row norm of the first step, above 0.
-        power: At least 0. A larger power favours rows that agree. At 0 nothing is compared, every
-            row has the same limit, and the cost is that of `clip_per_row`.
-
-    Needs: rows; with several ranks the rows of all, so put it behind `across_ranks`. The state is
-    one number, the mean norm of the first step that was not skipped.
-
-    Publishes: ``norm`` (M,) before clipping, ``clipped_fraction`` (), ``allowed`` (), the allowed
-    mean of the norms (Inf if m <= b), and with a power ``cosine`` (M,): s, NaN for a row that is
-    not finite. Such a row is not changed, and does not count in the means.
-
-    Raises:
-        ValueError: budget <= 0 or power < 0.
-
-    Examples:
-        >>> import torch, gradfilter as gf
-        >>> rows, params = {"w": torch.tensor([[3.0], [1.0]])}, {"w": torch.zeros(1)}
-        >>> clip = gf.budget_clip(0.5, power=0)  # mean norm 2: at most 0.5 is left of it
-        >>> clip.update(rows, clip.init(params), params)[0].sq_norms().sqrt()
-        tensor([0.5000, 0.5000], dtype=torch.float64)
-    """
-    fix = "It is a fraction of the mean row norm of the first step; 0.3 is a good start."
-    check_number("budget_clip", "budget", budget, low=0, open_low=True, fix=fix)
-    check_number("budget_clip", "power", power, low=0, fix="3 is a good start, 0 compares nothing.")
-
-    def init(params: Params) -> State:
-        # Use the parameters' precision, not torch's default.
-        first = _tree.at_least_float32(next(iter(params.values())))
-        return {"first": torch.zeros((), dtype=first.dtype, device=_tree.device_of(params))}
-
-    def update(
-        rows: GradStack, state: State, params: Params, context: Context
-    ) -> tuple[GradStack, State, Out]:
-        sq_norms = rows.sq_norms()
-        usable = rows.live & sq_norms.isfinite()
-        norms = torch.where(usable, sq_norms, 0.0).sqrt()
-        mean = norms.sum() / usable.sum().clamp(min=1)
-        first = torch.where(state["first"] > 0, state["first"].to(mean.dtype), mean)
-        limit = budget * first
-        over = mean > limit
-        allowed = limit * limit / torch.where(over, mean, 1.0)
-        shares, published = _shares(rows, params, power, usable, norms)
-        level = _level(norms, shares, allowed * usable.sum())
-        clipped = over & (norms > level * shares)
-        factors = torch.where(clipped, level * shares / torch.where(clipped, norms, 1.0), 1.0)
-        # A factor of 0 would remove the row from means, but a short row still counts in M.
-        factors = factors.clamp(min=torch.finfo(factors.dtype).tiny)
-        out = {
-            "norm": sq_norms.sqrt(),
-            "clipped_fraction": clipped.to(norms.dtype).mean(),
-            "allowed": torch.where(over, allowed, torch.inf),
-            **published,
-        }
-        return rows.scaled(factors), {"first": first}, out
-
-    return transform_in_context(
-        "budget_clip",
-        "rows -> rows",
-        update,
-        init=init,
-        publishes=("norm", "clipped_fraction", "allowed", *([] if is_off(power) else ["cosine"])),
-    )
-
-
-def _shares(
-    rows: GradStack, params: Params, power: float | Tensor, usable: Tensor, norms: Tensor
-) -> tuple[Tensor, Out]:
-    """Compute φ, 0 for rows that take no part, and the cosines if requested."""
-    if is_off(power):
-        return usable.to(norms.dtype), {}
-    cosine, compared = cosines_with_others(rows, params)
-    shares = cosine.clamp(min=LEAST_SHARE).to(norms.dtype) ** power
-    return torch.where(usable, shares, 0.0), {"cosine": torch.where(compared, cosine, torch.nan)}
-
-
-def _level(norms: Tensor, shares: Tensor, total: Tensor) -> Tensor:
-    """Compute the level c with Σ min(n_i, c·φ_i) = total, which is less than Σ n_i.
-
-    Rows get their norm in the order of n_i/φ_i. The first row that cannot get all of its norm, and
-    all rows after it, divide the rest by their shares.
-    """
-    part = shares > 0
-    full_at, order = torch.where(part, norms / torch.where(part, shares, 1.0), 0.0).sort()
-    norms, shares = norms[order], shares[order]
-    filled = norms.cumsum(0) - norms
-    # Sum from the end: a difference of two sums would lose small shares next to large ones.
-    waiting = shares.flip(0).cumsum(0).flip(0)
-    levels = (total - filled) / torch.where(waiting > 0, waiting, 1.0)
-    short = (levels <= full_at) & (waiting > 0)
-    # If no row is limited because of rounding, nothing is clipped.
-    first = levels.gather(0, short.to(torch.uint8).argmax(0, keepdim=True)).squeeze(0)
-    return torch.where(short.any(), first, torch.inf)

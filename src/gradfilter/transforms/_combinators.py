@@ -345,7 +345,7 @@ def _gated_rules(transform: Transform, when: str) -> RowRules | None:
     if rules is None or not on_rows:
         return rules
     # Metrics and ``keep`` are those of a part; a reducer that is bypassed has another divisor.
-    if when == "keep" or "/" in when or Kind.ROWS_TO_TREE in transform.kinds:
+    if when == "keep" or "/" in when or Kind.ROWS_TO_TREE in transform.kinds or rules.observe:
         return None
     reads = None if rules.reads is None else rules.reads | {when}
     return RowRules(rules.joins, reads)

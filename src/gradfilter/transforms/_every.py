@@ -147,6 +147,8 @@ def _row_rules(transform: Transform, otherwise: Transform | None) -> RowRules | 
     rules = [part for part in found if part is not None]
     if len(rules) < len(found) or Kind.ROWS_TO_TREE in transform.kinds:  # a bypass has no divisor
         return None
+    if any(part.observe for part in rules):
+        return None
     first, last = rules[0].joins, rules[-1].joins
     if any(first[name] != last[name] for name in first.keys() & last.keys()):
         return None

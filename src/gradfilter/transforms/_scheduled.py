@@ -108,6 +108,8 @@ def scheduled(factory: Callable[..., Transform], /, **schedules: Any) -> Transfo
     row_rules = template.row_rules
     if Kind.ROWS_TO_TREE in template.kinds:  # its divisor may be scheduled
         row_rules = None
+    if row_rules is not None and row_rules.observe:  # its state is inside another one
+        row_rules = None
     if row_rules is not None:  # a schedule reads any keyword
         joins: dict[str, Join] = {**row_rules.joins, **dict.fromkeys(moving, "same")}
         row_rules = RowRules(joins, reads=None)

@@ -187,7 +187,10 @@ class ReducedRows:
             joined = rules.joined(outs, sizes)
             for key in outs[-1].keys() - joined.keys():
                 joined[key] = self._shares([out[key] for out in outs])
-            yield name, self._states[name], {key: joined[key] for key in outs[-1]}
+            state = self._states[name]
+            if rules.observe is not None:
+                state = rules.observe(self.state[name], joined)
+            yield name, state, {key: joined[key] for key in outs[-1]}
 
     def check_keywords(self, values: Mapping[str, Any]) -> None:
         """Refuse other keywords than those that the parts were reduced with.
