@@ -73,6 +73,7 @@ __all__ = [
     "partition",
     "per_sample_grads",
     "quantile",
+    "reference_filter",
     "rmsprop",
     "sam_perturb",
     "scalars",

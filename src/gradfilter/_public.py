@@ -47,6 +47,7 @@ from gradfilter.transforms._reducers import aggregate as aggregate
 from gradfilter.transforms._reducers import finite_filter as finite_filter
 from gradfilter.transforms._reducers import mean_rows as mean_rows
 from gradfilter.transforms._reducers import sign_agreement as sign_agreement
+from gradfilter.transforms._reference import reference_filter as reference_filter
 from gradfilter.transforms._row_clipping import Quantile as Quantile
 from gradfilter.transforms._row_clipping import budget_clip as budget_clip
 from gradfilter.transforms._row_clipping import clip_per_row as clip_per_row

@@ -102,6 +102,11 @@ class Context:
         return self.values.get("clean_grads")
 
     @property
+    def reference(self) -> Any:
+        """The caller's reference gradient, a tree: for `reference_filter`."""
+        return self.values.get("reference")
+
+    @property
     def grad_fn(self) -> Callable[[Params], Any] | None:
         """The caller's function from parameters to gradients."""
         return self.values.get("grad_fn")
@@ -233,7 +238,7 @@ class Transform(MadeByFactory):
             state: The result of ``init`` or of the last call.
             params: The parameters at which the gradients were taken.
             **extra: ``keep``, ``weights``, ``rows``, ``clean_grads``, ``count``, ``value``,
-                ``grad_fn``, and keywords for your own transforms.
+                ``grad_fn``, ``reference``, and keywords for your own transforms.
 
         Returns:
             The new gradients (or an update), the new state, and the published values.
@@ -296,7 +301,7 @@ class Transform(MadeByFactory):
             donate: True to write the results into the tensors of ``params`` and ``state``, which
                 keep their storage. Only then are inputs mutated. No two of them may share memory.
             **extra: ``keep`` (a bool tensor to AND with what the transforms publish), ``count``,
-                ``value``, ``grad_fn``, and keywords for your own transforms.
+                ``value``, ``grad_fn``, ``reference``, and keywords for your own transforms.
 
         Returns:
             The new parameters, the new state and ``info``: ``keep`` and every metric, all of them

@@ -173,6 +173,27 @@ def test_every_rule_decides_alike_on_all_ranks_and_as_one_process_does(world, m)
     assert len(set(kept)) == 1 and kept[0] > 12
 
 
+def followed(by):
+    """Every rank has clean samples of its own: all follow the mean of their gradients."""
+    size = dist.get_world_size()
+    full = rows_of(1, 3 * size)
+    references = [rows_of(10 + rank, 1) for rank in range(size)]
+    own = {name: leaf[0] for name, leaf in references[dist.get_rank()].items()}
+    mean = {name: torch.stack([r[name][0] for r in references]).mean(0) for name in ODD}
+    params = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in ODD.items()}
+    rule = gf.reference_filter(by=by)
+    found = rule.update(RankStack(mine(full)), {}, params, reference=own)
+    expected = rule.update(gf.DenseStack(full), {}, params, reference=mean)
+    same_on_all_ranks([found[0], found[2]])
+    close(found[0], expected[0])
+    close(found[2]["weights"], expected[2]["weights"])
+
+
+@pytest.mark.parametrize("by", ["product", "cosine"])
+def test_all_ranks_follow_the_mean_of_their_references(world, by):
+    world.run(followed, by)
+
+
 def half_precision():
     n = 3 * dist.get_world_size()
     full = rows_of(1, n, torch.bfloat16)

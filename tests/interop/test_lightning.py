@@ -602,3 +602,28 @@ def test_without_lightning_the_rest_is_there(monkeypatch):
         _ = interop.FilteredModule
     with pytest.raises(AttributeError, match=r"'gradfilter\.interop' has no attribute 'Nothing'"):
         _ = interop.Nothing
+
+
+class Following(Net):
+    """Follows the gradient of two clean images."""
+
+    def __init__(self, clean):
+        super().__init__()
+        self.transforms, self.clean = gf.reference_filter(), clean
+
+    def reference_batch(self):
+        return self.clean
+
+
+def test_rows_follow_the_gradient_of_a_reference_batch():
+    torch.manual_seed(0)
+    data, clean = images(4 * SIZE), images(2).tensors
+    net = Following(clean)
+    plain = copy.deepcopy(net)
+    trainer().fit(net, loader(data))
+    optimizer = torch.optim.SGD(plain.parameters(), lr=net.lr, momentum=0.9)
+    wrapper = Filtered(plain, F.cross_entropy, gf.reference_filter(), optimizer, M)
+    for x, y in loader(data):
+        wrapper.step(x, y, reference_batch=clean)
+    for (name, p), q in zip(net.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=name)

@@ -654,3 +654,27 @@ def test_padded_texts_one_by_one_are_the_training_of_a_trainer(trainer, plan):
     trainer(plain, data, cls=hf.Trainer, **options).train()
     assert trained.state.global_step == steps
     close(model, plain, tolerance=1e-8)
+
+
+def test_rows_follow_the_gradient_of_a_reference_batch(trainer):
+    torch.manual_seed(0)
+    model, data = classifier(), labelled(4 * SIZE)
+    clean = hf.default_data_collator(labelled(3))
+    plain, collator = copy.deepcopy(model), Recorded()
+    made = trainer(
+        model,
+        data,
+        gf.reference_filter(),
+        args={"max_steps": 4},
+        data_collator=collator,
+        reference_batch=clean,
+        optimizers=sgd(model)[:2],
+    )
+    made.train()
+    optimizer, scheduler, _ = sgd(plain)
+    wrapper = Filtered(plain, None, gf.reference_filter(), optimizer, M)
+    for batch in collator.batches:
+        wrapper.step(batch, reference_batch=clean)
+        scheduler.step()
+    for (name, p), q in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(p, q[1], msg=name)

@@ -59,6 +59,11 @@ CASES = {
         lambda: reducer(gf.consensus_filter(0.9, soft=False)),
     ],
     "aggregate": [lambda: reducer(gf.aggregate(lambda gram: gram.diagonal().softmax(0)))],
+    "reference_filter": [
+        lambda: reducer(gf.reference_filter("average")),
+        lambda: reducer(gf.reference_filter("previous", by="cosine", soft=False, threshold=-0.2)),
+        lambda: reducer(gf.reference_filter("average", by="cosine", decay=0.0)),
+    ],
     "mean_rows": [lambda: reducer(gf.mean_rows())],
     "sign_agreement": [lambda: reducer(gf.sign_agreement(0.6))],
     "clip_per_row": [

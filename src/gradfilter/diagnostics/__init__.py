@@ -14,4 +14,5 @@ from gradfilter.diagnostics._parameter_curvature import hessian_trace as hessian
 from gradfilter.diagnostics._parameter_curvature import sharpness as sharpness
 from gradfilter.diagnostics._row_statistics import NoiseScale as NoiseScale
 from gradfilter.diagnostics._row_statistics import agreement as agreement
+from gradfilter.diagnostics._row_statistics import influence as influence
 from gradfilter.diagnostics._row_statistics import noise_scale as noise_scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -137,3 +138,34 @@ def noise_scale(rows: GradStack | Tree, batch_size: int) -> NoiseScale:
     return NoiseScale(
         *(torch.where(enough, value, torch.nan) for value in (samples, spread, sq_norm, of_mean))
     )
+
+
+def influence(rows: GradStack | Tree, reference: Mapping[str, Tensor]) -> Tensor:
+    r"""Return how much a step along each row lowers the loss behind a reference gradient.
+
+    With the reference r = ∇L at the same parameters, a small step −lr · g_i changes L by about
+    −lr ⟨g_i, r⟩; the products ⟨g_i, r⟩ are returned. Rows with a negative one raise the loss of the
+    reference: wrong labels often do, if the reference comes from right ones.
+
+    Args:
+        rows: A GradStack, or a stacked dict with leading axis M on every leaf.
+        reference: A gradient with the leaves of the rows, for example of a clean batch:
+            ``gf.microbatch_grads(loss, 1)(params, clean).combine(torch.ones(1))``.
+
+    Returns:
+        (M,), float64. It asks the rows one ``dot``, so no rows are made.
+
+    Raises:
+        TypeError, ValueError: A dict is not a stack of rows, or the leaves differ.
+
+    Examples:
+        >>> import torch, gradfilter.diagnostics as gd
+        >>> rows = {"w": torch.tensor([[1.0, 0.0], [0.0, -2.0]])}
+        >>> gd.influence(rows, {"w": torch.tensor([1.0, 1.0])})
+        tensor([ 1., -2.], dtype=torch.float64)
+
+    References:
+        Pruthi, Liu, Kale, Sundararajan, "Estimating Training Data Influence by Tracing Gradient
+        Descent", 2020, https://arxiv.org/abs/2002.08484
+    """
+    return as_stack(rows).dot(reference)

@@ -364,6 +364,11 @@ class RankStack(BaseStack):
         return self._like_this(self._gathered, scale, count)
 
     @override
+    def mean_over_ranks(self, tree: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        ranks = self._gathered.ranks
+        return {name: ranks.total(leaf) / ranks.size for name, leaf in tree.items()}
+
+    @override
     def __len__(self) -> int:
         """Return the number of rows on all ranks together, M·W."""
         return self._count

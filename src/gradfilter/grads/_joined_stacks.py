@@ -27,6 +27,10 @@ class StackOfParts(GradStack):
     parts: tuple[GradStack, ...]
 
     @override
+    def mean_over_ranks(self, tree: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self.parts[0].mean_over_ranks(tree)
+
+    @override
     def explain(self) -> str:
         return "\n".join(part.explain() for part in self.parts)
 
@@ -140,6 +144,10 @@ class SelectedStack(GradStack):
 
     def _pick(self, new: T, old: T) -> T:
         return _tree.select(self.when, new, old)
+
+    @override
+    def mean_over_ranks(self, tree: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self.new.mean_over_ranks(tree)
 
     @override
     def __len__(self) -> int:

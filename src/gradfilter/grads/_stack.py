@@ -315,6 +315,13 @@ class GradStack(ABC):
     def _points(self, factors: Tensor) -> Tree:
         """Return the parameters w + c_m g_m of every row. (M, *shape)."""
 
+    def mean_over_ranks(self, tree: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the mean of the trees of all processes that hold some of these rows.
+
+        A stack of one process returns the tree itself. In a `RankStack` all ranks have to ask.
+        """
+        return tree
+
     def gram_is_cheap(self) -> bool:
         """Return whether the Gram costs less than the norms, a `combine` and a `dot` together."""
         return len(self) <= GRAM_UP_TO

@@ -62,6 +62,7 @@ from gradfilter.transforms._compile import (
 )
 from gradfilter.transforms._state_dict import load_state_dict, state_dict
 from gradfilter.transforms._streaming import ReducedRows
+from gradfilter.transforms._train_step import mean_gradient
 
 # --- The batch ---
 
@@ -308,13 +309,18 @@ class Filtered:
         self._earlier = EarlierBatches()  # those of a compiled host
         self.shared: Tree = {}  # used by hosts
 
-    def step(self, inputs: Any, targets: Any = None, **extra: Any) -> StepResult:
+    def step(
+        self, inputs: Any, targets: Any = None, *, reference_batch: Any = None, **extra: Any
+    ) -> StepResult:
         """Run one step over this batch and every batch accumulated since the last one.
 
         Args:
             inputs: The model's inputs: a tensor of N = M·B samples, a tuple of positional
                 arguments or a dict of keyword arguments. Alone, one dict for the whole batch.
             targets: The criterion's targets; None for such a dict.
+            reference_batch: A pair (inputs, targets), or such a dict, of any size: the samples
+                whose mean gradient `reference_filter` follows. One more backward pass; what it
+                does to buffers is discarded.
             **extra: Keywords for the transforms: ``keep``, ``count``, ``value``.
 
         Raises:
@@ -322,13 +328,18 @@ class Filtered:
         """
         check_owned(self._module, self.optimizer, "Filtered")
         params = self._params()
+        reference = None if reference_batch is None else self._samples(reference_batch)
         if self._graphs is None:
             computed = self._batch_rows(params, inputs, targets)
+            if reference is not None:
+                scale = scale_of(self.scaler, _tree.device_of(params))
+                with renormalised(self._module):
+                    extra["reference"] = self._reference(params, reference, None, scale)
             rows = _with_earlier(computed, self._reduced or self._held)
             self._discard_accumulated()
             found = self._filter(params, computed[0], rows, self._state, extra)
         else:
-            found = self._filter_in_graph(self._graphs, params, inputs, targets, extra)
+            found = self._filter_in_graph(self._graphs, params, inputs, targets, extra, reference)
             self._discard_accumulated()
         # The optimizer writes the parameters, which a state, a metric or an aux may show.
         state, out, aux = copied_where_shared((found.state, found.out, found.aux), params)
@@ -471,6 +482,24 @@ class Filtered:
             return rows, None
         return with_own_losses(rows), (1 / scale.to(_tree.sum_dtype(scale))).expand(len(rows))
 
+    def _samples(self, batch: Any) -> Any:
+        """Return a reference batch as the loss takes it."""
+        if self.criterion is None or isinstance(batch, Mapping):
+            return batch_of(batch, None, self.criterion)
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise TypeError(
+                "Filtered: expected reference_batch as a pair (inputs, targets), or a dict for a "
+                f"model with a loss, found {type(batch).__name__}. Write reference_batch=(x, y)."
+            )
+        return batch_of(batch[0], batch[1], self.criterion)
+
+    def _reference(
+        self, params: Params, batch: Any, buffers: Tree | None, scale: Tensor | None
+    ) -> Tree:
+        """Return the mean gradient of a batch."""
+        found = mean_gradient(self._grads_of(scale), params, batch, buffers)
+        return found if scale is None else {n: g / scale.to(g.dtype) for n, g in found.items()}
+
     def _filter(
         self,
         params: Params,
@@ -490,13 +519,20 @@ class Filtered:
         return _FilteredBatch(grads, state, out, of_batch.buffers, losses, loss, aux)
 
     def _filter_in_graph(
-        self, graphs: Graphs, params: Params, inputs: Any, targets: Any, extra: Any
+        self,
+        graphs: Graphs,
+        params: Params,
+        inputs: Any,
+        targets: Any,
+        extra: Any,
+        reference: Any = None,
     ) -> _FilteredBatch:
         """Do the same by a graph, whose inputs are all tensors that may change."""
         given, parts, options = self._graph_arguments(params, inputs, targets, extra)
         if self._earlier.reduced is not None:
             self._earlier.reduced.check_keywords(extra)
         given["earlier"] = self._earlier.tensors()
+        given["reference"] = {} if reference is None else {"batch": plain(reference)}
         constants = self._earlier.constants(parts)
 
         def run(tree: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -506,8 +542,12 @@ class Filtered:
                     earlier, constants, partial(self._origin, params), self._no_rows(tree)
                 )
                 computed = self._traced_rows(tree)
-                rows = _with_earlier(computed, before)
-                found = self._filter(params, computed[0], rows, tree["transforms"], tree["extra"])
+                rows, extra = _with_earlier(computed, before), tree["extra"]
+                if tree["reference"]:
+                    samples, scale = tree["reference"]["batch"], tree["scale"].get("scale")
+                    of_samples = self._reference(params, samples, tree["buffers"], scale)
+                    extra = {**extra, "reference": of_samples}
+                found = self._filter(params, computed[0], rows, tree["transforms"], extra)
             return tuple(found), random_state(_tree.device_of(params))
 
         found, *_ = graphs.run(run, given, parts, options=(options, constants))

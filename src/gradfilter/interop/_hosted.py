@@ -131,10 +131,12 @@ class Hosted(Filtered):
         self._discard_accumulated()
 
     @override
-    def step(self, inputs: Any, targets: Any = None, **extra: Any) -> StepResult:
+    def step(
+        self, inputs: Any, targets: Any = None, *, reference_batch: Any = None, **extra: Any
+    ) -> StepResult:
         """Run a step as in `Filtered`, up to the optimizer's step."""
         self.kept = False
-        result = super().step(inputs, targets, **extra)
+        result = super().step(inputs, targets, reference_batch=reference_batch, **extra)
         if not self.kept:
             note_skip(self._served[1])
         return result

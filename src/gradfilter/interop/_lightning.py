@@ -160,6 +160,14 @@ class FilteredModule(lightning.LightningModule):
             "none. Return the mean loss of the batch from it, as training_step would."
         )
 
+    def reference_batch(self) -> Any:
+        """Return the samples whose gradient `reference_filter` follows in this step; None for none.
+
+        Override it to return a batch as ``microbatch_loss`` takes one, of any size, such as fifty
+        samples with right labels. It is moved to the device.
+        """
+        return None
+
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Compute the rows of a batch; with the last one of a step, filter and write ``p.grad``.
@@ -172,7 +180,10 @@ class FilteredModule(lightning.LightningModule):
             hosted.begin()
         if not hosted.completes_step:
             return hosted.accumulate({"batch": batch})
-        result = hosted.step({"batch": batch})
+        reference = self.reference_batch()
+        if reference is not None:
+            reference = {"batch": self.trainer.strategy.batch_to_device(reference)}
+        result = hosted.step({"batch": batch}, reference_batch=reference)
         assert self._loss_log is not None  # the wrapper exists, so the log does
         options = {"train_loss": ((), {"prog_bar": True}), **self._loss_log.options}
         for name, value in ({"train_loss": result.loss} | logged(result)).items():

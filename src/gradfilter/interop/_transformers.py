@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,6 +101,8 @@ class FilteredTrainer(Trainer):
         memory_budget: See `Filtered`.
         compile: See `Filtered`. Every batch shape is compiled, so pad to few lengths
             (``pad_to_multiple_of``).
+        reference_batch: The samples whose gradient `reference_filter` follows: inputs of the model
+            as the collator gives them, of any size, such as fifty samples with right labels.
         **kwargs: See `transformers.Trainer`.
 
     Raises:
@@ -144,6 +146,7 @@ class FilteredTrainer(Trainer):
         plan: Plan = "auto",
         memory_budget: int | float | None = None,
         compile: bool | str | Backend = False,
+        reference_batch: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         """Check everything that can be checked without an optimizer."""
@@ -156,6 +159,7 @@ class FilteredTrainer(Trainer):
         self.plan: Plan = plan
         self.memory_budget = memory_budget
         self.compile: bool | str | Backend = compile
+        self.reference_batch = reference_batch
         self._hosted: Hosted | None = None
         self._train_loader: Any = None
         self._inherited = frozenset(vars(self)) - own
@@ -194,7 +198,10 @@ class FilteredTrainer(Trainer):
         with self.compute_loss_context_manager(), _named_remedy():
             if not self.accelerator.sync_gradients:
                 return torch.zeros_like(hosted.accumulate(batch))
-            result = hosted.step(batch)
+            reference = None
+            if self.reference_batch is not None:
+                reference = self._prepare_inputs(dict(self.reference_batch))
+            result = hosted.step(batch, reference_batch=reference)
         for name, value in logged(result).items():
             self._metrics.since_log.setdefault(name, []).append(value)
         return result.loss

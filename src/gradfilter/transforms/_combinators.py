@@ -53,6 +53,8 @@ def restrict_context(context: Context, names: list[str], params: Params) -> Cont
         narrowed["rows"] = restrict(context.rows, names)
     if context.clean_grads is not None:
         narrowed["clean_grads"] = restrict(context.clean_grads, names)
+    if context.reference is not None:
+        narrowed["reference"] = restrict(context.reference, names)
     return context.with_values(narrowed)
 
 

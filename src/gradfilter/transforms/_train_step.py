@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 import torch
@@ -72,7 +72,13 @@ class TrainStep:
         }
 
     def __call__(
-        self, state: TrainState, batch: Any, *more: Any, donate: bool = False, **extra: Any
+        self,
+        state: TrainState,
+        batch: Any,
+        *more: Any,
+        donate: bool = False,
+        reference_batch: Any = None,
+        **extra: Any,
     ) -> tuple[TrainState, Info]:
         """Run one step; the same state and batch always give the same result.
 
@@ -81,6 +87,9 @@ class TrainStep:
             batch: See `microbatch_grads`.
             *more: Not allowed; for the error message.
             donate: True to write parameters and transform states into their old tensors.
+            reference_batch: Samples whose mean gradient `reference_filter` follows, at the same
+                parameters: a batch of any size, of the same structure. One more backward pass; what
+                it does to buffers is discarded.
             **extra: Keywords for the transforms: ``keep``, ``count``, ``value``.
 
         Returns:
@@ -106,6 +115,9 @@ class TrainStep:
         with random_state_restored(device):
             set_random_state(state["random"], device)
             rows = self._rows(state, batch, extra)
+            if reference_batch is not None:  # after the rows, whose draws do not depend on it
+                own = state["params"], reference_batch, state["buffers"]
+                extra["reference"] = mean_gradient(self.grads_of, *own)
             # A donated update overwrites the parameters, from which a loss of NaN has to be asked,
             # and which aux and buffers may show.
             of_loss = copied_where_shared(_of_loss(rows), state["params"]) if donate else None
@@ -148,6 +160,14 @@ class TrainStep:
                 reduced.add(rows)
             del rows  # before the next part is computed
         return reduced
+
+
+def mean_gradient(grads_of: GradFunction, params: Params, batch: Any, buffers: Tree | None) -> Tree:
+    """Return the gradient of the mean loss of a batch, as one row."""
+    rows = replace(grads_of, microbatches=1)(params, batch, buffers=buffers)
+    gradient = rows.combine(torch.ones(1, device=_tree.device_of(params)))
+    rows.release()
+    return gradient
 
 
 def _of_loss(rows: ComputedStack | DenseStack | ReducedRows) -> tuple[Tensor, Any, Tree]:
