@@ -89,6 +89,7 @@ __all__ = [
     "train_step",
     "transform",
     "trim_losses",
+    "watch",
 ]
 
 _SUBPACKAGES = ("diagnostics", "distributed", "interop", "schedules", "testing")

@@ -69,3 +69,4 @@ from gradfilter.transforms._update_rules import adam as adam
 from gradfilter.transforms._update_rules import adamw as adamw
 from gradfilter.transforms._update_rules import rmsprop as rmsprop
 from gradfilter.transforms._update_rules import sgd as sgd
+from gradfilter.transforms._watch import watch as watch

@@ -97,6 +97,11 @@ CASES = {
         lambda: on_tree(gf.spike_skip(4, sigmas=3.0)),
         lambda: on_tree(gf.spike_skip(2, of="norm", max_consecutive=1)),
     ],
+    "watch": [
+        lambda: on_tree(gf.watch()),
+        lambda: from_rows(gf.watch(decay=0.5, quantiles=(0.5,))),
+        lambda: reducer(gf.chain(gf.agree_filter(1.2), gf.watch(2))),
+    ],
     "sam_perturb": [
         lambda: on_tree(gf.sam_perturb(0.05)),
         lambda: from_rows(gf.sam_perturb(0.5, adaptive="asam")),
