@@ -30,7 +30,11 @@ from gradfilter.lab.train._train_config import TrainConfig
 DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(TrainConfig)}
 LONGEST = 60
 """Largest number of characters of a recorded text; a foreign file may hold any."""
-FILTERS = ("agree", "consensus", "clip_per_row", "budget_clip", "agc", "sam", "gsam", "ema")
+FILTERS = (
+    *("agree", "consensus", "reference", "clip_per_row", "clip_quantile", "clip_smallest"),
+    *("normalize_rows", "outlier_filter", "trim_losses", "budget_clip"),
+    *("agc", "spike_clip", "spike_skip", "sam", "gsam", "ema"),
+)
 """Settings that add a transform in addition to the update rule."""
 
 
@@ -115,9 +119,17 @@ def rule_of(settings: Mapping[str, Any]) -> str:
     """
     # 0 is a value: a filter that accepts nothing. Only AGC is off at 0.
     on = [n for n in FILTERS if settings[n] is not None and (settings[n] != 0 or n != "agc")]
-    parts = [f"{name.replace('_', '-')} {settings[name]:g}" for name in on]
+    parts = [_shown_filter(name, settings[name]) for name in on if settings[name] is not False]
     nesterov = "+nesterov" if settings["nesterov"] else ""
     return ", ".join([*parts, f"{settings['optimizer']}{nesterov} {settings['learning_rate']:g}"])
+
+
+def _shown_filter(name: str, value: float | str) -> str:
+    """Return a filter with its value, for example ``agree 0.97``; a switch has none."""
+    shown = name.replace("_", "-")
+    if value is True:
+        return shown
+    return f"{shown} {value}" if isinstance(value, str) else f"{shown} {value:g}"
 
 
 def _finite(value: float | None) -> float | None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import gradfilter as gf
 from _lab import command, config, metrics, numbers, only_run, refused
 from gradfilter.lab._options import arguments, presets
+from gradfilter.lab._usage import UsageError
 from gradfilter.lab.train import _train as _trackers
 from gradfilter.lab.train._accuracies import accuracies
 from gradfilter.lab.train._archive import checkpoints, read_tensors
@@ -135,6 +136,18 @@ CHAINS = {
     ("--budget-clip", "0.5", "--budget-power", "0", "--microbatches", "4", "--ema", "0.9"): [
         *("budget_clip", "mean_rows", "sgd", "ema_params"),
     ],
+    ("--clip-quantile", "--trim-losses", "0.2", "--microbatches", "4", "--watch", "2"): [
+        *("trim_losses", "clip_per_row", "mean_rows", "watch", "sgd"),
+    ],
+    ("--clip-smallest", "--clip-per-leaf", "--outlier-filter", "--per-sample"): [
+        *("outlier_filter", "clip_per_row", "mean_rows", "sgd"),
+    ],
+    ("--normalize-rows", "--reference", "--microbatches", "4", "--spike-clip", "--spike-skip"): [
+        *("normalize_rows", "reference_filter", "spike_skip", "spike_clip", "sgd"),
+    ],
+    ("--reference", "average", "--per-sample", "--agc", "0.1"): [
+        *("reference_filter", "agc_clip", "sgd"),
+    ],
     ("--consensus", "--per-sample", "--clip-per-row", "1"): [
         *("clip_per_row", "consensus_filter", "sgd"),
     ],
@@ -178,6 +191,37 @@ def test_the_budget_limits_what_is_clipped():
     _, lines = trained(*options)
     assert 0 < lines[-1].clipped_rows <= 1
     assert run_of(*options).config.budget_power == 3
+
+
+def test_watch_records_what_it_measured_last():
+    _, lines = trained("--per-sample", "--watch", 2, "--steps", 5, "--consensus")
+    last = lines[-1]
+    assert 0 < last.watch_accepted_fraction < 1 and 1 < last.watch_effective_rows < 80
+    assert last.watch_norm_10 < last.watch_norm_50 < last.watch_norm_90
+    assert -1 < last.watch_cosine < 1 and last.watch_loss_90 > last.watch_loss_10 > 0
+    _, lines = trained("--steps", 5)
+    assert math.isnan(lines[-1].watch_cosine)
+
+
+def test_a_training_that_gave_up_ends_with_an_error():
+    """At this rate the numbers overflow, and every step is skipped from then on."""
+    options = ["--spike-skip", "--steps", 200, "--learning-rate", 1e12]
+    with pytest.raises(UsageError, match=r"--spike-skip: gave up before step \d+"):
+        trained(*options)
+
+
+def test_clean_samples_have_their_true_labels():
+    options = ["--microbatches", 4, "--reference", "--label-noise", 0.9, "--reference-samples", 40]
+    run = run_of(*options)
+    images, labels = run.reference
+    assert len(images) == len(labels) == 40
+    train = run.data.train
+    own = train.images.fetch(torch.arange(len(train))).flatten(1)
+    for image, label in zip(images.flatten(1), labels, strict=True):
+        assert label in train.clean[(own == image).all(1)]
+    assert (
+        labels != run_of("--microbatches", 4, "--reference", "--label-seed", 3).reference[1][:40]
+    ).any()
 
 
 def test_averaged_parameters_are_what_is_measured_and_saved(tmp_path):

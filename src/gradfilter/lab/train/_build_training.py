@@ -39,13 +39,10 @@ def update_of(
     """
     lr = schedule_of(config, total_steps, steps_per_epoch) if lr is None else lr
     reducer = reducer_of(config)
-    if config.budget_clip is not None:
-        # Taken over the rows of all processes: the budget belongs to the whole batch.
-        limit = gf.budget_clip(config.budget_clip, power=config.budget_power)
-        reducer = gf.chain(limit, reducer)
+    # They compare the rows of all processes.
+    reducer = gf.chain(*_of_all_rows(config), reducer)
     transforms = [reducer if ranks.size == 1 else gf.chain(across_ranks(), reducer)]
-    if config.clip_per_row is not None:
-        transforms.insert(0, gf.clip_per_row(config.clip_per_row))
+    transforms[:0] = _of_each_row(config)
     if config.sam is not None:
         sharp = _perturbation(config, lr)
         # A perturbation per row comes before the rows are reduced to one gradient.
@@ -61,14 +58,52 @@ def update_of(
                 exclude=lambda name: any(fnmatchcase(name, p) for p in patterns),
             )
         )
+    if config.spike_skip is not None:
+        transforms.append(gf.spike_skip(sigmas=config.spike_skip))
+    if config.spike_clip is not None:
+        transforms.append(gf.spike_clip(config.spike_clip))
     transforms.append(_rule(config, lr))
     if config.ema is not None:
         transforms.append(gf.ema_params(config.ema))
     return gf.chain(*transforms)
 
 
+def _of_each_row(config: TrainConfig) -> list[gf.Transform]:
+    """Return the transforms that change each row by itself."""
+    found = []
+    if config.clip_per_row is not None:
+        found.append(gf.clip_per_row(config.clip_per_row, per_leaf=config.clip_per_leaf))
+    if config.normalize_rows is not None:
+        found.append(gf.normalize_rows(config.normalize_rows))
+    return found
+
+
+def _of_all_rows(config: TrainConfig) -> list[gf.Transform]:
+    """Return the transforms of rows that look at all of them."""
+    found = []
+    if config.trim_losses:
+        found.append(gf.trim_losses(config.trim_losses))
+    if config.outlier_filter is not None:
+        found.append(gf.outlier_filter(config.outlier_filter))
+    if config.clip_quantile is not None:
+        limit = gf.quantile(config.clip_quantile)
+        found.append(gf.clip_per_row(limit, per_leaf=config.clip_per_leaf))
+    if config.clip_smallest:
+        found.append(gf.clip_per_row("smallest", per_leaf=config.clip_per_leaf))
+    if config.budget_clip is not None:
+        found.append(gf.budget_clip(config.budget_clip, power=config.budget_power))
+    return found
+
+
 def reducer_of(config: TrainConfig) -> gf.Transform:
-    """Return the transform that reduces the rows to one gradient."""
+    """Return the transform that reduces the rows to one gradient, and what measures them."""
+    reducer = _reducer_of(config)
+    return reducer if config.watch is None else gf.chain(reducer, gf.watch(config.watch))
+
+
+def _reducer_of(config: TrainConfig) -> gf.Transform:
+    if config.reference is not None:
+        return gf.reference_filter("given" if config.reference == "clean" else config.reference)
     if config.agree is not None:
         return gf.agree_filter(config.agree, against=config.against, average=config.average)
     if config.consensus is not None:
@@ -234,7 +269,23 @@ def build_training(
         totals=no_totals(device),
         skipped=torch.zeros((), device=device, dtype=torch.int64),
         finite_until=torch.full((), -1, device=device, dtype=torch.int64),
+        reference=_clean_samples(config, data) if config.reference == "clean" else None,
     )
+
+
+def _clean_samples(config: TrainConfig, data: Data) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the images and true labels of some training samples, chosen by the label seed."""
+    count = config.reference_samples
+    check(
+        count <= len(data.train),
+        "--reference-samples",
+        f"at most the {len(data.train)} training samples",
+        count,
+        "50 is the default.",
+    )
+    draws = torch.Generator().manual_seed(config.label_seed)
+    chosen = torch.randperm(len(data.train), generator=draws)[:count]
+    return data.train.images.fetch(chosen), data.train.clean[chosen.to(data.train.clean.device)]
 
 
 def data_of(config: TrainConfig, device: torch.device) -> Data:

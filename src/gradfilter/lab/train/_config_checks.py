@@ -42,8 +42,31 @@ def _check_together(config: TrainConfig) -> None:
             "Give --microbatches 8, or --per-sample.",
         ),
         (
-            config.budget_clip is not None and config.clip_per_row is not None,
-            "--budget-clip, --clip-per-row: both limit the norms of rows. Choose one.",
+            len(_clips(config)) > 1,
+            f"{', '.join(_clips(config))}: each limits the norms of rows. Choose one.",
+        ),
+        (
+            config.clip_per_leaf
+            and config.clip_per_row is None
+            and config.clip_quantile is None
+            and not config.clip_smallest,
+            "--clip-per-leaf: there is no clip of rows. Also give --clip-per-row 1.",
+        ),
+        (
+            (config.clip_smallest or config.outlier_filter is not None or bool(config.trim_losses))
+            and not several,
+            f"--clip-smallest, --outlier-filter, --trim-losses: expected several rows, found "
+            f"{rows}. Give --microbatches 8, or --per-sample.",
+        ),
+        (
+            config.reference is not None and not several,
+            f"--reference: expected several rows to weight, found {rows}. Give --microbatches 8, "
+            "or --per-sample.",
+        ),
+        (
+            config.reference is not None
+            and (config.agree is not None or config.consensus is not None),
+            "--reference, --agree, --consensus: each makes one gradient of all rows. Choose one.",
         ),
         (
             config.per_sample and config.microbatches > 1,
@@ -94,6 +117,18 @@ def _check_together(config: TrainConfig) -> None:
             raise UsageError(line)
 
 
+def _clips(config: TrainConfig) -> list[str]:
+    """Return the options that limit the norms of rows, as far as they are given."""
+    given = {
+        "--budget-clip": config.budget_clip is not None,
+        "--clip-per-row": config.clip_per_row is not None,
+        "--clip-quantile": config.clip_quantile is not None,
+        "--clip-smallest": config.clip_smallest,
+        "--normalize-rows": config.normalize_rows is not None,
+    }
+    return [name for name, is_given in given.items() if is_given]
+
+
 def _rho_moves(config: TrainConfig) -> bool:
     return config.rho_schedule != "constant" or config.rho_min > 0
 
@@ -137,6 +172,7 @@ ADAM = OptionUse("without --optimizer adam or adamw", lambda c: c.optimizer in (
 RMSPROP = OptionUse("without --optimizer rmsprop", lambda c: c.optimizer == "rmsprop")
 AGREE = OptionUse("without --agree", lambda c: c.agree is not None)
 AGC = OptionUse("without --agc above 0", lambda c: bool(c.agc))
+CLEAN = OptionUse("without --reference clean", lambda c: c.reference == "clean")
 NOISE = OptionUse("without --label-noise", lambda c: c.label_noise > 0)
 CIFAR = OptionUse(
     "without --data cifar10, cifar100 or cifar100n-fine", lambda c: c.data.startswith("cifar")
@@ -202,7 +238,13 @@ USES: Mapping[str, tuple[OptionUse, ...]] = {
         ),
     ),
     "noise_type": (NOISE,),
-    "label_seed": (NOISE,),
+    "label_seed": (
+        OptionUse(
+            "without --label-noise or --reference clean",
+            lambda c: c.label_noise > 0 or c.reference == "clean",
+        ),
+    ),
+    "reference_samples": (CLEAN,),
     "data_split_seed": (OptionUse("without --train-split or --val-split", _splits),),
     "image_size": (
         OptionUse("without --data folder:PATH", lambda c: c.data.startswith("folder:")),

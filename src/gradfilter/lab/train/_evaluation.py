@@ -41,6 +41,16 @@ class Evaluation:
         surrogate_gap: f(w + e) − f(w), the loss at the perturbed weights minus the loss.
         lr: Learning rate of the last step.
         rho: Radius of the perturbation in the last step.
+        watch_noise_scale: What --watch measured last in these steps: the noise scale, in rows.
+        watch_cosine: The mean cosine of pairs of rows, weighted by their lengths.
+        watch_effective_rows: The effective number of rows.
+        watch_accepted_fraction: The fraction of the rows with a weight.
+        watch_norm_10: Quantiles of the row norms.
+        watch_norm_50: The median.
+        watch_norm_90: The last decile.
+        watch_loss_10: Quantiles of the losses of the rows.
+        watch_loss_50: The median.
+        watch_loss_90: The last decile.
         seconds: Time spent in training steps since the start.
         samples_per_second: Samples per second in this epoch, in training steps alone.
         peak_memory: Largest number of bytes held during steps: on the GPU if the run uses one, else
@@ -68,6 +78,16 @@ class Evaluation:
     surrogate_gap: float
     lr: float
     rho: float
+    watch_noise_scale: float
+    watch_cosine: float
+    watch_effective_rows: float
+    watch_accepted_fraction: float
+    watch_norm_10: float
+    watch_norm_50: float
+    watch_norm_90: float
+    watch_loss_10: float
+    watch_loss_50: float
+    watch_loss_90: float
     seconds: float
     samples_per_second: float
     peak_memory: float

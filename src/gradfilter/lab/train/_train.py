@@ -267,6 +267,9 @@ def pass_mark(run: Training, watch: Watch) -> bool:
 
     Returns:
         Whether the training is over.
+
+    Raises:
+        UsageError: --spike-skip has given up.
     """
     ended = is_epoch_end(run)
     exits = ended and _may_exit_early(run.config.early_exit_accuracy, run.config.early_exit_loss)
@@ -283,6 +286,12 @@ def pass_mark(run: Training, watch: Watch) -> bool:
             run.report = watched
         if due or over:
             watch.evaluated(measured)
+    if run.has_given_up:
+        raise UsageError(
+            f"--spike-skip: gave up before step {run.done}, after many steps in a row with a norm "
+            "or a loss far above the earlier ones. Start anew under another --name with a smaller "
+            "--learning-rate."
+        )
     if over or checkpoint_is_due(run):
         watch.checkpoint(run)
     if ended:

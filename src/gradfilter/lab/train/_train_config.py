@@ -52,6 +52,7 @@ NOT_ONE = Constraint(
 )
 BETAS = Constraint("two numbers in [0, 1)", lambda betas: all(0 <= beta < 1 for beta in betas))
 FACTOR = Constraint("a factor between 0 and 1", lambda value: 0 < value < 1, USUAL)
+QUANTILE = Constraint("a level in (0, 1]", lambda level: 0 < level <= 1, "0.5 is the median.")
 DISTANCE = distance("0.97 is usual, 2 accepts everything.")
 SAVED = Constraint(
     f"epochs above 0, at most {LONGEST:g}",
@@ -179,10 +180,26 @@ class TrainConfig:
     """Accept or reject rows instead of weighting them."""
     clip_per_row: Annotated[float | None, positive(SWITCH_OFF)] = None
     """Largest norm of each row."""
+    clip_quantile: Annotated[float | None, QUANTILE] = None
+    """Clip each row to this quantile of the norms of earlier steps; 0.5 is the median."""
+    clip_smallest: bool = False
+    """Clip all rows to the norm of the smallest."""
+    clip_per_leaf: bool = False
+    """Clip every leaf of a row separately, with --clip-per-row, -quantile or -smallest."""
+    normalize_rows: Annotated[float | None, at_least(0, SWITCH_OFF)] = None
+    """Divide each row by its norm plus this number; 0.01 is usual."""
+    outlier_filter: Annotated[float | None, at_least(1, SWITCH_OFF)] = None
+    """Remove rows longer than this factor times the median; 3 is usual."""
+    trim_losses: Annotated[float | None, FRACTION] = None
+    """Fraction of the rows to remove, those of highest loss."""
     budget_clip: Annotated[float | None, positive(SWITCH_OFF)] = None
     """Largest mean norm of the rows, relative to the first step; 0.3 is usual."""
     budget_power: Annotated[float, at_least(0)] = 3.0
     """Exponent that favours agreeing rows in the budget; 0 treats all alike."""
+    reference: Literal["clean", "average", "previous"] | None = None
+    """Weight rows by their products with a gradient: of clean samples, or of earlier steps."""
+    reference_samples: Annotated[int, at_least(1)] = 50
+    """Number of training samples with their true labels, for --reference clean."""
     agc: Annotated[float | None, at_least(0, SWITCH_OFF)] = None
     """Adaptive gradient clipping: largest ratio of gradient to weight per unit."""
     agc_eps: Annotated[float, positive()] = 1e-3
@@ -197,6 +214,10 @@ class TrainConfig:
     """Perturb each row separately."""
     gsam: Annotated[float | None, at_least(0, SWITCH_OFF)] = None
     """Alpha of GSAM; needs --sam."""
+    spike_clip: Annotated[float | None, positive(SWITCH_OFF)] = None
+    """Clip a gradient so many standard deviations above the earlier norms; 2.5 is usual."""
+    spike_skip: Annotated[float | None, positive(SWITCH_OFF)] = None
+    """Skip a step with a norm or loss so many deviations above the last ones; 6 is usual."""
     rho_schedule: Literal["constant", "proportional"] = "constant"
     """Schedule of the radius: proportional follows the learning rate."""
     rho_min: Annotated[float, at_least(0)] = 0.0
@@ -206,6 +227,8 @@ class TrainConfig:
     ema: Annotated[float | None, below_one("a decay", SWITCH_OFF)] = None
     """Decay of a moving average of parameters to evaluate and save; 0.99 is usual."""
 
+    watch: Annotated[int | None, positive(SWITCH_OFF)] = None
+    """Measure noise, cosines and quantiles of the rows in every K-th step."""
     eval_every: Annotated[float, positive(), COUNTABLE] = 1.0
     """Epochs between two evaluations."""
     early_exit_accuracy: Annotated[float | None, positive(SWITCH_OFF), ACCURACY] = None
@@ -250,7 +273,9 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "model": ("model", "model_additions", "model_arguments", "weight_init", "label_smoothing"),
     "rows and filters": (
         *("batch_size", "microbatches", "per_sample", "samples_per_class", "agree", "against"),
-        *("average", "consensus", "consensus_hard", "clip_per_row", "budget_clip"),
+        *("average", "consensus", "consensus_hard", "clip_per_row", "clip_quantile"),
+        *("clip_smallest", "clip_per_leaf", "normalize_rows", "outlier_filter", "trim_losses"),
+        *("budget_clip", "reference", "reference_samples", "spike_clip", "spike_skip"),
         *("budget_power", "agc", "agc_eps", "agc_exclude", "sam", "adaptive", "m_sharpness"),
         *("gsam", "rho_schedule", "rho_min"),
     ),
@@ -264,7 +289,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "early_exit_loss",
     ),
     "output": (
-        *("eval_every", "save_checkpoint", "resume_every", "resume", "name", "save_dir"),
+        *("watch", "eval_every", "save_checkpoint", "resume_every", "resume", "name", "save_dir"),
         *("tensorboard", "wandb", "log_level"),
     ),
     "resources": ("device", "workers", "dtype", "amp", "compile"),
@@ -272,7 +297,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 """Settings by the heading under which ``--help`` lists them."""
 PLACE = ("data_dir", "download", "resume", "name", "save_dir", "device", "workers")
 """Settings of the place and manner of a run, which hardly change its numbers."""
-WATCHING = ("eval_every", "resume_every", "tensorboard", "wandb", "log_level")
+WATCHING = ("watch", "eval_every", "resume_every", "tensorboard", "wandb", "log_level")
 """Settings of what a run reports."""
 
 

@@ -54,7 +54,16 @@ def peak_memory(device: torch.device) -> float:
 
 SUMS = ("loss", "losses", "rows", "accepted", "steps", "clipped_rows", "clipped_units", "gap")
 CLIPPED_ROWS = ("clip_per_row/clipped_fraction", "budget_clip/clipped_fraction")
+CLIPS = ("clip_per_row", "clip_quantile", "clip_smallest", "budget_clip")
+"""Options that publish one of these."""
+GIVEN_UP = "spike_skip"
+"""The transform that may give up."""
 LATEST = ("lr", "rho")
+WATCHED = (
+    *("noise_scale", "cosine", "effective_rows", "accepted_fraction"),
+    *("norm_10", "norm_50", "norm_90", "loss_10", "loss_50", "loss_90"),
+)
+"""Metrics of `watch`, of its last measurement in the epoch."""
 
 Totals = dict[str, Tensor]
 """One number per name, all on the device."""
@@ -64,7 +73,9 @@ def no_totals(device: torch.device) -> Totals:
     """Return the totals before the first step of an epoch."""
     narrow = torch.zeros((), device=device)
     zero = narrow.to(_tree.sum_dtype(narrow))
-    return dict.fromkeys((*SUMS, *LATEST), zero)
+    unknown = torch.full_like(zero, torch.nan)
+    watched = {f"watch_{name}": unknown for name in WATCHED}
+    return dict.fromkeys((*SUMS, *LATEST), zero) | watched
 
 
 def add_to_totals(totals: Totals, info: Mapping[str, Tensor]) -> Totals:
@@ -94,7 +105,9 @@ def add_to_totals(totals: Totals, info: Mapping[str, Tensor]) -> Totals:
     }
     sums = {n: totals[n] + v for n in SUMS if (v := new[n]) is not None}
     latest = {n: v.to(totals[n].dtype) for n in LATEST if (v := new[n]) is not None}
-    return totals | sums | latest
+    keys = ((f"watch_{name}", info.get(f"watch/{name}")) for name in WATCHED)
+    watched = {name: v.to(totals[name].dtype) for name, v in keys if v is not None}
+    return totals | sums | latest | watched
 
 
 def means_of_totals(totals: Mapping[str, float], config: TrainConfig) -> dict[str, float]:
@@ -108,7 +121,7 @@ def means_of_totals(totals: Mapping[str, float], config: TrainConfig) -> dict[st
     rho = math.nan if config.sam is None else config.sam
     if config.rho_schedule != "constant":
         rho = totals["rho"] * steps / steps  # NaN without a step
-    clipped = config.clip_per_row is not None or config.budget_clip is not None
+    clipped = any(getattr(config, name) not in (None, False) for name in CLIPS)
     return {
         "loss": totals["loss"] / (totals["losses"] or math.nan),
         "accepted": totals["accepted"] / (totals["rows"] or math.nan),
@@ -117,6 +130,7 @@ def means_of_totals(totals: Mapping[str, float], config: TrainConfig) -> dict[st
         "surrogate_gap": _value_or_nan(config.sam is not None, totals["gap"] / steps),
         "lr": totals["lr"] * steps / steps,
         "rho": rho,
+        **{f"watch_{name}": totals[f"watch_{name}"] for name in WATCHED},
     }
 
 
@@ -144,6 +158,7 @@ class Training:
         total_steps: Length of the training, in steps.
         ranks: The processes that train together.
         state: State after ``done`` steps.
+        reference: The images and labels whose gradient --reference clean follows.
         done: Steps done.
         totals: Totals of the current epoch.
         skipped: Steps skipped since the start, on the device.
@@ -169,6 +184,7 @@ class Training:
     totals: Totals
     skipped: Tensor
     finite_until: Tensor
+    reference: tuple[Tensor, Tensor] | None = None
     done: int = 0
     report: float | None = None
     peak_memory: float = 0.0
@@ -190,12 +206,13 @@ class Training:
             count: The number of steps before this one, for schedules.
             report: The value for a plateau schedule.
         """
+        clean = self.reference
         if not self.config.compile:
-            return self.step(self.state, batch, count=count, value=report)
+            return self.step(self.state, batch, count=count, value=report, reference_batch=clean)
         # A graph fixes Python numbers, and takes tensors as inputs.
         at = torch.full((), count, device=self.device)
         value = None if report is None else torch.full((), report, device=self.device)
-        return self.step(self.state, batch, count=at, value=value)
+        return self.step(self.state, batch, count=at, value=value, reference_batch=clean)
 
     def steps_at(self, epoch: float) -> int:
         """Return the number of steps after which `epoch` epochs of samples have been seen."""
@@ -208,6 +225,12 @@ class Training:
         if self.config.ema is not None:
             params = _tree.in_dtypes_of(params, gf.ema_of(self.state))
         return {"params": params, "buffers": self.state["buffers"]}
+
+    @property
+    def has_given_up(self) -> bool:
+        """Return whether --spike-skip has given up. It reads the state, so it waits for steps."""
+        given = self.state["transforms"].get(GIVEN_UP)
+        return given is not None and bool(given["gave_up"])
 
     @property
     def epoch(self) -> float:
