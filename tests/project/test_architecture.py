@@ -40,7 +40,7 @@ PUBLIC = {
 }
 # What users do not call by name is shown where it is made.
 NOT_CALLED = {
-    *("Transform", "GradStack", "ComputedStack", "TrainState", "TrainStep", "ema_of"),
+    *("Quantile", "Transform", "GradStack", "ComputedStack", "TrainState", "TrainStep", "ema_of"),
     *("InputCurvature", "HessianTop", "HessianTrace", "OperatorNorm", "NoiseScale"),
 }
 # Imported when they are first asked for.
@@ -159,6 +159,7 @@ NEIGHBOURS = {
     "gradfilter.lab.train._accuracies": "needs torch; what reads evaluations does not",
     "gradfilter.testing._laws": "the laws; the other file tries them",
     "gradfilter.transforms._consensus": "a public transform with a page of its own",
+    "gradfilter.transforms._every": "public transforms, which one other is built on",
     "gradfilter.transforms._inductor": "what torch's compiler gets; the other file keeps graphs",
     "gradfilter.transforms._joined_norms": "one formula; the other: what torch's compiler gets",
     "gradfilter.transforms._read_values": "what a step reads; the other file: what it changes",

@@ -240,6 +240,13 @@ EVERY = {
     "sign_agreement": {"fraction": DOWN},
     "clip_per_row": {"max_norm": DOWN},
     "budget_clip": {"budget": DOWN, "power": DOWN},
+    "normalize_rows": {"gamma": DOWN},
+    "outlier_filter": {"factor": gs.linear(3.0, 6, min_value=1.0)},
+    "trim_losses": {"fraction": DOWN},
+    "reference_filter": {"threshold": DOWN, "decay": DOWN},
+    "watch": {"decay": DOWN},
+    "spike_clip": {"z": DOWN, "decay": DOWN, "factor": DOWN},
+    "spike_skip": {"sigmas": DOWN},
     "clip_by_global_norm": {"max_norm": DOWN},
     "agc_clip": {"clipping": DOWN, "eps": DOWN},
     "sam_perturb": {"rho": DOWN, "eta": DOWN},
@@ -254,20 +261,24 @@ FIXED = {
     "sam_perturb": {"adaptive": "asam", "rho": 0.1},
     "rmsprop": {"lr": 0.1},
     "sgd": {"lr": 0.1},
+    "reference_filter": {"reference": "average"},
+    "spike_skip": {"of": "norm"},
 }
 NOT_NUMBERS = {
     *("against", "average", "soft", "exclude", "unit_dims", "adaptive", "per_microbatch"),
-    *("nesterov", "maximize", "amsgrad", "centered"),
+    *("nesterov", "maximize", "amsgrad", "centered", "per_leaf", "of", "center", "reference"),
+    *("by", "every", "quantiles", "warmup", "window", "max_consecutive"),
 }
 TAKES_ROWS = {name for name in EVERY if "rows" in getattr(gf, name).__annotations__} | {
     *("agree_filter", "consensus_filter", "sign_agreement", "clip_per_row", "budget_clip"),
-    "sam_perturb",
+    *("sam_perturb", "normalize_rows", "outlier_filter", "trim_losses", "reference_filter"),
+    "watch",
 }
 
 
 def placed(name, link):
     """A chain from rows to an update with the link where it belongs."""
-    if name in ("agree_filter", "consensus_filter", "sign_agreement"):
+    if name in ("agree_filter", "consensus_filter", "sign_agreement", "reference_filter"):
         return gf.chain(link, gf.sgd(0.1))
     if name in TAKES_ROWS:
         return gf.chain(link, gf.mean_rows(), gf.sgd(0.1))
