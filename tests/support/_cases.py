@@ -78,6 +78,15 @@ CASES = {
         lambda: on_tree(gf.sam_perturb(0.5, adaptive="gsam")),
         lambda: from_rows(gf.sam_perturb(0.05, per_microbatch=True)),
     ],
+    "friendly_sam": [
+        lambda: on_tree(gf.friendly_sam(0.05)),
+        lambda: from_rows(gf.friendly_sam(0.5, sigma=0.7, decay=0.8, adaptive="asam")),
+        lambda: on_tree(gf.chain(gf.friendly_sam(0.5, adaptive="gsam"), gf.gsam_decompose(0.4))),
+    ],
+    "look_sam": [
+        lambda: on_tree(gf.look_sam(0.05, 2)),
+        lambda: on_tree(gf.look_sam(0.5, 3, 0.4, adaptive="asam")),
+    ],
     "gsam_decompose": [
         lambda: on_tree(gf.chain(gf.sam_perturb(0.05), gf.gsam_decompose(0.4))),
         lambda: gf.chain(gf.sam_perturb(0.05), gf.mean_rows(), gf.gsam_decompose(0.4), sgd()),

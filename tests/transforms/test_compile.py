@@ -21,6 +21,7 @@ from gradfilter import _tree
 
 pytestmark = pytest.mark.usefixtures("float64")
 PLANS = ["auto", "fused", "vmap", "loop"]
+BRANCHING = ("every", "late", "look_sam")
 
 
 def labelled(n=8):
@@ -88,8 +89,8 @@ def test_every_chain_trains_to_the_bit_as_without_compiling(variant):
     step, compiled = pair(model, build(variant))
     extra = EXTRA if variant[0] == "gate" else {}
     follow(step, compiled, step.init(model, seed=1), [labelled() for _ in range(3)], **extra)
-    # every and late: a graph for the steps in which their transform runs, and one for the others.
-    assert len(compiled.graphs.entries) == (2 if variant[0] in ("every", "late") else 1)
+    # A graph for the steps in which the transform runs, and one for the others.
+    assert len(compiled.graphs.entries) == (2 if variant[0] in BRANCHING else 1)
 
 
 def sharp():

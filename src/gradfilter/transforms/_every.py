@@ -10,16 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from gradfilter import _tree
 from gradfilter._factory import factory
 from gradfilter._row_rules import RowRules, reads_of
-from gradfilter._state_rules import COUNTER, RESTS, RUNS, CounterRules, PartRules
+from gradfilter._state_rules import COUNTER, CounterRules, PartRules, new_counter
 from gradfilter._types import Context, Kind, Out, Params, State, Transform
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._reducers import mean_weights
-from gradfilter.transforms._transform import convert_grads
+from gradfilter.transforms._transform import check_calls, convert_grads
 
 
 @factory
@@ -57,7 +55,7 @@ def every(k: int, transform: Transform, otherwise: Transform | None = None) -> T
         Liu, Y., Mai, S., Chen, X., Hsieh, C.-J., You, Y. Towards Efficient and Scalable
         Sharpness-Aware Minimization. CVPR 2022. https://arxiv.org/abs/2203.02714
     """
-    _check_whole("every", "k", k, 1)
+    check_calls("every", "k", k, 1)
     return _some_calls("every", transform, otherwise, lambda call: call % k == 0)
 
 
@@ -91,16 +89,8 @@ def late(transform: Transform, start: int, otherwise: Transform | None = None) -
         Zhou, Z., Wang, M., Mao, Y., Li, B., Yan, J. Sharpness-Aware Minimization Efficiently
         Selects Flatter Minima Late in Training. ICLR 2025. https://arxiv.org/abs/2410.10373
     """
-    _check_whole("late", "start", start, 0)
+    check_calls("late", "start", start, 0)
     return _some_calls("late", transform, otherwise, lambda call: call >= start)
-
-
-def _check_whole(caller: str, argument: str, value: Any, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(
-            f"{caller}: expected {argument} as a whole number >= {low}, found {value!r}. It counts "
-            "calls, and the host compares it."
-        )
 
 
 def _some_calls(
@@ -171,7 +161,7 @@ class _SomeCalls:
     def init(self, params: Params) -> State:
         rest = {} if self.otherwise is None else self.otherwise.init(params)
         return {
-            COUNTER: torch.zeros((), dtype=torch.int64, device="cpu"),
+            COUNTER: new_counter(),
             "transform": self.transform.init(params),
             "otherwise": rest,
         }
@@ -180,11 +170,8 @@ class _SomeCalls:
         self, grads: Any, state: State, params: Params, context: Context
     ) -> tuple[Any, State, Out]:
         grads = convert_grads(self.name, self.transform.kinds, grads, params)
-        runs = self.rules.decide(state)
-        if COUNTER in state:
-            new = state | {COUNTER: state[COUNTER] + 1}
-        else:
-            new = state | {RUNS if runs else RESTS: {}}
+        runs, counter = self.rules.call(state)
+        new = state | counter
         part, key = (self.transform, "transform") if runs else (self.otherwise, "otherwise")
         if part is None:
             found, out = bypass(self.transform, grads, params)

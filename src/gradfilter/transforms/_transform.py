@@ -270,6 +270,15 @@ def check_number(
         )
 
 
+def check_calls(transform_name: str, argument: str, value: Any, low: int) -> None:
+    """Refuse a number of calls that is not a whole number, or too low."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(
+            f"{transform_name}: expected {argument} as a whole number >= {low}, found {value!r}. "
+            "It counts calls, and the host compares it."
+        )
+
+
 def check_distance(transform_name: str, value: Any, fix: str) -> None:
     """Refuse a threshold that is not a cosine distance; infinity accepts all rows."""
     if not (isinstance(value, float) and value == float("inf")):
