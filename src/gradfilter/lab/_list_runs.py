@@ -30,7 +30,10 @@ from gradfilter.lab.train._train_config import TrainConfig
 DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(TrainConfig)}
 LONGEST = 60
 """Largest number of characters of a recorded text; a foreign file may hold any."""
-FILTERS = ("agree", "consensus", "clip_per_row", "budget_clip", "agc", "sam", "gsam", "ema")
+FILTERS = (
+    *("agree", "consensus", "clip_per_row", "budget_clip", "agc"),
+    *("sam", "friendly_sam", "look_sam", "gsam", "ema"),
+)
 """Settings that add a transform in addition to the update rule."""
 
 

@@ -116,6 +116,7 @@ def resume(place: Path, run: Training) -> None:
         raise UsageError(f"--resume: {error} {_recovery_advice(path, most)}") from None
     try:
         state = gf.load_state_dict(run.state, _without_prefix("state.", flat))
+        flat.setdefault("totals.gaps", flat["totals.steps"])  # points of earlier versions
         totals = {n: _like(zero, flat[f"totals.{n}"]) for n, zero in run.totals.items()}
         numbers = {name: flat[name].item() for name in (*NUMBERS, "reports", "report")}
         done = _step(numbers["done"], run.total_steps)

@@ -195,6 +195,10 @@ class TrainConfig:
     """Scale the perturbation by the weights, as in ASAM or in the GSAM paper."""
     m_sharpness: bool = False
     """Perturb each row separately."""
+    friendly_sam: Annotated[float | None, positive(SWITCH_OFF)] = None
+    """Part of an average gradient to leave out of the perturbation; 1 is usual; needs --sam."""
+    look_sam: Annotated[int | None, at_least(2, SWITCH_OFF)] = None
+    """Perturb in every K-th step, and reuse the effect (LookSAM); 5 is usual; needs --sam."""
     gsam: Annotated[float | None, at_least(0, SWITCH_OFF)] = None
     """Alpha of GSAM; needs --sam."""
     rho_schedule: Literal["constant", "proportional"] = "constant"
@@ -252,7 +256,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         *("batch_size", "microbatches", "per_sample", "samples_per_class", "agree", "against"),
         *("average", "consensus", "consensus_hard", "clip_per_row", "budget_clip"),
         *("budget_power", "agc", "agc_eps", "agc_exclude", "sam", "adaptive", "m_sharpness"),
-        *("gsam", "rho_schedule", "rho_min"),
+        *("friendly_sam", "look_sam", "gsam", "rho_schedule", "rho_min"),
     ),
     "update": (
         *("optimizer", "learning_rate", "momentum", "nesterov", "betas", "eps", "alpha"),
