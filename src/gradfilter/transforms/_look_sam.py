@@ -141,4 +141,5 @@ def _orthogonal(g: Tree, h: Tree) -> Tree:
     # A remainder of the rounding of h has no direction, and would become a vector of length 1.
     rounding = max(torch.finfo(leaf.dtype).eps for leaf in h.values()) * hh.sqrt()
     inverse = torch.where(norm <= rounding, 0.0, 1 / norm)
-    return {name: v * inverse.to(v.dtype) for name, v in found.items()}
+    # In place: memory for a second tree would take longer to get than the product to compute.
+    return {name: v.mul_(inverse.to(v.dtype)) for name, v in found.items()}
