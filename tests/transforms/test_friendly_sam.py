@@ -15,7 +15,7 @@ every_form = pytest.mark.parametrize(("adaptive", "rho", "eta"), FORMS)
 
 
 class Memory:
-    """The average of gradients, in the words of the paper, on flat vectors."""
+    """The average of gradients, as the authors' code has it, on flat vectors."""
 
     def __init__(self, sigma, decay):
         self.sigma, self.decay, self.average = sigma, decay, None

@@ -47,7 +47,7 @@ def friendly_sam(
 
     Args:
         rho: The radius ρ, >= 0.
-        sigma: The part σ of the average that is subtracted, >= 0; 0 is SAM.
+        sigma: The part σ of the average that is subtracted, >= 0; the authors use 1, and 0 is SAM.
         decay: λ, in [0, 1); the authors use 0.9 by default, and 0.6 and 0.95.
         adaptive: Scale the perturbation by the weights, in the form of ASAM or of GSAM.
         eta: η >= 0, for ASAM.
@@ -82,7 +82,7 @@ def friendly_sam(
         https://arxiv.org/abs/2403.12350
     """
     perturbation = Perturbation.checked("friendly_sam", rho, adaptive, eta)
-    check_number("friendly_sam", "sigma", sigma, low=0, fix="The paper has 1.")
+    check_number("friendly_sam", "sigma", sigma, low=0, fix="The authors use 1.")
     check_number(
         "friendly_sam", "decay", decay, low=0, high=1, open_high=True, fix="0.9 is the default."
     )

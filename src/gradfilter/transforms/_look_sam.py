@@ -44,7 +44,7 @@ def look_sam(
     Args:
         rho: The radius ρ, >= 0.
         k: The number of steps from one second pass to the next, >= 1; 1 is SAM.
-        alpha: α >= 0; the paper has 0.7. With 0 the other steps take the plain gradient.
+        alpha: α >= 0; 0.7 is usual. With 0 the other steps take the plain gradient.
         adaptive: Scale the perturbation by the weights, in the form of ASAM or of GSAM.
         eta: η >= 0, for ASAM.
 
@@ -79,7 +79,7 @@ def look_sam(
     """
     perturbation = Perturbation.checked("look_sam", rho, adaptive, eta)
     check_calls("look_sam", "k", k, 1)
-    check_number("look_sam", "alpha", alpha, low=0, fix="The paper has 0.7.")
+    check_number("look_sam", "alpha", alpha, low=0, fix="0.7 is usual.")
     rules = CounterRules(lambda call: call % k == 0, PartRules({}))
     compute = _LookSAM(perturbation, alpha, rules)
     made = transform_in_context(
