@@ -88,6 +88,15 @@ def candidates() -> list[Rule]:
     ]
 
 
+def one_sam() -> list[Rule]:
+    """Return SAM with a perturbation for every sample, and plain training."""
+    per_sample = {**PER_SAMPLE, "m_sharpness": True}
+    return [
+        Rule("plain"),
+        *(Rule(f"1-SAM {rho:g}", {**per_sample, "sam": rho}) for rho in (0.05, 0.1)),
+    ]
+
+
 def _budget(power: float) -> dict[str, Any]:
     return {"budget_clip": 0.3, "budget_power": power}
 
@@ -98,4 +107,4 @@ def _averaged(rule: Rule) -> Rule:
 
 def rule_of(name: str) -> Rule:
     """Return the rule with a name. Processes send names, because functions cannot be sent."""
-    return next(rule for rule in (*rules(), *candidates()) if rule.name == name)
+    return next(rule for rule in (*rules(), *candidates(), *one_sam()) if rule.name == name)

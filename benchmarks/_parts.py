@@ -53,6 +53,7 @@ PARTS = {
     "label_noise": Part("label_noise", ("--part", "rules"), quick=None, study=True),
     "default_rule": Part("label_noise", ("--part", "default"), quick=None, study=True),
     "clean_labels": Part("label_noise", ("--part", "clean"), quick=None, study=True),
+    "one_sam": Part("label_noise", ("--part", "one_sam"), quick=None, study=True),
     "rule_search": Part("rule_search", quick=None, study=True),
     "double_descent_features": Part("double_descent", ("--part", "features"), study=True),
     "double_descent_widths": Part("double_descent", ("--part", "widths"), study=True),

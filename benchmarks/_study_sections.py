@@ -16,10 +16,9 @@ def percent(numbers: Json | None) -> str:
     return f"{100 * numbers['mean']:.1f} ± {100 * numbers['sd']:.1f}" if numbers else ""
 
 
-def label_noise(parts: dict[str, Json]) -> Section:
-    part = parts["label_noise"]
+def _compared(part: Json) -> str:
+    """Return the table of rules that were trained with one fraction of wrong labels."""
     (noise,) = part["noises"]
-    lines = [(rule, rule["noise"][str(noise)]) for rule in part["rules"]]
     rows = [
         [
             rule["rule"],
@@ -29,9 +28,17 @@ def label_noise(parts: dict[str, Json]) -> Section:
             percent(found[TIMED]["final"]),
             f"{rule['milliseconds_per_step']:.1f}",
         ]
-        for rule, found in lines
+        for rule in part["rules"]
+        for found in (rule["noise"][str(noise)],)
     ]
     head = ["rule", "rate", "test %", "memorised %", "test % at equal time", "ms per step"]
+    return markdown(head, rows)
+
+
+def label_noise(parts: dict[str, Json]) -> Section:
+    part = parts["label_noise"]
+    (noise,) = part["noises"]
+    lines = [(rule, rule["noise"][str(noise)]) for rule in part["rules"]]
     drawn = [
         Panel(title, [_accuracy(rule, found[at]) for rule, found in lines])
         for title, at in (
@@ -47,7 +54,7 @@ def label_noise(parts: dict[str, Json]) -> Section:
         "fraction of wrong labels. The table shows the test accuracy after the last step, as mean "
         f"± standard deviation over {len(part['seeds'])} other seeds. Blue: rules that use a row "
         "per sample.",
-        markdown(head, rows),
+        _compared(part),
         Dots(drawn, 2, "test accuracy in %", log=False, mark=None, digits=".1f"),
     )
 
@@ -55,6 +62,17 @@ def label_noise(parts: dict[str, Json]) -> Section:
 def _accuracy(rule: Json, found: Json) -> Dot:
     mean, sd = (100 * found["final"][key] for key in ("mean", "sd"))
     return Dot(rule["rule"], (mean - sd, mean, mean + sd), "per_sample" in rule["settings"])
+
+
+def one_sam(parts: dict[str, Json]) -> Section:
+    return Section(
+        "SAM along every sample against wrong labels",
+        ("one_sam",),
+        "1-SAM is `sam_perturb(rho, per_microbatch=True)` with one row per sample. Everything else "
+        "is as in the section before: data, network, rates, seeds and the selection of the rate. "
+        "Two radii were tried.",
+        _compared(parts["one_sam"]),
+    )
 
 
 def default_rule(parts: dict[str, Json]) -> Section:
@@ -168,6 +186,7 @@ def _lines(part: Json, size: str, names: Sequence[str]) -> list[Line]:
 # The keys are the parts that a section needs.
 STUDIES: dict[tuple[str, ...], Callable[[dict[str, Json]], Section]] = {
     ("label_noise",): label_noise,
+    ("one_sam",): one_sam,
     ("default_rule",): default_rule,
     ("rule_search",): rule_search,
     ("double_descent_features", "double_descent_widths"): double_descent,

@@ -12,6 +12,7 @@ step is measured separately, with the rules in turn.
     python benchmarks/label_noise.py                  # the rules at 30 % noise
     python benchmarks/label_noise.py --part default   # one rate for 0, 30 and 50 %, ten seeds
     python benchmarks/label_noise.py --part clean     # plain training at its best rate for 0 %
+    python benchmarks/label_noise.py --part one_sam   # SAM along every sample, at 30 % noise
 """
 
 import argparse
@@ -30,13 +31,13 @@ if not __package__:  # run as a file: make the package importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._machine import machine
-from benchmarks._noise_rules import STEPS, Rule, candidates, rules
+from benchmarks._noise_rules import STEPS, Rule, candidates, one_sam, rules
 from benchmarks._noise_runs import CPU, EVERY, Done, Task, build_run
 from benchmarks._results import write
 from gradfilter.lab.train._training import advance
 
 SWEEP_SEEDS = (100, 101)
-PARTS = ("rules", "default", "clean")
+PARTS = ("rules", "default", "clean", "one_sam")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def study(part: str) -> Study:
         Study("label_noise", rules(), (0.3,), one_three, (0.001, 0.3), five),
         Study("default_rule", candidates(), noises, one_two_five, (0.02, 0.2), ten),
         Study("clean_labels", [Rule("plain")], (0.0,), one_two_five, (0.02, 0.2), ten),
+        Study("one_sam", one_sam(), (0.3,), one_three, (0.001, 0.3), five),
     )
     return dict(zip(PARTS, studies, strict=True))[part]
 

@@ -66,6 +66,12 @@ CHAINS = {
     ),
     "nested": gf.chain(gf.chain(gf.chain(gf.sign_agreement(0.6)), gf.adam(1e-3)), gf.ema_params()),
     "rms": gf.chain(gf.mean_rows(), gf.rmsprop(gs.step(0.1, 3), centered=True)),
+    "sharpness": gf.chain(
+        gf.mean_rows(),
+        gf.friendly_sam(0.05, sigma=0.9, adaptive="gsam"),
+        gf.look_sam(0.05, 2, adaptive="asam"),
+        gf.sgd(0.1),
+    ),
     "frozen": gf.chain(gf.mean_rows(), gf.freeze()),
     "schedule in a schedule": gf.chain(
         gf.mean_rows(),

@@ -40,7 +40,9 @@ from gradfilter.transforms._ema import ema_of as ema_of
 from gradfilter.transforms._ema import ema_params as ema_params
 from gradfilter.transforms._every import every as every
 from gradfilter.transforms._every import late as late
+from gradfilter.transforms._friendly_sam import friendly_sam as friendly_sam
 from gradfilter.transforms._hyperparameters import hyperparameters as hyperparameters
+from gradfilter.transforms._look_sam import look_sam as look_sam
 from gradfilter.transforms._outliers import outlier_filter as outlier_filter
 from gradfilter.transforms._outliers import trim_losses as trim_losses
 from gradfilter.transforms._reducers import aggregate as aggregate

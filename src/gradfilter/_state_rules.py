@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -107,7 +108,7 @@ class PartRules(StateRules):
 
 @dataclass(frozen=True, eq=False)
 class CounterRules(StateRules):
-    """The state has a counter of calls, and two states of which one is used in a call.
+    """The state has a counter of calls, by which the host decides what runs in a call.
 
     Attributes:
         runs: Whether the transform runs in the call of this number.
@@ -122,6 +123,13 @@ class CounterRules(StateRules):
         if COUNTER in state:
             return self.runs(read_counter(state[COUNTER]))
         return RUNS in state
+
+    def call(self, state: Any) -> tuple[bool, dict[str, Any]]:
+        """Return whether the transform runs in this call, and the counter's entry after it."""
+        runs = self.decide(state)
+        if COUNTER in state:
+            return runs, {COUNTER: state[COUNTER] + 1}
+        return runs, {RUNS if runs else RESTS: {}}
 
     @override
     def settled(self, keep: Tensor | bool, new: Any, old: Any) -> Any:
@@ -152,6 +160,11 @@ class CounterRules(StateRules):
         return {COUNTER: old[COUNTER] + 1, **rest, **parts}
 
 
+def new_counter() -> Tensor:
+    """Return the counter before the first call."""
+    return torch.zeros((), dtype=torch.int64, device="cpu")
+
+
 def read_counter(count: Tensor) -> int:
     """Return the number of a counter.
 
@@ -162,8 +175,8 @@ def read_counter(count: Tensor) -> int:
         return int(count.numpy())  # unlike .item(), it never waits for a device
     except (RuntimeError, TypeError) as error:
         raise RuntimeError(
-            "Expected the counter of every() or late() as a tensor on the CPU that the host can "
-            f"read, found one on {count.device} inside a trace, torch.func.vmap or a capture, or "
-            "moved there. Keep the state where init made it, and compile a step of train_step with "
-            "gradfilter.compile."
+            "Expected the counter of every(), late() or look_sam() as a tensor on the CPU that the "
+            f"host can read, found one on {count.device} inside a trace, torch.func.vmap or a "
+            "capture, or moved there. Keep the state where init made it, and compile a step of "
+            "train_step with gradfilter.compile."
         ) from error

@@ -192,7 +192,7 @@ def test_training_with_shards_that_are_replicated(four):
 
 
 def surrogate():
-    """gsam_decompose and sam_perturb ask for norms and products of trees."""
+    """gsam_decompose, sam_perturb and their like ask for norms and products of trees."""
     model = sharded("fsdp")
     params = {n: p.detach() for n, p in model.named_parameters()}
     g, h = (own_rows(model, step).combine(torch.full((M,), 1 / M)) for step in (0, 1))
@@ -203,6 +203,14 @@ def surrogate():
     link = gf.sam_perturb(0.3)
     found = link.update(g, {}, params, grad_fn=lambda near: near)[0]
     close(whole(found), link.update(whole(g), {}, single, grad_fn=lambda near: near)[0])
+    for link in (gf.friendly_sam(0.3, adaptive="asam"), gf.look_sam(0.3, 2)):
+        states = [link.init(params), link.init(single)]
+        for grads in (g, h):
+            found, states[0], _ = link.update(grads, states[0], params, grad_fn=lambda p: p)
+            given = whole(grads)
+            expected, states[1], _ = link.update(given, states[1], single, grad_fn=lambda p: p)
+            close(whole(found), expected)
+        close(whole(gf.state_dict(states[0])), gf.state_dict(states[1]))
 
 
 def test_norms_and_products_of_sharded_trees(two):

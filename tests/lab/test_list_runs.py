@@ -60,6 +60,11 @@ def test_a_filter_at_0_is_listed(tmp_path):
     assert "agree 0, sam 0.05, gsam 0, sgd 0.05" in listed(tmp_path)[1]
 
 
+def test_forms_of_sam_are_listed(tmp_path):
+    make_run(tmp_path, sam=0.05, look_sam=5)
+    assert "sam 0.05, look-sam 5, sgd 0.05" in listed(tmp_path)[1]
+
+
 def test_foreign_numbers_are_valid_json_and_short(tmp_path):
     place = make_run(tmp_path, evaluations=[evaluation(3, test_accuracy=1e300)])
     record = json.loads((place / "config.json").read_text())

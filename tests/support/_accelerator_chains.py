@@ -17,7 +17,7 @@ from _cases import EXTRA, SHAPES, VARIANTS, M, build
 from gradfilter.testing._laws import Problem
 
 Case = Callable[[Accelerator], None]
-STEPS = 2  # `every` and `late` run their transform in one and rest in the other
+STEPS = 2  # `every`, `late` and `look_sam` run in one and rest in the other
 
 
 def small() -> nn.Module:
@@ -77,7 +77,7 @@ def trained(
 
 def _trained(variant: tuple[str, int], compiled: bool, accelerator: Accelerator) -> None:
     extra = moved(EXTRA) if variant[0] == "gate" else {}
-    branches = variant[0] in ("every", "late")  # a graph for each
+    branches = variant[0] in ("every", "late", "look_sam")  # a graph for each
     steps = 1 if compiled and not branches else STEPS
     make = partial(build, variant)
     trained(make, accelerator, compiled=compiled, steps=steps, donate=not compiled, extra=extra)

@@ -108,6 +108,19 @@ CASES = {
         lambda: on_tree(gf.sam_perturb(0.5, adaptive="gsam")),
         lambda: from_rows(gf.sam_perturb(0.05, per_microbatch=True)),
     ],
+    "friendly_sam": [
+        # With σ = 1 and the same rows in every step the direction would be rounding error.
+        lambda: on_tree(gf.friendly_sam(0.05, sigma=0.9)),
+        lambda: from_rows(gf.friendly_sam(0.5, sigma=0.7, decay=0.8, adaptive="asam")),
+        lambda: on_tree(
+            gf.chain(gf.friendly_sam(0.5, sigma=2.0, adaptive="gsam"), gf.gsam_decompose(0.4))
+        ),
+    ],
+    "look_sam": [
+        # Plain SAM on rows of `make_stack` gives h parallel to g, and nothing to reuse.
+        lambda: on_tree(gf.look_sam(0.5, 2, adaptive="gsam")),
+        lambda: on_tree(gf.look_sam(0.5, 3, 0.4, adaptive="asam")),
+    ],
     "gsam_decompose": [
         lambda: on_tree(gf.chain(gf.sam_perturb(0.05), gf.gsam_decompose(0.4))),
         lambda: gf.chain(gf.sam_perturb(0.05), gf.mean_rows(), gf.gsam_decompose(0.4), sgd()),

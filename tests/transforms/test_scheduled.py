@@ -250,6 +250,8 @@ EVERY = {
     "clip_by_global_norm": {"max_norm": DOWN},
     "agc_clip": {"clipping": DOWN, "eps": DOWN},
     "sam_perturb": {"rho": DOWN, "eta": DOWN},
+    "friendly_sam": {"rho": DOWN, "sigma": DOWN, "decay": DOWN, "eta": DOWN},
+    "look_sam": {"rho": DOWN, "alpha": DOWN, "eta": DOWN},
     "gsam_decompose": {"alpha": DOWN},
     "sgd": {"lr": DOWN, "momentum": DOWN, "dampening": DOWN, "weight_decay": DOWN},
     "adam": {"lr": DOWN, "betas": (DOWN, gs.linear(0.99, 6)), "eps": DOWN, "weight_decay": DOWN},
@@ -259,6 +261,8 @@ EVERY = {
 }
 FIXED = {
     "sam_perturb": {"adaptive": "asam", "rho": 0.1},
+    "friendly_sam": {"adaptive": "asam", "rho": 0.1},
+    "look_sam": {"adaptive": "asam", "rho": 0.1, "k": 2},
     "rmsprop": {"lr": 0.1},
     "sgd": {"lr": 0.1},
     "reference_filter": {"reference": "average"},
@@ -267,11 +271,18 @@ FIXED = {
 NOT_NUMBERS = {
     *("against", "average", "soft", "exclude", "unit_dims", "adaptive", "per_microbatch"),
     *("nesterov", "maximize", "amsgrad", "centered", "per_leaf", "of", "center", "reference"),
-    *("by", "every", "quantiles", "warmup", "window", "max_consecutive"),
+    *("by", "every", "quantiles", "warmup", "window", "max_consecutive", "k"),
 }
 TAKES_ROWS = {name for name in EVERY if "rows" in getattr(gf, name).__annotations__} | {
     *("agree_filter", "consensus_filter", "sign_agreement", "clip_per_row", "budget_clip"),
-    *("sam_perturb", "normalize_rows", "outlier_filter", "trim_losses", "reference_filter"),
+    *(
+        "sam_perturb",
+        "friendly_sam",
+        "normalize_rows",
+        "outlier_filter",
+        "trim_losses",
+        "reference_filter",
+    ),
     "watch",
 }
 

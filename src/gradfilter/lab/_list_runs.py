@@ -33,7 +33,7 @@ LONGEST = 60
 FILTERS = (
     *("agree", "consensus", "reference", "clip_per_row", "clip_quantile", "clip_smallest"),
     *("normalize_rows", "outlier_filter", "trim_losses", "budget_clip"),
-    *("agc", "spike_clip", "spike_skip", "sam", "gsam", "ema"),
+    *("agc", "spike_clip", "spike_skip", "sam", "friendly_sam", "look_sam", "gsam", "ema"),
 )
 """Settings that add a transform in addition to the update rule."""
 
@@ -124,7 +124,7 @@ def rule_of(settings: Mapping[str, Any]) -> str:
     return ", ".join([*parts, f"{settings['optimizer']}{nesterov} {settings['learning_rate']:g}"])
 
 
-def _shown_filter(name: str, value: float | str) -> str:
+def _shown_filter(name: str, value: float | str | bool) -> str:
     """Return a filter with its value, for example ``agree 0.97``; a switch has none."""
     shown = name.replace("_", "-")
     if value is True:

@@ -134,8 +134,9 @@ def capture(step: TrainStep, state: TrainState, batch: Any, **extra: Any) -> Cap
         )
     if any(True for _ in decisions(step.update, state["transforms"])):
         raise ValueError(
-            "Expected a chain without every() and late(), found one: a CUDA graph would repeat the "
-            "transforms of the step that it was captured from. Use gradfilter.compile."
+            "Expected a chain without every(), late() and look_sam(), found one: a CUDA graph "
+            "would repeat the transforms of the step that it was captured from. Use "
+            "gradfilter.compile."
         )
     device = _tree.device_of(state["params"])
     if device.type != "cuda":

@@ -10,18 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from gradfilter import _tree
 from gradfilter._factory import factory
 from gradfilter._row_rules import RowRules, reads_of
-from gradfilter._state_rules import COUNTER, RESTS, RUNS, CounterRules, PartRules
+from gradfilter._state_rules import COUNTER, CounterRules, PartRules, new_counter
 from gradfilter._types import Context, Kind, Out, Params, State, Transform
 from gradfilter.grads._stack import GradStack
 from gradfilter.transforms._reducers import mean_weights
-from gradfilter.transforms._transform import check_whole, convert_grads
-
-COUNTED = "It counts calls, and the host compares it."
+from gradfilter.transforms._transform import COUNTED, check_whole, convert_grads
 
 
 @factory
@@ -167,7 +163,7 @@ class _SomeCalls:
     def init(self, params: Params) -> State:
         rest = {} if self.otherwise is None else self.otherwise.init(params)
         return {
-            COUNTER: torch.zeros((), dtype=torch.int64, device="cpu"),
+            COUNTER: new_counter(),
             "transform": self.transform.init(params),
             "otherwise": rest,
         }
@@ -176,11 +172,8 @@ class _SomeCalls:
         self, grads: Any, state: State, params: Params, context: Context
     ) -> tuple[Any, State, Out]:
         grads = convert_grads(self.name, self.transform.kinds, grads, params)
-        runs = self.rules.decide(state)
-        if COUNTER in state:
-            new = state | {COUNTER: state[COUNTER] + 1}
-        else:
-            new = state | {RUNS if runs else RESTS: {}}
+        runs, counter = self.rules.call(state)
+        new = state | counter
         part, key = (self.transform, "transform") if runs else (self.otherwise, "otherwise")
         if part is None:
             found, out = bypass(self.transform, grads, params)

@@ -72,55 +72,17 @@ def sam_perturb(
         Generalization", 2021, https://arxiv.org/abs/2010.01412
         Kwon, Kim, Park, Choi, "ASAM", 2021, https://arxiv.org/abs/2102.11600
     """
-    check_number("sam_perturb", "rho", rho, low=0, fix="0.05 is usual.")
-    check_number("sam_perturb", "eta", eta, low=0, fix="ASAM has 0.01.")
-    if adaptive not in (None, "asam", "gsam"):
-        raise ValueError(
-            f'sam_perturb: expected adaptive None, "asam" or "gsam", found {adaptive!r}.'
-        )
-
-    perturbation = _Perturbation(rho, adaptive, eta)
-
-    def on_rows(rows: GradStack, state: State, params: Params, context: Context) -> tuple[Any, ...]:
-        sq_norms = rows.sq_norms()
-        finite = rows.live & sq_norms.isfinite()
-        weights = finite / finite.sum().clamp(min=1).to(_tree.sum_dtype(finite))
-        if per_microbatch and perturbation.adaptive is None:
-            # Each row along its own gradient; no M sets of parameters where they are not needed.
-            again = _named_errors(rows.along, perturbation.step(sq_norms.sqrt()))
-        elif per_microbatch:
-            near = torch.vmap(perturbation.perturbed, in_dims=(None, 0))(params, rows.stacked())
-            again = _named_errors(rows.at_rows, near)
-        else:
-            again = _rows_at(perturbation.perturbed(params, rows.combine(weights)), rows, context)
-        gap = _surrogate_gap(rows, again, weights)
-        return again, state, {"clean_grads": rows, "surrogate_gap": gap}
-
-    def on_tree(grads: Tree, state: State, params: Params, context: Context) -> tuple[Any, ...]:
-        near = perturbation.perturbed(params, grads)
-        rows, weights = context.rows, context.weights
-        unknown = next(iter(grads.values())).new_full((), torch.nan)
-        if weights is None and rows is None and context.grad_fn is not None:
-            with torch.enable_grad():
-                again = context.grad_fn(near)
-            check_leaves("sam_perturb: grad_fn", again, params)
-            return again, state, {"clean_grads": grads, "surrogate_gap": unknown}
-        if weights is None:
-            raise ValueError(
-                "sam_perturb: expected the weights that made this gradient from its rows, or "
-                "grad_fn(params) -> gradients as an extra keyword, found neither. Put sam_perturb "
-                "behind a reducer in the same chain, or call update(..., grad_fn=...)."
-            )
-        stack = _rows_at(near, rows, context)
-        gap = unknown if rows is None else _surrogate_gap(rows, stack, weights)
-        return stack.combine(weights), state, {"clean_grads": grads, "surrogate_gap": gap}
+    perturbation = Perturbation.checked("sam_perturb", rho, adaptive, eta)
 
     def update(
         grads: GradStack | Tree, state: State, params: Params, context: Context
     ) -> tuple[Any, ...]:
-        if isinstance(grads, GradStack):
-            return on_rows(grads, state, params, context)
-        return on_tree(grads, state, params, context)
+        if isinstance(grads, GradStack) and per_microbatch:
+            rows, out = perturbation.second_pass_by_row(grads, params)
+            return rows, state, out
+        along, weights = mean_of_finite(grads)
+        again, out = perturbation.second_pass(grads, along, weights, params, context)
+        return again, state, out
 
     return transform_in_context(
         "sam_perturb",
@@ -130,22 +92,107 @@ def sam_perturb(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Perturbation:
-    """The perturbation e, with the arguments of `sam_perturb` that define it."""
+def mean_of_finite(grads: GradStack | Tree) -> tuple[Tree, Tensor | None]:
+    """Return the mean of the finite rows and their weights (M,); a tree as it is, and None."""
+    if not isinstance(grads, GradStack):
+        return grads, None
+    weights = _weights_of_finite(grads, grads.sq_norms())
+    return grads.combine(weights), weights
 
+
+def _weights_of_finite(rows: GradStack, sq_norms: Tensor) -> Tensor:
+    finite = rows.live & sq_norms.isfinite()
+    return finite / finite.sum().clamp(min=1).to(_tree.sum_dtype(finite))
+
+
+@dataclass(frozen=True, eq=False)
+class Perturbation:
+    """The perturbation e of a transform, and the second pass at w + e.
+
+    Attributes:
+        caller: The name of the transform in errors.
+        rho: The radius.
+        adaptive: The form of e.
+        eta: The smallest scale of a weight, for ASAM.
+    """
+
+    caller: str
     rho: float | Tensor
     adaptive: Literal["asam", "gsam"] | None
     eta: float | Tensor
 
-    def step(self, norm: Tensor) -> Tensor:
+    @classmethod
+    def checked(cls, caller: str, rho: Any, adaptive: Any, eta: Any) -> Perturbation:
+        """Return the perturbation, or refuse arguments that are out of range."""
+        check_number(caller, "rho", rho, low=0, fix="0.05 is usual.")
+        check_number(caller, "eta", eta, low=0, fix="ASAM has 0.01.")
+        if adaptive not in (None, "asam", "gsam"):
+            raise ValueError(
+                f'{caller}: expected adaptive None, "asam" or "gsam", found {adaptive!r}.'
+            )
+        return cls(caller, rho, adaptive, eta)
+
+    def second_pass(
+        self,
+        grads: GradStack | Tree,
+        along: Tree,
+        weights: Tensor | None,
+        params: Params,
+        context: Context,
+    ) -> tuple[GradStack | Tree, Out]:
+        """Return the gradients at w + e in the form of those at w, and what is published.
+
+        Args:
+            grads: The gradients at w.
+            along: The direction of e.
+            weights: The weights (M,) of rows for the surrogate gap; None for a tree.
+            params: w.
+            context: It has the weights of a tree, its rows, or a grad_fn.
+        """
+        near = self._perturbed(params, along)
+        if isinstance(grads, GradStack):
+            assert weights is not None
+            again = self._rows_at(near, grads, context)
+            gap = _surrogate_gap(grads, again, weights)
+            return again, {"clean_grads": grads, "surrogate_gap": gap}
+        rows, weights = context.rows, context.weights
+        unknown = next(iter(grads.values())).new_full((), torch.nan)
+        if weights is None and rows is None and context.grad_fn is not None:
+            with torch.enable_grad():
+                found: Tree = context.grad_fn(near)
+            check_leaves(f"{self.caller}: grad_fn", found, params)
+            return found, {"clean_grads": grads, "surrogate_gap": unknown}
+        if weights is None:
+            raise ValueError(
+                f"{self.caller}: expected the weights that made this gradient from its rows, or "
+                "grad_fn(params) -> gradients as an extra keyword, found neither. Put "
+                f"{self.caller} behind a reducer in the same chain, or call update(..., "
+                "grad_fn=...)."
+            )
+        stack = self._rows_at(near, rows, context)
+        gap = unknown if rows is None else _surrogate_gap(rows, stack, weights)
+        return stack.combine(weights), {"clean_grads": grads, "surrogate_gap": gap}
+
+    def second_pass_by_row(self, rows: GradStack, params: Params) -> tuple[GradStack, Out]:
+        """Return the rows, each at its own w + e_m, and what is published."""
+        sq_norms = rows.sq_norms()
+        if self.adaptive is None:
+            # Each row along its own gradient; no M sets of parameters where they are not needed.
+            again = self._named_errors(rows.along, self._step(sq_norms.sqrt()))
+        else:
+            near = torch.vmap(self._perturbed, in_dims=(None, 0))(params, rows.stacked())
+            again = self._named_errors(rows.at_rows, near)
+        gap = _surrogate_gap(rows, again, _weights_of_finite(rows, sq_norms))
+        return again, {"clean_grads": rows, "surrogate_gap": gap}
+
+    def _step(self, norm: Tensor) -> Tensor:
         """Return ρ / (norm + δ): 1/δ at most, which half precision cannot hold."""
         return self.rho / (norm + DELTA)
 
-    def perturbed(self, params: Params, grads: Tree) -> Params:
+    def _perturbed(self, params: Params, along: Tree) -> Params:
         """Return w + e."""
-        shape, scale = self._shape_and_scale(params, grads)
-        step = self.step(_products.norm(scale))
+        shape, scale = self._shape_and_scale(params, along)
+        step = self._step(_products.norm(scale))
         moves = {name: _tree.at_least_float32(s) for name, s in shape.items()}
         # addcmul makes one pass over memory, a product and a sum would make two.
         return {
@@ -155,37 +202,36 @@ class _Perturbation:
             for name, move in moves.items()
         }
 
-    def _shape_and_scale(self, params: Params, grads: Tree) -> tuple[Tree, Tree]:
+    def _shape_and_scale(self, params: Params, along: Tree) -> tuple[Tree, Tree]:
         """Return the direction of e, and the tree whose norm divides it."""
         if self.adaptive is None:
-            return grads, grads
+            return along, along
         if self.adaptive == "gsam":
-            return {name: params[name].abs() * g for name, g in grads.items()}, grads
-        size = {name: params[name].abs() + self.eta for name in grads}
-        scale = {name: size[name] * g for name, g in grads.items()}
+            return {name: params[name].abs() * d for name, d in along.items()}, along
+        size = {name: params[name].abs() + self.eta for name in along}
+        scale = {name: size[name] * d for name, d in along.items()}
         return {name: size[name] * s for name, s in scale.items()}, scale
 
+    def _rows_at(self, params: Params, rows: GradStack | None, context: Context) -> GradStack:
+        """Return the rows at other parameters, from the caller's grad_fn if it is given."""
+        if context.grad_fn is not None:
+            with torch.enable_grad():
+                fresh = as_stack(context.grad_fn(params))
+            # Rows that were clipped or removed stay clipped or removed, as in `at`.
+            return fresh if rows is None else rows.like(fresh)
+        if rows is None:
+            raise ValueError(
+                f"{self.caller}: expected the rows in the chain, or grad_fn(params) -> rows as an "
+                "extra keyword, found neither. Start the chain from rows, or call update(..., "
+                "grad_fn=...)."
+            )
+        return self._named_errors(rows.at, params)
 
-def _rows_at(params: Params, rows: GradStack | None, context: Context) -> GradStack:
-    """Return the rows at other parameters, from the caller's grad_fn if it is given."""
-    if context.grad_fn is not None:
-        with torch.enable_grad():
-            fresh = as_stack(context.grad_fn(params))
-        # Rows that were clipped or removed stay clipped or removed, as in `at`.
-        return fresh if rows is None else rows.like(fresh)
-    if rows is None:
-        raise ValueError(
-            "sam_perturb: expected the rows in the chain, or grad_fn(params) -> rows as an extra "
-            "keyword, found neither. Start the chain from rows, or call update(..., grad_fn=...)."
-        )
-    return _named_errors(rows.at, params)
-
-
-def _named_errors(question: Callable[[T], GradStack], given: T) -> GradStack:
-    try:
-        return question(given)
-    except ValueError as error:
-        raise ValueError(f"sam_perturb: {error}") from error
+    def _named_errors(self, question: Callable[[T], GradStack], given: T) -> GradStack:
+        try:
+            return question(given)
+        except ValueError as error:
+            raise ValueError(f"{self.caller}: {error}") from error
 
 
 def _surrogate_gap(clean: GradStack, again: GradStack, weights: Tensor) -> Tensor:

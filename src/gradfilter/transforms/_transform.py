@@ -270,6 +270,10 @@ def check_number(
         )
 
 
+COUNTED = "It counts calls, and the host compares it."
+"""The fix of a number of calls that is not whole."""
+
+
 def check_whole(transform_name: str, argument: str, value: Any, *, low: int, fix: str) -> None:
     """Refuse what is not a whole number, or below the lowest one."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:

@@ -81,6 +81,8 @@ OPTIONS = {
     "sam": ("", "--sam 0.1"),
     "adaptive": ("--sam 0.1", "--adaptive asam"),
     "m_sharpness": ("--sam 0.1 --microbatches 4", "--m-sharpness"),
+    "friendly_sam": ("--sam 0.1", "--friendly-sam 0.9"),
+    "look_sam": ("--sam 0.1", "--look-sam 3"),
     "gsam": ("--sam 0.1", "--gsam 0.4"),
     "rho_schedule": ("--sam 0.1 --schedule linear", "--rho-schedule proportional"),
     "rho_min": ("--sam 0.1 --schedule linear --rho-schedule proportional", "--rho-min 0.05"),

@@ -64,6 +64,7 @@ RUNS = {
         "--optimizer adam --learning-rate 1e-3 --model-additions dropout-0.2 --schedule plateau "
         "--lr-patience 1 --workers 2"
     ),
+    "LookSAM, by a counter": "--sam 0.1 --look-sam 3 --epochs 1.5 --resume-every 4",
     "BatchNorm, GSAM, AGC, between two epochs": (
         "--model resnet18_1 --model-additions batchnorm --microbatches 3 --samples-per-class 1 "
         "--batch-size None --sam 0.05 --gsam 0.4 --agc 0.02 --epochs 1.5 --resume-every 3 "

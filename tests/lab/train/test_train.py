@@ -154,6 +154,12 @@ CHAINS = {
     ("--sam", "0.05", "--gsam", "0.4", "--optimizer", "adamw"): [
         *("mean_rows", "sam_perturb", "gsam_decompose", "adamw"),
     ],
+    ("--sam", "0.05", "--friendly-sam", "1", "--gsam", "0.4"): [
+        *("mean_rows", "friendly_sam", "gsam_decompose", "sgd"),
+    ],
+    ("--sam", "0.05", "--look-sam", "5", "--adaptive", "gsam", "--microbatches", "4"): [
+        *("mean_rows", "look_sam", "sgd"),
+    ],
     ("--sam", "0.05", "--m-sharpness", "--microbatches", "4", "--optimizer", "rmsprop"): [
         *("sam_perturb", "mean_rows", "rmsprop"),
     ],
@@ -184,6 +190,31 @@ def test_metrics_say_what_the_chain_did():
     for name in ("cosine", "noise_scale", "clipped_rows", "clipped_units", "surrogate_gap", "rho"):
         assert math.isnan(getattr(plain, name))
     assert math.isnan(plain.memorised) and math.isnan(plain.val_accuracy)
+
+
+def test_the_surrogate_gap_is_a_mean_over_the_steps_that_have_one():
+    options = ["--sam", 0.1, "--steps", 9, "--batch-size", 50]
+    _, lines = trained(*options, "--look-sam", 4)
+    gap, steps = lines[-1].surrogate_gap, []
+    run = run_of("--model", "mlp_8", *options, "--look-sam", 4)
+    for step in range(9):
+        before = run.totals["gap"].item()
+        advance(run, step + 1)
+        steps.append(run.totals["gap"].item() - before)
+    assert [found > 0 for found in steps] == [step % 4 == 0 for step in range(9)]
+    assert gap == pytest.approx(sum(steps) / 3)
+
+
+def test_a_point_of_an_earlier_version_has_a_surrogate_gap_in_every_step(tmp_path):
+    options = ["--model", "mlp_8", "--sam", 0.1, "--steps", 9]
+    run, again = run_of(*options), run_of(*options)
+    advance(run, 5)
+    write_point(tmp_path, run)
+    flat = torch.load(tmp_path / "resume.pt", weights_only=True)
+    del flat["totals.gaps"]
+    torch.save(flat, tmp_path / "resume.pt")
+    resume(tmp_path, again)
+    assert again.totals["gaps"] == run.totals["gaps"] == 5
 
 
 def test_the_budget_limits_what_is_clipped():

@@ -25,7 +25,10 @@ FIRST = ("data", "model")
 """Settings that come first in a label."""
 STATED = ("data", "model", "label_noise", "optimizer", "learning_rate", "batch_size", "epochs")
 """Settings that are part of a label even if they are defaults."""
-WORDS = {"agc": "AGC", "sam": "SAM", "gsam": "GSAM"}
+WORDS = {
+    **{"agc": "AGC", "sam": "SAM", "gsam": "GSAM"},
+    **{"friendly_sam": "Friendly-SAM", "look_sam": "LookSAM"},
+}
 """Labels of settings that differ from their names."""
 BARE = ("data", "model", "optimizer")
 """Settings whose values need no name in a label."""

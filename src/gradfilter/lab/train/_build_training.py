@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -160,16 +162,16 @@ def schedule_of(config: TrainConfig, total_steps: int, steps_per_epoch: float) -
 
 def _perturbation(config: TrainConfig, lr: gf.Schedule) -> gf.Transform:
     assert config.sam is not None
+    factory: Callable[..., gf.Transform] = gf.sam_perturb
+    options: dict[str, Any] = {"per_microbatch": config.m_sharpness}
+    if config.friendly_sam is not None:
+        factory, options = gf.friendly_sam, {"sigma": config.friendly_sam}
+    elif config.look_sam is not None:
+        factory, options = gf.look_sam, {"k": config.look_sam}
     if config.rho_schedule == "constant":
-        return gf.sam_perturb(
-            config.sam, adaptive=config.adaptive, per_microbatch=config.m_sharpness
-        )
-    return gf.scheduled(
-        gf.sam_perturb,
-        rho=gf.schedules.proportional(lr, config.rho_min, config.sam),
-        adaptive=config.adaptive,
-        per_microbatch=config.m_sharpness,
-    )
+        return factory(config.sam, adaptive=config.adaptive, **options)
+    rho = gf.schedules.proportional(lr, config.rho_min, config.sam)
+    return gf.scheduled(factory, rho=rho, adaptive=config.adaptive, **options)
 
 
 def _rule(config: TrainConfig, lr: gf.Schedule) -> gf.Transform:

@@ -87,6 +87,23 @@ def _check_together(config: TrainConfig) -> None:
             "given. Give --sam 0.05.",
         ),
         (
+            config.sam is None and (config.friendly_sam is not None or config.look_sam is not None),
+            "--friendly-sam, --look-sam: they change --sam, which is not given. Give --sam 0.05.",
+        ),
+        (
+            config.friendly_sam is not None and config.look_sam is not None,
+            "--friendly-sam, --look-sam: both replace the rule of --sam. Choose one.",
+        ),
+        (
+            config.m_sharpness and (config.friendly_sam is not None or config.look_sam is not None),
+            "--m-sharpness: it perturbs rows, --friendly-sam and --look-sam one gradient. Choose "
+            "one.",
+        ),
+        (
+            config.look_sam is not None and config.gsam is not None,
+            "--look-sam, --gsam: both replace the gradient that --sam takes. Choose one.",
+        ),
+        (
             config.sam is not None and config.rho_min > config.sam,
             f"--rho-min: expected at most --sam {config.sam}, found {config.rho_min}.",
         ),

@@ -116,7 +116,8 @@ def resume(place: Path, run: Training) -> None:
         raise UsageError(f"--resume: {error} {_recovery_advice(path, most)}") from None
     try:
         state = gf.load_state_dict(run.state, _without_prefix("state.", flat))
-        # Points of earlier versions have fewer totals.
+        # Points of earlier versions have fewer totals; every step had a gap.
+        flat.setdefault("totals.gaps", flat["totals.steps"])
         totals = {n: _like(zero, flat.get(f"totals.{n}", zero)) for n, zero in run.totals.items()}
         numbers = {name: flat[name].item() for name in (*NUMBERS, "reports", "report")}
         done = _step(numbers["done"], run.total_steps)

@@ -212,6 +212,10 @@ class TrainConfig:
     """Scale the perturbation by the weights, as in ASAM or in the GSAM paper."""
     m_sharpness: bool = False
     """Perturb each row separately."""
+    friendly_sam: Annotated[float | None, positive(SWITCH_OFF)] = None
+    """Part of an average gradient to leave out of the perturbation; 1 is usual; needs --sam."""
+    look_sam: Annotated[int | None, at_least(2, SWITCH_OFF)] = None
+    """Perturb in every K-th step, and reuse the effect (LookSAM); 5 is usual; needs --sam."""
     gsam: Annotated[float | None, at_least(0, SWITCH_OFF)] = None
     """Alpha of GSAM; needs --sam."""
     spike_clip: Annotated[float | None, positive(SWITCH_OFF)] = None
@@ -277,7 +281,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         *("clip_smallest", "clip_per_leaf", "normalize_rows", "outlier_filter", "trim_losses"),
         *("budget_clip", "reference", "reference_samples", "spike_clip", "spike_skip"),
         *("budget_power", "agc", "agc_eps", "agc_exclude", "sam", "adaptive", "m_sharpness"),
-        *("gsam", "rho_schedule", "rho_min"),
+        *("friendly_sam", "look_sam", "gsam", "rho_schedule", "rho_min"),
     ),
     "update": (
         *("optimizer", "learning_rate", "momentum", "nesterov", "betas", "eps", "alpha"),

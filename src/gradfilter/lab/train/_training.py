@@ -52,7 +52,10 @@ def peak_memory(device: torch.device) -> float:
 # --- Totals of an epoch, kept on the device until it ends ---
 
 
-SUMS = ("loss", "losses", "rows", "accepted", "steps", "clipped_rows", "clipped_units", "gap")
+SUMS = (
+    *("loss", "losses", "rows", "accepted", "steps", "clipped_rows", "clipped_units"),
+    *("gap", "gaps"),
+)
 CLIPPED_ROWS = ("clip_per_row/clipped_fraction", "budget_clip/clipped_fraction")
 CLIPS = ("clip_per_row", "clip_quantile", "clip_smallest", "budget_clip")
 """Options that publish one of these."""
@@ -100,6 +103,7 @@ def add_to_totals(totals: Totals, info: Mapping[str, Tensor]) -> Totals:
         "clipped_rows": next((info[n] for n in CLIPPED_ROWS if n in info), None),
         "clipped_units": info.get("agc_clip/clipped_fraction"),
         "gap": found.get("surrogate_gap"),
+        "gaps": one if "surrogate_gap" in found else None,  # --look-sam: in some of the steps
         "lr": found["lr"],
         "rho": found.get("rho"),
     }
@@ -127,7 +131,9 @@ def means_of_totals(totals: Mapping[str, float], config: TrainConfig) -> dict[st
         "accepted": totals["accepted"] / (totals["rows"] or math.nan),
         "clipped_rows": _value_or_nan(clipped, totals["clipped_rows"] / steps),
         "clipped_units": _value_or_nan(bool(config.agc), totals["clipped_units"] / steps),
-        "surrogate_gap": _value_or_nan(config.sam is not None, totals["gap"] / steps),
+        "surrogate_gap": _value_or_nan(
+            config.sam is not None, totals["gap"] / (totals["gaps"] or math.nan)
+        ),
         "lr": totals["lr"] * steps / steps,
         "rho": rho,
         **{f"watch_{name}": totals[f"watch_{name}"] for name in WATCHED},
