@@ -13,7 +13,7 @@ from torch import nn
 
 import gradfilter as gf
 import gradfilter.schedules as gs
-from _cases import EXTRA, LR, make_params, make_rows, step
+from _cases import EXTRA, LR, is_matrix, make_params, make_rows, step
 from _naive import assert_same
 from gradfilter._types import Kind
 from gradfilter.distributed import across_ranks
@@ -66,6 +66,10 @@ CHAINS = {
     ),
     "nested": gf.chain(gf.chain(gf.chain(gf.sign_agreement(0.6)), gf.adam(1e-3)), gf.ema_params()),
     "rms": gf.chain(gf.mean_rows(), gf.rmsprop(gs.step(0.1, 3), centered=True)),
+    "lion": gf.chain(gf.mean_rows(), gf.lion(LR, betas=(0.8, 0.9), weight_decay=0.1)),
+    "muon": gf.chain(
+        gf.mean_rows(), gf.partition({"matrices": gf.muon(LR), "rest": RULE}, is_matrix)
+    ),
     "frozen": gf.chain(gf.mean_rows(), gf.freeze()),
     "schedule in a schedule": gf.chain(
         gf.mean_rows(),

@@ -281,6 +281,12 @@ def update_rule(name: str, lr: float | Schedule, rule: LeafRule) -> Transform:
     )
 
 
+def updates_of(rule: Transform) -> _Updates | None:
+    """Return how a transform computes its updates, if `update_rule` made it; else None."""
+    compute = getattr(getattr(rule.compute, "compute", None), "__self__", None)
+    return compute if isinstance(compute, _Updates) else None
+
+
 # --- Adam and AdamW ---
 
 
