@@ -70,6 +70,8 @@ CHAINS = {
     "muon": gf.chain(
         gf.mean_rows(), gf.partition({"matrices": gf.muon(LR), "rest": RULE}, is_matrix)
     ),
+    "schedule-free": gf.chain(gf.mean_rows(), gf.schedule_free(gf.sgd(LR), beta=0.8, r=1.0)),
+    "ahead": gf.chain(gf.mean_rows(), gf.msam(RULE, 0.3)),
     "frozen": gf.chain(gf.mean_rows(), gf.freeze()),
     "schedule in a schedule": gf.chain(
         gf.mean_rows(),

@@ -98,6 +98,14 @@ CASES = {
     "muon": [
         lambda: rule(gf.partition({"matrices": gf.muon(LR), "rest": gf.adamw(LR)}, is_matrix)),
     ],
+    "schedule_free": [
+        lambda: rule(gf.schedule_free(gf.sgd(LR, weight_decay=0.01))),
+        lambda: rule(gf.schedule_free(gf.adamw(0.1, betas=(0.0, 0.99)), beta=0.7, r=1.0)),
+    ],
+    "msam": [
+        lambda: rule(gf.msam(sgd(), 0.3)),
+        lambda: rule(gf.msam(gf.adamw(LR), 0.3)),
+    ],
     "scheduled": [
         lambda: on_tree(gf.scheduled(gf.agc_clip, clipping=gs.linear(0.1, 10))),
         lambda: reducer(gf.scheduled(gf.agree_filter, threshold=gs.linear(1.2, 10))),

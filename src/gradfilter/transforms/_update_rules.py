@@ -281,10 +281,23 @@ def update_rule(name: str, lr: float | Schedule, rule: LeafRule) -> Transform:
     )
 
 
-def updates_of(rule: Transform) -> _Updates | None:
-    """Return how a transform computes its updates, if `update_rule` made it; else None."""
-    compute = getattr(getattr(rule.compute, "compute", None), "__self__", None)
-    return compute if isinstance(compute, _Updates) else None
+def updates_of(caller: str, rule: Any) -> _Updates:
+    """Return how an update rule computes its updates, for a wrapper around it.
+
+    Raises:
+        TypeError: `update_rule` did not make it, so that nothing is known about its parts.
+    """
+    compute = getattr(getattr(rule, "compute", None), "compute", None)
+    updates = getattr(compute, "__self__", None)
+    if isinstance(rule, Transform) and isinstance(updates, _Updates):
+        return updates
+    found = repr(rule) if isinstance(rule, Transform) else type(rule).__name__
+    raise TypeError(
+        f"{caller}: expected one update rule of this package, such as sgd(0.1, momentum=0.9) or "
+        f"adamw(1e-3), found {found}. In a chain, a partition or a gate, wrap the rule alone. "
+        f"Other numbers than its lr follow schedules by scheduled(f, ...) with a function f that "
+        f"returns {caller}(...) of a rule."
+    )
 
 
 # --- Adam and AdamW ---
