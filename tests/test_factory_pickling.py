@@ -72,6 +72,7 @@ CHAINS = {
     ),
     "schedule-free": gf.chain(gf.mean_rows(), gf.schedule_free(gf.sgd(LR), beta=0.8, r=1.0)),
     "ahead": gf.chain(gf.mean_rows(), gf.msam(RULE, 0.3)),
+    "cautious": gf.chain(gf.mean_rows(), gf.msam(gf.cautious(gf.adamw(LR)), 0.3)),
     "frozen": gf.chain(gf.mean_rows(), gf.freeze()),
     "schedule in a schedule": gf.chain(
         gf.mean_rows(),

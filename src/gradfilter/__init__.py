@@ -41,6 +41,7 @@ __all__ = [
     "agree_filter",
     "budget_clip",
     "capture",
+    "cautious",
     "chain",
     "clip_by_global_norm",
     "clip_per_row",

@@ -24,6 +24,7 @@ from gradfilter.schedules._schedules import Schedule as Schedule
 from gradfilter.transforms._agreement import agree_filter as agree_filter
 from gradfilter.transforms._capture import Captured as Captured
 from gradfilter.transforms._capture import capture as capture
+from gradfilter.transforms._cautious import cautious as cautious
 from gradfilter.transforms._chain import chain as chain
 from gradfilter.transforms._chain import named as named
 from gradfilter.transforms._clipping import agc_clip as agc_clip

@@ -106,6 +106,10 @@ CASES = {
         lambda: rule(gf.msam(sgd(), 0.3)),
         lambda: rule(gf.msam(gf.adamw(LR), 0.3)),
     ],
+    "cautious": [
+        lambda: rule(gf.cautious(sgd())),
+        lambda: rule(gf.cautious(gf.adamw(LR, weight_decay=0.1))),
+    ],
     "scheduled": [
         lambda: on_tree(gf.scheduled(gf.agc_clip, clipping=gs.linear(0.1, 10))),
         lambda: reducer(gf.scheduled(gf.agree_filter, threshold=gs.linear(1.2, 10))),

@@ -204,7 +204,7 @@ class _Updates:
         value, lr_state = schedule_value(self.schedule, state["count"], state["lr"], context)
         return value, state["count"] + 1, lr_state
 
-    def compute(
+    def __call__(
         self, grads: Tree, state: State, params: Params, context: Context
     ) -> tuple[Tree, State, Out]:
         """Return the updates by the formulas of the rule."""
@@ -268,7 +268,7 @@ def update_rule(name: str, lr: float | Schedule, rule: LeafRule) -> Transform:
     made = transform_in_context(
         name,
         Kind.TREE_TO_UPDATE,
-        updates.compute,
+        updates,
         init=updates.init,
         publishes=("lr",),
         row_rules=IGNORES_ROWS,
@@ -287,9 +287,8 @@ def updates_of(caller: str, rule: Any) -> _Updates:
     Raises:
         TypeError: `update_rule` did not make it, so that nothing is known about its parts.
     """
-    compute = getattr(getattr(rule, "compute", None), "compute", None)
-    updates = getattr(compute, "__self__", None)
-    if isinstance(rule, Transform) and isinstance(updates, _Updates):
+    updates = getattr(rule.compute, "compute", None) if isinstance(rule, Transform) else None
+    if isinstance(updates, _Updates):
         return updates
     found = repr(rule) if isinstance(rule, Transform) else type(rule).__name__
     raise TypeError(
