@@ -30,8 +30,10 @@ from gradfilter.lab.train._train_config import TrainConfig
 DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(TrainConfig)}
 LONGEST = 60
 """Largest number of characters of a recorded text; a foreign file may hold any."""
-FILTERS = ("agree", "consensus", "clip_per_row", "budget_clip", "agc", "sam", "gsam", "ema")
+FILTERS = ("agree", "consensus", "clip_per_row", "budget_clip", "agc", "sam", "gsam", "ema", "msam")
 """Settings that add a transform in addition to the update rule."""
+WRAPPERS = ("schedule_free", "cautious")
+"""Settings that change the update rule and have no number."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +114,16 @@ def rule_of(settings: Mapping[str, Any]) -> str:
     Examples:
         >>> rule_of({**DEFAULTS, "agree": 0.97, "agc": 0.01, "nesterov": True})
         'agree 0.97, agc 0.01, sgd+nesterov 0.05'
+        >>> rule_of({**DEFAULTS, "optimizer": "adamw", "cautious": True, "msam": 0.3})
+        'msam 0.3, cautious adamw 0.05'
     """
     # 0 is a value: a filter that accepts nothing. Only AGC is off at 0.
     on = [n for n in FILTERS if settings[n] is not None and (settings[n] != 0 or n != "agc")]
     parts = [f"{name.replace('_', '-')} {settings[name]:g}" for name in on]
+    wrappers = [n.replace("_", "-") for n in WRAPPERS if settings[n]]
     nesterov = "+nesterov" if settings["nesterov"] else ""
-    return ", ".join([*parts, f"{settings['optimizer']}{nesterov} {settings['learning_rate']:g}"])
+    rule = " ".join([*wrappers, f"{settings['optimizer']}{nesterov}"])
+    return ", ".join([*parts, f"{rule} {settings['learning_rate']:g}"])
 
 
 def _finite(value: float | None) -> float | None:
