@@ -160,9 +160,7 @@ def _rule(config: TrainConfig, lr: gf.Schedule, matrices: Collection[str]) -> gf
 def _plain_rule(config: TrainConfig, lr: gf.Schedule) -> gf.Transform:
     """Return the update rule alone; without momentum where the average has its role."""
     decay = config.weight_decay
-    betas = (0.9, 0.999) if config.betas is None else config.betas
-    if config.schedule_free:
-        betas = (0.0, betas[1])
+    betas = (0.0, config.betas[1]) if config.schedule_free else config.betas
     match config.optimizer:
         case "sgd":
             momentum = 0.0 if config.schedule_free else _sgd_momentum(config)
@@ -179,7 +177,6 @@ def _plain_rule(config: TrainConfig, lr: gf.Schedule) -> gf.Transform:
                 centered=config.centered,
             )
         case "lion":
-            betas = (0.9, 0.99) if config.betas is None else config.betas
             return gf.lion(lr, betas=betas, weight_decay=decay)
         case _:
             return gf.adamw(lr, betas=betas, eps=config.eps, weight_decay=decay)
@@ -192,10 +189,9 @@ def _sgd_momentum(config: TrainConfig) -> float:
 def _wrapped(config: TrainConfig, rule: gf.Transform) -> gf.Transform:
     if config.cautious:
         rule = gf.cautious(rule)
-    if config.schedule_free and config.optimizer == "sgd":
-        return gf.schedule_free(rule, beta=_sgd_momentum(config))
     if config.schedule_free:
-        return gf.schedule_free(rule, beta=0.9 if config.betas is None else config.betas[0])
+        beta = _sgd_momentum(config) if config.optimizer == "sgd" else config.betas[0]
+        return gf.schedule_free(rule, beta=beta)
     return rule if config.msam is None else gf.msam(rule, config.msam)
 
 

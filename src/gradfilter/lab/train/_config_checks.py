@@ -138,7 +138,7 @@ def _wrapper_refusals(config: TrainConfig) -> list[tuple[bool, str]]:
 
 def _has_momentum(config: TrainConfig) -> bool:
     if config.optimizer in ("adam", "adamw", "lion"):
-        return config.betas is None or config.betas[0] > 0
+        return config.betas[0] > 0
     if config.optimizer == "rmsprop":
         return bool(config.momentum)
     return config.optimizer == "muon" or config.momentum != 0

@@ -139,8 +139,8 @@ class TrainConfig:
     """Momentum, by default 0.9 for sgd, 0 for rmsprop and 0.95 for muon."""
     nesterov: bool = False
     """Use Nesterov's momentum, for sgd."""
-    betas: Annotated[tuple[float, float] | None, BETAS] = None
-    """Decay rates of the moments, by default 0.9 0.999 for adam and adamw, 0.9 0.99 for lion."""
+    betas: Annotated[tuple[float, float], BETAS] = (0.9, 0.999)
+    """Decay rates of the moments, for adam, adamw (also with muon) and lion (0.9 0.99 is usual)."""
     eps: Annotated[float, positive()] = 1e-8
     """Number added to the root, for adam, adamw (also with muon) and rmsprop."""
     alpha: Annotated[float, FRACTION] = 0.99
