@@ -13,7 +13,7 @@ from torch import nn
 
 import gradfilter as gf
 import gradfilter.schedules as gs
-from _cases import EXTRA, LR, make_params, make_rows, step
+from _cases import EXTRA, LR, is_matrix, make_params, make_rows, step
 from _naive import assert_same
 from gradfilter._types import Kind
 from gradfilter.distributed import across_ranks
@@ -72,6 +72,13 @@ CHAINS = {
         gf.look_sam(0.05, 2, adaptive="asam"),
         gf.sgd(0.1),
     ),
+    "lion": gf.chain(gf.mean_rows(), gf.lion(LR, betas=(0.8, 0.9), weight_decay=0.1)),
+    "muon": gf.chain(
+        gf.mean_rows(), gf.partition({"matrices": gf.muon(LR), "rest": RULE}, is_matrix)
+    ),
+    "schedule-free": gf.chain(gf.mean_rows(), gf.schedule_free(gf.sgd(LR), beta=0.8, r=1.0)),
+    "ahead": gf.chain(gf.mean_rows(), gf.msam(RULE, 0.3)),
+    "cautious": gf.chain(gf.mean_rows(), gf.msam(gf.cautious(gf.adamw(LR)), 0.3)),
     "frozen": gf.chain(gf.mean_rows(), gf.freeze()),
     "schedule in a schedule": gf.chain(
         gf.mean_rows(),

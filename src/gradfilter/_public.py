@@ -24,6 +24,7 @@ from gradfilter.schedules._schedules import Schedule as Schedule
 from gradfilter.transforms._agreement import agree_filter as agree_filter
 from gradfilter.transforms._capture import Captured as Captured
 from gradfilter.transforms._capture import capture as capture
+from gradfilter.transforms._cautious import cautious as cautious
 from gradfilter.transforms._chain import chain as chain
 from gradfilter.transforms._chain import named as named
 from gradfilter.transforms._clipping import agc_clip as agc_clip
@@ -38,11 +39,15 @@ from gradfilter.transforms._compile import compile as compile
 from gradfilter.transforms._consensus import consensus_filter as consensus_filter
 from gradfilter.transforms._ema import ema_of as ema_of
 from gradfilter.transforms._ema import ema_params as ema_params
+from gradfilter.transforms._evaluated import evaluated_params as evaluated_params
 from gradfilter.transforms._every import every as every
 from gradfilter.transforms._every import late as late
 from gradfilter.transforms._friendly_sam import friendly_sam as friendly_sam
 from gradfilter.transforms._hyperparameters import hyperparameters as hyperparameters
+from gradfilter.transforms._lion import lion as lion
 from gradfilter.transforms._look_sam import look_sam as look_sam
+from gradfilter.transforms._momentum_sam import msam as msam
+from gradfilter.transforms._muon import muon as muon
 from gradfilter.transforms._outliers import outlier_filter as outlier_filter
 from gradfilter.transforms._outliers import trim_losses as trim_losses
 from gradfilter.transforms._reducers import aggregate as aggregate
@@ -55,6 +60,7 @@ from gradfilter.transforms._row_clipping import budget_clip as budget_clip
 from gradfilter.transforms._row_clipping import clip_per_row as clip_per_row
 from gradfilter.transforms._row_clipping import normalize_rows as normalize_rows
 from gradfilter.transforms._row_clipping import quantile as quantile
+from gradfilter.transforms._schedule_free import schedule_free as schedule_free
 from gradfilter.transforms._scheduled import scheduled as scheduled
 from gradfilter.transforms._sharpness_aware import gsam_decompose as gsam_decompose
 from gradfilter.transforms._sharpness_aware import sam_perturb as sam_perturb

@@ -146,6 +146,16 @@ CHAINS = {
     "agc, some": lambda: gf.chain(
         gf.mean_rows(), gf.agc_clip(0.05, exclude=lambda name: "head" in name), gf.sgd(0.1)
     ),
+    "msam, cautious, adamw": lambda: gf.chain(
+        gf.mean_rows(), gf.msam(gf.cautious(gf.adamw(0.01)), 0.3)
+    ),
+    "schedule-free, lion": lambda: gf.partition(
+        {
+            "head": gf.chain(gf.mean_rows(), gf.schedule_free(gf.sgd(LR))),
+            "body": gf.chain(gf.mean_rows(), gf.cautious(gf.lion(0.01, weight_decay=0.1))),
+        },
+        lambda name: "head" if "head" in name else "body",
+    ),
     "guarded tree": lambda: gf.chain(gf.mean_rows(), gf.finite_filter(), gf.sgd(0.1)),
     "groups": lambda: gf.partition(
         {
@@ -182,7 +192,7 @@ def training(layout, name, donate):
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_training_is_that_of_one_process_on_the_mean_rows(two, name):
-    kept = two.run(training, "fsdp", name, name != "groups")
+    kept = two.run(training, "fsdp", name, name not in ("groups", "schedule-free, lion"))
     assert kept[0] == kept[1] > 0
 
 

@@ -19,6 +19,11 @@ def label(name):
     return "head" if is_head(name) else "body"
 
 
+def is_matrix(name):
+    """The leaf that has two dims in all models on which the cases run."""
+    return "matrices" if name == "head.weight" else "rest"
+
+
 def sgd():
     return gf.sgd(0.1, momentum=0.9, weight_decay=0.01)
 
@@ -132,6 +137,22 @@ CASES = {
     "adam": [lambda: rule(gf.adam(LR, amsgrad=True, weight_decay=0.01))],
     "adamw": [lambda: rule(gf.adamw(LR))],
     "rmsprop": [lambda: rule(gf.rmsprop(LR, centered=True, momentum=0.9))],
+    "lion": [lambda: rule(gf.lion(LR, weight_decay=0.1))],
+    "muon": [
+        lambda: rule(gf.partition({"matrices": gf.muon(LR), "rest": gf.adamw(LR)}, is_matrix)),
+    ],
+    "schedule_free": [
+        lambda: rule(gf.schedule_free(gf.sgd(LR, weight_decay=0.01))),
+        lambda: rule(gf.schedule_free(gf.adamw(0.1, betas=(0.0, 0.99)), beta=0.7, r=1.0)),
+    ],
+    "msam": [
+        lambda: rule(gf.msam(sgd(), 0.3)),
+        lambda: rule(gf.msam(gf.adamw(LR), 0.3)),
+    ],
+    "cautious": [
+        lambda: rule(gf.cautious(sgd())),
+        lambda: rule(gf.cautious(gf.adamw(LR, weight_decay=0.1))),
+    ],
     "scheduled": [
         lambda: on_tree(gf.scheduled(gf.agc_clip, clipping=gs.linear(0.1, 10))),
         lambda: reducer(gf.scheduled(gf.agree_filter, threshold=gs.linear(1.2, 10))),

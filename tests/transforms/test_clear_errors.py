@@ -178,6 +178,10 @@ NUMBERS = {
     "adam": {"betas": (gf.schedules.linear(0.9, 9), 0.999)},
     "clip_per_row": {"max_norm": gf.schedules.linear(0.9, 9)},
     "sam_perturb": {"rho": gf.schedules.linear(0.9, 9)},
+    "lion": {"weight_decay": gf.schedules.linear(0.9, 9)},
+    "muon": {"momentum": gf.schedules.linear(0.9, 9)},
+    "schedule_free": {"beta": gf.schedules.linear(0.9, 9), "rule": gf.sgd(0.1)},
+    "msam": {"rho": gf.schedules.linear(0.9, 9), "rule": gf.sgd(0.1, momentum=0.9)},
     "ema_params": {"decay": gf.schedules.linear(0.9, 9)},
 }
 

@@ -257,6 +257,7 @@ EVERY = {
     "adam": {"lr": DOWN, "betas": (DOWN, gs.linear(0.99, 6)), "eps": DOWN, "weight_decay": DOWN},
     "adamw": {"lr": DOWN, "betas": (0.8, DOWN), "eps": DOWN, "weight_decay": DOWN},
     "rmsprop": {**{"lr": DOWN, "alpha": DOWN, "eps": DOWN, "weight_decay": DOWN, "momentum": DOWN}},
+    "lion": {"lr": DOWN, "betas": (DOWN, gs.linear(0.99, 6)), "weight_decay": DOWN},
     "ema_params": {"decay": DOWN},
 }
 FIXED = {
@@ -297,7 +298,7 @@ def placed(name, link):
         return gf.chain(gf.mean_rows(), gf.sam_perturb(0.1), link, gf.sgd(0.1))
     if name == "ema_params":
         return gf.chain(gf.mean_rows(), gf.sgd(0.1), link)
-    rule = name in ("sgd", "adam", "adamw", "rmsprop")
+    rule = name in ("sgd", "adam", "adamw", "rmsprop", "lion")
     return gf.chain(gf.mean_rows(), link, *([] if rule else [gf.sgd(0.1)]))
 
 

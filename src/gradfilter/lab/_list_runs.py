@@ -33,9 +33,11 @@ LONGEST = 60
 FILTERS = (
     *("agree", "consensus", "reference", "clip_per_row", "clip_quantile", "clip_smallest"),
     *("normalize_rows", "outlier_filter", "trim_losses", "budget_clip"),
-    *("agc", "spike_clip", "spike_skip", "sam", "friendly_sam", "look_sam", "gsam", "ema"),
+    *("agc", "spike_clip", "spike_skip", "sam", "friendly_sam", "look_sam", "gsam", "ema", "msam"),
 )
 """Settings that add a transform in addition to the update rule."""
+WRAPPERS = ("schedule_free", "cautious")
+"""Settings that change the update rule and have no number."""
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,16 @@ def rule_of(settings: Mapping[str, Any]) -> str:
     Examples:
         >>> rule_of({**DEFAULTS, "agree": 0.97, "agc": 0.01, "nesterov": True})
         'agree 0.97, agc 0.01, sgd+nesterov 0.05'
+        >>> rule_of({**DEFAULTS, "optimizer": "adamw", "cautious": True, "msam": 0.3})
+        'msam 0.3, cautious adamw 0.05'
     """
     # 0 is a value: a filter that accepts nothing. Only AGC is off at 0.
     on = [n for n in FILTERS if settings[n] is not None and (settings[n] != 0 or n != "agc")]
     parts = [_shown_filter(name, settings[name]) for name in on if settings[name] is not False]
+    wrappers = [n.replace("_", "-") for n in WRAPPERS if settings[n]]
     nesterov = "+nesterov" if settings["nesterov"] else ""
-    return ", ".join([*parts, f"{settings['optimizer']}{nesterov} {settings['learning_rate']:g}"])
+    rule = " ".join([*wrappers, f"{settings['optimizer']}{nesterov}"])
+    return ", ".join([*parts, f"{rule} {settings['learning_rate']:g}"])
 
 
 def _shown_filter(name: str, value: float | str | bool) -> str:

@@ -204,7 +204,7 @@ class _Updates:
         value, lr_state = schedule_value(self.schedule, state["count"], state["lr"], context)
         return value, state["count"] + 1, lr_state
 
-    def compute(
+    def __call__(
         self, grads: Tree, state: State, params: Params, context: Context
     ) -> tuple[Tree, State, Out]:
         """Return the updates by the formulas of the rule."""
@@ -268,7 +268,7 @@ def update_rule(name: str, lr: float | Schedule, rule: LeafRule) -> Transform:
     made = transform_in_context(
         name,
         Kind.TREE_TO_UPDATE,
-        updates.compute,
+        updates,
         init=updates.init,
         publishes=("lr",),
         row_rules=IGNORES_ROWS,
@@ -278,6 +278,24 @@ def update_rule(name: str, lr: float | Schedule, rule: LeafRule) -> Transform:
     return made.with_apply(
         _FusedUpdates(updates, rule.kernel, made.compute),
         takes_scaled=updates.schedule.depends_on_count_alone,
+    )
+
+
+def updates_of(caller: str, rule: Any) -> _Updates:
+    """Return how an update rule computes its updates, for a wrapper around it.
+
+    Raises:
+        TypeError: `update_rule` did not make it, so that nothing is known about its parts.
+    """
+    updates = getattr(rule.compute, "compute", None) if isinstance(rule, Transform) else None
+    if isinstance(updates, _Updates):
+        return updates
+    found = repr(rule) if isinstance(rule, Transform) else type(rule).__name__
+    raise TypeError(
+        f"{caller}: expected one update rule of this package, such as sgd(0.1, momentum=0.9) or "
+        f"adamw(1e-3), found {found}. In a chain, a partition or a gate, wrap the rule alone. "
+        f"Other numbers than its lr follow schedules by scheduled(f, ...) with a function f that "
+        f"returns {caller}(...) of a rule."
     )
 
 

@@ -132,7 +132,7 @@ def test_the_metric_is_validation_where_there_is_one():
         (["--grid", "seed=0,0"], "value 0 twice"),
         (["--grid", "seed=0", "seed=1"], "seed is given twice"),
         (["--grid", "seed=0,one"], "seed=one"),
-        (["--grid", "optimizer=sgd,lion"], "invalid choice 'lion'"),
+        (["--grid", "optimizer=sgd,tiger"], "invalid choice 'tiger'"),
         (["--grid", "nesterov=yes"], "expected true or false"),
         (["--grid", "learning_rate=0.1,-1"], "--learning-rate: expected a positive number"),
         (["--grid", "agree=0.9", "microbatches=1,2"], "several rows to compare"),

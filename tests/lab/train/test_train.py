@@ -163,6 +163,9 @@ CHAINS = {
     ("--sam", "0.05", "--m-sharpness", "--microbatches", "4", "--optimizer", "rmsprop"): [
         *("sam_perturb", "mean_rows", "rmsprop"),
     ],
+    ("--optimizer", "lion", "--cautious", "--learning-rate", "1e-3"): ["mean_rows", "cautious"],
+    ("--schedule-free", "--lr-warmup-epochs", "0.1"): ["mean_rows", "schedule_free"],
+    ("--msam", "0.3", "--optimizer", "adamw", "--cautious"): ["mean_rows", "msam"],
     ("--agree", "0.9", "--microbatches", "4", "--sam", "0.05", "--rho-schedule", "proportional"): [
         *("agree_filter", "sam_perturb", "sgd"),
     ],
@@ -269,6 +272,57 @@ def test_averaged_parameters_are_what_is_measured_and_saved(tmp_path):
     saved = read_tensors(archive, checkpoints(archive)[-1])
     for name, leaf in average.items():
         assert torch.equal(saved[f"params.{name}"], leaf)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--schedule-free"],
+        ["--schedule-free", "--optimizer", "adamw", "--learning-rate", 0.01],
+        ["--msam", 0.5],
+        ["--msam", 0.5, "--optimizer", "lion", "--learning-rate", 0.001, "--cautious"],
+    ],
+    ids=lambda options: " ".join(map(str, options)),
+)
+def test_parameters_that_are_not_those_of_the_training_are_measured_and_saved(options, tmp_path):
+    options = [*options, "--steps", 30]
+    run, lines = trained(*options)
+    params = gf.evaluated_params(run.state["params"], run.state)
+    assert all((params[name] != leaf).any() for name, leaf in run.state["params"].items())
+    state = {"params": params, "buffers": run.state["buffers"]}
+    expected = accuracies(run.model, state, run.data)
+    assert expected["test_loss"] != accuracies(run.model, run.state, run.data)["test_loss"]
+    assert lines[-1].test_loss == expected["test_loss"]
+    assert command("train", "--model", "mlp_8", *options, "--save-dir", tmp_path)[0] == 0
+    archive = only_run(tmp_path) / "checkpoints.zip"
+    saved = read_tensors(archive, checkpoints(archive)[-1])
+    for name, leaf in params.items():
+        assert torch.equal(saved[f"params.{name}"], leaf)
+
+
+def test_the_share_of_the_average_is_the_momentum_that_is_given():
+    for options, beta in (
+        (["--momentum", 0.5], 0.5),
+        ([], 0.9),
+        (["--optimizer", "adam", "--betas", 0.7, 0.99], 0.7),
+        (["--optimizer", "adamw"], 0.9),
+    ):
+        run = run_of("--schedule-free", *options, "--steps", 1)
+        found = gf.hyperparameters(run.step.update)
+        assert found["schedule_free/beta"] == beta
+        assert found.get("schedule_free/rule/momentum", 0) == 0
+        assert found.get("schedule_free/rule/betas/0", 0) == 0
+
+
+def test_muon_moves_matrices_and_adamw_all_else():
+    options = ["--optimizer", "muon", "--model", "cnn3_4", "--learning-rate", 0.01]
+    run, lines = trained(*options, "--weight-decay", 0.1, "--steps", 20)
+    state = run.state["transforms"]["partition"]
+    shapes = {name: p.ndim for name, p in run.state["params"].items()}
+    assert {*state["matrices"]["momentum"]} == {name for name, n in shapes.items() if n == 2}
+    assert {*state["rest"]["m"]} == {name for name, n in shapes.items() if n != 2}
+    assert lines[-1].train_loss < lines[0].train_loss
+    assert lines[-1].lr == 0.01
 
 
 def test_agc_leaves_alone_what_it_should():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -29,6 +30,7 @@ def update_of(
     steps_per_epoch: float,
     ranks: Ranks = ALONE,
     lr: gf.Schedule | None = None,
+    matrices: Collection[str] = (),
 ) -> gf.Transform:
     """Build the chain in the order: rows, one gradient, sharpness, clipping, update rule.
 
@@ -38,6 +40,7 @@ def update_of(
         steps_per_epoch: Converts settings in epochs to steps.
         ranks: The processes whose rows are reduced.
         lr: Schedule of the learning rate, in place of that of the settings.
+        matrices: Names of the parameters with two dims, for muon.
     """
     lr = schedule_of(config, total_steps, steps_per_epoch) if lr is None else lr
     reducer = reducer_of(config)
@@ -64,7 +67,7 @@ def update_of(
         transforms.append(gf.spike_skip(sigmas=config.spike_skip))
     if config.spike_clip is not None:
         transforms.append(gf.spike_clip(config.spike_clip))
-    transforms.append(_rule(config, lr))
+    transforms.append(_rule(config, lr, matrices))
     if config.ema is not None:
         transforms.append(gf.ema_params(config.ema))
     return gf.chain(*transforms)
@@ -174,16 +177,32 @@ def _perturbation(config: TrainConfig, lr: gf.Schedule) -> gf.Transform:
     return gf.scheduled(factory, rho=rho, adaptive=config.adaptive, **options)
 
 
-def _rule(config: TrainConfig, lr: gf.Schedule) -> gf.Transform:
+def _rule(config: TrainConfig, lr: gf.Schedule, matrices: Collection[str]) -> gf.Transform:
+    if config.optimizer != "muon":
+        return _wrapped(config, _plain_rule(config, lr))
+    momentum = 0.95 if config.momentum is None else config.momentum
+    # In the scale of AdamW, so that one learning rate fits both.
+    muon = gf.muon(
+        lr,
+        momentum=momentum,
+        weight_decay=config.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    rest = _plain_rule(replace(config, optimizer="adamw"), lr)
+    branches = {"matrices": _wrapped(config, muon), "rest": _wrapped(config, rest)}
+    return gf.partition(branches, lambda name: "matrices" if name in matrices else "rest")
+
+
+def _plain_rule(config: TrainConfig, lr: gf.Schedule) -> gf.Transform:
+    """Return the update rule alone; without momentum where the average has its role."""
     decay = config.weight_decay
+    betas = (0.0, config.betas[1]) if config.schedule_free else config.betas
     match config.optimizer:
         case "sgd":
-            momentum = 0.9 if config.momentum is None else config.momentum
+            momentum = 0.0 if config.schedule_free else _sgd_momentum(config)
             return gf.sgd(lr, momentum=momentum, weight_decay=decay, nesterov=config.nesterov)
         case "adam":
-            return gf.adam(lr, betas=config.betas, eps=config.eps, weight_decay=decay)
-        case "adamw":
-            return gf.adamw(lr, betas=config.betas, eps=config.eps, weight_decay=decay)
+            return gf.adam(lr, betas=betas, eps=config.eps, weight_decay=decay)
         case "rmsprop":
             return gf.rmsprop(
                 lr,
@@ -193,6 +212,23 @@ def _rule(config: TrainConfig, lr: gf.Schedule) -> gf.Transform:
                 momentum=config.momentum or 0.0,
                 centered=config.centered,
             )
+        case "lion":
+            return gf.lion(lr, betas=betas, weight_decay=decay)
+        case _:
+            return gf.adamw(lr, betas=betas, eps=config.eps, weight_decay=decay)
+
+
+def _sgd_momentum(config: TrainConfig) -> float:
+    return 0.9 if config.momentum is None else config.momentum
+
+
+def _wrapped(config: TrainConfig, rule: gf.Transform) -> gf.Transform:
+    if config.cautious:
+        rule = gf.cautious(rule)
+    if config.schedule_free:
+        beta = _sgd_momentum(config) if config.optimizer == "sgd" else config.betas[0]
+        return gf.schedule_free(rule, beta=beta)
+    return rule if config.msam is None else gf.msam(rule, config.msam)
 
 
 # --- The training before its first step ---
@@ -248,7 +284,8 @@ def build_training(
     )
     _check_patterns(config, model)
     loss = gf.model_loss(model, _criterion(config))
-    update = update_of(config, total, per_epoch, ranks, lr)
+    matrices = {name for name, p in model.named_parameters() if p.ndim == 2}
+    update = update_of(config, total, per_epoch, ranks, lr, matrices)
     eager = gf.train_step(loss, update, microbatches=rows)
     step = gf.compile(eager) if config.compile else eager
     all_rows = None

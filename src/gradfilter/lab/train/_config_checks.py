@@ -111,6 +111,7 @@ def _check_together(config: TrainConfig) -> None:
             config.nesterov and (config.optimizer != "sgd" or config.momentum == 0),
             "--nesterov: expected --optimizer sgd with momentum above 0. Omit it, or change those.",
         ),
+        *_wrapper_refusals(config),
         (
             config.lr_min > config.learning_rate,
             f"--lr-min: expected at most --learning-rate {config.learning_rate}, found "
@@ -144,6 +145,55 @@ def _clips(config: TrainConfig) -> list[str]:
         "--normalize-rows": config.normalize_rows is not None,
     }
     return [name for name, is_given in given.items() if is_given]
+
+
+def _wrapper_refusals(config: TrainConfig) -> list[tuple[bool, str]]:
+    """Return conditions and errors of --cautious, --schedule-free and --msam."""
+    ahead = config.schedule_free or config.msam is not None
+    return [
+        (
+            config.schedule_free and config.optimizer not in ("sgd", "adam", "adamw"),
+            "--schedule-free: expected --optimizer sgd, adam or adamw, found "
+            f"{config.optimizer}. Choose one of them.",
+        ),
+        (
+            config.schedule_free and (config.nesterov or config.cautious),
+            "--schedule-free: it has an average in place of momentum, which --nesterov and "
+            "--cautious need. Choose one.",
+        ),
+        (
+            config.schedule_free and config.msam is not None,
+            "--schedule-free, --msam: the average takes the place of the momentum that --msam "
+            "follows. Choose one.",
+        ),
+        (
+            config.msam is not None and config.sam is not None,
+            "--msam, --sam: both perturb the parameters. Choose one.",
+        ),
+        (
+            config.msam is not None and config.optimizer == "muon",
+            "--msam: expected one rule for all parameters, found --optimizer muon with adamw. "
+            "Choose another.",
+        ),
+        (
+            (config.msam is not None or config.cautious) and not _has_momentum(config),
+            "--msam, --cautious: expected an update rule with momentum, found "
+            f"{config.optimizer} without. Give --momentum 0.9, or the first of --betas above 0.",
+        ),
+        (
+            ahead and config.ema is not None,
+            "--ema: it averages the parameters of the training, which --schedule-free and --msam "
+            "do not evaluate. Choose one.",
+        ),
+    ]
+
+
+def _has_momentum(config: TrainConfig) -> bool:
+    if config.optimizer in ("adam", "adamw", "lion"):
+        return config.betas[0] > 0
+    if config.optimizer == "rmsprop":
+        return bool(config.momentum)
+    return config.optimizer == "muon" or config.momentum != 0
 
 
 def _rho_moves(config: TrainConfig) -> bool:
@@ -185,7 +235,10 @@ def _splits(config: TrainConfig) -> bool:
     return config.data == "digits" or bool(config.train_split) or bool(config.val_split)
 
 
-ADAM = OptionUse("without --optimizer adam or adamw", lambda c: c.optimizer in ("adam", "adamw"))
+BETAS = OptionUse(
+    "without --optimizer adam, adamw, lion or muon",
+    lambda c: c.optimizer in ("adam", "adamw", "lion", "muon"),
+)
 RMSPROP = OptionUse("without --optimizer rmsprop", lambda c: c.optimizer == "rmsprop")
 AGREE = OptionUse("without --agree", lambda c: c.agree is not None)
 AGC = OptionUse("without --agc above 0", lambda c: bool(c.agc))
@@ -203,12 +256,16 @@ LONG = OptionUse(
 USES: Mapping[str, tuple[OptionUse, ...]] = {
     "momentum": (
         OptionUse(
-            "without --optimizer sgd or rmsprop", lambda c: c.optimizer in ("sgd", "rmsprop")
+            "without --optimizer sgd, rmsprop or muon",
+            lambda c: c.optimizer in ("sgd", "rmsprop", "muon"),
         ),
     ),
-    "betas": (ADAM,),
+    "betas": (BETAS,),
     "eps": (
-        OptionUse("without --optimizer adam, adamw or rmsprop", lambda c: c.optimizer != "sgd"),
+        OptionUse(
+            "without --optimizer adam, adamw, rmsprop or muon",
+            lambda c: c.optimizer not in ("sgd", "lion"),
+        ),
     ),
     "alpha": (RMSPROP,),
     "centered": (RMSPROP,),

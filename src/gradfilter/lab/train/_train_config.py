@@ -20,7 +20,7 @@ from gradfilter.lab._constraints import (
     positive,
 )
 
-OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
+OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "lion", "muon"]
 ScheduleName = Literal["constant", "step", "linear", "cosine", "poly", "plateau"]
 
 # --- Constraints of single fields ---
@@ -133,23 +133,30 @@ class TrainConfig:
     """Seed of parameters, batches and augmentation."""
 
     optimizer: OptimizerName = "sgd"
-    """Update rule; sgd+nesterov is sgd with --nesterov."""
+    """Update rule; sgd+nesterov is sgd with --nesterov, muon has adamw for all but matrices."""
     learning_rate: Annotated[float, positive()] = 0.05
     """Largest learning rate."""
     momentum: Annotated[float | None, below_one("a number")] = None
-    """Momentum, by default 0.9 for sgd and 0 for rmsprop."""
+    """Momentum, by default 0.9 for sgd, 0 for rmsprop and 0.95 for muon."""
     nesterov: bool = False
     """Use Nesterov's momentum, for sgd."""
     betas: Annotated[tuple[float, float], BETAS] = (0.9, 0.999)
-    """Decay rates of the moments, for adam and adamw."""
+    """Decay rates of the moments, for adam, adamw (also with muon) and lion (0.9 0.99 is usual)."""
     eps: Annotated[float, positive()] = 1e-8
-    """Number added to the root, for adam, adamw and rmsprop."""
+    """Number added to the root, for adam, adamw (also with muon) and rmsprop."""
     alpha: Annotated[float, FRACTION] = 0.99
     """Decay rate of the squares, for rmsprop."""
     centered: bool = False
     """Divide by the deviation, for rmsprop."""
     weight_decay: Annotated[float, at_least(0)] = 0.0
-    """L2 decay; decoupled for adamw."""
+    """L2 decay; decoupled for adamw, lion and muon."""
+    cautious: bool = False
+    """Leave out the entries of an update that point against the gradient."""
+    schedule_free: bool = False
+    """Average the parameters; the average is evaluated and saved. Its share is --momentum, or the
+    first of --betas."""
+    msam: Annotated[float | None, positive(SWITCH_OFF)] = None
+    """Momentum-SAM: radius of the perturbation along the momentum, which is not evaluated."""
 
     schedule: ScheduleName = "constant"
     """Schedule of the learning rate after its warm-up."""
@@ -285,7 +292,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     "update": (
         *("optimizer", "learning_rate", "momentum", "nesterov", "betas", "eps", "alpha"),
-        *("centered", "weight_decay", "ema", "seed"),
+        *("centered", "weight_decay", "cautious", "schedule_free", "msam", "ema", "seed"),
     ),
     "schedule": (
         *("epochs", "steps", "schedule", "lr_step", "lr_decay_rate", "lr_min", "lr_power"),

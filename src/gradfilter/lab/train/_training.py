@@ -226,8 +226,11 @@ class Training:
 
     @property
     def measured(self) -> State:
-        """Return the parameters and buffers to evaluate and save: with --ema, the averaged ones."""
-        params = self.state["params"]
+        """Return the parameters and buffers to evaluate and save: with --ema, the averaged ones.
+
+        With --schedule-free and --msam, they are not those at which the gradients are taken.
+        """
+        params = gf.evaluated_params(self.state["params"], self.state)
         if self.config.ema is not None:
             params = _tree.in_dtypes_of(params, gf.ema_of(self.state))
         return {"params": params, "buffers": self.state["buffers"]}
