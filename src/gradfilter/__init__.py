@@ -46,6 +46,7 @@ __all__ = [
     "clip_per_row",
     "compile",
     "consensus_filter",
+    "coordinate_median",
     "diagnostics",
     "distributed",
     "ema_of",
@@ -81,6 +82,7 @@ __all__ = [
     "testing",
     "train_step",
     "transform",
+    "trimmed_mean",
 ]
 
 _SUBPACKAGES = ("diagnostics", "distributed", "interop", "schedules", "testing")

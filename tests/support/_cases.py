@@ -61,6 +61,8 @@ CASES = {
     "aggregate": [lambda: reducer(gf.aggregate(lambda gram: gram.diagonal().softmax(0)))],
     "mean_rows": [lambda: reducer(gf.mean_rows())],
     "sign_agreement": [lambda: reducer(gf.sign_agreement(0.6))],
+    "trimmed_mean": [lambda: reducer(gf.trimmed_mean(1)), lambda: reducer(gf.trimmed_mean(0))],
+    "coordinate_median": [lambda: reducer(gf.coordinate_median())],
     "clip_per_row": [lambda: from_rows(gf.clip_per_row(0.5))],
     "budget_clip": [
         lambda: from_rows(gf.budget_clip(0.3)),

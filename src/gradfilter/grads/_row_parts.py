@@ -282,6 +282,10 @@ class RepeatedStack(BaseStack):
         return self._computed().stacked()
 
     @override
+    def reduce_columns(self, function: Callable[[Tensor], Tensor]) -> Tree:
+        return self._computed().reduce_columns(function)
+
+    @override
     def _scaled(self, scale: Tensor) -> RepeatedStack:
         return self._replaced(scale=scale)
 

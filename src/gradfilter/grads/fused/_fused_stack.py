@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from gradfilter.grads._stack import (
     copied,
     explain_fallback,
     first_rows,
+    reduce_pieces,
     scale_rows,
     versions,
     written,
@@ -235,6 +237,15 @@ class LazyRows:
             )
             for name in names
         }
+
+    def reduced(self, names: Collection[str], reduce: Callable[[Tensor], Tensor]) -> Tree:
+        """Apply a function (M, *shape) -> (*shape) to the rows of each leaf, one leaf at a time."""
+        found = self._ask(names, lambda factor, name: reduce(factor.rows().to(self._dtypes[name])))
+        for name in names:
+            if name not in found:
+                zero = torch.zeros((), dtype=self._dtypes[name], device=self.device)
+                found[name] = reduce(zero.expand(self.count, *self.shapes[name]))
+        return {name: found[name] for name in names}
 
     def factors(self, names: Collection[str]) -> dict[str, Factor]:
         """Return the factors of some leaves; those without a gradient have none."""
@@ -569,6 +580,13 @@ class FusedStack(ComputedStack):
     def stacked(self) -> Tree:
         rows = untraced(self.run.rows)(self.names)
         return {n: scale_rows(leaf[: self.count], self.scale) for n, leaf in rows.items()}
+
+    @override
+    def reduce_columns(self, function: Callable[[Tensor], Tensor]) -> Tree:
+        return untraced(self.run.reduced)(self.names, partial(self._reduce, function))
+
+    def _reduce(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        return reduce_pieces(function, rows[: self.count], self.scale)
 
     @override
     def along(self, factors: Tensor) -> GradStack:
