@@ -67,6 +67,15 @@ CHAINS = {
     "nested": gf.chain(gf.chain(gf.chain(gf.sign_agreement(0.6)), gf.adam(1e-3)), gf.ema_params()),
     "rms": gf.chain(gf.mean_rows(), gf.rmsprop(gs.step(0.1, 3), centered=True)),
     "frozen": gf.chain(gf.mean_rows(), gf.freeze()),
+    "trimmed": gf.chain(gf.trimmed_mean(1), gf.sgd(0.1)),
+    "medians": gf.partition(
+        {
+            "head": gf.chain(gf.coordinate_median(), RULE),
+            "body": gf.chain(gf.geometric_median(3, eps=0.1), RULE),
+        },
+        label,
+    ),
+    "centered": gf.chain(gf.centered_clip(1.0, steps=2), gf.sgd(0.1)),
     "schedule in a schedule": gf.chain(
         gf.mean_rows(),
         gf.scheduled(gf.sam_perturb, rho=gs.proportional(LR, 0.02, 0.05)),

@@ -47,7 +47,9 @@ from gradfilter.transforms._reducers import aggregate as aggregate
 from gradfilter.transforms._reducers import finite_filter as finite_filter
 from gradfilter.transforms._reducers import mean_rows as mean_rows
 from gradfilter.transforms._reducers import sign_agreement as sign_agreement
+from gradfilter.transforms._robust_means import centered_clip as centered_clip
 from gradfilter.transforms._robust_means import coordinate_median as coordinate_median
+from gradfilter.transforms._robust_means import geometric_median as geometric_median
 from gradfilter.transforms._robust_means import trimmed_mean as trimmed_mean
 from gradfilter.transforms._scheduled import scheduled as scheduled
 from gradfilter.transforms._sharpness_aware import gsam_decompose as gsam_decompose

@@ -141,6 +141,8 @@ RULES = {
     "sign agreement": lambda: gf.sign_agreement(0.5),
     "trimmed": lambda: gf.trimmed_mean(1),
     "median": lambda: gf.coordinate_median(),
+    "geometric": lambda: gf.geometric_median(),
+    "centered": lambda: gf.centered_clip(1.0, steps=2),
     "removed first": lambda: gf.chain(gf.finite_filter(), gf.mean_rows()),
     "guarded": lambda: gf.chain(gf.finite_filter(), gf.agree_filter(0.9)),
 }

@@ -147,6 +147,8 @@ CHAINS = {
         gf.mean_rows(), gf.agc_clip(0.05, exclude=lambda name: "head" in name), gf.sgd(0.1)
     ),
     "trimmed": lambda: gf.chain(gf.trimmed_mean(1), gf.sgd(0.1)),
+    "geometric": lambda: gf.chain(gf.geometric_median(), gf.sgd(0.1)),
+    "centered": lambda: gf.chain(gf.centered_clip(0.3, steps=2), gf.sgd(0.1)),
     "guarded tree": lambda: gf.chain(gf.mean_rows(), gf.finite_filter(), gf.sgd(0.1)),
     "groups": lambda: gf.partition(
         {

@@ -63,6 +63,14 @@ CASES = {
     "sign_agreement": [lambda: reducer(gf.sign_agreement(0.6))],
     "trimmed_mean": [lambda: reducer(gf.trimmed_mean(1)), lambda: reducer(gf.trimmed_mean(0))],
     "coordinate_median": [lambda: reducer(gf.coordinate_median())],
+    "geometric_median": [
+        lambda: reducer(gf.geometric_median()),
+        lambda: reducer(gf.chain(gf.geometric_median(2), gf.sam_perturb(0.05))),
+    ],
+    "centered_clip": [
+        lambda: reducer(gf.centered_clip(2.0)),
+        lambda: reducer(gf.centered_clip(0.5, steps=3)),
+    ],
     "clip_per_row": [lambda: from_rows(gf.clip_per_row(0.5))],
     "budget_clip": [
         lambda: from_rows(gf.budget_clip(0.3)),

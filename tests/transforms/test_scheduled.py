@@ -46,6 +46,7 @@ STATELESS = {
     ),
     "sign_agreement": (gf.sign_agreement, {"fraction": gs.linear(1.0, 5)}, {}, rows),
     "trimmed_mean": (gf.trimmed_mean, {"k": gs.step(4, 3, 0.5)}, {}, rows),
+    "geometric_median": (gf.geometric_median, {"eps": gs.linear(2.0, 6, min_value=0.1)}, {}, rows),
     "clip_per_row": (gf.clip_per_row, {"max_norm": gs.linear(5, 6, min_value=0.1)}, {}, rows),
     "clip_by_global_norm": (
         gf.clip_by_global_norm,
