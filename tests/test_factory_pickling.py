@@ -35,6 +35,15 @@ def by_size(gram):
     return gram.diagonal().softmax(0)
 
 
+def averaged(gram, state):
+    average = 0.9 * state["average"] + 0.1 * gram.diagonal().mean()
+    return (gram.diagonal() / average).softmax(0), {"average": average}
+
+
+def ones(params):
+    return {"average": torch.ones(())}
+
+
 def none(params):
     return {}
 
@@ -67,6 +76,7 @@ CHAINS = {
     "nested": gf.chain(gf.chain(gf.chain(gf.sign_agreement(0.6)), gf.adam(1e-3)), gf.ema_params()),
     "rms": gf.chain(gf.mean_rows(), gf.rmsprop(gs.step(0.1, 3), centered=True)),
     "frozen": gf.chain(gf.mean_rows(), gf.freeze()),
+    "memory": gf.chain(gf.aggregate(averaged, ones), gf.sgd(0.1)),
     "trimmed": gf.chain(gf.trimmed_mean(1), gf.sgd(0.1)),
     "medians": gf.partition(
         {

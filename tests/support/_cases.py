@@ -46,6 +46,11 @@ def flip():
     return gf.link("flip", "tree -> tree", update)
 
 
+def remembered(gram, state):
+    largest = torch.maximum(0.9 * state["largest"], gram.diagonal().amax())
+    return (gram.diagonal() / largest).softmax(0), {"largest": largest}
+
+
 LR = gs.cosine(0.1, 20, warmup_steps=2)
 
 # Public link -> variants, each a complete chain from rows to an update.
@@ -58,7 +63,10 @@ CASES = {
         lambda: reducer(gf.consensus_filter()),
         lambda: reducer(gf.consensus_filter(0.9, soft=False)),
     ],
-    "aggregate": [lambda: reducer(gf.aggregate(lambda gram: gram.diagonal().softmax(0)))],
+    "aggregate": [
+        lambda: reducer(gf.aggregate(lambda gram: gram.diagonal().softmax(0))),
+        lambda: reducer(gf.aggregate(remembered, {"largest": torch.zeros(())})),
+    ],
     "mean_rows": [lambda: reducer(gf.mean_rows())],
     "sign_agreement": [lambda: reducer(gf.sign_agreement(0.6))],
     "trimmed_mean": [lambda: reducer(gf.trimmed_mean(1)), lambda: reducer(gf.trimmed_mean(0))],
