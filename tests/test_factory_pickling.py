@@ -76,6 +76,7 @@ CHAINS = {
     "nested": gf.chain(gf.chain(gf.chain(gf.sign_agreement(0.6)), gf.adam(1e-3)), gf.ema_params()),
     "rms": gf.chain(gf.mean_rows(), gf.rmsprop(gs.step(0.1, 3), centered=True)),
     "frozen": gf.chain(gf.mean_rows(), gf.freeze()),
+    "agreement per layer": gf.chain(gf.agree_filter(1.2, per="layer", exclude=head), gf.sgd(0.1)),
     "memory": gf.chain(gf.aggregate(averaged, ones), gf.sgd(0.1)),
     "trimmed": gf.chain(gf.trimmed_mean(1), gf.sgd(0.1)),
     "medians": gf.partition(

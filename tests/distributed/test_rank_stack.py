@@ -139,6 +139,7 @@ RULES = {
     "consensus, hard": lambda: gf.consensus_filter(0.8, soft=False),
     "aggregate": lambda: gf.aggregate(lambda gram: gram.diagonal().softmax(0)),
     "sign agreement": lambda: gf.sign_agreement(0.5),
+    "per leaf": lambda: gf.agree_filter(0.9, per="leaf"),
     "trimmed": lambda: gf.trimmed_mean(1),
     "median": lambda: gf.coordinate_median(),
     "geometric": lambda: gf.geometric_median(),

@@ -146,6 +146,9 @@ CHAINS = {
     "agc, some": lambda: gf.chain(
         gf.mean_rows(), gf.agc_clip(0.05, exclude=lambda name: "head" in name), gf.sgd(0.1)
     ),
+    "agree per layer": lambda: gf.chain(
+        gf.agree_filter(1.0, per="layer", exclude=lambda name: "head" in name), gf.sgd(0.1)
+    ),
     "trimmed": lambda: gf.chain(gf.trimmed_mean(1), gf.sgd(0.1)),
     "geometric": lambda: gf.chain(gf.geometric_median(), gf.sgd(0.1)),
     "centered": lambda: gf.chain(gf.centered_clip(0.3, steps=2), gf.sgd(0.1)),

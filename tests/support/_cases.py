@@ -58,6 +58,9 @@ CASES = {
     "agree_filter": [
         lambda: reducer(gf.agree_filter(1.2)),
         lambda: reducer(gf.agree_filter(1.2, against="first", average="halving")),
+        lambda: reducer(gf.agree_filter(1.2, per="leaf")),
+        lambda: reducer(gf.agree_filter(1.2, per="layer", exclude=is_head, against="first")),
+        lambda: reducer(gf.agree_filter(1.2, exclude=is_head)),
     ],
     "consensus_filter": [
         lambda: reducer(gf.consensus_filter()),

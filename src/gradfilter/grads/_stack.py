@@ -289,6 +289,14 @@ class GradStack(ABC):
     def stacked(self) -> Tree:
         """Return J itself, leaf by leaf with a leading axis M."""
 
+    def leaf_grams(self) -> Tree:
+        """Compute the Gram of every leaf; their sum is `gram`. (M, M) each."""
+        return {name: self.columns([name]).gram() for name in self.shapes}
+
+    def combine_leaves(self, weights: Mapping[str, Tensor]) -> Tree:
+        """Compute wᵀ J with weights (M,) of its own for every leaf, as `combine` does."""
+        return {name: self.columns([name]).combine(weights[name])[name] for name in self.shapes}
+
     def reduce_columns(self, function: Callable[[Tensor], Tensor]) -> Tree:
         """Apply a function (M, n) -> (n,) to J, without holding the rows of all leaves together.
 
