@@ -30,7 +30,10 @@ from gradfilter.lab.train._train_config import TrainConfig
 DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(TrainConfig)}
 LONGEST = 60
 """Largest number of characters of a recorded text; a foreign file may hold any."""
-FILTERS = ("agree", "consensus", "clip_per_row", "budget_clip", "agc", "sam", "gsam", "ema")
+FILTERS = (
+    *("agree", "consensus", "trimmed_mean", "coordinate_median", "geometric_median"),
+    *("centered_clip", "clip_per_row", "budget_clip", "agc", "sam", "gsam", "ema"),
+)
 """Settings that add a transform in addition to the update rule."""
 
 
@@ -114,8 +117,15 @@ def rule_of(settings: Mapping[str, Any]) -> str:
         'agree 0.97, agc 0.01, sgd+nesterov 0.05'
     """
     # 0 is a value: a filter that accepts nothing. Only AGC is off at 0.
-    on = [n for n in FILTERS if settings[n] is not None and (settings[n] != 0 or n != "agc")]
-    parts = [f"{name.replace('_', '-')} {settings[name]:g}" for name in on]
+    switches = {name for name in FILTERS if isinstance(settings[name], bool)}
+    off_at_zero = {"agc", *switches}
+    on = [n for n in FILTERS if settings[n] is not None and (settings[n] or n not in off_at_zero)]
+    parts = [
+        name.replace("_", "-")
+        if name in switches
+        else f"{name.replace('_', '-')} {settings[name]:g}"
+        for name in on
+    ]
     nesterov = "+nesterov" if settings["nesterov"] else ""
     return ", ".join([*parts, f"{settings['optimizer']}{nesterov} {settings['learning_rate']:g}"])
 

@@ -53,7 +53,9 @@ def peak_memory(device: torch.device) -> float:
 
 
 SUMS = ("loss", "losses", "rows", "accepted", "steps", "clipped_rows", "clipped_units", "gap")
-CLIPPED_ROWS = ("clip_per_row/clipped_fraction", "budget_clip/clipped_fraction")
+CLIPPED_ROWS = tuple(
+    f"{name}/clipped_fraction" for name in ("clip_per_row", "budget_clip", "centered_clip")
+)
 LATEST = ("lr", "rho")
 
 Totals = dict[str, Tensor]
@@ -83,7 +85,7 @@ def add_to_totals(totals: Totals, info: Mapping[str, Tensor]) -> Totals:
     new = {
         "loss": torch.where(finite, info["loss"], 0.0),
         "losses": finite,
-        "rows": one if accepted is None else one * len(accepted),
+        "rows": one if accepted is None else one * accepted.numel(),
         "accepted": one if accepted is None else accepted.sum(),
         "steps": one,
         "clipped_rows": next((info[n] for n in CLIPPED_ROWS if n in info), None),
@@ -108,7 +110,8 @@ def means_of_totals(totals: Mapping[str, float], config: TrainConfig) -> dict[st
     rho = math.nan if config.sam is None else config.sam
     if config.rho_schedule != "constant":
         rho = totals["rho"] * steps / steps  # NaN without a step
-    clipped = config.clip_per_row is not None or config.budget_clip is not None
+    limits = (config.clip_per_row, config.budget_clip, config.centered_clip)
+    clipped = any(limit is not None for limit in limits)
     return {
         "loss": totals["loss"] / (totals["losses"] or math.nan),
         "accepted": totals["accepted"] / (totals["rows"] or math.nan),
