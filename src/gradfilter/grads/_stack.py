@@ -102,7 +102,7 @@ def reduce_pieces(
     matrix = rows.reshape(len(rows), shape.numel())
     # A compiler fuses the passes over a leaf, and would unroll a loop over its pieces.
     width = max(1, matrix.shape[1] if followed() else PIECE // len(rows))
-    pieces = [function(scale_rows(piece, scale)) for piece in matrix.split(width, 1)]
+    pieces = [function(scale_rows(piece, scale)) for piece in torch.split(matrix, width, 1)]
     flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     return flat.to(rows.dtype).reshape(shape)
 

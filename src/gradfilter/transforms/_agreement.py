@@ -287,15 +287,15 @@ class _GroupedAgreement:
         grams = self._grams(compared, groups)  # (G, M, M)
         sq_norms = grams.diagonal(dim1=1, dim2=2).sum(0)
         left = [name for name in params if name not in place]
-        if left:
-            excluded = rows.columns(left)
+        excluded = rows.columns(left) if left else None
+        if excluded is not None:
             sq_norms = sq_norms + excluded.sq_norms()
         usable = rows.live & sq_norms.isfinite()
         weights, accepted, cosine = self._judged(grams, usable)  # (G, M)
         agreed = accepted.sum(1) >= self.agreement.min_accepted
         own = torch.where(agreed[:, None], weights, 0.0).unbind()
         found = compared.combine_leaves({name: own[g] for name, g in place.items()})
-        if left:
+        if excluded is not None:
             shares = usable.to(weights.dtype)
             found |= excluded.combine(shares / shares.sum().clamp(min=1))
         out = {"keep": agreed.any(), "accepted": accepted, "cosine": cosine, "agreed": agreed}

@@ -23,7 +23,7 @@ from gradfilter.transforms._transform import check_number, transform_in_context
 
 
 @factory
-def trimmed_mean(k: float) -> Transform:
+def trimmed_mean(k: float | Tensor) -> Transform:
     r"""Drop the k largest and the k smallest values of every coordinate, and average the rest.
 
     With the values x_(1) <= ... <= x_(n) of one coordinate in the n rows that take part,
