@@ -432,8 +432,8 @@ class RankStack(BaseStack):
     @override
     def reduce_columns(self, function: Callable[[Tensor], Tensor]) -> Tree:
         """Apply a function (M·W, n) -> (n,) to J; every rank gets some of the columns."""
-        count, scale = self._count, self.scale
-        return self._gathered.reduce_columns(lambda rows: function(scale_rows(rows[:count], scale)))
+        own = partial(_of_first_rows, function, self._count, self.scale)
+        return self._gathered.reduce_columns(own)
 
     @override
     def at(self, params: Params) -> GradStack:
@@ -488,6 +488,12 @@ class RankStack(BaseStack):
     def release(self) -> None:
         """Free everything that can be computed or exchanged again."""
         self._gathered.release()
+
+
+def _of_first_rows(
+    function: Callable[[Tensor], Tensor], count: int, scale: Tensor | None, columns: Tensor
+) -> Tensor:
+    return function(scale_rows(columns[:count], scale))
 
 
 # --- Check that all ranks start with the same parameters and the same chain ---
