@@ -35,6 +35,15 @@ def by_size(gram):
     return gram.diagonal().softmax(0)
 
 
+def averaged(gram, state):
+    average = 0.9 * state["average"] + 0.1 * gram.diagonal().mean()
+    return (gram.diagonal() / average).softmax(0), {"average": average}
+
+
+def ones(params):
+    return {"average": torch.ones(())}
+
+
 def none(params):
     return {}
 
@@ -80,6 +89,17 @@ CHAINS = {
     "ahead": gf.chain(gf.mean_rows(), gf.msam(RULE, 0.3)),
     "cautious": gf.chain(gf.mean_rows(), gf.msam(gf.cautious(gf.adamw(LR)), 0.3)),
     "frozen": gf.chain(gf.mean_rows(), gf.freeze()),
+    "agreement per layer": gf.chain(gf.agree_filter(1.2, per="layer", exclude=head), gf.sgd(0.1)),
+    "memory": gf.chain(gf.aggregate(averaged, ones), gf.sgd(0.1)),
+    "trimmed": gf.chain(gf.trimmed_mean(1), gf.sgd(0.1)),
+    "medians": gf.partition(
+        {
+            "head": gf.chain(gf.coordinate_median(), RULE),
+            "body": gf.chain(gf.geometric_median(3, eps=0.1), RULE),
+        },
+        label,
+    ),
+    "centered": gf.chain(gf.centered_clip(1.0, steps=2), gf.sgd(0.1)),
     "schedule in a schedule": gf.chain(
         gf.mean_rows(),
         gf.scheduled(gf.sam_perturb, rho=gs.proportional(LR, 0.02, 0.05)),

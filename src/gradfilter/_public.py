@@ -55,6 +55,10 @@ from gradfilter.transforms._reducers import finite_filter as finite_filter
 from gradfilter.transforms._reducers import mean_rows as mean_rows
 from gradfilter.transforms._reducers import sign_agreement as sign_agreement
 from gradfilter.transforms._reference import reference_filter as reference_filter
+from gradfilter.transforms._robust_means import centered_clip as centered_clip
+from gradfilter.transforms._robust_means import coordinate_median as coordinate_median
+from gradfilter.transforms._robust_means import geometric_median as geometric_median
+from gradfilter.transforms._robust_means import trimmed_mean as trimmed_mean
 from gradfilter.transforms._row_clipping import Quantile as Quantile
 from gradfilter.transforms._row_clipping import budget_clip as budget_clip
 from gradfilter.transforms._row_clipping import clip_per_row as clip_per_row

@@ -181,6 +181,7 @@ class Transform(MadeByFactory):
         made_by: The call of the factory that made it.
         rules: The rules for a state that changes in skipped steps as well; None for others.
         row_rules: The rules of a transform that acts row by row; None if it compares rows.
+        recombines: True if, behind a reducer, it combines rows by the ``weights`` of that reducer.
         apply: Computes and applies the updates in one pass, if there is such a way: `with_apply`.
         takes_scaled: True if ``apply`` takes a `ScaledTree` as well.
         scaling: Gives a `ScaledTree` in place of a tree, if there is such a way: `with_scaling`.
@@ -198,6 +199,7 @@ class Transform(MadeByFactory):
     made_by: FactoryCall | None = None
     rules: StateRules | None = None
     row_rules: RowRules | None = None
+    recombines: bool = False
     # Not arguments: `replace(transform, compute=...)` must not keep what belonged to the old one.
     parts: tuple[Transform, ...] = field(default=(), init=False)
     apply: Callable[..., tuple[Params, State, Out]] | None = field(default=None, init=False)
@@ -210,7 +212,7 @@ class Transform(MadeByFactory):
         """Everything that the call of a factory determines."""
         return (
             *(self.name, self.compute, self.init, self.kinds),
-            *(self.needs, self.publishes, self.rules, self.row_rules),
+            *(self.needs, self.publishes, self.rules, self.row_rules, self.recombines),
         )
 
     @override

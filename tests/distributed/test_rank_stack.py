@@ -83,6 +83,7 @@ def answered(m):
                 lambda s: s.sq_norms(),
                 lambda s, w=w: s.combine(w),
                 lambda s: s.stacked(),
+                lambda s: s.reduce_columns(lambda columns: columns.amax(0) - columns[-1]),
             ]
             for answer in answers if order == "combine" else answers[3:]:
                 found = answer(a)
@@ -138,6 +139,11 @@ RULES = {
     "consensus, hard": lambda: gf.consensus_filter(0.8, soft=False),
     "aggregate": lambda: gf.aggregate(lambda gram: gram.diagonal().softmax(0)),
     "sign agreement": lambda: gf.sign_agreement(0.5),
+    "per leaf": lambda: gf.agree_filter(0.9, per="leaf"),
+    "trimmed": lambda: gf.trimmed_mean(1),
+    "median": lambda: gf.coordinate_median(),
+    "geometric": lambda: gf.geometric_median(),
+    "centered": lambda: gf.centered_clip(1.0, steps=2),
     "removed first": lambda: gf.chain(gf.finite_filter(), gf.mean_rows()),
     "guarded": lambda: gf.chain(gf.finite_filter(), gf.agree_filter(0.9)),
 }

@@ -156,6 +156,12 @@ CHAINS = {
         },
         lambda name: "head" if "head" in name else "body",
     ),
+    "agree per layer": lambda: gf.chain(
+        gf.agree_filter(1.0, per="layer", exclude=lambda name: "head" in name), gf.sgd(0.1)
+    ),
+    "trimmed": lambda: gf.chain(gf.trimmed_mean(1), gf.sgd(0.1)),
+    "geometric": lambda: gf.chain(gf.geometric_median(), gf.sgd(0.1)),
+    "centered": lambda: gf.chain(gf.centered_clip(0.3, steps=2), gf.sgd(0.1)),
     "guarded tree": lambda: gf.chain(gf.mean_rows(), gf.finite_filter(), gf.sgd(0.1)),
     "groups": lambda: gf.partition(
         {

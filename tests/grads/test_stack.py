@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gradfilter as gf
 from _cases import make_params, make_rows, make_stack
 from _rounding import assert_within, rounding
+from gradfilter.grads import _stack
 from gradfilter.grads._joined_stacks import choose, join
 
 
@@ -59,6 +60,27 @@ def test_the_four_questions(kind):
     close(vector(stack.combine(w)), w @ j)
     close(stack.dot(tree), j @ vector(tree))
     close(stack.sq_norms(), (j * j).sum(1))
+
+
+@every_stack
+def test_columns_are_reduced_piece_by_piece(kind, monkeypatch):
+    stack, sizes = KINDS[kind](), []
+
+    def spread(columns):
+        sizes.append(columns.shape[1])
+        return columns.amax(0) - 2 * columns.amin(0)
+
+    j = matrix(stack)
+    expected = j.amax(0) - 2 * j.amin(0)
+    for piece in (1, 15, 2**18):
+        monkeypatch.setattr(_stack, "PIECE", piece)
+        sizes.clear()
+        found = stack.reduce_columns(spread)
+        assert {name: leaf.shape for name, leaf in found.items()} == stack.shapes
+        close(vector(found), expected)
+        assert max(sizes) <= max(1, piece // len(stack))
+        one = stack.columns(["head.weight"]).first(3).reduce_columns(spread)
+        close(vector(one), spread(stack.stacked()["head.weight"][:3].reshape(3, -1)))
 
 
 @every_stack

@@ -51,6 +51,11 @@ def flip():
     return gf.link("flip", "tree -> tree", update)
 
 
+def remembered(gram, state):
+    largest = torch.maximum(0.9 * state["largest"], gram.diagonal().amax())
+    return (gram.diagonal() / largest).softmax(0), {"largest": largest}
+
+
 LR = gs.cosine(0.1, 20, warmup_steps=2)
 
 # Public link -> variants, each a complete chain from rows to an update.
@@ -58,12 +63,18 @@ CASES = {
     "agree_filter": [
         lambda: reducer(gf.agree_filter(1.2)),
         lambda: reducer(gf.agree_filter(1.2, against="first", average="halving")),
+        lambda: reducer(gf.agree_filter(1.2, per="leaf")),
+        lambda: reducer(gf.agree_filter(1.2, per="layer", exclude=is_head, against="first")),
+        lambda: reducer(gf.agree_filter(1.2, exclude=is_head)),
     ],
     "consensus_filter": [
         lambda: reducer(gf.consensus_filter()),
         lambda: reducer(gf.consensus_filter(0.9, soft=False)),
     ],
-    "aggregate": [lambda: reducer(gf.aggregate(lambda gram: gram.diagonal().softmax(0)))],
+    "aggregate": [
+        lambda: reducer(gf.aggregate(lambda gram: gram.diagonal().softmax(0))),
+        lambda: reducer(gf.aggregate(remembered, {"largest": torch.zeros(())})),
+    ],
     "reference_filter": [
         lambda: reducer(gf.reference_filter("average")),
         lambda: reducer(gf.reference_filter("previous", by="cosine", soft=False, threshold=-0.2)),
@@ -71,6 +82,16 @@ CASES = {
     ],
     "mean_rows": [lambda: reducer(gf.mean_rows())],
     "sign_agreement": [lambda: reducer(gf.sign_agreement(0.6))],
+    "trimmed_mean": [lambda: reducer(gf.trimmed_mean(1)), lambda: reducer(gf.trimmed_mean(0))],
+    "coordinate_median": [lambda: reducer(gf.coordinate_median())],
+    "geometric_median": [
+        lambda: reducer(gf.geometric_median()),
+        lambda: reducer(gf.chain(gf.geometric_median(2), gf.sam_perturb(0.05))),
+    ],
+    "centered_clip": [
+        lambda: reducer(gf.centered_clip(2.0)),
+        lambda: reducer(gf.centered_clip(0.5, steps=3)),
+    ],
     "clip_per_row": [
         lambda: from_rows(gf.clip_per_row(0.5)),
         lambda: from_rows(gf.clip_per_row(gf.quantile(0.5))),

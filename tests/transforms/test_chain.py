@@ -250,12 +250,60 @@ def test_m_sharpness_needs_rows_that_can_be_computed_again():
     assert "grad_fn" not in str(caught.value)
 
 
-def test_a_masked_reducer_publishes_no_weights():
-    update = gf.chain(
-        gf.masked(gf.agree_filter(1.5), lambda n: "head" in n), gf.sam_perturb(0.1), sgd()
-    )
-    with pytest.raises(ValueError, match="sam_perturb: expected the weights"):
-        call(update, make_stack(PARAMS, ROWS))
+WITHOUT_WEIGHTS = {
+    "masked agree_filter": (
+        "agree_filter",
+        lambda: gf.masked(gf.agree_filter(1.5), lambda n: "head" in n),
+    ),
+    "trimmed_mean": ("trimmed_mean", lambda: gf.trimmed_mean(1)),
+    "at times": ("mean_rows", lambda: gf.every(2, gf.mean_rows(), gf.coordinate_median())),
+    "gated": ("coordinate_median", lambda: gf.gate(gf.coordinate_median(), "late")),
+    "a chain": ("robust", lambda: gf.named("robust", gf.chain(gf.trimmed_mean(1)))),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_WEIGHTS)
+def test_what_combines_again_is_refused_behind_a_reducer_without_weights(case):
+    name, make = WITHOUT_WEIGHTS[case]
+    again = [
+        gf.sam_perturb(0.1),
+        gf.masked(gf.sam_perturb(0.1), lambda n: "head" in n),
+        gf.every(2, gf.sam_perturb(0.1)),
+        gf.friendly_sam(0.1),
+        gf.look_sam(0.1),
+        gf.scheduled(gf.sam_perturb, rho=gf.schedules.linear(0.1, 5)),
+        gf.named("sharp", gf.chain(gf.agc_clip(0.1), gf.sam_perturb(0.1))),
+    ]
+    for part in again:
+        with pytest.raises(ValueError, match=rf"no single weight .* what '{name}' gives") as caught:
+            gf.chain(make(), part, sgd())
+        if part.name == "sam_perturb":
+            assert f"Put 'sam_perturb' before '{name}'" in str(caught.value)
+    update = gf.chain(gf.sam_perturb(0.1), make(), sgd())
+    call(update, make_stack(PARAMS, ROWS), late=torch.tensor(True))
+    with pytest.raises(ValueError, match=rf"'gsam_decompose'.*in the place of '{name}': mean_rows"):
+        gf.chain(gf.sam_perturb(0.1), make(), gf.gsam_decompose(0.4), sgd())
+
+
+def test_weights_of_every_part_of_a_reducer_at_times_are_weights():
+    reducer = gf.every(2, gf.mean_rows(), gf.agree_filter(1.5))
+    call(gf.chain(reducer, gf.sam_perturb(0.1), sgd()), make_stack(PARAMS, ROWS))
+
+
+def test_a_partition_of_trees_that_perturbs_is_refused_without_weights():
+    branches = {"a": gf.chain(gf.sam_perturb(0.1), sgd()), "b": sgd()}
+    groups = gf.partition(branches, lambda n: "a" if "head" in n else "b")
+    gf.chain(gf.mean_rows(), groups)
+    with pytest.raises(ValueError, match=r"'partition'.*what 'trimmed_mean' gives"):
+        gf.chain(gf.trimmed_mean(1), groups)
+
+
+def test_a_clean_tree_needs_no_weights():
+    def remember(grads, state, params, /, **extra):
+        return grads, state, {"clean_grads": grads}
+
+    clean = gf.transform("clean", "tree -> tree", remember, publishes=["clean_grads"])
+    call(gf.chain(gf.trimmed_mean(1), clean, gf.gsam_decompose(0.4), sgd()), ROWS)
 
 
 def test_only_updates_are_callable():

@@ -1,5 +1,7 @@
 """The plain reducers and `finite_filter` against their definitions."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -245,3 +247,208 @@ def test_a_step_without_a_finite_row_changes_nothing():
     assert_same(moved, params)
     assert_same(gf.state_dict(after), gf.state_dict(state))
     assert_same(run(gf.mean_rows(), filtered(random_matrix(0, 3, BAD))[0])[0], zeros())
+
+
+# aggregate with a memory
+
+
+def momentum_of_norms(gram, state):
+    average = 0.5 * state["average"] + 0.5 * gram.diagonal()
+    return average / average.sum(), {"average": average, "calls": state["calls"] + 1}
+
+
+MEMORY = {
+    "average": torch.ones(4, dtype=torch.float64),
+    "calls": torch.zeros((), dtype=torch.int64),
+}
+
+
+@pytest.mark.parametrize("init", [MEMORY, lambda params: MEMORY])
+def test_a_weighting_with_memory_gets_its_last_state(init):
+    update = gf.chain(gf.finite_filter(), gf.aggregate(momentum_of_norms, init), gf.sgd(1.0))
+    params = zeros()
+    state, average, calls = update.init(params), torch.ones(4, dtype=torch.float64), 0
+    for seed in range(6):
+        matrix = random_matrix(seed, 4, ("plain", "plain", "nan") if seed % 2 else ("nan",))
+        finite = matrix.isfinite().all(1)
+        clean = torch.where(finite[:, None], matrix, 0.0)
+        given = zeros()
+        moved, state, info = update(given, state, unflat(matrix), donate=seed % 3 == 0)
+        assert info["keep"] == finite.any()
+        if info["keep"]:  # a skipped step leaves the memory
+            average, calls = (average + clean.square().sum(1)) / 2, calls + 1
+            assert_close(flat(params) - flat(moved), average / average.sum() @ clean, atol=1e-9)
+        own = state["aggregate"]["weighting"]
+        assert_close(own["average"], average)
+        assert own["calls"] == calls
+    assert 0 < calls < 6
+    assert MEMORY["calls"] == 0 and (MEMORY["average"] == 1).all()  # never written into
+    assert "aggregate.weighting.average" in gf.state_dict(state)
+
+
+def test_the_memory_of_a_weighting_keeps_its_dtype():
+    link = gf.aggregate(lambda gram, state: (gram.diagonal(), gram.diagonal()), torch.zeros(3))
+    _, state, _ = link.update(unflat(random_matrix(0, 3)), link.init(zeros()), zeros())
+    assert state["weighting"].dtype == torch.float32 and state["weighting"].any()
+
+
+@pytest.mark.parametrize("init", [1.0, {"beta": 0.5}, [torch.ones(2), None], lambda params: 2])
+def test_a_memory_has_tensors_only(init):
+    with pytest.raises(TypeError, match=r"init as a tensor, a nested dict.*shape \(\)"):
+        gf.aggregate(momentum_of_norms, init).init(zeros())
+
+
+def test_a_weighting_with_memory_returns_weights_and_state():
+    link = gf.aggregate(lambda gram, state: gram.diagonal(), torch.ones(3))
+    with pytest.raises(TypeError, match=r"-> \(weights, state\), because init is given, found Ten"):
+        run(link, unflat(random_matrix(0, 3)))
+    link = gf.aggregate(lambda gram, state: (gram[0, :2], state), torch.ones(3))
+    with pytest.raises(ValueError, match=r"weights of shape \(3,\)"):
+        run(link, unflat(random_matrix(0, 3)))
+    link = gf.aggregate(lambda gram, state: (gram[0], {"other": gram}), {"own": torch.ones(3)})
+    with pytest.raises(ValueError, match=r"aggregate: expected the state that update returns"):
+        run(link, unflat(random_matrix(0, 3)))
+
+
+@pytest.mark.parametrize("weighting", [Resettable(), WithBuffer()])
+def test_the_error_about_hidden_state_names_the_way_to_keep_it(weighting):
+    with pytest.raises(TypeError, match=r"weighting\(gram, state\) -> .*aggregate\(.*init=\.\.\."):
+        gf.aggregate(weighting)
+
+
+# TorchJD's weightings, where that package is installed
+
+
+def on_simplex(point):
+    """The nearest point with entries >= 0 of sum 1: subtract a constant, and cut at 0."""
+    descending = point.sort(descending=True).values
+    counts = torch.arange(1, len(point) + 1, dtype=point.dtype)
+    levels = (descending.cumsum(0) - 1) / counts
+    used = (descending > levels).sum() - 1
+    return (point - levels.gather(0, used[None])).clamp(min=0)
+
+
+def modo(gram, weights, *, gamma=0.1, rho=0.1):
+    """A step on the weights towards the shortest combination."""
+    weights = on_simplex(weights - gamma * (gram @ weights + rho * weights))
+    return weights, weights
+
+
+def sdmgrad(gram, weights, *, lr=10.0, momentum=0.5, steps=20, pull=0.3):
+    """Such steps with momentum, on a Gram of unit size, towards the mean."""
+    gram = gram / (gram.diagonal().sqrt().mean() ** 2 + 1e-8)
+    mean, velocity = torch.full_like(weights, 1 / len(weights)), torch.zeros_like(weights)
+    for _ in range(steps):
+        velocity = momentum * velocity + gram @ (weights + pull * mean)
+        weights = on_simplex(weights - lr * velocity)
+    return (weights + pull * mean) / (1 + pull), weights
+
+
+def gradvac(gram, targets, *, beta=0.5, eps=1e-8):
+    """Move every row until its cosines with the others are those of before, on average."""
+    count = len(gram)
+    mixed, targets = [], targets.clone()
+    for i in range(count):
+        own = torch.eye(count, dtype=gram.dtype)[i]
+        others = [j for j in range(count) if j != i]
+        for j in (others[k] for k in torch.randperm(count - 1).tolist()):
+            norm, other = (own @ gram @ own).clamp(min=0).sqrt(), gram[j, j].sqrt()
+            cosine, target = own @ gram[:, j] / (norm * other + eps), targets[i, j].clone()
+            sine, wanted = (1 - cosine**2).clamp(min=0).sqrt(), (1 - target**2).clamp(min=0).sqrt()
+            added = norm * (target * sine - cosine * wanted) / (other * wanted + eps)
+            own = own + torch.where(cosine < target, added, 0.0) * torch.eye(count).to(gram)[j]
+            targets[i, j] = (1 - beta) * target + beta * cosine
+        mixed.append(own)
+    return torch.stack(mixed).sum(0), targets
+
+
+def smoothed(weighting, alpha=0.9):
+    """CR-MOGM: a moving average of the weights, which begins with the first ones."""
+
+    def averaged(gram, state):
+        new = weighting(gram)
+        before = torch.where(state["begun"], state["weights"], new)
+        weights = alpha * before + (1 - alpha) * new
+        return weights, {"weights": weights, "begun": torch.ones_like(state["begun"])}
+
+    return averaged
+
+
+def uniform(m):
+    return torch.full((m,), 1 / m, dtype=torch.float64)
+
+
+STATEFUL = {
+    "MoDoWeighting": ({}, modo, uniform),
+    # At the usual lr of 10 two rows swing, and rounding grows from step to step.
+    "SDMGradWeighting": ({"lr": 1.0}, partial(sdmgrad, lr=1.0), uniform),
+    "GradVacWeighting": ({}, gradvac, lambda m: torch.zeros(m, m, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("m", [2, 5])
+@pytest.mark.parametrize("name", STATEFUL)
+def test_stateful_weightings_of_torchjd_as_functions(name, m):
+    torchjd = pytest.importorskip("torchjd.aggregation")
+    options, pure, first = STATEFUL[name]
+    theirs = getattr(torchjd, name)(**options)
+    with pytest.raises(TypeError, match=rf"found {name}, which keeps state.*init="):
+        gf.aggregate(theirs)
+    link, params = gf.aggregate(pure, first(m)), zeros()
+    state = link.init(params)
+    for seed in range(20):
+        matrix = random_matrix(seed, m)
+        matrix = matrix / matrix.norm(dim=1, keepdim=True)
+        torch.manual_seed(seed)
+        expected = theirs(matrix @ matrix.T)
+        torch.manual_seed(seed)
+        grads, state, out = link.update(unflat(matrix), state, params)
+        assert_close(out["weights"], expected, rtol=1e-6, atol=1e-8)
+        assert_close(flat(grads), expected @ matrix, rtol=1e-6, atol=1e-8)
+
+
+def test_smoothed_weights_of_torchjd_as_a_function():
+    torchjd = pytest.importorskip("torchjd.aggregation")
+    theirs = torchjd.CRMOGMWeighting(torchjd.MGDAWeighting(), alpha=0.8)
+    first = {"weights": uniform(4), "begun": torch.tensor(False)}
+    link = gf.aggregate(smoothed(torchjd.MGDAWeighting(), 0.8), first)
+    state = link.init(zeros())
+    for seed in range(20):
+        matrix = random_matrix(seed, 4)
+        _, state, out = link.update(unflat(matrix), state, zeros())
+        assert_close(out["weights"], theirs(matrix @ matrix.T), rtol=1e-6, atol=1e-8)
+
+
+STATELESS = {
+    "AlignedMTLWeighting": (),
+    "CAGradWeighting": (0.5,),
+    "ConstantWeighting": (torch.tensor([0.5, 0.25, 0.25, 1.0]).double(),),
+    "DualProjWeighting": (),
+    "FairGradWeighting": (1.0,),
+    "IMTLGWeighting": (),
+    "KrumWeighting": (1, 2),
+    "MeanWeighting": (),
+    "MGDAWeighting": (),
+    "PCGradWeighting": (),
+    "RandomWeighting": (),
+    "SumWeighting": (),
+    "UPGradWeighting": (),
+}
+
+
+@pytest.mark.parametrize("name", STATELESS)
+def test_stateless_weightings_of_torchjd_work_as_they_are(name):
+    torchjd = pytest.importorskip("torchjd.aggregation")
+    try:
+        weighting = getattr(torchjd, name)(*STATELESS[name])
+        weighting(torch.eye(4, dtype=torch.float64))
+    except ImportError as error:  # a solver that is an option of the package
+        pytest.skip(str(error))
+    matrix = random_matrix(3, 4)
+    matrix = matrix / matrix.norm(dim=1, keepdim=True)
+    torch.manual_seed(0)
+    expected = weighting(matrix @ matrix.T)
+    torch.manual_seed(0)
+    grads, out = run(gf.aggregate(weighting), unflat(matrix))
+    assert_close(out["weights"], expected.double(), rtol=1e-6, atol=1e-8)
+    assert_close(flat(grads), expected.double() @ matrix, rtol=1e-6, atol=1e-8)

@@ -45,6 +45,8 @@ STATELESS = {
         rows,
     ),
     "sign_agreement": (gf.sign_agreement, {"fraction": gs.linear(1.0, 5)}, {}, rows),
+    "trimmed_mean": (gf.trimmed_mean, {"k": gs.step(4, 3, 0.5)}, {}, rows),
+    "geometric_median": (gf.geometric_median, {"eps": gs.linear(2.0, 6, min_value=0.1)}, {}, rows),
     "clip_per_row": (gf.clip_per_row, {"max_norm": gs.linear(5, 6, min_value=0.1)}, {}, rows),
     "clip_by_global_norm": (
         gf.clip_by_global_norm,
@@ -272,7 +274,7 @@ FIXED = {
 NOT_NUMBERS = {
     *("against", "average", "soft", "exclude", "unit_dims", "adaptive", "per_microbatch"),
     *("nesterov", "maximize", "amsgrad", "centered", "per_leaf", "of", "center", "reference"),
-    *("by", "every", "quantiles", "warmup", "window", "max_consecutive", "k"),
+    *("by", "every", "quantiles", "warmup", "window", "max_consecutive", "k", "per"),
 }
 TAKES_ROWS = {name for name in EVERY if "rows" in getattr(gf, name).__annotations__} | {
     *("agree_filter", "consensus_filter", "sign_agreement", "clip_per_row", "budget_clip"),

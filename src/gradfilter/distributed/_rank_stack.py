@@ -7,7 +7,7 @@ and the same chain: a rank that differs would otherwise block the others forever
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -22,7 +22,7 @@ from typing_extensions import override
 from gradfilter import _products, _tree
 from gradfilter._factory import factory
 from gradfilter._types import Context, Out, Params, State, Transform, Tree
-from gradfilter.distributed._ranks import Bucket, Ranks, added_up, combined, exchanged
+from gradfilter.distributed._ranks import Bucket, Ranks, added_up, combined, exchanged, reduced
 from gradfilter.grads._call_context import surroundings
 from gradfilter.grads._stack import (
     GRAM_UP_TO,
@@ -140,6 +140,14 @@ class GatheredRows:
     def stacked(self) -> Tree:
         """Return all rows on every rank. (M·W, *shape)."""
         return {n: self.ranks.gather(g).flatten(0, 1) for n, g in self.local.stacked().items()}
+
+    def reduce_columns(self, function: Callable[[Tensor], Tensor]) -> Tree:
+        """Apply a function (M·W, n) -> (n,) to the columns, each on one rank."""
+        if self._buckets is None:
+            buckets = list(exchanged(self.local.stacked(), self.ranks))
+        else:
+            buckets = self._buckets
+        return reduced(buckets, function, self.ranks)
 
     def release(self) -> None:
         """Free the shards, and everything that the local rows can compute again."""
@@ -286,6 +294,7 @@ class RankStack(BaseStack):
         gram:                   M·P (W − 1)/W numbers
         combine after a gram:     P (W − 1)/W
         combine without one:    2·P (W − 1)/W
+        reduce_columns:       as a gram and a combine; after a gram as a combine
         dot, sq_norms:          M to every other rank
 
     For M = 1 a gram and a combination send as much as one ring all-reduce. `consensus_filter` uses
@@ -426,6 +435,12 @@ class RankStack(BaseStack):
         return {name: scale_rows(leaf[: self._count], self.scale) for name, leaf in rows}
 
     @override
+    def reduce_columns(self, function: Callable[[Tensor], Tensor]) -> Tree:
+        """Apply a function (M·W, n) -> (n,) to J; every rank gets some of the columns."""
+        own = partial(_of_first_rows, function, self._count, self.scale)
+        return self._gathered.reduce_columns(own)
+
+    @override
     def at(self, params: Params) -> GradStack:
         """Return the same rows at other parameters, which are the same on every rank."""
         return self._with_local_rows(self._gathered.local.at(params))
@@ -478,6 +493,12 @@ class RankStack(BaseStack):
     def release(self) -> None:
         """Free everything that can be computed or exchanged again."""
         self._gathered.release()
+
+
+def _of_first_rows(
+    function: Callable[[Tensor], Tensor], count: int, scale: Tensor | None, columns: Tensor
+) -> Tensor:
+    return function(scale_rows(columns[:count], scale))
 
 
 # --- Check that all ranks start with the same parameters and the same chain ---

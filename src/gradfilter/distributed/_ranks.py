@@ -19,6 +19,7 @@ from gradfilter import _products
 from gradfilter._readable import readable
 from gradfilter._types import Tree
 from gradfilter.grads._call_context import surroundings
+from gradfilter.grads._stack import reduce_pieces
 
 # --- The ranks and their collectives ---
 
@@ -326,6 +327,21 @@ def combined(buckets: Iterable[Bucket], weights: Tensor, ranks: Ranks) -> Tree:
         else:
             arrived = ranks.start_gather(_summed_into(shard, weights, ranks.rank), into=shard)
         flights.append((bucket.shapes, arrived))
+    return {n: leaf for shapes, arrived in flights for n, leaf in _leaves(shapes, arrived())}
+
+
+def reduced(buckets: Iterable[Bucket], function: Callable[[Tensor], Tensor], ranks: Ranks) -> Tree:
+    """Reduce all rows column by column, equal bits on all ranks; sends P (W − 1)/W numbers.
+
+    Args:
+        buckets: The shards of all rows, which stay as they are.
+        function: (M·W, n) -> (n,), of every column alone.
+        ranks: The ranks that take part.
+    """
+    flights = []
+    for bucket in buckets:
+        part = reduce_pieces(function, bucket.shard)  # (s,)
+        flights.append((bucket.shapes, ranks.start_gather(part)))
     return {n: leaf for shapes, arrived in flights for n, leaf in _leaves(shapes, arrived())}
 
 

@@ -91,6 +91,14 @@ class ShardedStack(DenseStack):
         leaves = {n: g for _, stack in self._local() for n, g in stack.stacked().items()}
         return {name: resharded(leaves[name], self.rows[name]) for name in self.rows}
 
+    @override
+    def reduce_columns(self, function: Callable[[Tensor], Tensor]) -> Tree:
+        """Reduce the columns of every shard, without sending anything."""
+        found: Tree = {}
+        for _, stack in self._local():
+            found |= stack.reduce_columns(function)
+        return {name: resharded(found[name], self.rows[name], 1) for name in self.rows}
+
     def _local(self) -> list[tuple[Callable[[Tensor], Tensor], DenseStack]]:
         """Return this rank's shards as stacks, with functions that sum numbers over the ranks."""
         self._check_unwritten()

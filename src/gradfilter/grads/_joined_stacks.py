@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -91,6 +91,11 @@ class JoinedStack(StackOfParts):
     @override
     def stacked(self) -> Tree:
         return {name: g for part in self.parts for name, g in part.stacked().items()}
+
+    @override
+    def reduce_columns(self, function: Callable[[Tensor], Tensor]) -> Tree:
+        reduced = [part.reduce_columns(function) for part in self.parts]
+        return {name: g for tree in reduced for name, g in tree.items()}
 
     @override
     def scaled(self, factors: Tensor) -> GradStack:
@@ -196,6 +201,10 @@ class SelectedStack(GradStack):
     @override
     def stacked(self) -> Tree:
         return self._pick(self.new.stacked(), self.old.stacked())
+
+    @override
+    def reduce_columns(self, function: Callable[[Tensor], Tensor]) -> Tree:
+        return self._pick(self.new.reduce_columns(function), self.old.reduce_columns(function))
 
     @override
     def scaled(self, factors: Tensor) -> GradStack:

@@ -282,6 +282,18 @@ class RepeatedStack(BaseStack):
         return self._computed().stacked()
 
     @override
+    def leaf_grams(self) -> Tree:
+        return self._computed().leaf_grams()
+
+    @override
+    def combine_leaves(self, weights: Mapping[str, Tensor]) -> Tree:
+        return self._computed().combine_leaves(weights)
+
+    @override
+    def reduce_columns(self, function: Callable[[Tensor], Tensor]) -> Tree:
+        return self._computed().reduce_columns(function)
+
+    @override
     def _scaled(self, scale: Tensor) -> RepeatedStack:
         return self._replaced(scale=scale)
 

@@ -18,7 +18,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from typing_extensions import override
 
 from gradfilter import _products, _tree
-from gradfilter._readable import readable
+from gradfilter._readable import followed, readable
 from gradfilter._shards import is_sharded, local
 from gradfilter._types import Params, Tree
 
@@ -88,6 +88,23 @@ def scale_rows(values: Tensor, factors: Tensor | None) -> Tensor:
     # In half precision small factors would round to 0 before the product.
     wide = _tree.at_least_float32(values)
     return torch.where(factors == 0, 0.0, factors.to(wide.dtype) * wide).to(values.dtype)
+
+
+PIECE = 2**18
+"""The numbers of one piece of columns: about twelve of this size stay in the cache of a core."""
+
+
+def reduce_pieces(
+    function: Callable[[Tensor], Tensor], rows: Tensor, scale: Tensor | None = None
+) -> Tensor:
+    """Apply a function (M, n) -> (n,) to scaled rows (M, *shape), some columns at a time."""
+    shape = rows.shape[1:]
+    matrix = rows.reshape(len(rows), shape.numel())
+    # A compiler fuses the passes over a leaf, and would unroll a loop over its pieces.
+    width = max(1, matrix.shape[1] if followed() else PIECE // len(rows))
+    pieces = [function(scale_rows(piece, scale)) for piece in torch.split(matrix, width, 1)]
+    flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return flat.to(rows.dtype).reshape(shape)
 
 
 def mean_of(losses: Tensor, live: Tensor) -> Tensor:
@@ -271,6 +288,25 @@ class GradStack(ABC):
     @abstractmethod
     def stacked(self) -> Tree:
         """Return J itself, leaf by leaf with a leading axis M."""
+
+    def leaf_grams(self) -> Tree:
+        """Compute the Gram of every leaf; their sum is `gram`. (M, M) each."""
+        return {name: self.columns([name]).gram() for name in self.shapes}
+
+    def combine_leaves(self, weights: Mapping[str, Tensor]) -> Tree:
+        """Compute wᵀ J with weights (M,) of its own for every leaf, as `combine` does."""
+        return {name: self.columns([name]).combine(weights[name])[name] for name in self.shapes}
+
+    def reduce_columns(self, function: Callable[[Tensor], Tensor]) -> Tree:
+        """Apply a function (M, n) -> (n,) to J, without holding the rows of all leaves together.
+
+        The function treats every column alone, as a median does, so that it may get any columns at
+        a time, on any rank. It gets all M rows, scaled, also those that take no part.
+        """
+        return {
+            name: reduce_pieces(function, self.columns([name]).stacked()[name])
+            for name in self.shapes
+        }
 
     @abstractmethod
     def scaled(self, factors: Tensor) -> GradStack:
@@ -659,6 +695,12 @@ class DenseStack(BaseStack):
         self._check_unwritten()
         scale = self.scale
         return {name: scale_rows(leaf, scale) for name, leaf in self.rows.items()}
+
+    @override
+    def reduce_columns(self, function: Callable[[Tensor], Tensor]) -> Tree:
+        self._check_unwritten()
+        scale = self.scale
+        return {name: reduce_pieces(function, leaf, scale) for name, leaf in self.rows.items()}
 
     @override
     def _scaled(self, scale: Tensor) -> DenseStack:

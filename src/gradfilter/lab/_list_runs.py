@@ -31,7 +31,8 @@ DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(Tra
 LONGEST = 60
 """Largest number of characters of a recorded text; a foreign file may hold any."""
 FILTERS = (
-    *("agree", "consensus", "reference", "clip_per_row", "clip_quantile", "clip_smallest"),
+    *("agree", "consensus", "reference", "trimmed_mean", "coordinate_median"),
+    *("geometric_median", "centered_clip", "clip_per_row", "clip_quantile", "clip_smallest"),
     *("normalize_rows", "outlier_filter", "trim_losses", "budget_clip"),
     *("agc", "spike_clip", "spike_skip", "sam", "friendly_sam", "look_sam", "gsam", "ema", "msam"),
 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,7 +17,12 @@ from gradfilter._factory import factory
 from gradfilter._readable import readable
 from gradfilter._types import Context, Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
-from gradfilter.transforms._transform import check_distance, check_number, transform_in_context
+from gradfilter.transforms._transform import (
+    check_distance,
+    check_number,
+    check_predicate,
+    transform_in_context,
+)
 
 # --- The running comparison: each row against the mean of the rows accepted so far ---
 
@@ -122,6 +129,8 @@ def agree_filter(
     against: Literal["running", "first"] = "running",
     average: Literal["mean", "halving"] = "mean",
     min_accepted: int = 2,
+    per: Literal["leaf", "layer"] | None = None,
+    exclude: Callable[[str], bool] | None = None,
 ) -> Transform:
     r"""Merge the microbatch gradients that agree; skip the step if fewer than two do.
 
@@ -141,18 +150,35 @@ def agree_filter(
         average: ``"mean"`` gives accepted rows equal weights. ``"halving"`` sets c ← (c + g_i)/2,
             as the authors' package does: the last accepted row then has half of all weight.
         min_accepted: The number of accepted rows, including the first, below which the step is
-            skipped.
+            skipped, or with ``per`` the gradient of the group is 0.
+        per: ``"leaf"`` compares the rows on every parameter tensor by itself, ``"layer"`` on all
+            parameters of a module, whose names agree up to the last dot. None compares whole rows.
+        exclude: Predicate on names; such a leaf is not compared, and gets the mean of all finite
+            rows.
+
+    With ``per``, the gradient of a group without agreement is 0, and the step is skipped only if no
+    group agrees. So momentum and weight decay still move such a group: it is to the update rule as
+    if the batch had no gradient there. A group that has to stay where it is needs a chain of its
+    own, in `partition`.
 
     Needs: rows, at least two.
 
     Publishes: ``keep`` (), ``weights`` (M,), ``accepted`` (M,) bool, ``cosine`` (M,): the cosine
     of each row with its reference, 1 for the first finite row, NaN for a row that is not finite.
+    With ``per`` and G groups, in the order of the parameters, ``accepted`` and ``cosine`` are (G,
+    M), and ``agreed`` (G,) bool says which groups agree. With ``per`` or ``exclude`` there are no
+    ``weights``: a row has several, so that `sam_perturb` and `gsam_decompose` cannot follow.
+
+    Cost: one Gram and one `combine`; with ``per`` the Gram of every leaf, and weights of its own
+    for every leaf in the combination, each in one pass. `across_ranks` exchanges every leaf by
+    itself, and then sends as much again as for a combination without a Gram.
 
     A row that is not finite, or that finite_filter removed, is rejected and masked. A zero row has
     distance 1.
 
     Raises:
-        ValueError: a finite threshold outside [0, 2], an unknown option, or a stack of one row.
+        ValueError: a finite threshold outside [0, 2], an unknown option, a stack of one row, or
+            ``exclude`` is true for all leaves.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -173,12 +199,29 @@ def agree_filter(
             'agree_filter: expected against "running" or "first" and average "mean" or "halving", '
             f"found against={against!r}, average={average!r}."
         )
+    if per not in (None, "leaf", "layer"):
+        raise ValueError(
+            f'agree_filter: expected per "leaf", "layer" or None, found per={per!r}. Use partition '
+            "for groups of your own."
+        )
+    if exclude is not None:
+        check_predicate("agree_filter", "exclude", exclude)
 
+    agreement = _Agreement(threshold, against, average, min_accepted)
+    if per is None and exclude is None:
+        return transform_in_context(
+            "agree_filter",
+            "rows -> tree",
+            agreement,
+            publishes=("keep", "weights", "accepted", "cosine"),
+        )
+    grouped = _GroupedAgreement(agreement, per, exclude)
     return transform_in_context(
         "agree_filter",
         "rows -> tree",
-        _Agreement(threshold, against, average, min_accepted),
-        publishes=("keep", "weights", "accepted", "cosine"),
+        grouped,
+        init=grouped.init,
+        publishes=("keep", "accepted", "cosine", *([] if per is None else ["agreed"])),
     )
 
 
@@ -194,19 +237,100 @@ class _Agreement:
     def __call__(
         self, rows: GradStack, state: State, params: Params, context: Context
     ) -> tuple[Tree, State, Out]:
+        _check_several(rows)
         gram = rows.gram()
-        if gram.shape[0] < 2:
-            raise ValueError(
-                "agree_filter: expected at least two rows, found M = 1, which has nothing to agree "
-                "with. Use microbatch_grads(loss, M) with M >= 2, or mean_rows()."
-            )
-        rule = _against_first if self.against == "first" else against_running
-        weights, accepted, cosine = rule(
-            gram, rows.live & gram.diagonal().isfinite(), self.threshold, self.average
-        )
+        usable = rows.live & gram.diagonal().isfinite()
+        weights, accepted, cosine = self.judge(gram, usable)
         keep = accepted.sum() >= self.min_accepted
         out = {"keep": keep, "weights": weights, "accepted": accepted, "cosine": cosine}
         return rows.combine(weights), state, out
+
+    def judge(self, gram: Tensor, usable: Tensor) -> Judged:
+        """Compare the rows of a Gram."""
+        rule = _against_first if self.against == "first" else against_running
+        return rule(gram, usable, self.threshold, self.average)
+
+
+def _check_several(rows: GradStack) -> None:
+    if len(rows) < 2:
+        raise ValueError(
+            "agree_filter: expected at least two rows, found M = 1, which has nothing to agree "
+            "with. Use microbatch_grads(loss, M) with M >= 2, or mean_rows()."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _GroupedAgreement:
+    """The agreement of every group of leaves by itself, without the excluded leaves.
+
+    Attributes:
+        agreement: The comparison of the rows of a group.
+        per: See `agree_filter`; None for one group.
+        exclude: See `agree_filter`.
+    """
+
+    agreement: _Agreement
+    per: str | None
+    exclude: Callable[[str], bool] | None
+
+    def init(self, params: Params) -> State:
+        self.groups(params)
+        return {}
+
+    def __call__(
+        self, rows: GradStack, state: State, params: Params, context: Context
+    ) -> tuple[Tree, State, Out]:
+        _check_several(rows)
+        groups = self.groups(params)
+        place = {name: g for g, names in enumerate(groups) for name in names}
+        compared = rows.columns(list(place))
+        grams = self._grams(compared, groups)  # (G, M, M)
+        sq_norms = grams.diagonal(dim1=1, dim2=2).sum(0)
+        left = [name for name in params if name not in place]
+        excluded = rows.columns(left) if left else None
+        if excluded is not None:
+            sq_norms = sq_norms + excluded.sq_norms()
+        usable = rows.live & sq_norms.isfinite()
+        weights, accepted, cosine = self._judged(grams, usable)  # (G, M)
+        agreed = accepted.sum(1) >= self.agreement.min_accepted
+        own = torch.where(agreed[:, None], weights, 0.0).unbind()
+        found = compared.combine_leaves({name: own[g] for name, g in place.items()})
+        if excluded is not None:
+            shares = usable.to(weights.dtype)
+            found |= excluded.combine(shares / shares.sum().clamp(min=1))
+        out = {"keep": agreed.any(), "accepted": accepted, "cosine": cosine, "agreed": agreed}
+        if self.per is None:
+            out = {"keep": agreed[0], "accepted": accepted[0], "cosine": cosine[0]}
+        return {name: found[name] for name in params}, state, out
+
+    def groups(self, params: Params) -> list[list[str]]:
+        """Return the names of the leaves of every group."""
+        found: dict[str, list[str]] = {}
+        for name in params:
+            if self.exclude is None or not self.exclude(name):
+                group = name if self.per == "leaf" else name.rpartition(".")[0]
+                found.setdefault("" if self.per is None else group, []).append(name)
+        if not found:
+            raise ValueError(
+                f"agree_filter: expected a leaf that is not excluded, found none among "
+                f"{sorted(params)}. Use mean_rows() if no leaf is to be compared."
+            )
+        return list(found.values())
+
+    def _grams(self, rows: GradStack, groups: list[list[str]]) -> Tensor:
+        if self.per is None:
+            return rows.gram()[None]
+        grams = rows.leaf_grams()
+        return torch.stack([torch.stack([grams[n] for n in names]).sum(0) for names in groups])
+
+    def _judged(self, grams: Tensor, usable: Tensor) -> Judged:
+        """Compare the rows of every group."""
+        judge = partial(self.agreement.judge, usable=usable)
+        if not readable(grams):  # all groups by the operations of one
+            judged: Judged = torch.vmap(judge)(grams)
+            return judged
+        weights, accepted, cosine = zip(*map(judge, grams.unbind()), strict=True)
+        return torch.stack(weights), torch.stack(accepted), torch.stack(cosine)
 
 
 def _agrees(cosine: Tensor, threshold: float | Tensor) -> Tensor:

@@ -260,6 +260,7 @@ def chain(*transforms: Transform) -> Transform:
         *("", kinds, composed.init, composed.compute, frozenset[str](), publishes),
         rules=rules,
         row_rules=row_rules,
+        recombines=any(part.recombines for part in flat),
     )
     built = built.with_parts(flat)
     return built if flat[-1].apply is None else built.with_apply(composed.apply)
@@ -455,6 +456,8 @@ def names_of(parts: Parts) -> tuple[str, ...]:
 
 def _check_needs(parts: Parts) -> None:
     published: set[str] = set()
+    reducer: Transform | None = None
+    before: set[str] = set()  # what is published where the rows are still there
     for position, part in enumerate(parts):
         if any("rows" in (kind.takes, kind.gives) for kind in part.kinds):
             published.add("rows")
@@ -464,4 +467,23 @@ def _check_needs(parts: Parts) -> None:
                 f"chain: transform {position + 1}, {part.name!r}, needs {missing[0]!r}, which no "
                 f"earlier transform publishes. Put {PUBLISHER[missing[0]]} before it."
             )
+        # gsam_decompose combines clean rows; a clean tree, made behind the reducer, stays as it is.
+        known = "weights" in published or not part.needs <= before
+        if reducer is not None and part.recombines and not known:
+            raise ValueError(_explain_no_weights(parts, position, reducer))
+        if reducer is None and Kind.ROWS_TO_TREE in part.kinds:
+            reducer, before = part, set(published)
         published |= part.publishes
+
+
+def _explain_no_weights(parts: Parts, position: int, reducer: Transform) -> str:
+    part = parts[position]
+    if Kind.ROWS_TO_ROWS in part.kinds:
+        fix = f"Put {part.name!r} before {reducer.name!r}, where it takes the rows themselves."
+    else:
+        fix = f"Put a reducer that publishes them in the place of {reducer.name!r}: {REDUCERS}."
+    return (
+        f"chain: transform {position + 1}, {part.name!r}, combines rows by the 'weights' of the "
+        f"reducer before it, but no single weight per row describes what {reducer.name!r} gives. "
+        f"{fix}"
+    )

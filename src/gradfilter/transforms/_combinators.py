@@ -71,7 +71,8 @@ def masked(transform: Transform, names: Callable[[str], bool]) -> Transform:
     """Apply a transform to some leaves only; the others pass unchanged.
 
     Where the transform reduces rows, the other leaves pass as their mean. No single weight vector
-    then describes the result, so ``weights`` is not published and sam_perturb cannot follow.
+    then describes the result, so ``weights`` is not published, and `chain` refuses sam_perturb
+    behind it: put it before.
 
     Args:
         transform: Any transform or chain but an update rule.
@@ -280,7 +281,12 @@ def partition(branches: Mapping[str, Transform], label: Callable[[str], str]) ->
     ignored = Kind.ROWS_TO_UPDATE not in kinds and all(b.row_rules for b in branches.values())
     made = transform_in_context("partition", kinds, update, init=init, publishes=publishes)
     rules = PartRules.of({key: b.rules for key, b in branches.items()})
-    return replace(made, rules=rules, row_rules=IGNORES_ROWS if ignored else None)
+    return replace(
+        made,
+        rules=rules,
+        row_rules=IGNORES_ROWS if ignored else None,
+        recombines=any(branch.recombines for branch in branches.values()),
+    )
 
 
 def _common_kinds(branches: Mapping[str, Transform]) -> tuple[Kind, ...]:

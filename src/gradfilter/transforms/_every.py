@@ -123,6 +123,9 @@ def _some_calls(
     name = transform.name or caller
     chosen = _SomeCalls(name, transform, otherwise, rules)
     others = frozenset[str]() if otherwise is None else otherwise.publishes
+    publishes = transform.publishes | others
+    if otherwise is not None and Kind.ROWS_TO_TREE in kinds:  # weights in some calls only are none
+        publishes -= {"weights"} - (transform.publishes & others)
     needs = transform.needs | (frozenset() if otherwise is None else otherwise.needs)
     return replace(
         transform,
@@ -131,9 +134,10 @@ def _some_calls(
         init=chosen.init,
         compute=chosen,
         needs=needs,
-        publishes=transform.publishes | others,
+        publishes=publishes,
         rules=rules,
         row_rules=_row_rules(transform, otherwise),
+        recombines=transform.recombines or (otherwise is not None and otherwise.recombines),
     )
 
 

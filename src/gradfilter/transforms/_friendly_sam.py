@@ -93,6 +93,7 @@ def friendly_sam(
         compute,
         init=compute.init,
         publishes=("clean_grads", "surrogate_gap"),
+        recombines=True,
     )
 
 

@@ -93,6 +93,7 @@ def look_sam(
         compute,
         init=compute.init,
         publishes=("clean_grads", "surrogate_gap"),
+        recombines=True,
     )
     return replace(made, rules=rules)
 

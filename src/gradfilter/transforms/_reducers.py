@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,22 +63,34 @@ def _live_count(rows: GradStack) -> Tensor:
 
 
 @factory
-def aggregate(weighting: Callable[[Tensor], Tensor]) -> Transform:
+def aggregate(
+    weighting: Callable[..., Any],
+    init: State | Callable[[Params], State] | None = None,
+) -> Transform:
     """Combine the rows with weights that any function computes from their Gram.
 
     grads = wᵀ J with w = weighting(J Jᵀ). TorchJD's Gram-based weightings (UPGrad, MGDA, CAGrad,
     Krum and others) can be used directly; UPGrad needs the solver of
     ``torchjd[quadprog_projector]``.
 
+    With ``init`` the weighting has a memory: ``w, state = weighting(J Jᵀ, state)``. A skipped step
+    leaves the state as it was.
+
     Args:
-        weighting: (M, M) -> (M,), a pure function. Some libraries' weightings read values on
-            the host; the step then waits for the device, and does not compile as one graph.
+        weighting: (M, M) -> (M,), a pure function; with ``init`` (M, M), state -> (M,), state. Some
+            libraries' weightings read values on the host; the step then waits for the device, and
+            does not compile as one graph.
+        init: The first state, a tensor or a nested dict of tensors with the entries, shapes and
+            dtypes of every later one, or a function of the parameters that gives it. The number of
+            rows is not known to `chain`: a memory of M numbers says it itself, as in
+            ``torch.full((8,), 1 / 8)``. None for a weighting without memory.
 
     Needs: rows. Publishes: ``weights`` (M,).
 
     Raises:
         TypeError: The weighting is not callable, or carries state between calls (a ``reset``
-            method, parameters or buffers), which a pure step cannot keep.
+            method, parameters or buffers), which a pure step cannot keep. ``init`` has something
+            else than tensors. With ``init``, the weighting does not return a pair.
         ValueError: It returns a shape other than (M,).
 
     Examples:
@@ -84,6 +99,12 @@ def aggregate(weighting: Callable[[Tensor], Tensor]) -> Transform:
         >>> rows, params = {"w": torch.tensor([[1.0], [9.0]])}, {"w": torch.zeros(1)}
         >>> shortest.update(rows, {}, params)[2]["weights"].argmax().item()
         0
+        >>> def slowly(gram, average):  # equal norms on average over steps
+        ...     average = 0.9 * average + 0.1 * gram.diagonal()
+        ...     return 1 / average.sqrt(), average
+        >>> balanced = gf.aggregate(slowly, init=torch.ones(2))
+        >>> balanced.update(rows, balanced.init(params), params)[1]
+        {'weighting': tensor([1., 9.])}
 
     References:
         Quinton, Rey, "Jacobian Descent for Multi-Objective Optimization", 2024,
@@ -100,21 +121,88 @@ def aggregate(weighting: Callable[[Tensor], Tensor]) -> Transform:
         raise TypeError(
             f"aggregate: expected a pure weighting, found {type(weighting).__name__}, which keeps "
             "state between calls: a skipped step could not be undone. Use a stateless weighting, "
-            "or write a transform whose state is explicit."
+            "or write it as a function weighting(gram, state) -> (weights, state) and give its "
+            "first state: aggregate(weighting, init=...)."
         )
+    if init is None:
+        return transform_in_context(
+            "aggregate", "rows -> tree", _Weighted(weighting), publishes=("weights",)
+        )
+    if not callable(init):
+        _check_memory(init)
+    return transform_in_context(
+        "aggregate",
+        "rows -> tree",
+        _WeightedWithMemory(weighting),
+        init=_FirstMemory(init),
+        publishes=("weights",),
+    )
 
-    def update(
-        rows: GradStack, state: State, params: Params, context: Context
-    ) -> tuple[Tree, State, Out]:
-        weights = weighting(rows.gram())
-        if weights.shape != (len(rows),):
-            raise ValueError(
-                f"aggregate: expected weights of shape ({len(rows)},), found "
-                f"{tuple(weights.shape)}. The weighting must give one number per row."
+
+def _check_memory(memory: Any) -> None:
+    for leaf in _tree.leaves(memory):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                "aggregate: expected init as a tensor, a nested dict of tensors, or a function of "
+                f"the parameters that gives one, found {type(leaf).__name__}. Keep numbers as "
+                "tensors of shape ()."
             )
-        return rows.combine(weights), state, {"weights": weights}
 
-    return transform_in_context("aggregate", "rows -> tree", update, publishes=("weights",))
+
+@dataclass(frozen=True, eq=False)
+class _FirstMemory:
+    """The first state of a weighting with a memory, on the device of the parameters."""
+
+    given: Any
+
+    def __call__(self, params: Params) -> State:
+        memory = self.given(params) if callable(self.given) else self.given
+        _check_memory(memory)
+        device = _tree.device_of(params)
+        copy = partial(Tensor.to, device=device, copy=True)  # a donated state is written into
+        return {"weighting": _tree.tree_map(copy, memory)}
+
+
+@dataclass(frozen=True, eq=False)
+class _Weighted:
+    """The computation of `aggregate` without a memory."""
+
+    weighting: Callable[[Tensor], Tensor]
+
+    def __call__(
+        self, rows: GradStack, state: State, params: Params, context: Context
+    ) -> tuple[Tree, State, Out]:
+        weights = self.weighting(rows.gram())
+        return _combined(rows, weights), state, {"weights": weights}
+
+
+@dataclass(frozen=True, eq=False)
+class _WeightedWithMemory:
+    """The computation of `aggregate` with a memory."""
+
+    weighting: Callable[[Tensor, Any], tuple[Tensor, Any]]
+
+    def __call__(
+        self, rows: GradStack, state: State, params: Params, context: Context
+    ) -> tuple[Tree, State, Out]:
+        found: Any = self.weighting(rows.gram(), state["weighting"])
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise TypeError(
+                "aggregate: expected weighting(gram, state) -> (weights, state), because init is "
+                f"given, found {type(found).__name__}. Return both, or omit init."
+            )
+        weights, memory = found
+        return _combined(rows, weights), {"weighting": memory}, {"weights": weights}
+
+
+def _combined(rows: GradStack, weights: Tensor) -> Tree:
+    """Combine the rows; refuse weights of another shape than (M,)."""
+    if weights.shape != (len(rows),):
+        raise ValueError(
+            f"aggregate: expected weights of shape ({len(rows)},), found "
+            f"{tuple(weights.shape)}. The weighting must give one number per row."
+        )
+    return rows.combine(weights)
 
 
 @factory

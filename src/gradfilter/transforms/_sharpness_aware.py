@@ -89,6 +89,7 @@ def sam_perturb(
         "rows -> rows" if per_microbatch else ("rows -> rows", "tree -> tree"),
         update,
         publishes=("clean_grads", "surrogate_gap"),
+        recombines=True,
     )
 
 
@@ -308,4 +309,5 @@ def gsam_decompose(alpha: float) -> Transform:
         needs=("clean_grads",),
         publishes=("cosine",),
         row_rules=IGNORES_ROWS,
+        recombines=True,
     )

@@ -108,6 +108,7 @@ def transform_in_context(
     needs: Iterable[str] = (),
     publishes: Iterable[str] = (),
     row_rules: RowRules | None = None,
+    recombines: bool = False,
 ) -> Transform:
     """Make a `Transform` as `transform` does, from a function that takes a `Context`."""
     given = (kinds,) if isinstance(kinds, str) else tuple(kinds)
@@ -128,6 +129,7 @@ def transform_in_context(
     return Transform(
         *(name, parsed, init, checked, frozenset(needs), frozenset(publishes)),
         row_rules=row_rules,
+        recombines=recombines,
     )
 
 

@@ -31,6 +31,7 @@ def test_the_line_has_the_parts_that_the_run_has():
         (("--clip-per-row", "1e-6"), "clipped rows", 100.0),
         (("--clip-per-row", "1e6"), "clipped rows", 0.0),
         (("--budget-clip", "1e-6", "--microbatches", "4"), "clipped rows", None),
+        (("--centered-clip", "1e-6", "--microbatches", "4"), "clipped rows", 100.0),
         (("--agc", "1e-9"), "clipped units", None),
     ],
 )

@@ -60,6 +60,7 @@ RUNS = {
         "--microbatches 4 --agree 0.9 --schedule cosine --save-checkpoint 1 --budget-clip 0.3 "
         "--ema 0.9"
     ),
+    "a centre that moves": "--microbatches 4 --centered-clip 0.3 --optimizer adam",
     "adam, dropout, plateau, loaded by processes": (
         "--optimizer adam --learning-rate 1e-3 --model-additions dropout-0.2 --schedule plateau "
         "--lr-patience 1 --workers 2"

@@ -132,6 +132,17 @@ def test_plateau_watches_what_is_not_the_test_split():
 CHAINS = {
     (): ["mean_rows", "sgd"],
     ("--agree", "0.9", "--microbatches", "4", "--agc", "0.1"): ["agree_filter", "agc_clip", "sgd"],
+    ("--agree", "0.9", "--agree-per", "layer", "--agree-exclude", "head.*", "--per-sample"): [
+        *("agree_filter", "sgd"),
+    ],
+    ("--trimmed-mean", "2", "--per-sample"): ["trimmed_mean", "sgd"],
+    ("--coordinate-median", "--per-sample", "--sam", "0.05", "--m-sharpness"): [
+        *("sam_perturb", "coordinate_median", "sgd"),
+    ],
+    ("--geometric-median", "--microbatches", "4", "--sam", "0.05"): [
+        *("geometric_median", "sam_perturb", "sgd"),
+    ],
+    ("--centered-clip", "0.5", "--microbatches", "4"): ["centered_clip", "sgd"],
     ("--budget-clip", "--per-sample"): ["budget_clip", "mean_rows", "sgd"],
     ("--budget-clip", "0.5", "--budget-power", "0", "--microbatches", "4", "--ema", "0.9"): [
         *("budget_clip", "mean_rows", "sgd", "ema_params"),

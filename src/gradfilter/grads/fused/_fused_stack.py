@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from gradfilter.grads._stack import (
     copied,
     explain_fallback,
     first_rows,
+    reduce_pieces,
     scale_rows,
     versions,
     written,
@@ -235,6 +237,46 @@ class LazyRows:
             )
             for name in names
         }
+
+    def leaf_grams(self, names: Collection[str]) -> Tree:
+        """Return the Gram of each of some leaves. (M, M) each."""
+        found = self._ask(names, lambda factor, _: factor.gram())
+        for gram in found.values():
+            gram.diagonal().clamp_(min=0)  # as in `gram`
+        dtype = _tree.sum_dtype(self._losses)
+        nothing = torch.zeros((self.count, self.count), dtype=dtype, device=self.device)
+        return {name: found.get(name, nothing) for name in names}
+
+    def leaf_totals(self, weights: Tree) -> Tree:
+        """Compute Σ_m w_m row_m with weights of its own for each leaf; weight 0 is masked."""
+        # As in `total`: half precision holds the numbers of a mean.
+        sizes = {name: w.abs().sum() for name, w in weights.items()}
+        sizes = {
+            name: torch.where((size > 0) & self._half, size, 1.0) for name, size in sizes.items()
+        }
+        shares = {name: w / sizes[name] for name, w in weights.items()}
+
+        def total(factor: Factor, name: str) -> Tensor:
+            return factor.total(shares[name], self._live((), shares[name]))
+
+        found = self._ask(weights, total)
+        for name in weights.keys() - found.keys():
+            found[name] = torch.zeros(self.shapes[name], device=self.device)
+        return {
+            name: (_tree.at_least_float32(found[name]) * sizes[name].to(found[name].dtype))
+            .to(self._dtypes[name])
+            .view(self.shapes[name])
+            for name in weights
+        }
+
+    def reduced(self, names: Collection[str], reduce: Callable[[Tensor], Tensor]) -> Tree:
+        """Apply a function (M, *shape) -> (*shape) to the rows of each leaf, one leaf at a time."""
+        found = self._ask(names, lambda factor, name: reduce(factor.rows().to(self._dtypes[name])))
+        for name in names:
+            if name not in found:
+                zero = torch.zeros((), dtype=self._dtypes[name], device=self.device)
+                found[name] = reduce(zero.expand(self.count, *self.shapes[name]))
+        return {name: found[name] for name in names}
 
     def factors(self, names: Collection[str]) -> dict[str, Factor]:
         """Return the factors of some leaves; those without a gradient have none."""
@@ -569,6 +611,31 @@ class FusedStack(ComputedStack):
     def stacked(self) -> Tree:
         rows = untraced(self.run.rows)(self.names)
         return {n: scale_rows(leaf[: self.count], self.scale) for n, leaf in rows.items()}
+
+    @override
+    def leaf_grams(self) -> Tree:
+        grams, count, scale = untraced(self.run.leaf_grams)(self.names), self.count, self.scale
+        return {
+            name: scale_rows(scale_rows(gram[:count, :count], scale).T, scale).T
+            for name, gram in grams.items()
+        }
+
+    @override
+    def combine_leaves(self, weights: Mapping[str, Tensor]) -> Tree:
+        given = {}
+        for name in self.names:
+            check_per_row("weight", weights[name], self.count)
+            own = scale_rows(_tree.at_least_float32(weights[name]), self.scale)
+            rest = own.new_zeros(self.run.count - self.count)
+            given[name] = torch.cat([own, rest]) if self.count < self.run.count else own
+        return untraced(self.run.leaf_totals)(given)
+
+    @override
+    def reduce_columns(self, function: Callable[[Tensor], Tensor]) -> Tree:
+        return untraced(self.run.reduced)(self.names, partial(self._reduce, function))
+
+    def _reduce(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        return reduce_pieces(function, rows[: self.count], self.scale)
 
     @override
     def along(self, factors: Tensor) -> GradStack:

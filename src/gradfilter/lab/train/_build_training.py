@@ -55,13 +55,8 @@ def update_of(
     if config.gsam is not None:
         transforms.append(gf.gsam_decompose(config.gsam))
     if config.agc:
-        patterns = config.agc_exclude
         transforms.append(
-            gf.agc_clip(
-                config.agc,
-                eps=config.agc_eps,
-                exclude=lambda name: any(fnmatchcase(name, p) for p in patterns),
-            )
+            gf.agc_clip(config.agc, eps=config.agc_eps, exclude=_matches(config.agc_exclude))
         )
     if config.spike_skip is not None:
         transforms.append(gf.spike_skip(sigmas=config.spike_skip))
@@ -110,10 +105,29 @@ def _reducer_of(config: TrainConfig) -> gf.Transform:
     if config.reference is not None:
         return gf.reference_filter("given" if config.reference == "clean" else config.reference)
     if config.agree is not None:
-        return gf.agree_filter(config.agree, against=config.against, average=config.average)
+        return gf.agree_filter(
+            config.agree,
+            against=config.against,
+            average=config.average,
+            per=config.agree_per,
+            exclude=_matches(config.agree_exclude) if config.agree_exclude else None,
+        )
     if config.consensus is not None:
         return gf.consensus_filter(config.consensus, soft=not config.consensus_hard)
+    if config.trimmed_mean is not None:
+        return gf.trimmed_mean(config.trimmed_mean)
+    if config.coordinate_median:
+        return gf.coordinate_median()
+    if config.geometric_median:
+        return gf.geometric_median()
+    if config.centered_clip is not None:
+        return gf.centered_clip(config.centered_clip)
     return gf.mean_rows()
+
+
+def _matches(patterns: tuple[str, ...]) -> Callable[[str], bool]:
+    """Return a predicate on names: whether one of the patterns fits."""
+    return lambda name: any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def schedule_of(config: TrainConfig, total_steps: int, steps_per_epoch: float) -> gf.Schedule:
@@ -453,14 +467,25 @@ def _check_rows(config: TrainConfig, model: nn.Module, data: Data, size: int) ->
 
 def _check_patterns(config: TrainConfig, model: nn.Module) -> None:
     names = [name for name, _ in model.named_parameters()]
-    for pattern in config.agc_exclude:
-        check(
-            any(fnmatchcase(name, pattern) for name in names),
-            "--agc-exclude",
-            "patterns of names of parameters",
-            repr(pattern),
-            f"It fits none of {', '.join(names[:3])}, ..., {names[-1]}.",
-        )
+    for option, patterns in (
+        ("--agc-exclude", config.agc_exclude),
+        ("--agree-exclude", config.agree_exclude),
+    ):
+        for pattern in patterns:
+            check(
+                any(fnmatchcase(name, pattern) for name in names),
+                option,
+                "patterns of names of parameters",
+                repr(pattern),
+                f"It fits none of {', '.join(names[:3])}, ..., {names[-1]}.",
+            )
+    check(
+        not all(map(_matches(config.agree_exclude), names)),
+        "--agree-exclude",
+        "patterns that leave a parameter to compare",
+        " ".join(config.agree_exclude),
+        "Omit --agree to compare none.",
+    )
 
 
 def _criterion(config: TrainConfig) -> nn.Module:

@@ -26,15 +26,26 @@ def check_values(config: TrainConfig) -> None:
 def _check_together(config: TrainConfig) -> None:
     rows = f"--microbatches {config.microbatches}"
     several = config.per_sample or config.microbatches > 1
+    reducers = [option_name(name) for name in REDUCERS if getattr(config, name) not in OFF]
     refusals = [
         (
-            config.agree is not None and config.consensus is not None,
-            "--agree and --consensus: both make one gradient of all rows. Choose one.",
+            len(reducers) > 1,
+            f"{' and '.join(reducers)}: each makes one gradient of all rows. Choose one.",
         ),
         (
-            (config.agree is not None or config.consensus is not None) and not several,
-            f"--agree, --consensus: expected several rows to compare, found {rows}. "
+            bool(reducers) and not several,
+            f"{', '.join(reducers)}: expected several rows to compare, found {rows}. "
             "Give --microbatches 8, or --per-sample.",
+        ),
+        (
+            config.sam is not None and _without_weights(config) and not config.m_sharpness,
+            f"--sam: it combines rows by their weights, and with {_without_weights(config)} a row "
+            "has no single weight. Also give --m-sharpness, which perturbs every row before.",
+        ),
+        (
+            config.gsam is not None and bool(_without_weights(config)),
+            f"--gsam: it combines rows by their weights, and with {_without_weights(config)} a row "
+            "has no single weight. Choose one.",
         ),
         (
             config.budget_clip is not None and not several,
@@ -57,16 +68,6 @@ def _check_together(config: TrainConfig) -> None:
             and not several,
             f"--clip-smallest, --outlier-filter, --trim-losses: expected several rows, found "
             f"{rows}. Give --microbatches 8, or --per-sample.",
-        ),
-        (
-            config.reference is not None and not several,
-            f"--reference: expected several rows to weight, found {rows}. Give --microbatches 8, "
-            "or --per-sample.",
-        ),
-        (
-            config.reference is not None
-            and (config.agree is not None or config.consensus is not None),
-            "--reference, --agree, --consensus: each makes one gradient of all rows. Choose one.",
         ),
         (
             config.per_sample and config.microbatches > 1,
@@ -196,6 +197,20 @@ def _has_momentum(config: TrainConfig) -> bool:
     return config.optimizer == "muon" or config.momentum != 0
 
 
+REDUCERS = (
+    *("agree", "consensus", "reference", "trimmed_mean", "coordinate_median", "geometric_median"),
+    "centered_clip",
+)
+"""Options that make one gradient of all rows."""
+OFF = (None, False)
+
+
+def _without_weights(config: TrainConfig) -> str:
+    """Return the option by which rows have no single weight; empty if there is none."""
+    names = ("trimmed_mean", "coordinate_median", "centered_clip", "agree_per", "agree_exclude")
+    return next((option_name(n) for n in names if getattr(config, n) not in (*OFF, ())), "")
+
+
 def _rho_moves(config: TrainConfig) -> bool:
     return config.rho_schedule != "constant" or config.rho_min > 0
 
@@ -292,6 +307,8 @@ USES: Mapping[str, tuple[OptionUse, ...]] = {
     "budget_power": (OptionUse("without --budget-clip", lambda c: c.budget_clip is not None),),
     "against": (AGREE,),
     "average": (AGREE,),
+    "agree_per": (AGREE,),
+    "agree_exclude": (AGREE,),
     "agc_eps": (AGC,),
     "agc_exclude": (AGC,),
     "m_sharpness": (

@@ -181,10 +181,22 @@ class TrainConfig:
     """Gradient that a microbatch has to agree with."""
     average: Literal["mean", "halving"] = "mean"
     """Average of the agreeing microbatches."""
+    agree_per: Literal["leaf", "layer"] | None = None
+    """Compare microbatches on every parameter tensor, or on every layer, by itself."""
+    agree_exclude: tuple[str, ...] = ()
+    """Parameters that are not compared: patterns of names such as head.*"""
     consensus: Annotated[float | None, DISTANCE] = None
     """Weight rows by their cosine with the others: largest distance in [0, 2], 1 if omitted."""
     consensus_hard: bool = False
     """Accept or reject rows instead of weighting them."""
+    trimmed_mean: Annotated[int | None, positive(SWITCH_OFF)] = None
+    """Average without the K largest and K smallest values of every coordinate (K)."""
+    coordinate_median: bool = False
+    """Take the median of the rows in every coordinate."""
+    geometric_median: bool = False
+    """Take the point with the smallest sum of distances to the rows."""
+    centered_clip: Annotated[float | None, positive(SWITCH_OFF)] = None
+    """Move the last gradient towards the rows, each by at most this radius (RADIUS)."""
     clip_per_row: Annotated[float | None, positive(SWITCH_OFF)] = None
     """Largest norm of each row."""
     clip_quantile: Annotated[float | None, QUANTILE] = None
@@ -284,10 +296,12 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "model": ("model", "model_additions", "model_arguments", "weight_init", "label_smoothing"),
     "rows and filters": (
         *("batch_size", "microbatches", "per_sample", "samples_per_class", "agree", "against"),
-        *("average", "consensus", "consensus_hard", "clip_per_row", "clip_quantile"),
-        *("clip_smallest", "clip_per_leaf", "normalize_rows", "outlier_filter", "trim_losses"),
-        *("budget_clip", "reference", "reference_samples", "spike_clip", "spike_skip"),
-        *("budget_power", "agc", "agc_eps", "agc_exclude", "sam", "adaptive", "m_sharpness"),
+        *("average", "agree_per", "agree_exclude", "consensus", "consensus_hard"),
+        *("trimmed_mean", "coordinate_median", "geometric_median", "centered_clip"),
+        *("reference", "reference_samples", "clip_per_row", "clip_quantile", "clip_smallest"),
+        *("clip_per_leaf", "normalize_rows", "outlier_filter", "trim_losses"),
+        *("budget_clip", "budget_power", "spike_clip", "spike_skip"),
+        *("agc", "agc_eps", "agc_exclude", "sam", "adaptive", "m_sharpness"),
         *("friendly_sam", "look_sam", "gsam", "rho_schedule", "rho_min"),
     ),
     "update": (

@@ -56,8 +56,10 @@ SUMS = (
     *("loss", "losses", "rows", "accepted", "steps", "clipped_rows", "clipped_units"),
     *("gap", "gaps"),
 )
-CLIPPED_ROWS = ("clip_per_row/clipped_fraction", "budget_clip/clipped_fraction")
-CLIPS = ("clip_per_row", "clip_quantile", "clip_smallest", "budget_clip")
+CLIPPED_ROWS = tuple(
+    f"{name}/clipped_fraction" for name in ("clip_per_row", "budget_clip", "centered_clip")
+)
+CLIPS = ("clip_per_row", "clip_quantile", "clip_smallest", "budget_clip", "centered_clip")
 """Options that publish one of these."""
 GIVEN_UP = "spike_skip"
 """The transform that may give up."""
@@ -97,7 +99,7 @@ def add_to_totals(totals: Totals, info: Mapping[str, Tensor]) -> Totals:
     new = {
         "loss": torch.where(finite, info["loss"], 0.0),
         "losses": finite,
-        "rows": one if accepted is None else one * len(accepted),
+        "rows": one if accepted is None else one * accepted.numel(),
         "accepted": one if accepted is None else accepted.sum(),
         "steps": one,
         "clipped_rows": next((info[n] for n in CLIPPED_ROWS if n in info), None),
