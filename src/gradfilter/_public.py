@@ -42,6 +42,7 @@ from gradfilter.transforms._ema import ema_of as ema_of
 from gradfilter.transforms._ema import ema_params as ema_params
 from gradfilter.transforms._every import every as every
 from gradfilter.transforms._every import late as late
+from gradfilter.transforms._from_torch import from_torch as from_torch
 from gradfilter.transforms._hyperparameters import hyperparameters as hyperparameters
 from gradfilter.transforms._reducers import aggregate as aggregate
 from gradfilter.transforms._reducers import finite_filter as finite_filter
@@ -52,6 +53,8 @@ from gradfilter.transforms._sharpness_aware import gsam_decompose as gsam_decomp
 from gradfilter.transforms._sharpness_aware import sam_perturb as sam_perturb
 from gradfilter.transforms._state_dict import load_state_dict as load_state_dict
 from gradfilter.transforms._state_dict import state_dict as state_dict
+from gradfilter.transforms._torch_state import export_torch_state as export_torch_state
+from gradfilter.transforms._torch_state import import_torch_state as import_torch_state
 from gradfilter.transforms._train_step import TrainState as TrainState
 from gradfilter.transforms._train_step import TrainStep as TrainStep
 from gradfilter.transforms._train_step import train_step as train_step

@@ -89,6 +89,12 @@ CASES = {
     "adam": [lambda: rule(gf.adam(LR, amsgrad=True, weight_decay=0.01))],
     "adamw": [lambda: rule(gf.adamw(LR))],
     "rmsprop": [lambda: rule(gf.rmsprop(LR, centered=True, momentum=0.9))],
+    "from_torch": [
+        lambda: rule(gf.from_torch(torch.optim.NAdam, lr=LR, weight_decay=0.01)),
+        lambda: rule(gf.from_torch(torch.optim.Adam, lr=0.01, amsgrad=True)),
+        lambda: rule(gf.from_torch(torch.optim.SGD, lr=LR, momentum=0.9, dampening=0.1)),
+        lambda: rule(gf.from_torch(torch.optim.RMSprop, lr=0.01, centered=True, momentum=0.9)),
+    ],
     "scheduled": [
         lambda: on_tree(gf.scheduled(gf.agc_clip, clipping=gs.linear(0.1, 10))),
         lambda: reducer(gf.scheduled(gf.agree_filter, threshold=gs.linear(1.2, 10))),
