@@ -87,7 +87,10 @@ CASES = {
         lambda: rule(gf.sgd(LR, momentum=0.9, nesterov=True, weight_decay=0.01)),
     ],
     "adam": [lambda: rule(gf.adam(LR, amsgrad=True, weight_decay=0.01))],
-    "adamw": [lambda: rule(gf.adamw(LR))],
+    "adamw": [
+        lambda: rule(gf.adamw(LR)),
+        lambda: rule(gf.adamw(LR, weight_decay=0.1, decay=is_head)),
+    ],
     "rmsprop": [lambda: rule(gf.rmsprop(LR, centered=True, momentum=0.9))],
     "from_torch": [
         lambda: rule(gf.from_torch(torch.optim.NAdam, lr=LR, weight_decay=0.01)),
