@@ -363,6 +363,11 @@ class _Recorders(dict[Tensor, Any]):
 
     @override
     def __setitem__(self, key: Tensor, value: Any) -> None:
+        if not isinstance(value, Mapping):
+            raise ValueError(
+                f"from_torch: expected a dict for each parameter in the state of the optimizer, "
+                f"found {type(value).__name__} under {key!r}. Use another class."
+            )
         super().__setitem__(key, _Recorder(value))
 
 
@@ -394,14 +399,15 @@ def _started(runner: _Runner, params: Tree, grads: Tree, in_graph: bool, steps: 
         optimizer.state = recorders  # pyright: ignore[reportAttributeAccessIssue]
         group = optimizer.param_groups[0]
         before = {k: _copied(v) for k, v in group.items() if k not in ("params", "lr")}
-        attributes = {k: _copied(v) for k, v in vars(optimizer).items() if _is_value(v)}
+        counts = {k: v for k, v in vars(optimizer).items() if type(v) in (int, float, Tensor)}
+        # Only several steps are on a CPU, where values may be compared.
+        attributes = {} if steps == 1 else {k: _copied(v) for k, v in counts.items()}
         optimizer.step()
         entries = {name: _entries(optimizer.state[p]) for name, p in own.items()}
         for _ in range(steps - 1):
             optimizer.step()
         _check_structure(runner, optimizer, own, entries, attributes)
     after = {k: v for k, v in group.items() if k not in ("params", "lr")}
-    # Only `steps` > 1 is on a CPU, where values may be compared.
     changed = [] if steps == 1 else [k for k, v in after.items() if not _same(before.get(k), v)]
     leaves = {
         name: {entry: recorders[p].first[entry] for entry in entries[name]}
@@ -431,7 +437,7 @@ def _check_structure(
                 f"{_entries(optimizer.state[p])} later. Use another class."
             )
     moved = [k for k, v in attributes.items() if not _same(v, vars(optimizer).get(k))]
-    if moved and not any(isinstance(v, Tensor) for v in attributes.values()):
+    if moved:
         raise ValueError(
             f"{label} to keep its numbers in the state and in groups, found attributes {moved} "
             "that a step changes. Use another class."
@@ -495,6 +501,7 @@ def _examined(runner: _Runner, *, scheduled: bool) -> tuple[_Runner, tuple[str, 
         group = tuple(start.changed)
         runner = _Runner(runner.kind, runner.arguments, runner.lr, numbers, None)
         structure = _values_of(start, group, params)
+        _check_carried(runner, structure, (params, grads))
         special = _starts_otherwise(runner, structure, (params, grads), scheduled)
         reads = _reason_to_read(runner, structure, (params, grads), scheduled, special)
     return _Runner(runner.kind, runner.arguments, runner.lr, numbers, reads), group, special
@@ -531,6 +538,38 @@ def _values_of(start: _Start, group: tuple[str, ...], params: Tree) -> _Structur
 
 
 Trees = tuple[Tree, Tree]
+
+
+CARRIED_STEPS = 8
+"""Enough for classes that warm up: RAdam takes its first adaptive step at the sixth."""
+
+
+def _check_carried(runner: _Runner, structure: _Structure, trees: Trees) -> None:
+    """Refuse a class whose steps depend on more than parameters, gradients and state."""
+    lr, names = runner.lr, tuple(trees[0])
+    params, grads = (list(tree.values()) for tree in trees)
+    own = [p.clone() for p in params]
+    optimizer = runner.made(own, in_graph=False)
+    values: list[Tensor] = []
+    for k in range(1, CARRIED_STEPS + 1):
+        given = [g * (k % 3 - 1.5) for g in grads]
+        fixed = (lr, names, structure.layout, structure.group)
+        new = runner.step(*fixed, (params, given, values), False)
+        params, values = list(new[: len(names)]), list(new[len(names) :])
+        for p, g in zip(own, given, strict=True):
+            p.grad = g.clone()
+        with torch.no_grad():
+            optimizer.step()
+        same = [
+            torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(own, params, strict=True)
+        ]
+        if not all(same):
+            raise ValueError(
+                f"from_torch: expected steps of {runner.kind.__name__} that depend on parameters, "
+                f"gradients and state alone, found others in step {k}. It draws random numbers, or "
+                "keeps something in other places than state[p] and the numbers of its group. Use "
+                "another class."
+            )
 
 
 def _starts_otherwise(

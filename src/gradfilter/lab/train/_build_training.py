@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
@@ -139,23 +140,43 @@ def _perturbation(config: TrainConfig, lr: gf.Schedule) -> gf.Transform:
 
 def _rule(config: TrainConfig, lr: gf.Schedule) -> gf.Transform:
     decay = config.weight_decay
+    decays = _Decays(config.no_decay) if config.no_decay and decay > 0 else None
     match config.optimizer:
         case "sgd":
             momentum = 0.9 if config.momentum is None else config.momentum
-            return gf.sgd(lr, momentum=momentum, weight_decay=decay, nesterov=config.nesterov)
+            return gf.sgd(
+                lr,
+                momentum=momentum,
+                weight_decay=decay,
+                decay=decays,
+                nesterov=config.nesterov,
+            )
         case "adam":
-            return gf.adam(lr, betas=config.betas, eps=config.eps, weight_decay=decay)
+            return gf.adam(lr, betas=config.betas, eps=config.eps, weight_decay=decay, decay=decays)
         case "adamw":
-            return gf.adamw(lr, betas=config.betas, eps=config.eps, weight_decay=decay)
+            return gf.adamw(
+                lr, betas=config.betas, eps=config.eps, weight_decay=decay, decay=decays
+            )
         case "rmsprop":
             return gf.rmsprop(
                 lr,
                 alpha=config.alpha,
                 eps=config.eps,
                 weight_decay=decay,
+                decay=decays,
                 momentum=config.momentum or 0.0,
                 centered=config.centered,
             )
+
+
+@dataclass(frozen=True, eq=False)
+class _Decays:
+    """A predicate on names: whether none of the patterns of ``--no-decay`` fits."""
+
+    patterns: tuple[str, ...]
+
+    def __call__(self, name: str) -> bool:
+        return not any(fnmatchcase(name, pattern) for pattern in self.patterns)
 
 
 # --- The training before its first step ---
@@ -363,10 +384,12 @@ def _check_rows(config: TrainConfig, model: nn.Module, data: Data, size: int) ->
 
 def _check_patterns(config: TrainConfig, model: nn.Module) -> None:
     names = [name for name, _ in model.named_parameters()]
-    for pattern in config.agc_exclude:
+    given = [("--agc-exclude", pattern) for pattern in config.agc_exclude]
+    given += [("--no-decay", pattern) for pattern in config.no_decay]
+    for option, pattern in given:
         check(
             any(fnmatchcase(name, pattern) for name in names),
-            "--agc-exclude",
+            option,
             "patterns of names of parameters",
             repr(pattern),
             f"It fits none of {', '.join(names[:3])}, ..., {names[-1]}.",

@@ -158,6 +158,7 @@ USES: Mapping[str, tuple[OptionUse, ...]] = {
         OptionUse("without --optimizer adam, adamw or rmsprop", lambda c: c.optimizer != "sgd"),
     ),
     "alpha": (RMSPROP,),
+    "no_decay": (OptionUse("without --weight-decay above 0", lambda c: c.weight_decay > 0),),
     "centered": (RMSPROP,),
     "schedule": (LONG,),
     "lr_step": (OptionUse("without --schedule step", lambda c: c.schedule == "step"), LONG),

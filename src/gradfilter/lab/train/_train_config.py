@@ -149,6 +149,8 @@ class TrainConfig:
     """Divide by the deviation, for rmsprop."""
     weight_decay: Annotated[float, at_least(0)] = 0.0
     """L2 decay; decoupled for adamw."""
+    no_decay: tuple[str, ...] = ()
+    """Parameters without weight decay: patterns of names such as *.bias"""
 
     schedule: ScheduleName = "constant"
     """Schedule of the learning rate after its warm-up."""
@@ -256,7 +258,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     "update": (
         *("optimizer", "learning_rate", "momentum", "nesterov", "betas", "eps", "alpha"),
-        *("centered", "weight_decay", "ema", "seed"),
+        *("centered", "weight_decay", "no_decay", "ema", "seed"),
     ),
     "schedule": (
         *("epochs", "steps", "schedule", "lr_step", "lr_decay_rate", "lr_min", "lr_power"),
