@@ -67,6 +67,8 @@ CHAINS = {
     "nested": gf.chain(gf.chain(gf.chain(gf.sign_agreement(0.6)), gf.adam(1e-3)), gf.ema_params()),
     "rms": gf.chain(gf.mean_rows(), gf.rmsprop(gs.step(0.1, 3), centered=True)),
     "frozen": gf.chain(gf.mean_rows(), gf.freeze()),
+    "of torch": gf.chain(gf.mean_rows(), gf.from_torch(torch.optim.NAdam, lr=LR, betas=(0.8, 0.9))),
+    "some decay": gf.chain(gf.mean_rows(), gf.sgd(0.1, weight_decay=0.1, decays=head)),
     "schedule in a schedule": gf.chain(
         gf.mean_rows(),
         gf.scheduled(gf.sam_perturb, rho=gs.proportional(LR, 0.02, 0.05)),

@@ -89,7 +89,7 @@ CASES = {
     "adam": [lambda: rule(gf.adam(LR, amsgrad=True, weight_decay=0.01))],
     "adamw": [
         lambda: rule(gf.adamw(LR)),
-        lambda: rule(gf.adamw(LR, weight_decay=0.1, decay=is_head)),
+        lambda: rule(gf.adamw(LR, weight_decay=0.1, decays=is_head)),
     ],
     "rmsprop": [lambda: rule(gf.rmsprop(LR, centered=True, momentum=0.9))],
     "from_torch": [

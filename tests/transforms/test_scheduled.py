@@ -257,7 +257,7 @@ FIXED = {
 }
 NOT_NUMBERS = {
     *("against", "average", "soft", "exclude", "unit_dims", "adaptive", "per_microbatch"),
-    *("nesterov", "maximize", "amsgrad", "centered"),
+    *("nesterov", "maximize", "amsgrad", "centered", "decays"),
 }
 TAKES_ROWS = {name for name in EVERY if "rows" in getattr(gf, name).__annotations__} | {
     *("agree_filter", "consensus_filter", "sign_agreement", "clip_per_row", "budget_clip"),

@@ -258,8 +258,8 @@ def test_decay_of_some_leaves_is_that_of_groups(name, flags, donate):
     expected = torch_groups(name, flags, params, grads)
     everywhere = torch_training(name, flags, params, grads, [0.01] * STEPS)
     assert (everywhere["bias"] - expected["bias"]).abs().max() > 1e-3
-    update = getattr(gf, name)(0.01, decay=is_matrix, **flags)
-    behind = gf.chain(getattr(gf, name)(0.01, decay=is_matrix, **flags), gf.ema_params())
+    update = getattr(gf, name)(0.01, decays=is_matrix, **flags)
+    behind = gf.chain(getattr(gf, name)(0.01, decays=is_matrix, **flags), gf.ema_params())
     scaled = gf.chain(gf.clip_by_global_norm(1e9), update)  # the rule multiplies the products
     for rule in (update, behind, scaled):
         copies = {leaf: p.clone() for leaf, p in params.items()}
@@ -274,7 +274,7 @@ def test_decay_of_some_leaves_equals_the_fused_optimizer_bit_for_bit(name):
     grads = [{leaf: g.float() for leaf, g in tree.items()} for tree in grads]
     momentum = {"momentum": 0.9} if name == "sgd" else {}
     flags = {"weight_decay": 0.05, **momentum}
-    update = getattr(gf, name)(0.01, decay=is_matrix, **flags)
+    update = getattr(gf, name)(0.01, decays=is_matrix, **flags)
     state, ours = update.init(params), params
     for k, g in enumerate(grads):
         ours, state, _ = update(ours, state, g, keep=torch.tensor(k % 5 != 2))
@@ -287,16 +287,16 @@ def test_decay_of_some_leaves_equals_the_fused_optimizer_bit_for_bit(name):
 def test_decay_is_refused_where_it_has_no_effect(name):
     make = getattr(gf, name)
     with pytest.raises(ValueError, match="expected weight_decay > 0"):
-        make(0.1, weight_decay=0, decay=is_matrix)
-    with pytest.raises(TypeError, match="decay as a function"):
-        make(0.1, weight_decay=0.1, decay=["bias"])
-    with pytest.raises(ValueError, match="expected decay to choose a leaf"):
-        make(0.1, weight_decay=0.1, decay=is_matrix).init({"bias": torch.ones(1)})
+        make(0.1, weight_decay=0, decays=is_matrix)
+    with pytest.raises(TypeError, match="decays as a function"):
+        make(0.1, weight_decay=0.1, decays=["bias"])
+    with pytest.raises(ValueError, match="expected decays to choose a leaf"):
+        make(0.1, weight_decay=0.1, decays=is_matrix).init({"bias": torch.ones(1)})
 
 
 def test_a_scheduled_decay_keeps_to_its_leaves():
     params, grads = draws(5)
     constant = gs.constant(0.05)
-    driven = gf.scheduled(gf.sgd, lr=0.01, weight_decay=constant, decay=is_matrix)
+    driven = gf.scheduled(gf.sgd, lr=0.01, weight_decay=constant, decays=is_matrix)
     ours, _ = training(driven, params, grads)
     assert_close(ours, torch_groups("sgd", {"weight_decay": 0.05}, params, grads))

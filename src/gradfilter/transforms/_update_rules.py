@@ -224,19 +224,19 @@ class _Updates:
         name: The name of the transform.
         schedule: The learning rate.
         rule: The rule.
-        decay: Which leaves decay; None for all.
+        decays: Which leaves decay; None for all.
     """
 
     name: str
     schedule: Schedule
     rule: LeafRule
-    decay: Decay | None
+    decays: Decay | None
 
     def init(self, params: Params) -> State:
         """Return buffers of zeros, the count 0, and the state of the schedule."""
-        if self.decay is not None and not any(self.decay(name) for name in params):
+        if self.decays is not None and not any(self.decays(name) for name in params):
             raise ValueError(
-                f"{self.name}: expected decay to choose a leaf, found none among "
+                f"{self.name}: expected decays to choose a leaf, found none among "
                 f"{sorted(params)}. Use weight_decay=0 to switch it off for all leaves."
             )
         count = new_count(params)
@@ -261,7 +261,7 @@ class _Updates:
         kept: dict[str, Tree] = {buffer: {} for buffer in buffers}
         for leaf, g in grads.items():
             p = params[leaf]
-            rule = self.rule if self.decay is None or self.decay(leaf) else plain
+            rule = self.rule if self.decays is None or self.decays(leaf) else plain
             g = -g if rule.maximize else g
             g = g if is_off(rule.weight_decay) else g + rule.weight_decay * p
             own = {buffer: state[buffer][leaf] for buffer in buffers}
@@ -301,13 +301,13 @@ class _FusedUpdates:
     def _others(self) -> tuple[Decay, KernelFunction] | None:
         """Return which leaves decay, and the kernel for the others; None if all decay."""
         kernel = self.updates.rule.without_decay().kernel
-        if self.updates.decay is None or kernel is None:
+        if self.updates.decays is None or kernel is None:
             return None
-        return self.updates.decay, kernel.function
+        return self.updates.decays, kernel.function
 
 
 def update_rule(
-    name: str, lr: float | Schedule, rule: LeafRule, decay: Decay | None = None
+    name: str, lr: float | Schedule, rule: LeafRule, decays: Decay | None = None
 ) -> Transform:
     """Return a ``tree -> update`` transform from its action on one leaf.
 
@@ -315,14 +315,14 @@ def update_rule(
         name: The transform's name.
         lr: A number, a 0-d tensor or a Schedule.
         rule: The action on one leaf, with the other hyperparameters.
-        decay: A predicate on names: the leaves that decay; None for all.
+        decays: A predicate on names: the leaves that decay; None for all.
     """
-    if decay is not None:
-        check_predicate(name, "decay", decay)
+    if decays is not None:
+        check_predicate(name, "decays", decays)
     if not isinstance(lr, Schedule):
         check_number(name, "lr", lr, low=0, fix="A Schedule such as cosine(...) also fits.")
     check_number(name, "weight_decay", rule.weight_decay, low=0, fix="0 switches it off.")
-    updates = _Updates(name, as_schedule(lr), rule, decay)
+    updates = _Updates(name, as_schedule(lr), rule, decays)
     made = transform_in_context(
         name,
         Kind.TREE_TO_UPDATE,
@@ -339,11 +339,11 @@ def update_rule(
     )
 
 
-def _check_decay(name: str, weight_decay: Any, decay: Any) -> None:
+def _check_decay(name: str, weight_decay: Any, decays: Any) -> None:
     """Refuse a choice of leaves for a decay that is off."""
-    if decay is not None and is_off(weight_decay):
+    if decays is not None and is_off(weight_decay):
         raise ValueError(
-            f"{name}: expected weight_decay > 0 with decay, found weight_decay=0. Give both, or "
+            f"{name}: expected weight_decay > 0 with decays, found weight_decay=0. Give both, or "
             "neither."
         )
 
@@ -358,7 +358,7 @@ def adam(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-    decay: Callable[[str], bool] | None = None,
+    decays: Callable[[str], bool] | None = None,
     amsgrad: bool = False,
     maximize: bool = False,
 ) -> Transform:
@@ -372,14 +372,14 @@ def adam(
         betas: (β1, β2), each in [0, 1).
         eps: Added outside the root, after bias correction.
         weight_decay: The L2 factor λ >= 0.
-        decay: Predicate on names: the leaves that weight decay applies to; None for all leaves.
+        decays: Predicate on names: the leaves that weight decay applies to; None for all leaves.
         amsgrad: True to use the maximum of the raw v.
         maximize: True to ascend.
 
     Publishes: ``lr`` ().
 
     Raises:
-        ValueError: A number out of range; ``decay`` without weight decay, or for no leaf.
+        ValueError: A number out of range; ``decays`` without weight decay, or for no leaf.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -390,9 +390,9 @@ def adam(
     References:
         Kingma, Ba, "Adam", 2015, https://arxiv.org/abs/1412.6980
     """
-    _check_decay("adam", weight_decay, decay)
+    _check_decay("adam", weight_decay, decays)
     rule = _adam_rule("adam", betas, eps, amsgrad, maximize)
-    return update_rule("adam", lr, replace(rule, weight_decay=weight_decay), decay)
+    return update_rule("adam", lr, replace(rule, weight_decay=weight_decay), decays)
 
 
 @factory
@@ -402,7 +402,7 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
-    decay: Callable[[str], bool] | None = None,
+    decays: Callable[[str], bool] | None = None,
     amsgrad: bool = False,
     maximize: bool = False,
 ) -> Transform:
@@ -413,14 +413,14 @@ def adamw(
         betas: (β1, β2), each in [0, 1).
         eps: Added outside the root, after bias correction.
         weight_decay: The decoupled factor λ >= 0.
-        decay: Predicate on names: the leaves that weight decay applies to; None for all leaves.
+        decays: Predicate on names: the leaves that weight decay applies to; None for all leaves.
         amsgrad: True to use the maximum of the raw v.
         maximize: True to ascend.
 
     Publishes: ``lr`` ().
 
     Raises:
-        ValueError: A number out of range; ``decay`` without weight decay, or for no leaf.
+        ValueError: A number out of range; ``decays`` without weight decay, or for no leaf.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -433,9 +433,9 @@ def adamw(
         https://arxiv.org/abs/1711.05101
     """
     check_number("adamw", "weight_decay", weight_decay, low=0, fix="0 switches it off.")
-    _check_decay("adamw", weight_decay, decay)
+    _check_decay("adamw", weight_decay, decays)
     rule = _adam_rule("adamw", betas, eps, amsgrad, maximize)
-    return update_rule("adamw", lr, replace(rule, decoupled_decay=weight_decay), decay)
+    return update_rule("adamw", lr, replace(rule, decoupled_decay=weight_decay), decays)
 
 
 def _adam_rule(
@@ -523,7 +523,7 @@ def sgd(
     momentum: float = 0.0,
     dampening: float = 0.0,
     weight_decay: float = 0.0,
-    decay: Callable[[str], bool] | None = None,
+    decays: Callable[[str], bool] | None = None,
     nesterov: bool = False,
     maximize: bool = False,
 ) -> Transform:
@@ -537,14 +537,14 @@ def sgd(
         momentum: The factor μ >= 0.
         dampening: Usually 0.
         weight_decay: The L2 factor λ >= 0.
-        decay: Predicate on names: the leaves that weight decay applies to; None for all leaves.
+        decays: Predicate on names: the leaves that weight decay applies to; None for all leaves.
         nesterov: Needs momentum > 0 and dampening = 0.
         maximize: True to ascend.
 
     Publishes: ``lr`` ().
 
     Raises:
-        ValueError: A number out of range; nesterov without momentum or with dampening; ``decay``
+        ValueError: A number out of range; nesterov without momentum or with dampening; ``decays``
             without weight decay, or for no leaf.
 
     Examples:
@@ -559,9 +559,9 @@ def sgd(
             "sgd: expected momentum > 0 and dampening = 0 with nesterov, found "
             f"momentum={momentum}, dampening={dampening}."
         )
-    _check_decay("sgd", weight_decay, decay)
+    _check_decay("sgd", weight_decay, decays)
     rule = _SGD(momentum, dampening, nesterov, weight_decay, maximize)
-    return update_rule("sgd", lr, rule, decay)
+    return update_rule("sgd", lr, rule, decays)
 
 
 @dataclass(frozen=True, eq=False)
@@ -631,7 +631,7 @@ def rmsprop(
     alpha: float = 0.99,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-    decay: Callable[[str], bool] | None = None,
+    decays: Callable[[str], bool] | None = None,
     momentum: float = 0.0,
     centered: bool = False,
     maximize: bool = False,
@@ -646,7 +646,7 @@ def rmsprop(
         alpha: The decay α of v, in [0, 1]; v starts from 0 without bias correction.
         eps: Added outside the root.
         weight_decay: The L2 factor λ >= 0.
-        decay: Predicate on names: the leaves that weight decay applies to; None for all leaves.
+        decays: Predicate on names: the leaves that weight decay applies to; None for all leaves.
         momentum: The factor μ >= 0.
         centered: True to normalise by the variance.
         maximize: True to ascend.
@@ -654,7 +654,7 @@ def rmsprop(
     Publishes: ``lr`` ().
 
     Raises:
-        ValueError: A number out of range; ``decay`` without weight decay, or for no leaf.
+        ValueError: A number out of range; ``decays`` without weight decay, or for no leaf.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -669,9 +669,9 @@ def rmsprop(
     check_number("rmsprop", "alpha", alpha, low=0, high=1, fix="0.99 is usual.")
     check_number("rmsprop", "eps", eps, low=0, fix="1e-8 is usual.")
     check_number("rmsprop", "momentum", momentum, low=0, fix="0 switches it off.")
-    _check_decay("rmsprop", weight_decay, decay)
+    _check_decay("rmsprop", weight_decay, decays)
     rule = _RMSprop(alpha, eps, weight_decay, momentum, centered, maximize)
-    return update_rule("rmsprop", lr, rule, decay)
+    return update_rule("rmsprop", lr, rule, decays)
 
 
 @dataclass(frozen=True, eq=False)

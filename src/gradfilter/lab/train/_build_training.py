@@ -148,14 +148,16 @@ def _rule(config: TrainConfig, lr: gf.Schedule) -> gf.Transform:
                 lr,
                 momentum=momentum,
                 weight_decay=decay,
-                decay=decays,
+                decays=decays,
                 nesterov=config.nesterov,
             )
         case "adam":
-            return gf.adam(lr, betas=config.betas, eps=config.eps, weight_decay=decay, decay=decays)
+            return gf.adam(
+                lr, betas=config.betas, eps=config.eps, weight_decay=decay, decays=decays
+            )
         case "adamw":
             return gf.adamw(
-                lr, betas=config.betas, eps=config.eps, weight_decay=decay, decay=decays
+                lr, betas=config.betas, eps=config.eps, weight_decay=decay, decays=decays
             )
         case "rmsprop":
             return gf.rmsprop(
@@ -163,7 +165,7 @@ def _rule(config: TrainConfig, lr: gf.Schedule) -> gf.Transform:
                 alpha=config.alpha,
                 eps=config.eps,
                 weight_decay=decay,
-                decay=decays,
+                decays=decays,
                 momentum=config.momentum or 0.0,
                 centered=config.centered,
             )
