@@ -100,6 +100,8 @@ CHAINS = {
         label,
     ),
     "centered": gf.chain(gf.centered_clip(1.0, steps=2), gf.sgd(0.1)),
+    "of torch": gf.chain(gf.mean_rows(), gf.from_torch(torch.optim.NAdam, lr=LR, betas=(0.8, 0.9))),
+    "some decay": gf.chain(gf.mean_rows(), gf.sgd(0.1, weight_decay=0.1, decays=head)),
     "schedule in a schedule": gf.chain(
         gf.mean_rows(),
         gf.scheduled(gf.sam_perturb, rho=gs.proportional(LR, 0.02, 0.05)),

@@ -43,6 +43,7 @@ from gradfilter.transforms._evaluated import evaluated_params as evaluated_param
 from gradfilter.transforms._every import every as every
 from gradfilter.transforms._every import late as late
 from gradfilter.transforms._friendly_sam import friendly_sam as friendly_sam
+from gradfilter.transforms._from_torch import from_torch as from_torch
 from gradfilter.transforms._hyperparameters import hyperparameters as hyperparameters
 from gradfilter.transforms._lion import lion as lion
 from gradfilter.transforms._look_sam import look_sam as look_sam
@@ -72,6 +73,8 @@ from gradfilter.transforms._spikes import spike_clip as spike_clip
 from gradfilter.transforms._spikes import spike_skip as spike_skip
 from gradfilter.transforms._state_dict import load_state_dict as load_state_dict
 from gradfilter.transforms._state_dict import state_dict as state_dict
+from gradfilter.transforms._torch_state import export_torch_state as export_torch_state
+from gradfilter.transforms._torch_state import import_torch_state as import_torch_state
 from gradfilter.transforms._train_step import TrainState as TrainState
 from gradfilter.transforms._train_step import TrainStep as TrainStep
 from gradfilter.transforms._train_step import train_step as train_step

@@ -202,6 +202,7 @@ TESTED_BY = {
     "grads/_state_owners": ["grads/test_module_attributes.py"],
     "grads/_vmap": ["grads/test_microbatch.py"],
     "grads/_writes": ["grads/test_call_context.py"],
+    "transforms/_torch_state": ["transforms/test_from_torch.py"],
     "grads/fused/_conv_factor": ["grads/fused/test_factors_memory.py"],
     "grads/fused/_conv_geometry": ["grads/fused/test_conv_windows.py"],
     "grads/fused/_host": ["grads/fused/overrides/test_registry.py"],

@@ -156,9 +156,15 @@ CASES = {
         lambda: rule(gf.sgd(LR, momentum=0.9, nesterov=True, weight_decay=0.01)),
     ],
     "adam": [lambda: rule(gf.adam(LR, amsgrad=True, weight_decay=0.01))],
-    "adamw": [lambda: rule(gf.adamw(LR))],
+    "adamw": [
+        lambda: rule(gf.adamw(LR)),
+        lambda: rule(gf.adamw(LR, weight_decay=0.1, decays=is_head)),
+    ],
     "rmsprop": [lambda: rule(gf.rmsprop(LR, centered=True, momentum=0.9))],
-    "lion": [lambda: rule(gf.lion(LR, weight_decay=0.1))],
+    "lion": [
+        lambda: rule(gf.lion(LR, weight_decay=0.1)),
+        lambda: rule(gf.lion(LR, weight_decay=0.1, decays=is_head)),
+    ],
     "muon": [
         lambda: rule(gf.partition({"matrices": gf.muon(LR), "rest": gf.adamw(LR)}, is_matrix)),
     ],
@@ -172,7 +178,13 @@ CASES = {
     ],
     "cautious": [
         lambda: rule(gf.cautious(sgd())),
-        lambda: rule(gf.cautious(gf.adamw(LR, weight_decay=0.1))),
+        lambda: rule(gf.cautious(gf.adamw(LR, weight_decay=0.1, decays=is_head))),
+    ],
+    "from_torch": [
+        lambda: rule(gf.from_torch(torch.optim.NAdam, lr=LR, weight_decay=0.01)),
+        lambda: rule(gf.from_torch(torch.optim.Adam, lr=0.01, amsgrad=True)),
+        lambda: rule(gf.from_torch(torch.optim.SGD, lr=LR, momentum=0.9, dampening=0.1)),
+        lambda: rule(gf.from_torch(torch.optim.RMSprop, lr=0.01, centered=True, momentum=0.9)),
     ],
     "scheduled": [
         lambda: on_tree(gf.scheduled(gf.agc_clip, clipping=gs.linear(0.1, 10))),

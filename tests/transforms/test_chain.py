@@ -47,7 +47,7 @@ def call(update, grads=ROWS, params=PARAMS, **extra):
         (
             lambda: [gf.mean_rows(), torch.optim.SGD([torch.ones(1)])],
             TypeError,
-            r"found SGD. Use sgd\(lr\) and so on, or interop.Filtered to keep a torch optimizer",
+            r"found SGD. Use sgd\(lr\) and so on, from_torch\(SGD, lr=...\), or interop.Filt",
         ),
         (lambda: [gf.mean_rows(), torch.optim.Adam], TypeError, r"found Adam. Use sgd\(lr\)"),
         (lambda: [gf.mean_rows(), None], TypeError, r"found NoneType. Factories such as"),

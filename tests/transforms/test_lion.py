@@ -100,3 +100,35 @@ def test_a_gradient_that_is_not_finite_shows():
 def test_impossible_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+RULES = {
+    "lion": lambda lr, **decay: gf.lion(lr, **decay),
+    "cautious": lambda lr, **decay: gf.cautious(gf.adamw(lr, **decay)),
+    "schedule_free": lambda lr, **decay: gf.schedule_free(gf.sgd(lr, **decay)),
+    "cautious lion": lambda lr, **decay: gf.cautious(gf.lion(lr, **decay)),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_some_leaves_decay_as_in_a_partition_of_two_rules(name):
+    make, decays = RULES[name], lambda leaf: leaf.startswith("fc")
+    some = make(0.1, weight_decay=0.3, decays=decays)
+    branches = {"decays": make(0.1, weight_decay=0.3), "rest": make(0.1, weight_decay=0.0)}
+    apart = gf.partition(branches, lambda leaf: "decays" if decays(leaf) else "rest")
+    grads = [normal_tree(k + 1) for k in range(20)]
+    ours, expected = (trained(rule, normal_tree(0), grads)[0] for rule in (some, apart))
+    assert_close(ours, expected)
+    plain = trained(make(0.1, weight_decay=0.3), normal_tree(0), grads)[0]
+    assert not torch.equal(plain["scale"], ours["scale"])
+
+
+def test_muon_decays_some_matrices():
+    params = {name: normal(3, 4, seed=k) for k, name in enumerate("ab")}
+    grads = [{name: normal(3, 4, seed=10 * k + ord(name)) for name in "ab"} for k in range(5)]
+    some = gf.muon(0.1, weight_decay=0.5, decays=lambda leaf: leaf == "a")
+    found = trained(some, params, grads)[0]
+    for name, decay in (("a", 0.5), ("b", 0.0)):
+        own = [{name: g[name]} for g in grads]
+        alone = trained(gf.muon(0.1, weight_decay=decay), {name: params[name]}, own)[0]
+        assert_close(found[name], alone[name])

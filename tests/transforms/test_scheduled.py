@@ -274,7 +274,7 @@ FIXED = {
 NOT_NUMBERS = {
     *("against", "average", "soft", "exclude", "unit_dims", "adaptive", "per_microbatch"),
     *("nesterov", "maximize", "amsgrad", "centered", "per_leaf", "of", "center", "reference"),
-    *("by", "every", "quantiles", "warmup", "window", "max_consecutive", "k", "per"),
+    *("by", "every", "quantiles", "warmup", "window", "max_consecutive", "k", "per", "decays"),
 }
 TAKES_ROWS = {name for name in EVERY if "rows" in getattr(gf, name).__annotations__} | {
     *("agree_filter", "consensus_filter", "sign_agreement", "clip_per_row", "budget_clip"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import gradfilter as gf
+import gradfilter.schedules as gs
 from _naive import assert_close, assert_same, generator
 
 STEPS = 100
@@ -215,3 +216,87 @@ def test_the_lr_is_in_no_buffer():
 def test_impossible_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# --- Decay of some leaves, as torch has it by groups ---
+
+
+def is_matrix(name):
+    return name in ("weight", "kernel")
+
+
+def torch_groups(name, flags, params, grads, skip=()):
+    """torch.optim with a group without weight decay for the leaves that are no matrices."""
+    own = {leaf: torch.nn.Parameter(p.clone()) for leaf, p in params.items()}
+    rest = [p for leaf, p in own.items() if not is_matrix(leaf)]
+    groups = [
+        {"params": [p for leaf, p in own.items() if is_matrix(leaf)]},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    optimizer = TORCH[name](groups, lr=0.01, **flags)
+    for k, g in enumerate(grads):
+        for leaf, p in own.items():
+            p.grad = g[leaf].clone()
+        if k not in skip:
+            optimizer.step()
+    return {leaf: p.detach() for leaf, p in own.items()}
+
+
+DECAYS = [
+    ("sgd", {"momentum": 0.9, "weight_decay": 0.05}),
+    ("sgd", {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.05}),
+    ("adam", {"amsgrad": True, "weight_decay": 0.05}),
+    ("adamw", {"weight_decay": 0.3}),
+    ("rmsprop", {"centered": True, "momentum": 0.9, "weight_decay": 0.05}),
+]
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize(("name", "flags"), DECAYS, ids=str)
+def test_decay_of_some_leaves_is_that_of_groups(name, flags, donate):
+    params, grads = draws()
+    expected = torch_groups(name, flags, params, grads)
+    everywhere = torch_training(name, flags, params, grads, [0.01] * STEPS)
+    assert (everywhere["bias"] - expected["bias"]).abs().max() > 1e-3
+    update = getattr(gf, name)(0.01, decays=is_matrix, **flags)
+    behind = gf.chain(getattr(gf, name)(0.01, decays=is_matrix, **flags), gf.ema_params())
+    scaled = gf.chain(gf.clip_by_global_norm(1e9), update)  # the rule multiplies the products
+    for rule in (update, behind, scaled):
+        copies = {leaf: p.clone() for leaf, p in params.items()}
+        ours, _ = training(rule, copies, grads, donate=donate)
+        assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_decay_of_some_leaves_equals_the_fused_optimizer_bit_for_bit(name):
+    params, grads = draws()
+    params = {leaf: p.float() for leaf, p in params.items()}
+    grads = [{leaf: g.float() for leaf, g in tree.items()} for tree in grads]
+    momentum = {"momentum": 0.9} if name == "sgd" else {}
+    flags = {"weight_decay": 0.05, **momentum}
+    update = getattr(gf, name)(0.01, decays=is_matrix, **flags)
+    state, ours = update.init(params), params
+    for k, g in enumerate(grads):
+        ours, state, _ = update(ours, state, g, keep=torch.tensor(k % 5 != 2))
+    skip = range(2, STEPS, 5)
+    expected = torch_groups(name, {**flags, "fused": True}, params, grads, skip)
+    assert_same(ours, expected)
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_decay_is_refused_where_it_has_no_effect(name):
+    make = getattr(gf, name)
+    with pytest.raises(ValueError, match="expected weight_decay > 0"):
+        make(0.1, weight_decay=0, decays=is_matrix)
+    with pytest.raises(TypeError, match="decays as a function"):
+        make(0.1, weight_decay=0.1, decays=["bias"])
+    with pytest.raises(ValueError, match="expected decays to choose a leaf"):
+        make(0.1, weight_decay=0.1, decays=is_matrix).init({"bias": torch.ones(1)})
+
+
+def test_a_scheduled_decay_keeps_to_its_leaves():
+    params, grads = draws(5)
+    constant = gs.constant(0.05)
+    driven = gf.scheduled(gf.sgd, lr=0.01, weight_decay=constant, decays=is_matrix)
+    ours, _ = training(driven, params, grads)
+    assert_close(ours, torch_groups("sgd", {"weight_decay": 0.05}, params, grads))

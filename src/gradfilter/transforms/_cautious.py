@@ -90,6 +90,9 @@ class _Cautious:
     def maximize(self) -> bool:
         return self.rule.maximize
 
+    def without_decay(self) -> _Cautious:
+        return _Cautious(self.rule.without_decay(), 0.0)
+
     @property
     def buffers(self) -> tuple[str, ...]:
         return self.rule.buffers

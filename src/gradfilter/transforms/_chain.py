@@ -48,7 +48,7 @@ def not_a_transform(found: Any, caller: str = "chain") -> TypeError:
     if isinstance(found, (list, tuple)):
         fix = "Unpack it: chain(*transforms)."
     elif issubclass(kind, Optimizer):
-        fix = "Use sgd(lr) and so on, or interop.Filtered to keep a torch optimizer."
+        fix = "Use sgd(lr) and so on, from_torch(SGD, lr=...), or interop.Filtered to keep it."
     elif inspect.isroutine(found):
         fix = "Call the factory: agree_filter(0.97), not agree_filter."
     else:

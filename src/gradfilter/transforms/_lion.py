@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from gradfilter._factory import factory
 from gradfilter._types import Transform
 from gradfilter.schedules._schedules import Schedule
 from gradfilter.transforms._transform import check_number, is_off
-from gradfilter.transforms._update_rules import Leaf, update_rule
+from gradfilter.transforms._update_rules import Decay, Leaf, check_decays, update_rule
 
 
 @factory
@@ -20,6 +20,7 @@ def lion(
     *,
     betas: tuple[float, float] = (0.9, 0.99),
     weight_decay: float = 0.0,
+    decays: Decay | None = None,
     maximize: bool = False,
 ) -> Transform:
     """Apply Lion: all entries move by the learning rate, in the direction of a momentum.
@@ -32,6 +33,8 @@ def lion(
             of AdamW, with a decay that is larger by the same factor.
         betas: (β1, β2), each in [0, 1).
         weight_decay: The decoupled factor λ >= 0.
+        decays: A predicate on names: the leaves that decay, of which there must be one; None for
+            all.
         maximize: True to ascend.
 
     Publishes: ``lr`` ().
@@ -57,7 +60,8 @@ def lion(
         fix = "(0.9, 0.99) is usual."
         check_number("lion", argument, beta, low=0, high=1, open_high=True, fix=fix)
     check_number("lion", "weight_decay", weight_decay, low=0, fix="0 switches it off.")
-    return update_rule("lion", lr, _Lion(beta1, beta2, maximize, weight_decay))
+    check_decays("lion", weight_decay, decays)
+    return update_rule("lion", lr, _Lion(beta1, beta2, maximize, weight_decay), decays)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +73,9 @@ class _Lion:
     maximize: bool
     decoupled_decay: float
     weight_decay: float = 0.0
+
+    def without_decay(self) -> _Lion:
+        return replace(self, decoupled_decay=0.0)
 
     @property
     def buffers(self) -> tuple[str, ...]:

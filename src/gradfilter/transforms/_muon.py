@@ -16,7 +16,7 @@ from gradfilter._shards import is_sharded
 from gradfilter._types import Params, State, Transform
 from gradfilter.schedules._schedules import Schedule
 from gradfilter.transforms._transform import check_number, is_off
-from gradfilter.transforms._update_rules import Leaf, update_rule
+from gradfilter.transforms._update_rules import Decay, Leaf, check_decays, update_rule
 
 Scaling = Literal["original", "match_rms_adamw", "spectral_unclamped"]
 
@@ -38,6 +38,7 @@ def muon(
     lr: float | Schedule = 1e-3,
     *,
     weight_decay: float = 0.1,
+    decays: Decay | None = None,
     momentum: float = 0.95,
     nesterov: bool = True,
     ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
@@ -63,6 +64,8 @@ def muon(
     Args:
         lr: The learning rate, at least 0, or a Schedule.
         weight_decay: The decoupled factor λ >= 0.
+        decays: A predicate on names: the leaves that decay, of which there must be one; None for
+            all.
         momentum: The factor μ in [0, 1]; without it there is no buffer.
         nesterov: False to take the buffer itself.
         ns_coefficients: (a, b', c) of the iteration.
@@ -115,7 +118,8 @@ def muon(
         )
     iteration = _NewtonSchulz(ns_coefficients, eps, ns_steps)
     rule = _Muon(weight_decay, momentum, nesterov, adjust_lr_fn, iteration)
-    made = update_rule("muon", lr, rule)
+    check_decays("muon", weight_decay, decays)
+    made = update_rule("muon", lr, rule, decays)
     return replace(made, init=_MatricesOnly(made.init))
 
 
@@ -175,6 +179,9 @@ class _Muon:
     iteration: _NewtonSchulz
     weight_decay: float = 0.0
     maximize: bool = False
+
+    def without_decay(self) -> _Muon:
+        return replace(self, decoupled_decay=0.0)
 
     @property
     def buffers(self) -> tuple[str, ...]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +31,7 @@ from gradfilter.transforms._blocks import blocks
 from gradfilter.transforms._transform import (
     check_leaves,
     check_number,
+    check_predicate,
     is_off,
     transform_in_context,
 )
@@ -78,6 +79,14 @@ class LeafRule(Protocol):
         """A kernel that computes and applies the update, if torch has one for these numbers."""
         ...
 
+    def without_decay(self) -> LeafRule:
+        """Return the rule for leaves without weight decay."""
+        ...
+
+
+Decay = Callable[[str], bool]
+"""A predicate on the names of leaves: true for those that weight decay applies to."""
+
 
 Leaves = list[Tensor]
 Lists = dict[str, Leaves]
@@ -85,6 +94,9 @@ Lists = dict[str, Leaves]
 BLOCK = 1 << 19
 WIDE = (torch.float32, torch.float64)
 KERNEL_DTYPES = (*WIDE, torch.bfloat16, torch.float16)
+
+
+KernelFunction = Callable[[Leaves, Leaves, Lists, Tensor, Tensor, Tensor | None], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +109,7 @@ class FusedKernel:
         cpu_dtypes: The dtypes for which it is correct on a CPU.
     """
 
-    function: Callable[[Leaves, Leaves, Lists, Tensor, Tensor, Tensor | None], None]
+    function: KernelFunction
     cpu_dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
 
     def fits(self, params: Tree, trees: Iterable[Any]) -> bool:
@@ -126,19 +138,23 @@ class FusedKernel:
         lr: Tensor,
         keep: Tensor | None,
         donate: bool,
+        others: tuple[Decay, KernelFunction] | None = None,
     ) -> tuple[Tree, dict[str, Tree]]:
-        """Return new parameters and buffers: the old tensors if they are donated, else copies."""
+        """Return new parameters and buffers: the old tensors if they are donated, else copies.
+
+        ``others`` is a predicate and the function for the leaves for which it is false.
+        """
         # On a GPU the kernels read their scalars as float32; on a CPU they read an lr of any dtype.
         t = t.to(torch.float32)
         lr = lr if lr.device.type == "cpu" else lr.to(torch.float32)
         skip = None if keep is None else keep.logical_not().to(torch.float32)
         old = [params, *buffers.values()]
         new: list[Tree] = [{} for _ in old]
-        for names in blocks(params, BLOCK):
+        for function, names in self._calls(params, others):
             lists = [[tree[n] if donate else tree[n].clone() for n in names] for tree in old]
             own = dict(zip(buffers, lists[1:], strict=True))
             read = grads.read(names) if isinstance(grads, ScaledTree) else grads
-            self.function(lists[0], [read[n] for n in names], own, t, lr, skip)
+            function(lists[0], [read[n] for n in names], own, t, lr, skip)
             del read  # before the next products are computed
             if donate:  # tell autograd, which may have saved these tensors; the kernels do not
                 changed = [leaf for leaves in lists for leaf in leaves if not leaf.is_inference()]
@@ -147,6 +163,21 @@ class FusedKernel:
                 tree.update(zip(names, leaves, strict=True))
         new = [{n: tree[n] for n in params} for tree in new]
         return new[0], dict(zip(buffers, new[1:], strict=True))
+
+    def _calls(
+        self, params: Tree, others: tuple[Decay, KernelFunction] | None
+    ) -> Iterator[tuple[KernelFunction, list[str]]]:
+        """Yield the leaves of every call of a kernel with the function for them."""
+        for names in blocks(params, BLOCK):
+            if others is None:
+                yield self.function, names
+                continue
+            decays, function = others
+            chosen = {name: decays(name) for name in names}
+            for own, wanted in ((self.function, True), (function, False)):
+                found = [name for name in names if bool(chosen[name]) is wanted]
+                if found:
+                    yield own, found
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -187,14 +218,27 @@ def schedule_value(
 
 @dataclass(frozen=True, eq=False)
 class _Updates:
-    """The updates of all leaves by one rule. Its state: buffers, ``count`` and ``lr``."""
+    """The updates of all leaves by one rule. Its state: buffers, ``count`` and ``lr``.
+
+    Attributes:
+        name: The name of the transform.
+        schedule: The learning rate.
+        rule: The rule.
+        decays: Which leaves decay; None for all.
+    """
 
     name: str
     schedule: Schedule
     rule: LeafRule
+    decays: Decay | None
 
     def init(self, params: Params) -> State:
         """Return buffers of zeros, the count 0, and the state of the schedule."""
+        if self.decays is not None and not any(self.decays(name) for name in params):
+            raise ValueError(
+                f"{self.name}: expected decays to choose a leaf, found none among "
+                f"{sorted(params)}. Use weight_decay=0 to switch it off for all leaves."
+            )
         count = new_count(params)
         state = {buffer: _tree.zeros_like(params) for buffer in self.rule.buffers}
         return {**state, "count": count, "lr": self.schedule.init(count)}
@@ -208,7 +252,8 @@ class _Updates:
         self, grads: Tree, state: State, params: Params, context: Context
     ) -> tuple[Tree, State, Out]:
         """Return the updates by the formulas of the rule."""
-        rule, buffers = self.rule, self.rule.buffers
+        buffers = self.rule.buffers
+        plain = self.rule.without_decay()
         for buffer in buffers:
             check_leaves(f"{self.name}: state {buffer!r}", state[buffer], params)
         value, t, lr_state = self.begin(state, context)
@@ -216,6 +261,7 @@ class _Updates:
         kept: dict[str, Tree] = {buffer: {} for buffer in buffers}
         for leaf, g in grads.items():
             p = params[leaf]
+            rule = self.rule if self.decays is None or self.decays(leaf) else plain
             g = -g if rule.maximize else g
             g = g if is_off(rule.weight_decay) else g + rule.weight_decay * p
             own = {buffer: state[buffer][leaf] for buffer in buffers}
@@ -249,22 +295,34 @@ class _FusedUpdates:
         rest = {"count": t, "lr": lr_state}
         if keep is not None:
             rest = _tree.select(keep, rest, {key: state[key] for key in rest})
-        new, kept = self.kernel.run(params, grads, own, t, value, keep, donate)
+        new, kept = self.kernel.run(params, grads, own, t, value, keep, donate, self._others())
         return new, {**kept, **rest}, {"lr": value}
 
+    def _others(self) -> tuple[Decay, KernelFunction] | None:
+        """Return which leaves decay, and the kernel for the others; None if all decay."""
+        kernel = self.updates.rule.without_decay().kernel
+        if self.updates.decays is None or kernel is None:
+            return None
+        return self.updates.decays, kernel.function
 
-def update_rule(name: str, lr: float | Schedule, rule: LeafRule) -> Transform:
+
+def update_rule(
+    name: str, lr: float | Schedule, rule: LeafRule, decays: Decay | None = None
+) -> Transform:
     """Return a ``tree -> update`` transform from its action on one leaf.
 
     Args:
         name: The transform's name.
         lr: A number, a 0-d tensor or a Schedule.
         rule: The action on one leaf, with the other hyperparameters.
+        decays: A predicate on names: the leaves that decay; None for all.
     """
+    if decays is not None:
+        check_predicate(name, "decays", decays)
     if not isinstance(lr, Schedule):
         check_number(name, "lr", lr, low=0, fix="A Schedule such as cosine(...) also fits.")
     check_number(name, "weight_decay", rule.weight_decay, low=0, fix="0 switches it off.")
-    updates = _Updates(name, as_schedule(lr), rule)
+    updates = _Updates(name, as_schedule(lr), rule, decays)
     made = transform_in_context(
         name,
         Kind.TREE_TO_UPDATE,
@@ -279,6 +337,15 @@ def update_rule(name: str, lr: float | Schedule, rule: LeafRule) -> Transform:
         _FusedUpdates(updates, rule.kernel, made.compute),
         takes_scaled=updates.schedule.depends_on_count_alone,
     )
+
+
+def check_decays(name: str, weight_decay: Any, decays: Any) -> None:
+    """Refuse a choice of leaves for a decay that is off."""
+    if decays is not None and is_off(weight_decay):
+        raise ValueError(
+            f"{name}: expected weight_decay > 0 with decays, found weight_decay=0. Give both, or "
+            "neither."
+        )
 
 
 def updates_of(caller: str, rule: Any) -> _Updates:
@@ -309,6 +376,7 @@ def adam(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    decays: Callable[[str], bool] | None = None,
     amsgrad: bool = False,
     maximize: bool = False,
 ) -> Transform:
@@ -322,13 +390,14 @@ def adam(
         betas: (β1, β2), each in [0, 1).
         eps: Added outside the root, after bias correction.
         weight_decay: The L2 factor λ >= 0.
+        decays: Predicate on names: the leaves that weight decay applies to; None for all leaves.
         amsgrad: True to use the maximum of the raw v.
         maximize: True to ascend.
 
     Publishes: ``lr`` ().
 
     Raises:
-        ValueError: A number out of range.
+        ValueError: A number out of range; ``decays`` without weight decay, or for no leaf.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -339,7 +408,9 @@ def adam(
     References:
         Kingma, Ba, "Adam", 2015, https://arxiv.org/abs/1412.6980
     """
-    return _adam("adam", lr, betas, eps, amsgrad, maximize, l2=weight_decay, decoupled=0.0)
+    check_decays("adam", weight_decay, decays)
+    rule = _adam_rule("adam", betas, eps, amsgrad, maximize)
+    return update_rule("adam", lr, replace(rule, weight_decay=weight_decay), decays)
 
 
 @factory
@@ -349,6 +420,7 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
+    decays: Callable[[str], bool] | None = None,
     amsgrad: bool = False,
     maximize: bool = False,
 ) -> Transform:
@@ -359,13 +431,14 @@ def adamw(
         betas: (β1, β2), each in [0, 1).
         eps: Added outside the root, after bias correction.
         weight_decay: The decoupled factor λ >= 0.
+        decays: Predicate on names: the leaves that weight decay applies to; None for all leaves.
         amsgrad: True to use the maximum of the raw v.
         maximize: True to ascend.
 
     Publishes: ``lr`` ().
 
     Raises:
-        ValueError: A number out of range.
+        ValueError: A number out of range; ``decays`` without weight decay, or for no leaf.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -378,27 +451,22 @@ def adamw(
         https://arxiv.org/abs/1711.05101
     """
     check_number("adamw", "weight_decay", weight_decay, low=0, fix="0 switches it off.")
-    return _adam("adamw", lr, betas, eps, amsgrad, maximize, l2=0.0, decoupled=weight_decay)
+    check_decays("adamw", weight_decay, decays)
+    rule = _adam_rule("adamw", betas, eps, amsgrad, maximize)
+    return update_rule("adamw", lr, replace(rule, decoupled_decay=weight_decay), decays)
 
 
-def _adam(
-    name: str,
-    lr: float | Schedule,
-    betas: tuple[float, float],
-    eps: float,
-    amsgrad: bool,
-    maximize: bool,
-    *,
-    l2: float,
-    decoupled: float,
-) -> Transform:
+def _adam_rule(
+    name: str, betas: tuple[float, float], eps: float, amsgrad: bool, maximize: bool
+) -> _Adam:
+    """Return Adam without decay."""
     beta1, beta2 = betas
     for beta in betas:
         argument = "betas" if isinstance(beta, Schedule) else "beta"
         fix = "(0.9, 0.999) is usual."
         check_number(name, argument, beta, low=0, high=1, open_high=True, fix=fix)
     check_number(name, "eps", eps, low=0, fix="1e-8 is usual.")
-    return update_rule(name, lr, _Adam(beta1, beta2, eps, amsgrad, maximize, l2, decoupled))
+    return _Adam(beta1, beta2, eps, amsgrad, maximize)
 
 
 @dataclass(frozen=True, eq=False)
@@ -410,8 +478,11 @@ class _Adam:
     eps: float
     amsgrad: bool
     maximize: bool
-    weight_decay: float
-    decoupled_decay: float
+    weight_decay: float = 0.0
+    decoupled_decay: float = 0.0
+
+    def without_decay(self) -> _Adam:
+        return replace(self, weight_decay=0.0, decoupled_decay=0.0)
 
     @property
     def buffers(self) -> tuple[str, ...]:
@@ -470,6 +541,7 @@ def sgd(
     momentum: float = 0.0,
     dampening: float = 0.0,
     weight_decay: float = 0.0,
+    decays: Callable[[str], bool] | None = None,
     nesterov: bool = False,
     maximize: bool = False,
 ) -> Transform:
@@ -483,13 +555,15 @@ def sgd(
         momentum: The factor μ >= 0.
         dampening: Usually 0.
         weight_decay: The L2 factor λ >= 0.
+        decays: Predicate on names: the leaves that weight decay applies to; None for all leaves.
         nesterov: Needs momentum > 0 and dampening = 0.
         maximize: True to ascend.
 
     Publishes: ``lr`` ().
 
     Raises:
-        ValueError: A number out of range; nesterov without momentum or with dampening.
+        ValueError: A number out of range; nesterov without momentum or with dampening; ``decays``
+            without weight decay, or for no leaf.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -503,7 +577,9 @@ def sgd(
             "sgd: expected momentum > 0 and dampening = 0 with nesterov, found "
             f"momentum={momentum}, dampening={dampening}."
         )
-    return update_rule("sgd", lr, _SGD(momentum, dampening, nesterov, weight_decay, maximize))
+    check_decays("sgd", weight_decay, decays)
+    rule = _SGD(momentum, dampening, nesterov, weight_decay, maximize)
+    return update_rule("sgd", lr, rule, decays)
 
 
 @dataclass(frozen=True, eq=False)
@@ -515,6 +591,9 @@ class _SGD:
     nesterov: bool
     weight_decay: float
     maximize: bool
+
+    def without_decay(self) -> _SGD:
+        return replace(self, weight_decay=0.0)
 
     @property
     def buffers(self) -> tuple[str, ...]:
@@ -570,6 +649,7 @@ def rmsprop(
     alpha: float = 0.99,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    decays: Callable[[str], bool] | None = None,
     momentum: float = 0.0,
     centered: bool = False,
     maximize: bool = False,
@@ -584,6 +664,7 @@ def rmsprop(
         alpha: The decay α of v, in [0, 1]; v starts from 0 without bias correction.
         eps: Added outside the root.
         weight_decay: The L2 factor λ >= 0.
+        decays: Predicate on names: the leaves that weight decay applies to; None for all leaves.
         momentum: The factor μ >= 0.
         centered: True to normalise by the variance.
         maximize: True to ascend.
@@ -591,7 +672,7 @@ def rmsprop(
     Publishes: ``lr`` ().
 
     Raises:
-        ValueError: A number out of range.
+        ValueError: A number out of range; ``decays`` without weight decay, or for no leaf.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -606,8 +687,9 @@ def rmsprop(
     check_number("rmsprop", "alpha", alpha, low=0, high=1, fix="0.99 is usual.")
     check_number("rmsprop", "eps", eps, low=0, fix="1e-8 is usual.")
     check_number("rmsprop", "momentum", momentum, low=0, fix="0 switches it off.")
+    check_decays("rmsprop", weight_decay, decays)
     rule = _RMSprop(alpha, eps, weight_decay, momentum, centered, maximize)
-    return update_rule("rmsprop", lr, rule)
+    return update_rule("rmsprop", lr, rule, decays)
 
 
 @dataclass(frozen=True, eq=False)
@@ -620,6 +702,9 @@ class _RMSprop:
     momentum: float
     centered: bool
     maximize: bool
+
+    def without_decay(self) -> _RMSprop:
+        return replace(self, weight_decay=0.0)
 
     @property
     def buffers(self) -> tuple[str, ...]:

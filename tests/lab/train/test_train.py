@@ -344,6 +344,19 @@ def test_agc_leaves_alone_what_it_should():
     assert moved["head.weight"] > 1e-4 > 1e-6 > moved["features.1.weight"]
 
 
+def test_parameters_without_decay_do_not_shrink():
+    def moved(*options):
+        run = run_of("--model", "mlp_8", "--weight-decay", 100, *options, "--steps", 1)
+        before = {name: value.clone() for name, value in run.state["params"].items()}
+        advance(run, 1)
+        return {n: run.state["params"][n] - v for n, v in before.items()}
+
+    everywhere, some = moved(), moved("--no-decay", "head.*")
+    assert torch.equal(everywhere["features.1.weight"], some["features.1.weight"])
+    assert not torch.equal(everywhere["head.weight"], some["head.weight"])
+    assert some["head.weight"].abs().max() < 0.1 < everywhere["head.weight"].abs().max()
+
+
 def test_label_smoothing_is_torch_s():
     run = run_of("--model", "mlp_8", "--label-smoothing", 0.2, "--steps", 1)
     evaluated = evaluation(run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -210,26 +210,34 @@ def _rule(config: TrainConfig, lr: gf.Schedule, matrices: Collection[str]) -> gf
 def _plain_rule(config: TrainConfig, lr: gf.Schedule) -> gf.Transform:
     """Return the update rule alone; without momentum where the average has its role."""
     decay = config.weight_decay
+    decays = _Decays(config.no_decay) if config.no_decay and decay > 0 else None
     betas = (0.0, config.betas[1]) if config.schedule_free else config.betas
     match config.optimizer:
         case "sgd":
             momentum = 0.0 if config.schedule_free else _sgd_momentum(config)
-            return gf.sgd(lr, momentum=momentum, weight_decay=decay, nesterov=config.nesterov)
+            return gf.sgd(
+                lr,
+                momentum=momentum,
+                weight_decay=decay,
+                decays=decays,
+                nesterov=config.nesterov,
+            )
         case "adam":
-            return gf.adam(lr, betas=betas, eps=config.eps, weight_decay=decay)
+            return gf.adam(lr, betas=betas, eps=config.eps, weight_decay=decay, decays=decays)
         case "rmsprop":
             return gf.rmsprop(
                 lr,
                 alpha=config.alpha,
                 eps=config.eps,
                 weight_decay=decay,
+                decays=decays,
                 momentum=config.momentum or 0.0,
                 centered=config.centered,
             )
         case "lion":
-            return gf.lion(lr, betas=betas, weight_decay=decay)
+            return gf.lion(lr, betas=betas, weight_decay=decay, decays=decays)
         case _:
-            return gf.adamw(lr, betas=betas, eps=config.eps, weight_decay=decay)
+            return gf.adamw(lr, betas=betas, eps=config.eps, weight_decay=decay, decays=decays)
 
 
 def _sgd_momentum(config: TrainConfig) -> float:
@@ -243,6 +251,16 @@ def _wrapped(config: TrainConfig, rule: gf.Transform) -> gf.Transform:
         beta = _sgd_momentum(config) if config.optimizer == "sgd" else config.betas[0]
         return gf.schedule_free(rule, beta=beta)
     return rule if config.msam is None else gf.msam(rule, config.msam)
+
+
+@dataclass(frozen=True, eq=False)
+class _Decays:
+    """A predicate on names: whether none of the patterns of ``--no-decay`` fits."""
+
+    patterns: tuple[str, ...]
+
+    def __call__(self, name: str) -> bool:
+        return not any(fnmatchcase(name, pattern) for pattern in self.patterns)
 
 
 # --- The training before its first step ---
@@ -470,6 +488,7 @@ def _check_patterns(config: TrainConfig, model: nn.Module) -> None:
     for option, patterns in (
         ("--agc-exclude", config.agc_exclude),
         ("--agree-exclude", config.agree_exclude),
+        ("--no-decay", config.no_decay),
     ):
         for pattern in patterns:
             check(

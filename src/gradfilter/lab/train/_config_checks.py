@@ -168,6 +168,11 @@ def _wrapper_refusals(config: TrainConfig) -> list[tuple[bool, str]]:
             "follows. Choose one.",
         ),
         (
+            bool(config.no_decay) and config.optimizer == "muon",
+            "--no-decay: expected one rule for all parameters, found --optimizer muon with adamw. "
+            "Choose another.",
+        ),
+        (
             config.msam is not None and config.sam is not None,
             "--msam, --sam: both perturb the parameters. Choose one.",
         ),
@@ -283,6 +288,7 @@ USES: Mapping[str, tuple[OptionUse, ...]] = {
         ),
     ),
     "alpha": (RMSPROP,),
+    "no_decay": (OptionUse("without --weight-decay above 0", lambda c: c.weight_decay > 0),),
     "centered": (RMSPROP,),
     "schedule": (LONG,),
     "lr_step": (OptionUse("without --schedule step", lambda c: c.schedule == "step"), LONG),

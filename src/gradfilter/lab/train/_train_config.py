@@ -150,6 +150,8 @@ class TrainConfig:
     """Divide by the deviation, for rmsprop."""
     weight_decay: Annotated[float, at_least(0)] = 0.0
     """L2 decay; decoupled for adamw, lion and muon."""
+    no_decay: tuple[str, ...] = ()
+    """Parameters without weight decay: patterns of names such as *.bias"""
     cautious: bool = False
     """Leave out the entries of an update that point against the gradient."""
     schedule_free: bool = False
@@ -306,7 +308,16 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     "update": (
         *("optimizer", "learning_rate", "momentum", "nesterov", "betas", "eps", "alpha"),
-        *("centered", "weight_decay", "cautious", "schedule_free", "msam", "ema", "seed"),
+        *(
+            "centered",
+            "weight_decay",
+            "no_decay",
+            "cautious",
+            "schedule_free",
+            "msam",
+            "ema",
+            "seed",
+        ),
     ),
     "schedule": (
         *("epochs", "steps", "schedule", "lr_step", "lr_decay_rate", "lr_min", "lr_power"),
