@@ -6,7 +6,7 @@ import inspect
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -356,10 +356,11 @@ class _Recorder(dict[str, Any]):
 class _Recorders(dict[Tensor, Any]):
     """The states of all parameters, as recorders."""
 
-    @override
     def __missing__(self, key: Tensor) -> _Recorder:
-        super().__setitem__(key, _Recorder())
-        return self[key]
+        """Return a new recorder, which is kept."""
+        made = _Recorder()
+        super().__setitem__(key, made)
+        return made
 
     @override
     def __setitem__(self, key: Tensor, value: Any) -> None:
@@ -396,7 +397,8 @@ def _started(runner: _Runner, params: Tree, grads: Tree, in_graph: bool, steps: 
         recorders = _Recorders()
         for p, state in optimizer.state.items():
             recorders[p] = state
-        optimizer.state = recorders  # pyright: ignore[reportAttributeAccessIssue]
+        holder: Any = optimizer
+        holder.state = recorders
         group = optimizer.param_groups[0]
         before = {k: _copied(v) for k, v in group.items() if k not in ("params", "lr")}
         counts = {k: v for k, v in vars(optimizer).items() if type(v) in (int, float, Tensor)}
@@ -480,7 +482,7 @@ def _examined(runner: _Runner, *, scheduled: bool) -> tuple[_Runner, tuple[str, 
         for name in EXAMPLES:
             alone = [{name: tree[name]} for tree in trees]
             try:
-                admitted[name] = _started(runner, *alone, in_graph=False, steps=3)
+                admitted[name] = _started(runner, alone[0], alone[1], in_graph=False, steps=3)
             except Exception as error:
                 first = first or error
         if not admitted:
@@ -595,8 +597,10 @@ def _reason_to_read(
 ) -> str | None:
     """Return where the class reads a number, found by a step on tensors without values."""
     with FakeTensorMode() as mode:
+        params: list[Tensor]
+        grads: list[Tensor]
         params, grads = ([mode.from_tensor(t) for t in tree.values()] for tree in trees)
-        values = [mode.from_tensor(v) for v in structure.values]
+        values: list[Tensor] = [mode.from_tensor(v) for v in structure.values]
         lr: Any = runner.lr
         if scheduled:
             lr = mode.from_tensor(torch.full((), runner.lr, dtype=torch.float64))
@@ -627,6 +631,7 @@ class _TorchUpdates:
         runner: The optimizer.
         group: The entries of the state of the group.
         special: Whether the first step differs from the others.
+        step_in_graph: A step of the optimizer without reading numbers.
     """
 
     name: str
@@ -635,15 +640,17 @@ class _TorchUpdates:
     runner: _Runner
     group: tuple[str, ...]
     special: bool
+    step_in_graph: Callable[..., Any] = field(init=False)
 
     def __post_init__(self) -> None:
         runner = self.runner
 
         def step_in_graph(*given: Any) -> tuple[Tensor, ...]:
-            return runner.step(*given, in_graph=True)
+            return runner.step(*given, True)
 
         # A compiler does not follow optimizers that are made inside of what it compiles.
-        opaque: Any = torch.compiler.allow_in_graph(step_in_graph)
+        mark: Any = torch.compiler.allow_in_graph
+        opaque = mark(step_in_graph)
         object.__setattr__(self, "step_in_graph", opaque)
 
     def init(self, params: Params) -> State:
@@ -709,7 +716,7 @@ class _TorchUpdates:
         given = (list(params.values()), [grads[name] for name in names])
         if not in_graph:
             lr = float(lr)
-            new = self.runner.step(
+            new: Sequence[Tensor] = self.runner.step(
                 *(lr, names, layout, self.group),
                 (*given, old if int(count) > 0 else []),
                 in_graph=False,
@@ -734,7 +741,7 @@ class _TorchUpdates:
         old: list[Tensor],
         started: Tensor,
     ) -> list[Tensor]:
-        run: Callable[..., Any] = self.step_in_graph  # type: ignore[attr-defined]  # pyright: ignore
+        run = self.step_in_graph
         new = run(lr, *fixed, (*given, old))
         if not self.special:
             return list(new)
