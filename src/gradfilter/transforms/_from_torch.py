@@ -597,10 +597,9 @@ def _reason_to_read(
 ) -> str | None:
     """Return where the class reads a number, found by a step on tensors without values."""
     with FakeTensorMode() as mode:
-        params: list[Tensor]
-        grads: list[Tensor]
-        params, grads = ([mode.from_tensor(t) for t in tree.values()] for tree in trees)
-        values: list[Tensor] = [mode.from_tensor(v) for v in structure.values]
+        fake: Callable[[Tensor], Tensor] = mode.from_tensor
+        params, grads = ([fake(t) for t in tree.values()] for tree in trees)
+        values = [fake(v) for v in structure.values]
         lr: Any = runner.lr
         if scheduled:
             lr = mode.from_tensor(torch.full((), runner.lr, dtype=torch.float64))
@@ -643,10 +642,10 @@ class _TorchUpdates:
     step_in_graph: Callable[..., Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        runner = self.runner
+        step: Callable[..., tuple[Tensor, ...]] = self.runner.step
 
         def step_in_graph(*given: Any) -> tuple[Tensor, ...]:
-            return runner.step(*given, True)
+            return step(*given, True)
 
         # A compiler does not follow optimizers that are made inside of what it compiles.
         mark: Any = torch.compiler.allow_in_graph
