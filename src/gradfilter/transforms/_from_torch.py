@@ -273,19 +273,18 @@ class _Runner:
         """Give the optimizer its state: copies, because it writes into them."""
         layout, group = structure
 
-        def given(entry: str) -> Any:
-            value = next(values)
-            number = self.numbers.get(entry)
-            return value.clone() if number is None or in_graph else number(value.item())
-
         states: dict[str, dict[str, Any]] = {name: {} for name in own}
         for entry, leaves in layout:
             for name in leaves:
-                states[name][entry] = given(entry)
+                states[name][entry] = self._given(entry, next(values), in_graph)
         for name, p in own.items():
             optimizer.state[p] = states[name]
         for entry in group:
-            optimizer.param_groups[0][entry] = given(entry)
+            optimizer.param_groups[0][entry] = self._given(entry, next(values), in_graph)
+
+    def _given(self, entry: str, value: Tensor, in_graph: bool) -> Any:
+        number = self.numbers.get(entry)
+        return value.clone() if number is None or in_graph else number(value.item())
 
     def _tensor(self, entry: str, value: Any, like: Tensor) -> Tensor:
         if isinstance(value, Tensor):
@@ -328,7 +327,7 @@ EXAMPLES: Mapping[str, tuple[int, ...]] = {
 }
 
 
-class _Recorder(dict[str, Any]):
+class _RecordedState(dict[str, Any]):
     """The state of a parameter, which also keeps the first value of every entry."""
 
     def __init__(self, *given: Any) -> None:
@@ -353,12 +352,12 @@ class _Recorder(dict[str, Any]):
             self[key] = value
 
 
-class _Recorders(dict[Tensor, Any]):
+class _RecordedStates(dict[Tensor, Any]):
     """The states of all parameters, as recorders."""
 
-    def __missing__(self, key: Tensor) -> _Recorder:
+    def __missing__(self, key: Tensor) -> _RecordedState:
         """Return a new recorder, which is kept."""
-        made = _Recorder()
+        made = _RecordedState()
         super().__setitem__(key, made)
         return made
 
@@ -369,11 +368,11 @@ class _Recorders(dict[Tensor, Any]):
                 f"from_torch: expected a dict for each parameter in the state of the optimizer, "
                 f"found {type(value).__name__} under {key!r}. Use another class."
             )
-        super().__setitem__(key, _Recorder(value))
+        super().__setitem__(key, _RecordedState(value))
 
 
 @dataclass(frozen=True, eq=False)
-class _Start:
+class _FirstState:
     """The state of an optimizer as it looks at the beginning, found by its first step.
 
     Attributes:
@@ -387,14 +386,14 @@ class _Start:
     changed: list[str]
 
 
-def _started(runner: _Runner, params: Tree, grads: Tree, in_graph: bool, steps: int) -> _Start:
+def _started(runner: _Runner, params: Tree, grads: Tree, in_graph: bool, steps: int) -> _FirstState:
     """Take steps with an optimizer on copies of parameters, and record how its state begins."""
     own = {name: p.detach().clone() for name, p in params.items()}
     with torch.no_grad(), _as_compiled(in_graph):
         for name, p in own.items():
             p.grad = grads[name].clone()
         optimizer = runner.made(list(own.values()), in_graph)
-        recorders = _Recorders()
+        recorders = _RecordedStates()
         for p, state in optimizer.state.items():
             recorders[p] = state
         holder: Any = optimizer
@@ -415,7 +414,7 @@ def _started(runner: _Runner, params: Tree, grads: Tree, in_graph: bool, steps: 
         name: {entry: recorders[p].first[entry] for entry in entries[name]}
         for name, p in own.items()
     }
-    return _Start(leaves, {**after, **before}, changed)
+    return _FirstState(leaves, {**after, **before}, changed)
 
 
 def _check_structure(
@@ -477,7 +476,7 @@ def _examined(runner: _Runner, *, scheduled: bool) -> tuple[_Runner, tuple[str, 
     ]
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         params = trees[0]
-        admitted: dict[str, _Start] = {}
+        admitted: dict[str, _FirstState] = {}
         first: Exception | None = None
         for name in EXAMPLES:
             alone = [{name: tree[name]} for tree in trees]
@@ -524,7 +523,7 @@ class _Structure:
     values: list[Tensor]
 
 
-def _values_of(start: _Start, group: tuple[str, ...], params: Tree) -> _Structure:
+def _values_of(start: _FirstState, group: tuple[str, ...], params: Tree) -> _Structure:
     device = _tree.device_of(params)
     entries: dict[str, list[str]] = {}
     for name, own in start.leaves.items():
