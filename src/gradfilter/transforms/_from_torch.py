@@ -6,7 +6,7 @@ import inspect
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -273,19 +273,18 @@ class _Runner:
         """Give the optimizer its state: copies, because it writes into them."""
         layout, group = structure
 
-        def given(entry: str) -> Any:
-            value = next(values)
-            number = self.numbers.get(entry)
-            return value.clone() if number is None or in_graph else number(value.item())
-
         states: dict[str, dict[str, Any]] = {name: {} for name in own}
         for entry, leaves in layout:
             for name in leaves:
-                states[name][entry] = given(entry)
+                states[name][entry] = self._given(entry, next(values), in_graph)
         for name, p in own.items():
             optimizer.state[p] = states[name]
         for entry in group:
-            optimizer.param_groups[0][entry] = given(entry)
+            optimizer.param_groups[0][entry] = self._given(entry, next(values), in_graph)
+
+    def _given(self, entry: str, value: Tensor, in_graph: bool) -> Any:
+        number = self.numbers.get(entry)
+        return value.clone() if number is None or in_graph else number(value.item())
 
     def _tensor(self, entry: str, value: Any, like: Tensor) -> Tensor:
         if isinstance(value, Tensor):
@@ -328,7 +327,7 @@ EXAMPLES: Mapping[str, tuple[int, ...]] = {
 }
 
 
-class _Recorder(dict[str, Any]):
+class _RecordedState(dict[str, Any]):
     """The state of a parameter, which also keeps the first value of every entry."""
 
     def __init__(self, *given: Any) -> None:
@@ -353,13 +352,14 @@ class _Recorder(dict[str, Any]):
             self[key] = value
 
 
-class _Recorders(dict[Tensor, Any]):
+class _RecordedStates(dict[Tensor, Any]):
     """The states of all parameters, as recorders."""
 
-    @override
-    def __missing__(self, key: Tensor) -> _Recorder:
-        super().__setitem__(key, _Recorder())
-        return self[key]
+    def __missing__(self, key: Tensor) -> _RecordedState:
+        """Return a new recorder, which is kept."""
+        made = _RecordedState()
+        super().__setitem__(key, made)
+        return made
 
     @override
     def __setitem__(self, key: Tensor, value: Any) -> None:
@@ -368,11 +368,11 @@ class _Recorders(dict[Tensor, Any]):
                 f"from_torch: expected a dict for each parameter in the state of the optimizer, "
                 f"found {type(value).__name__} under {key!r}. Use another class."
             )
-        super().__setitem__(key, _Recorder(value))
+        super().__setitem__(key, _RecordedState(value))
 
 
 @dataclass(frozen=True, eq=False)
-class _Start:
+class _FirstState:
     """The state of an optimizer as it looks at the beginning, found by its first step.
 
     Attributes:
@@ -386,17 +386,18 @@ class _Start:
     changed: list[str]
 
 
-def _started(runner: _Runner, params: Tree, grads: Tree, in_graph: bool, steps: int) -> _Start:
+def _started(runner: _Runner, params: Tree, grads: Tree, in_graph: bool, steps: int) -> _FirstState:
     """Take steps with an optimizer on copies of parameters, and record how its state begins."""
     own = {name: p.detach().clone() for name, p in params.items()}
     with torch.no_grad(), _as_compiled(in_graph):
         for name, p in own.items():
             p.grad = grads[name].clone()
         optimizer = runner.made(list(own.values()), in_graph)
-        recorders = _Recorders()
+        recorders = _RecordedStates()
         for p, state in optimizer.state.items():
             recorders[p] = state
-        optimizer.state = recorders  # pyright: ignore[reportAttributeAccessIssue]
+        holder: Any = optimizer
+        holder.state = recorders
         group = optimizer.param_groups[0]
         before = {k: _copied(v) for k, v in group.items() if k not in ("params", "lr")}
         counts = {k: v for k, v in vars(optimizer).items() if type(v) in (int, float, Tensor)}
@@ -413,7 +414,7 @@ def _started(runner: _Runner, params: Tree, grads: Tree, in_graph: bool, steps: 
         name: {entry: recorders[p].first[entry] for entry in entries[name]}
         for name, p in own.items()
     }
-    return _Start(leaves, {**after, **before}, changed)
+    return _FirstState(leaves, {**after, **before}, changed)
 
 
 def _check_structure(
@@ -475,12 +476,12 @@ def _examined(runner: _Runner, *, scheduled: bool) -> tuple[_Runner, tuple[str, 
     ]
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         params = trees[0]
-        admitted: dict[str, _Start] = {}
+        admitted: dict[str, _FirstState] = {}
         first: Exception | None = None
         for name in EXAMPLES:
             alone = [{name: tree[name]} for tree in trees]
             try:
-                admitted[name] = _started(runner, *alone, in_graph=False, steps=3)
+                admitted[name] = _started(runner, alone[0], alone[1], in_graph=False, steps=3)
             except Exception as error:
                 first = first or error
         if not admitted:
@@ -522,7 +523,7 @@ class _Structure:
     values: list[Tensor]
 
 
-def _values_of(start: _Start, group: tuple[str, ...], params: Tree) -> _Structure:
+def _values_of(start: _FirstState, group: tuple[str, ...], params: Tree) -> _Structure:
     device = _tree.device_of(params)
     entries: dict[str, list[str]] = {}
     for name, own in start.leaves.items():
@@ -595,8 +596,9 @@ def _reason_to_read(
 ) -> str | None:
     """Return where the class reads a number, found by a step on tensors without values."""
     with FakeTensorMode() as mode:
-        params, grads = ([mode.from_tensor(t) for t in tree.values()] for tree in trees)
-        values = [mode.from_tensor(v) for v in structure.values]
+        fake: Callable[[Tensor], Tensor] = mode.from_tensor
+        params, grads = ([fake(t) for t in tree.values()] for tree in trees)
+        values = [fake(v) for v in structure.values]
         lr: Any = runner.lr
         if scheduled:
             lr = mode.from_tensor(torch.full((), runner.lr, dtype=torch.float64))
@@ -627,6 +629,7 @@ class _TorchUpdates:
         runner: The optimizer.
         group: The entries of the state of the group.
         special: Whether the first step differs from the others.
+        step_in_graph: A step of the optimizer without reading numbers.
     """
 
     name: str
@@ -635,15 +638,17 @@ class _TorchUpdates:
     runner: _Runner
     group: tuple[str, ...]
     special: bool
+    step_in_graph: Callable[..., Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        runner = self.runner
+        step: Callable[..., tuple[Tensor, ...]] = self.runner.step
 
         def step_in_graph(*given: Any) -> tuple[Tensor, ...]:
-            return runner.step(*given, in_graph=True)
+            return step(*given, True)
 
         # A compiler does not follow optimizers that are made inside of what it compiles.
-        opaque: Any = torch.compiler.allow_in_graph(step_in_graph)
+        mark: Any = torch.compiler.allow_in_graph
+        opaque = mark(step_in_graph)
         object.__setattr__(self, "step_in_graph", opaque)
 
     def init(self, params: Params) -> State:
@@ -709,7 +714,7 @@ class _TorchUpdates:
         given = (list(params.values()), [grads[name] for name in names])
         if not in_graph:
             lr = float(lr)
-            new = self.runner.step(
+            new: Sequence[Tensor] = self.runner.step(
                 *(lr, names, layout, self.group),
                 (*given, old if int(count) > 0 else []),
                 in_graph=False,
@@ -734,7 +739,7 @@ class _TorchUpdates:
         old: list[Tensor],
         started: Tensor,
     ) -> list[Tensor]:
-        run: Callable[..., Any] = self.step_in_graph  # type: ignore[attr-defined]  # pyright: ignore
+        run = self.step_in_graph
         new = run(lr, *fixed, (*given, old))
         if not self.special:
             return list(new)
