@@ -103,6 +103,15 @@ def test_a_hundred_steps_are_those_of_the_paper(rule, numbers):
     assert infos[5]["schedule_free/lr"] == WARMUP(5)
 
 
+def test_the_weights_are_those_of_the_largest_rate_so_far():
+    params, noise = normal_tree(0), draw_noise(40)
+    lr = gs.cosine(0.1, 30, min_value=0.001, warmup_steps=5)  # it falls after five steps
+    after, state, _ = trained(gf.schedule_free(gf.sgd(lr)), params, noise)
+    x, y = naive(params, [lr(k).item() for k in range(40)], noise, sgd_change(0.0))
+    assert_close(after, y)
+    assert_close(gf.evaluated_params(after, state), x)
+
+
 def test_steps_with_a_learning_rate_of_zero_have_no_weight():
     params, noise = normal_tree(0), draw_noise(12)
     lr = gs.constant(0.1, warmup_steps=4)  # the first lr is 0

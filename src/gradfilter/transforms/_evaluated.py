@@ -59,8 +59,10 @@ def evaluated_params(params: Params, state: State) -> Params:
 
 def behind(params: Params, factor: Tensor, buffer: Tree) -> Params:
     """Return parameters − factor · buffer, in the dtypes of the parameters."""
-    moved = {name: _tree.at_least_float32(p) - factor * buffer[name] for name, p in params.items()}
-    return _tree.in_dtypes_of(params, moved)  # type: ignore[no-any-return]
+    return {
+        name: (_tree.at_least_float32(p) - factor * buffer[name]).to(p.dtype)
+        for name, p in params.items()
+    }
 
 
 def _displacements(state: Any) -> Iterator[tuple[Tensor, Tree]]:
