@@ -125,6 +125,7 @@ class LazyRows:
         budget: The bytes that may be held between questions.
         hooks: The hooks that the user registered on parameters, to be run on every row.
         lean: True to hold no rows that take much more memory than their factors.
+        absent: The rows that are known to be empty, (M,) bool, or None.
 
     Attributes:
         state: The present state.
@@ -140,6 +141,7 @@ class LazyRows:
         hooks: dict[str, list[Hook]] | None = None,
         *,
         lean: bool = False,
+        absent: Tensor | None = None,
     ) -> None:
         self._source = source
         self.fallback = ""  # the reason why the loop has computed the rows
@@ -155,7 +157,9 @@ class LazyRows:
         self.count = first.losses.shape[0]
         self._losses = first.losses.detach()
         self.device = first.losses.device
-        self._ignored = first.tape.ignored
+        self._absent, self._ignored = absent, first.tape.ignored
+        if absent is not None:
+            self._ignored = absent if self._ignored is None else absent | self._ignored
         wide = {torch.float32, torch.float64}
         self._half = autocast_dtype(self.device) is not None or not wide.issuperset(
             self._dtypes.values()
@@ -191,6 +195,8 @@ class LazyRows:
         if readable(lost):
             if not any(lost.tolist()):
                 return None
+            if self._absent is not None and torch.equal(lost, self._absent):
+                return lost
             return lost & (self.sq_norms(every) == 0)
         if every in self._norms:
             return lost & (self._norms[every] == 0)
