@@ -84,6 +84,7 @@ def answered(m):
                 lambda s: s.gram(),
                 lambda s: s.sq_norms(),
                 lambda s, w=w: s.combine(w),
+                lambda s, w=w: s.sum_squares(w),
                 lambda s: s.stacked(),
             ]
             for answer in answers if order == "combine" else answers[3:]:

@@ -263,6 +263,16 @@ class LazyRows:
             for name in names
         }
 
+    def sum_squares(self, names: Collection[str], weights: Tensor) -> Tree:
+        """Compute Σ_m w_m row_m² on some leaves, in float32 or wider; weight 0 masks a row."""
+        live = self._live(names, weights)
+        found = self._ask(names, lambda factor, _: factor.sum_squares(weights, live))
+        for name in names:
+            if name not in found:
+                dtype = torch.promote_types(self._dtypes[name], torch.float32)
+                found[name] = torch.zeros(self.shapes[name], dtype=dtype, device=self.device)
+        return {name: found[name].view(self.shapes[name]) for name in names}
+
     def _total(self, names: Collection[str], weights: Tensor) -> Tree:
         """Compute `total` for the leaves that have a gradient, in the dtype of the computation."""
         # Losses in half precision would round the weights, so the rows are weighted instead.
@@ -570,6 +580,13 @@ class FusedStack(ComputedStack):
         if self.count < self.run.count:
             weights = torch.cat([weights, weights.new_zeros(self.run.count - self.count)])
         return untraced(self.run.total)(self.names, weights)
+
+    @override
+    def sum_squares(self, weights: Tensor) -> Tree:
+        check_per_row("weight", weights, self.count)
+        weights = scale_rows(scale_rows(_tree.at_least_float32(weights), self.scale), self.scale)
+        weights = torch.cat([weights, weights.new_zeros(self.run.count - self.count)])
+        return untraced(self.run.sum_squares)(self.names, weights)
 
     @override
     def stacked(self) -> Tree:
