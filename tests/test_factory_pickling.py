@@ -66,6 +66,7 @@ CHAINS = {
     ),
     "nested": gf.chain(gf.chain(gf.chain(gf.sign_agreement(0.6)), gf.adam(1e-3)), gf.ema_params()),
     "rms": gf.chain(gf.mean_rows(), gf.rmsprop(gs.step(0.1, 3), centered=True)),
+    "squares": gf.chain(gf.clip_per_row(1.0), gf.per_example_adam(LR, betas=(0.8, 0.9))),
     "frozen": gf.chain(gf.mean_rows(), gf.freeze()),
     "schedule in a schedule": gf.chain(
         gf.mean_rows(),

@@ -68,6 +68,7 @@ __all__ = [
     "model_loss",
     "named",
     "partition",
+    "per_example_adam",
     "per_sample_grads",
     "rmsprop",
     "sam_perturb",

@@ -43,6 +43,7 @@ from gradfilter.transforms._ema import ema_params as ema_params
 from gradfilter.transforms._every import every as every
 from gradfilter.transforms._every import late as late
 from gradfilter.transforms._hyperparameters import hyperparameters as hyperparameters
+from gradfilter.transforms._per_example_adam import per_example_adam as per_example_adam
 from gradfilter.transforms._reducers import aggregate as aggregate
 from gradfilter.transforms._reducers import finite_filter as finite_filter
 from gradfilter.transforms._reducers import mean_rows as mean_rows

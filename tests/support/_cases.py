@@ -88,6 +88,11 @@ CASES = {
     ],
     "adam": [lambda: rule(gf.adam(LR, amsgrad=True, weight_decay=0.01))],
     "adamw": [lambda: rule(gf.adamw(LR))],
+    "per_example_adam": [
+        lambda: gf.chain(gf.clip_per_row(0.5), gf.per_example_adam(LR, weight_decay=0.01)),
+        lambda: rule(gf.per_example_adam(LR)),
+        lambda: gf.chain(gf.agree_filter(1.2), gf.agc_clip(0.01), gf.per_example_adam(0.1)),
+    ],
     "rmsprop": [lambda: rule(gf.rmsprop(LR, centered=True, momentum=0.9))],
     "scheduled": [
         lambda: on_tree(gf.scheduled(gf.agc_clip, clipping=gs.linear(0.1, 10))),
