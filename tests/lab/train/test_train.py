@@ -144,6 +144,9 @@ CHAINS = {
     ("--sam", "0.05", "--m-sharpness", "--microbatches", "4", "--optimizer", "rmsprop"): [
         *("sam_perturb", "mean_rows", "rmsprop"),
     ],
+    ("--per-sample", "--optimizer", "per_example_adam", "--betas", "0.5", "0.9", "--eps", "0.1"): [
+        *("mean_rows", "per_example_adam"),
+    ],
     ("--agree", "0.9", "--microbatches", "4", "--sam", "0.05", "--rho-schedule", "proportional"): [
         *("agree_filter", "sam_perturb", "sgd"),
     ],

@@ -147,6 +147,8 @@ def _rule(config: TrainConfig, lr: gf.Schedule) -> gf.Transform:
             return gf.adam(lr, betas=config.betas, eps=config.eps, weight_decay=decay)
         case "adamw":
             return gf.adamw(lr, betas=config.betas, eps=config.eps, weight_decay=decay)
+        case "per_example_adam":
+            return gf.per_example_adam(lr, betas=config.betas, eps=config.eps, weight_decay=decay)
         case "rmsprop":
             return gf.rmsprop(
                 lr,

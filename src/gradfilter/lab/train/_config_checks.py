@@ -133,7 +133,10 @@ def _splits(config: TrainConfig) -> bool:
     return config.data == "digits" or bool(config.train_split) or bool(config.val_split)
 
 
-ADAM = OptionUse("without --optimizer adam or adamw", lambda c: c.optimizer in ("adam", "adamw"))
+ADAM = OptionUse(
+    "without --optimizer adam, adamw or per_example_adam",
+    lambda c: c.optimizer.endswith(("adam", "adamw")),
+)
 RMSPROP = OptionUse("without --optimizer rmsprop", lambda c: c.optimizer == "rmsprop")
 AGREE = OptionUse("without --agree", lambda c: c.agree is not None)
 AGC = OptionUse("without --agc above 0", lambda c: bool(c.agc))
@@ -154,9 +157,7 @@ USES: Mapping[str, tuple[OptionUse, ...]] = {
         ),
     ),
     "betas": (ADAM,),
-    "eps": (
-        OptionUse("without --optimizer adam, adamw or rmsprop", lambda c: c.optimizer != "sgd"),
-    ),
+    "eps": (OptionUse("with --optimizer sgd", lambda c: c.optimizer != "sgd"),),
     "alpha": (RMSPROP,),
     "centered": (RMSPROP,),
     "schedule": (LONG,),

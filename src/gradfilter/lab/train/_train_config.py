@@ -20,7 +20,7 @@ from gradfilter.lab._constraints import (
     positive,
 )
 
-OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
+OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "per_example_adam"]
 ScheduleName = Literal["constant", "step", "linear", "cosine", "poly", "plateau"]
 
 # --- Constraints of single fields ---
@@ -140,9 +140,9 @@ class TrainConfig:
     nesterov: bool = False
     """Use Nesterov's momentum, for sgd."""
     betas: Annotated[tuple[float, float], BETAS] = (0.9, 0.999)
-    """Decay rates of the moments, for adam and adamw."""
+    """Decay rates of the moments, for adam, adamw and per_example_adam."""
     eps: Annotated[float, positive()] = 1e-8
-    """Number added to the root, for adam, adamw and rmsprop."""
+    """Number added to the root, for all update rules but sgd."""
     alpha: Annotated[float, FRACTION] = 0.99
     """Decay rate of the squares, for rmsprop."""
     centered: bool = False
