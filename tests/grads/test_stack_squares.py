@@ -21,12 +21,12 @@ PLANS = ("fused", "loop", "vmap")
 class Bags(nn.Module):
     """A lookup with repeated units in a row, wider or narrower than the row is long."""
 
-    def __init__(self, width):
+    def __init__(self, width, units=5):
         super().__init__()
-        self.table, self.head = nn.Embedding(5, width), nn.Linear(width, 3)
+        self.table, self.head = nn.Embedding(units, width), nn.Linear(width, 3)
 
     def forward(self, x):
-        return self.head(self.table(x.abs().long() % 5).mean(1).tanh())
+        return self.head(self.table((5 * x.abs()).long() % 5).mean(1).tanh())
 
 
 class Branching(nn.Module):
@@ -58,6 +58,7 @@ CASES = {
     "dropout": (Dropped, vectors, F.cross_entropy),
     "narrow bags": (partial(Bags, 2), vectors, F.cross_entropy),
     "wide bags": (partial(Bags, 9), vectors, F.cross_entropy),
+    "large table": (partial(Bags, 3, 200), vectors, F.cross_entropy),
     "tied": (Tied, tokens, token_loss),
     "branches": (Branching, vectors, F.cross_entropy),
 }
@@ -127,6 +128,14 @@ def test_one_position_takes_a_product_and_no_rows(monkeypatch):
 
     monkeypatch.setattr(_factors.OuterFactor, "rows", refuse)
     rows_of("linear", m=12).columns(["0.weight", "3.weight"]).sum_squares(torch.ones(12))
+
+
+def test_lookups_take_no_table_per_row(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("rows")
+
+    monkeypatch.setattr(_factors.EmbeddingFactor, "rows", refuse)
+    rows_of("large table").columns(["table.weight"]).sum_squares(torch.ones(4))
 
 
 @pytest.mark.parametrize("plan", PLANS)

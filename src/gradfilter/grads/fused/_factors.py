@@ -456,6 +456,13 @@ class TiledFactor(Factor):
         return tiled_gram(self)
 
     @override
+    def sum_squares(self, weights: Tensor, live: Tensor | None) -> Tensor:
+        """Compute the sum tile by tile, or take that of the only part."""
+        if len(self.parts) == 1:
+            return self.parts[0].sum_squares(weights, live)
+        return super().sum_squares(weights, live)
+
+    @override
     def sq_norms(self) -> Tensor:
         """Compute the norms tile by tile, or take those of the only part."""
         if len(self.parts) == 1:
