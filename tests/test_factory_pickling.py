@@ -88,6 +88,7 @@ CHAINS = {
     "schedule-free": gf.chain(gf.mean_rows(), gf.schedule_free(gf.sgd(LR), beta=0.8, r=1.0)),
     "ahead": gf.chain(gf.mean_rows(), gf.msam(RULE, 0.3)),
     "cautious": gf.chain(gf.mean_rows(), gf.msam(gf.cautious(gf.adamw(LR)), 0.3)),
+    "squares": gf.chain(gf.clip_per_row(1.0), gf.per_example_adam(LR, betas=(0.8, 0.9))),
     "frozen": gf.chain(gf.mean_rows(), gf.freeze()),
     "agreement per layer": gf.chain(gf.agree_filter(1.2, per="layer", exclude=head), gf.sgd(0.1)),
     "memory": gf.chain(gf.aggregate(averaged, ones), gf.sgd(0.1)),

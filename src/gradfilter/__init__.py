@@ -84,6 +84,7 @@ __all__ = [
     "normalize_rows",
     "outlier_filter",
     "partition",
+    "per_example_adam",
     "per_sample_grads",
     "quantile",
     "reference_filter",

@@ -84,6 +84,22 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
     return torch.where(live.any(), sums.reshape(n), 0.0)
 
 
+SQUARES = 2**20
+"""The squares that `weighted_squares` holds at a time: 4 MB in float32."""
+
+
+def weighted_squares(weights: Tensor, rows: Tensor) -> Tensor:
+    """Compute ``Σ_m w_m rows_m²`` for (M,) and (M, n), some columns at a time. (n,).
+
+    The result is float32 or wider, because squares underflow in half precision. Rows of weight 0
+    are masked.
+    """
+    step = max(1, SQUARES // max(rows.shape[0], 1))
+    parts = torch.split(rows, step, 1)
+    sums = [weighted_sum(weights, _tree.at_least_float32(part).square()) for part in parts]
+    return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+
 def sq_norm(tree: Mapping[str, Tensor]) -> Tensor:
     """Return the squared 2-norm of a tree. ()."""
     sums = [

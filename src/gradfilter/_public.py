@@ -51,6 +51,7 @@ from gradfilter.transforms._momentum_sam import msam as msam
 from gradfilter.transforms._muon import muon as muon
 from gradfilter.transforms._outliers import outlier_filter as outlier_filter
 from gradfilter.transforms._outliers import trim_losses as trim_losses
+from gradfilter.transforms._per_example_adam import per_example_adam as per_example_adam
 from gradfilter.transforms._reducers import aggregate as aggregate
 from gradfilter.transforms._reducers import finite_filter as finite_filter
 from gradfilter.transforms._reducers import mean_rows as mean_rows

@@ -3,6 +3,8 @@
 Every rank also computes the answer of one process, from rows that a seed determines.
 """
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -82,6 +84,7 @@ def answered(m):
                 lambda s: s.gram(),
                 lambda s: s.sq_norms(),
                 lambda s, w=w: s.combine(w),
+                lambda s, w=w: s.sum_squares(w),
                 lambda s: s.stacked(),
                 lambda s: s.reduce_columns(lambda columns: columns.amax(0) - columns[-1]),
             ]
@@ -334,3 +337,47 @@ def shared_gradients():
 
 def test_gradients_that_autograd_shares_are_added_up_once(world):
     world.run(shared_gradients)
+
+
+def sized_rows(kind):
+    """Weighted, grouped and uneven rows on every rank are those of one process with all samples."""
+    torch.manual_seed(3)
+    size, n, m = dist.get_world_size(), 6, 3
+    each = functools.partial(torch.nn.functional.cross_entropy, reduction="none")
+    loss, samples = gf.model_loss(network(), each), 7 if kind == "uneven" else n
+    batch = torch.randn(size * samples, 6), torch.arange(size * samples) % 3
+    weights = torch.arange(size * samples) % 5 + 1.0
+    weights[:2] = 0  # the first row of the first rank is empty
+    index = torch.randint(2, (size * samples,)) + 1  # so is the first group of every rank
+    params, _ = gf.extract(loss.model)
+    given = {
+        "weights": {"sample_weights": weights},
+        "groups": {"groups": index, "sample_weights": weights},
+        "uneven": {"sample_weights": weights},
+    }[kind]
+    local = gf.microbatch_grads(loss, m, uneven=True)
+    parts = [t.chunk(size) for t in batch]
+    options = [
+        dict(zip(given, own, strict=True))
+        for own in zip(*(t.chunk(size) for t in given.values()), strict=True)
+    ]
+    pairs = zip(zip(*parts, strict=True), options, strict=True)
+    rows = [local(params, part, **own) for part, own in pairs]
+    whole = gf.DenseStack(
+        {name: torch.cat([part.stacked()[name] for part in rows]) for name in params},
+        losses=torch.cat([part.losses for part in rows]),
+    )
+    for rule in (gf.mean_rows, lambda: gf.agree_filter(1.0), lambda: gf.consensus_filter(1.0)):
+        spread, alone = gf.chain(across_ranks(), rule()), gf.chain(rule())
+        grads, _, out = spread.update(rows[dist.get_rank()], spread.init(params), params)
+        expected, _, other = alone.update(whole, alone.init(params), params)
+        close(grads, expected)
+        close(out["weights"], other["weights"])
+        same_on_all_ranks(grads)
+    return whole.live.tolist().count(False)
+
+
+@pytest.mark.parametrize("kind", ["weights", "groups", "uneven"])
+def test_rows_of_other_sizes(world, kind):
+    empty = {"weights": 1, "groups": len(world.pipes), "uneven": 0}[kind]
+    assert set(world.run(sized_rows, kind)) == {empty}

@@ -114,6 +114,8 @@ def questions(layout):
         close(a.sq_norms(), b.sq_norms())
         v = a.combine(weights[: len(a)])
         close(whole(v), b.combine(weights[: len(a)]))
+        squares = a.sum_squares(weights[: len(a)])
+        close(whole(squares), b.sum_squares(weights[: len(a)]))
         close(a.dot(v), b.dot(whole(v)))
         close(whole(a.stacked()), b.stacked())
     p = dict(model.named_parameters())["hidden.weight"]

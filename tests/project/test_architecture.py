@@ -191,7 +191,6 @@ TESTED_BY = {
         "diagnostics/test_input_curvature.py",
         "diagnostics/test_parameter_curvature.py",
     ],
-    "grads/_batch": ["grads/test_microbatch_errors.py", "grads/test_normalized_loss.py"],
     "grads/_buffer_watch": [
         "grads/fused/overrides/test_norms_batch_norm.py",
         "grads/test_call_context.py",

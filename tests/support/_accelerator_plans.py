@@ -162,6 +162,7 @@ def questions(make: Callable[[], Any], params: Any, count: int) -> None:
         "sq_norms": rows.sq_norms(),
         "combine": rows.combine(weights),
         "dot": rows.dot(params),
+        "sum_squares": rows.sum_squares(weights),
         "scaled": rows.scaled(weights).combine(weights),
         "columns": rows.columns([*params][:1]).gram(),
         "first": make().first(1).sq_norms(),
@@ -183,7 +184,27 @@ def stack_of(name: str, plan: Any, accelerator: Accelerator) -> None:
         questions(lambda: grads_of(params, given, buffers=buffers), params, 2)
 
 
+def rows_of_other_sizes(kind: str, plan: Any, accelerator: Accelerator) -> None:
+    """Ask for rows of weighted samples, of groups of samples and of an uneven batch."""
+    model = module_moved(MODELS["mlp"][0]())
+    x, y = moved((torch.randn(5, 6), torch.randint(3, (5,))))
+    batch = (x, y) if kind == "uneven" else (x[:4], y[:4])
+    weights = moved(torch.tensor([0.5, 1.0, 0.0, 0.0, 2.0]))[: len(batch[0])]
+    groups = moved(torch.tensor([1, 0, 1, 1])) if kind == "groups" else None
+    params, _ = gf.extract(model)
+    loss = gf.model_loss(model, partial(F.cross_entropy, reduction="none"))
+    grads_of = gf.microbatch_grads(loss, 2, plan=plan, uneven=True)
+    with accelerator.guarded():
+        make = partial(grads_of, params, batch, sample_weights=weights, groups=groups)
+        questions(make, params, 2)
+
+
 CASES: dict[str, Case] = {
+    **{
+        f"{kind} {plan}": partial(rows_of_other_sizes, kind, plan)
+        for kind in ("weights", "groups", "uneven")
+        for plan in PLANS[1:]
+    },
     **{f"{name} {plan}": partial(plan_of, name, plan=plan) for name in MODELS for plan in PLANS},
     "gpt2 vmap": gpt2_under_vmap,
     **{f"{name} graph": partial(plan_of, name, compiled=True) for name in MODELS},

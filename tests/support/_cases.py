@@ -160,6 +160,11 @@ CASES = {
         lambda: rule(gf.adamw(LR)),
         lambda: rule(gf.adamw(LR, weight_decay=0.1, decays=is_head)),
     ],
+    "per_example_adam": [
+        lambda: gf.chain(gf.clip_per_row(0.5), gf.per_example_adam(LR, weight_decay=0.01)),
+        lambda: rule(gf.per_example_adam(LR)),
+        lambda: gf.chain(gf.agree_filter(1.2), gf.agc_clip(0.01), gf.per_example_adam(0.1)),
+    ],
     "rmsprop": [lambda: rule(gf.rmsprop(LR, centered=True, momentum=0.9))],
     "lion": [
         lambda: rule(gf.lion(LR, weight_decay=0.1)),

@@ -258,6 +258,7 @@ EVERY = {
     "sgd": {"lr": DOWN, "momentum": DOWN, "dampening": DOWN, "weight_decay": DOWN},
     "adam": {"lr": DOWN, "betas": (DOWN, gs.linear(0.99, 6)), "eps": DOWN, "weight_decay": DOWN},
     "adamw": {"lr": DOWN, "betas": (0.8, DOWN), "eps": DOWN, "weight_decay": DOWN},
+    "per_example_adam": {"lr": DOWN, "betas": (0.8, DOWN), "eps": DOWN, "weight_decay": DOWN},
     "rmsprop": {**{"lr": DOWN, "alpha": DOWN, "eps": DOWN, "weight_decay": DOWN, "momentum": DOWN}},
     "lion": {"lr": DOWN, "betas": (DOWN, gs.linear(0.99, 6)), "weight_decay": DOWN},
     "ema_params": {"decay": DOWN},
@@ -300,7 +301,7 @@ def placed(name, link):
         return gf.chain(gf.mean_rows(), gf.sam_perturb(0.1), link, gf.sgd(0.1))
     if name == "ema_params":
         return gf.chain(gf.mean_rows(), gf.sgd(0.1), link)
-    rule = name in ("sgd", "adam", "adamw", "rmsprop", "lion")
+    rule = name in ("sgd", "adam", "adamw", "rmsprop", "lion", "per_example_adam")
     return gf.chain(gf.mean_rows(), link, *([] if rule else [gf.sgd(0.1)]))
 
 

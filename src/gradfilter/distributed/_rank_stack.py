@@ -127,6 +127,11 @@ class GatheredRows:
         # Without shards of all rows, only the sum of the local rows must be sent.
         return added_up(self.local.combine(self.local_part(weights)), self.ranks)
 
+    def sum_squares(self, weights: Tensor) -> Tree:
+        """Compute Σ_m w_m g_m² for weights (M·W,), with the same bits on every rank."""
+        own = self.local.sum_squares(self.local_part(weights.detach()))
+        return added_up(own, self.ranks)
+
     def dot(self, tree: Mapping[str, Tensor]) -> Tensor:
         """Compute J v. (M·W,)."""
         return self.ranks.gather(self.local.dot(tree)).flatten()
@@ -416,6 +421,14 @@ class RankStack(BaseStack):
         weights = scale_rows(_tree.at_least_float32(weights), self.scale)
         cut_off = weights.new_zeros(len(self._gathered) - len(self))
         return self._gathered.combine(torch.cat([weights, cut_off]))
+
+    @override
+    def sum_squares(self, weights: Tensor) -> Tree:
+        """Compute Σ_m w_m g_m² for ``weights`` (M·W,), the same on every rank."""
+        check_per_row("weight", weights, len(self))
+        weights = scale_rows(scale_rows(_tree.at_least_float32(weights), self.scale), self.scale)
+        cut_off = weights.new_zeros(len(self._gathered) - len(self))
+        return self._gathered.sum_squares(torch.cat([weights, cut_off]))
 
     @override
     def dot(self, tree: Mapping[str, Tensor]) -> Tensor:

@@ -85,6 +85,12 @@ class ShardedStack(DenseStack):
         return {name: resharded(leaves[name], self.rows[name], 1) for name in self.rows}
 
     @override
+    def sum_squares(self, weights: Tensor) -> Tree:
+        """Compute Σ_m w_m g_m² shard by shard; the results are DTensors like the parameters."""
+        leaves = {n: g for _, stack in self._local() for n, g in stack.sum_squares(weights).items()}
+        return {name: resharded(leaves[name], self.rows[name], 1) for name in self.rows}
+
+    @override
     def stacked(self) -> Tree:
         if self.scale is None:
             return super().stacked()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -13,8 +13,103 @@ from torch import Tensor
 from torch._C._functorch import is_gradtrackingtensor
 
 from gradfilter import _tree
+from gradfilter._readable import readable
 from gradfilter._shards import is_sharded
 from gradfilter._types import Params, Tree
+
+# --- Weights and groups of samples ---
+
+
+class MarkedBatch(NamedTuple):
+    """A batch, or a row of it, whose samples have weights or belong to groups.
+
+    Attributes:
+        batch: The batch as the loss takes it.
+        weights: One weight per sample, (N,), or None.
+        groups: The row of each sample, (N,) int64, or None.
+    """
+
+    batch: Any
+    weights: Tensor | None
+    groups: Tensor | None
+
+
+def mark_samples(batch: Any, weights: Any, groups: Any, rows: int | None) -> Any:
+    """Attach checked weights and groups of samples to a batch; without both, return it unchanged.
+
+    Args:
+        batch: See `split`.
+        weights: ``sample_weights`` of the caller, or None.
+        groups: ``groups`` of the caller, or None.
+        rows: M, or None for one row per sample.
+
+    Raises:
+        TypeError: They are not tensors of real numbers, or of whole numbers.
+        ValueError: They have another shape than (N,), or values out of range.
+    """
+    if weights is None and groups is None:
+        return batch
+    batch = plain(batch)
+    size = _leading_axis([leaf for leaf in _tree.leaves(batch) if isinstance(leaf, Tensor)])
+    if weights is not None:
+        weights = _checked_weights(weights, size)
+    if groups is not None:
+        groups = _checked_groups(groups, size, rows)
+    return MarkedBatch(batch, weights, groups)
+
+
+def _checked_weights(weights: Any, size: int) -> Tensor:
+    if not isinstance(weights, Tensor) or weights.is_complex():
+        kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(
+            f"Expected sample_weights as a tensor of {size} real numbers, found {kind}. Use "
+            "torch.tensor([...]) with one weight per sample; 0 removes a sample."
+        )
+    if weights.shape != (size,):
+        raise ValueError(
+            f"Expected sample_weights of shape ({size},), found {tuple(weights.shape)}. Give one "
+            "weight per sample."
+        )
+    found = weights.detach()
+    real: Tensor = found if found.is_floating_point() else found.to(torch.float32)
+    good = (real >= 0) & real.isfinite()
+    if readable(good) and not all(good.tolist()):
+        bad = real[~good][0].item()
+        raise ValueError(
+            f"Expected finite sample_weights >= 0, found {bad}. A row is the weighted mean of its "
+            "samples; use rows.scaled(factors) to change the sign of a row."
+        )
+    return real
+
+
+def _checked_groups(groups: Any, size: int, rows: int | None) -> Tensor:
+    if rows is None:
+        raise ValueError(
+            "Expected groups with a number of rows, found one row per sample. Write "
+            "microbatch_grads(loss, M), or microbatches=M, with M the number of groups."
+        )
+    if not isinstance(groups, Tensor) or groups.dtype != torch.int64:
+        found = groups.dtype if isinstance(groups, Tensor) else type(groups).__name__
+        raise TypeError(
+            f"Expected groups as an int64 tensor, found {found}. Give the row of each sample, a "
+            f"number from 0 to {rows - 1}: torch.tensor([...]), or x.long()."
+        )
+    if groups.shape != (size,):
+        raise ValueError(
+            f"Expected groups of shape ({size},), found {tuple(groups.shape)}. Give the row of "
+            "each sample."
+        )
+    good = (groups >= 0) & (groups < rows)
+    if readable(good) and not all(good.tolist()):
+        raise ValueError(
+            f"Expected groups from 0 to {rows - 1}, found {groups[~good][0].item()}. Number the "
+            "rows from 0, and give microbatch_grads the number of all rows."
+        )
+    return groups
+
+
+# --- Cut a batch into rows ---
+
 
 Rebuild = Callable[[Iterable[Tensor]], Any]
 
@@ -74,11 +169,40 @@ def split(batch: Any, microbatches: int | None) -> tuple[list[Tensor], Rebuild]:
         raise ValueError(
             f"Expected N divisible by the number of microbatches, found N = {size} samples and "
             f"M = {rows}. Use a batch of {max(size // rows, 1) * rows}, or drop the last "
-            "incomplete batch (DataLoader(..., drop_last=True))."
+            "incomplete batch (DataLoader(..., drop_last=True)), or pass uneven=True for rows that "
+            "differ by one sample."
         )
     shape = rows, size // rows  # M and B
     tensors = [values[i].reshape(*shape, *values[i].shape[1:]) for i in places]
     return tensors, Structure(values, places, unflatten)
+
+
+def even_parts(batch: Any, microbatches: int | None) -> list[tuple[Any, int]]:
+    """Cut a batch of N samples into one or two batches whose rows have equal sizes, in order.
+
+    With N = M·B + k samples, the first k rows have B + 1 samples and the others B.
+
+    Returns:
+        The parts, and the number of rows of each.
+
+    Raises:
+        ValueError: There are fewer samples than rows.
+    """
+    values = [leaf for leaf in _tree.leaves(plain(batch)) if isinstance(leaf, Tensor)]
+    size = _leading_axis(values)
+    if microbatches is None or size % microbatches == 0:
+        return [(batch, size if microbatches is None else microbatches)]
+    each, longer = divmod(size, microbatches)
+    if each == 0:
+        raise ValueError(
+            f"Expected at least one sample per row, found N = {size} samples and "
+            f"M = {microbatches}. Drop such a batch (DataLoader(..., drop_last=True)), or pad it, "
+            "with sample_weights= of 0 for the padding."
+        )
+    tensors, rebuild = split(batch, None)
+    place = longer * (each + 1)
+    parts = ((slice(place), longer), (slice(place, None), microbatches - longer))
+    return [(rebuild(t[:, 0][part] for t in tensors), count) for part, count in parts]
 
 
 def cut(batch: Any, microbatches: int | None, rows: int) -> list[tuple[Any, int]]:
@@ -212,7 +336,7 @@ def check_params(params: Params) -> None:
 
 def plain(batch: Any) -> Any:
     """Replace all mappings in a batch by dicts: for torch a tokenizer's output is one leaf."""
-    if isinstance(batch, Tensor):
+    if isinstance(batch, (Tensor, MarkedBatch)):
         return batch
     if isinstance(batch, Mapping):
         return {key: plain(value) for key, value in batch.items()}

@@ -78,6 +78,10 @@ class JoinedStack(StackOfParts):
         return {name: g for part in self.parts for name, g in part.combine(weights).items()}
 
     @override
+    def sum_squares(self, weights: Tensor) -> Tree:
+        return {name: g for part in self.parts for name, g in part.sum_squares(weights).items()}
+
+    @override
     def dot(self, tree: Mapping[str, Tensor]) -> Tensor:
         check_same_leaves(self.shapes, tree, "dot")
         return torch.stack(
@@ -189,6 +193,10 @@ class SelectedStack(GradStack):
     @override
     def combine(self, weights: Tensor) -> Tree:
         return self._pick(self.new.combine(weights), self.old.combine(weights))
+
+    @override
+    def sum_squares(self, weights: Tensor) -> Tree:
+        return self._pick(self.new.sum_squares(weights), self.old.sum_squares(weights))
 
     @override
     def dot(self, tree: Mapping[str, Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from gradfilter import _tree
 from gradfilter._types import Params, Tree
+from gradfilter.grads._batch import MarkedBatch, plain
 from gradfilter.grads._error_notes import add_notes
 from gradfilter.grads._module_tensors import ModuleTensors, remove_new_parts
 
@@ -37,6 +38,44 @@ def split_aux(result: Any) -> tuple[Any, Any]:
     return result[0], result[1]
 
 
+def loss_of_row(value: Any, batch: Any) -> Any:
+    """Return the loss of a row: the (weighted) mean, if there is one loss per sample.
+
+    A row without a sample of weight > 0 is empty: its loss is NaN, and its gradient zero.
+
+    Args:
+        value: The result of the loss; anything else than one loss per sample passes unchanged.
+        batch: The row, with its weights if it is `MarkedBatch`.
+
+    Raises:
+        RefusedByAll: There are weights but not one loss per sample.
+    """
+    weights = batch.weights if isinstance(batch, MarkedBatch) else None
+    if not isinstance(value, Tensor) or (weights is None and value.ndim != 1):
+        return value
+    if weights is None:
+        tensors = (leaf for leaf in _tree.leaves(plain(batch)) if isinstance(leaf, Tensor))
+        size = next(tensors).shape[0]
+        return value.mean() if value.shape[0] == size else value
+    if value.ndim == 0 and weights.shape[0] == 1:
+        value = value.unsqueeze(0)
+    if value.shape != weights.shape:
+        found = f"one of shape {tuple(value.shape)}" if value.ndim else "one number for all of them"
+        raise RefusedByAll(
+            f"Expected a loss per sample with sample_weights=, found {found}: a weighted mean "
+            f"needs the losses of all {weights.shape[0]} samples of a row. Let the criterion "
+            'return them: torch.nn.CrossEntropyLoss(reduction="none"), or '
+            'functools.partial(cross_entropy, reduction="none"); more dims need .mean(1).'
+        )
+    wide = _tree.at_least_float32(value)
+    weights = weights.to(wide.dtype)
+    total = weights.sum()
+    shares = weights / torch.where(total == 0, 1.0, total)
+    # A sample of weight 0 may have a loss that is not finite.
+    mean = torch.where(weights == 0, 0.0, shares * wide).sum()
+    return torch.where(total == 0, torch.nan, mean).to(value.dtype)
+
+
 def check_value(value: Any, aux: Any) -> None:
     """Refuse a loss that is not a scalar tensor, and an aux that is not a tree of tensors."""
     if not isinstance(value, Tensor):
@@ -46,8 +85,9 @@ def check_value(value: Any, aux: Any) -> None:
         )
     if value.ndim:
         raise ValueError(
-            f"Expected a scalar loss per microbatch, found shape {tuple(value.shape)}. Average "
-            'over the samples: a criterion with reduction="none" needs .mean().'
+            f"Expected a scalar loss per microbatch, or one loss per sample, found shape "
+            f"{tuple(value.shape)}. Average over all other dims: a criterion with "
+            'reduction="none" needs .mean(), or .mean(1) to keep one loss per sample.'
         )
     strangers = [] if aux is None else [x for x in _tree.leaves(aux) if not isinstance(x, Tensor)]
     if strangers:
@@ -112,7 +152,7 @@ class ModelLoss:
         try:
             return self._run(params, batch, buffers, places)
         except Exception as error:
-            add_notes(error, params, batch)
+            add_notes(error, params, batch.batch if isinstance(batch, MarkedBatch) else batch)
             raise
 
     def _run(
@@ -123,7 +163,7 @@ class ModelLoss:
         # call the model again.
         with places.filled({**params, **buffers}) as after:
             try:
-                result = self._evaluate(batch)
+                result = self._evaluate(batch.batch if isinstance(batch, MarkedBatch) else batch)
             except BaseException:
                 places.empty_again(empty)
                 remove_new_parts(tables)
@@ -135,8 +175,8 @@ class ModelLoss:
         new_buffers = {name: after[name] for name in buffers}
         if self.has_aux:
             loss, aux = split_aux(result)
-            return loss, new_buffers, aux
-        return result, new_buffers
+            return loss_of_row(loss, batch), new_buffers, aux
+        return loss_of_row(result, batch), new_buffers
 
     def _evaluate(self, batch: Any) -> Any:
         """Evaluate the user's loss with the tensors that are in the module."""
@@ -177,13 +217,14 @@ def model_loss(
     """Make a pure loss of a module and a criterion; the module is never mutated.
 
     For one microbatch, ``loss = criterion(model(x), y)``. The criterion should average over its
-    samples, as `torch.nn.functional.cross_entropy` does.
+    samples, as `torch.nn.functional.cross_entropy` does, or return one loss per sample, (B,), as
+    with ``reduction="none"``, whose mean is then taken. `GradFunction` can weigh those.
 
     Args:
         model: Any module. Training or evaluation mode is read when the loss is called. Frozen
             parameters (``requires_grad=False``) keep their values in the module.
-        criterion: ``criterion(output, targets) -> scalar``. None for models that return their own
-            ``.loss``, as Hugging Face models do.
+        criterion: ``criterion(output, targets) -> scalar``, or one loss per sample. None for models
+            that return their own ``.loss``, as Hugging Face models do.
         has_aux: True if the criterion returns ``(scalar, aux)``, with aux any tree of tensors.
 
     Batches: ``(x, y)`` calls ``criterion(model(x), y)``, where x may be a tuple of positional or a

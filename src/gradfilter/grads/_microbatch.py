@@ -22,7 +22,16 @@ from typing_extensions import override
 from gradfilter import _tree
 from gradfilter._readable import followed, readable
 from gradfilter._types import Params, Tree
-from gradfilter.grads._batch import Batch, check_device, check_params, more_than_a_batch, split
+from gradfilter.grads._batch import (
+    Batch,
+    MarkedBatch,
+    check_device,
+    check_params,
+    even_parts,
+    mark_samples,
+    more_than_a_batch,
+    split,
+)
 from gradfilter.grads._call_context import (
     CallContext,
     Versions,
@@ -39,8 +48,16 @@ from gradfilter.grads._loss import ModelLoss, RefusedByAll
 from gradfilter.grads._module_attributes import remove
 from gradfilter.grads._normalized_loss import NormalizedLoss
 from gradfilter.grads._remembered_attributes import check_remembered, is_count
+from gradfilter.grads._row_parts import dense_rows, join_stacks
+from gradfilter.grads._sample_groups import group_samples, refuse_batch_statistics
 from gradfilter.grads._seeds import SeedsInLoss, draw_once
-from gradfilter.grads._stack import ComputedDenseStack, ComputedStack, StackOrigin
+from gradfilter.grads._stack import (
+    ComputedDenseStack,
+    ComputedStack,
+    DenseStack,
+    GradStack,
+    StackOrigin,
+)
 from gradfilter.grads._vmap import vmap_rows
 from gradfilter.grads._writes import WriteWatch
 from gradfilter.grads.fused._along import Bypassed, ParamsAlong, detached, held
@@ -102,7 +119,7 @@ Plan = Literal["auto", "loop", "vmap", "fused"]
 
 @dataclass(frozen=True, eq=False)
 class GradFunction:
-    """The gradients of a loss: ``(params, batch, *, buffers=None) -> ComputedStack``.
+    """The gradients of a loss: ``(params, batch, **options) -> ComputedStack``.
 
     Made by `microbatch_grads` and `per_sample_grads`, whose checked arguments are its fields.
 
@@ -114,6 +131,7 @@ class GradFunction:
         chunk_size: The number of rows per call of torch.vmap, or None for all.
         memory_budget: The bytes (int) or a fraction of the memory of the device (float); None for
             the default.
+        uneven: True if the rows may differ by one sample.
         by_row: The modules that plan "fused" runs row by row, learned from refused passes.
         probes: Decides which passes run twice, to find a state of the loss that is hidden.
 
@@ -133,11 +151,18 @@ class GradFunction:
     plan: Plan
     chunk_size: int | None
     memory_budget: int | float | None
+    uneven: bool = False
     by_row: ByRow = field(default_factory=ByRow, repr=False)
     probes: Probes = field(default_factory=Probes, repr=False)
 
     def __call__(
-        self, params: Params, batch: Any, *more: Any, buffers: Tree | None = None
+        self,
+        params: Params,
+        batch: Any,
+        *more: Any,
+        buffers: Tree | None = None,
+        sample_weights: Tensor | None = None,
+        groups: Tensor | None = None,
     ) -> ComputedStack:
         """Return the gradients of one batch.
 
@@ -147,9 +172,23 @@ class GradFunction:
             *more: Not allowed; for the error message.
             buffers: The module's buffers before the first row; the stack's ``buffers`` are those
                 after the last row. None takes the module's own, at every call.
+            sample_weights: One weight w_n >= 0 per sample, (N,). The loss of a row is then
+                Σ w_n l_n / Σ w_n over its samples, so the loss must return l_n, (B,), one number
+                per sample. A weight of 0 removes a sample (padding, which must be finite), and a
+                row without weights is empty. BatchNorm still sees all samples.
+            groups: The row of each sample, (N,) int64 from 0 to M − 1, in place of microbatches of
+                equal sizes: row m is the (weighted) mean of the gradients of its samples, each
+                computed alone, and a row without samples is empty. Not with BatchNorm in training
+                mode.
+
+        Raises:
+            ValueError: Weights or groups have another shape than (N,) or values out of range; a
+                loss returns one number for several samples with weights; BatchNorm in training
+                mode with groups.
         """
         if more:
             raise more_than_a_batch("grads_of(params, batch)", "grads_of(params, (x, y))", more)
+        batch = mark_samples(batch, sample_weights, groups, self.microbatches)
         return untraced(self._stack_of)(params, batch, buffers)
 
     def with_rows(self, count: int) -> GradFunction:
@@ -163,13 +202,55 @@ class GradFunction:
 
         The arguments are those of a call; random numbers are those that a call would draw now.
         """
+        if self._is_grouped(batch) or len(self.parts(batch)) > 1:
+            assert self.microbatches is not None
+            return StackOrigin(self.microbatches, params, _refuse_pass)
         passes: BatchPasses = untraced(self._passes)(params, batch, buffers)
         passes.loss.first = False
         plan = "fused" if self.plan == "auto" else self.plan
         return passes.origin(plan, detached(passes.params), False)
 
+    def parts(self, batch: Any) -> list[tuple[Any, int]]:
+        """Return the batches of one pass each, whose rows have equal sizes, and their rows."""
+        count = self.microbatches or 0
+        return even_parts(batch, self.microbatches) if self.uneven else [(batch, count)]
+
+    @staticmethod
+    def _is_grouped(batch: Any) -> bool:
+        return isinstance(batch, MarkedBatch) and batch.groups is not None
+
     def _stack_of(self, params: Params, batch: Any, buffers: Tree | None) -> ComputedStack:
-        return self._passes(params, batch, buffers).first()
+        if self._is_grouped(batch):
+            return self._grouped(params, batch, buffers)
+        parts = self.parts(batch)
+        if len(parts) == 1:
+            return self._passes(params, batch, buffers).first()
+        held: list[DenseStack] = []
+        plan, fallback = "fused", ""
+        for part, count in parts:
+            rows = self.with_rows(count)._passes(params, part, buffers).first()
+            held.append(dense_rows(rows))
+            buffers = rows.buffers or buffers
+            if isinstance(rows, ComputedDenseStack):
+                plan, fallback = rows.plan, rows.fallback
+        joined = join_stacks(held)
+        assert joined.losses is not None and joined.origin is not None  # rows of a batch have both
+        return ComputedDenseStack(
+            joined.rows,
+            losses=joined.losses,
+            buffers=joined.buffers,
+            aux=joined.aux,
+            origin=joined.origin,
+            plan=plan,
+            fallback=fallback,
+        )
+
+    def _grouped(self, params: Params, batch: MarkedBatch, buffers: Tree | None) -> ComputedStack:
+        assert batch.groups is not None and self.microbatches is not None
+        each = replace(self, microbatches=None, uneven=False)
+        passes = each._passes(params, batch.batch, buffers)
+        refuse_batch_statistics(passes.loss.modules)
+        return group_samples(passes.first(), batch.groups, batch.weights, self.microbatches)
 
     def _passes(self, params: Params, batch: Any, buffers: Tree | None) -> BatchPasses:
         check_params(params)
@@ -185,7 +266,17 @@ class GradFunction:
             loss.attributes,
             everywhere=loss.may_draw_on_host,
         )
-        return BatchPasses(self, loss, rows, context, params)
+        weights = batch.weights if isinstance(batch, MarkedBatch) else None
+        absent = None if weights is None else (weights.view(rows.count, -1) == 0).all(1)
+        return BatchPasses(self, loss, rows, context, params, absent)
+
+
+def _refuse_pass(*_: Any) -> GradStack:
+    """Refuse another pass over groups or an uneven batch, of which a graph holds the rows only."""
+    raise ValueError(
+        "Expected rows of equal sizes for another pass over accumulated batches in a compiled "
+        "step, found groups or an uneven batch. Do not compile, or take batches of M·B samples."
+    )
 
 
 @dataclass(eq=False)
@@ -198,6 +289,7 @@ class BatchPasses:
         batch: The rows.
         context: The context of the call.
         params: The parameters as they were given.
+        absent: The rows whose samples all have the weight 0, (M,) bool; None without weights.
         grouping: The way the rows run in plan "fused".
         random_after: The random state after the first pass over all rows; None before it.
         random_backward: The random state before the first backward pass in which hooks may draw.
@@ -208,6 +300,7 @@ class BatchPasses:
     batch: Batch
     context: CallContext
     params: Params
+    absent: Tensor | None = None
     grouping: Grouping = field(init=False)
     random_after: dict[str, Any] | None = None
     random_backward: dict[str, Any] | None = None
@@ -420,7 +513,14 @@ class BatchPasses:
             self.settings.memory_budget, self.context.device, checkpointed=first.checkpointed
         )
         return FusedStack(
-            LazyRows(run, first, budget, self.loss.hooks, lean=self.settings.memory_budget is None),
+            LazyRows(
+                run,
+                first,
+                budget,
+                self.loss.hooks,
+                lean=self.settings.memory_budget is None,
+                absent=self.absent,
+            ),
             tuple(params),
             losses.shape[0],
             losses,
@@ -615,10 +715,12 @@ def microbatch_grads(
     plan: Plan = "auto",
     chunk_size: int | None = None,
     memory_budget: int | float | None = None,
+    uneven: bool = False,
 ) -> GradFunction:
     """Return a function ``(params, batch, *, buffers) -> GradStack``: one gradient per microbatch.
 
-    Row m is ∇f over samples m·B .. (m + 1)·B − 1 of the batch, N = M·B.
+    Row m is ∇f over samples m·B .. (m + 1)·B − 1 of the batch, N = M·B. Rows of other sizes:
+    ``uneven=True`` here, or ``groups=`` and ``sample_weights=`` in the call (see `GradFunction`).
 
     To carry running statistics (BatchNorm) from batch to batch, pass the buffers of the last stack:
     ``grads_of(params, batch, buffers=rows.buffers)``. Without ``buffers=``, every call starts from
@@ -626,8 +728,9 @@ def microbatch_grads(
 
     Args:
         loss: ``loss(params, batch) -> scalar``, a pure function, or the result of `model_loss`.
-            Each row's loss should be the mean over its samples.
-        microbatches: M >= 1; must divide N.
+            Each row's loss should be the mean over its samples. It may return one loss per sample,
+            (B,), whose mean is then taken.
+        microbatches: M >= 1; must divide N, unless ``uneven`` is set.
         has_aux: True if ``loss`` returns ``(scalar, aux)``, with aux any tree of tensors.
         plan: The way the rows are computed. ``"fused"``: one forward pass over all rows, one
             backward pass when the first question is asked, and rows only if they are the cheaper
@@ -646,10 +749,14 @@ def microbatch_grads(
             which would save nothing otherwise. By default rows are also streamed where they would
             take more than 8 times the memory of what they are computed from. ``explain()`` of a
             stack says what was chosen.
+        uneven: True if M need not divide N, for a last batch that is not full. With N = M·B + k
+            samples, the first k rows have B + 1 samples and the others B. Such a batch takes two
+            passes, and its rows are held. The mean of its rows is not the mean of its samples.
 
     Raises:
-        ValueError: M < 1; N not divisible by M; tensors of the batch disagree on N; the batch is
-            on another device than the parameters; the loss is not a scalar.
+        ValueError: M < 1; N not divisible by M (N < M with ``uneven``); tensors of the batch
+            disagree on N; the batch is on another device than the parameters; the loss is neither
+            a scalar nor one number per sample.
         TypeError: A parameter is not floating point.
 
     Examples:
@@ -665,7 +772,8 @@ def microbatch_grads(
             f"Expected a whole number of microbatches >= 1, found {microbatches!r}. M = 8 is a "
             "usual choice."
         )
-    return _grad_function(loss, microbatches, has_aux, plan, chunk_size, memory_budget)
+    grads_of = _grad_function(loss, microbatches, has_aux, plan, chunk_size, memory_budget)
+    return replace(grads_of, uneven=uneven)
 
 
 def per_sample_grads(

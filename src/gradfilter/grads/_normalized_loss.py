@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from gradfilter._types import Params, Tree
+from gradfilter.grads._batch import MarkedBatch
 from gradfilter.grads._buffer_watch import cumulative_means
 from gradfilter.grads._loss import (
     ModelLoss,
@@ -25,6 +26,7 @@ from gradfilter.grads._loss import (
     check_differentiable,
     check_names,
     check_value,
+    loss_of_row,
     split_aux,
     unreached_error,
 )
@@ -425,10 +427,11 @@ class NormalizedLoss:
         if isinstance(self.loss, ModelLoss) and self.places is not None:
             value, buffers, *rest = self.loss.run(params, batch, buffers, self.places)
             aux = rest[0] if rest else None
-        elif self.has_aux:
-            value, aux = split_aux(loss(params, batch))
         else:
-            value = loss(params, batch)
+            value = loss(params, batch.batch if isinstance(batch, MarkedBatch) else batch)
+            if self.has_aux:
+                value, aux = split_aux(value)
+            value = loss_of_row(value, batch)
         check_value(value, aux)
         return value, buffers, aux
 

@@ -278,6 +278,10 @@ class RepeatedStack(BaseStack):
         return self._computed().sq_norms()
 
     @override
+    def sum_squares(self, weights: Tensor) -> Tree:
+        return self._computed().sum_squares(weights)
+
+    @override
     def stacked(self) -> Tree:
         return self._computed().stacked()
 
@@ -370,10 +374,18 @@ class PartedStack(StackOfParts):
 
     @override
     def combine(self, weights: Tensor) -> Tree:
+        return self._summed(weights, lambda part, own: part.combine(own))
+
+    @override
+    def sum_squares(self, weights: Tensor) -> Tree:
+        return self._summed(weights, lambda part, own: part.sum_squares(own))
+
+    def _summed(self, weights: Tensor, question: Callable[[GradStack, Tensor], Tree]) -> Tree:
+        """Sum the answers of all parts, given the weights of their rows."""
         check_per_row("weight", weights, len(self))
         total = RunningSum()
         for part, own in zip(self.parts, self._split(weights), strict=True):
-            total.add(part.combine(own))
+            total.add(question(part, own))
             part.release()
         return total.rounded()
 

@@ -107,6 +107,14 @@ def reduce_pieces(
     return flat.to(rows.dtype).reshape(shape)
 
 
+def squares_of(weights: Tensor, rows: Tensor) -> Tensor:
+    """Compute Σ_m w_m rows_m² for rows (M, *shape), in float32 or wider. (*shape)."""
+    found = _products.weighted_squares(
+        _tree.at_least_float32(weights), rows.reshape(rows.shape[0], -1)
+    )
+    return found.view(rows.shape[1:])
+
+
 def mean_of(losses: Tensor, live: Tensor) -> Tensor:
     """Compute the mean of the losses of the rows that take part; NaN if there are none. ()."""
     wide = _tree.at_least_float32(losses)
@@ -284,6 +292,17 @@ class GradStack(ABC):
     @abstractmethod
     def sq_norms(self) -> Tensor:
         """Compute the squared norms of the rows, diag(J Jᵀ). (M,)."""
+
+    def sum_squares(self, weights: Tensor) -> Tree:
+        """Compute Σ_m w_m g_m², coordinate by coordinate, for ``weights`` w (M,).
+
+        Rows of weight 0 are masked, as in `combine`. The leaves are float32 or wider, because
+        squares underflow in half precision. Plan "fused" takes one product for a linear layer with
+        one position per row, Σ_m w_m d_m² ⊗ a_m², and computes the rows of other leaves some units
+        at a time.
+        """
+        check_per_row("weight", weights, self._rows)
+        return {name: squares_of(weights, leaf) for name, leaf in self.stacked().items()}
 
     @abstractmethod
     def stacked(self) -> Tree:
@@ -688,6 +707,13 @@ class DenseStack(BaseStack):
 
         pairs = zip(self.rows.items(), self._matrices(), strict=True)
         return {name: weigh(leaf, matrix) for (name, leaf), matrix in pairs}
+
+    @override
+    def sum_squares(self, weights: Tensor) -> Tree:
+        self._check_unwritten()
+        check_per_row("weight", weights, len(self))
+        weights = scale_rows(scale_rows(_tree.at_least_float32(weights), self.scale), self.scale)
+        return {name: squares_of(weights, leaf) for name, leaf in self.rows.items()}
 
     @override
     def stacked(self) -> Tree:

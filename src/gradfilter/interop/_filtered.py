@@ -15,14 +15,21 @@ from gradfilter import _tree
 from gradfilter._overlap import copied_where_shared
 from gradfilter._state_rules import settled
 from gradfilter._types import GLOBAL_NAMES, Out, Params, State, Transform, Tree, all_keep
-from gradfilter.grads._batch import plain
+from gradfilter.grads._batch import mark_samples, plain
 from gradfilter.grads._call_context import random_state
 from gradfilter.grads._hidden_state import Probes
 from gradfilter.grads._loss import extract, insert
 from gradfilter.grads._microbatch import GradFunction, Plan, microbatch_grads, per_sample_grads
 from gradfilter.grads._normalized_loss import NormalizedLoss
 from gradfilter.grads._row_parts import dense_rows, join_stacks
-from gradfilter.grads._stack import ComputedStack, DenseStack, GradStack, StackOrigin
+from gradfilter.grads._sample_groups import GroupedStack
+from gradfilter.grads._stack import (
+    ComputedDenseStack,
+    ComputedStack,
+    DenseStack,
+    GradStack,
+    StackOrigin,
+)
 from gradfilter.grads.fused._modules_by_row import ByRow
 from gradfilter.interop._earlier_batches import EarlierBatches, earlier_rows, held_of
 from gradfilter.interop._host_chain import (
@@ -96,6 +103,12 @@ def batch_of(inputs: Any, targets: Any, criterion: Callable[..., Any] | None) ->
 
 _Rows = tuple[ComputedStack, Tensor | None]
 """The rows of a batch, and the factors that remove a loss scale from them."""
+
+
+def _fell_back(rows: ComputedStack) -> bool:
+    """Return whether plan "auto" took the loop."""
+    rows = rows.samples if isinstance(rows, GroupedStack) else rows
+    return isinstance(rows, ComputedDenseStack) and rows.plan == "loop"
 
 
 def _add_to(reduced: ReducedRows, computed: _Rows) -> None:
@@ -221,6 +234,7 @@ class Filtered:
         plan: See `microbatch_grads`. Once ``"auto"`` has fallen back to the loop, it keeps the
             loop.
         memory_budget: See `microbatch_grads`.
+        uneven: True for batches whose size M need not divide: see `microbatch_grads`.
         scaler: A ``torch.amp.GradScaler``: losses are scaled, rows unscaled, and a row that
             overflowed is rejected alone (`finite_filter` is put in front of a chain without one).
             ``step`` updates the scaler: the scale falls if a row overflowed although its loss is
@@ -263,6 +277,7 @@ class Filtered:
         *,
         plan: Plan = "auto",
         memory_budget: int | float | None = None,
+        uneven: bool = False,
         scaler: torch.amp.GradScaler | None = None,
         has_aux: bool = False,
         compile: bool | str | Backend = False,
@@ -298,7 +313,7 @@ class Filtered:
         self._graphs = graphs_for(model, criterion, self.transforms, compile)
         self._batch_graphs = None if self._graphs is None else Graphs(self._graphs.backend)
         self._plan: Plan = plan_for(model, criterion, plan)
-        self._memory_budget = memory_budget
+        self._memory_budget, self._uneven = memory_budget, uneven
         self._probes, self._by_row = Probes(), ByRow()
         self._grads_of(None)
         check_owned(self._module, optimizer, "Filtered")
@@ -310,7 +325,14 @@ class Filtered:
         self.shared: Tree = {}  # used by hosts
 
     def step(
-        self, inputs: Any, targets: Any = None, *, reference_batch: Any = None, **extra: Any
+        self,
+        inputs: Any,
+        targets: Any = None,
+        *,
+        sample_weights: Tensor | None = None,
+        groups: Tensor | None = None,
+        reference_batch: Any = None,
+        **extra: Any,
     ) -> StepResult:
         """Run one step over this batch and every batch accumulated since the last one.
 
@@ -321,6 +343,8 @@ class Filtered:
             reference_batch: A pair (inputs, targets), or such a dict, of any size: the samples
                 whose mean gradient `reference_filter` follows. One more backward pass; what it
                 does to buffers is discarded.
+            sample_weights: See `GradFunction`.
+            groups: See `GradFunction`.
             **extra: Keywords for the transforms: ``keep``, ``count``, ``value``.
 
         Raises:
@@ -328,9 +352,10 @@ class Filtered:
         """
         check_owned(self._module, self.optimizer, "Filtered")
         params = self._params()
+        batch = self._batch_of(inputs, targets, sample_weights, groups)
         reference = None if reference_batch is None else self._samples(reference_batch)
         if self._graphs is None:
-            computed = self._batch_rows(params, inputs, targets)
+            computed = self._batch_rows(params, batch)
             if reference is not None:
                 scale = scale_of(self.scaler, _tree.device_of(params))
                 with renormalised(self._module):
@@ -339,7 +364,7 @@ class Filtered:
             self._discard_accumulated()
             found = self._filter(params, computed[0], rows, self._state, extra)
         else:
-            found = self._filter_in_graph(self._graphs, params, inputs, targets, extra, reference)
+            found = self._filter_in_graph(self._graphs, params, batch, extra, reference)
             self._discard_accumulated()
         # The optimizer writes the parameters, which a state, a metric or an aux may show.
         state, out, aux = copied_where_shared((found.state, found.out, found.aux), params)
@@ -362,7 +387,15 @@ class Filtered:
         metrics = {name: value for name, value in out.items() if name not in GLOBAL_NAMES}
         return StepResult(found.loss, {"keep": keep, **metrics}, aux)
 
-    def accumulate(self, inputs: Any, targets: Any = None, **extra: Any) -> Tensor:
+    def accumulate(
+        self,
+        inputs: Any,
+        targets: Any = None,
+        *,
+        sample_weights: Tensor | None = None,
+        groups: Tensor | None = None,
+        **extra: Any,
+    ) -> Tensor:
         """Compute the M rows of a batch; the next `step` filters them with its own.
 
         If every transform up to the reducer acts row by row (`finite_filter`, `clip_per_row`,
@@ -373,6 +406,8 @@ class Filtered:
         Args:
             inputs: As in `step`.
             targets: As in `step`.
+            sample_weights: As in `step`.
+            groups: As in `step`.
             **extra: Keywords that transforms up to the reducer read, the same objects as in `step`.
 
         Returns:
@@ -382,20 +417,17 @@ class Filtered:
             ValueError: Rows of other parameters, or keywords with other values, were accumulated.
         """
         params = self._params()
+        batch = self._batch_of(inputs, targets, sample_weights, groups)
         if self._batch_graphs is None:
-            loss, buffers = self._accumulate(params, inputs, targets, extra)
+            loss, buffers = self._accumulate(params, batch, extra)
         else:
-            loss, buffers = self._accumulate_in_graph(
-                self._batch_graphs, params, inputs, targets, extra
-            )
+            loss, buffers = self._accumulate_in_graph(self._batch_graphs, params, batch, extra)
         insert(self._module, {}, buffers)
         return loss
 
-    def _accumulate(
-        self, params: Params, inputs: Any, targets: Any, extra: Any
-    ) -> tuple[Tensor, Tree]:
+    def _accumulate(self, params: Params, batch: Any, extra: Any) -> tuple[Tensor, Tree]:
         """Compute the rows of a batch and hold them; return the mean loss and the buffers."""
-        computed = self._batch_rows(params, inputs, targets)
+        computed = self._batch_rows(params, batch)
         rows, loss = computed[0], computed[0].mean_loss()
         if self._row_part is None:
             self._held.append(dense_rows(*computed))
@@ -460,13 +492,17 @@ class Filtered:
         grads_of = (
             per_sample_grads(loss, **options)
             if self._microbatches is None
-            else microbatch_grads(loss, self._microbatches, **options)
+            else microbatch_grads(loss, self._microbatches, uneven=self._uneven, **options)
         )
         return replace(grads_of, probes=self._probes, by_row=self._by_row)
 
-    def _batch_rows(self, params: Params, inputs: Any, targets: Any) -> _Rows:
-        """Return the rows of one batch at the module's own parameters and buffers."""
+    def _batch_of(self, inputs: Any, targets: Any, weights: Any, groups: Any) -> Any:
+        """Return one batch as `model_loss` takes it, with the weights and groups of its samples."""
         batch = batch_of(inputs, targets, self.criterion)
+        return mark_samples(batch, weights, groups, self._microbatches)
+
+    def _batch_rows(self, params: Params, batch: Any) -> _Rows:
+        """Return the rows of one batch at the module's own parameters and buffers."""
         scale = scale_of(self.scaler, _tree.device_of(params))
         with renormalised(self._module):
             return self._rows(params, batch, None, scale)
@@ -476,7 +512,7 @@ class Filtered:
     ) -> _Rows:
         """Return the rows of one batch, and the factors that remove the loss scale."""
         rows: ComputedStack = self._grads_of(scale)(params, batch, buffers=buffers)
-        if self._plan == "auto" and isinstance(rows, DenseStack):
+        if self._plan == "auto" and _fell_back(rows):
             self._plan = "loop"  # the fused plan would be refused at every step
         if scale is None:
             return rows, None
@@ -519,16 +555,10 @@ class Filtered:
         return _FilteredBatch(grads, state, out, of_batch.buffers, losses, loss, aux)
 
     def _filter_in_graph(
-        self,
-        graphs: Graphs,
-        params: Params,
-        inputs: Any,
-        targets: Any,
-        extra: Any,
-        reference: Any = None,
+        self, graphs: Graphs, params: Params, batch: Any, extra: Any, reference: Any = None
     ) -> _FilteredBatch:
         """Do the same by a graph, whose inputs are all tensors that may change."""
-        given, parts, options = self._graph_arguments(params, inputs, targets, extra)
+        given, parts, options = self._graph_arguments(params, batch, extra)
         if self._earlier.reduced is not None:
             self._earlier.reduced.check_keywords(extra)
         given["earlier"] = self._earlier.tensors()
@@ -551,14 +581,14 @@ class Filtered:
             return tuple(found), random_state(_tree.device_of(params))
 
         found, *_ = graphs.run(run, given, parts, options=(options, constants))
-        batch = _FilteredBatch(*found)
-        return batch._replace(state=counted(self.transforms, batch.state, self._state))
+        result = _FilteredBatch(*found)
+        return result._replace(state=counted(self.transforms, result.state, self._state))
 
     def _accumulate_in_graph(
-        self, graphs: Graphs, params: Params, inputs: Any, targets: Any, extra: Any
+        self, graphs: Graphs, params: Params, batch: Any, extra: Any
     ) -> tuple[Tensor, Tree]:
         """Do the same as `_accumulate` by a graph."""
-        given, parts, options = self._graph_arguments(params, inputs, targets, extra)
+        given, parts, options = self._graph_arguments(params, batch, extra)
 
         def run(tree: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             with self._sharing(tree["shared"]):
@@ -577,7 +607,7 @@ class Filtered:
         return loss, buffers
 
     def _graph_arguments(
-        self, params: Params, inputs: Any, targets: Any, extra: Any
+        self, params: Params, batch: Any, extra: Any
     ) -> tuple[dict[str, Any], Parts, Any]:
         """Return the tensors that a graph takes, what it is made of, and its other arguments."""
         scale = scale_of(self.scaler, _tree.device_of(params))
@@ -585,7 +615,7 @@ class Filtered:
             "params": params,
             "buffers": {name: b.detach() for name, b in self._module.named_buffers()},
             "transforms": decided(self.transforms, self._state),
-            "batch": plain(batch_of(inputs, targets, self.criterion)),
+            "batch": plain(batch),
             "scale": {} if scale is None else {"scale": scale},
             "shared": self.shared,
             "extra": extra,

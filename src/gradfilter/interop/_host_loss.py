@@ -23,6 +23,7 @@ from gradfilter._types import Params, Transform, Tree
 from gradfilter.grads._loss import ModelLoss, refuse_class, refuse_lazy
 from gradfilter.grads._microbatch import Plan
 from gradfilter.grads._module_tensors import ModuleTensors
+from gradfilter.grads._sample_groups import GroupedStack
 from gradfilter.grads._stack import ComputedStack, GradStack, StackOrigin
 
 # --- One module with the tensors of a model and of a criterion with parameters ---
@@ -181,6 +182,8 @@ def with_own_losses(rows: ComputedStack) -> ComputedStack:
 
     The rows themselves are those of the scaled losses, and ``aux`` is the criterion's own.
     """
+    if isinstance(rows, GroupedStack):
+        return rows.of(with_own_losses(rows.samples))
     losses, *aux = rows.aux
     origin = origin_with_own_losses(rows.origin)
     same: ComputedStack = replace(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gradfilter import _tree
 from gradfilter._info import Info
 from gradfilter._types import State, Transform
-from gradfilter.grads._batch import plain
+from gradfilter.grads._batch import mark_samples, plain
 from gradfilter.grads._call_context import random_state, random_state_restored, set_random_state
 from gradfilter.grads._error_notes import stacklevel
 from gradfilter.grads._loss import ModelLoss
@@ -302,7 +302,14 @@ class CompiledStep:
         return self.step.init(model, seed=seed)
 
     def __call__(
-        self, state: TrainState, batch: Any, *more: Any, donate: bool = False, **extra: Any
+        self,
+        state: TrainState,
+        batch: Any,
+        *more: Any,
+        donate: bool = False,
+        sample_weights: Tensor | None = None,
+        groups: Tensor | None = None,
+        **extra: Any,
     ) -> tuple[TrainState, Info]:
         """Run one step; see `TrainStep`. The first step with new shapes traces and compiles.
 
@@ -313,6 +320,7 @@ class CompiledStep:
         if more or not isinstance(state, dict) or "random" not in state:
             return self.step(state, batch, *more, donate=donate, **extra)  # raises the clear error
         update, transforms = self.step.update, state["transforms"]
+        batch = mark_samples(batch, sample_weights, groups, self.step.grads_of.microbatches)
         given: TrainState = {**state, "transforms": decided(update, transforms)}
         new, info = _run(
             self.graphs,

@@ -13,7 +13,7 @@ from gradfilter import _tree
 from gradfilter._info import Info
 from gradfilter._overlap import copied_where_shared
 from gradfilter._types import Kind, Params, State, Transform, Tree
-from gradfilter.grads._batch import cut, more_than_a_batch
+from gradfilter.grads._batch import MarkedBatch, cut, mark_samples, more_than_a_batch
 from gradfilter.grads._call_context import random_state, random_state_restored, set_random_state
 from gradfilter.grads._loss import extract
 from gradfilter.grads._microbatch import GradFunction, Plan, microbatch_grads, per_sample_grads
@@ -78,6 +78,8 @@ class TrainStep:
         *more: Any,
         donate: bool = False,
         reference_batch: Any = None,
+        sample_weights: Tensor | None = None,
+        groups: Tensor | None = None,
         **extra: Any,
     ) -> tuple[TrainState, Info]:
         """Run one step; the same state and batch always give the same result.
@@ -90,6 +92,9 @@ class TrainStep:
             reference_batch: Samples whose mean gradient `reference_filter` follows, at the same
                 parameters: a batch of any size, of the same structure. One more backward pass; what
                 it does to buffers is discarded.
+            sample_weights: See `GradFunction`. The name ``weights`` is that of the weights of rows
+                that a reducer publishes.
+            groups: See `GradFunction`; not with ``rows_at_once``.
             **extra: Keywords for the transforms: ``keep``, ``count``, ``value``.
 
         Returns:
@@ -111,6 +116,7 @@ class TrainStep:
             TrainState.__annotations__,
             "Begin with state = step.init(model), then write state, info = step(state, batch).",
         )
+        batch = mark_samples(batch, sample_weights, groups, self.grads_of.microbatches)
         device = _tree.device_of(state["params"])
         with random_state_restored(device):
             set_random_state(state["random"], device)
@@ -140,10 +146,18 @@ class TrainStep:
     ) -> ComputedStack | DenseStack | ReducedRows:
         """Return the rows of the batch, or what the chain has made of them part by part."""
         params, buffers = state["params"], state["buffers"]
-        parts = [(batch, self.grads_of)]
+        if isinstance(batch, MarkedBatch) and batch.groups is not None:
+            self._refuse_parts()
+            return self.grads_of(params, batch, buffers=buffers)
+        cuts = self.grads_of.parts(batch)
         if self.rows_at_once is not None:
-            cuts = cut(batch, self.grads_of.microbatches, self.rows_at_once)
-            parts = [(part, self.grads_of.with_rows(count)) for part, count in cuts]
+            of_samples = self.grads_of.microbatches is None
+            cuts = [
+                piece
+                for part, count in cuts
+                for piece in cut(part, None if of_samples else count, self.rows_at_once)
+            ]
+        parts = [(part, self.grads_of.with_rows(count)) for part, count in cuts]
         if len(parts) == 1:
             return self.grads_of(params, batch, buffers=buffers)
         of_chain = row_part(self.update)
@@ -160,6 +174,15 @@ class TrainStep:
                 reduced.add(rows)
             del rows  # before the next part is computed
         return reduced
+
+    def _refuse_parts(self) -> None:
+        """Refuse groups in parts: the samples of a row may be anywhere in the batch."""
+        if self.rows_at_once is not None:
+            raise ValueError(
+                f"train_step: expected rows_at_once=None with groups=, found {self.rows_at_once}: "
+                "the samples of a row may be anywhere in the batch. Sort them into microbatches "
+                "of equal sizes, or compute all rows at once."
+            )
 
 
 def mean_gradient(grads_of: GradFunction, params: Params, batch: Any, buffers: Tree | None) -> Tree:
@@ -187,6 +210,7 @@ def train_step(
     chunk_size: int | None = None,
     memory_budget: int | float | None = None,
     rows_at_once: int | None = None,
+    uneven: bool = False,
 ) -> TrainStep:
     """Combine loss, gradients and update into one object with one state to checkpoint.
 
@@ -205,6 +229,7 @@ def train_step(
             (`finite_filter`, `clip_per_row`, `mean_rows`), the step holds one gradient; otherwise
             all rows, because the chain compares them. The result is that of one part, up to
             rounding and to which random numbers a dropout layer draws.
+        uneven: True for batches whose size M need not divide: see `microbatch_grads`.
 
     Raises:
         TypeError: ``update`` does not take rows or does not end in an update.
@@ -242,7 +267,7 @@ def train_step(
     grads_of = (
         per_sample_grads(loss, **options)
         if microbatches is None
-        else microbatch_grads(loss, microbatches, **options)
+        else microbatch_grads(loss, microbatches, uneven=uneven, **options)
     )
     return TrainStep(grads_of, update, rows_at_once)
 

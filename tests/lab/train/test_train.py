@@ -177,6 +177,9 @@ CHAINS = {
     ("--optimizer", "lion", "--cautious", "--learning-rate", "1e-3"): ["mean_rows", "cautious"],
     ("--schedule-free", "--lr-warmup-epochs", "0.1"): ["mean_rows", "schedule_free"],
     ("--msam", "0.3", "--optimizer", "adamw", "--cautious"): ["mean_rows", "msam"],
+    ("--per-sample", "--optimizer", "per_example_adam", "--betas", "0.5", "0.9", "--eps", "0.1"): [
+        *("mean_rows", "per_example_adam"),
+    ],
     ("--agree", "0.9", "--microbatches", "4", "--sam", "0.05", "--rho-schedule", "proportional"): [
         *("agree_filter", "sam_perturb", "sgd"),
     ],

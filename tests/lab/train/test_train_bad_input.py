@@ -140,7 +140,7 @@ VALUES = {
     "--name ../escape": "--name",
     "--name /abs": "--name",
     "--epochs 5 --steps 10": "--epochs: it would change nothing",
-    "--betas 0.9 0.99": "--betas: it would change nothing without --optimizer adam, adamw, lion",
+    "--betas 0.9 0.99": "--betas: it would change nothing without --optimizer adam, adamw",
     "--agc-exclude head.*": "--agc-exclude: it would change nothing without --agc",
     "--against first": "--against",
     "--noise-type pairflip": "--noise-type",

@@ -78,6 +78,19 @@ class Factor(ABC):
     def sq_norms(self) -> Tensor:
         """Return the diagonal of `gram`. (M,)."""
 
+    def sum_squares(self, weights: Tensor, live: Tensor | None) -> Tensor:
+        """Compute Σ_m w_m row_m² per coordinate, tile by tile; rows not live count as zero.
+
+        Args:
+            weights: (M,).
+            live: (M,) bool; None means that all rows are live.
+        """
+        weights = weights if live is None else torch.where(live, weights, 0.0)
+        if not self.shape.numel():
+            return weights.new_zeros(self.shape)
+        parts = [_products.weighted_squares(weights, tile) for tile in tiles(self)]
+        return torch.cat(parts).view(self.shape)
+
 
 class Divisible(Factor):
     """A factor that can be split into groups of rows."""
@@ -155,6 +168,16 @@ class OuterFactor(Divisible):
         outputs = weigh(self.outputs, weights, live)
         inputs = self.inputs if live is None else mask(self.inputs, live)
         return (outputs.flatten(0, 1).T @ inputs.flatten(0, 1)).view(self.shape)
+
+    @override
+    def sum_squares(self, weights: Tensor, live: Tensor | None) -> Tensor:
+        """Compute Σ_m w_m d_m² ⊗ a_m² by one product if every row has one position."""
+        if self.inputs.shape[1] != 1:
+            return super().sum_squares(weights, live)
+        inputs, outputs = map(_tree.at_least_float32, (self.inputs, self.outputs))
+        outputs = weigh(outputs.square(), weights, live).flatten(0, 1)
+        inputs = (inputs if live is None else mask(inputs, live)).square().flatten(0, 1)
+        return (outputs.T @ inputs).view(self.shape)
 
     @override
     def dot(self, leaf: Tensor) -> Tensor:
@@ -433,6 +456,13 @@ class TiledFactor(Factor):
         return tiled_gram(self)
 
     @override
+    def sum_squares(self, weights: Tensor, live: Tensor | None) -> Tensor:
+        """Compute the sum tile by tile, or take that of the only part."""
+        if len(self.parts) == 1:
+            return self.parts[0].sum_squares(weights, live)
+        return super().sum_squares(weights, live)
+
+    @override
     def sq_norms(self) -> Tensor:
         """Compute the norms tile by tile, or take those of the only part."""
         if len(self.parts) == 1:
@@ -518,8 +548,26 @@ class EmbeddingFactor(Divisible):
         norms = torch.where(same, products, 0.0).sum((1, 2), dtype=_tree.sum_dtype(grads))
         return norms.clamp(min=0)
 
+    @override
+    def sum_squares(self, weights: Tensor, live: Tensor | None) -> Tensor:
+        """Sum the positions of each unit in a row, and scatter the weighted squares."""
+        sums, place, begins, index = self._sums()
+        squares = weigh(sums.square()[place].view(*index.shape, -1), weights, live)
+        squares = torch.where(begins[..., None], squares, 0.0).flatten(0, 1)
+        return squares.new_zeros(self.shape).index_add_(0, index.flatten(), squares)
+
     def _sq_norms_of_sums(self) -> Tensor:
-        """Sort the positions by unit and sum those of one unit: no more sums than positions."""
+        sums, place, begins, index = self._sums()
+        norms = _products.row_sq_norms(sums)[place].view(index.shape)
+        return torch.where(begins, norms, 0.0).sum(1)
+
+    def _sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sort the positions by unit and sum those of one unit: no more sums than positions.
+
+        Returns:
+            The sums (M·n, width), the sum that each position belongs to (M·n,), whether a position
+            is the first of its unit (M, n), and the unit (M, n).
+        """
         index, order = self.index.sort(1)
         begins = torch.ones_like(index, dtype=torch.bool)
         torch.ne(index[:, 1:], index[:, :-1], out=begins[:, 1:])
@@ -527,5 +575,4 @@ class EmbeddingFactor(Divisible):
         grads = _tree.at_least_float32(self.grads)
         grads = grads.gather(1, order[..., None].expand_as(grads)).flatten(0, 1)
         sums = torch.zeros_like(grads).index_add_(0, place, grads)
-        norms = _products.row_sq_norms(sums)[place].view(index.shape)
-        return torch.where(begins, norms, 0.0).sum(1)
+        return sums, place, begins, index

@@ -127,6 +127,7 @@ class LazyRows:
         budget: The bytes that may be held between questions.
         hooks: The hooks that the user registered on parameters, to be run on every row.
         lean: True to hold no rows that take much more memory than their factors.
+        absent: The rows that are known to be empty, (M,) bool, or None.
 
     Attributes:
         state: The present state.
@@ -142,6 +143,7 @@ class LazyRows:
         hooks: dict[str, list[Hook]] | None = None,
         *,
         lean: bool = False,
+        absent: Tensor | None = None,
     ) -> None:
         self._source = source
         self.fallback = ""  # the reason why the loop has computed the rows
@@ -157,7 +159,9 @@ class LazyRows:
         self.count = first.losses.shape[0]
         self._losses = first.losses.detach()
         self.device = first.losses.device
-        self._ignored = first.tape.ignored
+        self._absent, self._ignored = absent, first.tape.ignored
+        if absent is not None:
+            self._ignored = absent if self._ignored is None else absent | self._ignored
         wide = {torch.float32, torch.float64}
         self._half = autocast_dtype(self.device) is not None or not wide.issuperset(
             self._dtypes.values()
@@ -193,6 +197,8 @@ class LazyRows:
         if readable(lost):
             if not any(lost.tolist()):
                 return None
+            if self._absent is not None and torch.equal(lost, self._absent):
+                return lost
             return lost & (self.sq_norms(every) == 0)
         if every in self._norms:
             return lost & (self._norms[every] == 0)
@@ -298,6 +304,16 @@ class LazyRows:
             else torch.zeros(self.shapes[name], dtype=self._dtypes[name], device=self.device)
             for name in names
         }
+
+    def sum_squares(self, names: Collection[str], weights: Tensor) -> Tree:
+        """Compute Σ_m w_m row_m² on some leaves, in float32 or wider; weight 0 masks a row."""
+        live = self._live(names, weights)
+        found = self._ask(names, lambda factor, _: factor.sum_squares(weights, live))
+        for name in names:
+            if name not in found:
+                dtype = torch.promote_types(self._dtypes[name], torch.float32)
+                found[name] = torch.zeros(self.shapes[name], dtype=dtype, device=self.device)
+        return {name: found[name].view(self.shapes[name]) for name in names}
 
     def _total(self, names: Collection[str], weights: Tensor) -> Tree:
         """Compute `total` for the leaves that have a gradient, in the dtype of the computation."""
@@ -606,6 +622,13 @@ class FusedStack(ComputedStack):
         if self.count < self.run.count:
             weights = torch.cat([weights, weights.new_zeros(self.run.count - self.count)])
         return untraced(self.run.total)(self.names, weights)
+
+    @override
+    def sum_squares(self, weights: Tensor) -> Tree:
+        check_per_row("weight", weights, self.count)
+        weights = scale_rows(scale_rows(_tree.at_least_float32(weights), self.scale), self.scale)
+        weights = torch.cat([weights, weights.new_zeros(self.run.count - self.count)])
+        return untraced(self.run.sum_squares)(self.names, weights)
 
     @override
     def stacked(self) -> Tree:

@@ -224,6 +224,8 @@ def _plain_rule(config: TrainConfig, lr: gf.Schedule) -> gf.Transform:
             )
         case "adam":
             return gf.adam(lr, betas=betas, eps=config.eps, weight_decay=decay, decays=decays)
+        case "per_example_adam":
+            return gf.per_example_adam(lr, betas=betas, eps=config.eps, weight_decay=decay)
         case "rmsprop":
             return gf.rmsprop(
                 lr,

@@ -256,8 +256,8 @@ def _splits(config: TrainConfig) -> bool:
 
 
 BETAS = OptionUse(
-    "without --optimizer adam, adamw, lion or muon",
-    lambda c: c.optimizer in ("adam", "adamw", "lion", "muon"),
+    "without --optimizer adam, adamw, per_example_adam, lion or muon",
+    lambda c: c.optimizer in ("adam", "adamw", "per_example_adam", "lion", "muon"),
 )
 RMSPROP = OptionUse("without --optimizer rmsprop", lambda c: c.optimizer == "rmsprop")
 AGREE = OptionUse("without --agree", lambda c: c.agree is not None)
@@ -283,7 +283,7 @@ USES: Mapping[str, tuple[OptionUse, ...]] = {
     "betas": (BETAS,),
     "eps": (
         OptionUse(
-            "without --optimizer adam, adamw, rmsprop or muon",
+            "with --optimizer sgd or lion",
             lambda c: c.optimizer not in ("sgd", "lion"),
         ),
     ),

@@ -20,7 +20,7 @@ from gradfilter.lab._constraints import (
     positive,
 )
 
-OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "lion", "muon"]
+OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "lion", "muon", "per_example_adam"]
 ScheduleName = Literal["constant", "step", "linear", "cosine", "poly", "plateau"]
 
 # --- Constraints of single fields ---
@@ -141,9 +141,10 @@ class TrainConfig:
     nesterov: bool = False
     """Use Nesterov's momentum, for sgd."""
     betas: Annotated[tuple[float, float], BETAS] = (0.9, 0.999)
-    """Decay rates of the moments, for adam, adamw (also with muon) and lion (0.9 0.99 is usual)."""
+    """Decay rates of the moments, for adam, adamw, muon, per_example_adam and lion, for which 0.9
+    0.99 is usual."""
     eps: Annotated[float, positive()] = 1e-8
-    """Number added to the root, for adam, adamw (also with muon) and rmsprop."""
+    """Number added to the root, for all update rules but sgd and lion."""
     alpha: Annotated[float, FRACTION] = 0.99
     """Decay rate of the squares, for rmsprop."""
     centered: bool = False
