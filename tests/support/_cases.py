@@ -56,6 +56,10 @@ def remembered(gram, state):
     return (gram.diagonal() / largest).softmax(0), {"largest": largest}
 
 
+def nothing_yet(params):
+    return {"largest": next(iter(params.values())).new_zeros(())}
+
+
 LR = gs.cosine(0.1, 20, warmup_steps=2)
 
 # Public link -> variants, each a complete chain from rows to an update.
@@ -73,7 +77,7 @@ CASES = {
     ],
     "aggregate": [
         lambda: reducer(gf.aggregate(lambda gram: gram.diagonal().softmax(0))),
-        lambda: reducer(gf.aggregate(remembered, {"largest": torch.zeros(())})),
+        lambda: reducer(gf.aggregate(remembered, nothing_yet)),
     ],
     "reference_filter": [
         lambda: reducer(gf.reference_filter("average")),
