@@ -15,6 +15,7 @@ from torch import nn
 import gradfilter as gf
 from _plain import module_rows
 from gradfilter.grads._hidden_state import Probes
+from gradfilter.grads._normalized_loss import NormalizedLoss
 from gradfilter.interop import Filtered
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -288,3 +289,17 @@ def test_a_pass_that_runs_twice_changes_no_numbers_and_no_logs():
         assert all(torch.equal(grads[name], other[name]) for name in grads)
         assert torch.equal(state, other_state)
     assert log == [2, 2, 2]
+
+
+def test_a_partial_of_torchs_function_hides_no_state():
+    """Its options are no functions, so no pass runs twice."""
+    part, triplet = functools.partial, F.triplet_margin_with_distance_loss
+    criteria = {
+        part(F.cross_entropy, reduction="none"): False,
+        part(part(F.cross_entropy, weight=torch.ones(3)), reduction="none"): False,
+        part(triplet, distance_function=lambda a, b: (a - b).norm(dim=1)): True,
+        part(criterion_of(lambda: 1)): True,
+    }
+    for criterion, may in criteria.items():
+        loss = NormalizedLoss.of(gf.model_loss(net(), criterion), False)
+        assert loss.may_draw_on_host is may

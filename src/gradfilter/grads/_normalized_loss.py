@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -172,6 +172,15 @@ def _holds(value: Any, parameter: Any, depth: int) -> bool:
 # --- The normalized loss ---
 
 
+def _without_options(criterion: Any) -> Any:
+    """Return the function of a `functools.partial` that fixes options, none of them functions."""
+    while isinstance(criterion, partial) and not any(
+        callable(value) for value in (*criterion.args, *criterion.keywords.values())
+    ):
+        criterion = criterion.func
+    return criterion
+
+
 def _own_methods(modules: Iterable[nn.Module]) -> Iterator[Any]:
     """Yield what the forward passes and hooks of modules refer to, other than the modules."""
     modules = list(modules)
@@ -257,7 +266,7 @@ class NormalizedLoss:
         for module in modules:
             if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
                 return True
-        criterion = getattr(self.loss, "criterion", None)
+        criterion = _without_options(getattr(self.loss, "criterion", None))
         called = [*map(type, modules), *([] if criterion is None else [criterion])]
         homes = {str(getattr(kind, "__module__", None)) for kind in called}
         return {home.partition(".")[0] for home in homes} != {"torch"}
