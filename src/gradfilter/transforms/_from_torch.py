@@ -597,8 +597,9 @@ def _reason_to_read(
     """Return where the class reads a number, found by a step on tensors without values."""
     with FakeTensorMode() as mode:
         fake: Callable[[Tensor], Tensor] = mode.from_tensor
-        params, grads = ([fake(t) for t in tree.values()] for tree in trees)
-        values = [fake(v) for v in structure.values]
+        params: list[Tensor] = [fake(t) for t in trees[0].values()]
+        grads: list[Tensor] = [fake(t) for t in trees[1].values()]
+        values: list[Tensor] = [fake(v) for v in structure.values]
         lr: Any = runner.lr
         if scheduled:
             lr = mode.from_tensor(torch.full((), runner.lr, dtype=torch.float64))
