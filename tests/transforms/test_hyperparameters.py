@@ -43,7 +43,10 @@ def test_what_is_no_number_is_a_text_and_no_tensor_is_read():
 
 
 def test_a_transform_alone_has_its_name_in_front():
-    assert gf.hyperparameters(gf.clip_per_row(2.0)) == {"clip_per_row/max_norm": 2.0}
+    assert gf.hyperparameters(gf.clip_per_row(2.0)) == {
+        "clip_per_row/max_norm": 2.0,
+        "clip_per_row/per_leaf": False,
+    }
 
 
 def test_something_else_is_refused():

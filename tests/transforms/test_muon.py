@@ -86,6 +86,7 @@ def test_a_schedule_and_the_defaults_are_those_of_torch_optim():
         **{f"muon/ns_coefficients/{i}": c for i, c in enumerate(defaults["ns_coefficients"])},
         **{f"muon/{key}": defaults[key] for key in ("eps", "ns_steps")},
         "muon/adjust_lr_fn": "original",
+        "muon/decays": None,
     }
 
 

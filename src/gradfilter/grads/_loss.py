@@ -54,9 +54,9 @@ def loss_of_row(value: Any, batch: Any) -> Any:
     if not isinstance(value, Tensor) or (weights is None and value.ndim != 1):
         return value
     if weights is None:
-        tensors = (leaf for leaf in _tree.leaves(plain(batch)) if isinstance(leaf, Tensor))
-        size = next(tensors).shape[0]
-        return value.mean() if value.shape[0] == size else value
+        leaves = _tree.leaves(plain(batch))
+        sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
+        return value.mean() if sizes and value.shape[0] == sizes[0] else value
     if value.ndim == 0 and weights.shape[0] == 1:
         value = value.unsqueeze(0)
     if value.shape != weights.shape:

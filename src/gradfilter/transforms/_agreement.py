@@ -252,7 +252,7 @@ class _Agreement:
 
 
 def _check_several(rows: GradStack) -> None:
-    if len(rows) < 2:
+    if rows.live.shape[0] < 2:  # in a trace a symbol, which len would turn into a number
         raise ValueError(
             "agree_filter: expected at least two rows, found M = 1, which has nothing to agree "
             "with. Use microbatch_grads(loss, M) with M >= 2, or mean_rows()."

@@ -80,7 +80,7 @@ def from_torch(
         >>> update, params = gf.from_torch(torch.optim.NAdam, lr=0.1), {"w": torch.ones(1)}
         >>> params, state, info = update(params, update.init(params), {"w": torch.ones(1)})
         >>> params["w"], sorted(state["leaves"])
-        (tensor([0.9180]), ['exp_avg', 'exp_avg_sq', 'mu_product', 'step'])
+        (tensor([0.8944]), ['exp_avg', 'exp_avg_sq', 'mu_product', 'step'])
     """
     _check_class(optimizer)
     _check_arguments(optimizer, lr, arguments)

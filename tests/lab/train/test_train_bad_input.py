@@ -55,7 +55,7 @@ VALUES = {
     "--schedule-free --nesterov": "in place of momentum",
     "--schedule-free --cautious": "in place of momentum",
     "--cautious --optimizer adamw --betas 0 0.9": "with momentum, found adamw without",
-    "--optimizer lion --eps 0.1": "--eps: it would change nothing without --optimizer adam,",
+    "--optimizer lion --eps 0.1": "--eps: it would change nothing with --optimizer sgd or lion",
     "--optimizer adam --nesterov": "--nesterov",
     "--batch-size 81 --microbatches 8": "--batch-size: expected a multiple of --microbatches 8",
     "--batch-size 0": "--batch-size",

@@ -152,7 +152,7 @@ class TrainConfig:
     weight_decay: Annotated[float, at_least(0)] = 0.0
     """L2 decay; decoupled for adamw, lion and muon."""
     no_decay: tuple[str, ...] = ()
-    """Parameters without weight decay: patterns of names such as *.bias"""
+    """Parameters without weight decay: patterns of names, such as *.bias (PATTERN)."""
     cautious: bool = False
     """Leave out the entries of an update that point against the gradient."""
     schedule_free: bool = False
