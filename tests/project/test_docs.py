@@ -13,8 +13,10 @@ import pytest
 import torch
 from benchmarks.cited import citations
 from docs import _architecture, _badges, _idea
+from docs import _costs as costs
 
 import gradfilter as gf
+from _cases import CASES
 from gradfilter import diagnostics, distributed, interop, schedules, testing
 
 ROOT = Path(__file__).parents[2]
@@ -162,3 +164,16 @@ def test_the_picture_of_the_idea_shows_the_filter_at_work():
 def test_the_badges_say_what_is_so(name):
     badge = (_badges.TARGET / f"badge-{name}.svg").read_text()
     assert badge == _badges.drawn(name, _badges.facts()[name]), "python docs/_badges.py"
+
+
+COMBINE = {"scheduled", "masked", "partition", "freeze", "gate", "named", "every", "late", "chain"}
+
+
+def test_the_table_of_costs_is_that_of_the_code():
+    page = costs.PAGE.read_text()
+    assert costs.with_table(page) == page, "python docs/_costs.py writes it"
+
+
+def test_the_table_of_costs_has_every_transform():
+    shown = {name for call in costs.SHOWN for name in re.findall(r"\w+(?=\()", call)}
+    assert shown >= set(CASES) - COMBINE - {"transform"}
