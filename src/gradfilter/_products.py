@@ -149,3 +149,19 @@ def _vectors(tree: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> list[Ten
 def norm(tree: Mapping[str, Tensor]) -> Tensor:
     """Return the 2-norm of a tree over all leaves together. ()."""
     return sq_norm(tree).sqrt()
+
+
+def known_quantile(values: Tensor, level: float) -> Tensor:
+    """Compute a quantile over dim 0 of the numbers that are not NaN, by linear interpolation.
+
+    NaN where there are none. (`torch.nanquantile` reads a number on the host before torch 2.12.)
+    """
+    ordered = values.sort(0).values  # NaN comes last
+    last = (~values.isnan()).sum(0) - 1
+    at = last.clamp(min=0).to(values.dtype) * level
+    low = at.floor()
+    below, above = (
+        ordered.gather(0, place.to(torch.int64)[None])[0]
+        for place in (low, torch.minimum(low + 1, last.clamp(min=0).to(low.dtype)))
+    )
+    return torch.where(last < 0, torch.nan, below + (above - below) * (at - low))

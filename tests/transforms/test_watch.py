@@ -32,7 +32,7 @@ def statistics_of(matrix):
     return trace, mean.square().sum().item() - trace / m, cosine
 
 
-@given(seeds, st.integers(1, 7), st.floats(0.0, 0.95))
+@given(seeds, st.integers(1, 7), st.sampled_from([0.0, 0.5, 0.95]))
 def test_random_stacks_follow_the_definition(seed, count, decay):
     watch, params = gf.watch(decay=decay), zeros()
     state, averages = watch.init(params), [0.0, 0.0]

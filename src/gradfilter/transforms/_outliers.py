@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gradfilter import _products
 from gradfilter._factory import factory
 from gradfilter._types import Context, Out, Params, State, Transform
 from gradfilter.grads._stack import GradStack
@@ -77,7 +78,8 @@ class _OutlierFilter:
         usable = rows.live & values.isfinite()
         known = torch.where(usable, values, torch.nan)
         # With an even number of rows `nanmedian` would take the lower one of the two in the middle.
-        middle = known.nanmean() if self.center == "mean" else known.nanquantile(0.5)
+        median = self.center == "median"
+        middle = _products.known_quantile(known, 0.5) if median else known.nanmean()
         limit = middle * self.factor
         accepted = usable & (values <= limit)
         out = {"keep": accepted.any(), "accepted": accepted, "limit": limit}

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gradfilter import _tree
+from gradfilter import _products, _tree
 from gradfilter._factory import factory
 from gradfilter._row_rules import RowRules
 from gradfilter._state_rules import Observing
@@ -57,7 +57,7 @@ class Quantile:
 
     def observe(self, state: State, norms: Tensor) -> State:
         """Return the state after the norms of all rows; NaN for a row that does not count."""
-        found = torch.nanquantile(norms, self.level, dim=0).to(state["limit"].dtype)
+        found = _products.known_quantile(norms, self.level).to(state["limit"].dtype)
         old, known = state["limit"], found.isfinite()
         moved = torch.where(state["count"] > 0, old + (found - old) * (1 - self.decay), found)
         return {

@@ -146,7 +146,10 @@ class _Watch:
         return grads, state, out
 
     def _quantiles(self, of: str, values: Tensor) -> Out:
-        return {f"{of}_{name}": values.nanquantile(level) for name, level in self.levels.items()}
+        return {
+            f"{of}_{name}": _products.known_quantile(values, level)
+            for name, level in self.levels.items()
+        }
 
 
 def _lengths(rows: GradStack) -> tuple[Tensor, Tensor, Tensor]:
