@@ -436,14 +436,20 @@ STATELESS = {
 }
 
 
+SOLVERS = {
+    "CAGradWeighting": ("cvxpy", "clarabel"),
+    "DualProjWeighting": ("qpsolvers", "quadprog"),
+    "UPGradWeighting": ("qpsolvers", "quadprog"),
+}
+"""The packages that a weighting needs in addition to TorchJD, which makes them an option."""
+
+
 @pytest.mark.parametrize("name", STATELESS)
 def test_stateless_weightings_of_torchjd_work_as_they_are(name):
     torchjd = pytest.importorskip("torchjd.aggregation")
-    try:
-        weighting = getattr(torchjd, name)(*STATELESS[name])
-        weighting(torch.eye(4, dtype=torch.float64))
-    except ImportError as error:  # a solver that is an option of the package
-        pytest.skip(str(error))
+    for solver in SOLVERS.get(name, ()):
+        pytest.importorskip(solver, reason=f"{name} of TorchJD needs {solver}")
+    weighting = getattr(torchjd, name)(*STATELESS[name])
     matrix = random_matrix(3, 4)
     matrix = matrix / matrix.norm(dim=1, keepdim=True)
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from torch import Tensor
 from gradfilter._factory import factory
 from gradfilter._types import Context, Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
+from gradfilter.transforms._reducers import shares
 from gradfilter.transforms._transform import check_distance, check_number, transform_in_context
 
 
@@ -89,10 +90,7 @@ class _Consensus:
         elif threshold >= 2:
             excess = usable.to(cosine.dtype)
         accepted = excess > 0
-        # Divide by the largest first, so that the sum does not underflow; then it is at least 1.
-        largest = excess.max()
-        excess = excess / torch.where(largest > 0, largest, 1.0)
-        weights = excess / excess.sum().clamp(min=1)
+        weights = shares(excess)
         out = {
             "keep": accepted.sum() >= self.min_accepted,
             "weights": weights,

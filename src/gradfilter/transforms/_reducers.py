@@ -27,6 +27,14 @@ def mean_weights(rows: GradStack) -> Tensor:
     return live / live.sum().clamp(min=1)
 
 
+def shares(excess: Tensor) -> Tensor:
+    """Return numbers >= 0 divided by their sum; zeros if all are zero. (M,)."""
+    # Divide by the largest first, so that the sum does not underflow; then it is at least 1.
+    largest = excess.max()
+    excess = excess / torch.where(largest > 0, largest, 1.0)
+    return excess / excess.sum().clamp(min=1)
+
+
 @factory
 def mean_rows() -> Transform:
     """Combine the rows by their mean, as in ordinary training.

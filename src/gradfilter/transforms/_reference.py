@@ -14,6 +14,7 @@ from gradfilter._factory import factory
 from gradfilter._state_rules import Observing
 from gradfilter._types import Context, Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
+from gradfilter.transforms._reducers import shares
 from gradfilter.transforms._transform import check_leaves, check_number, transform_in_context
 
 Kept = Literal["given", "average", "previous"]
@@ -159,12 +160,9 @@ class _ReferenceFilter:
         even = usable.to(score.dtype)
         excess = torch.where(known, torch.where(usable, excess, 0.0), even)
         accepted = excess > 0
-        # Divide by the largest first, so that the sum does not underflow; then it is at least 1.
-        largest = excess.max()
-        excess = excess / torch.where(largest > 0, largest, 1.0)
-        weights = excess / excess.sum().clamp(min=1)
+        weights = shares(excess)
         if self.remembers:
-            mean = rows.combine(even / even.sum().clamp(min=1))
+            mean = rows.combine(shares(even))
             state = {"reference": self._moved(reference, mean, usable.any())}
         out = {
             "keep": accepted.any(),
