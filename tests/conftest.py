@@ -48,6 +48,6 @@ def four():
     yield from processes(4)
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def world(request):
     yield from processes(request.param)

@@ -45,6 +45,7 @@ def test_cases_measured_before_stay(tmp_path):
     assert list(run(tmp_path, "waits-gpt")["cases"]) == ["waits-mlp", "waits-gpt"]
 
 
+@pytest.mark.slow
 def test_memory_case(tmp_path):
     (workload,) = run(tmp_path, "memory")["cases"]["memory"]["workloads"]
     assert workload["results"]["loop"]["peak_bytes"] > 0

@@ -158,6 +158,7 @@ def test_what_runs_on_a_gpu(no_process, tmp_path, monkeypatch):
     assert "--only memory --device cuda" in (tmp_path / "benchmarks.md").read_text()
 
 
+@pytest.mark.slow
 def test_one_failing_part_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
     def fail(*arguments, **options):
         raise ZeroDivisionError
@@ -275,6 +276,7 @@ def test_numbers_of_the_page_are_those_of_the_file():
     assert part["workloads"][0]["results"]["opacus: rows"]["ratio"]["median"] in drawn
 
 
+@pytest.mark.slow
 def test_what_a_gpu_adds(tmp_path):
     """The cases of a GPU, tried on a CPU, under the name of a device."""
     cases = ["gpt", "gpt-bf16", "waits-mlp", "captured-mlp"]

@@ -21,6 +21,7 @@ SMALL = Task(
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 
 
+@pytest.mark.slow
 def test_everybody_is_timed_and_right(capfd):
     contest = per_sample.measure("small", SMALL, 12, 1, CPU)
     libraries = {"gradfilter", "opacus", "ExpandedWeights", "vmap(grad)"}

@@ -53,6 +53,7 @@ def test_memory_is_over_plain_and_shown_beside_the_rows_themselves(tmp_path, cap
     assert f"{2 * gradient / 1e6:.0f} MB" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sharpness_is_over_a_step_of_torch(tmp_path):
     *contests, around = run(sharpness, tmp_path)
     assert around["title"].endswith(sharpness.AROUND)
@@ -119,6 +120,7 @@ def test_a_command_says_what_it_is_for(module, capsys):
     assert module.__doc__.splitlines()[0] in capsys.readouterr().out.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_layers_run_with_every_plan_and_without_torchs_warning(tmp_path):
     layers.main(["--quick", "--rounds", "1", "--out", str(tmp_path)])
     written = json.loads((tmp_path / "layers-cpu.json").read_text())
@@ -150,6 +152,7 @@ def test_compiled_steps_that_do_not_agree_are_not_timed(monkeypatch):
         compiled.first_calls(setting, ways)
 
 
+@pytest.mark.slow
 def test_rows_along_agree_and_are_timed(tmp_path):
     options = ["--quick", "--rounds", "1", "--models", "mlp-small", "--out", str(tmp_path)]
     rows_along.main([*options, "--backend", "graph"])
@@ -166,6 +169,7 @@ def test_rows_that_do_not_agree_are_not_timed(monkeypatch):
         rows_along.check(rows_along.CASES["mlp-small"], torch.device("cpu"), "graph")
 
 
+@pytest.mark.slow
 def test_padded_text_is_counted_and_timed(tmp_path, capsys):
     pytest.importorskip("transformers")
     options = ["--quick", "--rounds", "1", "--models", "bert-32", "--out", str(tmp_path)]

@@ -19,6 +19,7 @@ def test_all_ways_give_the_same_numbers(title):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_measured(tmp_path, capsys):
     stats.main(["--quick", "--rounds", "1", "--classes", "10", "--out", str(tmp_path)])
     written = json.loads((tmp_path / "stats-cpu.json").read_text())

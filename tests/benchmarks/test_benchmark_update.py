@@ -12,6 +12,7 @@ CPU = torch.device("cpu")
 SHAPES = {"weight": torch.Size((3, 4)), "bias": torch.Size((3,))}
 
 
+@pytest.mark.slow
 def test_the_script_measures_every_way(tmp_path, capsys):
     update.main(["--quick", "--rounds", "1", "--out", str(tmp_path)])
     written = json.loads((tmp_path / "update-cpu.json").read_text())

@@ -105,6 +105,7 @@ def test_a_graph_trains_to_the_bit_as_without_compiling(two, chain, m):
     assert two.run(trains_alike, chain, m) == [1, 1]
 
 
+@pytest.mark.slow
 def test_more_ranks(four):
     assert four.run(trains_alike, "consensus", M) == [1] * 4
 
@@ -122,6 +123,7 @@ def of_many_sizes():
     return sum(map(len, compiled.graphs.entries.values()))
 
 
+@pytest.mark.slow
 def test_a_graph_for_many_sizes(two):
     assert two.run(of_many_sizes) == [1, 1]
 
@@ -199,6 +201,7 @@ def ends():
     compiled(state, batch_of(1))
 
 
+@pytest.mark.slow
 def test_the_others_fail_when_a_rank_is_gone():
     world = World(2, timeout=20)
     try:

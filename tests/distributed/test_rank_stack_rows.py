@@ -235,5 +235,6 @@ def compiled():
         torch.testing.assert_close((params, state, info), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_compiled_update_is_the_update(two):
     two.run(compiled)

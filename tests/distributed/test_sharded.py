@@ -126,6 +126,7 @@ def test_every_question_has_the_answer_of_whole_rows(two):
     assert two.run(questions, "fsdp") == [True] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp", "hsdp"])
 def test_every_question_on_four_ranks(four, layout):
     assert four.run(questions, layout) == [True] * 4

@@ -419,6 +419,7 @@ def test_auto_keeps_the_fused_plan_after_an_uneven_batch():
     assert filtered._plan == "auto"
 
 
+@pytest.mark.slow
 def test_weights_have_symbolic_sizes_as_their_batch():
     model = mlp()
     step = gf.train_step(gf.model_loss(model, EACH), UPDATES["agreement"](), microbatches=M)

@@ -39,8 +39,16 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize("plan", ["fused", "vmap", "loop"])
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(
+    ("rows", "plan"),
+    [
+        (4, "fused"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in [(1, "fused"), (1, "vmap"), (4, "vmap"), (1, "loop"), (4, "loop")]
+        ),
+    ],
+)
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_training_does_not_grow(name, rows, plan):
     if rows == 1 and name == "agreement":

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradfilter as gf
-from _zoo import ZOO
+from _zoo import every_case
 from _zoo_case import Case, Net, inputs
 
 pytestmark = [
@@ -59,7 +59,7 @@ def assert_no_leak(case, plan, m):
 
 
 @pytest.mark.parametrize(("plan", "m"), PLANS)
-@pytest.mark.parametrize("case", [c for c in ZOO.values() if not c.slow], ids=lambda c: c.name)
+@every_case
 def test_every_model_of_the_zoo(case, plan, m):
     assert_no_leak(case, plan, m)
 

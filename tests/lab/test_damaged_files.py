@@ -85,6 +85,7 @@ def said(*args):
     return code, err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(SETS))
 def test_a_damaged_file_is_one_line(whole, quick, tmp_path, number):
     refusals = 0

@@ -334,6 +334,7 @@ main(sys.argv[3:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("steps", "during", "title", "number"),
     [

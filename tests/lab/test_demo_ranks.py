@@ -45,7 +45,7 @@ def table(out):
     return lines
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_it_trains_and_equals_the_single_process(alone, tmp_path, processes):
     folder = tmp_path / "run"
     done = launched(processes, *OPTIONS, "--out", str(folder))
@@ -66,6 +66,7 @@ def test_it_trains_and_equals_the_single_process(alone, tmp_path, processes):
     assert settings["processes"] == processes and settings["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_directory_in_use_is_one_line_and_no_traceback(tmp_path):
     (tmp_path / "mine").touch()
     done = launched(2, "--out", str(tmp_path))
@@ -82,6 +83,7 @@ def test_one_variable_of_torchrun_alone_makes_no_group(monkeypatch, name):
     assert started_processes() == 1
 
 
+@pytest.mark.slow
 def test_a_number_of_processes_that_does_not_divide_the_batch_is_one_line(tmp_path):
     done = launched(3, "--out", str(tmp_path / "run"))
     assert done.returncode != 0

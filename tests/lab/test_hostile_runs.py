@@ -212,6 +212,7 @@ def test_a_printed_configuration_is_toml_whatever_is_in_it():
     assert tomllib.loads(out)["train"]["save_dir"] == f'{EVIL}\x7f\n"\\é'
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' names are Unicode")
 def test_directories_whose_names_are_not_utf_8(tmp_path):
     folder = tmp_path / os.fsdecode(b"caf\xe9")

@@ -139,6 +139,7 @@ main(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints.zip"])
 def test_a_limit_on_the_size_of_files_loses_nothing(name, tmp_path):
     options = [*SMALL, "--save-dir", tmp_path]

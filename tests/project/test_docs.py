@@ -52,6 +52,7 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_site_builds_strictly_with_all_that_it_links_to(site):
     assert (site / "index.html").exists()
     for link in re.findall(r'href="([^"#:]+)["#]', (site / "choosing.html").read_text()):

@@ -90,6 +90,7 @@ def deaf():
         signal.signal(number, signal.SIG_IGN)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 def test_a_failed_example_and_the_signals_of_who_started_the_run_reach_no_other_test(tmp_path):
     (tmp_path / "test_examples.py").write_text(EXAMPLES)

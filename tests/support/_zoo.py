@@ -1,5 +1,7 @@
 """The zoo: small models of every kind for plan "fused", and models of other libraries."""
 
+import pytest
+
 import _zoo_attention
 import _zoo_convs
 import _zoo_embeddings
@@ -26,3 +28,11 @@ FAMILIES = [
 ZOO = {case.name: case for family in FAMILIES for case in family.CASES}
 
 assert len(ZOO) == sum(len(family.CASES) for family in FAMILIES), "two cases of one name"
+
+every_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.slow] if case.slow else [])
+        for name, case in ZOO.items()
+    ],
+)

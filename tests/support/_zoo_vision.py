@@ -76,9 +76,12 @@ def group_norm(channels):
 
 
 CASES = [
-    case("resnet18", of_torchvision("resnet18"), 64, "conv batch_norm linear"),
+    case("resnet18", of_torchvision("resnet18"), 64, "conv batch_norm linear", slow=True),
     case("resnet18-gn", of_torchvision("resnet18", norm_layer=group_norm), 32, "conv group_norm"),
-    case("mobilenet-v2", of_torchvision("mobilenet_v2", dropout=0.0), 64, "conv batch_norm"),
+    case(
+        *("mobilenet-v2", of_torchvision("mobilenet_v2", dropout=0.0), 64, "conv batch_norm"),
+        slow=True,
+    ),
     case("densenet121", of_torchvision("densenet121"), 64, "conv batch_norm", slow=True),
     case("shufflenet", of_torchvision("shufflenet_v2_x0_5"), 64, "conv batch_norm"),
     case(
@@ -86,6 +89,7 @@ CASES = [
         of_torchvision("efficientnet_b0", dropout=0.0, stochastic_depth_prob=0.0),
         64,
         "conv batch_norm",
+        slow=True,
     ),
     case(
         "convnext",

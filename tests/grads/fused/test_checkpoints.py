@@ -564,6 +564,7 @@ def lean_ways(criterion):
     yield "a filtered step", step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [Block, normalised])
 def test_checkpoints_save_what_they_save_in_a_plain_pass(block):
     def plain(model, batch):
@@ -576,6 +577,7 @@ def test_checkpoints_save_what_they_save_in_a_plain_pass(block):
         assert saved_bytes(run, make, batch) > 0.85 * want, name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 def test_checkpoints_of_hugging_face_save_what_they_save_in_a_plain_pass():
     hf = pytest.importorskip("transformers")

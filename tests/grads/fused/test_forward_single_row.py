@@ -6,7 +6,7 @@ from torch import nn
 
 import gradfilter as gf
 from _models import Dropped, vectors
-from _zoo import ZOO
+from _zoo import every_case
 from _zoo_case import PLAN, Case, inputs, rows_of, token_loss, tokens
 from _zoo_check import ORDERS, Oracle, probe_for
 
@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("case", [c for c in ZOO.values() if not c.slow], ids=lambda c: c.name)
+@every_case
 def test_one_row_equals_the_loops(case):
     model, batch = case.model(), case.samples(1, 3)
     loop = case.rows(model, batch, 1, 3, "loop")

@@ -73,6 +73,7 @@ def convolutions(draw, transposed):
     return layer, (inside, *sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
 @settings(max_examples=80)
 @given(data=st.data(), rows=rows)

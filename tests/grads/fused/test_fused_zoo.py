@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gradfilter as gf
-from _zoo import ZOO
+from _zoo import every_case
 from _zoo_case import PLAN
 from _zoo_check import ORDERS, QUESTIONS, Oracle, probe_for
 
@@ -16,14 +16,6 @@ pytestmark = [
     # What has neither a rule nor a batching rule in torch is looped over inside vmap: slow, exact.
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
 ]
-
-every_case = pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=name, marks=[pytest.mark.slow] if case.slow else [])
-        for name, case in ZOO.items()
-    ],
-)
 
 
 def unchanged(model):

@@ -44,8 +44,21 @@ def oracle_of(case, model, m, b):
     return batch, Oracle(loop, probe_for(gf.extract(model)[0], m), case.rtol)
 
 
-@pytest.mark.parametrize("budget", [0, 2_000, 0.25], ids=["none", "little", "plenty"])
-@pytest.mark.parametrize("ghosts", [0.0, 1e9], ids=["materialised", "ghost"])
+def slow(*values, id):
+    return pytest.param(*values, id=id, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("ghosts", "budget"),
+    [
+        pytest.param(0.0, 2_000, id="materialised-little"),
+        pytest.param(1e9, 0.25, id="ghost-plenty"),
+        slow(0.0, 0, id="materialised-none"),
+        slow(0.0, 0.25, id="materialised-plenty"),
+        slow(1e9, 0, id="ghost-none"),
+        slow(1e9, 2_000, id="ghost-little"),
+    ],
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_mode_gives_the_loops_answers(name, ghosts, budget, monkeypatch):
     monkeypatch.setattr(_factor, "LARGE_SUM", ghosts)

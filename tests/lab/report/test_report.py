@@ -76,6 +76,7 @@ def page(out):
 # The page
 
 
+@pytest.mark.slow
 def test_every_figure_and_table_is_on_the_page_and_in_files(out, page):
     figures = {path.stem for path in out.glob("*.png")} - {"legend"}
     tables = {path.stem for path in out.glob("*.csv")} - figures

@@ -211,6 +211,7 @@ def test_a_disk_full_in_the_middle_of_a_batch_is_one_line_and_the_rest_is_kept(r
 # Several processes
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_measures(run, tmp_path):
     settings = ["--metric", "jacobian", "--gen-strategy", "svd-10", "--batch-size", 16]
     whole, _ = numbers(shutil.copytree(run, tmp_path / "whole"), *settings)

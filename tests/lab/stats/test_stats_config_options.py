@@ -80,6 +80,7 @@ def _flat(stats):
     return [x for part in stats for x in (_flat(part) if isinstance(part, list) else [part])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("metric", get_args(MetricName))
 def test_an_option_changes_the_numbers_or_is_refused(metric, around, model):

@@ -163,6 +163,7 @@ ACTIONS = st.tuples(
 )
 
 
+@pytest.mark.slow
 @given(st.lists(ACTIONS, min_size=8, max_size=20))
 # Every example has a study of its own.
 @settings(max_examples=4, suppress_health_check=list(HealthCheck))
@@ -245,6 +246,7 @@ def raced(folder, storage, *options):
     return [[int(number) for number in out.split()] for out in said]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "server",
     [

@@ -266,6 +266,7 @@ def test_whatever_a_training_raises_is_recorded(tmp_path, monkeypatch):
     assert [r["reason"] for r in rows(tmp_path)] == ["KeyError", "RuntimeError: the sky fell"]
 
 
+@pytest.mark.slow
 def test_a_training_that_diverges_is_recorded_and_not_tried_again(tmp_path):
     options = ["--grid", "learning_rate=0.1,1e30", *SHARED, "--save-dir", tmp_path]
     code, out, _ = command("sweep", *options)
@@ -277,6 +278,7 @@ def test_a_training_that_diverges_is_recorded_and_not_tried_again(tmp_path):
     assert code == 0 and "trial " not in out
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_where_it_was_and_can_be_made_longer(tmp_path):
     options = ["--sample", "learning_rate=log:1e-3:1", "momentum=0:0.9"]
     shared = [*SHARED, "--epochs", "1", "--save-dir"]
@@ -293,6 +295,7 @@ def test_a_search_goes_on_where_it_was_and_can_be_made_longer(tmp_path):
     assert len({lr for lr, _, _ in chosen[0]}) == 4
 
 
+@pytest.mark.slow
 def test_a_run_at_work_elsewhere_is_left_alone_and_waited_for(tmp_path):
     options = ["--grid", "seed=0,1,2", "--heartbeat", 1, *SHARED, "--save-dir", tmp_path]
     plan = plan_of(*map(str, options))

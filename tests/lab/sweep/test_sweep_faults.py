@@ -60,6 +60,7 @@ def test_a_search_samples_another_while_one_is_at_work_elsewhere(begun):
     assert claim(queue, "c").number == first.number
 
 
+@pytest.mark.slow
 def test_a_search_with_a_busy_run_trains_the_others_first(begun, monkeypatch):
     queue = begun(*SEARCH, *SMALL)
     trial = claim(queue, "a")

@@ -117,6 +117,7 @@ def assert_whole(folder, alone):
         assert complete[key_of(point)].value == last["test_accuracy"]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_by_the_other(tmp_path, alone):
     workers = [started(tmp_path), started(tmp_path)]
     until(lambda: at_work(tmp_path), *workers)
@@ -130,6 +131,7 @@ def test_a_killed_worker_is_replaced_by_the_other(tmp_path, alone):
     assert_whole(tmp_path, alone)
 
 
+@pytest.mark.slow
 def test_ctrl_c_puts_everything_back_and_the_same_command_goes_on(tmp_path, alone):
     command = started(tmp_path, "--jobs", "2")
     until(lambda: at_work(tmp_path), command)

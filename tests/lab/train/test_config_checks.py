@@ -172,6 +172,7 @@ def test_an_option_with_what_it_needs_changes_the_training(name):
     assert before is not None and after is not None and before != after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option_changes_the_training_or_is_refused_beside_another(name):
     needs, text = OPTIONS[name]

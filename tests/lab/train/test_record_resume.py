@@ -115,6 +115,7 @@ def assert_same(found, expected):
     assert found[2] == expected[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_killed_at_any_step_and_resumed(name, tmp_path):
     options = [*BASE, *RUNS[name].split()]
@@ -133,6 +134,7 @@ def test_killed_at_any_step_and_resumed(name, tmp_path):
     assert (code, out.startswith("finished already")) == (0, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", [1, 3])
 def test_killed_while_a_checkpoint_is_written(written, tmp_path):
     options = [*BASE, "--save-checkpoint", 1, "--epochs", 3]
@@ -161,6 +163,7 @@ def test_interrupted_runs_go_on_where_they_were(step, tmp_path):
     assert_same(files(tmp_path / "broken"), files(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="it ends a process instead")
 @pytest.mark.parametrize(
     ("name", "workers"), [("SIGINT", 0), ("SIGTERM", 0), ("SIGTERM", 2), ("SIGHUP", 0)]
@@ -184,6 +187,7 @@ def test_ctrl_c_and_polite_kills_finish_the_step_and_save_the_point(name, worker
     assert_same(files(tmp_path / "broken"), files(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_killed_while_a_run_of_no_steps_begins_anew(tmp_path, monkeypatch):
     run = begin(parse_train([*map(str, BASE[1:]), "--save-dir", str(tmp_path / "0")]).settings)
     assert not recorded(run, lambda: True)

@@ -49,6 +49,7 @@ def trained(*options):
 # Counting
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 2, 4, 8])
 def test_samples_are_counted_alike_for_every_number_of_microbatches(rows):
     options = ["--microbatches", rows, "--epochs", 3, "--train-split", 1000]
@@ -288,6 +289,7 @@ def test_averaged_parameters_are_what_is_measured_and_saved(tmp_path):
         assert torch.equal(saved[f"params.{name}"], leaf)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -406,6 +408,7 @@ def test_a_compiled_model_trains_as_it_is():
 # What is written
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     noise=st.floats(0, 0.99),

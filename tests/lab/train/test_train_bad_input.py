@@ -186,6 +186,7 @@ def test_a_run_that_is_there_is_not_written_over(tmp_path):
     assert {path: path.read_bytes() for path in only_run(tmp_path).iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_directory_in_use_by_a_live_process_is_left_alone(tmp_path):
     options = [*map(str, SMALL), "--epochs", "100000", "--save-dir", str(tmp_path)]
     with subprocess.Popen(

@@ -1,5 +1,6 @@
 """Several processes of one training: they take equal decisions, and resume equally."""
 
+import pytest
 import torch
 
 from gradfilter.distributed._ranks import Ranks
@@ -36,6 +37,7 @@ def trained(options):
     return flat(run), [told(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_ranks_with_statistics_of_their_own_drop_the_rate_and_stop_together(two):
     plateau = "--schedule plateau --lr-patience 0 --lr-decay-rate 0.7 --epochs 6"
     first, second = two.run(trained, plateau)
@@ -67,6 +69,7 @@ def interrupted(options, folder, after):
     return flat(again), [told(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_ranks_go_on_from_one_point_as_if_they_had_not_stopped(two, tmp_path):
     options = "--agree 0.99 --schedule plateau --lr-patience 0 --epochs 4"
     whole, _ = two.run(trained, options)
