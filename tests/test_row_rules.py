@@ -9,7 +9,10 @@ from gradfilter._row_rules import RowRules, joined_rules
 
 def test_values_of_parts_are_joined():
     rules = RowRules(
-        {"norm": "rows", "fraction": "mean", "keep": "any", "lr": "same", "w": "shares"}
+        {
+            **{"norm": "rows", "fraction": "mean", "keep": "any", "lr": "same", "w": "shares"},
+            "total": "sum",
+        }
     )
     outs = [
         {"norm": torch.tensor([1.0]), "fraction": torch.tensor(0.0), "keep": torch.tensor(False)},
@@ -17,11 +20,11 @@ def test_values_of_parts_are_joined():
     ]
     outs[1]["keep"] = torch.tensor(True)
     for out in outs:
-        out |= {"lr": torch.tensor(0.5), "w": torch.ones(2)}
+        out |= {"lr": torch.tensor(0.5), "w": torch.ones(2), "total": torch.tensor(1.5)}
     found = rules.joined(outs, [1, 3])
-    assert list(found) == ["norm", "fraction", "keep", "lr"]
+    assert list(found) == ["norm", "fraction", "keep", "lr", "total"]
     assert found["norm"].tolist() == [1, 2, 3, 4] and found["fraction"] == 0.75
-    assert found["keep"] and found["lr"] == 0.5
+    assert found["keep"] and found["lr"] == 0.5 and found["total"] == 3
     assert not rules.joined(outs[:1], [1])["keep"]
 
 

@@ -13,12 +13,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-Join = Literal["rows", "mean", "any", "shares", "same"]
+Join = Literal["rows", "mean", "sum", "any", "shares", "same"]
 """How the values that a transform published for each part of the rows become that of all rows.
 
-"rows": one number per row, concatenated. "mean": the mean over all rows. "any": true if true in
-some part. "shares": the weights of a reducer, concatenated in proportion to the divisors of the
-parts. "same": equal in every part, such as a hyperparameter.
+"rows": one number per row, concatenated. "mean": the mean over all rows. "sum": a sum over all
+rows. "any": true if true in some part. "shares": the weights of a reducer, concatenated in
+proportion to the divisors of the parts. "same": equal in every part, such as a hyperparameter.
 """
 
 
@@ -34,15 +34,16 @@ class RowRules:
         reads: The names that it reads from the context: keywords of the caller, and values of
             earlier transforms that are joined as "rows" or "same". None for all of them.
         divisor: For a reducer that gives Σ w_m g_m / d with w_m of its own row alone: the number d
-            of a stack, which is the sum of the d of its parts, 0 if no row takes part. () None for
-            a plain sum.
+            of a stack, which is the sum of the d of its parts, 0 if no row takes part. () A
+            function of the stack; or the name of a value that the reducer publishes, for weights
+            of more than the row, such as a keyword. None for a plain sum.
         observe: Returns the new state from the state before the step and the published values of
             all rows. The gradients of a step must not depend on it.
     """
 
     joins: Mapping[str, Join]
     reads: frozenset[str] | None = frozenset()
-    divisor: Callable[[Any], Tensor] | None = None
+    divisor: Callable[[Any], Tensor] | str | None = None
     observe: Callable[[Any, Mapping[str, Any]], Any] | None = None
 
     def seen(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,6 +54,14 @@ class RowRules:
         """Return the published values of a part that a later transform of this part may read."""
         return {name: v for name, v in out.items() if self.joins[name] in ("rows", "same")}
 
+    def divisor_of(self, rows: Any, out: Mapping[str, Any]) -> Tensor | None:
+        """Return the divisor of a part, given its rows and what the reducer published. ()."""
+        divisor = self.divisor
+        if isinstance(divisor, str):
+            published: Tensor = out[divisor]
+            return published
+        return None if divisor is None else divisor(rows)
+
     def joined(self, outs: Sequence[Mapping[str, Any]], sizes: Sequence[int]) -> dict[str, Any]:
         """Join the published values of all parts but shares.
 
@@ -60,7 +69,7 @@ class RowRules:
             outs: The published values of each part.
             sizes: The number of rows of each part.
         """
-        joins = {"rows": _cat, "mean": _mean, "any": _any, "same": _last}
+        joins = {"rows": _cat, "mean": _mean, "sum": _sum, "any": _any, "same": _last}
         return {
             name: joins[self.joins[name]]([out[name] for out in outs], sizes)
             for name in outs[-1]
@@ -127,6 +136,10 @@ def _mean(values: list[Tensor], sizes: Sequence[int]) -> Tensor:
     total = sum(sizes)
     shares = [value * (size / total) for value, size in zip(values, sizes, strict=True)]
     return torch.stack(shares).sum(0)
+
+
+def _sum(values: list[Tensor], sizes: Sequence[int]) -> Tensor:
+    return torch.stack(values).sum(0)
 
 
 def _any(values: list[Tensor], sizes: Sequence[int]) -> Tensor:

@@ -203,6 +203,33 @@ def test_all_ranks_follow_the_mean_of_their_references(world, by):
     world.run(followed, by)
 
 
+def followed_in_parts():
+    """Behind `across_ranks` the rows of all parts are held, and the weights are those of all."""
+    size = dist.get_world_size()
+    loss = gf.model_loss(network(), torch.nn.functional.cross_entropy)
+    given, found = data(4 * size, 7), []
+    for spread, at_once in ((False, None), (False, 2), (True, 1)):
+        links = [across_ranks()] * spread
+        update = gf.chain(*links, gf.reference_filter(by="cosine"), gf.sgd(0.3))
+        rows = 4 if spread else 4 * size
+        step = gf.train_step(loss, update, microbatches=rows, rows_at_once=at_once)
+        state = step.init(network())
+        for k in range(3):
+            batch = data(8 * size, k)
+            own = (mine(batch), mine(given)) if spread else (batch, given)
+            state, info = step(state, own[0], reference_batch=own[1])
+        found.append((state["params"], info))
+    same_on_all_ranks(found[2][0])
+    for params, info in found[1:]:
+        close(params, found[0][0], rtol=1e-5, atol=1e-6)
+        key = "reference_filter/accepted"
+        assert info[key].tolist() == found[0][1][key].tolist()
+
+
+def test_rows_in_parts_follow_a_reference_on_all_ranks(world):
+    world.run(followed_in_parts)
+
+
 def half_precision():
     n = 3 * dist.get_world_size()
     full = rows_of(1, n, torch.bfloat16)

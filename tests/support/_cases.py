@@ -122,6 +122,7 @@ CASES = {
     "spike_clip": [
         lambda: on_tree(gf.spike_clip(warmup=1)),
         lambda: on_tree(gf.spike_clip(factor=0.5, warmup=1, per_leaf=True)),
+        lambda: on_tree(gf.spike_clip(factor=0.9, warmup=2, per_leaf=True, warmup_norm=0.5)),
     ],
     "spike_skip": [
         lambda: on_tree(gf.spike_skip(4, sigmas=3.0)),

@@ -97,6 +97,95 @@ def test_a_hundred_steps_of_lion_decay_outside_the_mask():
     assert_close(found, naive_lion(params, grads, LRS, (0.9, 0.95), 0.2))
 
 
+# --- The authors' code, step by step ---
+
+
+def gradient(p, noise):
+    """That of a bowl, so that the steps depend on each other."""
+    return {n: 0.5 * (leaf - 1) + noise[n] for n, leaf in p.items()}
+
+
+def by_gradient(update, params, noises):
+    state = update.init(params)
+    for noise in noises:
+        params, state, _ = update(params, state, gradient(params, noise))
+    return params
+
+
+def authors_adamw(params, noises, lr, betas, decay, eps=1e-6):
+    """The mask of m, divided by its mean. (One branch of theirs masks by m · m, so nothing.)"""
+    p = {n: leaf.clone() for n, leaf in params.items()}
+    m, v = ({n: torch.zeros_like(leaf) for n, leaf in params.items()} for _ in range(2))
+    for k, noise in enumerate(noises, 1):
+        for n, g in gradient(p, noise).items():
+            m[n] = m[n] + (1 - betas[0]) * (g - m[n])
+            v[n] = v[n] + (1 - betas[1]) * (g * g - v[n])
+            root = v[n].sqrt() / (1 - betas[1] ** k) ** 0.5 + eps
+            mask = (m[n] * g > 0).double()
+            p[n] = p[n] * (1 - lr * decay)
+            step = m[n] * mask / root * (lr / (1 - betas[0] ** k))
+            p[n] = p[n] - step / max(mask.mean().item(), 1e-3)
+    return p
+
+
+def authors_lion(params, noises, lr, betas, decay, extra):
+    """Their C-Lion; ``extra`` is what they add to the number of entries that agree, 1."""
+    p = {n: leaf.clone() for n, leaf in params.items()}
+    m = {n: torch.zeros_like(leaf) for n, leaf in params.items()}
+    for noise in noises:
+        for n, g in gradient(p, noise).items():
+            p[n] = p[n] * (1 - lr * decay)
+            d = (betas[0] * m[n] + (1 - betas[0]) * g).sign()
+            mask = (d * g > 0).double()
+            p[n] = p[n] - lr * d * mask * (mask.numel() / max(mask.sum().item() + extra, 1))
+            m[n] = betas[1] * m[n] + (1 - betas[1]) * g
+    return p
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_twenty_steps_are_those_of_the_authors_adamw(decay):
+    params, noises = draws(20)
+    rule = gf.adamw(0.05, betas=(0.9, 0.99), eps=1e-6, weight_decay=decay)
+    expected = authors_adamw(params, noises, 0.05, (0.9, 0.99), decay)
+    assert_close(by_gradient(gf.cautious(rule), params, noises), expected, rtol=1e-10, atol=1e-12)
+    plain = by_gradient(rule, params, noises)
+    assert max((plain[n] - p).abs().max() for n, p in expected.items()) > 1e-2
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_twenty_steps_are_those_of_the_authors_lion_but_for_its_one_more_entry(decay):
+    params, noises = draws(20)
+    update = gf.cautious(gf.lion(0.05, betas=(0.95, 0.98), weight_decay=decay))
+    found = by_gradient(update, params, noises)
+    given = params, noises, 0.05, (0.95, 0.98), decay
+    assert_close(found, authors_lion(*given, extra=0), rtol=1e-10, atol=1e-12)
+    published = authors_lion(*given, extra=1)
+    assert max((found[n] - p).abs().max() for n, p in published.items()) > 1e-3
+
+
+@pytest.mark.slow
+def test_steps_are_those_of_pytorch_optimizer_but_for_its_one_more_entry():
+    others = pytest.importorskip("pytorch_optimizer")
+    params, grads = draws(20)
+    lr, betas = 0.05, (0.95, 0.98)
+    theirs = {n: nn.Parameter(p.clone()) for n, p in params.items()}
+    optimizer = others.Lion(theirs.values(), lr=lr, betas=betas, weight_decay=0.0, cautious=True)
+    update = gf.cautious(gf.lion(lr, betas=betas))
+    state = update.init(params)
+    for g in grads:
+        before = {n: p.detach().clone() for n, p in theirs.items()}
+        for n, p in theirs.items():
+            p.grad = g[n].clone()
+        optimizer.step()
+        after, state, _ = update(params, state, g)
+        for n, p in theirs.items():
+            moved = p.detach() - before[n]
+            kept = moved.count_nonzero()  # they divide by the number that agrees, and 1
+            expected = moved * (kept + 1) / kept.clamp(min=1)
+            assert_close(after[n] - params[n], expected, rtol=1e-9, atol=1e-12)
+        params = after
+
+
 def test_maximize_is_the_mirror_image():
     params, grads = draws(20)
     mirrored = [{n: -g for n, g in tree.items()} for tree in grads]

@@ -91,6 +91,103 @@ def test_a_hundred_steps_of_adamw_perturb_along_the_mean():
     assert_close(gf.evaluated_params(after, state), w, rtol=1e-9, atol=1e-12)
 
 
+# --- The authors' code, step by step: they store the parameters w + e ---
+
+
+class StoredAhead:
+    """What the optimizers of the authors' repository hold: p = w + e, the momentum, and ρ/‖v‖."""
+
+    def __init__(self, params, rho):
+        self.p, self.rho, self.reach = {n: p.clone() for n, p in params.items()}, rho, 0.0
+        self.v = {n: torch.zeros_like(p) for n, p in params.items()}
+
+    def go_back(self):
+        """Remove the perturbation of the last step."""
+        self.p = {n: p + self.reach * self.v[n] for n, p in self.p.items()}
+
+    def go_ahead(self):
+        """Perturb along the new momentum, by one norm over all tensors."""
+        norms = torch.stack([leaf.norm() for leaf in self.v.values()])
+        self.reach = self.rho / (norms.norm() + 1e-12)
+        self.p = {n: p - self.reach * self.v[n] for n, p in self.p.items()}
+
+
+def authors_sgd(params, noise, rho, lr=0.1, momentum=0.9, decay=0.0):
+    """Their L2 decay is of the stored parameters; their argument ``nesterov`` has no effect."""
+    held = StoredAhead(params, rho)
+    for one in noise:
+        g = gradient(held.p, one)
+        g = {n: g[n] + decay * held.p[n] for n in g}
+        held.go_back()
+        held.v = {n: momentum * held.v[n] + g[n] for n in g}
+        held.p = {n: p - lr * held.v[n] for n, p in held.p.items()}
+        held.go_ahead()
+    return held
+
+
+def authors_adamw(params, noise, rho, lr=0.1, betas=(0.9, 0.99), decay=0.0, eps=1e-8):
+    """Their decay comes after the step, and shortens the step as well."""
+    held = StoredAhead(params, rho)
+    squares = {n: torch.zeros_like(p) for n, p in params.items()}
+    for k, one in enumerate(noise, 1):
+        g = gradient(held.p, one)
+        held.go_back()
+        for n in g:
+            held.v[n] = betas[0] * held.v[n] + (1 - betas[0]) * g[n]
+            squares[n] = betas[1] * squares[n] + (1 - betas[1]) * g[n] * g[n]
+            root = squares[n].sqrt() / (1 - betas[1] ** k) ** 0.5 + eps
+            held.p[n] = held.p[n] - lr / (1 - betas[0] ** k) * held.v[n] / root
+            held.p[n] = held.p[n] * (1 - lr * decay)
+        held.go_ahead()
+    return held
+
+
+def decay_ahead(decay):
+    """L2 decay at the parameters that the chain gets, which are w + e."""
+
+    def update(grads, state, params, /, **extra):
+        return {n: g + decay * params[n] for n, g in grads.items()}, state, {}
+
+    return gf.transform("decay_ahead", "tree -> tree", update)
+
+
+def largest_gap(update, held, params, noise):
+    after, _ = trained(update, params, noise)
+    return max((after[n] - p).abs().max() for n, p in held.p.items())
+
+
+def same_as_held(update, held, params, noise):
+    after, state = trained(update, params, noise)
+    assert_close(after, held.p, rtol=1e-10, atol=1e-12)
+    held.go_back()  # as before they evaluate
+    assert_close(gf.evaluated_params(after, state), held.p, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.3, 3.0])
+def test_twenty_steps_are_those_of_the_authors_sgd(rho):
+    params, noise = normal_tree(0), draw_noise(20)
+    rule = gf.msam(gf.sgd(0.1, momentum=0.9), rho)
+    same_as_held(rule, authors_sgd(params, noise, rho), params, noise)
+    held = authors_sgd(params, noise, rho, decay=0.2)
+    same_as_held(gf.chain(decay_ahead(0.2), rule), held, params, noise)
+    held = authors_sgd(params, noise, rho, decay=0.2)
+    inside = gf.msam(gf.sgd(0.1, momentum=0.9, weight_decay=0.2), rho)
+    # The documented difference.
+    assert (largest_gap(inside, held, params, noise) > 1e-3) == (rho > 0)
+
+
+@pytest.mark.parametrize("rho", [0.0, 1.0])
+def test_twenty_steps_are_those_of_the_authors_adamw(rho):
+    params, noise = normal_tree(0), draw_noise(20)
+    make = lambda lr, decay: gf.msam(gf.adamw(lr, betas=(0.9, 0.99), weight_decay=decay), rho)
+    same_as_held(make(0.1, 0.0), authors_adamw(params, noise, rho), params, noise)
+    # (1 − ηλ)(w − η d) is the step of a rate η (1 − ηλ) with the decay λ / (1 − ηλ).
+    held, kept = authors_adamw(params, noise, rho, decay=0.2), 1 - 0.1 * 0.2
+    # The documented difference.
+    assert largest_gap(make(0.1, 0.2), held, params, noise) > 1e-3
+    same_as_held(make(0.1 * kept, 0.2 / kept), held, params, noise)
+
+
 def test_gradients_of_a_module_are_taken_ahead():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()

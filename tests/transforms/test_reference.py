@@ -11,6 +11,8 @@ import gradfilter as gf
 from _naive import BAD, assert_close, flat, normal, random_matrix, unflat, zeros
 from gradfilter.diagnostics import influence
 from gradfilter.interop import Filtered
+from gradfilter.transforms._chain import row_part
+from gradfilter.transforms._streaming import ReducedRows
 
 MIXED = ("plain",) * 5 + ("zero", *BAD)
 seeds = st.integers(0, 2**20)
@@ -233,6 +235,179 @@ def test_partitions_see_their_leaves_of_the_reference():
             own, flat({n: wanted[n] for n in names}), True, 0.0, "product", [1] * 4
         )
         assert_close(flat({n: moved[n] for n in names}), -weights @ own)
+
+
+# --- Rows in parts ---
+
+
+def in_parts(update, params, state, rows, sizes, **extra):
+    """Run a step on rows that were reduced part by part."""
+    reduced = ReducedRows(row_part(update), state, params, extra)
+    low = 0
+    for size in sizes:
+        part = {name: leaf[low : low + size] for name, leaf in rows["rows"].items()}
+        reduced.add(gf.DenseStack(part).scaled(rows["scale"][low : low + size]))
+        low += size
+    return update.update(reduced, state, params, **extra)
+
+
+SOURCES = ["keyword", "dict"]
+
+
+@given(
+    seeds,
+    st.booleans(),
+    st.sampled_from(["product", "cosine"]),
+    st.sampled_from([-0.5, 0.0, 0.3, 1.0]),
+    st.sampled_from(["zero", "plain", "opposed"]),
+    st.sampled_from(SOURCES),
+    st.lists(st.integers(1, 4), min_size=1, max_size=4),
+)
+def test_parts_weigh_as_all_rows_do(seed, soft, by, threshold, kind, source, sizes):
+    """Also with a zero reference, without a row of positive weight, with dead rows and NaN."""
+    matrix = random_matrix(seed, sum(sizes), MIXED)
+    live = torch.rand(len(matrix), generator=torch.Generator().manual_seed(seed)) < 0.8
+    reference = torch.zeros(P, dtype=torch.float64) if kind == "zero" else normal(P, seed=seed)
+    if kind == "opposed":
+        matrix = -reference * normal(len(matrix), 1, seed=seed).abs()
+    given_as = unflat(reference)
+    rule = gf.reference_filter(
+        given_as if source == "dict" else "given", soft=soft, by=by, threshold=threshold
+    )
+    extra = {} if source == "dict" else {"reference": given_as}
+    update, params = gf.chain(rule), zeros()
+    state = update.init(params)
+    whole = gf.DenseStack(unflat(matrix)).scaled(live.double())
+    expected = update.update(whole, state, params, **extra)
+    given_rows = {"rows": unflat(matrix), "scale": live.double()}
+    found = in_parts(update, params, state, given_rows, sizes, **extra)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12, equal_nan=True)
+    assert list(found[2]) == list(expected[2])
+    by_hand = weights_of(matrix, reference, soft, threshold, by, live)
+    assert_close(found[2]["weights"], by_hand)
+    used = by_hand > 0
+    assert found[2]["keep"].item() is bool(used.any())
+    assert_close(flat(found[0]), by_hand[used] @ matrix[used])
+
+
+@pytest.mark.parametrize("scale", [1e-14, 1.0, 1e14])
+def test_parts_of_float32_rows_of_any_scale(scale):
+    """Products of 1e-28 times gradients of 1e-14 are below the range of float32."""
+    matrix = (scale * normal(6, P, seed=3)).float()
+    reference = (scale * normal(P, seed=4)).float()
+    params = {name: p.float() for name, p in zeros().items()}
+    update = gf.chain(gf.reference_filter(unflat(reference)))
+    state, rows = update.init(params), unflat(matrix)
+    expected = flat(update.update(rows, state, params)[0])
+    given_rows = {"rows": rows, "scale": torch.ones(6)}
+    found = flat(in_parts(update, params, state, given_rows, (1, 3, 2))[0])
+    assert expected.abs().max() > scale / 100
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * scale)
+
+
+def test_the_sum_of_the_margins_is_published():
+    rows, r = {"w": torch.tensor([[1.0, 0.0], [0.0, 3.0], [-1.0, 0.0]])}, torch.tensor([2.0, 0.0])
+    total = lambda **given: gf.reference_filter({"w": r}, **given).update(
+        rows, {}, {"w": torch.zeros(2)}
+    )[2]["total"]
+    assert total() == 0.5  # ⟨g, r⟩/‖r‖² = 2/4
+    assert total(threshold=-1.0) == (3 + 1) / 4
+    assert total(by="cosine", threshold=-0.5) == 1.5 + 0.5
+    assert total(soft=False, threshold=-0.5) == 2
+
+
+def test_an_average_needs_all_rows():
+    for word in ("average", "previous"):
+        assert row_part(gf.chain(gf.reference_filter(word), gf.sgd(1.0))) is None
+    assert row_part(gf.chain(gf.reference_filter(), gf.sgd(1.0))) is not None
+
+
+@pytest.mark.parametrize("plan", ["loop", "vmap", "fused"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_a_reference_batch_with_rows_in_parts(plan, compiled, at_once):
+    model = network()
+    update = gf.chain(gf.clip_per_row(1.0), gf.reference_filter(by="cosine"), gf.sgd(0.3))
+    loss = gf.model_loss(model, F.cross_entropy)
+    whole = gf.train_step(loss, update, microbatches=4, plan=plan)
+    parts = gf.train_step(loss, update, microbatches=4, plan=plan, rows_at_once=at_once)
+    state = other = whole.init(model, seed=0)
+    parts = gf.compile(parts, backend="graph") if compiled else parts
+    for number in range(3):
+        given_batch = {"reference_batch": samples(99, 5)}
+        state, expected = whole(state, samples(number), **given_batch)
+        other, found = parts(other, samples(number), **given_batch)
+        assert list(found) == list(expected)
+        torch.testing.assert_close(dict(found), dict(expected), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(other, state, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("word", ["average", "previous"])
+def test_an_average_holds_the_rows_of_all_parts(word):
+    model = network()
+    update = gf.chain(gf.reference_filter(word), gf.sgd(0.3))
+    loss = gf.model_loss(model, F.cross_entropy)
+    steps = [gf.train_step(loss, update, microbatches=4, rows_at_once=k) for k in (None, 2)]
+    states = [step.init(model, seed=0) for step in steps]
+    for number in range(3):
+        states = [
+            step(state, samples(number))[0] for step, state in zip(steps, states, strict=True)
+        ]
+    torch.testing.assert_close(states[1], states[0], rtol=1e-10, atol=1e-12)
+
+
+def host(model, options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    chain = gf.chain(gf.reference_filter())
+    return Filtered(model, F.cross_entropy, chain, optimizer, 4, **options)
+
+
+def held_bytes(filtered):
+    return len(filtered._held) + sum("rows" in b.tensors for b in filtered._earlier.batches)
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": "graph"}], ids=["eager", "compiled"])
+@pytest.mark.parametrize("how", ["batch", "keyword", "late keyword", "both"])
+def test_accumulated_batches_follow_the_reference_of_the_step(options, how):
+    """Rows wait for a reference that comes with the step, and are reduced if it is known."""
+    model, plain = network(), network()
+    filtered = host(model, options)
+    x, y = samples(1)
+    tree = dict(
+        zip(dict(plain.named_parameters()), unflat_like(plain, samples(99, 5)), strict=True)
+    )
+    early = {"reference": tree} if how in ("keyword", "both") else {}
+    filtered.accumulate(x, y, **early)
+    assert held_bytes(filtered) == (not early)
+    filtered.accumulate(x, y, **({} if how == "late keyword" else early))
+    if how == "both":
+        with pytest.raises(ValueError, match="keyword 'reference' with one value"):
+            filtered.step(x, y, reference_batch=samples(99, 5))
+        return
+    late = {"reference_batch": samples(99, 5)} if how == "batch" else {"reference": tree}
+    result = filtered.step(x, y, **late)
+    rows = []
+    for part in zip(x.chunk(4), y.chunk(4), strict=True):
+        loss = F.cross_entropy(plain(part[0]), part[1])
+        grads = torch.autograd.grad(loss, list(plain.parameters()))
+        rows.append(torch.cat([g.flatten() for g in grads]))
+    rows = torch.stack(rows * 3)
+    reference = torch.cat([leaf.flatten() for leaf in tree.values()])
+    weights = weights_of(rows, reference, True, 0.0, "product", torch.ones(12))
+    assert 0 < (weights > 0).sum() < 12
+    assert result.info["reference_filter/accepted"].tolist() == (weights > 0).tolist()
+    moved = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    before = torch.nn.utils.parameters_to_vector(plain.parameters()).detach()
+    assert_close(moved, before - 0.1 * weights @ rows, rtol=1e-9, atol=1e-12)
+
+
+def unflat_like(model, batch):
+    """The leaves of the gradient of a batch."""
+    vector, leaves = plain_gradient(model, *batch), []
+    for p in model.parameters():
+        leaves.append(vector[: p.numel()].reshape(p.shape))
+        vector = vector[p.numel() :]
+    return leaves
 
 
 # --- The question behind it ---

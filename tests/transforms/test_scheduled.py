@@ -247,7 +247,7 @@ EVERY = {
     "trim_losses": {"fraction": DOWN},
     "reference_filter": {"threshold": DOWN, "decay": DOWN},
     "watch": {"decay": DOWN},
-    "spike_clip": {"z": DOWN, "decay": DOWN, "factor": DOWN},
+    "spike_clip": {"z": DOWN, "decay": DOWN, "factor": DOWN, "warmup_norm": DOWN},
     "spike_skip": {"sigmas": DOWN},
     "clip_by_global_norm": {"max_norm": DOWN},
     "agc_clip": {"clipping": DOWN, "eps": DOWN},

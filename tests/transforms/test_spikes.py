@@ -38,11 +38,12 @@ def norms_after(clip, given):
 # --- spike_clip ---
 
 
-def zclip(given, z, decay, warmup):
+def zclip(given, z, decay, warmup, warmup_norm=math.inf):
     """The algorithm of the paper, on numbers."""
     seen, mean, variance, found = [], None, None, []
     for n in given:
         if mean is None:
+            n = min(n, warmup_norm)
             found.append(n)
             seen.append(n)
             if len(seen) == warmup:
@@ -69,19 +70,36 @@ def test_random_norms_follow_the_paper(given, z, decay, warmup):
     assert all(c == 1 for c, is_sure in zip(clipped, sure, strict=True) if is_sure)
 
 
-@given(st.integers(0, 99), st.floats(0.5, 2.0), st.floats(0.0, 0.99), st.integers(1, 5))
-def test_adagc_leaf_by_leaf(seed, factor, decay, warmup):
-    clip, params = gf.spike_clip(factor=factor, decay=decay, warmup=warmup, per_leaf=True), zeros()
+@given(lengths, st.floats(0.5, 4.0), st.integers(1, 12), st.floats(0.05, 50.0))
+def test_zclip_with_a_fixed_bound_in_the_warmup(given, z, warmup, bound):
+    found, outs = norms_after(gf.spike_clip(z, decay=0.9, warmup=warmup, warmup_norm=bound), given)
+    assert found == pytest.approx(zclip(given, z, 0.9, warmup, bound), rel=1e-6)
+    for n, out in list(zip(given, outs, strict=True))[:warmup]:
+        if abs(n - bound) > 1e-6 * bound:
+            assert out["clipped_fraction"].item() == (n > bound)
+        assert out["norm"].item() == pytest.approx(n)
+
+
+bounds = st.one_of(st.none(), st.floats(0.5, 8.0))
+
+
+@given(st.integers(0, 99), st.floats(0.5, 2.0), st.floats(0.0, 0.99), st.integers(1, 5), bounds)
+def test_adagc_leaf_by_leaf(seed, factor, decay, warmup, bound):
+    """In the warm-up one factor for all leaves, and the smallest norm after it is remembered."""
+    options = {"factor": factor, "decay": decay, "warmup": warmup, "warmup_norm": bound}
+    clip, params = gf.spike_clip(per_leaf=True, **options), zeros()
     state, memory = clip.init(params), {}
     for step in range(12):
-        grads = of_length(1 + 5 * random.Random(seed + step).random(), seed * 20 + step)
+        length = 1 + 5 * random.Random(seed + step).random()
+        grads = of_length(length, seed * 20 + step)
         clipped, state, out = clip.update(grads, state, params)
         for place, (name, leaf) in enumerate(grads.items()):
             n = leaf.norm().item()
             assert out["norm"][place].item() == pytest.approx(n)
-            if step < warmup:  # the smallest of the first norms
-                memory[name] = min(memory.get(name, n), n)
-                assert torch.equal(clipped[name], leaf)
+            if step < warmup:
+                h = 1.0 if bound is None else min(1.0, bound / length)
+                memory[name] = min(memory.get(name, math.inf), h * n)
+                assert_close(clipped[name], h * leaf)
                 continue
             h = min(1.0, factor * memory[name] / n)
             assert_close(clipped[name], h * leaf, rtol=1e-6)
@@ -122,6 +140,44 @@ def test_what_is_not_finite_is_neither_clipped_nor_remembered():
     assert_close(flat(grads), flat(bad))
     for name, value in state.items():
         assert torch.equal(after[name], value)
+
+
+@pytest.mark.parametrize("per_leaf", [False, True])
+def test_in_the_warmup_a_norm_that_is_not_finite_clips_no_leaf(per_leaf):
+    clip = gf.spike_clip(warmup=2, per_leaf=per_leaf, warmup_norm=0.1, factor=1.05)
+    state, bad = clip.init(zeros()), of_length(1.0)
+    bad["fc.bias"][1] = torch.nan
+    grads, after, out = clip.update(bad, state, zeros())
+    torch.testing.assert_close(flat(grads), flat(bad), equal_nan=True)
+    assert out["clipped_fraction"] == 0
+    counted = [name != "fc.bias" for name in zeros()] if per_leaf else [False]
+    assert after["count"].reshape(-1).tolist() == [int(one) for one in counted]
+
+
+@pytest.mark.parametrize("per_leaf", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_warmup_clips_the_whole_gradient_as_a_global_clip_does(per_leaf, dtype):
+    clip, known = gf.spike_clip(per_leaf=per_leaf, warmup_norm=0.7), gf.clip_by_global_norm(0.7)
+    params = {name: leaf.to(dtype) for name, leaf in zeros().items()}
+    state = clip.init(params)
+    for step, length in enumerate((0.5, 3.0, 0.0, 700.0)):
+        grads = {name: leaf.to(dtype) for name, leaf in of_length(length, step).items()}
+        found, state, _ = clip.update(grads, state, params)
+        expected = known.update(grads, known.init(params), params)[0]
+        torch.testing.assert_close(found, expected, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("form", [{}, {"factor": 1.05, "per_leaf": True}], ids=["zclip", "adagc"])
+def test_a_compiled_step_leaves_the_warmup(form):
+    update = gf.chain(gf.spike_clip(warmup=2, warmup_norm=0.7, **form), gf.sgd(0.1))
+    run = torch.compile(update, backend="eager", fullgraph=True)
+    params = zeros()
+    state = update.init(params)
+    found, own = params, state
+    for step, length in enumerate((2.0, 0.6, 0.5, 9.0)):
+        params, state, info = update(params, state, of_length(length, step))
+        found, own, other = run(found, own, of_length(length, step))
+        torch.testing.assert_close((found, own, other), (params, state, dict(info)))
 
 
 def test_a_step_skipped_by_another_transform_is_remembered():
@@ -317,6 +373,7 @@ def test_a_host_raises_at_the_step_at_which_the_rule_gives_up(options):
         (lambda: gf.spike_clip(decay=1.0), "decay"),
         (lambda: gf.spike_clip(warmup=0), "warmup as a whole number >= 1"),
         (lambda: gf.spike_clip(factor=0.0), "factor"),
+        (lambda: gf.spike_clip(warmup_norm=0.0), "0 < warmup_norm"),
         (lambda: gf.spike_skip(1), "window as a whole number >= 2"),
         (lambda: gf.spike_skip(sigmas=0), "sigmas"),
         (lambda: gf.spike_skip(of="grad"), "of= as some of"),

@@ -341,6 +341,19 @@ def test_keywords_are_those_of_the_parts():
         scheduled(params, state, reduced, count=3)
 
 
+def test_a_reference_is_that_of_the_parts():
+    """A tree of the same tensors; another one is refused without a look at its values."""
+    update = gf.chain(gf.reference_filter(), gf.sgd(1.0))
+    r = torch.tensor([2.0])
+    params, state, reduced = started(update, reference={"w": r})
+    reduced.add(dense([1.0, 3.0]))
+    reduced.add(dense([-4.0]))
+    assert update(params, state, reduced, reference={"w": r})[0]["w"].item() == -2.5
+    for other in ({}, {"reference": {"w": r.clone()}}, {"reference": None}):
+        with pytest.raises(ValueError, match="expected the keyword 'reference' with one value"):
+            update(params, state, reduced, **other)
+
+
 def test_rows_of_another_chain_are_refused():
     update, other = (gf.chain(gf.clip_per_row(c), gf.mean_rows(), gf.sgd(1.0)) for c in (1.0, 2.0))
     params, state, reduced = started(update)

@@ -163,7 +163,7 @@ def earlier_rows(
     for own, (calls, read, params) in zip(batches, constants, strict=True):
         origins.append(_guarded(origin_of(own["given"]), read, params))
         present_draws().take(calls, own["drawn"])
-    if begun is None or not tensors:
+    if begun is None or "results" not in tensors:  # rows were held, or there are none
         pairs = zip(batches, origins, strict=True)
         return [
             DenseStack(own["rows"], own["losses"], {}, own["aux"], own["scale"], origin)

@@ -68,7 +68,7 @@ from gradfilter.transforms._compile import (
     decisions,
 )
 from gradfilter.transforms._state_dict import load_state_dict, state_dict
-from gradfilter.transforms._streaming import ReducedRows
+from gradfilter.transforms._streaming import ReducedRows, RowPart
 from gradfilter.transforms._train_step import mean_gradient
 
 # --- The batch ---
@@ -401,7 +401,8 @@ class Filtered:
         If every transform up to the reducer acts row by row (`finite_filter`, `clip_per_row`,
         `mean_rows`), the rows of the batch are reduced at once, and all batches together hold one
         gradient. Otherwise the rows of all batches are held until the step, because the chain
-        compares them.
+        compares them. `reference_filter` also holds them, unless the gradient ``reference=`` is
+        given here as well: that of a ``reference_batch`` is known at the step only.
 
         Args:
             inputs: As in `step`.
@@ -429,10 +430,11 @@ class Filtered:
         """Compute the rows of a batch and hold them; return the mean loss and the buffers."""
         computed = self._batch_rows(params, batch)
         rows, loss = computed[0], computed[0].mean_loss()
-        if self._row_part is None:
+        row_part = self._row_part_for(extra)
+        if row_part is None:
             self._held.append(dense_rows(*computed))
         else:
-            reduced = self._reduced or ReducedRows(self._row_part, self._state, params, extra)
+            reduced = self._reduced or ReducedRows(row_part, self._state, params, extra)
             reduced.check_keywords(extra)
             _add_to(reduced, computed)
             self._reduced = reduced
@@ -568,9 +570,8 @@ class Filtered:
         def run(tree: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             params, earlier = tree["params"], tree["earlier"]
             with self._sharing(tree["shared"]):
-                before = earlier_rows(
-                    earlier, constants, partial(self._origin, params), self._no_rows(tree)
-                )
+                no_rows = self._no_rows(self._row_part, tree)
+                before = earlier_rows(earlier, constants, partial(self._origin, params), no_rows)
                 computed = self._traced_rows(tree)
                 rows, extra = _with_earlier(computed, before), tree["extra"]
                 if tree["reference"]:
@@ -589,22 +590,29 @@ class Filtered:
     ) -> tuple[Tensor, Tree]:
         """Do the same as `_accumulate` by a graph."""
         given, parts, options = self._graph_arguments(params, batch, extra)
+        row_part = self._row_part_for(extra)
 
         def run(tree: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            with self._sharing(tree["shared"]):
-                rows, factors = self._traced_rows(tree)
-                found = rows.mean_loss(), rows.buffers
-                held = held_of(rows, factors, self._no_rows(tree))
-            return (*found, held), random_state(_tree.device_of(params))
+            return self._held_batch(tree, row_part), random_state(_tree.device_of(tree["params"]))
 
+        options = options, row_part is None
         (loss, buffers, held), _, moment = graphs.run(run, given, parts, options=options)
         reduced = self._earlier.reduced
-        if reduced is None and self._row_part is not None:
-            reduced = ReducedRows(self._row_part, self._state, params, extra)
+        if reduced is None and row_part is not None:
+            reduced = ReducedRows(row_part, self._state, params, extra)
         if reduced is not None:
             reduced.check_keywords(extra)
         self._earlier.add(reduced, given, held, moment)
         return loss, buffers
+
+    def _held_batch(
+        self, tree: dict[str, Any], row_part: RowPart | None
+    ) -> tuple[Tensor, Tree, Any]:
+        """Return the mean loss of a traced batch, its buffers, and what is held of it."""
+        with self._sharing(tree["shared"]):
+            rows, factors = self._traced_rows(tree)
+            loss, buffers = rows.mean_loss(), rows.buffers
+            return loss, buffers, held_of(rows, factors, self._no_rows(row_part, tree))
 
     def _graph_arguments(
         self, params: Params, batch: Any, extra: Any
@@ -637,11 +645,22 @@ class Filtered:
         scale = tree["scale"].get("scale")
         return self._rows(tree["params"], tree["batch"], tree["buffers"], scale)
 
-    def _no_rows(self, tree: dict[str, Any]) -> ReducedRows | None:
-        """Return what the rows of a traced step are added to; None if the chain needs all rows."""
-        if self._row_part is None:
+    def _row_part_for(self, extra: Mapping[str, Any]) -> RowPart | None:
+        """Return what reduces an accumulated batch at once; None if its rows are held."""
+        row_part = self._row_part
+        if row_part is None or self._reduced is not None or self._earlier.reduced is not None:
+            return row_part
+        if self._held or self._earlier.batches:
             return None
-        return ReducedRows(self._row_part, tree["transforms"], tree["params"], tree["extra"])
+        # A reference batch comes with the step.
+        return None if row_part.follows_reference and "reference" not in extra else row_part
+
+    @staticmethod
+    def _no_rows(row_part: RowPart | None, tree: dict[str, Any]) -> ReducedRows | None:
+        """Return what the rows of a traced step are added to; None if the chain needs all rows."""
+        if row_part is None:
+            return None
+        return ReducedRows(row_part, tree["transforms"], tree["params"], tree["extra"])
 
     def _origin(self, params: Params, given: dict[str, Any]) -> StackOrigin:
         """Return the way to compute the rows of an earlier batch again."""

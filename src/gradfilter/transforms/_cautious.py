@@ -31,7 +31,12 @@ def cautious(rule: Transform) -> Transform:
     twice as far. g has the sign of ``maximize`` and the L2 decay of the rule inside. Decoupled
     decay (`adamw`, `lion`, `muon`) is neither masked nor scaled, as in the paper. The momentum
     itself does not change. The mask is that of the final direction, Algorithm 1 of the paper, also
-    with Nesterov's momentum and for `muon`, where the authors' code masks the momentum instead.
+    with Nesterov's momentum and for `muon`, where the authors' code masks what it orthogonalises,
+    by the sign of the momentum.
+
+    For `adamw` the steps are those of the authors' code. Their C-Lion, their first C-AdamW and
+    pytorch_optimizer divide by (n + 1)/N, for n of the N entries of a leaf that agree: a step
+    shorter by n/(n + 1), much so for a small leaf.
 
     Without momentum, d and g agree everywhere, and nothing changes for `sgd`, `adam` or `rmsprop`.
 

@@ -32,7 +32,11 @@ def msam(rule: Transform, rho: float) -> Transform:
     The parameters of the training are w + e, and the loss of a step is that at w + e. Those to
     evaluate and to save are w: `evaluated_params`. Unlike `sam_perturb` it needs no second pass.
 
-    Weight decay acts at w. (In the authors' code the L2 decay of SGD acts at w + e.)
+    Weight decay acts at w, and Nesterov's momentum works as in the rule alone. With these three
+    exceptions the steps are those of the authors' code: its SGD takes the L2 decay at w + e, for
+    which a transform before this one can add λ · params to the gradients; its ``nesterov`` has no
+    effect; and its AdamW decays after the step, w ← (1 − lr λ)(w − lr d), which is the step of the
+    rate lr (1 − lr λ) with the decay λ / (1 − lr λ) here. With rho=0 it is the rule alone.
 
     Args:
         rule: An update rule of this package with momentum, such as ``sgd(lr, momentum=0.9)``,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradfilter import _products, _tree
 from gradfilter._factory import factory
+from gradfilter._row_rules import RowRules
 from gradfilter._state_rules import Observing
 from gradfilter._types import Context, Out, Params, State, Transform, Tree
 from gradfilter.grads._stack import GradStack
@@ -62,11 +63,15 @@ def reference_filter(
     Needs: rows. Behind `across_ranks` the reference is the mean of those of all ranks.
 
     Publishes: ``keep`` (), true if a row has positive weight; ``weights`` (M,); ``accepted`` (M,)
-    bool (w > 0); ``score`` (M,): s, NaN for a row that is not finite, 0 while the reference is.
+    bool (w > 0); ``score`` (M,): s, NaN for a row that is not finite, 0 while the reference is;
+    ``total`` (): Σ max(0, s_i − threshold), for products in units of ‖r‖², or the number of rows
+    with a weight if all weigh alike.
 
     Cost: one ``dot`` and one ``combine``, with cosines the norms; an average takes one ``combine``
     and the memory of one gradient more; ``reference_batch`` takes one backward pass over its
-    samples. No rows are made.
+    samples. No rows are made. With a given reference, the rows may come in parts: a row's weight
+    before the division by the sum depends on no other row. An average needs all rows together,
+    because it moves by their mean, a second gradient, which parts do not carry.
 
     Raises:
         ValueError: An unknown word, decay outside [0, 1), or a cosine threshold outside [−1, 1]. At
@@ -121,7 +126,17 @@ def reference_filter(
         "rows -> tree",
         found,
         init=found.init,
-        publishes=("keep", "weights", "accepted", "score"),
+        publishes=("keep", "weights", "accepted", "score", "total"),
+        row_rules=None
+        if found.remembers
+        else RowRules(
+            {
+                **{"keep": "any", "weights": "shares", "accepted": "rows"},
+                **{"score": "rows", "total": "sum"},
+            },
+            reads=frozenset({"reference"}),
+            divisor="total",
+        ),
     )
     return replace(made, rules=Observing()) if found.remembers else made
 
@@ -152,11 +167,11 @@ class _ReferenceFilter:
         self, rows: GradStack, state: State, params: Params, context: Context
     ) -> tuple[Tree, State, Out]:
         reference = self._reference(rows, state, params, context)
-        score, usable, known = self._scores(rows, reference)
+        score, usable, known, unit = self._scores(rows, reference)
         if self.soft:
             excess = (score - self.threshold).clamp(min=0)
         else:
-            excess = (score > self.threshold).to(score.dtype)
+            excess, unit = (score > self.threshold).to(score.dtype), torch.ones_like(unit)
         even = usable.to(score.dtype)
         excess = torch.where(known, torch.where(usable, excess, 0.0), even)
         accepted = excess > 0
@@ -169,6 +184,8 @@ class _ReferenceFilter:
             "weights": weights,
             "accepted": accepted,
             "score": torch.where(usable, score, torch.nan),
+            # Gradients times a sum of tiny products could underflow in float32.
+            "total": excess.sum() / unit,
         }
         return rows.combine(weights), state, out
 
@@ -195,10 +212,14 @@ class _ReferenceFilter:
 
     def _scores(
         self, rows: GradStack, reference: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return s (M,), the usable rows (M,) bool, and whether the reference is not zero ()."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return s (M,), the usable rows (M,) bool, and of the reference whether it is not zero.
+
+        The last result is the unit of s: ‖r‖² (), or 1 for cosines and while r is zero.
+        """
         products, size = rows.dot(reference), _products.sq_norm(reference).to(torch.float32)
         known = (size > 0) & size.isfinite()
+        unit = torch.where(known, size, 1.0).to(products.dtype)
         usable = rows.live & products.isfinite()
         if self.by == "cosine":
             sq_norms = rows.sq_norms()
@@ -206,7 +227,8 @@ class _ReferenceFilter:
             positive = usable & (sq_norms > 0) & known
             lengths = torch.where(positive, sq_norms, 1.0).sqrt() * _products.norm(reference)
             products = torch.where(positive, products / torch.where(positive, lengths, 1.0), 0.0)
-        return torch.where(usable, products, 0.0), usable, known
+            unit = torch.ones_like(unit)
+        return torch.where(usable, products, 0.0), usable, known, unit
 
     def _moved(self, reference: Mapping[str, Tensor], mean: Tree, seen: Tensor) -> Tree:
         """Return the reference for the next step; the old one if no row was usable."""

@@ -34,6 +34,7 @@ def spike_clip(
     warmup: int = 25,
     factor: float | None = None,
     per_leaf: bool = False,
+    warmup_norm: float | None = None,
 ) -> Transform:
     r"""Shorten a gradient that is much longer than those of the steps before (ZClip, AdaGC).
 
@@ -44,12 +45,14 @@ def spike_clip(
 
     ZClip's limit falls from μ + z σ towards μ, the longer the gradient is. Then the memory takes in
     the clipped norm n: μ ← decay μ + (1 − decay) n, σ² ← decay σ² + (1 − decay) (n − μ)². In the
-    first ``warmup`` steps nothing is clipped: μ and σ² are the mean and the variance of their norms
-    (with a factor, μ is the smallest of them, as in AdaGC).
+    first ``warmup`` steps μ and σ² are the mean and the variance of the norms so far (with a
+    factor, μ is the smallest of them, as in AdaGC), and nothing is clipped, or with
+    ``warmup_norm`` C the whole gradient before its norm, or those of its leaves, are taken in:
+
+        g ← g · min(1, C / ‖g‖),  with ``per_leaf`` also by the norm over all leaves
 
     ZClip is the default. AdaGC is ``spike_clip(factor=1.05, decay=0.98, warmup=100,
-    per_leaf=True)``; in its warm-up it also clips the whole gradient, for which
-    ``late(spike_clip(...), ...)`` can have `clip_by_global_norm` as ``otherwise``.
+    per_leaf=True, warmup_norm=1.0)``. ZClip's authors clip to no fixed norm in the warm-up.
 
     Args:
         z: The number of standard deviations above the mean that is not clipped, above 0.
@@ -57,6 +60,8 @@ def spike_clip(
         warmup: The number of first steps that only fill the memory, at least 1.
         factor: AdaGC's factor, above 0, in place of z: 1.05 in the paper. None for ZClip.
         per_leaf: True to have a memory and a limit for each leaf of the gradient.
+        warmup_norm: C above 0, the largest norm of the whole gradient in the warm-up. None not to
+            clip there.
 
     Publishes: ``norm`` () before clipping, or (leaves,) in the order of the parameters;
     ``clipped_fraction`` (), of the leaves with ``per_leaf``; ``mean``, μ before the step, of the
@@ -67,7 +72,9 @@ def spike_clip(
     remembers the clipped norms; with a factor, μ follows them.
 
     State: μ, σ² and the number of norms; it observes, so that steps skipped by other transforms
-    count. Cost: the norms of one gradient; no pass, no question to the rows.
+    count. A norm of one leaf that is not finite does not count for this leaf, so its warm-up is
+    longer; ``warmup_norm`` clips no leaf of such a gradient. Cost: the norms of one gradient; no
+    pass, no question to the rows.
 
     Raises:
         ValueError: A number out of range.
@@ -97,7 +104,10 @@ def spike_clip(
         check_number(
             "spike_clip", "factor", factor, low=0, open_low=True, fix="AdaGC has 1.05, ZClip None."
         )
-    clip = _SpikeClip(z, decay, warmup, factor, per_leaf)
+    if warmup_norm is not None:
+        fix = "AdaGC has 1.0, ZClip None."
+        check_number("spike_clip", "warmup_norm", warmup_norm, low=0, open_low=True, fix=fix)
+    clip = _SpikeClip(z, decay, warmup, factor, per_leaf, warmup_norm)
     made = transform_in_context(
         "spike_clip",
         "tree -> tree",
@@ -118,6 +128,7 @@ class _SpikeClip:
     warmup: int
     factor: float | Tensor | None
     per_leaf: bool
+    warmup_norm: float | Tensor | None
 
     def init(self, params: Params) -> State:
         """Return the memory of no norm."""
@@ -139,8 +150,9 @@ class _SpikeClip:
         """Do the same as a call, and leave the products to the reader of the result."""
         norms = leaf_norms(grads) if self.per_leaf else _products.norm(grads)
         norms = norms.to(state["mean"].dtype)
-        limits = self._limits(norms, state)
-        over = (state["count"] >= self.warmup) & (norms > limits) & norms.isfinite()
+        warm = state["count"] >= self.warmup
+        limits = torch.where(warm, self._limits(norms, state), self._warmup_limits(norms))
+        over = (norms > limits) & norms.isfinite()
         shrunk = torch.where(over, limits, norms)
         factors = torch.where(over, limits / torch.where(over, norms, 1.0), 1.0)
         out = {
@@ -150,6 +162,15 @@ class _SpikeClip:
         }
         each = _FactorPerLeaf(grads, factors)
         return ScaledTree(grads, each), self._remembered(shrunk, state), out
+
+    def _warmup_limits(self, norms: Tensor) -> Tensor:
+        """Return what the norms are clipped to in the warm-up: one factor for all leaves."""
+        if self.warmup_norm is None:
+            return torch.full_like(norms, torch.inf)
+        whole = _products.norm({"norms": norms}).to(norms.dtype)
+        over = (whole > self.warmup_norm) & whole.isfinite()
+        factor = torch.where(over, self.warmup_norm / torch.where(over, whole, 1.0), 1.0)
+        return norms * factor
 
     def _limits(self, norms: Tensor, state: State) -> Tensor:
         """Return the largest norm that is not clipped; for a longer one, what it is clipped to."""

@@ -39,6 +39,11 @@ class RowPart:
         found = {name: part.row_rules for name, part in self.parts.items()}
         return {name: rules for name, rules in found.items() if rules is not None}
 
+    @property
+    def follows_reference(self) -> bool:
+        """True if a part can be reduced only when the reference gradient is known."""
+        return any("reference" in (rules.reads or ()) for rules in self.rules.values())
+
 
 @dataclass(frozen=True)
 class PartResult:
@@ -129,8 +134,8 @@ class ReducedRows:
             later = rules.for_later(out)
             values |= {f"{name}/{key}": value for key, value in later.items()}
             outs[name] = out
-        divisor_of = [*all_rules.values()][-1].divisor  # the reducer's
-        divisor = None if divisor_of is None else divisor_of(rows)
+        reducer, rules = [*all_rules.items()][-1]
+        divisor = rules.divisor_of(rows, outs[reducer])
         result = PartResult(
             outs,
             divisor,
@@ -230,4 +235,6 @@ def _same(a: Any, b: Any) -> bool:
     """Return whether two keywords are the same, without reading the value of a tensor."""
     if a is b:
         return True
+    if isinstance(a, Mapping) and isinstance(b, Mapping):  # a tree, such as the reference
+        return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)

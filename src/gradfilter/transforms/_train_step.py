@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
@@ -91,7 +91,8 @@ class TrainStep:
             donate: True to write parameters and transform states into their old tensors.
             reference_batch: Samples whose mean gradient `reference_filter` follows, at the same
                 parameters: a batch of any size, of the same structure. One more backward pass; what
-                it does to buffers is discarded.
+                it does to buffers is discarded. It comes after the rows, whose random numbers so do
+                not depend on it; with rows in parts before them, because the first part needs it.
             sample_weights: See `GradFunction`. The name ``weights`` is that of the weights of rows
                 that a reducer publishes.
             groups: See `GradFunction`; not with ``rows_at_once``.
@@ -120,10 +121,11 @@ class TrainStep:
         device = _tree.device_of(state["params"])
         with random_state_restored(device):
             set_random_state(state["random"], device)
-            rows = self._rows(state, batch, extra)
-            if reference_batch is not None:  # after the rows, whose draws do not depend on it
-                own = state["params"], reference_batch, state["buffers"]
-                extra["reference"] = mean_gradient(self.grads_of, *own)
+            rows = self._rows(state, batch, extra, reference_batch)
+            followed = isinstance(rows, ReducedRows) and rows.row_part.follows_reference
+            if reference_batch is not None and not followed:
+                # After the rows, whose draws do not depend on it.
+                extra["reference"] = self._reference(state, reference_batch)
             # A donated update overwrites the parameters, from which a loss of NaN has to be asked,
             # and which aux and buffers may show.
             of_loss = copied_where_shared(_of_loss(rows), state["params"]) if donate else None
@@ -142,7 +144,7 @@ class TrainStep:
         return state, Info({"loss": loss, **shown, **info})
 
     def _rows(
-        self, state: TrainState, batch: Any, extra: Mapping[str, Any]
+        self, state: TrainState, batch: Any, extra: dict[str, Any], reference_batch: Any
     ) -> ComputedStack | DenseStack | ReducedRows:
         """Return the rows of the batch, or what the chain has made of them part by part."""
         params, buffers = state["params"], state["buffers"]
@@ -167,6 +169,8 @@ class TrainStep:
                 held.append(dense_rows(grads_of(params, part, buffers=buffers)))
                 buffers = held[-1].buffers
             return join_stacks(held)
+        if reference_batch is not None and of_chain.follows_reference:
+            extra["reference"] = self._reference(state, reference_batch)
         reduced = ReducedRows(of_chain, state["transforms"], params, extra, buffers)
         for part, grads_of in parts:
             rows = grads_of(params, part, buffers=reduced.buffers)
@@ -174,6 +178,10 @@ class TrainStep:
                 reduced.add(rows)
             del rows  # before the next part is computed
         return reduced
+
+    def _reference(self, state: TrainState, batch: Any) -> Tree:
+        """Return the gradient that the rows of a step follow."""
+        return mean_gradient(self.grads_of, state["params"], batch, state["buffers"])
 
     def _refuse_parts(self) -> None:
         """Refuse groups in parts: the samples of a row may be anywhere in the batch."""

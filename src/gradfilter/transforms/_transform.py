@@ -66,9 +66,9 @@ def transform(
         joins: For a transform that acts row by row, so that rows may come in
             [parts](../ideas/chains.md#rows-in-parts): for every published value how those of the
             parts are joined. ``"rows"``: one number per row. ``"mean"``: a mean over all rows.
-            ``"any"``: true if true in some part. ``"same"``: equal in every part. ``"shares"``:
-            the weights of a reducer with a divisor. On one gradient, a dict says that the transform
-            ignores ``rows``. None: it compares rows.
+            ``"sum"``: a sum over them. ``"any"``: true if true in some part. ``"same"``: equal in
+            every part. ``"shares"``: the weights of a reducer with a divisor. On one gradient, a
+            dict says that the transform ignores ``rows``. None: it compares rows.
         reads: The keywords that such a transform of rows reads; it gets no others.
         divisor: For such a reducer, Σ w_m g_m / d: the number d () of a stack, a sum over its rows,
             0 if none takes part. None for a plain sum.
