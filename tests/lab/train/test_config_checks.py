@@ -41,6 +41,10 @@ OPTIONS = {
     "samples_per_class": ("--batch-size None", "--samples-per-class 1"),
     "seed": ("", "--seed 3"),
     "optimizer": ("", "--optimizer adam"),
+    "optimizer_arguments": (
+        "--optimizer torch:Adagrad --learning-rate 0.01",
+        "--optimizer-arguments initial_accumulator_value=0.5",
+    ),
     "learning_rate": ("", "--learning-rate 0.2"),
     "momentum": ("", "--momentum 0.5"),
     "nesterov": ("", "--nesterov"),
