@@ -264,3 +264,4 @@ def test_the_help_names_every_rule_and_says_what_a_class_gets():
     text = " ".join(command("train", "--help")[1].split())
     assert all(f" {name}" in text for name in OPTIMIZERS)
     assert "torch:NAME, a class of torch.optim such as torch:RAdam" in text
+    assert "gets the learning rate and the weight decay of the options, and keeps its own" in text

@@ -136,8 +136,8 @@ class TrainConfig:
     optimizer: str = "sgd"
     """Update rule: sgd, adam, adamw, rmsprop, lion, muon, per_example_adam, or torch:NAME, a class
     of torch.optim such as torch:RAdam; sgd+nesterov is sgd with --nesterov, muon has adamw for all
-    but matrices. A class of torch gets --learning-rate and --weight-decay, and keeps its own
-    defaults in all else."""
+    but matrices. A class of torch gets the learning rate and the weight decay of the options, and
+    keeps its own defaults in all else."""
     optimizer_arguments: tuple[str, ...] = ()
     """Arguments of the class of torch:NAME that have no option, as NAME=VALUE: lr_decay=0.1,
     amsgrad=true, etas=0.5,1.2."""
