@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import gradfilter as gf
 import gradfilter.schedules as gs
@@ -180,7 +181,8 @@ def reads(name, flags, scheduled):
 # --- Around it ---
 
 
-def test_compiled_steps_agree_with_eager_ones_also_in_the_first_step():
+@pytest.mark.parametrize("backend", ["graph", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_steps_agree_with_eager_ones_also_in_the_first_step(backend):
     # Dampening: the first buffer is the gradient itself, without it.
     for kind, flags in (
         (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.3}),
@@ -190,13 +192,41 @@ def test_compiled_steps_agree_with_eager_ones_also_in_the_first_step():
         step = gf.train_step(
             loss, gf.chain(gf.mean_rows(), gf.from_torch(kind, lr=0.1, **flags)), microbatches=2
         )
-        compiled = gf.compile(step, backend="graph")
+        compiled = gf.compile(step, backend=backend)
         one = two = step.init({"w": torch.tensor([1.0, -2.0])})
         for k in range(4):
             batch = torch.arange(8.0).reshape(4, 2) / (k + 3)
             one, _ = step(one, batch)
             two, _ = compiled(two, batch)
             assert_close(two["params"], one["params"], 1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.RAdam, torch.optim.SGD])
+def test_a_graph_has_no_marks_for_profilers_which_the_compiler_of_torch_refuses(kind):
+    update = gf.from_torch(kind, lr=0.1)
+    params = {"w": torch.ones(2)}
+    step = lambda p, state: update(p, state, {"w": torch.ones(2)})[0]
+    graph = make_fx(step)(params, update.init(params)).graph
+    assert len(graph.nodes) > 5
+    assert not [node for node in graph.nodes if "record_function" in str(node.target)]
+
+
+def test_a_graph_keeps_what_a_class_hangs_around_its_steps():
+    class Hooked(torch.optim.SGD):
+        def __init__(self, params, lr):
+            super().__init__(params, lr)
+            self.register_step_post_hook(self.double)
+
+        def double(self, *given):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.mul_(2)
+
+    update, params = gf.from_torch(Hooked, lr=0.5), {"w": torch.ones(2)}
+    state, grads = update.init(params), {"w": torch.ones(2)}
+    step = lambda p, own: update(p, own, grads)[0]
+    assert torch.equal(make_fx(step)(params, state)(params, state)["w"], step(params, state)["w"])
+    assert torch.equal(step(params, state)["w"], torch.ones(2))
 
 
 def test_a_class_that_reads_numbers_is_refused_by_compile_with_the_line():

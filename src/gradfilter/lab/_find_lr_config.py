@@ -17,6 +17,7 @@ from gradfilter.lab._options import (
 )
 from gradfilter.lab._usage import UsageError, check, option_name, typed_names
 from gradfilter.lab.train._config_checks import refuse_ignored
+from gradfilter.lab.train._torch_optimizers import RATE_READ_ONCE
 from gradfilter.lab.train._train_command import expanded_options
 from gradfilter.lab.train._train_config import GROUPS, TrainConfig
 
@@ -84,6 +85,13 @@ def parse_find_lr(options: Sequence[str]) -> FindLrCommand:
             )
     own = {} if command.config is None else read_settings(None, command.config, "train")
     refuse_ignored(command.settings, options, own.keys() - {*UNUSED})
+    check(
+        command.settings.optimizer != RATE_READ_ONCE,
+        "--optimizer",
+        "an update rule that reads the learning rate in every step",
+        RATE_READ_ONCE,
+        "It needs no search: its steps have sizes of their own after the first.",
+    )
     check_rates(command.low, command.high, command.rates)
     return command
 

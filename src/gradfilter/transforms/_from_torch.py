@@ -252,7 +252,7 @@ class _Runner:
                 options["lr"] = lr
             if values:
                 self._put(optimizer, own, (layout, group), iter(values), in_graph)
-            optimizer.step()
+            _take_step(optimizer, in_graph)
             state = [
                 self._tensor(entry, optimizer.state[own[name]].get(entry), params[0])
                 for entry, leaves in layout
@@ -302,6 +302,15 @@ def as_tensor_of_number(value: float, device: torch.device) -> Tensor:
     wide = torch.float32 if device.type == "mps" else torch.float64
     dtypes: dict[Any, torch.dtype] = {bool: torch.bool, int: torch.int64, float: wide}
     return torch.full((), value, dtype=dtypes[type(value)], device=device)
+
+
+def _take_step(optimizer: Optimizer, in_graph: bool) -> None:
+    """Take a step; in a graph without the mark for profilers, which torch's compiler refuses."""
+    step: Any = type(optimizer).step
+    own_hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    if in_graph and getattr(step, "hooked", False) and not own_hooks:
+        step = step.__wrapped__
+    step(optimizer)
 
 
 @contextmanager

@@ -65,6 +65,11 @@ RUNS = {
         "--optimizer adam --learning-rate 1e-3 --model-additions dropout-0.2 --schedule plateau "
         "--lr-patience 1 --workers 2"
     ),
+    "a class of torch whose first step differs, and a cosine": (
+        "--optimizer torch:ASGD --learning-rate 0.05 --weight-decay 1e-3 --schedule cosine "
+        "--optimizer-arguments t0=20 --microbatches 4 --resume-every 3"
+    ),
+    "a class of torch with a product of factors": "--optimizer torch:NAdam --learning-rate 1e-3",
     "LookSAM, by a counter": "--sam 0.1 --look-sam 3 --epochs 1.5 --resume-every 4",
     "BatchNorm, GSAM, AGC, between two epochs": (
         "--model resnet18_1 --model-additions batchnorm --microbatches 3 --samples-per-class 1 "

@@ -18,6 +18,12 @@ from gradfilter.lab.data._batches import Order, augmentation, class_balanced, sh
 from gradfilter.lab.data._load import load_data
 from gradfilter.lab.data._samples import Data
 from gradfilter.lab.models._build import build_model
+from gradfilter.lab.train._torch_optimizers import (
+    TORCH,
+    as_usage_error,
+    torch_arguments,
+    torch_class,
+)
 from gradfilter.lab.train._train_config import TrainConfig
 from gradfilter.lab.train._training import Training, no_totals
 
@@ -192,6 +198,11 @@ def _perturbation(config: TrainConfig, lr: gf.Schedule) -> gf.Transform:
 
 
 def _rule(config: TrainConfig, lr: gf.Schedule, matrices: Collection[str]) -> gf.Transform:
+    if config.optimizer.startswith(TORCH):
+        try:
+            return gf.from_torch(torch_class(config), lr=lr, **torch_arguments(config))
+        except (TypeError, ValueError) as error:
+            raise as_usage_error(config, error) from None
     if config.optimizer != "muon":
         return _wrapped(config, _plain_rule(config, lr))
     momentum = 0.95 if config.momentum is None else config.momentum

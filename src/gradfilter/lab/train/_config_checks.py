@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from gradfilter.lab._constraints import check_fields
 from gradfilter.lab._usage import UsageError, option_name, refuse_odd, typed_names
+from gradfilter.lab.train._torch_optimizers import RATE_READ_ONCE, TORCH, check_optimizer, takes
 from gradfilter.lab.train._train_config import TrainConfig
 
 # --- Options that are wrong or contradict each other ---
@@ -20,6 +21,7 @@ def check_values(config: TrainConfig) -> None:
     """
     check_fields(config)
     refuse_odd(config)
+    check_optimizer(config)
     _check_together(config)
 
 
@@ -109,7 +111,9 @@ def _check_together(config: TrainConfig) -> None:
             f"--rho-min: expected at most --sam {config.sam}, found {config.rho_min}.",
         ),
         (
-            config.nesterov and (config.optimizer != "sgd" or config.momentum == 0),
+            config.nesterov
+            and not takes(config, "nesterov")
+            and (config.optimizer != "sgd" or config.momentum == 0),
             "--nesterov: expected --optimizer sgd with momentum above 0. Omit it, or change those.",
         ),
         *_wrapper_refusals(config),
@@ -151,11 +155,22 @@ def _clips(config: TrainConfig) -> list[str]:
 def _wrapper_refusals(config: TrainConfig) -> list[tuple[bool, str]]:
     """Return conditions and errors of --cautious, --schedule-free and --msam."""
     ahead = config.schedule_free or config.msam is not None
+    parts = {
+        "--cautious": config.cautious,
+        "--msam": config.msam is not None,
+        "--no-decay": bool(config.no_decay),
+    }
+    needed = ", ".join(option for option, given in parts.items() if given)
     return [
         (
             config.schedule_free and config.optimizer not in ("sgd", "adam", "adamw"),
             "--schedule-free: expected --optimizer sgd, adam or adamw, found "
             f"{config.optimizer}. Choose one of them.",
+        ),
+        (
+            bool(needed) and config.optimizer.startswith(TORCH),
+            f"{needed}: expected an update rule of gradfilter, whose parts are known, found "
+            f"{config.optimizer}. Choose another --optimizer.",
         ),
         (
             config.schedule_free and (config.nesterov or config.cautious),
@@ -255,11 +270,25 @@ def _splits(config: TrainConfig) -> bool:
     return config.data == "digits" or bool(config.train_split) or bool(config.val_split)
 
 
+def _torch(config: TrainConfig) -> tuple[str, ...]:
+    """Return the name of the optimizer if it is a class of torch, whose arguments are its own."""
+    return (config.optimizer,) if config.optimizer.startswith(TORCH) else ()
+
+
+def _taken(option: str) -> OptionUse:
+    """Return the condition that a class of torch has an option as an argument."""
+    return OptionUse(
+        "with a class of torch that has no such argument, or another default for it",
+        lambda c: not _torch(c) or takes(c, option),
+        "Omit it; --optimizer-arguments sets what the class has.",
+    )
+
+
 BETAS = OptionUse(
     "without --optimizer adam, adamw, per_example_adam, lion or muon",
-    lambda c: c.optimizer in ("adam", "adamw", "per_example_adam", "lion", "muon"),
+    lambda c: c.optimizer in ("adam", "adamw", "per_example_adam", "lion", "muon", *_torch(c)),
 )
-RMSPROP = OptionUse("without --optimizer rmsprop", lambda c: c.optimizer == "rmsprop")
+RMSPROP = OptionUse("without --optimizer rmsprop", lambda c: c.optimizer in ("rmsprop", *_torch(c)))
 AGREE = OptionUse("without --agree", lambda c: c.agree is not None)
 AGC = OptionUse("without --agc above 0", lambda c: bool(c.agc))
 CLEAN = OptionUse("without --reference clean", lambda c: c.reference == "clean")
@@ -274,23 +303,36 @@ LONG = OptionUse(
 )
 
 USES: Mapping[str, tuple[OptionUse, ...]] = {
+    "optimizer_arguments": (
+        OptionUse("without --optimizer torch:NAME", lambda c: bool(_torch(c))),
+    ),
     "momentum": (
+        _taken("momentum"),
         OptionUse(
             "without --optimizer sgd, rmsprop or muon",
-            lambda c: c.optimizer in ("sgd", "rmsprop", "muon"),
+            lambda c: c.optimizer in ("sgd", "rmsprop", "muon", *_torch(c)),
         ),
     ),
-    "betas": (BETAS,),
+    "weight_decay": (_taken("weight_decay"),),
+    "betas": (_taken("betas"), BETAS),
     "eps": (
+        _taken("eps"),
         OptionUse(
             "with --optimizer sgd or lion",
             lambda c: c.optimizer not in ("sgd", "lion"),
         ),
     ),
-    "alpha": (RMSPROP,),
+    "alpha": (_taken("alpha"), RMSPROP),
     "no_decay": (OptionUse("without --weight-decay above 0", lambda c: c.weight_decay > 0),),
-    "centered": (RMSPROP,),
-    "schedule": (LONG,),
+    "centered": (_taken("centered"), RMSPROP),
+    "schedule": (
+        LONG,
+        OptionUse(
+            "with --optimizer torch:Rprop, which reads the learning rate in its first step alone",
+            lambda c: c.schedule == "constant" or c.optimizer != RATE_READ_ONCE,
+            "Omit it, or choose another --optimizer.",
+        ),
+    ),
     "lr_step": (OptionUse("without --schedule step", lambda c: c.schedule == "step"), LONG),
     "lr_decay_rate": (
         OptionUse(
@@ -371,6 +413,7 @@ def refuse_ignored(config: TrainConfig, typed: Sequence[str], named: Collection[
     Raises:
         UsageError: An option has no effect.
     """
+    check_optimizer(config)
     names = {name.removeprefix("--").replace("-", "_") for name in typed_names(typed)}
     names |= {f.name for f in fields(config) if getattr(config, f.name) != f.default} & {*named}
     for name, uses in USES.items():

@@ -211,11 +211,9 @@ def refuse_what_is_there(config: TrainConfig, place: Path) -> None:
             "--resume, or give this one another --name or --seed."
         )
     own = plain_settings(config)
-    others = [
-        name
-        for name in own
-        if name not in (*PLACE, *WATCHING) and found["settings"].get(name) != own[name]
-    ]
+    # A run of an older version lacks the settings that were added since, and had none of them.
+    theirs = plain_settings(TrainConfig()) | found["settings"]
+    others = [n for n in own if n not in (*PLACE, *WATCHING) and theirs[n] != own[n]]
     if others:
         raise UsageError(
             f"--resume: the run in {str(place)!r} has other settings: {', '.join(others)}. "

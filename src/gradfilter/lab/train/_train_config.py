@@ -20,7 +20,8 @@ from gradfilter.lab._constraints import (
     positive,
 )
 
-OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "lion", "muon", "per_example_adam"]
+OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "lion", "muon", "per_example_adam")
+"""The update rules of gradfilter; torch:NAME is a class of torch.optim."""
 ScheduleName = Literal["constant", "step", "linear", "cosine", "poly", "plateau"]
 
 # --- Constraints of single fields ---
@@ -132,25 +133,33 @@ class TrainConfig:
     seed: Annotated[int, at_least(0)] = 0
     """Seed of parameters, batches and augmentation."""
 
-    optimizer: OptimizerName = "sgd"
-    """Update rule; sgd+nesterov is sgd with --nesterov, muon has adamw for all but matrices."""
+    optimizer: str = "sgd"
+    """Update rule: sgd, adam, adamw, rmsprop, lion, muon, per_example_adam, or torch:NAME, a class
+    of torch.optim such as torch:RAdam; sgd+nesterov is sgd with --nesterov, muon has adamw for all
+    but matrices. A class of torch gets the learning rate and the weight decay of the options, and
+    keeps its own defaults in all else."""
+    optimizer_arguments: tuple[str, ...] = ()
+    """Arguments of the class of torch:NAME that have no option, as NAME=VALUE: lr_decay=0.1,
+    amsgrad=true, etas=0.5,1.2."""
     learning_rate: Annotated[float, positive()] = 0.05
     """Largest learning rate."""
     momentum: Annotated[float | None, below_one("a number")] = None
-    """Momentum, by default 0.9 for sgd, 0 for rmsprop and 0.95 for muon."""
+    """Momentum, by default 0.9 for sgd, 0 for rmsprop and 0.95 for muon, and as the class has it
+    for torch:NAME."""
     nesterov: bool = False
-    """Use Nesterov's momentum, for sgd."""
+    """Use Nesterov's momentum, for sgd and torch:SGD."""
     betas: Annotated[tuple[float, float], BETAS] = (0.9, 0.999)
-    """Decay rates of the moments, for adam, adamw, muon, per_example_adam and lion, for which 0.9
-    0.99 is usual."""
+    """Decay rates of the moments, for adam, adamw, muon, per_example_adam, classes of torch with
+    betas, and lion, for which 0.9 0.99 is usual."""
     eps: Annotated[float, positive()] = 1e-8
-    """Number added to the root, for all update rules but sgd and lion."""
+    """Number added to the root, for all update rules but sgd, lion and those of torch:NAME whose
+    own eps is another: they keep it unless --optimizer-arguments sets it."""
     alpha: Annotated[float, FRACTION] = 0.99
-    """Decay rate of the squares, for rmsprop."""
+    """Decay rate of the squares, for rmsprop and torch:RMSprop."""
     centered: bool = False
-    """Divide by the deviation, for rmsprop."""
+    """Divide by the deviation, for rmsprop and torch:RMSprop."""
     weight_decay: Annotated[float, at_least(0)] = 0.0
-    """L2 decay; decoupled for adamw, lion and muon."""
+    """L2 decay; decoupled for adamw, lion and muon. It is 0 by default for torch:AdamW also."""
     no_decay: tuple[str, ...] = ()
     """Parameters without weight decay: patterns of names, such as *.bias (PATTERN)."""
     cautious: bool = False
@@ -308,7 +317,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         *("friendly_sam", "look_sam", "gsam", "rho_schedule", "rho_min"),
     ),
     "update": (
-        *("optimizer", "learning_rate", "momentum", "nesterov", "betas", "eps", "alpha"),
+        *("optimizer", "optimizer_arguments", "learning_rate", "momentum", "nesterov", "betas"),
+        *("eps", "alpha"),
         *(
             "centered",
             "weight_decay",
