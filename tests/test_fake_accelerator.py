@@ -1,7 +1,7 @@
 """Everything stays on its device and waits for no number: on an accelerator that has none.
 
-The device is registered for a whole process, so every area of cases runs in one of its own, whose
-results all tests of the area share. `tests/support/_accelerator_run.py` runs single cases.
+The device is registered for a whole process, so the cases run in processes of their own, some
+cases of an area in each, whose results their tests share. `tests/support/_accelerator_run.py` runs single cases.
 """
 
 import json
@@ -37,20 +37,26 @@ def folder(tmp_path_factory):
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
-def errors_of(area, folder):
-    """Run the cases of an area, once for all workers, and return the error of each or None."""
-    found = folder / f"accelerator-{area}.json"
+PART = 60  # cases of a process, so that two workers have something to do at the same time
+
+
+def error_of(area, name, folder):
+    """Return the error of a case or None; its neighbours run with it, once for all workers."""
+    names = [*run.cases_of(area)]
+    part = names.index(name) // PART
+    found = folder / f"accelerator-{area}-{part}.json"
     with FileLock(f"{found}.lock"):
         if not found.exists():
-            found.write_text(json.dumps(run_area(area)))
-    return json.loads(found.read_text())
+            errors = run_cases(area, names[part * PART : (part + 1) * PART])
+            found.write_text(json.dumps(errors))
+    return json.loads(found.read_text())[name]
 
 
-def run_area(area):
-    """Run an area in a process of its own; what ends the process is the error of its last cases."""
+def run_cases(area, names):
+    """Run cases in a process of their own; what ends the process is the error of its last cases."""
     places = [str(SCRIPT.parent), str(SOURCE), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), area],
+        [sys.executable, str(SCRIPT), area, *names],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -58,11 +64,11 @@ def run_area(area):
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     errors = {line["case"]: line["error"] for line in lines}
     died = f"The process ended with {done.returncode} before this case:\n{done.stderr[-3000:]}"
-    return {**dict.fromkeys(run.cases_of(area), died), **errors}
+    return {**dict.fromkeys(names, died), **errors}
 
 
 @pytest.mark.parametrize(("area", "name"), [*cases()])
 def test_on_an_accelerator_without_numbers(area, name, folder):
-    error = errors_of(area, folder)[name]
+    error = error_of(area, name, folder)
     if error is not None:
         pytest.fail(error, pytrace=False)

@@ -140,6 +140,7 @@ VALUES = {
     "--budget-clip": "--budget-clip",
     "--budget-clip --per-sample --clip-per-row 1": "--clip-per-row",
     "--optimizer muon --weight-decay 0.1 --no-decay *.bias": "Choose another",
+    "--optimizer per_example_adam --weight-decay 0.1 --no-decay *.bias": "Choose another",
     "--clip-quantile 2": "--clip-quantile",
     "--clip-quantile --clip-smallest --per-sample": "--clip-quantile, --clip-smallest",
     "--normalize-rows --clip-per-row 1": "Choose one",

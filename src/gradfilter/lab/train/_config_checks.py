@@ -188,6 +188,11 @@ def _wrapper_refusals(config: TrainConfig) -> list[tuple[bool, str]]:
             "Choose another.",
         ),
         (
+            bool(config.no_decay) and config.optimizer == "per_example_adam",
+            "--no-decay: expected a rule that takes a mask of what decays, found --optimizer "
+            "per_example_adam. Choose another.",
+        ),
+        (
             config.msam is not None and config.sam is not None,
             "--msam, --sam: both perturb the parameters. Choose one.",
         ),
