@@ -339,3 +339,122 @@ def test_lightning(accumulate):
     assert metrics == wanted and "right" in metrics
     assert model._hosted._graphs._traces == (1 if accumulate == 1 else 2)
     assert nothing_changed_between_batches(model._hosted)
+
+
+# --- Trainers with ragged batches, weights and groups of samples ---
+
+COLUMNS = {"sample_weights": "weight", "groups": "user_id"}
+MARKS = pytest.mark.parametrize("named", [(), ("sample_weights",), ("groups",), tuple(COLUMNS)])
+
+
+def same_up_to_rounding(weights, expected, named):
+    """Compare two trainings; without weights and groups they run the same kernels."""
+    tolerance = 1e-12 if named else 0.0
+    torch.testing.assert_close(weights, expected, rtol=tolerance, atol=tolerance)
+
+
+def gpt2():
+    hf = pytest.importorskip("transformers")
+    config = hf.GPT2Config(
+        vocab_size=WORDS, n_positions=LENGTH, n_embd=8, n_layer=1, n_head=2,
+        bos_token_id=0, eos_token_id=0, loss_type="ForCausalLM",
+    )  # fmt: skip
+    return hf.GPT2LMHeadModel(config).to(torch.get_default_dtype())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@MARKS
+def test_trainer_with_a_ragged_last_batch(tmp_path, named, accumulate):
+    hf = pytest.importorskip("transformers")
+    data = sentences(22)
+    for i, sample in enumerate(data):
+        sample |= {"weight": float(i % 4), "user_id": 100 + i % 3}
+
+    def run(compile):
+        torch.manual_seed(1)
+        model = gpt2()
+        args = hf.TrainingArguments(
+            str(tmp_path), num_train_epochs=2, logging_steps=1, per_device_train_batch_size=8,
+            gradient_accumulation_steps=accumulate, report_to=[], save_strategy="no",
+            disable_tqdm=True, use_cpu=True,
+        )  # fmt: skip
+        trainer = interop.FilteredTrainer(
+            model, args, train_dataset=data, transforms=gf.agree_filter(1.5), microbatches=M,
+            compile=compile, uneven=True, **{name: COLUMNS[name] for name in named},
+        )  # fmt: skip
+        trainer.train()
+        return trainer, model.state_dict()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer, weights = run("graph")
+        _, expected = run(False)
+    same_up_to_rounding(weights, expected, named)
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert len(losses) == (6 if accumulate == 1 else 4)
+    assert trainer._hosted._graphs._traces == 2  # a batch of 8, and one of 6
+
+
+def test_trainer_refuses_another_pass_over_accumulated_ragged_batches(tmp_path):
+    hf = pytest.importorskip("transformers")
+    args = hf.TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=6, gradient_accumulation_steps=2,
+        report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    trainer = interop.FilteredTrainer(
+        gpt2(), args, train_dataset=sentences(12), microbatches=M, compile="graph", uneven=True,
+        transforms=gf.chain(gf.sam_perturb(0.05), gf.agree_filter(1.5)),
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="rows of equal sizes for another pass"):
+            trainer.train()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@MARKS
+def test_lightning_with_a_ragged_last_batch(named, accumulate):
+    lightning = pytest.importorskip("lightning.pytorch")
+
+    class Net(interop.FilteredModule):
+        transforms, microbatches, uneven = gf.agree_filter(1.2), M, True
+
+        def __init__(self, compile):
+            super().__init__()
+            self.net, self.compile_step = nn.Linear(6, 3), compile
+
+        def microbatch_loss(self, batch):
+            x, y, *_ = batch
+            return F.cross_entropy(self.net(x), y, reduction="none")
+
+        def sample_weights(self, batch):
+            return batch[2] if "sample_weights" in named else None
+
+        def sample_groups(self, batch):
+            return batch[3] if "groups" in named else None
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+    x, y = vectors(22)
+    tensors = x, y, torch.arange(22.0) % 4, torch.arange(22) % 3
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*tensors), batch_size=8)
+
+    def run(compile):
+        torch.manual_seed(1)
+        model = Net(compile)
+        trainer = lightning.Trainer(
+            max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+            accumulate_grad_batches=accumulate,
+        )  # fmt: skip
+        trainer.fit(model, loader)
+        return model, model.state_dict(), dict(trainer.callback_metrics)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, weights, metrics = run("graph")
+        _, expected, wanted = run(False)
+    same_up_to_rounding(weights, expected, named)
+    torch.testing.assert_close(metrics, wanted, rtol=1e-12, atol=1e-12)
+    assert model._hosted._graphs._traces == 2

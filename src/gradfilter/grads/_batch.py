@@ -50,7 +50,7 @@ def mark_samples(batch: Any, weights: Any, groups: Any, rows: int | None) -> Any
     if weights is None and groups is None:
         return batch
     batch = plain(batch)
-    size = _leading_axis([leaf for leaf in _tree.leaves(batch) if isinstance(leaf, Tensor)])
+    size = samples_in(batch)
     if weights is not None:
         weights = _checked_weights(weights, size)
     if groups is not None:
@@ -166,12 +166,7 @@ def split(batch: Any, microbatches: int | None) -> tuple[list[Tensor], Rebuild]:
     size = _leading_axis([values[i] for i in places])
     rows = size if microbatches is None else microbatches
     if size % rows:
-        raise ValueError(
-            f"Expected N divisible by the number of microbatches, found N = {size} samples and "
-            f"M = {rows}. Use a batch of {max(size // rows, 1) * rows}, or drop the last "
-            "incomplete batch (DataLoader(..., drop_last=True)), or pass uneven=True for rows that "
-            "differ by one sample."
-        )
+        raise _not_divisible(size, rows)
     shape = rows, size // rows  # M and B
     tensors = [values[i].reshape(*shape, *values[i].shape[1:]) for i in places]
     return tensors, Structure(values, places, unflatten)
@@ -188,21 +183,55 @@ def even_parts(batch: Any, microbatches: int | None) -> list[tuple[Any, int]]:
     Raises:
         ValueError: There are fewer samples than rows.
     """
-    values = [leaf for leaf in _tree.leaves(plain(batch)) if isinstance(leaf, Tensor)]
-    size = _leading_axis(values)
+    size = samples_in(batch)
     if microbatches is None or size % microbatches == 0:
         return [(batch, size if microbatches is None else microbatches)]
     each, longer = divmod(size, microbatches)
     if each == 0:
-        raise ValueError(
-            f"Expected at least one sample per row, found N = {size} samples and "
-            f"M = {microbatches}. Drop such a batch (DataLoader(..., drop_last=True)), or pad it, "
-            "with sample_weights= of 0 for the padding."
-        )
+        raise _too_few(size, microbatches)
     tensors, rebuild = split(batch, None)
     place = longer * (each + 1)
     parts = ((slice(place), longer), (slice(place, None), microbatches - longer))
     return [(rebuild(t[:, 0][part] for t in tensors), count) for part, count in parts]
+
+
+def rows_of_samples(size: int, microbatches: int | None, uneven: bool) -> Tensor:
+    """Return the row of each sample, as `split` cuts a batch, or `even_parts`. (N,) int64.
+
+    Args:
+        size: N.
+        microbatches: M, or None for one row per sample.
+        uneven: True if the rows may differ by one sample.
+
+    Raises:
+        ValueError: The batch cannot be cut.
+    """
+    rows = size if microbatches is None else microbatches
+    each, longer = divmod(size, rows)
+    if longer and not uneven:
+        raise _not_divisible(size, rows)
+    if each == 0:
+        raise _too_few(size, rows)
+    sizes = torch.full((rows,), each)
+    sizes[:longer] += 1
+    return torch.arange(rows).repeat_interleave(sizes)
+
+
+def _not_divisible(size: int, rows: int) -> ValueError:
+    return ValueError(
+        f"Expected N divisible by the number of microbatches, found N = {size} samples and "
+        f"M = {rows}. Use a batch of {max(size // rows, 1) * rows}, or drop the last "
+        "incomplete batch (DataLoader(..., drop_last=True)), or pass uneven=True for rows that "
+        "differ by one sample."
+    )
+
+
+def _too_few(size: int, rows: int) -> ValueError:
+    return ValueError(
+        f"Expected at least one sample per row, found N = {size} samples and "
+        f"M = {rows}. Drop such a batch (DataLoader(..., drop_last=True)), or pad it, "
+        "with sample_weights= of 0 for the padding."
+    )
 
 
 def cut(batch: Any, microbatches: int | None, rows: int) -> list[tuple[Any, int]]:
@@ -343,6 +372,15 @@ def plain(batch: Any) -> Any:
     if type(batch) in (tuple, list):
         return type(batch)([plain(value) for value in batch])
     return batch
+
+
+def samples_in(batch: Any) -> int:
+    """Return N, the length of the leading axis of all tensors of a batch.
+
+    Raises:
+        ValueError: They disagree, or there are none.
+    """
+    return _leading_axis([leaf for leaf in _tree.leaves(plain(batch)) if isinstance(leaf, Tensor)])
 
 
 def _leading_axis(tensors: list[Tensor]) -> int:

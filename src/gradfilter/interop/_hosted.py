@@ -26,7 +26,13 @@ from gradfilter.transforms._state_dict import load_state_dict, state_dict
 
 
 def check_division(
-    caller: str, loader: Any, microbatches: int | None, batches: float, size: str, drop: str
+    caller: str,
+    loader: Any,
+    microbatches: int | None,
+    batches: float,
+    size: str,
+    drop: str,
+    uneven: bool,
 ) -> None:
     """Refuse a loader with a batch that cannot be cut into microbatches.
 
@@ -37,9 +43,11 @@ def check_division(
         batches: The largest number of batches used before the loader restarts or ends.
         size: The name of the batch size in the error.
         drop: The advice to omit the last batch.
+        uneven: True if rows may differ by one sample.
 
     Raises:
-        ValueError: The size of a batch, or of the last one, is not a multiple of M.
+        ValueError: The size of a batch, or of the last one, is not a multiple of M; with ``uneven``
+            it is smaller than M.
     """
     sampler = getattr(loader, "batch_sampler", None)
     if microbatches is None or not isinstance(loader, DataLoader):
@@ -47,17 +55,26 @@ def check_division(
     if not isinstance(sampler, BatchSampler) or not hasattr(sampler.sampler, "__len__"):
         return
     full, last = divmod(len(cast(Sized, sampler.sampler)), sampler.batch_size)
+    if uneven:
+        smallest = last if last and not sampler.drop_last and batches > full else sampler.batch_size
+        if smallest < microbatches:
+            raise ValueError(
+                f"{caller}: expected at least microbatches={microbatches} samples in every batch, "
+                f"found one of {smallest}. Use fewer microbatches, increase {size}, or omit the "
+                f"last batch with {drop}."
+            )
+        return
     if full and sampler.batch_size % microbatches:
         raise ValueError(
             f"{caller}: expected {size} to be a multiple of microbatches={microbatches}, found "
             f"{sampler.batch_size}. Use {max(sampler.batch_size // microbatches, 1) * microbatches}"
-            ", or other microbatches."
+            ", or other microbatches, or uneven=True for rows that differ by one sample."
         )
     if last % microbatches and not sampler.drop_last and batches > full:
         raise ValueError(
             f"{caller}: expected every batch to be a multiple of microbatches={microbatches}, "
-            f"found a last one of {last} samples in each epoch. Use {drop}, or as many samples as "
-            "fill it."
+            f"found a last one of {last} samples in each epoch. Use {drop}, uneven=True for rows "
+            "that differ by one sample, or as many samples as fill it."
         )
 
 
@@ -80,6 +97,7 @@ class Hosted(Filtered):
         microbatches: See `Filtered`.
         plan: See `Filtered`.
         memory_budget: See `Filtered`.
+        uneven: See `Filtered`.
         compile: See `Filtered`.
         owners: Objects other than the model whose attributes the loss may change, by name.
 
@@ -101,6 +119,7 @@ class Hosted(Filtered):
         *,
         plan: Plan,
         memory_budget: int | float | None,
+        uneven: bool = False,
         compile: bool | str | Backend = False,
         owners: Mapping[str, Any] | None = None,
     ) -> None:
@@ -115,6 +134,7 @@ class Hosted(Filtered):
             microbatches,
             plan=plan,
             memory_budget=memory_budget,
+            uneven=uneven,
             has_aux=True,
             compile=compile,
         )
@@ -261,12 +281,32 @@ class LossLog:
         self.options[name] = (args, kwargs)
 
 
+WEIGHTS = "gradfilter/weights"
+"""The name under which the loss of a host finds the weights of its samples, and logs them."""
+
+
+def log_weights(values: dict[str, Tensor], weights: Tensor | None) -> None:
+    """Log, with the values of a row, whether it takes part in their mean.
+
+    Args:
+        values: What the loss of the row has logged.
+        weights: The weights of its samples, or None.
+    """
+    if values and weights is not None:
+        values[WEIGHTS] = (weights.detach().sum() > 0).to(torch.float32)
+
+
 def logged(result: StepResult) -> dict[str, Tensor]:
     """Convert a step to numbers for a logger: ``keep``, and each metric's mean over rows, () float.
 
-    It also has the values logged in the loss, unless they have the name of one of these.
+    It also has the values logged in the loss, unless they have the name of one of these. Their mean
+    is over the rows that take part (with groups, the samples): see `log_weights`.
     """
     dtype = torch.promote_types(result.loss.dtype, torch.float32)
-    own = means({AUX: result.aux or {}}, dtype)
+    aux = dict(result.aux or {})
+    if (weights := aux.pop(WEIGHTS, None)) is not None:
+        part, count = weights > 0, weights.to(dtype).sum()
+        aux = {n: torch.where(part, v.to(dtype), 0.0).sum() / count for n, v in aux.items()}
+    own = means({AUX: aux}, dtype)
     own = {name.removeprefix(f"{AUX}/"): value for name, value in own.items()}
     return own | means(result.info, dtype)

@@ -14,7 +14,14 @@ from typing_extensions import override
 
 from gradfilter._types import Transform
 from gradfilter.grads._microbatch import Plan
-from gradfilter.interop._hosted import Hosted, LossLog, check_division, logged
+from gradfilter.interop._hosted import (
+    WEIGHTS,
+    Hosted,
+    LossLog,
+    check_division,
+    log_weights,
+    logged,
+)
 from gradfilter.transforms._compile import Backend
 
 # --- Requirements on a LightningModule ---
@@ -87,19 +94,24 @@ class FilteredModule(lightning.LightningModule):
     likewise. The transforms' state is in Lightning's checkpoint. For ``precision`` "32-true",
     "64-true", "bf16-true" and "bf16-mixed".
 
+    For a last batch that is not full, set ``uneven = True``. For padding, or samples of unequal
+    importance, write a method `sample_weights`; for one row per user or task, `sample_groups`.
+
     Attributes:
         transforms: A chain that takes rows and ends in a tree, as in `Filtered`.
         microbatches: M rows per batch; None for one row per sample.
         plan: See `Filtered`.
         memory_budget: See `Filtered`.
+        uneven: True for batches whose size M need not divide: see `microbatch_grads`.
         compile_step: ``compile`` of `Filtered`; `torch.nn.Module` has a method of that name.
 
     Raises:
         TypeError: At the start of a fit: ``transforms`` or ``microbatches`` are missing;
             ``transforms`` does not lead from rows to a tree; an optimizer that evaluates
             the loss again.
-        ValueError: At the start of a fit: several processes, or precision "16-mixed". At a step: a
-            batch that ``microbatches`` does not divide.
+        ValueError: At the start of a fit: several processes, or precision "16-mixed". Before the
+            first step, or at a step if the number of samples is unknown: a batch that
+            ``microbatches`` does not divide (with ``uneven``, one of fewer samples).
 
     Examples:
         >>> import warnings, torch, lightning as L, gradfilter as gf
@@ -135,6 +147,7 @@ class FilteredModule(lightning.LightningModule):
     microbatches: int | None
     plan: Plan = "auto"
     memory_budget: int | float | None = None
+    uneven: bool = False
     compile_step: bool | str | Backend = False
 
     _hosted: Hosted | None = None
@@ -168,6 +181,33 @@ class FilteredModule(lightning.LightningModule):
         """
         return None
 
+    def sample_weights(self, batch: Any) -> Tensor | None:
+        """Return one weight >= 0 per sample, (N,); None for none. 0 removes a sample (padding).
+
+        Override it to return a tensor on the device of the batch, such as ``batch["weight"]``. The
+        loss of a row is then the weighted mean over its samples (see `GradFunction`), so
+        ``microbatch_loss`` must return one number per sample, (B,) (``reduction="none"``); with
+        `sample_groups` also, it may return a mean. Of the numbers given to ``self.log``, those of
+        rows without weights are omitted from the means.
+
+        Args:
+            batch: A batch of the data loader.
+        """
+        return None
+
+    def sample_groups(self, batch: Any) -> Tensor | None:
+        """Return the row of each sample, from 0 to M − 1, (N,) int64; None for microbatches.
+
+        These are the ``groups`` of `GradFunction`: a row is the (weighted) mean of the gradients of
+        its samples, each computed alone, so ``microbatch_loss`` gets batches of one sample. For
+        numbers of any size: ``torch.unique(batch["user"], return_inverse=True)[1]``, with
+        ``microbatches`` the largest number of users in a batch.
+
+        Args:
+            batch: A batch of the data loader.
+        """
+        return None
+
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Compute the rows of a batch; with the last one of a step, filter and write ``p.grad``.
@@ -178,12 +218,16 @@ class FilteredModule(lightning.LightningModule):
         hosted = self._host()
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             hosted.begin()
+        weights, groups = self.sample_weights(batch), self.sample_groups(batch)
+        inputs = {"batch": batch} if weights is None else {"batch": batch, WEIGHTS: weights}
         if not hosted.completes_step:
-            return hosted.accumulate({"batch": batch})
+            return hosted.accumulate(inputs, sample_weights=weights, groups=groups)
         reference = self.reference_batch()
         if reference is not None:
             reference = {"batch": self.trainer.strategy.batch_to_device(reference)}
-        result = hosted.step({"batch": batch}, reference_batch=reference)
+        result = hosted.step(
+            inputs, reference_batch=reference, sample_weights=weights, groups=groups
+        )
         assert self._loss_log is not None  # the wrapper exists, so the log does
         options = {"train_loss": ((), {"prog_bar": True}), **self._loss_log.options}
         for name, value in ({"train_loss": result.loss} | logged(result)).items():
@@ -265,8 +309,10 @@ class FilteredModule(lightning.LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        """Check before the first batch that all batches divide into microbatches."""
+        """Check before the first batch that all batches can be cut into microbatches."""
         super().on_train_start()
+        if type(self).sample_groups is not FilteredModule.sample_groups:
+            return  # samples of any number belong to the rows
         trainer = self.trainer
         batches = trainer.num_training_batches
         if trainer.max_steps >= 0:
@@ -278,6 +324,7 @@ class FilteredModule(lightning.LightningModule):
             batches,
             "the batch size of the training data",
             "DataLoader(..., drop_last=True)",
+            self.uneven,
         )
 
     @override
@@ -304,7 +351,9 @@ class FilteredModule(lightning.LightningModule):
     def _loss(self, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         assert self._loss_log is not None  # the wrapper exists, so the log does
         with self._loss_log.opened() as logged:
-            return self.microbatch_loss(inputs["batch"]), logged
+            loss = self.microbatch_loss(inputs["batch"])
+        log_weights(logged, inputs.get(WEIGHTS))
+        return loss, logged
 
     def _host(self) -> Hosted:
         """Return the wrapper of this fit, which has its own optimizer."""
@@ -320,6 +369,7 @@ class FilteredModule(lightning.LightningModule):
                 self.microbatches,
                 plan=self.plan,
                 memory_budget=self.memory_budget,
+                uneven=self.uneven,
                 compile=self.compile_step,
             )
             if self._resumes:

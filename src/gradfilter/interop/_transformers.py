@@ -14,11 +14,20 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from typing_extensions import override
 
+from gradfilter import _tree
 from gradfilter._types import Transform
+from gradfilter.grads._batch import mark_samples, rows_of_samples, samples_in
 from gradfilter.grads._microbatch import Plan
 from gradfilter.grads._state_owners import PlainValues, owners_in
 from gradfilter.interop._host_chain import filter_chain
-from gradfilter.interop._hosted import Hosted, LossLog, check_division, logged
+from gradfilter.interop._hosted import (
+    WEIGHTS,
+    Hosted,
+    LossLog,
+    check_division,
+    log_weights,
+    logged,
+)
 from gradfilter.transforms._compile import Backend
 
 # --- Requirements on training arguments ---
@@ -48,6 +57,95 @@ def check_arguments(args: Any) -> None:
             f"FilteredTrainer: expected an optimizer that takes gradients, found {args.optim}, "
             "which steps inside the backward pass, unfiltered. Use another one."
         )
+
+
+# --- Columns of a batch that hold weights and groups of samples ---
+
+
+def check_columns(
+    weights: str | None,
+    groups: str | None,
+    microbatches: int | None,
+    reference: Mapping[str, Any] | None,
+) -> None:
+    """Refuse names of columns that cannot be right.
+
+    Args:
+        weights: ``sample_weights`` of the trainer.
+        groups: ``groups`` of the trainer.
+        microbatches: M, or None.
+        reference: ``reference_batch`` of the trainer.
+
+    Raises:
+        TypeError: They are not names.
+        ValueError: Both are one name; there are groups without a number of rows; samples of a
+            reference batch have unequal weights.
+    """
+    for argument, name in {"sample_weights": weights, "groups": groups}.items():
+        if name is not None and not isinstance(name, str):
+            raise TypeError(
+                f"FilteredTrainer: expected {argument} as the name of a column of the batch, found "
+                f"{type(name).__name__}. Put the numbers into the data set, or let the collator "
+                f'add them, and give their name, as in {argument}="weight".'
+            )
+    if weights is not None and weights == groups:
+        raise ValueError(
+            f"FilteredTrainer: expected two columns for sample_weights and groups, found {groups!r}"
+            " for both. Give each a name of its own."
+        )
+    if groups is not None and microbatches is None:
+        raise ValueError(
+            "FilteredTrainer: expected a number of rows with groups=, found microbatches=None. "
+            "Give the largest number of groups in a batch, such as per_device_train_batch_size: "
+            "rows without samples take no part."
+        )
+    given = torch.as_tensor((reference or {}).get(weights or "", 1))
+    if bool(given.ne(given.flatten()[:1]).any()):
+        raise ValueError(
+            f"FilteredTrainer: expected a reference batch whose samples count the same, found "
+            f"unequal weights {weights!r} in it. Leave samples of weight 0 out of it."
+        )
+
+
+def number_groups(groups: Tensor) -> Tensor:
+    """Number the different values from 0, in the order in which they appear. (N,) int64."""
+    same = groups[:, None] == groups  # (N, N)
+    first = same.long().argmax(1)
+    is_first = first == torch.arange(len(groups), device=groups.device)
+    return (is_first.cumsum(0) - 1)[first]
+
+
+@dataclass(frozen=True, eq=False)
+class _Samples:
+    """The samples of a batch whose weights and rows are given by columns.
+
+    Attributes:
+        inputs: The other columns, for the model.
+        weights: The weight of each sample; 0 also for one without items. (N,) float.
+        index: The row of each sample. (N,) int64.
+        items: The number of items of each sample (counted labels), or None. (N,) float.
+        rows: M.
+    """
+
+    inputs: dict[str, Any]
+    weights: Tensor
+    index: Tensor
+    items: Tensor | None
+    rows: int
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Return the sums over the samples of each row. (M,)."""
+        return values.new_zeros(self.rows).index_add(0, self.index, values)
+
+    def share_of_items(self, per_row: Tensor) -> Tensor:
+        """Return for each sample the number by which to divide the sum of its items' losses. (N,).
+
+        The weighted mean over the samples of a row is then the weighted sum over all their items,
+        divided by ``per_row`` (M,).
+        """
+        total = self.sums(self.weights)
+        each = (per_row / torch.where(total == 0, 1.0, total))[self.index]
+        return torch.where(each == 0, 1.0, each).to(torch.get_default_dtype())
 
 
 # --- The trainer ---
@@ -93,12 +191,30 @@ class FilteredTrainer(Trainer):
     device, in full precision or with ``bf16=True``; ``torch_compile`` does not change
     training steps.
 
+    **Weights and groups** are columns of the batch, from the data set or the collator. They reach
+    neither the model nor ``compute_loss``, and ``remove_unused_columns`` keeps them; an evaluation
+    ignores them. Each sample's loss is then computed alone, as ``compute_loss`` gives it for one
+    sample, so a model that returns a mean needs no change, but BatchNorm in training mode is
+    refused (see ``groups`` of `GradFunction`). With ``num_items_in_batch``, the mean of all rows is
+    the gradient of Σ w_n l_i / Σ w_n over all items i of the samples n of a step: weights of 1
+    change nothing, and a weight of 0 is a sample without labels. With groups, a row is this mean
+    over the items of its own samples, so all groups count the same. A loss that is not divided by
+    ``num_items_in_batch`` is averaged over the samples of each row, Σ w_n l_n / Σ w_n, so with one
+    row per sample a weight only removes it. Numbers given to ``self.log`` are averaged over the
+    samples that have a weight.
+
     Args:
         *args: See `transformers.Trainer`.
         transforms: A chain that takes rows and ends in a tree, as in `Filtered`.
         microbatches: M rows per batch; None for one row per sample.
         plan: See `Filtered`.
         memory_budget: See `Filtered`.
+        uneven: True for batches whose size M need not divide, such as the last of an epoch: see
+            `microbatch_grads`.
+        sample_weights: The name of the column with one weight >= 0 per sample; 0 removes a sample.
+        groups: The name of the column with a whole number per sample, such as a user's: samples of
+            one number are a row, and a batch may have up to ``microbatches`` different ones. Rows
+            are in the order in which the numbers appear.
         compile: See `Filtered`. Every batch shape is compiled, so pad to few lengths
             (``pad_to_multiple_of``).
         reference_batch: The samples whose gradient `reference_filter` follows: inputs of the model
@@ -108,8 +224,11 @@ class FilteredTrainer(Trainer):
     Raises:
         TypeError: ``transforms`` does not lead from rows to a tree.
         ValueError: Several devices, ``fp16=True``, an optimizer that works inside the backward
-            pass. Before the first step, or at a step if the number of samples is unknown: a batch
-            that ``microbatches`` does not divide.
+            pass; ``groups`` without ``microbatches``. Before the first step, or at a step if the
+            number of samples is unknown: a batch that ``microbatches`` does not divide (with
+            ``uneven``, one of fewer samples). At a step: a column is missing, or holds wrong
+            numbers; a mean over tokens, not divided by ``num_items_in_batch``, with weights or
+            groups.
 
     Examples:
         >>> import tempfile, torch, gradfilter as gf
@@ -145,19 +264,24 @@ class FilteredTrainer(Trainer):
         microbatches: int | None,
         plan: Plan = "auto",
         memory_budget: int | float | None = None,
+        uneven: bool = False,
+        sample_weights: str | None = None,
+        groups: str | None = None,
         compile: bool | str | Backend = False,
         reference_batch: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         """Check everything that can be checked without an optimizer."""
         filter_chain(transforms, guarded=False)
+        check_columns(sample_weights, groups, microbatches, reference_batch)
         own = frozenset(vars(self))
         super().__init__(*args, **kwargs)
         check_arguments(self.args)
         self.add_callback(_Gate(self))
         self.transforms, self.microbatches = transforms, microbatches
         self.plan: Plan = plan
-        self.memory_budget = memory_budget
+        self.memory_budget, self.uneven = memory_budget, uneven
+        self.sample_weights, self.groups = sample_weights, groups
         self.compile: bool | str | Backend = compile
         self.reference_batch = reference_batch
         self._hosted: Hosted | None = None
@@ -173,8 +297,14 @@ class FilteredTrainer(Trainer):
         """Return the batches of one step, and the number of items per row."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._host().begin()
+        if items is None:
+            return batches, None
+        if self._names_columns:
+            with _named_remedy():
+                found = [self._samples(batch, counted=True) for batch in batches]
+            return batches, _items_per_row(found)
         rows = sum(self._rows_in(batch) for batch in batches)
-        return batches, None if items is None else torch.as_tensor(items) / rows
+        return batches, torch.as_tensor(items) / rows
 
     @override
     def training_step(
@@ -194,14 +324,16 @@ class FilteredTrainer(Trainer):
         batch = self._prepare_inputs(inputs)
         hosted = self._host()
         items = num_items_in_batch
-        hosted.shared = {} if items is None else {ITEMS: torch.as_tensor(items)}
+        marks: dict[str, Tensor | None] = {}
         with self.compute_loss_context_manager(), _named_remedy():
+            if self._names_columns:
+                batch, marks = self._marked(batch, items)
+                items = None  # of each sample, in the batch
+            hosted.shared = {} if items is None else {ITEMS: torch.as_tensor(items)}
             if not self.accelerator.sync_gradients:
-                return torch.zeros_like(hosted.accumulate(batch))
-            reference = None
-            if self.reference_batch is not None:
-                reference = self._prepare_inputs(dict(self.reference_batch))
-            result = hosted.step(batch, reference_batch=reference)
+                return torch.zeros_like(hosted.accumulate(batch, **marks))
+            reference = self._reference(ITEMS in batch)
+            result = hosted.step(batch, reference_batch=reference, **marks)
         for name, value in logged(result).items():
             self._metrics.since_log.setdefault(name, []).append(value)
         return result.loss
@@ -221,12 +353,27 @@ class FilteredTrainer(Trainer):
             self._metrics.since_log = {}
         super().log(logs, start_time)
 
+    @override
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Evaluate as `Trainer` does, without the columns of weights and groups."""
+        return super().prediction_step(model, self._without_columns(inputs), *args, **kwargs)
+
+    @override
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        kept = cast(list[str], self._signature_columns)
+        kept += [name for name in self._columns if name not in kept]
+
     def check_batches(self) -> None:
-        """Refuse, before the first step, a batch that ``microbatches`` does not divide.
+        """Refuse, before the first step, a batch that cannot be cut into ``microbatches``.
 
         Raises:
             ValueError: There is such a batch.
         """
+        if self.groups is not None:
+            return  # samples of any number belong to the rows
         check_division(
             "FilteredTrainer",
             self._train_loader,
@@ -234,6 +381,7 @@ class FilteredTrainer(Trainer):
             self.state.max_steps * self.args.gradient_accumulation_steps,
             "per_device_train_batch_size",
             "dataloader_drop_last=True",
+            self.uneven,
         )
 
     @override
@@ -256,6 +404,7 @@ class FilteredTrainer(Trainer):
                 self.microbatches,
                 plan=self.plan,
                 memory_budget=self.memory_budget,
+                uneven=self.uneven,
                 compile=self.compile,
                 owners=self._owners(model),
             )
@@ -280,12 +429,141 @@ class FilteredTrainer(Trainer):
         tensors = (value for value in batch.values() if isinstance(value, Tensor))
         return max((len(tensor) for tensor in tensors if tensor.ndim), default=0)
 
+    @property
+    def _columns(self) -> list[str]:
+        return [name for name in (self.sample_weights, self.groups) if name is not None]
+
+    @property
+    def _names_columns(self) -> bool:
+        return bool(self._columns)
+
+    def _without_columns(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in batch.items() if name not in self._columns}
+
+    def _column(self, batch: Mapping[str, Any], argument: str, name: str) -> Any:
+        if name not in batch:
+            raise ValueError(
+                f"FilteredTrainer: expected a column {name!r} in the batch for {argument}=, found "
+                f"{sorted(batch)}. Put numbers of this name into every sample of the data set (a "
+                "collator omits or refuses texts), or let the data_collator add them."
+            )
+        return batch[name]
+
+    def _samples(self, batch: Mapping[str, Any], counted: bool) -> _Samples:
+        """Return the samples of a batch, and their weights and rows.
+
+        Args:
+            batch: The batch with its columns.
+            counted: True if the loss is divided by the number of items.
+        """
+        inputs = self._without_columns(batch)
+        size = samples_in(inputs)
+        if self.groups is None:
+            index = rows_of_samples(size, self.microbatches, self.uneven)
+        else:
+            index = self._rows_of_groups(self._column(batch, "groups", self.groups), size)
+        device = index.device
+        if self.sample_weights is None:
+            weights = torch.ones(size, device=device)
+        else:
+            given = self._column(batch, "sample_weights", self.sample_weights)
+            weights = mark_samples(inputs, given, None, None).weights
+            device = weights.device
+        weights = weights.to(_tree.sum_dtype(weights))
+        items = None
+        if counted:
+            items = self._items_of(inputs).to(weights)
+            weights = torch.where(items == 0, 0.0, weights)
+        else:
+            self._check_mean_of_samples(inputs)
+        rows = size if self.microbatches is None else self.microbatches
+        return _Samples(inputs, weights, index.to(device), items, rows)
+
+    def _rows_of_groups(self, given: Any, size: int) -> Tensor:
+        """Return the row of each sample from the numbers of their groups. (N,) int64."""
+        if not isinstance(given, Tensor) or given.is_floating_point() or given.is_complex():
+            kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
+            raise TypeError(
+                f"FilteredTrainer: expected whole numbers in the column {self.groups!r} for "
+                f"groups=, found {kind}. Number the users, tasks or domains in the data set."
+            )
+        if given.shape != (size,):
+            raise ValueError(
+                f"FilteredTrainer: expected groups= of shape ({size},) in the column "
+                f"{self.groups!r}, found {tuple(given.shape)}. Give one number per sample."
+            )
+        index = number_groups(given)
+        found = int(index.max()) + 1  # an index out of range would stop the device
+        if self.microbatches is not None and found > self.microbatches:
+            raise ValueError(
+                f"FilteredTrainer: expected at most microbatches={self.microbatches} different "
+                f"numbers in the column {self.groups!r}, found {found} in a batch. Use "
+                f"microbatches={size}, the batch size: rows without samples take no part."
+            )
+        return index
+
+    def _items_of(self, inputs: dict[str, Any]) -> Tensor:
+        """Return the number of items of each sample, as `Trainer` counts them in a batch. (N,)."""
+        count = super().get_batch_samples
+
+        def of_sample(sample: dict[str, Tensor]) -> Tensor:
+            return torch.as_tensor(count(iter([sample]), 1, sample["labels"].device)[1])
+
+        tensors = {n: value[:, None] for n, value in inputs.items() if isinstance(value, Tensor)}
+        return torch.vmap(of_sample)(tensors)
+
+    def _check_mean_of_samples(self, inputs: dict[str, Any]) -> None:
+        """Refuse a mean over tokens, which is not the mean over samples of unequal lengths."""
+        labels = inputs.get("labels")
+        if type(self).compute_loss is not Trainer.compute_loss or not isinstance(labels, Tensor):
+            return
+        if labels.ndim > 1 and not labels.is_floating_point():
+            raise ValueError(
+                f"FilteredTrainer: expected a loss divided by {ITEMS} with {self._columns} and "
+                f"several labels per sample, found a forward method that does not take {ITEMS}: "
+                "its mean over the tokens of a batch is not a mean over samples. Let forward take "
+                f"**kwargs and divide by {ITEMS}, or give a compute_loss_func that does."
+            )
+
+    def _marked(
+        self, batch: Mapping[str, Any], items_per_row: Tensor | int | None
+    ) -> tuple[dict[str, Any], dict[str, Tensor | None]]:
+        """Return a batch for the loss, and the weights and groups of its samples for the rows."""
+        samples = self._samples(batch, items_per_row is not None)
+        inputs = {**samples.inputs, WEIGHTS: samples.weights}
+        if items_per_row is not None:
+            assert samples.items is not None  # they were counted
+            per_row = torch.as_tensor(items_per_row).to(samples.weights).expand(samples.rows)
+            if self.groups is not None:
+                per_row = samples.sums(samples.weights * samples.items)
+            inputs[ITEMS] = samples.share_of_items(per_row)
+        groups = None if self.microbatches is None else samples.index
+        return inputs, {"sample_weights": samples.weights, "groups": groups}
+
+    def _reference(self, counted: bool) -> dict[str, Any] | None:
+        """Return the reference batch for the loss.
+
+        Args:
+            counted: True if the number of items is in the batch, and not shared by all rows.
+        """
+        if self.reference_batch is None:
+            return None
+        inputs = self._prepare_inputs(self._without_columns(self.reference_batch))
+        if counted:
+            items = self._items_of(inputs)
+            inputs[ITEMS] = items.sum().to(torch.get_default_dtype()).expand(len(items))
+        return inputs
+
     def _microbatch_loss(self, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         model = cast(nn.Module, self.model)
+        inputs = dict(inputs)
+        weights, items = inputs.pop(WEIGHTS, None), inputs.pop(ITEMS, None)
+        # Samples run one by one, and those of a reference batch have one number.
+        items = self._host().shared.get(ITEMS) if items is None else items[0]
         with self._loss_log.opened() as logged:
             # A pair with the outputs only if those are requested.
-            items = self._host().shared.get(ITEMS)
             loss = self.compute_loss(model, inputs, num_items_in_batch=items)
+        log_weights(logged, weights)
         return cast(Tensor, loss), logged
 
     @override
@@ -304,13 +582,26 @@ class FilteredTrainer(Trainer):
         self._host().resume(saved, str(file))
 
 
+def _items_per_row(batches: list[_Samples]) -> Tensor:
+    """Return the weighted number of items of a step, per row that takes part. ()."""
+    items = [samples.weights * cast(Tensor, samples.items) for samples in batches]
+    total = torch.stack([values.sum() for values in items]).sum()
+    live = torch.stack([(samples.sums(samples.weights) > 0).sum() for samples in batches]).sum()
+    return total / live.clamp(min=1)
+
+
 @contextmanager
 def _named_remedy() -> Iterator[None]:
-    """Name Trainer's option for the loader in the error for a batch that does not divide."""
+    """Name Trainer's options in the error for a batch that cannot be cut."""
     try:
         yield
     except ValueError as error:
         if "divisible by the number of microbatches" in str(error):
+            error.add_note(
+                "Of a Trainer: TrainingArguments(dataloader_drop_last=True), or "
+                "FilteredTrainer(uneven=True)."
+            )
+        elif "at least one sample per row" in str(error):
             error.add_note("Of a Trainer: TrainingArguments(dataloader_drop_last=True).")
         raise
 
