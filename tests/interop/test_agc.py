@@ -516,6 +516,7 @@ def test_a_pickle_does_not_lose_what_it_cannot_hold():
         pickle.dumps(optimizer)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
 def test_compiled_steps_clip():
     torch._dynamo.reset()

@@ -136,6 +136,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_what_a_host_can_do_it_can_do_compiled(options):
     def run(compile):
@@ -165,6 +166,7 @@ def test_hooks_on_parameters_and_a_smaller_last_batch():
     assert len(compiled[0]._graphs.entries) == 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_compiled_host_goes_on_uncompiled_and_back():
     chain = CHAINS["sam, clip, agree"]
     host, _, numbers = train("graph", chain=chain)
@@ -247,6 +249,7 @@ def sentences(n=48):
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("items", "batches"), [(True, 1), (False, 1), (True, 2)])
 def test_trainer(tmp_path, items, batches):
     hf = pytest.importorskip("transformers")

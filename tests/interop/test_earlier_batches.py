@@ -75,6 +75,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_compiled_host_accumulates_to_the_bit(case):
     chain, options = CASES[case]

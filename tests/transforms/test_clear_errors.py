@@ -102,6 +102,7 @@ def test_a_step_of_every_plan_runs_in_compiled_code(plan, backend):
         torch.testing.assert_close(gf.state_dict(found)[name], leaf)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["loop", "vmap", "fused"])
 @pytest.mark.parametrize("place", ["before the reducer", "after it"])
 def test_a_second_pass_in_compiled_code_draws_the_masks_of_the_first(plan, place):

@@ -35,8 +35,19 @@ def test_every_case_goes_from_rows_to_an_update(variant):
     assert "rows -> update" in build(variant).kinds
 
 
-@every_transform
-@pytest.mark.parametrize("law", [name for name in LAWS if name != ON_A_GPU])
+def laws():
+    """Return the pairs of a law and a variant; a second compilation of a transform is slow."""
+    return [
+        pytest.param(law, variant, marks=[pytest.mark.slow] * heavy, id=f"{law}-{name}-{i}")
+        for law in LAWS
+        if law != ON_A_GPU
+        for variant in VARIANTS
+        for name, i in [variant]
+        for heavy in [law == "compiles_whole_and_once" and i > 0]
+    ]
+
+
+@pytest.mark.parametrize(("law", "variant"), laws())
 def test_law(law, variant):
     if (law, variant) == ("changes_something", FREEZES):
         with pytest.raises(AssertionError, match="no parameter has moved"):

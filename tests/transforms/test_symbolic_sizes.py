@@ -156,7 +156,16 @@ def assert_trains_alike(step, compiled, model, batches):
             assert torch.equal(new, old)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+EVERY_DAY = ("perceptron", "rows", "SAM")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.slow] * (name not in EVERY_DAY))
+        for name, case in CASES.items()
+    ],
+)
 def test_a_graph_for_many_sizes_gives_the_steps_of_each(case):
     torch.manual_seed(0)
     model = case.model()
