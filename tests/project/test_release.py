@@ -116,6 +116,15 @@ def test_github_runs_the_gate_on_linux_and_macos_with_the_oldest_and_the_newest_
     assert PROJECT["requires-python"] == f">={oldest}"
 
 
+def test_what_the_gate_leaves_out_runs_every_night_under_both_torches():
+    nightly = (ROOT / ".ci" / "nightly").read_text()
+    newest, oldest = nightly.split("PIP_CONSTRAINT=.ci/oldest.txt")
+    assert "pytest -n auto -m slow\n" in newest
+    assert 'pytest -n auto -m "slow or not slow"\n' in oldest
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "nightly.yml").read_text())
+    assert workflow["jobs"]["nightly"]["steps"][-1] == {"run": ".ci/nightly"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1], ids=["sdist", "wheel"])
 def test_what_is_built_installs_and_runs_the_demo(which, built, tmp_path):
