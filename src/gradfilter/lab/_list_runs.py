@@ -34,7 +34,8 @@ FILTERS = (
     *("agree", "consensus", "reference", "trimmed_mean", "coordinate_median"),
     *("geometric_median", "centered_clip", "clip_per_row", "clip_quantile", "clip_smallest"),
     *("normalize_rows", "outlier_filter", "trim_losses", "budget_clip"),
-    *("agc", "spike_clip", "spike_skip", "sam", "friendly_sam", "look_sam", "gsam", "ema", "msam"),
+    *("agc", "spike_clip", "adagc", "spike_skip"),
+    *("sam", "friendly_sam", "look_sam", "gsam", "ema", "msam"),
 )
 """Settings that add a transform in addition to the update rule."""
 WRAPPERS = ("schedule_free", "cautious")

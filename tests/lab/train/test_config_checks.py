@@ -85,6 +85,7 @@ OPTIONS = {
     "reference": ("--microbatches 4", "--reference average"),
     "reference_samples": ("--microbatches 4 --reference clean", "--reference-samples 7"),
     "spike_clip": ("--steps 40", "--spike-clip 0.1"),
+    "adagc": ("--steps 120", "--adagc 0.5"),
     "spike_skip": ("--steps 100", "--spike-skip 1"),
     "budget_clip": ("--microbatches 4", "--budget-clip 0.3"),
     "budget_power": ("--microbatches 4 --budget-clip 0.3", "--budget-power 1"),
@@ -115,7 +116,7 @@ ELSEWHERE = {
     *("noise_file", "image_size", "augmentation", "crop_flipped_only"),  # need files
     "compile",  # other kernels for the same numbers
 }
-LONG = ("spike_clip", "spike_skip")
+LONG = ("spike_clip", "adagc", "spike_skip")
 """Options without an effect in the first 25 steps, which is as long as these trainings are."""
 DAILY = 2
 """Options that each other one is combined with every day; all 3,500 pairs take some minutes."""

@@ -157,8 +157,8 @@ CHAINS = {
     ("--normalize-rows", "--reference", "--microbatches", "4", "--spike-clip", "--spike-skip"): [
         *("normalize_rows", "reference_filter", "spike_skip", "spike_clip", "sgd"),
     ],
-    ("--reference", "average", "--per-sample", "--agc", "0.1"): [
-        *("reference_filter", "agc_clip", "sgd"),
+    ("--reference", "average", "--per-sample", "--agc", "0.1", "--adagc"): [
+        *("reference_filter", "agc_clip", "spike_clip", "sgd"),
     ],
     ("--consensus", "--per-sample", "--clip-per-row", "1"): [
         *("clip_per_row", "consensus_filter", "sgd"),

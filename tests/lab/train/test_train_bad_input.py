@@ -153,6 +153,8 @@ VALUES = {
     "--reference-samples 10": "--reference-samples: it would change nothing without --reference",
     "--reference --reference-samples 9999 --per-sample": "--reference-samples",
     "--spike-clip 0": "--spike-clip",
+    "--spike-clip --adagc": "Choose one",
+    "--adagc 0": "--adagc",
     "--spike-skip -1": "--spike-skip",
     "--watch 0": "--watch",
     "--budget-power 2 --per-sample": "--budget-power",

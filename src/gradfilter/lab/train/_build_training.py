@@ -68,6 +68,12 @@ def update_of(
         transforms.append(gf.spike_skip(sigmas=config.spike_skip))
     if config.spike_clip is not None:
         transforms.append(gf.spike_clip(config.spike_clip))
+    if config.adagc is not None:
+        transforms.append(
+            gf.spike_clip(
+                factor=config.adagc, decay=0.98, warmup=100, per_leaf=True, warmup_norm=1.0
+            )
+        )
     transforms.append(_rule(config, lr, matrices))
     if config.ema is not None:
         transforms.append(gf.ema_params(config.ema))

@@ -107,6 +107,11 @@ def _check_together(config: TrainConfig) -> None:
             "--look-sam, --gsam: both replace the gradient that --sam takes. Choose one.",
         ),
         (
+            config.spike_clip is not None and config.adagc is not None,
+            "--spike-clip, --adagc: both shorten a gradient that is longer than earlier ones. "
+            "Choose one.",
+        ),
+        (
             config.sam is not None and config.rho_min > config.sam,
             f"--rho-min: expected at most --sam {config.sam}, found {config.rho_min}.",
         ),

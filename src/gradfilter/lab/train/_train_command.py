@@ -79,6 +79,7 @@ ALONE = {
     **{"--consensus": "1.0", "--budget-clip": "0.3", "--adaptive": "asam", "--average": "mean"},
     **{"--clip-quantile": "0.5", "--normalize-rows": "0.01", "--outlier-filter": "3.0"},
     **{"--reference": "clean", "--spike-clip": "2.5", "--spike-skip": "6.0", "--watch": "1"},
+    "--adagc": "1.05",
 }
 """The value of an option that is given without one."""
 NESTEROV = "sgd+nesterov"

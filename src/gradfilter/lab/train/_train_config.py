@@ -251,6 +251,8 @@ class TrainConfig:
     """Alpha of GSAM; needs --sam."""
     spike_clip: Annotated[float | None, positive(SWITCH_OFF)] = None
     """Clip a gradient so many standard deviations above the earlier norms; 2.5 is usual."""
+    adagc: Annotated[float | None, positive(SWITCH_OFF)] = None
+    """Clip every leaf of a gradient to this multiple of its mean norm (AdaGC); 1.05 is usual."""
     spike_skip: Annotated[float | None, positive(SWITCH_OFF)] = None
     """Skip a step with a norm or loss so many deviations above the last ones; 6 is usual."""
     rho_schedule: Literal["constant", "proportional"] = "constant"
@@ -312,7 +314,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         *("trimmed_mean", "coordinate_median", "geometric_median", "centered_clip"),
         *("reference", "reference_samples", "clip_per_row", "clip_quantile", "clip_smallest"),
         *("clip_per_leaf", "normalize_rows", "outlier_filter", "trim_losses"),
-        *("budget_clip", "budget_power", "spike_clip", "spike_skip"),
+        *("budget_clip", "budget_power", "spike_clip", "adagc", "spike_skip"),
         *("agc", "agc_eps", "agc_exclude", "sam", "adaptive", "m_sharpness"),
         *("friendly_sam", "look_sam", "gsam", "rho_schedule", "rho_min"),
     ),
