@@ -365,6 +365,7 @@ def gpt2():
     return hf.GPT2LMHeadModel(config).to(torch.get_default_dtype())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 @MARKS
 def test_trainer_with_a_ragged_last_batch(tmp_path, named, accumulate):
@@ -398,6 +399,7 @@ def test_trainer_with_a_ragged_last_batch(tmp_path, named, accumulate):
     assert trainer._hosted._graphs._traces == 2  # a batch of 8, and one of 6
 
 
+@pytest.mark.slow
 def test_trainer_refuses_another_pass_over_accumulated_ragged_batches(tmp_path):
     hf = pytest.importorskip("transformers")
     args = hf.TrainingArguments(

@@ -77,7 +77,10 @@ def group_norm(channels):
 
 CASES = [
     case("resnet18", of_torchvision("resnet18"), 64, "conv batch_norm linear", slow=True),
-    case("resnet18-gn", of_torchvision("resnet18", norm_layer=group_norm), 32, "conv group_norm"),
+    case(
+        *("resnet18-gn", of_torchvision("resnet18", norm_layer=group_norm), 32, "conv group_norm"),
+        slow=True,
+    ),
     case(
         *("mobilenet-v2", of_torchvision("mobilenet_v2", dropout=0.0), 64, "conv batch_norm"),
         slow=True,
