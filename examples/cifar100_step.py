@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from _cifar import Data, draw, evaluate, flipped, load, make_optimizer, published_flags
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchvision import models
 
+from _cifar import Data, draw, evaluate, flipped, load, make_optimizer, published_flags
 from gradfilter.interop import step_GAF
 
 

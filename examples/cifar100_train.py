@@ -12,10 +12,10 @@ import argparse
 from collections.abc import Sequence
 
 import torch
-from _cifar import add_flags, load
 from torch import nn
 from torchvision import models
 
+from _cifar import add_flags, load
 from gradfilter.interop import train_GAF
 
 DEFAULTS = {

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from _cifar import add_flags, load, published_flags
-from cifar100_step import train
 from torch import nn
 from torchvision import models
+
+from _cifar import add_flags, load, published_flags
+from cifar100_step import train
 
 
 def human_labels(path: str) -> list[int]:
