@@ -203,11 +203,11 @@ def test_a_resumed_training_on_folders_equals_an_uninterrupted_one(example, fold
             example("imagenet_style", *options, "--out", "parts")
     rest = example("imagenet_style", *options, "--out", "parts")
     assert rest == whole  # with the line that was printed before the interruption
-    first, second = (
-        _tree.leaves(torch.load(f"{name}/checkpoint.pt", weights_only=True))
-        for name in ("parts", "whole")
+    parts, together = (
+        torch.load(f"{name}/checkpoint.pt", weights_only=True) for name in ("parts", "whole")
     )
-    for one, other in zip(first, second, strict=True):
+    assert {*parts} == {"epoch", "model", "ema", "filtered", "scheduler"}
+    for one, other in zip(_tree.leaves(parts), _tree.leaves(together), strict=True):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
