@@ -1,4 +1,4 @@
-"""What the site shows that lies outside of this folder: notebooks and measured results.
+"""What the site shows that lies outside of this folder: notebooks, examples, results.
 
 Pages link to files of the repository, as ``../benchmarks/results/x.json#/key``, so that the links
 also work on a code host. On the site these files are copies next to the pages. A notebook and a
@@ -26,7 +26,10 @@ from gradfilter.lab._cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = "benchmarks/results"
-SHOWN = ("benchmarks/results/*.json", "benchmarks/results/*.png", "notebooks/*.ipynb")
+SHOWN = (
+    *("benchmarks/results/*.json", "benchmarks/results/*.png"),
+    *("notebooks/*.ipynb", "examples/*.py"),
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -62,7 +65,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             target = re.sub(r"\.json$", ".md", target)
         return f"]({posixpath.relpath(target, here or '.')}{anchor}"
 
-    links = r"\]\((?P<path>(?:\.\./)+(?:benchmarks|notebooks)/[^)#\s]+)(?P<walk>#/[^)\s]*)?"
+    folders = "benchmarks|notebooks|examples"
+    links = rf"\]\((?P<path>(?:\.\./)+(?:{folders})/[^)#\s]+)(?P<walk>#/[^)\s]*)?"
     return re.sub(links, copied, markdown)
 
 

@@ -55,7 +55,7 @@ def test_the_wheel_has_every_file_of_the_package_and_nothing_else(built):
 def test_the_sdist_has_what_its_own_tests_need(built):
     with tarfile.open(built[0]) as sdist:
         packed = {name.split("/", 1)[1] for name in sdist.getnames()}
-    tracked = ["tests", "benchmarks", "docs", "notebooks"]
+    tracked = ["tests", "benchmarks", "docs", "examples", "notebooks"]
     wanted = {
         path.relative_to(ROOT).as_posix()
         for folder in tracked
