@@ -395,11 +395,8 @@ def with_options(accumulate):
         net.alone = nn.Parameter(torch.ones(3))  # in no loss
         net.head.weight.register_hook(lambda g: 2 * g)
         net.body[0].weight.register_post_accumulate_grad_hook(tripled)
-        n = 2 * SIZE * STEPS
-        fit = trainer(
-            strategy=DDPStrategy(**options), max_epochs=2, accumulate_grad_batches=accumulate
-        )
-        fit.fit(net, loader(data(n)))
+        fit = trainer(strategy=DDPStrategy(**options), accumulate_grad_batches=accumulate)
+        fit.fit(net, loader(data(2 * SIZE * 3 * accumulate)))
         assert torch.equal(net.alone, torch.ones(3))
         found[name] = weights_of(net)
     return found
