@@ -586,7 +586,10 @@ def test_sam_in_lightning_refuses_batches_that_its_closure_does_not_have():
 
 @pytest.mark.parametrize(
     ("attribute", "value", "message"),
-    [("precision", "16-mixed", 'found "16-mixed"'), ("world_size", 2, "one process, found 2")],
+    [
+        ("precision", "16-mixed", 'found "16-mixed"'),
+        ("world_size", 2, 'strategy "ddp" for 2 processes, found SingleDeviceStrategy'),
+    ],
 )
 def test_what_the_trainer_must_not_be(monkeypatch, attribute, value, message):
     monkeypatch.setattr(L.Trainer, attribute, value)  # without a GPU, or a second process

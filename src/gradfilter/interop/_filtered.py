@@ -131,7 +131,7 @@ def _with_earlier(
     return of_batch if factors is None else of_batch.scaled(factors)
 
 
-class _FilteredBatch(NamedTuple):
+class FilteredBatch(NamedTuple):
     """What a chain made of the rows of a batch.
 
     Attributes:
@@ -545,7 +545,7 @@ class Filtered:
         rows: GradStack | ReducedRows,
         state: State,
         extra: Any,
-    ) -> _FilteredBatch:
+    ) -> FilteredBatch:
         """Run the chain on the rows of a batch, joined with those of the batches before."""
         losses, loss, aux = rows.losses, rows.mean_loss(), rows.aux
         assert losses is not None and loss is not None  # rows of a batch have their losses
@@ -554,11 +554,11 @@ class Filtered:
         of_batch.release()
         # The other global names stand for stacks, for the transforms of this chain only.
         out = {name: v for name, v in out.items() if name == "keep" or name not in GLOBAL_NAMES}
-        return _FilteredBatch(grads, state, out, of_batch.buffers, losses, loss, aux)
+        return FilteredBatch(grads, state, out, of_batch.buffers, losses, loss, aux)
 
     def _filter_in_graph(
         self, graphs: Graphs, params: Params, batch: Any, extra: Any, reference: Any = None
-    ) -> _FilteredBatch:
+    ) -> FilteredBatch:
         """Do the same by a graph, whose inputs are all tensors that may change."""
         given, parts, options = self._graph_arguments(params, batch, extra)
         if self._earlier.reduced is not None:
@@ -582,7 +582,7 @@ class Filtered:
             return tuple(found), random_state(_tree.device_of(params))
 
         found, *_ = graphs.run(run, given, parts, options=(options, constants))
-        result = _FilteredBatch(*found)
+        result = FilteredBatch(*found)
         return result._replace(state=counted(self.transforms, result.state, self._state))
 
     def _accumulate_in_graph(

@@ -13,14 +13,17 @@ from torch.utils.data import BatchSampler, DataLoader
 from typing_extensions import override
 
 from gradfilter._info import AUX, means
-from gradfilter._types import Transform
+from gradfilter._types import Params, State, Transform
+from gradfilter.distributed._ranks import ALONE, Ranks
 from gradfilter.grads._microbatch import Plan
+from gradfilter.grads._stack import ComputedStack, GradStack
 from gradfilter.grads._state_owners import Owners
-from gradfilter.interop._filtered import Filtered, StepResult
+from gradfilter.interop._filtered import Filtered, FilteredBatch, StepResult
 from gradfilter.interop._host_chain import note_skip
 from gradfilter.interop._host_loss import ModuleView
 from gradfilter.transforms._compile import Backend
 from gradfilter.transforms._state_dict import load_state_dict, state_dict
+from gradfilter.transforms._streaming import ReducedRows
 
 # --- Check before the first batch that all batches divide into microbatches ---
 
@@ -81,6 +84,9 @@ def check_division(
 # --- The wrapper of a trainer ---
 
 
+ROWS = "gradfilter/rows"
+"""The name of the number of local rows that took part, in the info of a step of several ranks."""
+
 HostLoss = Callable[[dict[str, Any]], tuple[Tensor, dict[str, Tensor]]]
 """A host's loss of one microbatch, and the scalars that it logged, by name."""
 
@@ -100,6 +106,7 @@ class Hosted(Filtered):
         uneven: See `Filtered`.
         compile: See `Filtered`.
         owners: Objects other than the model whose attributes the loss may change, by name.
+        ranks: The processes of the host, over which its numbers are means.
 
     Attributes:
         kept: True if the host should make the last step; read from the device only once.
@@ -122,8 +129,10 @@ class Hosted(Filtered):
         uneven: bool = False,
         compile: bool | str | Backend = False,
         owners: Mapping[str, Any] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Check the arguments as `Filtered` does."""
+        self.ranks = ranks
         self.kept, self.completes_step = False, False
         self._served = model, optimizer
         super().__init__(
@@ -160,6 +169,20 @@ class Hosted(Filtered):
         if not self.kept:
             note_skip(self._served[1])
         return result
+
+    @override
+    def _filter(
+        self,
+        params: Params,
+        of_batch: ComputedStack,
+        rows: GradStack | ReducedRows,
+        state: State,
+        extra: Any,
+    ) -> FilteredBatch:
+        found = super()._filter(params, of_batch, rows, state, extra)
+        if self.ranks.size > 1 and isinstance(rows, GradStack):
+            found.out[ROWS] = rows.live.sum()
+        return found
 
     @override
     def state_dict(self) -> dict[str, Any]:

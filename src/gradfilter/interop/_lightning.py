@@ -8,12 +8,29 @@ from typing import Any, cast
 import lightning.pytorch as lightning
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+)
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from gradfilter import _tree
 from gradfilter._types import Transform
+from gradfilter.distributed._ranks import ALONE, Ranks
 from gradfilter.grads._microbatch import Plan
+from gradfilter.interop._filtered import StepResult
+from gradfilter.interop._host_ranks import (
+    check_batches,
+    gathered_states,
+    logged_over_ranks,
+    over_all_ranks,
+    states_of_rank,
+)
 from gradfilter.interop._hosted import (
     WEIGHTS,
     Hosted,
@@ -55,11 +72,7 @@ def check_fit(module: Any) -> None:
             f"{name}: expected automatic optimization, whose hooks FilteredModule fills, found "
             "automatic_optimization = False. Leave it as it is."
         )
-    if module.trainer.world_size > 1:
-        raise ValueError(
-            f"{name}: expected one process, found {module.trainer.world_size}, which would not "
-            "see each other's rows. Use L.Trainer(devices=1)."
-        )
+    check_strategy(name, module)
     if module.trainer.precision == "16-mixed":
         raise ValueError(
             f'{name}: expected precision "32-true" or "bf16-mixed", found "16-mixed", whose '
@@ -67,10 +80,90 @@ def check_fit(module: Any) -> None:
         )
 
 
+SHARDED = DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+
+def check_strategy(name: str, module: Any) -> None:
+    """Refuse a strategy whose processes would not train as one.
+
+    Args:
+        name: The beginning of the error.
+        module: A `LightningModule` with a trainer.
+
+    Raises:
+        ValueError: A strategy that shards parameters, or is unknown; options that replace what the
+            filter does.
+    """
+    strategy = module.trainer.strategy
+    kind = type(strategy).__name__
+    if isinstance(strategy, SHARDED):
+        raise ValueError(
+            f'{name}: expected strategy "ddp", found {kind}, which gives every process a part of '
+            'the parameters. Use L.Trainer(strategy="ddp"), or for parameters too large for one '
+            "device a loop of your own with gradfilter.distributed.sharded_rows."
+        )
+    if module.trainer.world_size == 1:
+        return
+    if not isinstance(strategy, DDPStrategy):
+        raise ValueError(
+            f'{name}: expected strategy "ddp" for {module.trainer.world_size} processes, found '
+            f'{kind}. Use L.Trainer(strategy="ddp"), "ddp_spawn" or "ddp_notebook", or devices=1.'
+        )
+    if strategy._ddp_comm_hook is not None or strategy._model_averaging_period is not None:
+        raise ValueError(
+            f"{name}: expected a DDPStrategy without ddp_comm_hook and model_averaging_period, "
+            "found one, which would never be used: the rows are exchanged by across_ranks. Leave "
+            "it out."
+        )
+    if any(isinstance(part, nn.SyncBatchNorm) for part in module.modules()):
+        raise ValueError(
+            f"{name}: expected rows that do not depend on rows of other processes, found "
+            "SyncBatchNorm. Use L.Trainer(sync_batchnorm=False): every microbatch has its own "
+            "statistics, as in one process."
+        )
+
+
+# --- DistributedDataParallel ---
+
+
+def wrapper_of(module: Any) -> DistributedDataParallel | None:
+    """Return the DistributedDataParallel around a `LightningModule` in a fit, if there is one."""
+    model = module.trainer.strategy.model
+    model = getattr(model, "_orig_mod", model)
+    return model if isinstance(model, DistributedDataParallel) else None
+
+
+def turn_off_reducer(module: Any) -> None:
+    """Let DistributedDataParallel wait for no gradients, because its backward pass never comes.
+
+    Hooks of parameters run a backward pass of their own, on the filtered gradient, which is equal
+    on all ranks. A reducer that waits for the other parameters would fail at the next batch.
+    """
+    if (wrapper := wrapper_of(module)) is not None:
+        wrapper.require_backward_grad_sync = False
+
+
+def share_buffers(module: Any) -> None:
+    """Let DistributedDataParallel copy the buffers of rank 0 to all before the next batch.
+
+    It does so after every synchronised backward pass, as at the end of a step.
+    """
+    if (wrapper := wrapper_of(module)) is not None:
+        wrapper.require_forward_param_sync = True
+
+
+def _has_length(loader: Any) -> bool:
+    try:
+        return len(loader) >= 0
+    except (TypeError, NotImplementedError):  # that of an IterableDataset
+        return False
+
+
 # --- The module ---
 
 
 CHECKPOINT_KEY = "gradfilter"
+RANKS_KEY = "gradfilter_ranks"
 
 
 class FilteredModule(lightning.LightningModule):
@@ -94,6 +187,14 @@ class FilteredModule(lightning.LightningModule):
     likewise. The transforms' state is in Lightning's checkpoint. For ``precision`` "32-true",
     "64-true", "bf16-true" and "bf16-mixed".
 
+    With strategy "ddp" (or "ddp_spawn", "ddp_notebook") the rows of all processes are one stack:
+    `across_ranks` is put in front of a chain without one. M is the number of rows of each process,
+    so that there are W·M. Everything logged in a training step is the mean over the rows of all
+    processes, with ``sync_dist`` or without, and the same on all. What an epoch has logged, buffers
+    (those of rank 0), checkpoints and samplers are as always in Lightning. States of transforms
+    before an ``across_ranks`` of your own differ between processes; all of them are in the
+    checkpoint. Every process needs as many rows and batches as the others.
+
     For a last batch that is not full, set ``uneven = True``. For padding, or samples of unequal
     importance, write a method `sample_weights`; for one row per user or task, `sample_groups`.
 
@@ -109,9 +210,10 @@ class FilteredModule(lightning.LightningModule):
         TypeError: At the start of a fit: ``transforms`` or ``microbatches`` are missing;
             ``transforms`` does not lead from rows to a tree; an optimizer that evaluates
             the loss again.
-        ValueError: At the start of a fit: several processes, or precision "16-mixed". Before the
-            first step, or at a step if the number of samples is unknown: a batch that
-            ``microbatches`` does not divide (with ``uneven``, one of fewer samples).
+        ValueError: At the start of a fit: a strategy that shards parameters, or precision
+            "16-mixed". Before the first step, or at a step if the number of samples is unknown: a
+            batch that ``microbatches`` does not divide (with ``uneven``, one of fewer samples). At
+            a step, on all ranks: other numbers of rows or batches than on other ranks.
 
     Examples:
         >>> import warnings, torch, lightning as L, gradfilter as gf
@@ -152,6 +254,7 @@ class FilteredModule(lightning.LightningModule):
 
     _hosted: Hosted | None = None
     _saved: dict[str, Tensor] | None = None
+    _saved_of_ranks: dict[str, Tensor] | None = None
     _resumes = False
     _loss_log: LossLog | None = None
 
@@ -216,6 +319,8 @@ class FilteredModule(lightning.LightningModule):
             The mean loss of the rows that were not reported yet: of this batch, or of the step. ().
         """
         hosted = self._host()
+        if hosted.ranks.size > 1:
+            self._check_batch(batch_idx, hosted)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             hosted.begin()
         weights, groups = self.sample_weights(batch), self.sample_groups(batch)
@@ -229,10 +334,7 @@ class FilteredModule(lightning.LightningModule):
             inputs, reference_batch=reference, sample_weights=weights, groups=groups
         )
         assert self._loss_log is not None  # the wrapper exists, so the log does
-        options = {"train_loss": ((), {"prog_bar": True}), **self._loss_log.options}
-        for name, value in ({"train_loss": result.loss} | logged(result)).items():
-            args, kwargs = options.get(name, ((), {}))
-            self.log(name, value, *args, **kwargs)
+        self._log_step(result, hosted.ranks)
         return result.loss
 
     @override
@@ -270,6 +372,7 @@ class FilteredModule(lightning.LightningModule):
             loss = optimizer_closure()
         finally:
             hosted.completes_step = False
+        share_buffers(self)
         if hosted.kept:
             super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
 
@@ -332,7 +435,10 @@ class FilteredModule(lightning.LightningModule):
         """Put the transforms' state into the checkpoint."""
         super().on_save_checkpoint(checkpoint)
         if self._hosted is not None:
-            checkpoint[CHECKPOINT_KEY] = self._hosted.state_dict()
+            own, ranks = self._hosted.state_dict(), self._hosted.ranks
+            checkpoint[CHECKPOINT_KEY] = own
+            if of_ranks := gathered_states(self._hosted.transforms, own, ranks):
+                checkpoint[RANKS_KEY] = of_ranks
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -341,6 +447,7 @@ class FilteredModule(lightning.LightningModule):
         # Weights are also loaded for tests or for a new training run.
         self._resumes = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         self._saved = checkpoint.get(CHECKPOINT_KEY) if self._resumes else None
+        self._saved_of_ranks = checkpoint.get(RANKS_KEY) if self._resumes else None
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -355,24 +462,56 @@ class FilteredModule(lightning.LightningModule):
         log_weights(logged, inputs.get(WEIGHTS))
         return loss, logged
 
+    def _check_batch(self, batch_idx: int, hosted: Hosted) -> None:
+        """Check that no rank waits for one that has no more batches."""
+        trainer = self.trainer
+        batches = trainer.num_training_batches
+        if batch_idx and all(map(_has_length, _tree.leaves(trainer.train_dataloader))):
+            return  # known since the first one
+        ends = hosted.completes_step and trainer.global_step + 1 == trainer.max_steps
+        is_last = trainer.is_last_batch or batch_idx + 1 >= batches or ends
+        check_batches(type(self).__name__, hosted.ranks, batches, is_last)
+
+    def _log_step(self, result: StepResult, ranks: Ranks) -> None:
+        """Log the loss and the numbers of a step over the rows of all ranks."""
+        assert self._loss_log is not None  # the wrapper exists, so the log does
+        numbers = (
+            {"train_loss": result.loss} | logged(result)
+            if ranks.size == 1
+            else logged_over_ranks(type(self).__name__, result, ranks)
+        )
+        options = {"train_loss": ((), {"prog_bar": True}), **self._loss_log.options}
+        for name, value in numbers.items():
+            args, kwargs = options.get(name, ((), {}))
+            if ranks.size > 1:  # a sum over equal numbers would be W times the number
+                adds = kwargs.get("reduce_fx") in ("sum", torch.sum, sum)
+                kwargs = kwargs | {"sync_dist": bool(kwargs.get("on_epoch")) and not adds}
+            self.log(name, value, *args, **kwargs)
+
     def _host(self) -> Hosted:
         """Return the wrapper of this fit, which has its own optimizer."""
         optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
         if self._hosted is None or not self._hosted.serves(self, optimizer):
             check_fit(self)
+            ranks = Ranks.of(None) if self.trainer.world_size > 1 else ALONE
+            turn_off_reducer(self)
             self._loss_log = LossLog(type(self).__name__)
             self._hosted = Hosted(
                 self,
                 self._loss,
-                self.transforms,
+                over_all_ranks(self.transforms, ranks.size),
                 optimizer,
                 self.microbatches,
                 plan=self.plan,
                 memory_budget=self.memory_budget,
                 uneven=self.uneven,
                 compile=self.compile_step,
+                ranks=ranks,
             )
             if self._resumes:
-                self._hosted.resume(self._saved, "the checkpoint")
-            self._resumes, self._saved = False, None
+                saved, of_ranks = self._saved, self._saved_of_ranks
+                if saved is not None and of_ranks is not None:
+                    saved = states_of_rank(type(self).__name__, saved, of_ranks, ranks)
+                self._hosted.resume(saved, "the checkpoint")
+            self._resumes, self._saved, self._saved_of_ranks = False, None, None
         return self._hosted
