@@ -52,7 +52,7 @@ def copy_buffers(module: nn.Module, ranks: Ranks) -> None:
     if ranks.is_first:
         return
     sizes = [b.numel() * b.element_size() for b in buffers]
-    for buffer, part in zip(buffers, sent.split(sizes), strict=True):
+    for buffer, part in zip(buffers, sent.split_with_sizes(sizes), strict=True):
         # A part may begin anywhere, but a view as another dtype may not.
         buffer.copy_(part.clone().view(buffer.dtype).view(buffer.shape))
 

@@ -114,8 +114,9 @@ def sizes_on_rank(loader: Any, ranks: int) -> BatchSizes | None:
     """
     sampler = getattr(loader, "batch_sampler", None)
     if isinstance(sampler, BatchSamplerShard):
-        parts = ranks if sampler.split_batches else 1
-        return None if not sampler.batch_size else BatchSizes(1, sampler.batch_size // parts, 0)
+        shard = cast(Any, sampler)
+        size = shard.batch_size and shard.batch_size // (ranks if shard.split_batches else 1)
+        return BatchSizes(1, size, 0) if size else None
     sizes = sizes_in(loader)
     if sizes is None or not isinstance(loader, DataLoaderDispatcher):
         return sizes
