@@ -597,7 +597,7 @@ def test_mistakes_are_one_clear_message(trainer, monkeypatch):
     with pytest.raises(ValueError, match=r"takes gradients, found .*LOMO"):
         trainer(model, data, args={"optim": "lomo"})
     monkeypatch.setattr(hf.TrainingArguments, "n_gpu", 2)  # without two of them
-    with pytest.raises(ValueError, match="expected one device, found 2"):
+    with pytest.raises(ValueError, match="expected one device in a process, found 2"):
         trainer(model, data)
 
 

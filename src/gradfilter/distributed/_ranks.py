@@ -165,6 +165,14 @@ class Ranks:
         """Return the sum over the ranks, with the same bits on each."""
         return self.start_total(tensor.clone())()
 
+    def copy_first(self, tensor: Tensor) -> None:
+        """Overwrite a tensor by that of the first rank, in place."""
+        if self.group is not None:
+            doing = "copying"
+            with self._explained(doing):
+                work = dist.broadcast(tensor, group=self.group, group_src=0, async_op=True)
+            self._wait_for(doing, [work], tensor)
+
     def gather_on_host(self, numbers: Tensor) -> Tensor:
         """Return a few numbers of every rank without waiting for a device. (n,) -> (W, n)."""
         if self.group is None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from hashlib import sha256
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradfilter import _tree
 from gradfilter._types import Transform
@@ -70,6 +71,30 @@ def check_batches(caller: str, ranks: Ranks, batches: float, is_last: bool) -> N
     )
 
 
+# --- Buffers ---
+
+
+def copy_buffers(module: nn.Module, ranks: Ranks) -> None:
+    """Copy the buffers of the first rank to all, in one message and without waiting for a device.
+
+    Args:
+        module: The module, with the same buffers on all ranks.
+        ranks: The ranks that take part.
+    """
+    buffers = [buffer.detach() for buffer in module.buffers()]
+    if not buffers:
+        return
+    # As bytes, the buffers of all dtypes are one message.
+    sent = torch.cat([_bytes(b) for b in buffers])
+    ranks.copy_first(sent)
+    if ranks.is_first:
+        return
+    sizes = [b.numel() * b.element_size() for b in buffers]
+    for buffer, part in zip(buffers, sent.split_with_sizes(sizes), strict=True):
+        # A part may begin anywhere, but a view as another dtype may not.
+        buffer.copy_(part.clone().view(buffer.dtype).view(buffer.shape))
+
+
 # --- Numbers for a log ---
 
 
@@ -119,6 +144,19 @@ def _sum(values: Tensor, counts: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack([each.sum(), counts.sum()])
 
 
+def averaged(numbers: Mapping[str, float], ranks: Ranks) -> dict[str, float]:
+    """Return the mean of each number over the ranks that have it, the same on all ranks."""
+    names = [json.loads(text) for text in ranks.gather_texts(json.dumps(list(numbers)))]
+    union = list(dict.fromkeys(name for own in names for name in own))
+    own = torch.tensor([numbers.get(name, 0.0) for name in union], dtype=torch.float64)
+    found = ranks.gather_on_host(own)
+    means = {}
+    for place, name in enumerate(union):
+        known = torch.tensor([name in of_rank for of_rank in names])
+        means[name] = found[known, place].mean().item()
+    return means
+
+
 # --- States that differ between ranks ---
 
 
@@ -166,3 +204,16 @@ def states_of_rank(
                 f"here. Resume with {len(leaf)} processes, or without ckpt_path from the weights."
             )
     return own
+
+
+def differ(tensors: Mapping[str, Tensor], ranks: Ranks) -> bool:
+    """Return, alike on all ranks, whether tensors differ between them."""
+    digest = sha256()
+    for name, tensor in tensors.items():
+        digest.update(name.encode() + _bytes(tensor).cpu().numpy().tobytes())
+    return len(set(ranks.gather_texts(digest.hexdigest()))) > 1
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor. (n,) uint8."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

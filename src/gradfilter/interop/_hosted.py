@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,32 @@ from gradfilter.transforms._streaming import ReducedRows
 # --- Check before the first batch that all batches divide into microbatches ---
 
 
+class BatchSizes(NamedTuple):
+    """The sizes of the batches of a loader.
+
+    Attributes:
+        full: The number of full batches before the last one.
+        size: The size of a full batch.
+        last: The size of a last batch that is not full; 0 if there is none, or if it is omitted.
+    """
+
+    full: int
+    size: int
+    last: int
+
+
+def sizes_in(loader: Any) -> BatchSizes | None:
+    """Return the sizes of the batches of a `DataLoader` of a known number of samples, or None."""
+    sampler = getattr(loader, "batch_sampler", None)
+    if not isinstance(loader, DataLoader) or not isinstance(sampler, BatchSampler):
+        return None
+    samples = getattr(sampler, "sampler", None)
+    if not hasattr(samples, "__len__"):
+        return None
+    full, last = divmod(len(cast(Sized, samples)), sampler.batch_size)
+    return BatchSizes(full, sampler.batch_size, 0 if sampler.drop_last else last)
+
+
 def check_division(
     caller: str,
     loader: Any,
@@ -41,7 +67,8 @@ def check_division(
 
     Args:
         caller: The beginning of the error.
-        loader: The loader; checked if it is a `DataLoader` with a known number of samples.
+        loader: The loader, or the sizes of its batches on this process. Nothing is checked if they
+            are unknown.
         microbatches: M, or None, which divides everything.
         batches: The largest number of batches used before the loader restarts or ends.
         size: The name of the batch size in the error.
@@ -52,14 +79,12 @@ def check_division(
         ValueError: The size of a batch, or of the last one, is not a multiple of M; with ``uneven``
             it is smaller than M.
     """
-    sampler = getattr(loader, "batch_sampler", None)
-    if microbatches is None or not isinstance(loader, DataLoader):
+    sizes = loader if isinstance(loader, BatchSizes) else sizes_in(loader)
+    if microbatches is None or sizes is None:
         return
-    if not isinstance(sampler, BatchSampler) or not hasattr(sampler.sampler, "__len__"):
-        return
-    full, last = divmod(len(cast(Sized, sampler.sampler)), sampler.batch_size)
+    has_last = sizes.last > 0 and batches > sizes.full
     if uneven:
-        smallest = last if last and not sampler.drop_last and batches > full else sampler.batch_size
+        smallest = sizes.last if has_last else sizes.size
         if smallest < microbatches:
             raise ValueError(
                 f"{caller}: expected at least microbatches={microbatches} samples in every batch, "
@@ -67,17 +92,17 @@ def check_division(
                 f"last batch with {drop}."
             )
         return
-    if full and sampler.batch_size % microbatches:
+    if sizes.full and sizes.size % microbatches:
         raise ValueError(
             f"{caller}: expected {size} to be a multiple of microbatches={microbatches}, found "
-            f"{sampler.batch_size}. Use {max(sampler.batch_size // microbatches, 1) * microbatches}"
+            f"{sizes.size}. Use {max(sizes.size // microbatches, 1) * microbatches}"
             ", or other microbatches, or uneven=True for rows that differ by one sample."
         )
-    if last % microbatches and not sampler.drop_last and batches > full:
+    if has_last and sizes.last % microbatches:
         raise ValueError(
             f"{caller}: expected every batch to be a multiple of microbatches={microbatches}, "
-            f"found a last one of {last} samples in each epoch. Use {drop}, uneven=True for rows "
-            "that differ by one sample, or as many samples as fill it."
+            f"found a last one of {sizes.last} samples in each epoch. Use {drop}, uneven=True for "
+            "rows that differ by one sample, or as many samples as fill it."
         )
 
 

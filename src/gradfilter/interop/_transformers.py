@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
@@ -16,21 +17,34 @@ from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter._types import Transform
+from gradfilter.distributed._ranks import ALONE, Ranks
 from gradfilter.grads._batch import mark_samples, rows_of_samples, samples_in
 from gradfilter.grads._microbatch import Plan
 from gradfilter.grads._state_owners import PlainValues, owners_in
 from gradfilter.interop._host_chain import filter_chain
+from gradfilter.interop._host_ranks import averaged, copy_buffers, differ, over_all_ranks
 from gradfilter.interop._hosted import (
     WEIGHTS,
+    BatchSizes,
     Hosted,
     LossLog,
     check_division,
     log_weights,
     logged,
+    sizes_in,
 )
 from gradfilter.transforms._compile import Backend
 
 # --- Requirements on training arguments ---
+
+
+OTHER_PARALLELISM = {
+    "FSDP": "shards the parameters",
+    "DEEPSPEED": "runs the backward pass and the optimizer itself",
+    "MEGATRON_LM": "runs the backward pass and the optimizer itself",
+    "XLA": "traces the whole step",
+}
+"""The kinds of distributed training of accelerate that are refused, and what each of them does."""
 
 
 def check_arguments(args: Any) -> None:
@@ -40,12 +54,15 @@ def check_arguments(args: Any) -> None:
         args: The `transformers.TrainingArguments`.
 
     Raises:
-        ValueError: Several devices, loss scaling, or an optimizer inside the backward pass.
+        ValueError: Several devices in one process, loss scaling, or an optimizer inside the
+            backward pass.
     """
-    if (devices := max(args.world_size, args.n_gpu)) > 1:
+    if args.n_gpu > 1:
         raise ValueError(
-            f"FilteredTrainer: expected one device, found {devices}, which would not see each "
-            "other's rows. Make one visible, with CUDA_VISIBLE_DEVICES=0, and start one process."
+            f"FilteredTrainer: expected one device in a process, found {args.n_gpu}, for which "
+            "Trainer takes DataParallel. Start one process per device, with torchrun "
+            f"--nproc-per-node {args.n_gpu} or accelerate launch, or make one device visible, with "
+            "CUDA_VISIBLE_DEVICES=0."
         )
     if args.fp16:
         raise ValueError(
@@ -57,6 +74,57 @@ def check_arguments(args: Any) -> None:
             f"FilteredTrainer: expected an optimizer that takes gradients, found {args.optim}, "
             "which steps inside the backward pass, unfiltered. Use another one."
         )
+
+
+def check_processes(accelerator: Any, drop_last: bool) -> None:
+    """Refuse kinds of distributed training other than equal batches on whole copies of a model.
+
+    Args:
+        accelerator: The trainer's `accelerate.Accelerator`.
+        drop_last: True if a last batch that is not full is omitted.
+
+    Raises:
+        ValueError: Sharded or split models, another engine, or batches that differ between ranks.
+    """
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    split = getattr(accelerator, "parallelism_config", None) is not None
+    if kind in OTHER_PARALLELISM or split:
+        found = "a parallelism_config" if split else kind
+        does = "splits models or batches" if split else OTHER_PARALLELISM[kind]
+        raise ValueError(
+            f"FilteredTrainer: expected data parallelism, with the whole model in every process, "
+            f"found {found}, which {does}. Start the processes with torchrun or accelerate launch "
+            "without it; for FSDP2 write the loop with gradfilter.distributed.sharded_rows."
+        )
+    if accelerator.num_processes > 1 and not accelerator.even_batches and not drop_last:
+        raise ValueError(
+            "FilteredTrainer: expected as many rows on every rank, found even_batches=False, which "
+            "gives ranks last batches of other sizes, or none. Leave it at True, or omit the last "
+            "batch with dataloader_drop_last=True."
+        )
+
+
+def sizes_on_rank(loader: Any, ranks: int) -> BatchSizes | None:
+    """Return the sizes of the batches of one of several processes, or None if they are unknown.
+
+    Args:
+        loader: A loader from `accelerate`. Unless it reads in one process for all, it completes
+            last batches with the first samples, so that all have one size.
+        ranks: The number of processes.
+    """
+    sampler = getattr(loader, "batch_sampler", None)
+    if isinstance(sampler, BatchSamplerShard):
+        shard = cast(Any, sampler)
+        size = shard.batch_size and shard.batch_size // (ranks if shard.split_batches else 1)
+        return BatchSizes(1, size, 0) if size else None
+    sizes = sizes_in(loader)
+    if sizes is None or not isinstance(loader, DataLoaderDispatcher):
+        return sizes
+    # The batch of all processes is read by the first one, and completed to a multiple of them.
+    together = 1 if loader.split_batches else ranks
+    full, rest = divmod(sizes.full, together)
+    last = rest * sizes.size + sizes.last
+    return BatchSizes(full, sizes.size * together // ranks, -(-last // ranks))
 
 
 # --- Columns of a batch that hold weights and groups of samples ---
@@ -152,6 +220,9 @@ class _Samples:
 
 
 STATE_FILE = "transforms.pt"
+
+RANK_FILE = "transforms-{}-of-{}.pt"
+"""The state on one of several ranks, if their states differ: rank, number of ranks."""
 
 ITEMS = "num_items_in_batch"
 
@@ -277,6 +348,7 @@ class FilteredTrainer(Trainer):
         own = frozenset(vars(self))
         super().__init__(*args, **kwargs)
         check_arguments(self.args)
+        check_processes(self.accelerator, self.args.dataloader_drop_last)
         self.add_callback(_Gate(self))
         self.transforms, self.microbatches = transforms, microbatches
         self.plan: Plan = plan
@@ -299,12 +371,14 @@ class FilteredTrainer(Trainer):
         self._host().begin()
         if items is None:
             return batches, None
+        # The items that Trainer counts, and so their rows, are of all ranks or of this one.
+        ranks = self._ranks if self.args.average_tokens_across_devices else ALONE
         if self._names_columns:
             with _named_remedy():
                 found = [self._samples(batch, counted=True) for batch in batches]
-            return batches, _items_per_row(found)
+            return batches, _items_per_row(found, ranks)
         rows = sum(self._rows_in(batch) for batch in batches)
-        return batches, torch.as_tensor(items) / rows
+        return batches, torch.as_tensor(items) / (rows * ranks.size)
 
     @override
     def training_step(
@@ -325,7 +399,7 @@ class FilteredTrainer(Trainer):
         hosted = self._host()
         items = num_items_in_batch
         marks: dict[str, Tensor | None] = {}
-        with self.compute_loss_context_manager(), _named_remedy():
+        with self.compute_loss_context_manager(), _named_remedy(), self._as_one_process():
             if self._names_columns:
                 batch, marks = self._marked(batch, items)
                 items = None  # of each sample, in the batch
@@ -334,6 +408,8 @@ class FilteredTrainer(Trainer):
                 return torch.zeros_like(hosted.accumulate(batch, **marks))
             reference = self._reference(ITEMS in batch)
             result = hosted.step(batch, reference_batch=reference, **marks)
+        if self.args.world_size > 1 and self.args.ddp_broadcast_buffers is not False:
+            copy_buffers(cast(nn.Module, self.model), self._ranks)
         for name, value in logged(result).items():
             self._metrics.since_log.setdefault(name, []).append(value)
         return result.loss
@@ -345,10 +421,12 @@ class FilteredTrainer(Trainer):
             for name, value in logs.items():
                 self._loss_log.add(name, value)
             return
-        if "loss" in logs:
+        if {"loss", "learning_rate"} <= logs.keys():  # by Trainer, and so on all ranks
             means = {
                 name: torch.stack(v).mean().item() for name, v in self._metrics.since_log.items()
             }
+            if self.args.world_size > 1:
+                means = averaged(means, self._ranks)
             logs.update(means | logs)  # Trainer's own values take precedence
             self._metrics.since_log = {}
         super().log(logs, start_time)
@@ -376,7 +454,7 @@ class FilteredTrainer(Trainer):
             return  # samples of any number belong to the rows
         check_division(
             "FilteredTrainer",
-            self._train_loader,
+            self._train_sizes(),
             self.microbatches,
             self.state.max_steps * self.args.gradient_accumulation_steps,
             "per_device_train_batch_size",
@@ -391,6 +469,31 @@ class FilteredTrainer(Trainer):
         self._train_loader = loader
         return loader
 
+    def _train_sizes(self) -> BatchSizes | None:
+        """Return the sizes of the batches of this process, if they are known."""
+        if self.args.world_size > 1:
+            return sizes_on_rank(self._train_loader, self.args.world_size)
+        return sizes_in(self._train_loader)
+
+    @property
+    def _ranks(self) -> Ranks:
+        """The processes of the trainer."""
+        return Ranks.of(None) if self.args.world_size > 1 else ALONE
+
+    @contextmanager
+    def _as_one_process(self) -> Iterator[None]:
+        """Let Trainer count the items of one process, and not multiply losses by their number.
+
+        It does so because DistributedDataParallel takes the mean over processes; here the mean is
+        over the rows of all of them, of which ``num_items_in_batch`` is a share.
+        """
+        before = self.args.average_tokens_across_devices
+        self.args.average_tokens_across_devices = False
+        try:
+            yield
+        finally:
+            self.args.average_tokens_across_devices = before
+
     def _host(self) -> Hosted:
         """Return the wrapper for the present model and optimizer."""
         model = cast(nn.Module, self.model)
@@ -399,7 +502,7 @@ class FilteredTrainer(Trainer):
             self._hosted = Hosted(
                 model,
                 self._microbatch_loss,
-                self.transforms,
+                over_all_ranks(self.transforms, self.args.world_size),
                 optimizer,
                 self.microbatches,
                 plan=self.plan,
@@ -510,7 +613,8 @@ class FilteredTrainer(Trainer):
             return torch.as_tensor(count(iter([sample]), 1, sample["labels"].device)[1])
 
         tensors = {n: value[:, None] for n, value in inputs.items() if isinstance(value, Tensor)}
-        return torch.vmap(of_sample)(tensors)
+        with self._as_one_process():
+            return torch.vmap(of_sample)(tensors)
 
     def _check_mean_of_samples(self, inputs: dict[str, Any]) -> None:
         """Refuse a mean over tokens, which is not the mean over samples of unequal lengths."""
@@ -569,7 +673,14 @@ class FilteredTrainer(Trainer):
     @override
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        torch.save(self._host().state_dict(), Path(output_dir, STATE_FILE))
+        folder, state = Path(output_dir), self._host().state_dict()
+        if self.args.should_save:
+            torch.save(state, folder / STATE_FILE)
+            for old in folder.glob(RANK_FILE.format("*", "*")):
+                old.unlink()
+        if self._states_differ(state):
+            folder.mkdir(parents=True, exist_ok=True)  # the first rank may be on another machine
+            torch.save(state, folder / RANK_FILE.format(*self._place))
 
     @override
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -577,16 +688,41 @@ class FilteredTrainer(Trainer):
         if checkpoint is None:
             return
         file = Path(checkpoint, STATE_FILE)
+        if of_ranks := sorted(Path(checkpoint).glob(RANK_FILE.format("*", "*"))):
+            file = Path(checkpoint, RANK_FILE.format(*self._place))
+            if file not in of_ranks:
+                raise ValueError(
+                    f"FilteredTrainer: expected {file.name} in {checkpoint}, found "
+                    f"{of_ranks[0].name}: transforms before across_ranks() have a state of their "
+                    "own on every rank. Resume with as many processes as the checkpoint has files."
+                )
         found = file.is_file()
         saved = torch.load(file, map_location="cpu", weights_only=True) if found else None
         self._host().resume(saved, str(file))
 
+    @property
+    def _place(self) -> tuple[int, int]:
+        """The rank of this process, and the number of processes."""
+        return self.args.process_index, self.args.world_size
 
-def _items_per_row(batches: list[_Samples]) -> Tensor:
-    """Return the weighted number of items of a step, per row that takes part. ()."""
+    def _states_differ(self, state: Mapping[str, Any]) -> bool:
+        """Return, alike on all ranks, whether their transforms have other states.
+
+        The states of transforms behind `across_ranks` are equal.
+        """
+        if self.args.world_size == 1 or not state:
+            return False
+        if self._host().transforms.parts[0].name == "across_ranks":
+            return False
+        return differ(state, self._ranks)
+
+
+def _items_per_row(batches: list[_Samples], ranks: Ranks) -> Tensor:
+    """Return the weighted number of items of a step, per row of the ranks that takes part. ()."""
     items = [samples.weights * cast(Tensor, samples.items) for samples in batches]
     total = torch.stack([values.sum() for values in items]).sum()
     live = torch.stack([(samples.sums(samples.weights) > 0).sum() for samples in batches]).sum()
+    total, live = ranks.total(torch.stack([total, live.to(total)])).unbind()
     return total / live.clamp(min=1)
 
 
