@@ -46,7 +46,7 @@ NOT_CALLED = {
 # Imported when they are first asked for.
 LAZY = {
     "_lightning.py": {"lightning"},
-    "_transformers.py": {"transformers"},
+    "_transformers.py": {"accelerate", "transformers"},
     "_agreement_plot.py": {"matplotlib"},
 }
 
@@ -142,7 +142,6 @@ NEIGHBOURS = {
     "gradfilter.grads.fused.overrides._norms": "the registry lists the overrides",
     "gradfilter.grads.fused.overrides._recurrent": "the registry lists the overrides",
     "gradfilter.interop._earlier_batches": "what a graph leaves for the next; the other: a host",
-    "gradfilter.interop._filtered": "a public class",
     "gradfilter.interop._published_schedulers": "public classes",
     "gradfilter.lab._demo": "a command",
     "gradfilter.lab._find_lr": "a command",
@@ -226,6 +225,10 @@ TESTED_BY = {
     "interop/_frameworks": ["interop/test_lightning.py", "interop/test_transformers.py"],
     "interop/_gsam": ["interop/test_sam.py"],
     "interop/_host_chain": ["interop/test_filtered.py"],
+    "interop/_host_ranks": [
+        "interop/test_lightning_ranks.py",
+        "interop/test_transformers_ranks.py",
+    ],
     "interop/_hosted": ["interop/test_lightning.py", "interop/test_transformers.py"],
     "lab/_connect": ["lab/test_demo_ranks.py"],
     "lab/_demo_config": ["lab/test_demo.py"],

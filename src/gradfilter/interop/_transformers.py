@@ -258,9 +258,14 @@ class FilteredTrainer(Trainer):
 
     Logged with Trainer's own: ``keep`` and the metrics of the transforms, averaged over rows
     (``agree_filter/accepted`` is a fraction) and over the steps since the last log; likewise the
-    numbers that ``compute_loss`` gives to ``self.log``, such as an accuracy. For one
-    device, in full precision or with ``bf16=True``; ``torch_compile`` does not change
-    training steps.
+    numbers that ``compute_loss`` gives to ``self.log``, such as an accuracy. In full
+    precision or with ``bf16=True``; ``torch_compile`` does not change training steps.
+
+    **Several processes**, from ``torchrun`` or ``accelerate launch``, each with the whole model:
+    the rows of all are one stack, by `across_ranks` in front of a chain that has none, so the
+    training is that of one process with all rows. What is logged is the mean over the processes;
+    buffers are copied from the first one after every step; a state of transforms before
+    `across_ranks` is saved by each process. Sharded models are refused.
 
     **Weights and groups** are columns of the batch, from the data set or the collator. They reach
     neither the model nor ``compute_loss``, and ``remove_unused_columns`` keeps them; an evaluation
