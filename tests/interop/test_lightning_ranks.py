@@ -256,7 +256,9 @@ def check_parity(world, chain, accumulate=1, **options):
     logged = found[0]["rows"]
     assert len(logged) == STEPS
     for row, report in zip(logged, reports, strict=True):
-        assert {name: row[name] for name in report} == pytest.approx(report, rel=1e-9)
+        assert row["train_loss"] == pytest.approx(report["train_loss"], rel=1e-10)
+        # `scalars` takes the mean of bools in float32.
+        assert {name: row[name] for name in report} == pytest.approx(report, rel=1e-7)
     return logged
 
 
