@@ -7,6 +7,7 @@ import pytest
 from benchmarks import _wire, distributed
 
 
+@pytest.mark.slow
 def test_ranks_are_timed_over_ddp_and_their_bytes_counted(tmp_path, capsys):
     options = ["--quick", "--rounds", "1", "--models", "mlp-0.1M", "--worlds", "2"]
     distributed.main([*options, "--out", str(tmp_path)])

@@ -19,6 +19,7 @@ def run(tmp_path, *cases, more=()):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["gpt", "gpt-bf16"])
 def test_plans_are_measured_and_compared_with_the_loop(tmp_path, case):
     result = run(tmp_path, case)["cases"][case]

@@ -23,6 +23,7 @@ CPU = torch.device("cpu")
 KB = 1024
 
 
+@pytest.mark.slow
 def test_script_measures_every_plan_and_writes_table_json_and_chart(tmp_path):
     script = [sys.executable, ROOT / "benchmarks" / "fused_vs_looped.py"]
     options = ["--quick", "--models", "mlp", "--out", tmp_path]

@@ -99,6 +99,7 @@ def trains_alike(chain, m, backend="graph", tolerance=0.0):
     return sum(map(len, compiled.graphs.entries.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m", [1, M])
 @pytest.mark.parametrize("chain", CHAINS)
 def test_a_graph_trains_to_the_bit_as_without_compiling(two, chain, m):

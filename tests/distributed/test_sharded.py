@@ -205,6 +205,7 @@ def test_training_is_that_of_one_process_on_the_mean_rows(two, name):
     assert kept[0] == kept[1] > 0
 
 
+@pytest.mark.slow
 def test_training_with_shards_that_are_replicated(four):
     four.run(training, "hsdp", "agc, rmsprop", False)
     four.run(training, "hsdp", "agree, sgd", True)

@@ -95,6 +95,7 @@ def two_dims():
     close(whole(params), single)
 
 
+@pytest.mark.slow
 def test_fsdp_over_tensor_parallelism():
     world = World(4)
     try:

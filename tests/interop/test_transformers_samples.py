@@ -259,6 +259,7 @@ def test_ragged_batches_are_the_training_of_a_trainer(trainer, smoothing):
 # --- Weights and groups ---
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("chain", CHAINS)
@@ -280,6 +281,7 @@ def test_epochs_with_weights_and_groups(trainer, named, kind, chain, accumulate)
     assert column(trained, "loss") == pytest.approx(losses)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("plan", ["fused", "loop", "vmap"])
 @BOTH
@@ -341,6 +343,7 @@ def test_equal_weights_change_nothing(trainer, kind):
     close(model, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @BOTH
 def test_a_resumed_run_is_the_uninterrupted_one(trainer, tmp_path, named):

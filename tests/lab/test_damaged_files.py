@@ -120,10 +120,10 @@ def study(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("number", range(4))
-def test_a_damaged_study_is_one_line(study, tmp_path, number):
+@pytest.mark.slow
+def test_a_damaged_study_is_one_line(study, tmp_path):
     refusals = 0
-    for seed in range(10 * number, 10 * number + 10):
+    for seed in range(40):
         chance, folder = random.Random(seed), tmp_path / str(seed)
         shutil.copytree(study, folder)
         (path,) = folder.rglob("study.db")
@@ -139,4 +139,4 @@ def test_a_damaged_study_is_one_line(study, tmp_path, number):
             refusals += said(*SWEEP, "--save-dir", folder)[0] == 2
         except BaseException as error:
             raise AssertionError(f"seed {seed}: {error!r}") from error
-    assert refusals > 2
+    assert refusals >= 12  # the others hit what no study needs

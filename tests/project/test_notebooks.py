@@ -23,13 +23,8 @@ def test_there_are_notebooks():
 # The kernel is another process, so what is ignored here is only the plumbing's own notices; which
 # of them appear depends on the versions of these packages, not on the notebook.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:(jupyter_|nbclient|traitlets|zmq)")
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem[0] != "1"))
-        for path in NOTEBOOKS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_from_top_to_bottom_and_draws(path, tmp_path):
     notebook = executed(path, tmp_path)
     assert len(images(notebook)) >= 2

@@ -122,6 +122,7 @@ def test_a_rank_that_makes_warnings_errors_does_so_for_itself_alone(two):
     two.run(lenient)
 
 
+@pytest.mark.slow
 def test_to_import_the_benchmarks_changes_no_setting_of_later_tests():
     code = (
         "import os, pkgutil, importlib, benchmarks\n"

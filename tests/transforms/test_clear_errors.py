@@ -86,6 +86,7 @@ def test_a_state_dict_of_other_tensors_is_refused(kind):
         gf.load_state_dict(template, flat)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_step_of_every_plan_runs_in_compiled_code(plan, backend):

@@ -82,7 +82,13 @@ def follow(step, compiled, state, batches, *, tolerance=0.0, **extra):
     return own
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v[0]}-{v[1]}")
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param((name, i), id=f"{name}-{i}", marks=[pytest.mark.slow] * (i > 1))
+        for name, i in VARIANTS
+    ],
+)
 def test_every_chain_trains_to_the_bit_as_without_compiling(variant):
     torch.manual_seed(0)
     model = Everything()
@@ -155,6 +161,7 @@ class Recurrent(nn.Module):
         return self.out(self.cell(x)[0][:, -1])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Fell back")
 @pytest.mark.parametrize(
     ("name", "plan"),

@@ -212,6 +212,7 @@ def test_a_size_that_decides_the_way_to_a_gradient_is_another_trace():
     assert list(seen.values()) == [1, 2]  # ghost products, then stored rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["a number", "feature dropout", "rows in order"])
 def test_what_needs_fixed_sizes_is_traced_for_each(of):
     """A number read from a size, a function without a rule for symbols, rows one by one."""

@@ -76,6 +76,7 @@ def test_a_preset_may_hold_the_grid(tmp_path):
     assert (plan.trials, plan.base.epochs) == (1, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n, f in presets().items() if "[sweep" in f.read_text()])
 def test_every_published_grid_can_be_trained(name):
     plan = plan_of("--preset", name)
