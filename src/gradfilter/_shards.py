@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# --- Tensors ---
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -90,6 +92,20 @@ def whole(number: Any) -> Tensor:
     return full
 
 
+def gather_shards(tensor: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the whole tensor; every rank that holds a piece of it must call this.
+
+    Args:
+        tensor: A DTensor.
+        dtype: The dtype in which the pieces are sent; None for their own.
+    """
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        found: Tensor = (
+            tensor if dtype in (None, tensor.dtype) else tensor.to(dtype)
+        ).full_tensor()
+    return found
+
+
 def resharded(shard: Tensor, like: Any, dropped: int = 0) -> Tensor:
     """Return a shard as part of a DTensor placed like ``like``, with some first dims less or more.
 
@@ -130,3 +146,66 @@ def cuts(tensor: Any) -> dict[int, int]:
     if not is_sharded(tensor):
         return {}
     return {d: p.dim for d, p in enumerate(tensor.placements) if _is_cut(p)}
+
+
+# --- Modules ---
+
+
+def is_shard_hook(hook: Any) -> bool:
+    """Return whether a hook of a module is one by which torch.distributed shards or gathers."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Free the whole parameters that a pass without backward left; nothing without FSDP2."""
+    for module in modules:
+        if fsdp_state(module) is not None:
+            again: Any = module
+            again.reshard()
+
+
+def kept_gathered(modules: Mapping[str, nn.Module]) -> frozenset[str]:
+    """Return the names of the parameters that FSDP2 gathers once for forward and backward.
+
+    These are, unless `reshard_after_forward` says otherwise, those of the outermost module.
+
+    Args:
+        modules: Every module by its name.
+    """
+    for prefix, module in modules.items():
+        state = fsdp_state(module)
+        if state is None:
+            continue
+        if not getattr(state, "_auto_reshard_after_forward", True):
+            return frozenset()
+        dot = f"{prefix}." if prefix else ""
+        inner = [name for name, m in modules.items() if m is not module and fsdp_state(m)]
+        return frozenset(
+            dot + name
+            for name, _ in module.named_parameters()
+            if not any((dot + name).startswith(f"{part}.") for part in inner)
+        )
+    return frozenset()
+
+
+def refuse_sharding_options(model: nn.Module) -> None:
+    """Refuse a policy of FSDP2 that changes dtypes, which only its own hooks apply.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for name, module in model.named_modules():
+        policy = getattr(fsdp_state(module), "_mp_policy", None)
+        dtypes = [getattr(policy, key, None) for key in ("param_dtype", "output_dtype")]
+        if any(dtypes):
+            raise ValueError(
+                f"Expected fully_shard without a MixedPrecisionPolicy, found {policy} on module "
+                f"{name!r}, whose hooks do not run in a pass over all rows. Use torch.autocast, "
+                "which casts a weight before it is gathered, or parameters in that dtype."
+            )
+
+
+def fsdp_state(module: nn.Module) -> Any:
+    """Return the state that FSDP2 keeps of a module on which `fully_shard` was called, or None."""
+    find: Any = getattr(module, "_get_fsdp_state", None)
+    return None if find is None else find()

@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import gradfilter as gf
 from gradfilter.distributed import ShardedStack, sharded_rows
-from gradfilter.interop import Filtered
 
 M, B, STEPS = 3, 4, 5
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
@@ -303,9 +302,9 @@ def refusals():
         sharded_rows(model, lambda batch: batch, torch.ones(12), 5)
     with pytest.raises(ValueError, match=r"found plain \['bias', 'weight'\].*fully_shard"):
         sharded_rows(torch.nn.Linear(2, 2), lambda batch: batch, torch.ones(4), 2)
-    with pytest.raises(TypeError, match=r"found 'scale' sharded over ranks .*sharded_rows"):
+    with pytest.raises(TypeError, match=r"plan 'loop' and 'scale' sharded over .*sharded_rows"):
         params = {n: p.detach() for n, p in model.named_parameters()}
-        rows_of = gf.microbatch_grads(gf.model_loss(model, F.cross_entropy), M)
+        rows_of = gf.microbatch_grads(gf.model_loss(model, F.cross_entropy), M, plan="loop")
         rows_of(params, batches(0)[0])
     with pytest.raises(ValueError, match="cannot answer `at`"):
         link = gf.chain(gf.mean_rows(), gf.sam_perturb(0.1), gf.sgd(0.1))
@@ -346,8 +345,6 @@ def with_torch_optim():
             if out["keep"]:
                 rule.step()
         close(whole(params), own)
-    with pytest.raises(ValueError, match=r"Filtered: expected parameters that are whole .*_rows"):
-        Filtered(model, F.cross_entropy, gf.mean_rows(), optimizer, 2)
 
 
 def test_the_recipe_for_torch_optim(two):

@@ -132,6 +132,7 @@ def test_there_is_no_import_circle():
 
 # Modules whose only importer stands next to them in the same folder, and why they are files.
 NEIGHBOURS = {
+    "gradfilter.distributed._rows_over_shards": "who holds what; the other: one matrix of rows",
     "gradfilter.grads._vmap": "one of the three plans",
     "gradfilter.grads.fused._conv_windows": "how windows are laid out; the other: what is asked",
     "gradfilter.grads.fused.overrides._attention": "the registry lists the overrides",
@@ -184,6 +185,8 @@ TESTED_BY = {
     "_products": ["grads/test_stack.py", "grads/test_stack_half.py"],
     "_readable": ["transforms/test_agreement.py", "grads/test_differentiated.py"],
     "_shards": ["distributed/test_sharded.py", "distributed/test_sharded_mesh.py"],
+    "distributed/_gathered_rows": ["distributed/test_rank_stack.py"],
+    "grads/fused/_sharded_leaves": ["distributed/test_rows_over_shards.py"],
     "_tree": ["transforms/test_train_step.py", "transforms/test_update_rules_donate.py"],
     "_types": ["transforms/test_chain.py", "transforms/test_update_rules_donate.py"],
     "diagnostics/_spectra": [

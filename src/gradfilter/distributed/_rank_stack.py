@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from itertools import zip_longest
@@ -19,10 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from gradfilter import _products, _tree
+from gradfilter import _tree
 from gradfilter._factory import factory
+from gradfilter._shards import is_sharded
 from gradfilter._types import Context, Out, Params, State, Transform, Tree
-from gradfilter.distributed._ranks import Bucket, Ranks, added_up, combined, exchanged, reduced
+from gradfilter.distributed._gathered_rows import GatheredRows, per_row
+from gradfilter.distributed._ranks import Ranks
+from gradfilter.distributed._rows_over_shards import RowsOverShards
 from gradfilter.grads._call_context import surroundings
 from gradfilter.grads._stack import (
     GRAM_UP_TO,
@@ -37,128 +39,10 @@ from gradfilter.grads._stack import (
     copied,
     scale_rows,
 )
+from gradfilter.grads.fused._fused_stack import FusedStack
 from gradfilter.grads.fused._lift import untraced
 from gradfilter.transforms._fingerprint import described, shortened, whole_chain
 from gradfilter.transforms._transform import transform_in_context
-
-# --- The rows of all ranks, before they are cut or scaled ---
-
-
-def per_row(stack: GradStack, keep: Tensor | bool = True) -> Tensor:
-    """Return the mask of live rows, their losses if known, and the rank's keep flag. (3, M)."""
-    live = stack.live.to(_tree.sum_dtype(stack.live))
-    losses = live if stack.losses is None else stack.losses.detach().to(live.dtype)
-    return torch.stack(
-        [live, losses, _tree.as_bool_tensor(keep, live.device).to(live.dtype).expand_as(live)]
-    )
-
-
-@dataclass(eq=False)
-class GatheredRows:
-    """W times M rows, M of them here. All methods but `local_part` are collectives.
-
-    Attributes:
-        local: The M rows of this rank.
-        ranks: The ranks that hold the rows.
-        numbers: The result of `per_row` on every rank, gathered at the start, because later only
-            some ranks may ask. (W, 3, M)
-    """
-
-    local: GradStack
-    ranks: Ranks
-    numbers: Tensor
-    _gram: Tensor | None = None
-    _buckets: list[Bucket] | None = None
-
-    @property
-    def live(self) -> Tensor:
-        """A mask of the rows that take part, rank by rank. (M·W,) bool."""
-        return self.numbers[:, 0].flatten() != 0
-
-    @property
-    def losses(self) -> Tensor | None:
-        """The losses of all rows, if they are known. (M·W,)."""
-        if self.local.losses is None:
-            return None
-        return self.numbers[:, 1].flatten().to(self.local.losses.dtype)
-
-    @property
-    def keep(self) -> Tensor:
-        """True if no rank skips the step. () bool."""
-        return (self.numbers[:, 2] != 0).all()
-
-    def __len__(self) -> int:
-        """Return M·W."""
-        return len(self.local) * self.ranks.size
-
-    def local_part(self, per_row: Tensor) -> Tensor:
-        """Return this rank's part of a tensor with one entry per row. (M, ...)."""
-        start = len(self.local) * self.ranks.rank
-        return per_row[start : start + len(self.local)]
-
-    def columns(self, names: Collection[str]) -> GatheredRows:
-        """Return the same rows on some of the leaves."""
-        return GatheredRows(self.local.columns(names), self.ranks, self.numbers)
-
-    @property
-    def is_exchanged(self) -> bool:
-        """True if every rank holds a shard of all rows, or their Gram."""
-        return self._gram is not None
-
-    def gram(self) -> Tensor:
-        """Compute J Jᵀ, with the same bits on every rank. (M·W, M·W)."""
-        if self._gram is None:
-            buckets, parts = [], []
-            for bucket in exchanged(self.local.stacked(), self.ranks):
-                parts.append(_products.inner(bucket.shard, bucket.shard))
-                buckets.append(bucket)
-            self._buckets = buckets
-            self._gram = self.ranks.total(torch.stack(parts).sum(0))
-        return self._gram.clone()  # the caller may write into the copy
-
-    def combine(self, weights: Tensor) -> Tree:
-        """Compute wᵀ J for weights (M·W,), with the same bits on every rank."""
-        weights = weights.detach()
-        if self._buckets is not None:
-            buckets = self._buckets
-            if len(self.local) == 1:
-                self._buckets = None  # the sum is written into their memory
-            return combined(buckets, weights, self.ranks)
-        # Without shards of all rows, only the sum of the local rows must be sent.
-        return added_up(self.local.combine(self.local_part(weights)), self.ranks)
-
-    def sum_squares(self, weights: Tensor) -> Tree:
-        """Compute Σ_m w_m g_m² for weights (M·W,), with the same bits on every rank."""
-        own = self.local.sum_squares(self.local_part(weights.detach()))
-        return added_up(own, self.ranks)
-
-    def dot(self, tree: Mapping[str, Tensor]) -> Tensor:
-        """Compute J v. (M·W,)."""
-        return self.ranks.gather(self.local.dot(tree)).flatten()
-
-    def sq_norms(self) -> Tensor:
-        """Compute diag(J Jᵀ). (M·W,)."""
-        if self._gram is not None:
-            return self._gram.diagonal().clone()
-        return self.ranks.gather(self.local.sq_norms()).flatten()
-
-    def stacked(self) -> Tree:
-        """Return all rows on every rank. (M·W, *shape)."""
-        return {n: self.ranks.gather(g).flatten(0, 1) for n, g in self.local.stacked().items()}
-
-    def reduce_columns(self, function: Callable[[Tensor], Tensor]) -> Tree:
-        """Apply a function (M·W, n) -> (n,) to the columns, each on one rank."""
-        if self._buckets is None:
-            buckets = list(exchanged(self.local.stacked(), self.ranks))
-        else:
-            buckets = self._buckets
-        return reduced(buckets, function, self.ranks)
-
-    def release(self) -> None:
-        """Free the shards, and everything that the local rows can compute again."""
-        self._buckets = None
-        self.local.release()
-
 
 # --- Check that all ranks hold the same leaves and the same number of rows ---
 
@@ -186,7 +70,7 @@ def validate_ranks(
     if around is not None:  # no rank sends anything before all have traced
         check = partial(_check_rows_alike, len(stack), text, ranks)
         around.append(partial(ranks.around_graph, check))
-        return GatheredRows(stack, ranks, ranks.gather(own))
+        return _gathered(stack, ranks, ranks.gather(own))
     few = own.device.type == "cpu" and len(stack) <= ROWS
     # The message has a fixed length, because ranks that differ could not compare otherwise.
     message = torch.zeros(3 + 3 * ROWS, dtype=torch.int64)
@@ -196,9 +80,16 @@ def validate_ranks(
     messages = ranks.gather_on_host(message)
     _check_alike(messages[:, :3].tolist(), text, ranks)
     if not few:
-        return GatheredRows(stack, ranks, ranks.gather(own))
+        return _gathered(stack, ranks, ranks.gather(own))
     numbers = messages[:, 3 : 3 + own.numel()].contiguous().view(own.dtype)
-    return GatheredRows(stack, ranks, numbers.reshape(-1, *own.shape))
+    return _gathered(stack, ranks, numbers.reshape(-1, *own.shape))
+
+
+def _gathered(stack: GradStack, ranks: Ranks, numbers: Tensor) -> GatheredRows:
+    """Return the rows of all ranks; over sharded parameters, the answers are sharded, too."""
+    if isinstance(stack, FusedStack) and stack.sharded:
+        return RowsOverShards(stack, ranks, numbers)
+    return GatheredRows(stack, ranks, numbers)
 
 
 def check_leaves_alike(params: Mapping[str, Tensor], ranks: Ranks) -> None:
@@ -254,6 +145,8 @@ def _described(stack: GradStack, keeps: bool) -> bytes:
         [name, list(shape), str(tensors[name].dtype) if name in tensors else "unknown"]
         for name, shape in stack.shapes.items()
     ]
+    if isinstance(stack, FusedStack) and stack.sharded:  # gathered again in the same order
+        leaves.append(["order of uses", stack.sharded.order, "sharded"])
     return json.dumps([*leaves, [stack.losses is not None, keeps]]).encode()
 
 
@@ -444,8 +337,7 @@ class RankStack(BaseStack):
     @override
     def stacked(self) -> Tree:
         """Return all rows on every rank, leaf by leaf. (M·W, *shape)."""
-        rows = self._gathered.stacked().items()
-        return {name: scale_rows(leaf[: self._count], self.scale) for name, leaf in rows}
+        return self._gathered.stacked(partial(_first_scaled, self._count, self.scale))
 
     @override
     def reduce_columns(self, function: Callable[[Tensor], Tensor]) -> Tree:
@@ -494,7 +386,7 @@ class RankStack(BaseStack):
 
     def _with_local_rows(self, local: GradStack) -> GradStack:
         ranks = self._gathered.ranks
-        gathered = GatheredRows(local, ranks, ranks.gather(per_row(local)))
+        gathered = _gathered(local, ranks, ranks.gather(per_row(local)))
         return self._like_this(gathered, self.scale, self._count)
 
     @override
@@ -508,10 +400,14 @@ class RankStack(BaseStack):
         self._gathered.release()
 
 
+def _first_scaled(count: int, scale: Tensor | None, rows: Tensor) -> Tensor:
+    return scale_rows(rows[:count], scale)
+
+
 def _of_first_rows(
     function: Callable[[Tensor], Tensor], count: int, scale: Tensor | None, columns: Tensor
 ) -> Tensor:
-    return function(scale_rows(columns[:count], scale))
+    return function(_first_scaled(count, scale, columns))
 
 
 # --- Check that all ranks start with the same parameters and the same chain ---
@@ -533,10 +429,13 @@ def check_same_start(params: Params, ranks: Ranks) -> None:
         ValueError: Leaves or values differ; the error names two ranks and a leaf.
     """
     check_leaves_alike(params, ranks)
-    sums = torch.stack([_bits(p) for p in params.values()]).cpu()
+    whole = {name: p for name, p in params.items() if not is_sharded(p)}
+    if not whole:  # every rank holds another part of them
+        return
+    sums = torch.stack([_bits(p) for p in whole.values()]).cpu()
     found = ranks.gather_on_host(sums)
     for rank, other in enumerate(found):
-        for name, same in zip(params, (other == found[0]).tolist(), strict=True):
+        for name, same in zip(whole, (other == found[0]).tolist(), strict=True):
             if not same:
                 raise ValueError(
                     f"across_ranks: expected the same parameters on every rank, found other values "

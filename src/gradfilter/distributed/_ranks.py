@@ -29,8 +29,13 @@ LONG = 2**15
 
 
 # Since torch 2.13 the old name warns on every call and rank; 2.11 and 2.12 have only that name.
-_NAME = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-_all_gather_single: Callable[..., dist.Work | None] = getattr(dist, _NAME)
+_NEW = hasattr(dist, "all_gather_single")
+_all_gather_single: Callable[..., dist.Work | None] = getattr(
+    dist, "all_gather_single" if _NEW else "all_gather_into_tensor"
+)
+_reduce_scatter_single: Callable[..., dist.Work | None] = getattr(
+    dist, "reduce_scatter_single" if _NEW else "reduce_scatter_tensor"
+)
 
 
 collectives: Any = torch.ops._c10d_functional
@@ -164,6 +169,32 @@ class Ranks:
     def total(self, tensor: Tensor) -> Tensor:
         """Return the sum over the ranks, with the same bits on each."""
         return self.start_total(tensor.clone())()
+
+    def sum_of_pieces(self, pieces: list[Tensor]) -> Tensor:
+        """Return the sum over the ranks of this rank's piece of a tensor that each has cut alike.
+
+        Args:
+            pieces: One per rank; the last ones may be shorter in one dim.
+        """
+        first, own = pieces[0], pieces[self.rank]
+        if self.group is None:
+            return own
+        parcels = first.new_zeros(self.size, *first.shape)
+        for parcel, piece in zip(parcels, pieces, strict=True):
+            parcel[tuple(map(slice, piece.shape))] = piece
+        found = torch.empty_like(first)
+        doing = "adding up"
+        with self._explained(doing):
+            given = parcels.flatten()
+            work = _reduce_scatter_single(found.view(-1), given, group=self.group, async_op=True)
+        self._wait_for(doing, [work], found)
+        return found[tuple(map(slice, own.shape))].contiguous()
+
+    def members(self) -> set[int]:
+        """Return the global ranks of the members; not a collective."""
+        if self.group is None:
+            return {dist.get_rank()} if dist.is_initialized() else {0}
+        return set(dist.get_process_group_ranks(self.group))
 
     def copy_first(self, tensor: Tensor) -> None:
         """Overwrite a tensor by that of the first rank, in place."""

@@ -14,7 +14,6 @@ from torch._C._functorch import is_gradtrackingtensor
 
 from gradfilter import _tree
 from gradfilter._readable import readable
-from gradfilter._shards import is_sharded
 from gradfilter._types import Params, Tree
 
 # --- Weights and groups of samples ---
@@ -354,12 +353,6 @@ def check_params(params: Params) -> None:
             raise TypeError(
                 f"Expected dense parameters that have values, found {name!r} {where}. Use "
                 "model.to_empty(device=...) and initialise it, or p.to_dense(), before `extract`."
-            )
-        if type(p) is not Tensor and is_sharded(p):
-            raise TypeError(
-                f"Expected parameters that are whole on every rank, found {name!r} sharded over "
-                "ranks (DTensor), which vmap and functional_call do not mix with tensors. Take the "
-                "rows from gradfilter.distributed.sharded_rows."
             )
 
 

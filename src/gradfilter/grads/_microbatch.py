@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter._readable import followed, readable
+from gradfilter._shards import is_sharded, refuse_sharding_options
 from gradfilter._types import Params, Tree
 from gradfilter.grads._batch import (
     Batch,
@@ -221,6 +222,11 @@ class GradFunction:
 
     def _stack_of(self, params: Params, batch: Any, buffers: Tree | None) -> ComputedStack:
         if self._is_grouped(batch):
+            if any(isinstance(p, Tensor) and is_sharded(p) for p in params.values()):
+                raise ValueError(
+                    "Expected microbatches of equal sizes with parameters that are sharded over "
+                    "ranks (DTensor), found groups=. Sort the samples into microbatches."
+                )
             return self._grouped(params, batch, buffers)
         parts = self.parts(batch)
         if len(parts) == 1:
@@ -254,6 +260,7 @@ class GradFunction:
 
     def _passes(self, params: Params, batch: Any, buffers: Tree | None) -> BatchPasses:
         check_params(params)
+        self._check_sharded(params)
         loss = NormalizedLoss.of(self.loss, self.has_aux)
         loss.check_params(params)
         tensors, rebuild = split(batch, self.microbatches)
@@ -269,6 +276,26 @@ class GradFunction:
         weights = batch.weights if isinstance(batch, MarkedBatch) else None
         absent = None if weights is None else (weights.view(rows.count, -1) == 0).all(1)
         return BatchPasses(self, loss, rows, context, params, absent)
+
+    def _check_sharded(self, params: Params) -> None:
+        """Refuse what is not possible with parameters that are sharded over ranks."""
+        name = next((name for name, p in params.items() if is_sharded(p)), None)
+        if name is None:
+            return
+        if self.plan not in ("auto", "fused"):
+            raise TypeError(
+                f'Expected plan "fused" with sharded parameters, found plan {self.plan!r} and '
+                f"{name!r} sharded over ranks (DTensor): the other plans need all parameters whole "
+                "at once. Leave the plan out, or take rows that are means over ranks from "
+                "gradfilter.distributed.sharded_rows."
+            )
+        if is_recorded():
+            raise TypeError(
+                f"Expected whole parameters in a step of gradfilter.compile, found {name!r} "
+                "sharded over ranks (DTensor). Run the step without compiling it."
+            )
+        if isinstance(self.loss, ModelLoss):
+            refuse_sharding_options(self.loss.model)
 
 
 def _refuse_pass(*_: Any) -> GradStack:
@@ -313,7 +340,7 @@ class BatchPasses:
 
     def first(self) -> ComputedStack:
         """Return the stack of the call."""
-        plan = self.settings.plan
+        plan = "fused" if self.is_sharded else self.settings.plan
         try:
             if plan == "auto":
                 return self._fused_or_loop(self.params, False)
@@ -348,7 +375,14 @@ class BatchPasses:
         if names:
             self._given.check(names)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether some parameters are sharded over ranks, so that the loop cannot run."""
+        return any(map(is_sharded, self.params.values()))
+
     def _fused_or_loop(self, params: Mapping[str, Tensor], per_row: bool) -> ComputedStack:
+        if self.is_sharded:
+            return self._stack("fused", params, per_row)
         try:
             return self._stack("fused", params, per_row)
         except (Bypassed, RefusedByAll):
@@ -440,7 +474,8 @@ class BatchPasses:
         torch's own modules and functions have none, and one row at a time sees it as it is.
         """
         quiet = self.context.device.type == "cpu" and not (followed() or is_recorded())
-        return self.loss.first and self.batch.count > 1 and quiet and self.loss.may_draw_on_host
+        usual = self.loss.first and self.batch.count > 1 and not self.is_sharded
+        return usual and quiet and self.loss.may_draw_on_host
 
     def _probe_row(self) -> None:
         """Refuse a hidden state: evaluate a row twice, and compare losses and gradients."""
@@ -636,6 +671,8 @@ class FusedPass(PassSource):
     @override
     def fallback(self, refusal: Exception) -> Tree:
         self._given.check()
+        if self.passes.is_sharded:
+            raise_with_plan(refusal, "fused")
         return self.passes.loop_instead(dict(self.params), self.per_row, refusal)
 
     def in_chunks(self, size: int) -> Rows | None:
@@ -673,7 +710,7 @@ class FusedPass(PassSource):
         self, batch: Batch, params: Mapping[str, Tensor], grouping: Grouping, *, check: bool = False
     ) -> Forward:
         loss, context = self.passes.loss, self.passes.context
-        if batch.count == 1:
+        if batch.count == 1 and not self.passes.is_sharded:
             return forward_single(loss, params, batch, self.per_row, context)
         # Who asks for plan "fused" by name is told what vmap does not support; "auto" chooses.
         quiet = self.passes.settings.plan == "auto"

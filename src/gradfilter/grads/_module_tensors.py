@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 from weakref import WeakKeyDictionary
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
+from gradfilter._shards import is_shard_hook, reshard
 from gradfilter._types import Tree
 
 Hook = Callable[[Tensor], Tensor | None]
@@ -142,6 +143,8 @@ class ModuleTensors:
         views: The attributes that share memory with a parameter or a buffer.
         modules: Every module once, by its name.
         locks: The locks of the modules that hold tensors.
+        shard_hooks: The dicts of hooks that hold some by which torch.distributed gathers the
+            module's parameters.
     """
 
     canonical: dict[str, str]
@@ -154,6 +157,7 @@ class ModuleTensors:
     views: list[AttributeView]
     modules: dict[str, nn.Module]
     locks: list[threading.RLock]
+    shard_hooks: list[dict[int, Any]]
 
     @classmethod
     def of(cls, model: nn.Module) -> ModuleTensors:
@@ -161,6 +165,7 @@ class ModuleTensors:
         named = modules_of(model)
         holding = [module for module in named.values() if module._parameters or module._buffers]
         locks = _locks_of(holding)
+        reshard(named.values())
         with Locked(locks):  # another thread's tensors may be in the places at this moment
             return cls._collect(named, locks)
 
@@ -198,14 +203,33 @@ class ModuleTensors:
         hooks = _gradient_hooks(trainable)
         own = dict(buffers.values())
         views = list(_views({**trainable, **own}, modules))
-        return cls(canonical, holders, trainable, own, empty, written, hooks, views, named, locks)
+        shard_hooks = [
+            table
+            for module in named.values()
+            for table in (module._forward_pre_hooks, module._forward_hooks)
+            if table and any(map(is_shard_hook, table.values()))
+        ]
+        return cls(
+            canonical,
+            holders,
+            trainable,
+            own,
+            empty,
+            written,
+            hooks,
+            views,
+            named,
+            locks,
+            shard_hooks,
+        )
 
     @contextmanager
     def filled(self, tensors: Mapping[str, Tensor]) -> Iterator[Tree]:
         """Replace the module's tensors inside the context.
 
         No other thread can do the same at that time. The module's own tensors are restored
-        afterwards, also after an error.
+        afterwards, also after an error. Hooks that would gather sharded parameters do not run,
+        because the tensors are whole.
 
         Args:
             tensors: The tensors by name; places whose name is not given keep their tensor.
@@ -228,7 +252,9 @@ class ModuleTensors:
         after: Tree = {}
         own: list[Tensor | None] = []
         untied = None
-        with Locked(self.locks):
+        with Locked(self.locks), ExitStack() as stack:
+            for table in self.shard_hooks:
+                stack.enter_context(_without_shard_hooks(table))
             try:
                 own = [holder[key] for holder, key, _ in filled]
                 for holder, key, name in filled:
@@ -293,6 +319,22 @@ class ModuleTensors:
                 f"{type(module).__name__} filled in it. Register the buffer with a tensor before "
                 "`extract`."
             )
+
+
+@contextmanager
+def _without_shard_hooks(table: dict[int, Any]) -> Iterator[None]:
+    """Remove the hooks by which torch.distributed gathers parameters, inside the context."""
+    before = dict(table)
+    for key, hook in before.items():
+        if is_shard_hook(hook):
+            del table[key]
+    try:
+        yield
+    finally:
+        added = {key: hook for key, hook in table.items() if key not in before}
+        kept = {k: hook for k, hook in before.items() if k in table or is_shard_hook(hook)}
+        table.clear()
+        table.update({**kept, **added})
 
 
 def remove_new_parts(tables: list[tuple[dict[str, Any], int]]) -> list[str]:

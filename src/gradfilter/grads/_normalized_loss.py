@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
+from gradfilter._shards import is_shard_hook, kept_gathered
 from gradfilter._types import Params, Tree
 from gradfilter.grads._batch import MarkedBatch
 from gradfilter.grads._buffer_watch import cumulative_means
@@ -186,7 +187,8 @@ def _own_methods(modules: Iterable[nn.Module]) -> Iterator[Any]:
     modules = list(modules)
     functions: list[Any] = forward_methods(modules)
     for module in modules:
-        functions += (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        functions += (hook for hook in hooks if not is_shard_hook(hook))
     known = set[int]()
     for function in functions:
         for owner in owners_in(function, names=True):
@@ -223,6 +225,11 @@ class NormalizedLoss:
     def cumulative(self) -> set[str]:
         """The names of running means with momentum None."""
         return set() if self.places is None else cumulative_means(self.places.modules)
+
+    @cached_property
+    def kept_gathered(self) -> frozenset[str]:
+        """The sharded parameters that FSDP2 gathers once for forward and backward, by name."""
+        return frozenset() if self.places is None else kept_gathered(self.places.modules)
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:

@@ -22,6 +22,7 @@ from gradfilter.grads._stack import (
     check_shapes,
     first_rows,
 )
+from gradfilter.grads.fused._fused_stack import FusedStack
 
 T = TypeVar("T")
 
@@ -76,7 +77,16 @@ def dense_rows(rows: GradStack, factors: Tensor | None = None) -> DenseStack:
     Args:
         rows: A stack that has not been scaled.
         factors: The factors (M,) to scale it with.
+
+    Raises:
+        ValueError: The parameters are sharded over ranks.
     """
+    if isinstance(rows, FusedStack) and rows.sharded:
+        raise ValueError(
+            "Expected all rows of a step from one batch that they divide evenly, because the "
+            "parameters are sharded over ranks (DTensor), found rows in several parts. Leave out "
+            "rows_at_once= and uneven=, and lower memory_budget= to hold less."
+        )
     origin = rows.origin if isinstance(rows, BaseStack) else None
     dense = DenseStack(rows.stacked(), rows.losses, rows.buffers, rows.aux, factors, origin)
     rows.release()

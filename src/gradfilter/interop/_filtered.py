@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gradfilter import _tree
 from gradfilter._overlap import copied_where_shared
+from gradfilter._shards import is_sharded, reshard
 from gradfilter._state_rules import settled
 from gradfilter._types import GLOBAL_NAMES, Out, Params, State, Transform, Tree, all_keep
 from gradfilter.grads._batch import mark_samples, plain
@@ -57,7 +58,7 @@ from gradfilter.interop._host_loss import (
     with_own_losses,
 )
 from gradfilter.interop._sam import check_steps_alone
-from gradfilter.transforms._chain import row_part
+from gradfilter.transforms._chain import chain, row_part
 from gradfilter.transforms._compile import (
     Backend,
     Graphs,
@@ -129,6 +130,21 @@ def _with_earlier(
     if earlier:
         return join_stacks([*earlier, dense_rows(*computed)])
     return of_batch if factors is None else of_batch.scaled(factors)
+
+
+def _check_for_shards(transforms: Transform, graphs: Graphs | None) -> None:
+    """Refuse what is not possible with parameters that are sharded over ranks."""
+    if "across_ranks" not in [part.name for part in chain(transforms).parts]:
+        raise ValueError(
+            "Filtered: expected across_ranks() first in the chain, because the parameters are "
+            "sharded over ranks (DTensor), found none. Write chain(across_ranks(), ...), with the "
+            "group of the ranks that have other samples; none means all."
+        )
+    if graphs is not None:
+        raise ValueError(
+            "Filtered: expected compile=False with parameters that are sharded over ranks "
+            "(DTensor). Leave it out."
+        )
 
 
 class FilteredBatch(NamedTuple):
@@ -251,7 +267,8 @@ class Filtered:
             closure (LBFGS, SAM); an argument is not a module, criterion or optimizer.
         ValueError: A trainable parameter of the optimizer is neither the model's nor the
             criterion's, or one of the criterion is not in the optimizer; a compiled module with
-            plan ``"fused"`` or ``"vmap"``; a DistributedDataParallel.
+            plan ``"fused"`` or ``"vmap"``; a DistributedDataParallel; parameters that are sharded
+            over ranks, and a chain without `across_ranks` or ``compile``.
 
     Examples:
         >>> import torch, gradfilter as gf
@@ -283,7 +300,7 @@ class Filtered:
         compile: bool | str | Backend = False,
     ) -> None:
         """Check everything that can be checked without a batch."""
-        check_module("Filtered", model)
+        check_module("Filtered", model, shards=True)
         check_order(criterion, transforms, optimizer)
         check_steps_alone("Filtered", optimizer, "For SAM, put sam_perturb into the chain.")
         if criterion is not None and not callable(criterion):
@@ -316,6 +333,9 @@ class Filtered:
         self._memory_budget, self._uneven = memory_budget, uneven
         self._probes, self._by_row = Probes(), ByRow()
         self._grads_of(None)
+        self._sharded = any(map(is_sharded, self._module.parameters()))
+        if self._sharded:
+            _check_for_shards(self.transforms, self._graphs)
         check_owned(self._module, optimizer, "Filtered")
         self._state = self.transforms.init(extract(self._module)[0])
         self._row_part = row_part(self.transforms)
@@ -350,6 +370,8 @@ class Filtered:
         Raises:
             RuntimeError: `spike_skip` has given up. The step has ended: its state is that after it.
         """
+        if self._sharded:  # an evaluation may have left parameters whole
+            reshard(self._module.modules())
         check_owned(self._module, self.optimizer, "Filtered")
         params = self._params()
         batch = self._batch_of(inputs, targets, sample_weights, groups)
@@ -415,8 +437,15 @@ class Filtered:
             The mean loss of these rows. ().
 
         Raises:
-            ValueError: Rows of other parameters, or keywords with other values, were accumulated.
+            ValueError: Rows of other parameters, or keywords with other values, were accumulated;
+                the parameters are sharded over ranks.
         """
+        if self._sharded:
+            raise ValueError(
+                "Filtered: expected step() with every batch, found accumulate() with parameters "
+                "that are sharded over ranks, whose rows are not held. Use more microbatches, "
+                "which with memory_budget=0 hold little in addition."
+            )
         params = self._params()
         batch = self._batch_of(inputs, targets, sample_weights, groups)
         if self._batch_graphs is None:

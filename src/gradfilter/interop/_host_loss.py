@@ -294,12 +294,13 @@ def check_criterion(
         )
 
 
-def check_module(name: str, model: Any) -> None:
+def check_module(name: str, model: Any, *, shards: bool = False) -> None:
     """Refuse an object that is not a module, and a wrapper that these backward passes would bypass.
 
     Args:
         name: The beginning of the error.
         model: The user's argument.
+        shards: True if parameters may be sharded over ranks.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -313,11 +314,10 @@ def check_module(name: str, model: Any) -> None:
             "over ranks only what its own backward passes compute. Pass its .module, and for the "
             "rows of all ranks put gradfilter.distributed.across_ranks() first in the chain."
         )
-    if any(is_sharded(p) for p in model.parameters()):
+    if not shards and any(is_sharded(p) for p in model.parameters()):
         raise ValueError(
             f"{name}: expected parameters that are whole on this rank, found sharded ones "
-            "(DTensor). Take the rows from gradfilter.distributed.sharded_rows, and let a chain "
-            "filter them."
+            "(DTensor). Use gradfilter.interop.Filtered."
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradfilter import _tree
 from gradfilter._info import Info
 from gradfilter._overlap import copied_where_shared
+from gradfilter._shards import is_sharded
 from gradfilter._types import Kind, Params, State, Transform, Tree
 from gradfilter.grads._batch import MarkedBatch, cut, mark_samples, more_than_a_batch
 from gradfilter.grads._call_context import random_state, random_state_restored, set_random_state
@@ -195,6 +196,12 @@ class TrainStep:
 
 def mean_gradient(grads_of: GradFunction, params: Params, batch: Any, buffers: Tree | None) -> Tree:
     """Return the gradient of the mean loss of a batch, as one row."""
+    if any(map(is_sharded, params.values())):
+        raise ValueError(
+            "Expected whole parameters with reference_batch=, found sharded ones (DTensor), whose "
+            "gradient is a sum over all ranks. Give reference_filter a gradient, sharded like the "
+            'parameters, or "average".'
+        )
     rows = replace(grads_of, microbatches=1)(params, batch, buffers=buffers)
     gradient = rows.combine(torch.ones(1, device=_tree.device_of(params)))
     rows.release()

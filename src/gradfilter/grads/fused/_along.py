@@ -198,11 +198,11 @@ class Bypassed(RuntimeError):
 
 
 def refuse_bypassed(losses: Tensor, leaves: Iterable[Tensor]) -> None:
-    """Refuse a graph in which other nodes than those of overrides use a leaf that moves.
+    """Refuse a graph in which other nodes than those of overrides use a leaf that has no values.
 
     Args:
         losses: The losses of the pass.
-        leaves: The leaves that move.
+        leaves: The leaves that move or are sharded.
 
     Raises:
         Bypassed: There is one, for example in a scripted function.
@@ -215,7 +215,10 @@ def refuse_bypassed(losses: Tensor, leaves: Iterable[Tensor]) -> None:
         node = ahead.pop()
         for after, _ in node.next_functions:
             if after in ends and node.name() not in SEES_MOVES:
-                raise Bypassed(f"{node.name()} uses a parameter that differs from row to row")
+                raise Bypassed(
+                    f"{node.name()} uses a parameter that is sharded over ranks or differs from "
+                    "row to row, in a way that no override sees"
+                )
             if after is not None and after not in found and after not in ends:
                 found.add(after)
                 ahead.append(after)

@@ -47,8 +47,14 @@ from gradfilter.grads.fused._host import Host
 from gradfilter.grads.fused._lift import Level, autocast_any, repeated
 from gradfilter.grads.fused._modules_by_row import ByRow
 from gradfilter.grads.fused._row_questions import GRAPH, VALUES
+from gradfilter.grads.fused._sharded_leaves import ShardedLeaf, ShardedLeaves, without_memory
 from gradfilter.grads.fused._tape import LeafVisitor, Tape
-from gradfilter.grads.fused.overrides._registry import OVERRIDES, TAKES_MOVES
+from gradfilter.grads.fused.overrides._registry import (
+    NORMS,
+    OVERRIDES,
+    TAKES_MOVES,
+    TAKES_SHARDS,
+)
 from gradfilter.grads.fused.overrides._spellings import spellings
 from gradfilter.grads.fused.overrides._vmap_faults import refuse_nested
 
@@ -236,6 +242,7 @@ class Overrides(TorchFunctionMode):
         self.host, self._guarded, self._seeds = host, guarded, seeds
         self._guarded_names: dict[int, str] | None = None
         self._watch = host.running.watch if host.running.watch.has_tensors else None
+        self._takes_leaves = TAKES_MOVES if host.moves else TAKES_SHARDS
 
     @override
     def __torch_function__(
@@ -252,13 +259,16 @@ class Overrides(TorchFunctionMode):
         if self._seeds is not None and getattr(func, "__name__", "") in DRAWS:
             self._seeds.check(func, kwargs)
         override = OVERRIDES.get(func) or VALUES.get(func) or GRAPH.get(func)
-        moves = bool(self.host.moves) and _reads_values(func)
-        if moves and not (func in TAKES_MOVES and self.host.level.is_innermost()):
-            args, kwargs = self._own((args, kwargs))
+        replaces = self.host.replaces and _reads_values(func)
+        if replaces:
+            if not (func in self._takes_leaves and self.host.level.is_innermost()):
+                args, kwargs = self._own((args, kwargs))
+            elif func in NORMS and args:
+                args = (self.host.own(args[0]), *args[1:])
         if override is not None:
             if self.host.level.is_innermost():
                 result = override(self.host, *args, **kwargs)
-                if result is NotImplemented and moves:
+                if result is NotImplemented and replaces:
                     args, kwargs = self._own((args, kwargs))
                 if result is not NotImplemented:
                     if self._watch is not None and func not in STATISTICS:
@@ -286,7 +296,7 @@ class Overrides(TorchFunctionMode):
             raise RuntimeError(f"{name} cannot run over all rows at once: {reason}") from error
 
     def _own(self, given: Any) -> Any:
-        """Replace the leaves that have a move by the values of all rows."""
+        """Replace the leaves that move or are sharded by the values of all rows."""
         if isinstance(given, SINGLE):
             return self.host.own(given)
         if type(given) in (tuple, list):
@@ -339,11 +349,20 @@ def forward(
     count = batch.count
     moves = params.moves if isinstance(params, ParamsAlong) else {}
     shared = isinstance(params, ParamsAlong) or not per_row
+    sharded = ShardedLeaves.of(held(params), loss.kept_gathered)
     leaves = {
-        name: (repeated(p, count) if shared else p).detach().requires_grad_()
+        name: (
+            without_memory(p, count)
+            if name in sharded.leaves
+            else repeated(p, count)
+            if shared
+            else p
+        )
+        .detach()
+        .requires_grad_()
         for name, p in held(params).items()
     }
-    tape = Tape(leaves, linear=not loss.hooks)
+    tape = Tape(leaves, linear=not loss.hooks, sharded=sharded)
     own = {name: b.clone() for name, b in batch.buffers.items()}
     watch = BufferWatch(own, loss.cumulative, loss.attribute_tensors())
     running = RunningUpdates(watch, own, loss.cumulative)
@@ -356,7 +375,9 @@ def forward(
         generators = [generator for _, generator in loss.attributes.generators]
         reenter = partial(_reenter, guarded, generators)
         rerun = partial(_rerun, guarded, generators, by_row)
-        values = held(params) if shared else {}
+        values: dict[str, Tensor | ShardedLeaf] = {}
+        if shared:
+            values = {**held(params), **sharded.leaves}
         host = Host(level, tape, running, Checkpoints(level), reenter, rerun, values, moves)
         overrides = Overrides(host, guarded, Seeds(generators))
         inside = dict(zip(leaves, as_parameters(level.wrap_all(leaves.values())), strict=True))
@@ -380,8 +401,9 @@ def forward(
             "(x = x.clone()), or use inplace=False"
         )
     ends = loss.check_reaches(losses, leaves.values())
-    if moves:
-        refuse_bypassed(losses, [leaves[name] for name in moves])
+    host.release()
+    if moves or sharded:
+        refuse_bypassed(losses, [leaves[name] for name in {*moves, *sharded.leaves}])
     if ends.padded_lookup:
         # vmap joins the tables of all rows into one, and masks only the first table. The override
         # is correct for every function that Python calls.

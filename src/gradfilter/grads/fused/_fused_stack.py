@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter._readable import readable
+from gradfilter._shards import gather_shards, is_sharded
 from gradfilter._types import Tree
 from gradfilter.grads._error_notes import note_anomaly, reason_of
 from gradfilter.grads._module_tensors import Hook, apply_hooks
@@ -47,12 +48,19 @@ from gradfilter.grads.fused._factors import (
 from gradfilter.grads.fused._forward import Forward
 from gradfilter.grads.fused._lift import autocast_dtype, untraced
 from gradfilter.grads.fused._row_groups import GroupedFactor
+from gradfilter.grads.fused._sharded_leaves import ShardedLeaves
 from gradfilter.grads.fused._tape import Layer, LeafVisitor, Modes, choose_modes
 
 # --- The rows of one pass, computed on demand ---
 
 
 Question = Callable[[Factor, str], Tensor]
+
+Finish = Callable[[str, Tensor], Tensor]
+"""``finish(name, total)`` gets the sum over the rows of one leaf as soon as it is there.
+
+With sharded parameters it adds up those of the ranks, and returns this rank's shard.
+"""
 
 
 class State(Enum):
@@ -150,6 +158,7 @@ class LazyRows:
         # With a single row, autograd runs the hooks on the leaves themselves.
         self._hooks = (hooks or {}) if first.tape.alone is None else {}
         self._linear = first.tape.linear
+        self.sharded = first.tape.sharded
         self.shapes = {name: leaf.shape[1:] for name, leaf in first.tape.leaves.items()}
         self._dtypes = {name: leaf.dtype for name, leaf in first.tape.leaves.items()}
         self.modes: Modes = choose_modes(first.tape.leaves, first.tape.uses, budget, lean=lean)
@@ -230,7 +239,18 @@ class LazyRows:
 
     def dot(self, tree: Tree) -> Tensor:
         """Return the products with a tree of some leaves. (M,)."""
+        if self.sharded:
+            return self._dot_shards(tree)
         return self._sum(tree, lambda factor, name: factor.dot(tree[name]), (self.count,))
+
+    def _dot_shards(self, tree: Tree) -> Tensor:
+        """Compute `dot` with a tree of which some leaves are sharded, gathered one by one."""
+
+        def dot(factor: Factor, name: str) -> Tensor:
+            leaf = tree[name]
+            return factor.dot(gather_shards(leaf) if is_sharded(leaf) else leaf)
+
+        return self._sum(tree, dot, (self.count,))
 
     def rows(self, names: Collection[str]) -> Tree:
         """Return the rows on some leaves."""
@@ -288,50 +308,79 @@ class LazyRows:
         """Return the factors of some leaves; those without a gradient have none."""
         return {name: factor for name, factor in self._factors().items() if name in names}
 
-    def total(self, names: Collection[str], weights: Tensor) -> Tree:
+    def total(self, names: Collection[str], weights: Tensor, finish: Finish | None = None) -> Tree:
         """Compute Σ_m w_m row_m on some leaves; rows of weight 0 are masked."""
+        size = None
         if self._half:  # half precision holds the numbers of a mean; small weights would underflow
             size = weights.abs().sum()
             size = torch.where(size > 0, size, 1.0)
-            total = self._total(names, weights / size)
-            wide = {name: _tree.at_least_float32(leaf) for name, leaf in total.items()}
-            found = {name: leaf * size.to(leaf.dtype) for name, leaf in wide.items()}
-        else:
-            found = self._total(names, weights)
-        return {
-            name: found[name].to(self._dtypes[name]).view(self.shapes[name])
-            if name in found
-            else torch.zeros(self.shapes[name], dtype=self._dtypes[name], device=self.device)
-            for name in names
-        }
+            weights = weights / size
+        done = partial(self._finished, size, finish)
+        found = self._total(names, weights, done)
+        for name in names:
+            if name not in found:
+                nothing = torch.zeros(
+                    self.shapes[name], dtype=self._dtypes[name], device=self.device
+                )
+                found[name] = nothing if finish is None else finish(name, nothing)
+        return {name: found[name] for name in names}
 
-    def sum_squares(self, names: Collection[str], weights: Tensor) -> Tree:
+    def _finished(
+        self, size: Tensor | None, finish: Finish | None, name: str, total: Tensor
+    ) -> Tensor:
+        """Return the total of one leaf in the leaf's shape and dtype."""
+        if size is not None:
+            wide = _tree.at_least_float32(total)
+            total = wide * size.to(wide.dtype)
+        total = total.view(self.shapes[name])
+        if finish is not None:
+            total = finish(name, total)
+        return total.to(self._dtypes[name])
+
+    def sum_squares(
+        self, names: Collection[str], weights: Tensor, finish: Finish | None = None
+    ) -> Tree:
         """Compute Σ_m w_m row_m² on some leaves, in float32 or wider; weight 0 masks a row."""
         live = self._live(names, weights)
-        found = self._ask(names, lambda factor, _: factor.sum_squares(weights, live))
+        found = self._ask(names, _SumOfSquares(weights, live, self.shapes, finish))
         for name in names:
             if name not in found:
                 dtype = torch.promote_types(self._dtypes[name], torch.float32)
-                found[name] = torch.zeros(self.shapes[name], dtype=dtype, device=self.device)
-        return {name: found[name].view(self.shapes[name]) for name in names}
+                nothing = torch.zeros(self.shapes[name], dtype=dtype, device=self.device)
+                found[name] = nothing if finish is None else finish(name, nothing)
+        return {name: found[name] for name in names}
 
-    def _total(self, names: Collection[str], weights: Tensor) -> Tree:
-        """Compute `total` for the leaves that have a gradient, in the dtype of the computation."""
+    def each(self, names: Collection[str], question: Question) -> Tree:
+        """Return the answers to a question about each of some leaves, also those without gradient.
+
+        The order is that of the backward pass, the same on all ranks.
+        """
+        found = self._ask(names, question)
+        for name in names:
+            if name not in found:
+                nothing = torch.zeros((), dtype=self._dtypes[name], device=self.device)
+                rows = nothing.expand(self.count, *self.shapes[name])
+                found[name] = question(DenseFactor(rows), name)
+        return {name: found[name] for name in names}
+
+    def _total(self, names: Collection[str], weights: Tensor, done: Finish) -> Tree:
+        """Compute `total` for the leaves that have a gradient, each finished by ``done``."""
         # Losses in half precision would round the weights, so the rows are weighted instead.
         wide = self._losses.element_size() >= 4
-        found = None
         if (
             wide
             and self._linear
             and self.state is not State.FACTORS
             and set(names) == set(self.shapes)
         ):
-            found = self._weighted(weights)
-        if found is None:
-            live = self._live(names, weights)
-            found = self._ask(names, lambda factor, _: factor.total(weights, live), join=True)
-            if JOINED in found:
-                found |= split_joined(found.pop(JOINED), self._joined(names)[0], self.shapes)
+            found = self._weighted(weights, done)
+            if found is not None:
+                return found
+        total = _Total(weights, self._live(names, weights), done)
+        found = self._ask(names, total, join=not self.sharded)
+        if JOINED in found:
+            parts = split_joined(found.pop(JOINED), self._joined(names)[0], self.shapes)
+            found |= {name: done(name, part) for name, part in parts.items()}
         return found
 
     def _live(self, names: Collection[str], weights: Tensor) -> Tensor | None:
@@ -342,12 +391,12 @@ class LazyRows:
         # Masking copies the factors.
         return None if readable(harmless) and all(harmless.tolist()) else live
 
-    def _weighted(self, weights: Tensor) -> Tree | None:
+    def _weighted(self, weights: Tensor, done: Finish) -> Tree | None:
         """Run one backward pass with weighted losses. Return None if it was refused."""
         # The finite norm of a dead row does not help: 0 times an infinite derivative is NaN.
-        totals = _Totals(self._live((), weights))
-        done = self._backward(weights, totals, retain=self.expect_more)
-        return totals.found if done else None
+        totals = _Totals(self._live((), weights), done)
+        answered = self._backward(weights, totals, retain=self.expect_more)
+        return totals.found if answered else None
 
     def _sum(
         self,
@@ -457,11 +506,39 @@ class LazyRows:
         return True
 
 
+@dataclass(frozen=True, eq=False)
+class _Total:
+    """The question for Σ_m w_m row_m of a leaf, finished unless it is of several leaves joined."""
+
+    weights: Tensor
+    live: Tensor | None
+    done: Finish
+
+    def __call__(self, factor: Factor, name: str) -> Tensor:
+        found = factor.total(self.weights, self.live)
+        return found if name == JOINED else self.done(name, found)
+
+
+@dataclass(frozen=True, eq=False)
+class _SumOfSquares:
+    """The question for Σ_m w_m row_m² of a leaf."""
+
+    weights: Tensor
+    live: Tensor | None
+    shapes: Mapping[str, torch.Size]
+    finish: Finish | None
+
+    def __call__(self, factor: Factor, name: str) -> Tensor:
+        found = factor.sum_squares(self.weights, self.live).view(self.shapes[name])
+        return found if self.finish is None else self.finish(name, found)
+
+
 @dataclass
 class _Totals(LeafVisitor):
     """Sums the gradients of all rows, in a backward pass with weighted losses."""
 
     live: Tensor | None
+    done: Finish
     found: Tree = field(default_factory=dict)
 
     @override
@@ -469,7 +546,8 @@ class _Totals(LeafVisitor):
         parts = [factor.total(None, self.live) for factor in factors]
         if grad is not None:
             parts.append(DenseFactor(grad).total(None, self.live))
-        self.found[name] = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+        total = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+        self.found[name] = self.done(name, total)
 
 
 @dataclass
@@ -564,6 +642,26 @@ class FusedStack(ComputedStack):
         """The treatment of each leaf's rows."""
         return [self.run.modes.layers[name] for name in self.names]
 
+    @property
+    def sharded(self) -> ShardedLeaves:
+        """The parameters that are sharded over ranks; `across_ranks` makes of it rows of all."""
+        return self.run.sharded
+
+    def _check_whole(self) -> None:
+        """Refuse an answer of the size of the parameters, of which each rank holds a shard."""
+        if self.sharded:
+            raise ValueError(
+                "Expected across_ranks() before a sum of rows over sharded parameters: each rank "
+                "holds its part of the sum, over the rows of all. Put "
+                "gradfilter.distributed.across_ranks(group) in front of the chain; the group has "
+                "the ranks with other samples, None for all."
+            )
+
+    def each(self, question: Question) -> Tree:
+        """Ask about each leaf, also those without gradient, in one order on all ranks."""
+        assert self.count == self.run.count
+        return untraced(self.run.each)(self.names, question)
+
     @override
     def explain(self) -> str:
         """Return the mode, the extra flops and the kept bytes of every leaf, one line per leaf."""
@@ -617,18 +715,28 @@ class FusedStack(ComputedStack):
 
     @override
     def combine(self, weights: Tensor) -> Tree:
+        self._check_whole()
+        return self.combine_into(weights, None)
+
+    def combine_into(self, weights: Tensor, finish: Finish | None) -> Tree:
+        """Compute `combine`; ``finish`` gets the sum of each leaf as soon as it is there."""
         check_per_row("weight", weights, self.count)
         weights = scale_rows(_tree.at_least_float32(weights), self.scale)
         if self.count < self.run.count:
             weights = torch.cat([weights, weights.new_zeros(self.run.count - self.count)])
-        return untraced(self.run.total)(self.names, weights)
+        return untraced(self.run.total)(self.names, weights, finish)
 
     @override
     def sum_squares(self, weights: Tensor) -> Tree:
+        self._check_whole()
+        return self.sum_squares_into(weights, None)
+
+    def sum_squares_into(self, weights: Tensor, finish: Finish | None) -> Tree:
+        """Compute `sum_squares`; ``finish`` gets the sum of each leaf as soon as it is there."""
         check_per_row("weight", weights, self.count)
         weights = scale_rows(scale_rows(_tree.at_least_float32(weights), self.scale), self.scale)
         weights = torch.cat([weights, weights.new_zeros(self.run.count - self.count)])
-        return untraced(self.run.sum_squares)(self.names, weights)
+        return untraced(self.run.sum_squares)(self.names, weights, finish)
 
     @override
     def stacked(self) -> Tree:
@@ -645,6 +753,7 @@ class FusedStack(ComputedStack):
 
     @override
     def combine_leaves(self, weights: Mapping[str, Tensor]) -> Tree:
+        self._check_whole()
         given = {}
         for name in self.names:
             check_per_row("weight", weights[name], self.count)
@@ -655,6 +764,7 @@ class FusedStack(ComputedStack):
 
     @override
     def reduce_columns(self, function: Callable[[Tensor], Tensor]) -> Tree:
+        self._check_whole()
         return untraced(self.run.reduced)(self.names, partial(self._reduce, function))
 
     def _reduce(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from gradfilter.grads.fused._along import Move, own_rows
 from gradfilter.grads.fused._checkpoints import Checkpoints
 from gradfilter.grads.fused._factors import ghost_flops
 from gradfilter.grads.fused._lift import Level, autocast_dtype, is_shared
+from gradfilter.grads.fused._sharded_leaves import ShardedLeaf
 from gradfilter.grads.fused._tape import ProductSize, Tape, Use, Weight
 
 Override = Callable[..., Any]
@@ -33,7 +34,7 @@ class Host:
     checkpoints: Checkpoints
     reenter: Callable[[Host], AbstractContextManager[None]]
     rerun: Callable[[Host], AbstractContextManager[None]]
-    values: Mapping[str, Tensor] = field(default_factory=dict)
+    values: Mapping[str, Tensor | ShardedLeaf] = field(default_factory=dict)
     """The value of every leaf that all rows share, detached, by the leaf's name."""
 
     moves: Mapping[str, Move] = field(default_factory=dict)
@@ -66,6 +67,7 @@ class Host:
             for name, value in values.items()
         }
         self._own: dict[str, Tensor] = {}
+        self.replaces = bool(self.moves) or bool(self.tape.sharded)
 
     def adopt_checkpoint(self) -> None:
         """Let a checkpoint that the loss has entered run its function again in this pass."""
@@ -82,7 +84,14 @@ class Host:
         found = copy.copy(self)
         found.tape = self.tape.apart()
         found.drew = False  # what was drawn later must not refuse a question
+        if self.tape.sharded:
+            found._own = {}
         return found
+
+    def release(self) -> None:
+        """Let go of the gathered values that the graph does not hold, after the forward pass."""
+        for name in self.tape.sharded.leaves:
+            self._own.pop(name, None)
 
     def batched(self, *values: Any) -> bool:
         """Return whether some value differs between rows, judged by its type."""
@@ -163,18 +172,31 @@ class Host:
         return tuple(found)
 
     def own(self, value: Any) -> Any:
-        """Return the values of all rows in place of a leaf that has a move; else the value."""
-        if not self.moves or not self.level.batched(value):
+        """Return the values of all rows in place of a leaf that moves or is sharded.
+
+        Overrides that use `Weight` know both, and other functions would read nothing there.
+        """
+        if not self.replaces or not self.level.batched(value):
             return value
         weight = self._leaves.get(id(self.level.lower(value)))
-        if weight is None or weight.move is None or weight.leaf is None or weight.rows is None:
+        if weight is None or weight.leaf is None or weight.rows is None:
+            return value
+        if weight.move is None and isinstance(weight.source, Tensor):
             return value
         if weight.leaf not in self._own:
             # The first use may be one without gradients.
             with self.level.on_all_rows(), torch.enable_grad():
-                rows = own_rows(weight.rows, self.moved_values(weight))
+                rows = own_rows(weight.rows, self._values(weight))
             self._own[weight.leaf] = self.level.wrap(rows)
         return self._own[weight.leaf]
+
+    def _values(self, weight: Weight) -> Tensor:
+        """Return the values of all rows of a leaf. (M, *shape)."""
+        assert weight.leaf is not None
+        self.tape.expect_grad(weight.leaf)
+        if weight.move is not None:
+            return self.moved_values(weight)
+        return weight.value.expand(self.level.rows, *weight.shape)
 
     def moved_values(self, weight: Weight) -> Tensor:
         """Compute the values of all rows of a leaf that has a move. (M, *shape)."""
@@ -235,8 +257,5 @@ def in_autocast(x: Tensor, *weights: Weight | None) -> tuple[Any, ...]:
     dtype = autocast_dtype(x.device)
     if dtype is None or x.dtype == torch.float64:
         return (x, *weights, _tree.NO_CHANGE)
-    cast = [
-        w and replace(w, value=w.value.to(dtype) if w.value.is_floating_point() else w.value)
-        for w in weights
-    ]
+    cast = [w and (w.to(dtype) if w.dtype.is_floating_point else w) for w in weights]
     return (x.to(dtype), *cast, torch.autocast(x.device.type, enabled=False))

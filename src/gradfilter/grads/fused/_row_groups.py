@@ -19,6 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradfilter import _tree
+from gradfilter._shards import is_sharded
 from gradfilter.grads._batch import Batch
 from gradfilter.grads._call_context import (
     CallContext,
@@ -28,6 +29,7 @@ from gradfilter.grads._call_context import (
 )
 from gradfilter.grads._normalized_loss import NormalizedLoss
 from gradfilter.grads._remembered_attributes import check_remembered
+from gradfilter.grads.fused._along import held
 from gradfilter.grads.fused._conv_factor import ConvFactor
 from gradfilter.grads.fused._factors import (
     DenseFactor,
@@ -248,6 +250,11 @@ def forward_in_groups(
             continue
         except RuntimeError as refusal:
             refused = True
+            if isinstance(refusal, Disagreement) and any(map(is_sharded, held(params).values())):
+                raise RuntimeError(
+                    f"{refusal}. Ranks with sharded parameters cannot run several passes, because "
+                    "each rank would run another number of them"
+                ) from refusal
             # A group would draw other random numbers, and with those rows may answer differently.
             groups: list[list[int]] = []
             if isinstance(refusal, Disagreement) and not _has_drawn(start, context):

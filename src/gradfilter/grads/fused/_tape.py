@@ -8,7 +8,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +20,7 @@ from gradfilter._types import Tree
 from gradfilter.grads.fused import _factors
 from gradfilter.grads.fused._along import Move
 from gradfilter.grads.fused._factors import Factor, ghost_flops
+from gradfilter.grads.fused._sharded_leaves import ShardedLeaf, ShardedLeaves
 
 # --- The tape ---
 
@@ -43,16 +44,36 @@ class Weight:
     """A parameter as an operation override sees it.
 
     Attributes:
-        value: The value that all rows share, without a leading axis.
+        source: The value that all rows share, without a leading axis; of a sharded parameter, the
+            way to gather it.
         rows: The tensor (M, *shape) where autograd expects the gradient; None if frozen.
         leaf: The name of the leaf; None if the value was computed from leaves, or is frozen.
         move: What every row adds to the value; None if the rows share it.
     """
 
-    value: Tensor
+    source: Tensor | ShardedLeaf
     rows: Tensor | None
     leaf: str | None
     move: Move | None = None
+
+    @property
+    def value(self) -> Tensor:
+        """The value; of a sharded parameter, gathered now. It must not be kept."""
+        return self.source if isinstance(self.source, Tensor) else self.source.gathered()
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the value, which sends nothing."""
+        return self.source.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the value, which sends nothing."""
+        return self.source.dtype
+
+    def to(self, dtype: torch.dtype) -> Weight:
+        """Return the same parameter with values of another dtype."""
+        return replace(self, source=self.source.to(dtype))
 
 
 class ProductSize(NamedTuple):
@@ -108,6 +129,7 @@ class Tape:
         linear: True if the backward pass is linear in the cotangent: no hook changes it.
         closed: True if the graph is known to end in the leaves alone, so that a backward pass
             writes into no tensor of the user.
+        sharded: The sharded parameters among the leaves.
     """
 
     leaves: Tree
@@ -119,7 +141,10 @@ class Tape:
     ignored: Tensor | None = None
     linear: bool = True
     closed: bool = False
+    sharded: ShardedLeaves = field(default_factory=ShardedLeaves)
     _factors: dict[str, list[Factor]] = field(default_factory=dict)
+    _expected: Counter[str] = field(default_factory=Counter)
+    _by_autograd: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         """Register hooks that finish every leaf as soon as it is complete."""
@@ -132,14 +157,32 @@ class Tape:
 
     def _finish(self, name: str, grad: Tensor | None) -> None:
         factors = self._factors.pop(name, [])
+        if name in self.sharded.leaves:
+            self.sharded.leaves[name].release()
         if self.visitor is not None and (factors or grad is not None):
             self.visitor.visit(name, factors, grad)
+
+    def expect(self, weight: Weight | None) -> None:
+        """Note that a use of a sharded leaf will be recorded in the backward pass."""
+        if weight is not None and weight.leaf is not None and weight.leaf in self.sharded.leaves:
+            self._expected[weight.leaf] += 1
+            self.sharded.used(weight.leaf)
+
+    def expect_grad(self, leaf: str) -> None:
+        """Note that a leaf also gets a gradient by autograd, after which it is complete."""
+        self._by_autograd.add(leaf)
+        if leaf in self.sharded.leaves:
+            self.sharded.used(leaf)
 
     def record(self, weight: Weight, factor: Factor) -> Tensor | None:
         """Record the gradient of a weight, and return the gradient that autograd gets."""
         if weight.leaf is None:
             return factor.rows()
-        self._factors.setdefault(weight.leaf, []).append(factor)
+        found = self._factors.setdefault(weight.leaf, [])
+        found.append(factor)
+        complete = len(found) == self._expected[weight.leaf]
+        if complete and weight.leaf not in self._by_autograd:
+            self._finish(weight.leaf, None)  # torch runs no hook of a leaf without a gradient
         return None
 
     def apart(self) -> Tape:
@@ -147,7 +190,7 @@ class Tape:
         found = copy.copy(self)  # without hooks on the leaves
         found.visitor, found.ignored = None, None
         found.uses, found.overrides, found.looped = [], Counter(), set()
-        found._factors = {}
+        found._factors, found._expected, found._by_autograd = {}, Counter(), set()
         return found
 
     def backward(
@@ -164,6 +207,7 @@ class Tape:
         finally:
             self.visitor = None
             self._factors.clear()
+            self.sharded.release()
 
 
 def _complete(weak: weakref.ref[Tape], name: str, leaf: Tensor) -> None:

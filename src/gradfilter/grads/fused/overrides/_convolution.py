@@ -120,13 +120,13 @@ def _apply(
     x, weight, bias, no_autocast = in_autocast(x, weight, bias)
     operation = _Conv(geometry)
     if own is not None:
-        operation = _ConvWithOwnWeights(geometry, own.to(weight.value.dtype))
+        operation = _ConvWithOwnWeights(geometry, own.to(weight.dtype))
     with no_autocast:
         y = operation.apply(host.tape, x, weight, bias)
     count, samples, _, *extents = (x if geometry.transposed else y).shape
     n = samples * math.prod(extents)
-    flops = 2 * count * n * weight.value.numel()
-    ghost = geometry.ghost_flops(count, n, weight.value.shape)
+    flops = 2 * count * n * weight.shape.numel()
+    ghost = geometry.ghost_flops(count, n, weight.shape)
     kept = (x.numel() + y.numel()) * x.element_size()
     host.used("conv", weight, flops, kept, ghost)
     host.used("conv", bias, y.numel())

@@ -115,9 +115,9 @@ def _own_tables(index: Tensor, tables: Tensor, padding: int, by_frequency: bool)
 
 def note_lookup(host: Host, override: str, index: Tensor, weight: Weight) -> None:
     """Note the lookup of (M, ...) units of a table for the choice of modes."""
-    width = weight.value.shape[1]
-    kept = index.numel() * (index.element_size() + width * weight.value.element_size())
-    n, units = math.prod(index.shape[1:]), weight.value.shape[0]
+    width = weight.shape[1]
+    kept = index.numel() * (index.element_size() + width * weight.dtype.itemsize)
+    n, units = math.prod(index.shape[1:]), weight.shape[0]
     # The Gram takes the products of all positions, or those of the tables if these are fewer.
     ghost = 2 * index.numel() ** 2 * width if n * n <= units else None
     host.used(override, weight, index.numel() * width, kept, ghost)

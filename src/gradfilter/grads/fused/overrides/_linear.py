@@ -56,7 +56,7 @@ def linear_or_vmap(host: Host, x: Tensor, weight: Tensor, bias: Tensor | None = 
 
 
 def _apply(host: Host, x: Tensor, weight: Weight, bias: Weight | None) -> Tensor:
-    move, (p, d), n = weight.move, weight.value.shape, math.prod(x.shape[:-1])
+    move, (p, d), n = weight.move, weight.shape, math.prod(x.shape[:-1])
     rows = x.shape[0]
     products = None if move is None else move.products(n // rows)
     own = None if move is None or products is not None else host.moved_values(weight)
@@ -68,7 +68,7 @@ def _apply(host: Host, x: Tensor, weight: Weight, bias: Weight | None) -> Tensor
     if move is not None and products is not None:
         operation = _LinearAlong(False, products, move.steps)
     if own is not None:
-        operation = _LinearWithOwnWeights(False, own.to(weight.value.dtype))
+        operation = _LinearWithOwnWeights(False, own.to(weight.dtype))
     with no_autocast:
         return operation.apply(host.tape, x, weight, bias)
 

@@ -210,14 +210,14 @@ def _multiply(
         if found is None:
             continue
         leaf, dims = found
-        if not leaf.value.is_floating_point() or (weight.dtype != x.dtype and not autocast_any()):
+        if not leaf.dtype.is_floating_point or (weight.dtype != x.dtype and not autocast_any()):
             return NotImplemented  # torch raises the error
         term = {dim: c for dim, c in zip(dims, terms[at], strict=True) if dim is not None}
-        w = "".join(term.get(dim, "") for dim in range(leaf.value.ndim))
-        x, x_term = _squeezed(x, terms[1 - at], w + y)
-        if len(w) < leaf.value.ndim:
+        w = "".join(term.get(dim, "") for dim in range(len(leaf.shape)))
+        x, x_term = _squeezed(host.own(x), terms[1 - at], w + y)
+        if len(w) < len(leaf.shape):
             continue
-        letters = _Letters.of(x_term, w, y, (x.shape, leaf.value.shape))
+        letters = _Letters.of(x_term, w, y, (x.shape, leaf.shape))
         if letters is None:
             continue
         host.use_view(weight, leaf)
@@ -250,8 +250,8 @@ def _run(
     product = host.run("product", _apply, host, rows, weight, shared, letters, alpha, beta)
     if bias is None or shared is not None or beta == 0:
         return product
-    bias = bias.to(product.dtype)
-    return product + (bias if beta == 1 else bias * beta)
+    added: Tensor = host.own(bias).to(product.dtype)
+    return product + (added if beta == 1 else added * beta)
 
 
 def _apply(

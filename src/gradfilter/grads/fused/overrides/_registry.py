@@ -75,3 +75,12 @@ TAKES_MOVES = {
 }
 TAKES_MOVES |= {F.linear, F.embedding, F.multi_head_attention_forward}
 """Functions whose overrides add `Weight.move`; other functions get the values of all rows."""
+
+NORMS = {F.batch_norm, F.layer_norm, F.rms_norm, F.group_norm, F.instance_norm}
+NORMS |= {f for norm in tuple(NORMS) for f in spellings(norm.__name__)}
+
+TAKES_SHARDS = TAKES_MOVES | NORMS | PRODUCTS.keys()
+"""Functions whose overrides gather a sharded parameter; of `NORMS`, the input is gathered before.
+
+Other functions get the whole parameter as values of all rows, so that autograd may hold it.
+"""
