@@ -634,10 +634,6 @@ def _reason_to_read(
 # --- The transform ---
 
 
-MATRIX_CLASSES = tuple(vars(torch.optim)[name] for name in ("Muon",) if hasattr(torch.optim, name))
-"""Classes that compute a step from all entries of a matrix; the oldest torch has none."""
-
-
 @dataclass(frozen=True, eq=False)
 class _TorchUpdates:
     """The updates of all leaves by an optimizer.
@@ -777,7 +773,7 @@ class _TorchUpdates:
 
     def _check_place(self, in_graph: bool, params: Params) -> None:
         sharded = _sharded_name(params) if in_graph else None
-        if sharded is not None and issubclass(self.runner.kind, MATRIX_CLASSES):
+        if sharded is not None and issubclass(self.runner.kind, torch.optim.Muon):
             raise ValueError(
                 f"from_torch: expected whole matrices for {self.runner.kind.__name__}, found "
                 f"{sharded!r} as a DTensor, sharded over ranks. Its iteration needs all entries of "
@@ -789,8 +785,8 @@ class _TorchUpdates:
                 raise RuntimeError(
                     f"from_torch: expected whole parameters for {kind}, which reads numbers on the "
                     f"host ({self.runner.reads}), found {sharded!r} as a DTensor, sharded over "
-                    "ranks, of which no number can be read. Use a class that computes elementwise "
-                    "on tensors, such as torch.optim.AdamW, or do not shard the model."
+                    "ranks, of which no number can be read. Omit foreach=False if it is given, or "
+                    "use another class, such as torch.optim.AdamW."
                 )
             raise RuntimeError(
                 f"from_torch: expected plain tensors on a CPU for {kind}, which reads numbers on "
