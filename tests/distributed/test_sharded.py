@@ -1,5 +1,7 @@
 """Parameters sharded over ranks by FSDP2: the training equals that of whole parameters."""
 
+import inspect
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -349,3 +351,131 @@ def with_torch_optim():
 
 def test_the_recipe_for_torch_optim(two):
     two.run(with_torch_optim)
+
+
+# --- Classes of torch.optim by from_torch ---
+
+
+TORCH_CLASSES = {
+    name: kind
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type)
+    and issubclass(kind, torch.optim.Optimizer)
+    and kind is not torch.optim.Optimizer
+}
+UNFIT = {"LBFGS", "SparseAdam"}  # from_torch has no use for them with whole parameters either
+FLAGS = (
+    {},
+    {"foreach": True},
+    {"foreach": False},
+    {"fused": True},
+    {"weight_decay": 0.05, "maximize": True},
+    {"momentum": 0.9},
+    {"amsgrad": True},
+)
+UNSUPPORTED = {  # torch has no rule for one of their operations on DTensors
+    *(("Adagrad", "fused"), ("SGD", "fused")),
+    *(("Rprop", ""), ("Rprop", "foreach")),
+}
+
+
+DAILY = [*((n, {}) for n in ("NAdam", "Adafactor", "Muon", "Rprop")), ("SGD", {"fused": True})]
+
+
+def key_of(flags):
+    return " ".join(n if value else f"no {n}" for n, value in flags.items())
+
+
+TORCH_CASES = [
+    (name, flags)
+    for name, kind in TORCH_CLASSES.items()
+    if name not in UNFIT
+    for flags in FLAGS
+    if set(flags) <= set(inspect.signature(kind).parameters)
+]
+
+
+def refusal_of(name, flags):
+    """The message by which a class is refused, or None."""
+    if name == "Muon":
+        return r"whole matrices for Muon, found '.*' as a DTensor.*AdamW"
+    if name == "Adafactor" or (name, key_of(flags)) == ("Adagrad", "no foreach"):
+        return rf"whole parameters for {name}, which reads numbers .*found '.*' as a DTensor"
+    if (name, key_of(flags)) in UNSUPPORTED:
+        return rf"that {name} takes with these arguments, found '.*' as a DTensor.*foreach=False"
+    return None
+
+
+def leaves():
+    """Odd sizes: one shard is empty."""
+    g = torch.Generator().manual_seed(7)
+    return {n: torch.randn(s, generator=g) for n, s in {"a": (5, 3), "b": (1, 4)}.items()}
+
+
+def cut(tree):
+    mesh = init_device_mesh("cpu", (2,))
+    spread = lambda t: distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None)
+    return {n: spread(t) for n, t in tree.items()}
+
+
+def torch_class(name, flags):
+    """A chain on sharded parameters, and the class itself on whole ones, step by step."""
+    model, kind = sharded("fsdp"), TORCH_CLASSES[name]
+    rule = gf.from_torch(kind, lr=0.01, **flags)
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    refusal = refusal_of(name, flags)
+    if refusal is not None:
+        with pytest.raises((ValueError, RuntimeError), match=f"(?s)^from_torch: .*{refusal}"):
+            rule.init(params)
+        return False
+    filters = gf.chain(gf.agree_filter(1.0), rule)
+    state = filters.init(params)
+    single = {n: torch.nn.Parameter(p) for n, p in gf.extract(network())[0].items()}
+    optimizer, mean = kind(single.values(), lr=0.01, **flags), gf.agree_filter(1.0)
+    for step in range(STEPS):
+        params, state, info = filters(params, state, own_rows(model, step))
+        gf.insert(model, params, {})
+        rows = reference(step, {n: p.detach() for n, p in single.items()})
+        grads, _, out = mean.update(rows, {}, single)
+        assert info["keep"] == out["keep"]
+        for n, p in single.items():
+            p.grad = grads[n]
+        if out["keep"]:
+            optimizer.step()
+        close(whole(params), {n: p.detach() for n, p in single.items()})
+    assert all(params[n].placements == p.placements for n, p in model.named_parameters())
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "flags"), TORCH_CASES, ids=lambda v: str(v))
+def test_a_class_of_torch_trains_shards_as_it_trains_whole_parameters(two, name, flags):
+    assert two.run(torch_class, name, flags) == [refusal_of(name, flags) is None] * 2
+
+
+def test_some_classes_of_torch_train_shards_or_say_why_not(two):
+    for name, flags in DAILY:
+        two.run(torch_class, name, flags)
+
+
+def continued():
+    """The state moves to an optimizer of torch on the same shards, which continues alike."""
+    own = [cut({n: t + k for n, t in leaves().items()}) for k in range(4)]
+    rule = gf.from_torch(torch.optim.AdamW, lr=0.01)
+    params, state = own[0], rule.init(own[0])
+    for grads in own[1:3]:
+        params, state, _ = rule(params, state, grads)
+    single = {n: torch.nn.Parameter(p.clone()) for n, p in params.items()}
+    optimizer = torch.optim.AdamW(single.values(), lr=0.01)
+    optimizer.load_state_dict(gf.export_torch_state(state, optimizer.state_dict(), single))
+    back = gf.import_torch_state(rule.init(params), optimizer.state_dict(), list(single))
+    close(whole(gf.state_dict(back)), whole(gf.state_dict(state)))
+    for n, p in single.items():
+        p.grad = own[3][n]
+    optimizer.step()
+    params, _, _ = rule(params, state, own[3])
+    close(whole(params), whole({n: p.detach() for n, p in single.items()}))
+
+
+def test_the_state_on_shards_moves_to_an_optimizer_of_torch_and_back(two):
+    two.run(continued)

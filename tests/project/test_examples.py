@@ -5,6 +5,7 @@ import importlib
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 import warnings
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 from torchvision import models
 from torchvision.transforms.v2.functional import to_pil_image
 
+import gradfilter as gf
 from gradfilter import _tree, interop
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +73,7 @@ def test_the_examples_are_those_that_the_documentation_lists():
     assert listed == {path.stem for path in FILES}
     published = {"cifar100_step", "cifar100_train", "cifar100n"}
     trainers = {"plain_loop", "ddp", "fsdp2", "lightning_module", "hf_trainer", "imagenet_style"}
-    assert published | trainers == NAMES
+    assert published | trainers | {"ray_train"} == NAMES
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -140,6 +143,100 @@ def test_two_processes_train_as_torchrun_starts_them(name, tmp_path):
         assert "2 processes, equal parameters: True" in done.stdout
     weights = torch.load(tmp_path / "model.pt", weights_only=True)
     assert weights["0.weight"].shape == (128, 64)  # whole, also if it was sharded
+
+
+def digits_in_one_process(num_epochs):
+    """The training of ray_train.py on the rows of all workers, without Ray and without a group."""
+    found = load_digits()
+    order = torch.randperm(len(found.data), generator=torch.Generator().manual_seed(0))[:1200]
+    x, y = torch.tensor(found.data, dtype=torch.float64)[order] / 16, torch.tensor(found.target)
+    y = y[order]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    rows_of = gf.microbatch_grads(gf.model_loss(model, nn.CrossEntropyLoss()), 4, plan="loop")
+    shuffled, filters = torch.Generator().manual_seed(1), gf.agree_filter(0.97)
+    rejected = 0
+    for _ in range(num_epochs):
+        for batch in torch.randperm(len(x), generator=shuffled).split(120):
+            params = gf.extract(model)[0]
+            grads, _, out = filters.update(rows_of(params, (x[batch], y[batch])), {}, params)
+            for name, p in model.named_parameters():
+                p.grad = grads[name]
+            if out["keep"]:
+                optimizer.step()
+            rejected += int((~out["accepted"]).sum())
+    assert rejected > 0
+    return model.state_dict()
+
+
+@pytest.mark.slow
+def test_ray_train_on_two_workers_equals_one_process_with_all_rows(tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed")
+    options = ["--workers", "2", "--epochs", "4", "--dtype", "float64", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "ray_train.py", *options],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = epochs(done.stdout)
+    assert len(found) == 4
+    check_trained(found, 0.5)
+    folder = re.search(r"^checkpoint: (.*)$", done.stdout, re.MULTILINE)[1]
+    weights = torch.load(Path(folder, "model.pt"), weights_only=True)
+    expected = digits_in_one_process(4)
+    torch.testing.assert_close(weights, dict(expected), rtol=1e-10, atol=1e-10)
+
+
+# --- SkyPilot ---
+
+
+def skypilot():
+    yaml = pytest.importorskip("yaml")
+    return yaml.safe_load((EXAMPLES / "skypilot.yaml").read_text())
+
+
+def test_the_task_of_skypilot_starts_an_example_by_torchrun():
+    task = skypilot()
+    assert {*task} == {"name", "workdir", "num_nodes", "resources", "setup", "run"}
+    assert task["workdir"] == "." and task["num_nodes"] == 2
+    assert task["run"].startswith("torchrun ")
+    assert {*re.findall(r"SKYPILOT_\w+", task["run"])} == {*variables(0)}
+    [script] = re.findall(r"examples/\w+\.py", task["run"])
+    assert (ROOT / script).is_file()
+
+
+def variables(rank):
+    """What SkyPilot sets on a node, for two nodes with a process each that are this machine."""
+    found = {"NUM_NODES": "2", "NODE_RANK": str(rank), "NUM_GPUS_PER_NODE": "1"}
+    return {f"SKYPILOT_{n}": v for n, v in (found | {"NODE_IPS": "127.0.0.1\n127.0.0.1"}).items()}
+
+
+@pytest.mark.slow
+def test_the_command_for_skypilot_trains_on_two_nodes():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    own = {**os.environ, "PATH": path, "MASTER_PORT": port, "EPOCHS": "2", "OMP_NUM_THREADS": "1"}
+    nodes = [
+        subprocess.Popen(
+            ["bash", "-c", skypilot()["run"]],
+            cwd=ROOT,
+            env=own | variables(rank),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert len(epochs(said[0])) == 2 and not epochs(said[1])
+    assert "2 processes, equal parameters: True" in said[0]
 
 
 def test_the_lightning_module_trains_and_keeps_checkpoints(example, monkeypatch):

@@ -19,6 +19,7 @@ from gradfilter import _tree
 from gradfilter._factory import factory
 from gradfilter._readable import differentiated, readable, transformed
 from gradfilter._row_rules import IGNORES_ROWS
+from gradfilter._shards import is_sharded
 from gradfilter._types import (
     Context,
     Kind,
@@ -56,6 +57,11 @@ def from_torch(
         lr: The learning rate, at least 0, or a Schedule. By default that of the class.
         **arguments: Further arguments of the class, as plain values. ``capturable`` is set where it
             is needed; ``differentiable`` is refused.
+
+    Sharded parameters (DTensor, of `fully_shard`) take the way of a graph, on a CPU also. Training
+    then equals that on whole parameters up to rounding. Refused: Adafactor, which reads numbers;
+    Muon, which needs whole matrices; and flags whose operations torch does not have for DTensors
+    (``fused=True`` of SGD and Adagrad; Rprop without ``foreach=False``).
 
     The state: ``leaves`` (the entries of ``state[p]`` by name), ``group`` (the numbers of the group
     that change), ``count`` and ``lr``. Numbers are tensors of shape (). `import_torch_state` and
@@ -673,6 +679,15 @@ class _TorchUpdates:
                 stack.enter_context(_random_numbers_kept(device))
             try:
                 start = _started(self.runner, params, grads, in_graph, steps=1)
+            except (NotImplementedError, RuntimeError) as error:
+                if _sharded_name(params) is None:
+                    raise
+                raise ValueError(
+                    f"from_torch: expected parameters that {self.runner.kind.__name__} takes with "
+                    f"these arguments, found {_sharded_name(params)!r} as a DTensor, sharded over "
+                    f"ranks, for which torch says: {_first_line(error)} Give fused=False, then "
+                    "foreach=False, or use another class, such as torch.optim.AdamW."
+                ) from error
             except ValueError as error:
                 raise ValueError(
                     f"from_torch: expected parameters that {self.runner.kind.__name__} takes, "
@@ -757,8 +772,22 @@ class _TorchUpdates:
         return [torch.where(started, n, f.to(n.dtype)) for n, f in zip(new, fresh, strict=True)]
 
     def _check_place(self, in_graph: bool, params: Params) -> None:
+        sharded = _sharded_name(params) if in_graph else None
+        if sharded is not None and issubclass(self.runner.kind, torch.optim.Muon):
+            raise ValueError(
+                f"from_torch: expected whole matrices for {self.runner.kind.__name__}, found "
+                f"{sharded!r} as a DTensor, sharded over ranks. Its iteration needs all entries of "
+                "a matrix, and on shards it fails for some shapes. Use torch.optim.AdamW."
+            )
         if in_graph and self.runner.reads is not None:
             kind = self.runner.kind.__name__
+            if sharded is not None:
+                raise RuntimeError(
+                    f"from_torch: expected whole parameters for {kind}, which reads numbers on the "
+                    f"host ({self.runner.reads}), found {sharded!r} as a DTensor, sharded over "
+                    "ranks, of which no number can be read. Omit foreach=False if it is given, or "
+                    "use another class, such as torch.optim.AdamW."
+                )
             raise RuntimeError(
                 f"from_torch: expected plain tensors on a CPU for {kind}, which reads numbers on "
                 f"the host ({self.runner.reads}), found parameters on "
@@ -766,6 +795,15 @@ class _TorchUpdates:
                 "cannot be read without waiting. Call step(state, batch) on a CPU without "
                 "compiling it, or use another class."
             )
+
+
+def _sharded_name(params: Params) -> str | None:
+    """Return the name of a parameter that is sharded over ranks, if there is one."""
+    return next((name for name, p in params.items() if is_sharded(p)), None)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{str(error).strip().partition(chr(10))[0].rstrip('.')}."
 
 
 def _are_plain(tree: Tree) -> bool:

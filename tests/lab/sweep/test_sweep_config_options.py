@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
 from _lab import command
 from gradfilter.lab._usage import UsageError
+from gradfilter.lab.sweep._axes import quoted_value, split_values
 from gradfilter.lab.sweep._join import HEARTBEAT, KEY, joined_study
 from gradfilter.lab.sweep._sweep_command import parse_sweep, rows_of
 
@@ -43,9 +46,60 @@ def test_a_grid_given_twice_is_one_grid(tmp_path):
     assert [c.seed for c in configs("--config", str(file), "--grid", "seed=9")] == [9]
 
 
+ETAS = ["etas=0.4,1.1"], ["etas=0.5,1.2", "step_sizes=1e-6,9"]
+RPROP = ["--", "--optimizer", "torch:Rprop"]
+
+
+def test_a_value_with_commas_is_in_brackets_or_a_list_of_a_file(tmp_path):
+    typed = "optimizer_arguments=[etas=0.4,1.1],[etas=0.5,1.2 step_sizes=1e-6,9]"
+    found = configs("--grid", typed, "seed=0,1", *RPROP)
+    assert [c.optimizer_arguments for c in found] == [tuple(e) for e in ETAS for _ in range(2)]
+    file = tmp_path / "own.toml"
+    file.write_text(
+        f"[train]\n[sweep.grid]\noptimizer_arguments = {json.dumps(ETAS)}\nseed = [0, 1]\n"
+    )
+    assert configs("--config", str(file), *RPROP) == found
+    plan = plan_of(*SEARCH, typed, *RPROP)
+    assert [c.optimizer_arguments for c in plan.corners()] == [tuple(e) for e in ETAS]
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("[ab]*,head", ["[ab]*", "head"]),  # a pattern
+        ("[[ab]]", ["[ab]"]),
+        ("[a[0],b],c", ["a[0],b", "c"]),
+        ("a[0,b", ["a[0", "b"]),
+        ("a],b", ["a]", "b"]),
+        ("[],x", ["", "x"]),
+        ("", [""]),
+    ],
+)
+def test_brackets_are_quotes_only_around_a_value(text, values):
+    assert split_values(text, "--grid", "agree_exclude") == values
+
+
+@given(st.lists(st.text("a[],= "), min_size=1, max_size=4))
+def test_values_of_a_file_are_read_as_they_are(values):
+    balanced = [v for v in values if _are_closed(v)] or ["a"]
+    text = ",".join(map(quoted_value, balanced))
+    assert split_values(text, "--grid", "agree_exclude") == balanced
+
+
+def _are_closed(text):
+    depth = 0
+    for letter in text:
+        depth += (letter == "[") - (letter == "]")
+        if depth < 0:
+            return False
+    return depth == 0
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["--grid", "optimizer_arguments=etas=0.4,1.1", *RPROP], "=[etas=0.4,1.1]."),
+        (["--grid", "agree_exclude=[a,b"], "--grid agree_exclude: expected a closing bracket"),
         (["--grid", "betas=0.9 0.99,0.5 0.9"], "--grid: --betas: it would change nothing"),
         (["--grid", "seed=0", "--", "--lr-step", "3"], "--lr-step: it would change nothing"),
         (["--grid", "seed=0,1", "--", "--seed", "3"], "--seed: --grid sets it"),

@@ -12,6 +12,7 @@ import gradfilter as gf
 from _lab import command, config, metrics, only_run, refused
 from gradfilter.lab.data._batches import batches
 from gradfilter.lab.train._build_training import build_training, schedule_of
+from gradfilter.lab.train._config_checks import check_values, refuse_ignored
 from gradfilter.lab.train._record import resume, write_point
 from gradfilter.lab.train._run_place import place_of
 from gradfilter.lab.train._torch_optimizers import (
@@ -72,6 +73,23 @@ def test_arguments_without_an_option_are_given_by_name():
     assert built("Adam", "--optimizer-arguments", "amsgrad=True").defaults["amsgrad"] is True
     adafactor = built("Adafactor", "--optimizer-arguments", "eps=none,1e-2").defaults
     assert adafactor["eps"] == (None, 0.01)
+
+
+def test_a_decay_of_a_preset_or_file_that_a_class_does_not_take_is_refused_until_it_is_zero(
+    tmp_path,
+):
+    file = tmp_path / "own.toml"
+    file.write_text('[train]\nweight_decay = 0.5\noptimizer = "torch:Rprop"')
+    for source in (
+        ["--preset", "double-descent-digits", "--weight-decay", 0.5],
+        ["--config", file],
+    ):
+        typed = [*source, "--optimizer", "torch:Rprop"]
+        line = refused("train", *typed)
+        assert "--weight-decay 0.5: torch:Rprop has no weight decay. Give --weight-decay 0" in line
+        check_values(config_of(*typed, "--weight-decay", 0))
+        refuse_ignored(config_of(*typed, "--weight-decay", 0), ["--weight-decay", "0"])
+    check_values(config_of("--config", file, "--optimizer", "torch:RAdam"))
 
 
 def test_no_other_rule_takes_arguments_as_torch_does():

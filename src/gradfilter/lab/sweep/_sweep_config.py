@@ -15,6 +15,7 @@ from gradfilter.lab._options import (
     value_of,
 )
 from gradfilter.lab._usage import UsageError
+from gradfilter.lab.sweep._axes import quoted_value
 
 TRIALS = 20
 
@@ -34,7 +35,8 @@ class SweepConfig:
 
     grid: tuple[str, ...] = ()
     """NAME=VALUE,VALUE,...: train every combination of these values of settings of train. Quote a
-    value that has several parts: "betas=0.9 0.99,0.5 0.9"."""
+    value that has several parts: "betas=0.9 0.99,0.5 0.9". A value with commas is in brackets:
+    "optimizer_arguments=[etas=0.4,1.1],[etas=0.5,1.2]"."""
     sample: tuple[str, ...] = ()
     """NAME=LOW:HIGH, NAME=log:LOW:HIGH or NAME=VALUE,VALUE,...: search settings of train by
     tree-structured Parzen estimators (TPE)."""
@@ -135,15 +137,20 @@ def as_typed(table: Any, key: str) -> list[str]:
     Examples:
         >>> as_typed({"seed": [0, 1], "betas": [[0.9, 0.99], [0.5, 0.9]]}, "grid")
         ['seed=0,1', 'betas=0.9 0.99,0.5 0.9']
+        >>> as_typed({"optimizer_arguments": [["etas=0.4,1.1"], ["etas=0.5,1.2"]]}, "grid")
+        ['optimizer_arguments=[etas=0.4,1.1],[etas=0.5,1.2]']
     """
     if isinstance(table, list) and all(isinstance(line, str) for line in table):
         return table
     if not isinstance(table, Mapping):
         raise UsageError(f"--config: expected [sweep.{key}] to be a table, found {table!r}.")
-    return [
-        f"{name}={','.join(map(_as_text, value)) if isinstance(value, list) else _as_text(value)}"
-        for name, value in table.items()
-    ]
+    return [f"{name}={_as_values(value)}" for name, value in table.items()]
+
+
+def _as_values(value: Any) -> str:
+    if not isinstance(value, list):
+        return _as_text(value)
+    return ",".join(quoted_value(_as_text(item)) for item in value)
 
 
 def _as_text(value: Any) -> str:

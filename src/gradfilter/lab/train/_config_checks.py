@@ -121,6 +121,11 @@ def _check_together(config: TrainConfig) -> None:
             and (config.optimizer != "sgd" or config.momentum == 0),
             "--nesterov: expected --optimizer sgd with momentum above 0. Omit it, or change those.",
         ),
+        (  # also that of a preset or a file: a run would record a decay that it did not have
+            config.weight_decay > 0 and bool(_torch(config)) and not takes(config, "weight_decay"),
+            f"--weight-decay {config.weight_decay}: {config.optimizer} has no weight decay. Give "
+            "--weight-decay 0, or another --optimizer.",
+        ),
         *_wrapper_refusals(config),
         (
             config.lr_min > config.learning_rate,
@@ -323,7 +328,6 @@ USES: Mapping[str, tuple[OptionUse, ...]] = {
             lambda c: c.optimizer in ("sgd", "rmsprop", "muon", *_torch(c)),
         ),
     ),
-    "weight_decay": (_taken("weight_decay"),),
     "betas": (_taken("betas"), BETAS),
     "eps": (
         _taken("eps"),
