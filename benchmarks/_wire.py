@@ -35,6 +35,12 @@ class Wire(TorchDispatchMode):
             return _bytes(args[1]) * share  # (output, input)
         if name in ("_allgather_base_", "allgather_into_tensor_coalesced_"):
             return _bytes(args[1]) * (self.size - 1)
+        if name == "all_gather_into_tensor":
+            return _bytes(args[0]) * (self.size - 1)
+        if name == "_reduce_scatter_base_":
+            return _bytes(args[1]) * share
+        if name == "reduce_scatter_tensor":
+            return _bytes(args[0]) * share
         if name == "broadcast_":  # all bytes count for the rank that sends them
             return _bytes(args[0]) * (self.size - 1) if args[2] == dist.get_rank() else 0.0
         if name in ("allreduce_", "all_reduce"):

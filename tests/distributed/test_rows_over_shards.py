@@ -450,3 +450,30 @@ def differing():
 def test_ranks_that_differ_are_refused(two):
     for error in two.errors(differing):
         assert "expected as many rows on every rank, found 2 on rank 0 and 3 on rank 1" in error
+
+
+def ignored_rows():
+    """A row without labels on one rank takes no part, and asks nothing of that rank alone."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(1)
+    model, plain = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    plain.load_state_dict(model.state_dict())
+    fully_shard(model, mesh=mesh)
+    g = torch.Generator().manual_seed(2)
+    x, y = torch.randn(8, 3, generator=g), torch.randint(3, (8,), generator=g)
+    y[:2] = -100  # the first row of the first rank
+    at = dist.get_rank()
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    of = gf.microbatch_grads(gf.model_loss(model, F.cross_entropy), 2)
+    found = rows_of_all(of(params, (x[4 * at : 4 * at + 4], y[4 * at : 4 * at + 4])))
+    assert found.live.tolist() == [False, True, True, True]
+    rows = gf.microbatch_grads(gf.model_loss(plain, F.cross_entropy), 4)(
+        {n: p.detach() for n, p in plain.named_parameters()}, (x, y)
+    )
+    weights = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    close(whole(found.combine(weights)), rows.combine(weights))
+    close(found.gram(), rows.gram())
+
+
+def test_a_row_without_labels_on_one_rank(two):
+    two.run(ignored_rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
@@ -49,7 +50,7 @@ from gradfilter.grads.fused._forward import Forward
 from gradfilter.grads.fused._lift import autocast_dtype, untraced
 from gradfilter.grads.fused._row_groups import GroupedFactor
 from gradfilter.grads.fused._sharded_leaves import ShardedLeaves
-from gradfilter.grads.fused._tape import Layer, LeafVisitor, Modes, choose_modes
+from gradfilter.grads.fused._tape import MUCH_LARGER, Layer, LeafVisitor, Modes, choose_modes
 
 # --- The rows of one pass, computed on demand ---
 
@@ -134,7 +135,8 @@ class LazyRows:
         first: The forward pass that has run.
         budget: The bytes that may be held between questions.
         hooks: The hooks that the user registered on parameters, to be run on every row.
-        lean: True to hold no rows that take much more memory than their factors.
+        lean: True to hold no rows that take much more memory than their factors; with sharded
+            parameters, none that take more.
         absent: The rows that are known to be empty, (M,) bool, or None.
 
     Attributes:
@@ -161,7 +163,10 @@ class LazyRows:
         self.sharded = first.tape.sharded
         self.shapes = {name: leaf.shape[1:] for name, leaf in first.tape.leaves.items()}
         self._dtypes = {name: leaf.dtype for name, leaf in first.tape.leaves.items()}
-        self.modes: Modes = choose_modes(first.tape.leaves, first.tape.uses, budget, lean=lean)
+        limit = 1 if first.tape.sharded else MUCH_LARGER
+        self.modes: Modes = choose_modes(
+            first.tape.leaves, first.tape.uses, budget, limit=limit if lean else math.inf
+        )
         self.overrides = dict(first.tape.overrides)
         self.groups, self.by_row = first.groups, first.by_row
         self.moved, self.checkpointed = first.moved, first.checkpointed
@@ -203,13 +208,13 @@ class LazyRows:
     def empty(self) -> Tensor | None:
         """Find the rows with a NaN loss and a zero gradient, or None. (M,) bool."""
         lost, every = self._losses.isnan(), frozenset(self.shapes)
-        if readable(lost):
+        if readable(lost) and not self.sharded:  # norms of shards are asked for on all ranks
             if not any(lost.tolist()):
                 return None
             if self._absent is not None and torch.equal(lost, self._absent):
                 return lost
             return lost & (self.sq_norms(every) == 0)
-        if every in self._norms:
+        if every in self._norms and not self.sharded:
             return lost & (self._norms[every] == 0)
         # The norms would cost one more backward pass than most chains need.
         return None if self._ignored is None else lost & self._ignored

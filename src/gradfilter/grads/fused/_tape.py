@@ -304,17 +304,17 @@ exceed this limit with 32 rows of 4 images, and do not with 16 of 8 or 8 of 16.
 """
 
 
-def choose_modes(leaves: Tree, uses: list[Use], budget: int, *, lean: bool = False) -> Modes:
+def choose_modes(leaves: Tree, uses: list[Use], budget: int, *, limit: float = math.inf) -> Modes:
     """Choose the fastest modes, and for leaves beyond the budget those that hold least.
 
     Args:
         leaves: The leaves, (M, *shape) each.
         uses: The uses of leaves by overrides.
         budget: The bytes that may be held.
-        lean: True to hold no rows that take much more memory than their factors.
+        limit: How many times the memory of their factors rows may take that are held.
     """
     sizes = [(name, leaf.shape, leaf.element_size()) for name, leaf in leaves.items()]
-    key = (tuple(sizes), tuple(uses), budget, lean, _factors.LARGE_SUM)
+    key = (tuple(sizes), tuple(uses), budget, limit, _factors.LARGE_SUM)
     try:
         hash(key)
     except TypeError:  # sizes that are symbols of a trace
@@ -331,7 +331,7 @@ def _modes_for(
     leaves: tuple[LeafSize, ...],
     uses: tuple[Use, ...],
     budget: int,
-    lean: bool,
+    limit: float,
     large_sum: float,
 ) -> Modes:
     """Choose the modes once for steps of equal sizes: they depend on nothing else.
@@ -340,7 +340,7 @@ def _modes_for(
         leaves: The sizes of all leaves.
         uses: The uses of leaves by overrides.
         budget: The bytes that may be held.
-        lean: See `choose_modes`.
+        limit: See `choose_modes`.
         large_sum: `_factors.LARGE_SUM`, from which `ghost_flops` decides.
     """
     shapes = {name: shape for name, shape, _ in leaves}
@@ -348,7 +348,7 @@ def _modes_for(
     for use in uses:
         by_leaf[use.leaf].append(use)
     layers = {
-        name: _fastest(name, shape, by_leaf[name], size, lean) for name, shape, size in leaves
+        name: _fastest(name, shape, by_leaf[name], size, limit) for name, shape, size in leaves
     }
     excess = sum(layer.bytes for layer in layers.values()) - budget
     if excess > 0:
@@ -380,7 +380,7 @@ def _save(
     return excess
 
 
-def _fastest(name: str, rows: tuple[int, ...], uses: list[Use], size: int, lean: bool) -> Layer:
+def _fastest(name: str, rows: tuple[int, ...], uses: list[Use], size: int, limit: float) -> Layer:
     if _ghost_flops(uses) is not None:
         return _layer(name, rows, uses, size, "ghost")
     store = _layer(name, rows, uses, size, "store")
@@ -388,7 +388,7 @@ def _fastest(name: str, rows: tuple[int, ...], uses: list[Use], size: int, lean:
         return store
     # Combining lookups takes fewer flops than combining rows, most of whose entries are 0.
     stream = _layer(name, rows, uses, size, "stream")
-    heavy = lean and store.bytes > MUCH_LARGER * stream.bytes
+    heavy = store.bytes > limit * stream.bytes
     return stream if heavy or stream.flops < store.flops else store
 
 

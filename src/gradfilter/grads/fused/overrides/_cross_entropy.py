@@ -68,8 +68,8 @@ class _ClassLoss:
         return found.view(shape) if self.reduction == "none" else found
 
     def _note_ignored(self, tape: Tape, targets: Tensor) -> None:
-        """Record the rows that have only ignored labels, if the losses cannot be read."""
-        if not readable(targets):
+        """Record the rows that have only ignored labels, if no rank may ask for norms alone."""
+        if tape.sharded or not readable(targets):
             nothing = (targets == self.ignore_index).flatten(1).all(1)
             tape.ignored = nothing if tape.ignored is None else tape.ignored & nothing
 
