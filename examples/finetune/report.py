@@ -1,0 +1,5 @@
+"""placeholder"""
+
+
+def summary(*args):
+    raise NotImplementedError
