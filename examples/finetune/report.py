@@ -1,5 +1,6 @@
 """Summaries of the trainings of a rule, the time of a step, and the facts about a study."""
 
+import math
 import platform
 import statistics
 import time
@@ -53,7 +54,8 @@ def summary(runs: list[Curve], plain: list[Curve], ratio: float) -> dict[str, An
     last = at("test_accuracy", runs, -1)
     early = at("test_accuracy", runs, timed)
     base = at("test_accuracy", plain, -1)
-    names = [name for name in runs[0] if name != "step"]
+    numbers = [(name, of) for name, of in runs[0].items() if name != "step"]
+    names = [name for name, of in numbers if not any(map(math.isnan, of))]  # NaN: none to count
     return {
         "accuracy": spread(last),
         "over_plain": difference(last, base),

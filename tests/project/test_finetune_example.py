@@ -58,9 +58,8 @@ def test_a_file_is_short_and_says_how_to_start_it(path):
 
 
 def test_the_page_lists_all_files():
-    listed = re.findall(
-        r"\.\./examples/finetune/(\w+)\.py\)", (ROOT / "docs/finetune.md").read_text()
-    )
+    page = (ROOT / "docs/finetune.md").read_text()
+    listed = re.findall(r"\.\./examples/finetune/(\w+)\.py\)", page)
     assert {*listed} == {path.stem for path in FILES}
 
 
@@ -76,22 +75,35 @@ def test_wrong_labels_and_corrupted_sequences_are_as_many_as_asked_for(load):
         assert torch.equal(part.bad, part.wrong | (part.kinds >= 2))  # shuffled words are not bad
     assert len(data.clean) == 50
     assert not data.clean.bad.any() and not data.test.bad.any()
-    # A vocabulary of the training: padding and the unknown word are not among its words.
-    ids = torch.cat([data.train.inputs["input_ids"], data.clean.inputs["input_ids"]])
-    assert {*range(2, data.words)} <= {*ids.flatten().tolist()} | {*range(data.words)}
     mask = data.train.inputs["attention_mask"]
     assert torch.equal(mask == 0, data.train.inputs["input_ids"] == 0) and mask[:, 0].all()
 
 
 def test_a_wrong_label_is_wrong_and_a_seed_changes_everything_but_the_test(load):
-    load_data = load("data").load
+    draws = [(1, 0.5), (1, 0.0), (2, 0.5)]
     noisy, right, other = (
-        load_data("made-up", s, w, 0.0, 12, 300) for s, w in [(1, 0.5), (1, 0), (2, 0.5)]
+        load("data").load("made-up", seed, wrong, 0.0, length=12, words=300)
+        for seed, wrong in draws
     )
     differ = noisy.train.inputs["labels"] != right.train.inputs["labels"]
     assert torch.equal(differ, noisy.train.wrong) and differ.any()
     assert not torch.equal(other.train.wrong, noisy.train.wrong)
     assert torch.equal(other.test.inputs["labels"], noisy.test.inputs["labels"])
+
+
+def test_words_of_the_held_out_texts_only_are_unknown(load, monkeypatch):
+    data = load("data")
+    spelled = lambda n: "".join(chr(97 + int(digit)) for digit in str(n))
+    of = lambda start: [f"all {spelled(start + i)}" for i in range(100)]
+    labels = np.arange(100) % 2
+    monkeypatch.setattr(data, "sources", lambda name: ((of(0), labels), (of(500), labels), []))
+    found = data.load("made-up", 0, 0.0, 0.0, length=2, words=1000)
+    seconds = {
+        name: {*getattr(found, name).inputs["input_ids"][:, 1].tolist()}
+        for name in ("train", "clean", "validation", "test")
+    }
+    assert seconds["validation"] == seconds["test"] == {1}
+    assert len(seconds["train"] | seconds["clean"]) == 80 == found.words - 3
 
 
 def test_corrupted_texts_are_what_they_are_called(load):
@@ -115,12 +127,10 @@ def test_an_order_is_of_whole_shuffled_passes(load):
 
 
 def test_the_loop_learns_a_small_table_in_the_format_of_the_package(load, package, capsys):
-    load("loop").main(
-        ["--steps", "60", "--every", "30", "--length", "12", "--words", "90", "--lr", "0.01"]
-    )
-    found = re.findall(
-        r"step (\d+), .*test accuracy ([\d.]+), train loss ([\d.]+)", capsys.readouterr().out
-    )
+    sizes = "--steps 60 --every 30 --length 12 --words 90 --lr 0.01"
+    load("loop").main(sizes.split())
+    numbers = r"step (\d+), .*test accuracy ([\d.]+), train loss ([\d.]+)"
+    found = re.findall(numbers, capsys.readouterr().out)
     assert [step for step, _, _ in found] == ["30", "60"]
     assert float(found[-1][1]) > 0.8 and float(found[-1][2]) < 0.8 * float(found[0][2])
 
@@ -152,8 +162,10 @@ def test_the_trainer_takes_the_steps_of_the_loop(load, rule, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["consensus", "reference", "spike"])
-@pytest.mark.parametrize("kind", ["loop", "trainer"])
+@pytest.mark.parametrize(
+    ("kind", "rule"),
+    [("loop", "consensus"), ("loop", "reference"), ("loop", "spike"), ("trainer", "reference")],
+)
 def test_two_processes_have_the_parameters_of_one(kind, rule, tmp_path):
     if kind == "trainer":
         pytest.importorskip("transformers")
@@ -197,13 +209,20 @@ def test_the_best_rate_is_not_at_an_end_of_those_tried(load):
 
 def test_a_summary_compares_seed_by_seed_and_at_equal_time(load):
     curves = lambda *finals: [
-        {"step": [50, 100], "test_accuracy": [f - 0.1, f], "test_loss": [2.0, 1.0]} for f in finals
+        {
+            "step": [50, 100],
+            "test_accuracy": [f - 0.1, f],
+            "test_loss": [2.0, 1.0],
+            "accepted_bad": [0.5, float("nan")],  # no bad sequence
+        }
+        for f in finals
     ]
     found = load("report").summary(curves(0.6, 0.8), curves(0.5, 0.6), ratio=1.9)
     assert found["accuracy"]["mean"] == pytest.approx(0.7)
     assert found["over_plain"]["values"] == pytest.approx([0.1, 0.2])
     assert found["equal_time"]["steps"] == 50
     assert found["equal_time"]["over_plain"]["mean"] == pytest.approx(0.05)
+    assert {*found["curves"]} == {"step", "test_accuracy", "test_loss"}
     assert found["curves"]["test_accuracy"]["mean"] == pytest.approx([0.6, 0.7])
     assert (
         load("report").summary(curves(0.6, 0.8), curves(0.5, 0.6), 1.0)["equal_time"]["steps"]
