@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 COLORS = {"plain": "0.35", "spike": "C1", "clip": "C0", "consensus": "C3", "reference": "C2"}
 TITLES = {
     "right": "Right labels, intact sequences",
-    "wrong 0.4": "40 % of the labels are wrong",
-    "corrupted 0.6": "60 % of the sequences are corrupted",
+    "wrong 0.4": "40 % wrong labels",
+    "corrupted 0.6": "60 % corrupted sequences",
 }
 
 

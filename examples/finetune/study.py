@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None, base: Setting | None = None) -> None
         "search_seed": SEARCH_SEED,
         "seeds": SEEDS,
         "milliseconds_per_step": times,
+        "time_over_plain": {rule: round(ms / times["plain"], 3) for rule, ms in times.items()},
         "results": {case: {} for case in CASES},
     }
     for case, setting in cells(base):
