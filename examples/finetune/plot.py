@@ -36,16 +36,14 @@ def curves(
         timed: True for seconds: steps times the time of a step.
     """
     for rule, found in result["results"][case].items():
-        if what not in found["curves"]:
+        points = found["curves"]
+        if what not in points[0]:
             continue
         scale = result["milliseconds_per_step"][rule] / 1e3 if timed else 1
-        x = [step * scale for step in found["curves"]["step"]]
-        numbers = found["curves"][what]
-        band = [
-            [m + sign * sd for m, sd in zip(numbers["mean"], numbers["sd"], strict=True)]
-            for sign in (-1, 1)
-        ]
-        ax.plot(x, numbers["mean"], color=COLORS[rule], lw=2, label=rule)
+        x = [point["step"] * scale for point in points]
+        mean, sd = ([point[what][kind] for point in points] for kind in ("mean", "sd"))
+        band = [[m + sign * s for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1)]
+        ax.plot(x, mean, color=COLORS[rule], lw=2, label=rule)
         ax.fill_between(x, *band, color=COLORS[rule], alpha=0.12, lw=0)
     ax.set(xlabel="seconds on one core" if timed else "step", title=TITLES.get(case, case))
     ax.grid(axis="y", alpha=0.3)

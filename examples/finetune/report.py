@@ -21,13 +21,15 @@ STUDENT = 2.776
 """Half the width of a 95 % interval of five differences, in standard errors."""
 
 
-def spread(values: list[float]) -> dict[str, Any]:
+def mean_and_deviation(values: list[float]) -> dict[str, float]:
     """Return the mean and the standard deviation."""
-    return {
-        "mean": round(statistics.mean(values), 5),
-        "sd": round(statistics.stdev(values), 5),
-        "values": values,
-    }
+    found = {"mean": statistics.mean(values), "sd": statistics.stdev(values)}
+    return {name: round(value, 5) for name, value in found.items()}
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Return the mean, the standard deviation and the values."""
+    return {**mean_and_deviation(values), "values": values}
 
 
 def difference(values: list[float], others: list[float]) -> dict[str, Any]:
@@ -66,16 +68,10 @@ def summary(runs: list[Curve], plain: list[Curve], ratio: float) -> dict[str, An
             "accuracy": spread(early),
             "over_plain": difference(early, base),
         },
-        "curves": {
-            "step": steps,
-            **{
-                name: {
-                    kind: [round(of(at(name, runs, place)), 5) for place in range(len(steps))]
-                    for kind, of in (("mean", statistics.mean), ("sd", statistics.stdev))
-                }
-                for name in names
-            },
-        },
+        "curves": [
+            {"step": step} | {name: mean_and_deviation(at(name, runs, place)) for name in names}
+            for place, step in enumerate(steps)
+        ],
     }
 
 
