@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = "benchmarks/results"
 SHOWN = (
     *("benchmarks/results/*.json", "benchmarks/results/*.png"),
-    *("notebooks/*.ipynb", "examples/*.py", "examples/*.yaml"),
+    *("notebooks/*.ipynb", "examples/*.py", "examples/*.yaml", "examples/finetune/*.py"),
 )
 
 
