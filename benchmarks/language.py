@@ -155,7 +155,7 @@ def measure(name: str, rounds: int, quick: bool, device: torch.device) -> Worklo
         for _ in range(LEARN):  # on small batches, because they are passes like any others
             step(short)
     entrants = {each: functools.partial(step, batch) for each, step in steps.items()}
-    results, _ = race(entrants, rounds, device, base="plain")
+    results, _ = race(entrants, rounds, device, base="plain", warmup=0)  # they have run
     return Workload(
         model=name,
         title=TITLES[name],
@@ -174,10 +174,11 @@ def main(arguments: list[str] | None = None) -> None:
     workloads = []
     resident = dict(earlier(target, head).get("resident_bytes", {}))
     for name in track(options.models, "Measuring", console=Console(stderr=True)):
-        if device.type == "cpu":
-            resident[name] = resident_of_both(name, options.quick)
         workloads.append(measure(name, rounds_of(options), options.quick, device))
         save(target, {**head, "resident_bytes": resident}, workloads)
+        if device.type == "cpu":
+            resident[name] = resident_of_both(name, options.quick)
+            save(target, {**head, "resident_bytes": resident}, workloads)
     for workload in workloads:
         table([workload], CONTENDERS[workload.model][1:], caption(head), title="Over a plain step")
     for name, found in resident.items():
