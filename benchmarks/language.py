@@ -38,6 +38,7 @@ from benchmarks._race import race
 from benchmarks._report import table
 from benchmarks._results import Workload, earlier, save
 from benchmarks._setting import THRESHOLD
+from benchmarks._timing import Contender
 from gradfilter.interop import Filtered
 
 NAME = Path(__file__).stem
@@ -154,7 +155,9 @@ def measure(name: str, rounds: int, quick: bool, device: torch.device) -> Worklo
     for step in steps.values():
         for _ in range(LEARN):  # on small batches, because they are passes like any others
             step(short)
-    entrants = {each: functools.partial(step, batch) for each, step in steps.items()}
+    entrants: dict[str, Contender] = {
+        each: functools.partial(step, batch) for each, step in steps.items()
+    }
     results, _ = race(entrants, rounds, device, base="plain", warmup=0)  # they have run
     return Workload(
         model=name,

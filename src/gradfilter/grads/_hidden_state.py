@@ -65,7 +65,7 @@ def nearly_equal(a: Tensor | list[Tensor], b: Tensor | list[Tensor], within: int
 
 def _pieces(value: Tensor | list[Tensor]) -> list[Tensor]:
     leaves = [value] if isinstance(value, Tensor) else value
-    return [piece for leaf in leaves for piece in leaf.flatten().split(PIECE)]
+    return [piece for leaf in leaves for piece in torch.split(leaf.flatten(), PIECE)]
 
 
 def _largest(piece: Tensor) -> float:
