@@ -43,6 +43,7 @@ PARTS = {
         "rows_along", quick=("--quick", "--models", "mlp-small", "--backend", "graph")
     ),
     "padded": Part("padded", quick=("--quick", "--models", "bert-32")),
+    "language": Part("language", quick=("--quick", "--models", "gpt2", "--rounds", "1")),
     "sharpness": Part("sharpness", quick=("--quick", "--models", "mlp")),
     "update": Part("update"),
     "compiled": Part("compiled", quick=("--quick", "--models", "mlp", "--backend", "graph")),

@@ -11,7 +11,17 @@ from benchmarks._setting import Setting
 from torch import nn
 
 from benchmarks import _row_sections as row_sections
-from benchmarks import compiled, growth, layers, memory, padded, rows_along, rules, sharpness
+from benchmarks import (
+    compiled,
+    growth,
+    language,
+    layers,
+    memory,
+    padded,
+    rows_along,
+    rules,
+    sharpness,
+)
 from gradfilter.grads.fused.overrides._convolution import FORMATS
 from gradfilter.grads.fused.overrides._losses import LOSSES
 from gradfilter.grads.fused.overrides._matrix_products import PRODUCTS
@@ -167,6 +177,18 @@ def test_rows_that_do_not_agree_are_not_timed(monkeypatch):
     monkeypatch.setattr(rows_along, "TOLERANCE", 0.0)
     with pytest.raises(AssertionError, match="is off by"):
         rows_along.check(rows_along.CASES["mlp-small"], torch.device("cpu"), "graph")
+
+
+@pytest.mark.slow
+def test_language_models_are_timed_and_their_memory_is_measured(tmp_path):
+    pytest.importorskip("peft")
+    for model in ("gpt2", "gpt2-lora"):
+        language.main(["--quick", "--rounds", "1", "--models", model, "--out", str(tmp_path)])
+    written = json.loads((tmp_path / "language-cpu.json").read_text())
+    for workload in written["workloads"]:
+        assert workload["results"].keys() == set(language.CONTENDERS[workload["model"]])
+        assert all(result["peak_bytes"] for result in workload["results"].values())
+        assert written["resident_bytes"][workload["model"]].keys() == {"plain", language.CLIP}
 
 
 @pytest.mark.slow

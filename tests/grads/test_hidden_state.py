@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradfilter as gf
+from _allocations import Peak
 from _plain import module_rows
-from gradfilter.grads._hidden_state import Probes
+from gradfilter.grads import _hidden_state
+from gradfilter.grads._hidden_state import Probes, nearly_equal
 from gradfilter.grads._normalized_loss import NormalizedLoss
 from gradfilter.interop import Filtered
 
@@ -303,3 +305,25 @@ def test_a_partial_of_torchs_function_hides_no_state():
     for criterion, may in criteria.items():
         loss = NormalizedLoss.of(gf.model_loss(net(), criterion), False)
         assert loss.may_draw_on_host is may
+
+
+def test_a_comparison_holds_two_gradients_and_few_pieces(monkeypatch):
+    """A large model fits where a plain step fits: the comparison makes no copies of all leaves."""
+    monkeypatch.setattr(_hidden_state, "PIECE", 1024)
+    model = nn.Linear(256, 256, bias=False)
+    params, buffers = gf.extract(model)
+    loss = gf.model_loss(model, lambda output, y: (output - y).square().mean())
+    grads_of = gf.microbatch_grads(loss, M)
+    with Peak() as peak:
+        grads_of(params, (torch.randn(M, 256), torch.randn(M, 256)), buffers=buffers)
+    assert peak.peak < 3.5 * params["weight"].nbytes  # one gradient is held, one is accumulated
+
+
+def test_leaves_are_compared_with_the_largest_number_of_all(monkeypatch):
+    monkeypatch.setattr(_hidden_state, "PIECE", 2)
+    eps = torch.finfo(torch.float64).eps
+    large, small = torch.tensor([1.0, torch.nan, 100.0]), torch.tensor([1.0, 2.0])
+    assert nearly_equal([large, small], [large.clone(), small + 1000 * eps])
+    assert not nearly_equal([large, small], [large, small + 1e5 * eps])
+    assert not nearly_equal(large, torch.tensor([1.0, torch.nan, 100.1]))
+    assert nearly_equal([torch.zeros(0)], [torch.zeros(0)])

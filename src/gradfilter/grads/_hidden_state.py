@@ -41,18 +41,36 @@ PROBED = 4
 """The difference between two passes of one kind, in units of eps: a state may change slowly."""
 
 
-def nearly_equal(a: Tensor, b: Tensor, within: int = 64) -> bool:
+PIECE = 2**22
+"""The numbers that are compared at a time, because a comparison makes several copies."""
+
+
+def nearly_equal(a: Tensor | list[Tensor], b: Tensor | list[Tensor], within: int = 64) -> bool:
     """Return whether two results of one computation are equal. This waits for the device.
 
     Args:
-        a: The first result.
+        a: The first result: a tensor, or the leaves of a gradient.
         b: The second result.
         within: The difference that threads may make, in units of eps of the largest number: they
             change the order of sums.
     """
-    tolerance = within * torch.finfo(a.dtype).eps
-    size = float(a[a.isfinite()].abs().max()) if a.isfinite().any() else 0.0
-    return torch.allclose(a, b, tolerance, tolerance * size, equal_nan=True)
+    pieces = [_pieces(each) for each in (a, b)]
+    size = max((_largest(piece) for piece in pieces[0]), default=0.0)
+    for one, other in zip(*pieces, strict=True):
+        tolerance = within * torch.finfo(one.dtype).eps
+        if not torch.allclose(one, other, tolerance, tolerance * size, equal_nan=True):
+            return False
+    return True
+
+
+def _pieces(value: Tensor | list[Tensor]) -> list[Tensor]:
+    leaves = [value] if isinstance(value, Tensor) else value
+    return [piece for leaf in leaves for piece in torch.split(leaf.flatten(), PIECE)]
+
+
+def _largest(piece: Tensor) -> float:
+    finite = piece[piece.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 def hidden_state() -> RefusedByAll:
