@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from typing_extensions import override
 
 from gradfilter._info import AUX, means
-from gradfilter._types import Params, State, Transform
+from gradfilter._types import Out, Params, State, Transform
 from gradfilter.distributed._ranks import ALONE, Ranks
 from gradfilter.grads._microbatch import Plan
 from gradfilter.grads._stack import ComputedStack, GradStack
@@ -130,6 +130,7 @@ class Hosted(Filtered):
         memory_budget: See `Filtered`.
         uneven: See `Filtered`.
         compile: See `Filtered`.
+        scaler: The host's scaler, whose methods the host must not call, or None.
         owners: Objects other than the model whose attributes the loss may change, by name.
         ranks: The processes of the host, over which its numbers are means.
 
@@ -153,6 +154,7 @@ class Hosted(Filtered):
         memory_budget: int | float | None,
         uneven: bool = False,
         compile: bool | str | Backend = False,
+        scaler: torch.amp.GradScaler | None = None,
         owners: Mapping[str, Any] | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -169,6 +171,7 @@ class Hosted(Filtered):
             plan=plan,
             memory_budget=memory_budget,
             uneven=uneven,
+            scaler=scaler,
             has_aux=True,
             compile=compile,
         )
@@ -208,6 +211,18 @@ class Hosted(Filtered):
         if self.ranks.size > 1 and isinstance(rows, GradStack):
             found.out[ROWS] = rows.live.sum()
         return found
+
+    @override
+    def _overflowed(self, out: Out, losses: Tensor) -> Tensor:
+        own = super()._overflowed(self._of_rank(out, losses), losses)
+        return self.ranks.total(own.to(losses.dtype)) > 0
+
+    def _of_rank(self, out: Out, losses: Tensor) -> Out:
+        """Return values with one number per row of all ranks as those of the rows of this one."""
+        rows, ranks = len(losses), self.ranks
+        place = slice(rows * ranks.rank, rows * (ranks.rank + 1))
+        of_all = torch.Size((rows * ranks.size,))
+        return {name: v[place] if v.shape == of_all else v for name, v in out.items()}
 
     @override
     def state_dict(self) -> dict[str, Any]:

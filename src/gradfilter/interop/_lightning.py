@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import lightning.pytorch as lightning
@@ -73,11 +74,6 @@ def check_fit(module: Any) -> None:
             "automatic_optimization = False. Leave it as it is."
         )
     check_strategy(name, module)
-    if module.trainer.precision == "16-mixed":
-        raise ValueError(
-            f'{name}: expected precision "32-true" or "bf16-mixed", found "16-mixed", whose '
-            'scaler wants to scale the losses itself. Use "bf16-mixed".'
-        )
 
 
 SHARDED = DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -121,6 +117,28 @@ def check_strategy(name: str, module: Any) -> None:
             "SyncBatchNorm. Use L.Trainer(sync_batchnorm=False): every microbatch has its own "
             "statistics, as in one process."
         )
+
+
+# --- Loss scaling ---
+
+
+def scaler_of(module: Any) -> torch.amp.GradScaler | None:
+    """Return the scaler of precision "16-mixed", or None."""
+    scaler: torch.amp.GradScaler | None = getattr(module.trainer.precision_plugin, "scaler", None)
+    return scaler
+
+
+@contextmanager
+def without_scaler(module: Any) -> Iterator[None]:
+    """Let the trainer clip and step as in full precision: the rows are unscaled already."""
+    plugin, scaler = module.trainer.precision_plugin, scaler_of(module)
+    if scaler is not None:
+        plugin.scaler = None
+    try:
+        yield
+    finally:
+        if scaler is not None:
+            plugin.scaler = scaler
 
 
 # --- DistributedDataParallel ---
@@ -185,7 +203,8 @@ class FilteredModule(lightning.LightningModule):
     of the transforms, averaged over rows (``agree_filter/accepted`` is a fraction), and what
     ``microbatch_loss`` gives to ``self.log``, such as an accuracy (or a ``train_loss`` of its own),
     likewise. The transforms' state is in Lightning's checkpoint. For ``precision`` "32-true",
-    "64-true", "bf16-true" and "bf16-mixed".
+    "64-true", "bf16-true", "bf16-mixed" and "16-mixed": a row that overflows is rejected, not the
+    step, and the trainer's scaler is updated and saved as in `Filtered`.
 
     With strategy "ddp" (or "ddp_spawn", "ddp_notebook") the rows of all processes are one stack:
     `across_ranks` is put in front of a chain without one. M is the number of rows of each process,
@@ -210,9 +229,8 @@ class FilteredModule(lightning.LightningModule):
         TypeError: At the start of a fit: ``transforms`` or ``microbatches`` are missing;
             ``transforms`` does not lead from rows to a tree; an optimizer that evaluates
             the loss again.
-        ValueError: At the start of a fit: a strategy that shards parameters, or precision
-            "16-mixed". Before the first step, or at a step if the number of samples is unknown: a
-            batch that ``microbatches`` does not divide (with ``uneven``, one of fewer samples). At
+        ValueError: At the start of a fit: a strategy that shards parameters. Before the first
+            step, or at a step if the number of samples is unknown: a batch that ``microbatches`` does not divide (with ``uneven``, one of fewer samples). At
             a step, on all ranks: other numbers of rows or batches than on other ranks.
 
     Examples:
@@ -374,7 +392,8 @@ class FilteredModule(lightning.LightningModule):
             hosted.completes_step = False
         share_buffers(self)
         if hosted.kept:
-            super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
+            with without_scaler(self):
+                super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -506,6 +525,7 @@ class FilteredModule(lightning.LightningModule):
                 memory_budget=self.memory_budget,
                 uneven=self.uneven,
                 compile=self.compile_step,
+                scaler=scaler_of(self),
                 ranks=ranks,
             )
             if self._resumes:

@@ -24,6 +24,7 @@ from gradfilter.grads._state_owners import PlainValues, owners_in
 from gradfilter.interop._host_chain import filter_chain
 from gradfilter.interop._host_ranks import averaged, copy_buffers, differ, over_all_ranks
 from gradfilter.interop._hosted import (
+    ROWS,
     WEIGHTS,
     BatchSizes,
     Hosted,
@@ -54,8 +55,7 @@ def check_arguments(args: Any) -> None:
         args: The `transformers.TrainingArguments`.
 
     Raises:
-        ValueError: Several devices in one process, loss scaling, or an optimizer inside the
-            backward pass.
+        ValueError: Several devices in one process, or an optimizer inside the backward pass.
     """
     if args.n_gpu > 1:
         raise ValueError(
@@ -63,11 +63,6 @@ def check_arguments(args: Any) -> None:
             "Trainer takes DataParallel. Start one process per device, with torchrun "
             f"--nproc-per-node {args.n_gpu} or accelerate launch, or make one device visible, with "
             "CUDA_VISIBLE_DEVICES=0."
-        )
-    if args.fp16:
-        raise ValueError(
-            "FilteredTrainer: expected full precision or bf16, found fp16=True, whose scaler "
-            "wants to scale the losses itself. Use bf16=True."
         )
     if "lomo" in str(args.optim).lower():
         raise ValueError(
@@ -259,7 +254,9 @@ class FilteredTrainer(Trainer):
     Logged with Trainer's own: ``keep`` and the metrics of the transforms, averaged over rows
     (``agree_filter/accepted`` is a fraction) and over the steps since the last log; likewise the
     numbers that ``compute_loss`` gives to ``self.log``, such as an accuracy. In full
-    precision or with ``bf16=True``; ``torch_compile`` does not change training steps.
+    precision, with ``bf16=True`` or with ``fp16=True`` (a row that overflows is rejected, not the
+    step, and accelerate's scaler is updated and saved as in `Filtered`); ``torch_compile`` does not
+    change training steps.
 
     **Several processes**, from ``torchrun`` or ``accelerate launch``, each with the whole model:
     the rows of all are one stack, by `across_ranks` in front of a chain that has none, so the
@@ -299,7 +296,7 @@ class FilteredTrainer(Trainer):
 
     Raises:
         TypeError: ``transforms`` does not lead from rows to a tree.
-        ValueError: Several devices, ``fp16=True``, an optimizer that works inside the backward
+        ValueError: Several devices, an optimizer that works inside the backward
             pass; ``groups`` without ``microbatches``. Before the first step, or at a step if the
             number of samples is unknown: a batch that ``microbatches`` does not divide (with
             ``uneven``, one of fewer samples). At a step: a column is missing, or holds wrong
@@ -397,6 +394,7 @@ class FilteredTrainer(Trainer):
         Returns:
             The mean loss over all rows of the step, 0 before its last batch. ().
         """
+        self._mark_unscaled(False)
         model.train()
         if callable(train := getattr(self.optimizer, "train", None)):
             train()  # schedule-free optimizers have two sets of parameters
@@ -413,8 +411,10 @@ class FilteredTrainer(Trainer):
                 return torch.zeros_like(hosted.accumulate(batch, **marks))
             reference = self._reference(ITEMS in batch)
             result = hosted.step(batch, reference_batch=reference, **marks)
+        self._mark_unscaled(True)
         if self.args.world_size > 1 and self.args.ddp_broadcast_buffers is not False:
             copy_buffers(cast(nn.Module, self.model), self._ranks)
+        result.info.pop(ROWS, None)
         for name, value in logged(result).items():
             self._metrics.since_log.setdefault(name, []).append(value)
         return result.loss
@@ -499,11 +499,18 @@ class FilteredTrainer(Trainer):
         finally:
             self.args.average_tokens_across_devices = before
 
+    def _mark_unscaled(self, unscaled: bool) -> None:
+        """Tell accelerate, which would unscale before it clips, whether gradients are unscaled."""
+        if self.accelerator.scaler is not None:
+            self.accelerator.native_amp = not unscaled
+
     def _host(self) -> Hosted:
         """Return the wrapper for the present model and optimizer."""
         model = cast(nn.Module, self.model)
         optimizer = cast(torch.optim.Optimizer, self.optimizer)
         if self._hosted is None or not self._hosted.serves(model, optimizer):
+            if hasattr(optimizer, "scaler"):
+                optimizer.scaler = None  # of accelerate's optimizer, which would unscale and skip
             self._hosted = Hosted(
                 model,
                 self._microbatch_loss,
@@ -514,7 +521,9 @@ class FilteredTrainer(Trainer):
                 memory_budget=self.memory_budget,
                 uneven=self.uneven,
                 compile=self.compile,
+                scaler=self.accelerator.scaler,
                 owners=self._owners(model),
+                ranks=self._ranks,
             )
         return self._hosted
 
@@ -763,6 +772,7 @@ class _Gate(TrainerCallback):
 
     @override
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer._mark_unscaled(False)
         if not self._trainer._host().kept:
             self._trainer.accelerator.sync_gradients = False
 
