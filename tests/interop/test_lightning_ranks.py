@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradfilter as gf
+from _float16 import Perceptron, samples, scaler, scales_by_hand, train_by_hand
 from _world import PATIENCE, World
 from gradfilter import interop
 from gradfilter.distributed import across_ranks
@@ -734,6 +735,51 @@ def test_mixed_precision_is_autocast_on_every_rank(two):
     for found in two.run(half_precision):
         torch.testing.assert_close(found, weights_of(net), rtol=1e-4, atol=1e-4)
         assert not torch.allclose(found["head.weight"].double(), full.head.weight, atol=1e-6)
+
+
+class Half(FilteredModule):
+    """A perceptron that notes the scale after each batch."""
+
+    microbatches, transforms = M, gf.mean_rows()
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.scales = Perceptron(), []
+
+    def microbatch_loss(self, batch):
+        return self.net(**batch)["loss"]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.scales.append(self.trainer.precision_plugin.scaler.get_scale())
+
+
+# A row of the second rank, then all of its rows, then those of both: the last step is skipped.
+HOT = [(1, M), *((3, M + row) for row in range(M)), *((5, row) for row in range(2 * M))]
+
+
+def float16():
+    torch.manual_seed(0)
+    net = Half()
+    data = {n: v.chunk(2, 1)[dist.get_rank()] for n, v in samples(STEPS, 2 * M, 2, HOT).items()}
+    batches = [{n: v[step].flatten(0, 1) for n, v in data.items()} for step in range(STEPS)]
+    half = L.pytorch.plugins.precision.MixedPrecision("16-mixed", "cpu", scaler())
+    plugins = [Started(), half]
+    trainer(plugins=plugins, use_distributed_sampler=False).fit(net, as_loader(batches))
+    return weights_of(net.net), net.scales
+
+
+def test_in_float16_all_ranks_reject_the_rows_that_overflow_on_one(two):
+    torch.manual_seed(0)
+    plain = Half().net
+    assert len(train_by_hand(plain, samples(STEPS, 2 * M, 2, HOT), HOT)) == STEPS - 1
+    found = two.run(float16)
+    for weights, scales in found:
+        assert scales == scales_by_hand(STEPS, HOT)
+        torch.testing.assert_close(weights, weights_of(plain), rtol=5e-3, atol=5e-3)
+        torch.testing.assert_close(weights, found[0][0], rtol=0, atol=0)
 
 
 def compiled():

@@ -17,7 +17,8 @@ class Perceptron(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
+        layers = (nn.Linear(*shape, dtype=torch.float32) for shape in ((6, 5), (5, 3)))
+        self.first, self.last = layers
 
     def forward(self, x, labels, heat):
         logits = self.last(F.relu(self.first(x)))
@@ -35,9 +36,9 @@ def samples(steps, rows, size, hot):
         hot: The rows (step, row) whose gradients overflow.
     """
     generator = torch.Generator().manual_seed(5)
-    x = torch.randn(steps, rows, size, 6, generator=generator)
+    x = torch.randn(steps, rows, size, 6, generator=generator, dtype=torch.float32)
     labels = torch.randint(3, (steps, rows, size), generator=generator)
-    heat = torch.ones(steps, rows, size)
+    heat = torch.ones(steps, rows, size, dtype=torch.float32)
     for place in hot:
         heat[place] = 1000
     return {"x": x, "labels": labels, "heat": heat}

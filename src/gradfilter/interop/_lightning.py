@@ -230,8 +230,9 @@ class FilteredModule(lightning.LightningModule):
             ``transforms`` does not lead from rows to a tree; an optimizer that evaluates
             the loss again.
         ValueError: At the start of a fit: a strategy that shards parameters. Before the first
-            step, or at a step if the number of samples is unknown: a batch that ``microbatches`` does not divide (with ``uneven``, one of fewer samples). At
-            a step, on all ranks: other numbers of rows or batches than on other ranks.
+            step, or at a step if the number of samples is unknown: a batch that ``microbatches``
+            does not divide (with ``uneven``, one of fewer samples). At a step, on all ranks: other
+            numbers of rows or batches than on other ranks.
 
     Examples:
         >>> import warnings, torch, lightning as L, gradfilter as gf
