@@ -398,7 +398,9 @@ def members(batch, m, groups):
     return [part.tolist() for part in torch.tensor_split(torch.arange(size), m or size)]
 
 
-def by_hand(model, steps, m, *, weighted=False, groups=False, limit=np.inf, language=True):
+def by_hand(
+    model, steps, m, *, weighted=False, groups=False, limit=np.inf, language=True, losses=None
+):
     """Train a plain module with ordinary backward passes.
 
     Args:
@@ -409,6 +411,7 @@ def by_hand(model, steps, m, *, weighted=False, groups=False, limit=np.inf, lang
         groups: True for rows of users.
         limit: The largest norm of a row.
         language: True if the model predicts words.
+        losses: A list that gets the mean loss of the rows of every step.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
@@ -423,6 +426,8 @@ def by_hand(model, steps, m, *, weighted=False, groups=False, limit=np.inf, lang
                     total = sum(w * loss for w, loss, _ in parts)
                     rows.append((total, sum(w * items for w, _, items in parts)))
         mean = sum(items for _, items in rows) / len(rows)
+        if losses is not None:
+            losses.append(sum(total.item() / mean for total, _ in rows) / len(rows))
         whole = [torch.zeros_like(p) for p in params]
         for total, items in rows:
             optimizer.zero_grad()
@@ -474,6 +479,60 @@ def test_rows_of_all_ranks_are_those_of_a_plain_loop(two, tmp_path, case):
     assert [len(batch["labels"]) for found in ranks for batch in found.batches] == [SIZE] * 24
     hand = by_hand(plain, steps_of(ranks, 2), options.get("m", M), **hand)
     close(ranks[0], hand)
+
+
+UNEVEN = {
+    # samples behind the full batches, options, of the plain loop, of ranks 0, 1, 2
+    "one sample on the last rank": (5, {}, {}, [4, 1]),
+    "none on the last rank": (3, {}, {}, [3, 0]),
+    "one row per sample": (6, {"m": None}, {}, [4, 2]),
+    "accumulated": (3, {"args": {"gradient_accumulation_steps": 2}}, {}, [3, 0]),
+    "weights": (5, {"sample_weights": "weight"}, {"weighted": True}, [4, 1]),
+    "users": (5, {"groups": "user_id", "m": 4}, {"groups": True}, [4, 1]),
+    "split batches": (6, {"split": True}, {}, [4, 2]),
+    "a graph": (5, {"compile": "graph", "n": 13, "args": {"max_steps": 2}}, {}, [4, 1]),
+}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if c == "a graph" else ()) for c in UNEVEN]
+)
+def test_ranks_with_fewer_samples_than_others_have_fewer_rows(two, tmp_path, case):
+    """Two epochs; the mean is over the rows that have samples, and so is what is logged."""
+    rest, options, hand, last = UNEVEN[case]
+    options = {"n": 2 * 2 * SIZE + rest, "m": M, **options}
+    args = {"accelerator_config": {"even_batches": False}, **options.pop("args", {})}
+    if options.pop("split", False):
+        args["accelerator_config"]["split_batches"] = True
+        args["per_device_train_batch_size"] = 2 * SIZE
+    accumulate = args.get("gradient_accumulation_steps", 1)
+    steps = args.get("max_steps", STEPS if accumulate == 1 else 4)
+    options = {"chain": "clip", "uneven": True, **options, "args": args | {"max_steps": steps}}
+    ranks = two.run(job, tmp_path, options)
+    identical(ranks)
+    epoch = -(-options["n"] // (2 * SIZE))  # batches of a rank
+    real = [
+        [cut(b, last[rank] if (i + 1) % epoch == 0 else SIZE) for i, b in enumerate(found.batches)]
+        for rank, found in enumerate(ranks)
+    ]
+    together = list(zip(*real, strict=True))
+    by_epoch = [together[i : i + epoch] for i in range(0, len(together), epoch)]
+    of_steps = [
+        [batch for of_ranks in batches[i : i + accumulate] for batch in of_ranks]
+        for batches in by_epoch
+        for i in range(0, len(batches), accumulate)
+    ][:steps]
+    losses = []
+    plain = by_hand(initial("language"), of_steps, options["m"], limit=CLIP, losses=losses, **hand)
+    close(ranks[0], plain)
+    for found in ranks:
+        if case not in ("weights", "users"):
+            assert column(found, "loss") == pytest.approx(losses, rel=1e-5)
+        assert column(found, "keep") == [1.0] * steps
+
+
+def cut(batch, size):
+    return {name: value[:size] for name, value in batch.items()}
 
 
 @pytest.mark.parametrize("dispatch", [True, False])
@@ -770,15 +829,16 @@ def accelerator(kind="MULTI_CPU", even=True, config=None):
 def test_other_kinds_of_parallelism_are_refused():
     from gradfilter.interop._transformers import check_processes
 
-    check_processes(accelerator(), False)
-    check_processes(accelerator(even=False), True)
+    check_processes(accelerator(), False, False)
+    check_processes(accelerator(even=False), True, False)
+    check_processes(accelerator(even=False), False, True)
     with pytest.raises(ValueError, match=r"as many rows on every rank, found even_batches=False"):
-        check_processes(accelerator(even=False), False)
+        check_processes(accelerator(even=False), False, False)
     for kind, what in {"FSDP": "shards the parameters", "DEEPSPEED": "runs the backward"}.items():
         with pytest.raises(ValueError, match=rf"found {kind}, which {what}"):
-            check_processes(accelerator(kind), False)
+            check_processes(accelerator(kind), False, False)
     with pytest.raises(ValueError, match="found a parallelism_config, which splits"):
-        check_processes(accelerator(config=object()), False)
+        check_processes(accelerator(config=object()), False, False)
 
 
 @pytest.mark.slow

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader
 from typing_extensions import override
 
+from gradfilter import _tree
 from gradfilter._info import AUX, means
-from gradfilter._types import Out, Params, State, Transform
+from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.distributed._ranks import ALONE, Ranks
+from gradfilter.grads._batch import plain, samples_in
 from gradfilter.grads._microbatch import Plan
 from gradfilter.grads._stack import ComputedStack, GradStack
 from gradfilter.grads._state_owners import Owners
@@ -45,7 +47,12 @@ class BatchSizes(NamedTuple):
 def sizes_in(loader: Any) -> BatchSizes | None:
     """Return the sizes of the batches of a `DataLoader` of a known number of samples, or None."""
     sampler = getattr(loader, "batch_sampler", None)
-    if not isinstance(loader, DataLoader) or not isinstance(sampler, BatchSampler):
+    return sizes_of_sampler(sampler) if isinstance(loader, DataLoader) else None
+
+
+def sizes_of_sampler(sampler: Any) -> BatchSizes | None:
+    """Return the sizes of the batches of a `BatchSampler` of a known number of samples, or None."""
+    if not isinstance(sampler, BatchSampler):
         return None
     samples = getattr(sampler, "sampler", None)
     if not hasattr(samples, "__len__"):
@@ -111,6 +118,33 @@ def check_division(
 
 ROWS = "gradfilter/rows"
 """The name of the number of local rows that took part, in the info of a step of several ranks."""
+
+LIVE = "gradfilter/live"
+"""The name of the mask of rows that take part.
+
+In ``shared`` it is that of the rows of a batch, (M,) float, of which others have no samples; in the
+info of an uneven step of several ranks that of all local rows, (M,) bool.
+"""
+
+
+def padded(batch: Any, size: int) -> Any:
+    """Repeat the first sample of a batch at its end, until it has this many samples."""
+    batch = plain(batch)
+    lacking = size - samples_in(batch)
+
+    def longer(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return torch.cat([leaf, leaf[:1].expand(lacking, *leaf.shape[1:])])
+
+    return _tree.tree_map(longer, batch)
+
+
+def samples_first(rows: int, samples: int, device: torch.device) -> Tensor:
+    """Return the mask of rows that have samples, if the first ones have one each. (M,) float."""
+    live = torch.arange(rows, device=device) < samples
+    return live.to(_tree.sum_dtype(live))
+
 
 HostLoss = Callable[[dict[str, Any]], tuple[Tensor, dict[str, Tensor]]]
 """A host's loss of one microbatch, and the scalars that it logged, by name."""
@@ -199,6 +233,16 @@ class Hosted(Filtered):
         return result
 
     @override
+    def _rows(
+        self, params: Params, batch: Any, buffers: Tree | None, scale: Tensor | None
+    ) -> tuple[ComputedStack, Tensor | None]:
+        rows, factors = super()._rows(params, batch, buffers, scale)
+        live = self.shared.get(LIVE)
+        if live is None or factors is None:
+            return rows, live if factors is None else factors
+        return rows, torch.where(live == 0, 0.0, factors)
+
+    @override
     def _filter(
         self,
         params: Params,
@@ -210,6 +254,8 @@ class Hosted(Filtered):
         found = super()._filter(params, of_batch, rows, state, extra)
         if self.ranks.size > 1 and isinstance(rows, GradStack):
             found.out[ROWS] = rows.live.sum()
+            if self._uneven:
+                found.out[LIVE] = rows.live
         return found
 
     @override
@@ -357,6 +403,13 @@ def log_weights(values: dict[str, Tensor], weights: Tensor | None) -> None:
     """
     if values and weights is not None:
         values[WEIGHTS] = (weights.detach().sum() > 0).to(torch.float32)
+
+
+def mark_rows(result: StepResult) -> None:
+    """Log, with the values of the loss, which rows take part in their mean, if that is known."""
+    live = result.info.pop(LIVE, None)
+    if live is not None and result.aux and WEIGHTS not in result.aux:
+        result.aux[WEIGHTS] = live.to(torch.float32)
 
 
 def logged(result: StepResult) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from typing_extensions import override
 from gradfilter import _tree
 from gradfilter._types import Transform
 from gradfilter.distributed._ranks import ALONE, Ranks
+from gradfilter.grads._batch import samples_in
 from gradfilter.grads._microbatch import Plan
 from gradfilter.interop._filtered import StepResult
 from gradfilter.interop._host_ranks import (
@@ -33,12 +34,15 @@ from gradfilter.interop._host_ranks import (
     states_of_rank,
 )
 from gradfilter.interop._hosted import (
+    LIVE,
     WEIGHTS,
     Hosted,
     LossLog,
     check_division,
     log_weights,
     logged,
+    padded,
+    samples_first,
 )
 from gradfilter.transforms._compile import Backend
 
@@ -343,6 +347,9 @@ class FilteredModule(lightning.LightningModule):
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             hosted.begin()
         weights, groups = self.sample_weights(batch), self.sample_groups(batch)
+        hosted.shared = {}
+        if self.uneven and groups is None and hosted.ranks.size > 1:
+            batch, weights = self._fill_rows(batch, weights, hosted)
         inputs = {"batch": batch} if weights is None else {"batch": batch, WEIGHTS: weights}
         if not hosted.completes_step:
             return hosted.accumulate(inputs, sample_weights=weights, groups=groups)
@@ -437,6 +444,8 @@ class FilteredModule(lightning.LightningModule):
         if type(self).sample_groups is not FilteredModule.sample_groups:
             return  # samples of any number belong to the rows
         trainer = self.trainer
+        if self.uneven and trainer.world_size > 1:
+            return  # rows without samples take no part
         batches = trainer.num_training_batches
         if trainer.max_steps >= 0:
             batches = min(batches, trainer.max_steps * trainer.accumulate_grad_batches)
@@ -491,6 +500,20 @@ class FilteredModule(lightning.LightningModule):
         ends = hosted.completes_step and trainer.global_step + 1 == trainer.max_steps
         is_last = trainer.is_last_batch or batch_idx + 1 >= batches or ends
         check_batches(type(self).__name__, hosted.ranks, batches, is_last)
+
+    def _fill_rows(
+        self, batch: Any, weights: Tensor | None, hosted: Hosted
+    ) -> tuple[Any, Tensor | None]:
+        """Give a batch as many rows as those of other ranks; rows without samples take no part."""
+        size, rows = samples_in(batch), self.microbatches
+        if rows is None:
+            rows = int(hosted.ranks.gather_on_host(torch.tensor([size])).max())
+        if size >= rows:
+            return batch, weights
+        if weights is not None:
+            weights = torch.cat([weights, weights.new_zeros(rows - size)])
+        hosted.shared = {LIVE: samples_first(rows, size, self.device)}
+        return padded(batch, rows), weights
 
     def _log_step(self, result: StepResult, ranks: Ranks) -> None:
         """Log the loss and the numbers of a step over the rows of all ranks."""

@@ -24,6 +24,7 @@ from gradfilter.grads._state_owners import PlainValues, owners_in
 from gradfilter.interop._host_chain import filter_chain
 from gradfilter.interop._host_ranks import averaged, copy_buffers, differ, over_all_ranks
 from gradfilter.interop._hosted import (
+    LIVE,
     ROWS,
     WEIGHTS,
     BatchSizes,
@@ -32,7 +33,10 @@ from gradfilter.interop._hosted import (
     check_division,
     log_weights,
     logged,
+    mark_rows,
+    samples_first,
     sizes_in,
+    sizes_of_sampler,
 )
 from gradfilter.transforms._compile import Backend
 
@@ -71,12 +75,13 @@ def check_arguments(args: Any) -> None:
         )
 
 
-def check_processes(accelerator: Any, drop_last: bool) -> None:
+def check_processes(accelerator: Any, drop_last: bool, uneven: bool) -> None:
     """Refuse kinds of distributed training other than equal batches on whole copies of a model.
 
     Args:
         accelerator: The trainer's `accelerate.Accelerator`.
         drop_last: True if a last batch that is not full is omitted.
+        uneven: ``uneven`` of the trainer.
 
     Raises:
         ValueError: Sharded or split models, another engine, or batches that differ between ranks.
@@ -91,11 +96,13 @@ def check_processes(accelerator: Any, drop_last: bool) -> None:
             f"found {found}, which {does}. Start the processes with torchrun or accelerate launch "
             "without it; for FSDP2 write the loop with gradfilter.distributed.sharded_rows."
         )
-    if accelerator.num_processes > 1 and not accelerator.even_batches and not drop_last:
+    together = accelerator.even_batches or drop_last or uneven
+    if accelerator.num_processes > 1 and not together:
         raise ValueError(
             "FilteredTrainer: expected as many rows on every rank, found even_batches=False, which "
-            "gives ranks last batches of other sizes, or none. Leave it at True, or omit the last "
-            "batch with dataloader_drop_last=True."
+            "gives ranks last batches of other sizes, or none. Leave it at True, use "
+            "FilteredTrainer(uneven=True) for rows without samples, which take no part, or omit "
+            "the last batch with dataloader_drop_last=True."
         )
 
 
@@ -120,6 +127,30 @@ def sizes_on_rank(loader: Any, ranks: int) -> BatchSizes | None:
     full, rest = divmod(sizes.full, together)
     last = rest * sizes.size + sizes.last
     return BatchSizes(full, sizes.size * together // ranks, -(-last // ranks))
+
+
+def last_sizes(loader: Any) -> list[int] | None:
+    """Return the sizes of the last batches of all processes, without samples that complete them.
+
+    Args:
+        loader: A loader from `accelerate` that completes last batches.
+
+    Returns:
+        None if they are full, omitted, or of an unknown number of samples.
+    """
+    shard = getattr(loader, "batch_sampler", None)
+    if not isinstance(shard, BatchSamplerShard):
+        return None
+    of_all: Any = shard.batch_sampler
+    sizes, ranks = sizes_of_sampler(of_all), int(cast(Any, shard).num_processes)
+    if sizes is None:
+        return None
+    together = 1 if cast(Any, shard).split_batches else ranks  # batches of one step
+    rest = sizes.full % together * sizes.size + sizes.last
+    each = sizes.size * together // ranks
+    if rest == 0 or of_all.drop_last:
+        return None
+    return [min(max(rest - each * rank, 0), each) for rank in range(ranks)]
 
 
 # --- Columns of a batch that hold weights and groups of samples ---
@@ -226,10 +257,17 @@ ITEMS = "num_items_in_batch"
 class _Metrics:
     """The metrics of the steps since the last log, by name.
 
+    Attributes:
+        since_log: The numbers of each step.
+        share: The share of this process in the rows of a step, times the number of processes.
+        last: The sizes of the last batches of all processes, if they are not full.
+
     It is a separate object, because attributes of a trainer are restored after a pass.
     """
 
     since_log: dict[str, list[Tensor]] = field(default_factory=dict)
+    share: float = 1.0
+    last: list[int] | None = None
 
 
 class FilteredTrainer(Trainer):
@@ -350,7 +388,7 @@ class FilteredTrainer(Trainer):
         own = frozenset(vars(self))
         super().__init__(*args, **kwargs)
         check_arguments(self.args)
-        check_processes(self.accelerator, self.args.dataloader_drop_last)
+        check_processes(self.accelerator, self.args.dataloader_drop_last, uneven)
         self.add_callback(_Gate(self))
         self.transforms, self.microbatches = transforms, microbatches
         self.plan: Plan = plan
@@ -371,16 +409,22 @@ class FilteredTrainer(Trainer):
         """Return the batches of one step, and the number of items per row."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._host().begin()
+        counts = self._mark_last(batches)
         if items is None:
             return batches, None
+        if counts is not None:
+            real = [self._without_labels(batch) for batch in batches]
+            items = super().get_batch_samples(iter(real), len(real), device)[1]
         # The items that Trainer counts, and so their rows, are of all ranks or of this one.
         ranks = self._ranks if self.args.average_tokens_across_devices else ALONE
         if self._names_columns:
             with _named_remedy():
                 found = [self._samples(batch, counted=True) for batch in batches]
             return batches, _items_per_row(found, ranks)
-        rows = sum(self._rows_in(batch) for batch in batches)
-        return batches, torch.as_tensor(items) / (rows * ranks.size)
+        rows = sum(self._rows_in(batch) for batch in batches) * ranks.size
+        if counts is not None:
+            rows = max(1, sum(counts) if ranks.size > 1 else counts[self.args.process_index])
+        return batches, torch.as_tensor(items) / rows
 
     @override
     def training_step(
@@ -406,7 +450,8 @@ class FilteredTrainer(Trainer):
             if self._names_columns:
                 batch, marks = self._marked(batch, items)
                 items = None  # of each sample, in the batch
-            hosted.shared = {} if items is None else {ITEMS: torch.as_tensor(items)}
+            batch, live = self._with_rows(batch)
+            hosted.shared = live if items is None else {ITEMS: torch.as_tensor(items), **live}
             if not self.accelerator.sync_gradients:
                 return torch.zeros_like(hosted.accumulate(batch, **marks))
             reference = self._reference(ITEMS in batch)
@@ -415,9 +460,17 @@ class FilteredTrainer(Trainer):
         if self.args.world_size > 1 and self.args.ddp_broadcast_buffers is not False:
             copy_buffers(cast(nn.Module, self.model), self._ranks)
         result.info.pop(ROWS, None)
+        mark_rows(result)
+        of_rows = (result.aux or {}).keys() - result.info.keys()
         for name, value in logged(result).items():
-            self._metrics.since_log.setdefault(name, []).append(value)
-        return result.loss
+            number = self._of_share(value) if name in of_rows else value
+            self._metrics.since_log.setdefault(name, []).append(number)
+        return self._of_share(result.loss)
+
+    def _of_share(self, mean: Tensor) -> Tensor:
+        """Weight a mean over rows of this process, so that the mean over processes is right."""
+        share = self._metrics.share
+        return torch.zeros_like(mean) if share == 0 else mean * share
 
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -471,7 +524,14 @@ class FilteredTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return Trainer's loader, and store it for a check when the number of steps is known."""
         loader: DataLoader[Any] = super().get_train_dataloader()
-        self._train_loader = loader
+        self._train_loader, self._metrics.last = loader, None
+        if self.uneven and self.args.world_size > 1 and not self.accelerator.even_batches:
+            # With complete batches all ranks have as many; the samples that complete them are
+            # removed by `_mark_last`.
+            shard = getattr(loader, "batch_sampler", None)
+            if isinstance(shard, BatchSamplerShard):
+                cast(Any, shard).even_batches = True
+            self._metrics.last = last_sizes(loader)
         return loader
 
     def _train_sizes(self) -> BatchSizes | None:
@@ -540,6 +600,46 @@ class FilteredTrainer(Trainer):
                 owners[name] = tuple(owner for owner in found if owner is not model)
         return owners
 
+    def _mark_last(self, batches: list[Any]) -> list[int] | None:
+        """Note in the last batch of an epoch how many of its samples do not just complete it.
+
+        Returns:
+            The number of rows of this step with samples, of each process; None if all rows have.
+        """
+        sizes, metrics = self._metrics.last, self._metrics
+        metrics.share = 1.0
+        if sizes is None or not self.accelerator.gradient_state.end_of_dataloader:
+            return None
+        rank, size = self._place
+        before = sum(self._rows_in(batch) for batch in batches[:-1])
+        rows = self._rows_in(batches[-1])
+        batches[-1] = {**batches[-1], LIVE: sizes[rank]}
+        counts = [before + min(rows, samples) for samples in sizes]
+        metrics.share = counts[rank] * size / sum(counts)
+        return counts
+
+    def _without_labels(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a batch without the labels of samples that only complete it."""
+        if LIVE not in batch:
+            return batch
+        found = dict(batch)
+        for name in {"labels", "shift_labels"} & batch.keys():
+            found[name] = batch[name].clone()
+            found[name][batch[LIVE] :] = -100
+        return found
+
+    def _with_rows(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return a batch that fills all rows, and the mask of those that have samples."""
+        inputs = dict(batch)
+        samples = inputs.pop(LIVE, None)
+        if samples is None:
+            return inputs, {}
+        rows = self._rows_in(inputs)
+        for name, value in inputs.items():
+            if isinstance(value, Tensor) and value.ndim:
+                inputs[name] = value[: max(rows, samples)]
+        return inputs, {LIVE: samples_first(rows, samples, self.args.device)}
+
     def _rows_in(self, batch: dict[str, Any]) -> int:
         if self.microbatches is not None:
             return self.microbatches
@@ -574,9 +674,10 @@ class FilteredTrainer(Trainer):
             counted: True if the loss is divided by the number of items.
         """
         inputs = self._without_columns(batch)
+        real = inputs.pop(LIVE, None)
         size = samples_in(inputs)
         if self.groups is None:
-            index = rows_of_samples(size, self.microbatches, self.uneven)
+            index = self._rows_of_places(size, size if real is None else real)
         else:
             index = self._rows_of_groups(self._column(batch, "groups", self.groups), size)
         device = index.device
@@ -587,6 +688,8 @@ class FilteredTrainer(Trainer):
             weights = mark_samples(inputs, given, None, None).weights
             device = weights.device
         weights = weights.to(_tree.sum_dtype(weights))
+        if real is not None:
+            weights = torch.where(torch.arange(size, device=device) < real, weights, 0.0)
         items = None
         if counted:
             items = self._items_of(inputs).to(weights)
@@ -595,6 +698,14 @@ class FilteredTrainer(Trainer):
             self._check_mean_of_samples(inputs)
         rows = size if self.microbatches is None else self.microbatches
         return _Samples(inputs, weights, index.to(device), items, rows)
+
+    def _rows_of_places(self, size: int, real: int) -> Tensor:
+        """Return the row of each sample, of which the last ones do not count. (N,) int64."""
+        rows = self.microbatches
+        if real == size or rows is None:
+            return rows_of_samples(size, rows, self.uneven)
+        own = torch.arange(real) if real < rows else rows_of_samples(real, rows, self.uneven)
+        return torch.cat([own, torch.full((size - real,), rows - 1)])
 
     def _rows_of_groups(self, given: Any, size: int) -> Tensor:
         """Return the row of each sample from the numbers of their groups. (N,) int64."""
