@@ -374,6 +374,80 @@ def test_an_uneven_last_batch_is_cut_into_rows_on_each_rank(two):
         torch.testing.assert_close(one, weights_of(net), rtol=1e-7, atol=1e-7)  # clip adds 1e-6
 
 
+COUNTS = (7, 5)  # samples of the ranks: last batches of 3 and 1
+
+
+class Bare(Net):
+    """Without BatchNorm, which refuses single samples."""
+
+    uneven, weighs = True, False
+
+    def __init__(self, rows):
+        super().__init__(clipped())
+        self.body[1], self.microbatches = nn.Identity(), rows
+
+    def microbatch_loss(self, batch):
+        output = self(batch[0])
+        self.log("hits", (output.argmax(1) == batch[1]).double().mean())
+        reduction = "none" if self.weighs else "mean"
+        return F.cross_entropy(output, batch[1], reduction=reduction)
+
+    def sample_weights(self, batch):
+        return torch.ones(len(batch[1])) if self.weighs else None
+
+
+def fewer_samples(rows, weighs, options):
+    torch.manual_seed(0)
+    net, logger = Bare(rows), Rows()
+    net.weighs, net.compile_step = weighs, options.pop("compile", False)
+    own = torch.utils.data.TensorDataset(*(t[:: 2 - dist.get_rank()] for t in data(14).tensors))
+    own = torch.utils.data.Subset(own, range(COUNTS[dist.get_rank()]))
+    trainer(use_distributed_sampler=False, logger=logger, **options).fit(net, loader(own))
+    return weights_of(net), logger.rows
+
+
+FEWER = {
+    "rows of two": (2, False, {}),
+    "one row per sample": (None, False, {}),
+    "weights": (2, True, {}),
+    "accumulated": (2, False, {"accumulate_grad_batches": 2}),
+    "a graph": (2, False, {"compile": "graph"}),
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if c == "a graph" else ()) for c in FEWER]
+)
+def test_ranks_with_fewer_samples_than_others_have_fewer_rows(two, case):
+    rows, weighs, options = FEWER[case]
+    torch.manual_seed(0)
+    net = Bare(rows)
+    own = [tuple(t[:: 2 - rank] for t in data(14).tensors) for rank in range(2)]
+    of_step = []
+    for start in (0, SIZE):
+        found = []
+        for rank, (x, y) in enumerate(own):
+            i = torch.arange(COUNTS[rank])[start : start + SIZE]
+            found += [(x[part], y[part]) for part in i.tensor_split(rows or len(i)) if len(part)]
+        of_step.append(found)
+    if case == "accumulated":
+        of_step = [of_step[0] + of_step[1]]
+    assert [len(found) for found in of_step][-1] == {"accumulated": 7}.get(case, 3 + (rows is None))
+    with torch.no_grad():
+        output = net(torch.cat([x for x, _ in of_step[0]]))
+    naive(net, of_step)
+    found = two.run(fewer_samples, rows, weighs, options)
+    for weights, _ in found:
+        torch.testing.assert_close(weights, weights_of(net), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(weights, found[0][0], rtol=0, atol=0)
+    logged = found[0][1]
+    if case != "accumulated":
+        labels = torch.cat([y for _, y in of_step[0]])
+        assert logged[0]["train_loss"] == pytest.approx(F.cross_entropy(output, labels).item())
+    assert all(0 <= row["hits"] <= 1 and row["train_loss"] > 0 for row in logged)
+
+
 # --- DistributedDataParallel ---
 
 

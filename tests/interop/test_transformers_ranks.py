@@ -486,7 +486,12 @@ UNEVEN = {
     "one sample on the last rank": (5, {}, {}, [4, 1]),
     "none on the last rank": (3, {}, {}, [3, 0]),
     "one row per sample": (6, {"m": None}, {}, [4, 2]),
-    "accumulated": (3, {"args": {"gradient_accumulation_steps": 2}}, {}, [3, 0]),
+    "accumulated": (
+        3,
+        {"n": 3 * 2 * SIZE + 3, "args": {"gradient_accumulation_steps": 2}},
+        {},
+        [3, 0],
+    ),
     "weights": (5, {"sample_weights": "weight"}, {"weighted": True}, [4, 1]),
     "users": (5, {"groups": "user_id", "m": 4}, {"groups": True}, [4, 1]),
     "split batches": (6, {"split": True}, {}, [4, 2]),

@@ -237,10 +237,13 @@ class Hosted(Filtered):
         self, params: Params, batch: Any, buffers: Tree | None, scale: Tensor | None
     ) -> tuple[ComputedStack, Tensor | None]:
         rows, factors = super()._rows(params, batch, buffers, scale)
+        if not (self._uneven and self.ranks.size > 1):
+            return rows, factors
+        # Accumulated batches are joined with the factors of all of them, or of none.
+        if factors is None:
+            factors = torch.ones_like(rows.live, dtype=_tree.sum_dtype(rows.live))
         live = self.shared.get(LIVE)
-        if live is None or factors is None:
-            return rows, live if factors is None else factors
-        return rows, torch.where(live == 0, 0.0, factors)
+        return rows, factors if live is None else torch.where(live == 0, 0.0, factors)
 
     @override
     def _filter(
