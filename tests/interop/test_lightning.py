@@ -3,11 +3,13 @@
 import copy
 import pickle
 import sys
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import gradfilter as gf
 from _float16 import GROWTH, SCALE, Perceptron, samples, scaler, scales_by_hand, train_by_hand
@@ -330,6 +332,25 @@ def test_mixed_precision_is_autocast_around_the_step():
     close(net, plain, tolerance=1e-6)
     assert not torch.equal(net.head.weight, full.head.weight)
     close(net, full, tolerance=0.2)
+
+
+DECAY = 0.8
+average_of = partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=True)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.skipif(not hasattr(L.pytorch.callbacks, "EMAWeightAveraging"), reason="Lightning 2.5")
+def test_averaged_weights_are_those_of_filtered_steps():
+    """Lightning counts a skipped step, in which the average moves towards unchanged weights."""
+    net, data = Net(), images()
+    plain = copy.deepcopy(net)
+    average = average_of(plain)
+    kept, _ = by_hand(plain, data, after_step=lambda _: average.update_parameters(plain))
+    averaging = L.pytorch.callbacks.EMAWeightAveraging(decay=DECAY)
+    trainer(callbacks=[averaging]).fit(net, loader(data))
+    assert 0 < kept < STEPS
+    close(net, average.module)  # at the end of a fit Lightning takes the averages
+    assert not torch.allclose(net.head.weight, plain.head.weight)
 
 
 class Half(FilteredModule):

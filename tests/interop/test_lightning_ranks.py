@@ -448,6 +448,23 @@ def test_ranks_with_fewer_samples_than_others_have_fewer_rows(two, case):
     assert all(0 <= row["hits"] <= 1 and row["train_loss"] > 0 for row in logged)
 
 
+def averaged(size):
+    net = fresh("agreement")
+    averaging = L.pytorch.callbacks.EMAWeightAveraging(decay=0.8)
+    batches = as_loader(joined(2)) if size == 1 else loader(data(2 * SIZE * STEPS))
+    if size == 1:
+        net.microbatches = 2 * M
+    trainer(size, callbacks=[averaging]).fit(net, batches)
+    return weights_of(net)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.skipif(not hasattr(L.pytorch.callbacks, "EMAWeightAveraging"), reason="Lightning 2.5")
+def test_averaged_weights_are_those_of_one_process(two):
+    for found in two.run(averaged, 2):
+        torch.testing.assert_close(found, averaged(1), rtol=1e-10, atol=1e-10)
+
+
 # --- DistributedDataParallel ---
 
 

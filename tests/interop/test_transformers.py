@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import gradfilter as gf
 from _float16 import GROWTH, SCALE, Perceptron, samples, scaler, scales_by_hand, train_by_hand
@@ -600,6 +601,54 @@ def test_mistakes_are_one_clear_message(trainer, monkeypatch):
     monkeypatch.setattr(hf.TrainingArguments, "n_gpu", 2)  # without two of them
     with pytest.raises(ValueError, match="expected one device in a process, found 2"):
         trainer(model, data)
+
+
+average_of = partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.8))
+
+
+class Averaging(hf.TrainerCallback):
+    """An average of the weights after every step, made or skipped."""
+
+    def on_train_begin(self, *args, model, **kwargs):
+        self.average = average_of(model)
+
+    def on_step_end(self, *args, model, **kwargs):
+        self.average.update_parameters(model)
+
+
+@pytest.mark.usefixtures("float64")
+def test_averaged_weights_are_those_of_filtered_steps(trainer):
+    model, chain, collator = language_model(), gf.agree_filter(0.3), Recorded()
+    plain, averaging = copy.deepcopy(model), Averaging()
+    trained = trainer(
+        model, sentences(), chain, data_collator=collator, optimizers=sgd(model)[:2],
+        callbacks=[averaging],
+    )  # fmt: skip
+    trained.train()
+    average = average_of(plain)
+    optimizer, scheduler, _ = sgd(plain)
+    wrapper = Filtered(plain, None, chain, optimizer, M)
+    plain.train()
+    for batch in collator.batches[:STEPS]:
+        wrapper.step(batch)
+        average.update_parameters(plain)
+        scheduler.step()
+    assert 0 < sum(column(trained, "keep")) < STEPS
+    close(averaging.average.module, average.module)
+    assert not torch.allclose(average.module.lm_head.weight, plain.lm_head.weight)
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_run_whose_first_step_is_skipped_does_not_warn(trainer):
+    model = classifier()
+    made = trainer(
+        model, labelled(2 * SIZE), gf.agree_filter(NOTHING), m=2, args={"max_steps": 2},
+        optimizers=sgd(model)[:2],
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*lr_scheduler.step")
+        made.train()
+    assert column(made, "keep") == [0.0, 0.0]
 
 
 class Half(FilteredTrainer):

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import gradfilter as gf
 from _float16 import Perceptron, scaler, scales_by_hand, train_by_hand
@@ -723,6 +724,34 @@ def test_options_of_the_trainer(two, tmp_path, case):
 
 
 # --- Float16 ---
+
+
+class Averaging(hf.TrainerCallback):
+    def on_train_begin(self, *args, model, **kwargs):
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.8))
+
+    def on_step_end(self, *args, model, **kwargs):
+        self.average.update_parameters(model)
+
+
+def with_average(trainer):
+    averaging = Averaging()
+    trainer.add_callback(averaging)
+    return averaging
+
+
+def averages(trainer):
+    callbacks = trainer.callback_handler.callbacks
+    average = next(c for c in callbacks if isinstance(c, Averaging)).average.module
+    return {name: value.numpy() for name, value in average.state_dict().items()}
+
+
+def test_averaged_weights_are_those_of_one_process(two, tmp_path):
+    options = {"chain": "agreement", "model": "classes"}
+    ranks = two.run(job, tmp_path / "ranks", options, None, with_average, averages)
+    alone = job(tmp_path / "one", as_one(options), None, with_average, averages)
+    for found in ranks:
+        close(SimpleNamespace(state=found.extra), SimpleNamespace(state=alone.extra))
 
 
 class Half(FilteredTrainer):
