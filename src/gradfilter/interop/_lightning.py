@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter._types import Transform
+from gradfilter.distributed._rank_stack import check_leaves_alike
 from gradfilter.distributed._ranks import ALONE, Ranks
 from gradfilter.grads._batch import samples_in
 from gradfilter.grads._microbatch import Plan
@@ -430,6 +431,13 @@ class FilteredModule(lightning.LightningModule):
             super().log(name, value, *args, **kwargs)
         else:
             self._loss_log.add(name, value, *args, **kwargs)
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Compare the parameters of all processes, before DistributedDataParallel sends them."""
+        super().setup(stage)
+        if stage == TrainerFn.FITTING and self.trainer.world_size > 1:
+            check_leaves_alike(dict(self.named_parameters()), Ranks.of(None))
 
     @override
     def on_fit_start(self) -> None:

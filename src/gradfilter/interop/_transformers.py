@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter._types import Transform
+from gradfilter.distributed._rank_stack import check_leaves_alike
 from gradfilter.distributed._ranks import ALONE, Ranks
 from gradfilter.grads._batch import mark_samples, rows_of_samples, samples_in
 from gradfilter.grads._microbatch import Plan
@@ -401,6 +402,17 @@ class FilteredTrainer(Trainer):
         self._inherited = frozenset(vars(self)) - own
         self._metrics = _Metrics()
         self._loss_log = LossLog("FilteredTrainer")
+
+    @override
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Create Trainer's optimizer, when all processes have models of the same parameters.
+
+        DistributedDataParallel, which comes next, stops the process if they differ.
+        """
+        if self.args.world_size > 1:
+            named = cast(nn.Module, self.model).named_parameters()
+            check_leaves_alike(dict(named), self._ranks)
+        return super().create_optimizer(*args, **kwargs)
 
     @override
     def get_batch_samples(
