@@ -1,10 +1,15 @@
 """A rank that fails or differs, in every host: all other ranks end with an error, none updates."""
 
+import contextlib
 import copy
 import os
 import signal
+import socket
+import subprocess
+import sys
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -242,3 +247,124 @@ def test_all_ranks_name_the_one_that_differs_before_the_first_update(
     for step, unchanged, kind, message in three.run(harmed, host, difference, tmp_path):
         assert step == 1 and unchanged and kind == "ValueError", message
         assert DIFFERENCES[difference] in message and "on rank 2" in message
+
+
+# --- torchrun: restarts, and other numbers of processes ---
+
+
+SCRIPT = """
+import os, signal, sys
+sys.path.insert(0, {examples!r})
+import torch
+torch.set_num_threads(1)
+import ddp
+calls, step = [], ddp.Filtered.step
+
+def failing(self, *args):
+    calls.append(1)
+    if {victim} and len(calls) == 15 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if {node}:
+            os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args)
+
+ddp.Filtered.step = failing
+ddp.main(sys.argv[1:])
+"""
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def script(folder, victim, node=False):
+    path = folder / "train.py"
+    path.write_text(SCRIPT.format(examples=str(EXAMPLES), victim=victim, node=node))
+    return path
+
+
+def torchrun(*line, **options):
+    line = [*RUN, *map(str, line)]
+    return subprocess.run(
+        line, capture_output=True, text=True, timeout=PATIENCE, check=False, **options
+    )
+
+
+def orphans(path):
+    """Return the processes that still run a script."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(path).encode() in (folder / "cmdline").read_bytes():
+                found.append(folder.name)
+    return found
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_lost_and_restarted_goes_on_from_the_last_checkpoint(tmp_path):
+    pytest.importorskip("sklearn")
+    whole, cut = tmp_path / "whole.pt", tmp_path / "cut.pt"
+    two = ["--standalone", "--nproc-per-node", 2]
+    done = torchrun(*two, EXAMPLES / "ddp.py", "--epochs", 3, "--save", whole)
+    assert done.returncode == 0, done.stderr
+    path, file = script(tmp_path, 'os.environ["RANK"] == "1"'), tmp_path / "last.pt"
+    options = ["--epochs", 3, "--checkpoint", file, "--save", cut]
+    failed = torchrun(*two, "--max-restarts", 0, path, *options)
+    assert failed.returncode != 0 and weights(file)[-1] == 1 and not cut.exists()
+    assert "Rank 0 of 2 lost the others while" in failed.stderr or "SIGKILL" in failed.stderr
+    assert not orphans(path)
+    file.unlink()
+    done = torchrun(*two, "--max-restarts", 2, path, *options)
+    assert done.returncode == 0, done.stderr
+    epochs = [line.split(":")[0] for line in done.stdout.splitlines() if "epoch" in line]
+    assert epochs == ["epoch 1", "epoch 2", "epoch 3"]
+    torch.testing.assert_close(weights(cut), weights(whole), rtol=0, atol=0)
+    assert not orphans(path)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_ranks_is_resumed_by_three(tmp_path):
+    pytest.importorskip("sklearn")
+    file = tmp_path / "last.pt"
+    for ranks, last in ((2, 2), (3, 4)):
+        line = ["--standalone", "--nproc-per-node", ranks, EXAMPLES / "ddp.py"]
+        done = torchrun(*line, "--epochs", last, "--checkpoint", file)
+        assert done.returncode == 0, done.stderr
+        epochs = [line.split(":")[0] for line in done.stdout.splitlines() if "epoch" in line]
+        assert epochs == [f"epoch {last - 1}", f"epoch {last}"]
+        assert f"{ranks} processes, equal parameters: True" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_a_node_that_is_lost(tmp_path):
+    """`--nnodes 1:2`: the other node starts again alone, from the last checkpoint."""
+    pytest.importorskip("sklearn")
+    path = script(tmp_path, '"VICTIM" in os.environ', node=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    conf = "join_timeout=120,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
+    line = [
+        *RUN, "--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "2", "--rdzv-id", "a",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-conf", conf,
+    ]  # fmt: skip
+    line += [str(path), "--epochs", "3", "--checkpoint", str(tmp_path / "last.pt")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    nodes = []
+    for extra, host in (({}, "true"), ({"VICTIM": "1"}, "false")):
+        own = [f"{conf},is_host={host}" if word == conf else word for word in line]
+        nodes.append(subprocess.Popen(own, env=os.environ | extra, **pipes))
+    try:
+        printed, _ = nodes[0].communicate(timeout=PATIENCE)
+        assert nodes[0].returncode == 0, printed
+        epochs = [line.split(":")[0] for line in printed.splitlines() if line.startswith("epoch")]
+        assert epochs[-2:] == ["epoch 2", "epoch 3"]
+        assert "1 processes, equal parameters: True" in printed
+        assert nodes[1].wait(PATIENCE) == -signal.SIGKILL
+    finally:
+        for node in nodes:
+            node.kill()
+            node.communicate()
+    assert not orphans(path)
