@@ -217,7 +217,8 @@ class FilteredModule(lightning.LightningModule):
     processes, with ``sync_dist`` or without, and the same on all. What an epoch has logged, buffers
     (those of rank 0), checkpoints and samplers are as always in Lightning. States of transforms
     before an ``across_ranks`` of your own differ between processes; all of them are in the
-    checkpoint. Every process needs as many rows and batches as the others.
+    checkpoint. Every process needs as many batches as the others, and as many rows: with ``uneven``
+    rows without samples take no part.
 
     For a last batch that is not full, set ``uneven = True``. For padding, or samples of unequal
     importance, write a method `sample_weights`; for one row per user or task, `sample_groups`.

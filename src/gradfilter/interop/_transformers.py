@@ -301,7 +301,9 @@ class FilteredTrainer(Trainer):
     the rows of all are one stack, by `across_ranks` in front of a chain that has none, so the
     training is that of one process with all rows. What is logged is the mean over the processes;
     buffers are copied from the first one after every step; a state of transforms before
-    `across_ranks` is saved by each process. Sharded models are refused.
+    `across_ranks` is saved by each process. Sharded models are refused. With ``uneven`` and
+    accelerate's ``even_batches=False`` last batches have other sizes: rows without samples take no
+    part.
 
     **Weights and groups** are columns of the batch, from the data set or the collator. They reach
     neither the model nor ``compute_loss``, and ``remove_unused_columns`` keeps them; an evaluation
