@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import itertools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -204,10 +206,14 @@ def skip_without(host):
         pytest.importorskip(NEEDS[host])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fresh_ranks", [2, 3], indirect=True)
-@pytest.mark.parametrize("harm", HARMS)
-@pytest.mark.parametrize("host", HOSTS)
+QUICK = (2, "Filtered", "killed")
+GONE = [
+    pytest.param(*case, marks=() if case == QUICK else pytest.mark.slow)
+    for case in itertools.product((2, 3), HOSTS, HARMS)
+]
+
+
+@pytest.mark.parametrize(("fresh_ranks", "host", "harm"), GONE, indirect=["fresh_ranks"])
 def test_the_others_end_within_the_timeout_when_a_rank_is_gone(fresh_ranks, tmp_path, host, harm):
     skip_without(host)
     size, victim = fresh_ranks.size, fresh_ranks.size - 1
@@ -219,6 +225,8 @@ def test_the_others_end_within_the_timeout_when_a_rank_is_gone(fresh_ranks, tmp_
         assert step == BAD and unchanged and kind == "LostRanksError"
         assert f"Rank {rank} of {size} lost the others while" in message
         assert "Nothing was updated in this step" in message
+        silent = re.search(r"No word within 3 s from ranks? ([\d, ]+)\. ", message)
+        assert silent is not None and str(victim) in silent[1].split(", "), message
     if harm == "raises":
         assert fresh_ranks.outcome(victim)[1] == (BAD, True, "ArithmeticError", "my own mistake")
 

@@ -854,6 +854,14 @@ def test_a_batch_that_does_not_divide_is_refused_before_the_first_step(two, tmp_
             two.run(job, tmp_path, options)
 
 
+def test_batches_of_unknown_sizes_are_refused_where_they_may_differ():
+    from gradfilter.interop._transformers import check_sizes_known
+
+    check_sizes_known(torch.utils.data.BatchSampler(range(5), 2, False))
+    with pytest.raises(ValueError, match=r"known sizes with even_batches=False .* found list"):
+        check_sizes_known([[0, 1], [2]])
+
+
 def accelerator(kind="MULTI_CPU", even=True, config=None):
     return SimpleNamespace(
         distributed_type=kind, num_processes=2, even_batches=even, parallelism_config=config

@@ -438,6 +438,7 @@ class FilteredModule(lightning.LightningModule):
         """Compare the parameters of all processes, before DistributedDataParallel sends them."""
         super().setup(stage)
         if stage == TrainerFn.FITTING and self.trainer.world_size > 1:
+            check_strategy(type(self).__name__, self)
             check_leaves_alike(dict(self.named_parameters()), Ranks.of(None))
 
     @override

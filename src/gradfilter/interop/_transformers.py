@@ -130,6 +130,20 @@ def sizes_on_rank(loader: Any, ranks: int) -> BatchSizes | None:
     return BatchSizes(full, sizes.size * together // ranks, -(-last // ranks))
 
 
+def check_sizes_known(sampler: Any) -> None:
+    """Refuse a sampler whose last batches cannot be known to have samples of their own.
+
+    Raises:
+        ValueError: It is not a `BatchSampler` of a known number of samples.
+    """
+    if sizes_of_sampler(sampler) is None:
+        raise ValueError(
+            "FilteredTrainer: expected batches of known sizes with even_batches=False and "
+            f"uneven=True, found {type(sampler).__name__}. Use a torch.utils.data.BatchSampler, or "
+            "leave even_batches at True."
+        )
+
+
 def last_sizes(loader: Any) -> list[int] | None:
     """Return the sizes of the last batches of all processes, without samples that complete them.
 
@@ -139,14 +153,15 @@ def last_sizes(loader: Any) -> list[int] | None:
     Returns:
         None if they are full, omitted, or of an unknown number of samples.
     """
-    shard = getattr(loader, "batch_sampler", None)
+    shard: Any = getattr(loader, "batch_sampler", None)
     if not isinstance(shard, BatchSamplerShard):
         return None
-    of_all: Any = shard.batch_sampler
-    sizes, ranks = sizes_of_sampler(of_all), int(cast(Any, shard).num_processes)
+    shard = cast(Any, shard)
+    of_all, ranks = shard.batch_sampler, shard.num_processes
+    sizes = sizes_of_sampler(of_all)
     if sizes is None:
         return None
-    together = 1 if cast(Any, shard).split_batches else ranks  # batches of one step
+    together = 1 if shard.split_batches else ranks  # batches of one step
     rest = sizes.full % together * sizes.size + sizes.last
     each = sizes.size * together // ranks
     if rest == 0 or of_all.drop_last:
@@ -544,6 +559,7 @@ class FilteredTrainer(Trainer):
             # removed by `_mark_last`.
             shard = getattr(loader, "batch_sampler", None)
             if isinstance(shard, BatchSamplerShard):
+                check_sizes_known(cast(Any, shard).batch_sampler)
                 cast(Any, shard).even_batches = True
             self._metrics.last = last_sizes(loader)
         return loader
@@ -583,8 +599,8 @@ class FilteredTrainer(Trainer):
         model = cast(nn.Module, self.model)
         optimizer = cast(torch.optim.Optimizer, self.optimizer)
         if self._hosted is None or not self._hosted.serves(model, optimizer):
-            if hasattr(optimizer, "scaler"):
-                optimizer.scaler = None  # of accelerate's optimizer, which would unscale and skip
+            if hasattr(optimizer, "scaler"):  # accelerate's, which would unscale and skip
+                cast(Any, optimizer).scaler = None
             self._hosted = Hosted(
                 model,
                 self._microbatch_loss,
