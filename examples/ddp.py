@@ -4,8 +4,9 @@
 
 Every process has its own samples (`DistributedSampler`) and computes a row per microbatch.
 `across_ranks()` joins the rows of all processes where DDP would average them away; everything after
-it gives the same bits in every process, so the parameters stay equal without being sent. Replace
-`digits()` by your data and the model in `main()` by yours. Needs scikit-learn
+it gives the same bits in every process, so the parameters stay equal without being sent. With
+`--checkpoint FILE`, `torchrun --max-restarts 2` resumes from the last epoch if a process is lost.
+Replace `digits()` by your data and the model in `main()` by yours. Needs scikit-learn
 (`pip install "gradfilter[lab]"`).
 """
 
@@ -39,8 +40,8 @@ def accuracy(model: nn.Module, loader: DataLoader[tuple[Tensor, ...]], device: s
     model.eval()
     counts = torch.zeros(2, device=device)  # right, all
     for x, y in loader:
-        hits = model(x.to(device)).argmax(1) == y.to(device)
-        counts += torch.stack([hits.sum(), torch.full_like(hits.sum(), len(hits))])
+        hits = (model(x.to(device)).argmax(1) == y.to(device)).sum()
+        counts += torch.stack([hits, torch.full_like(hits, len(y))])
     model.train()
     dist.all_reduce(counts)
     return float(counts[0] / counts[1])
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threshold", type=float, default=0.97, help="largest accepted 1 - cosine")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", help="file for the weights of the model")
+    parser.add_argument("--checkpoint", help="file of the last epoch, from which a run resumes")
     args = parser.parse_args(argv)
 
     gpu = torch.cuda.is_available()
@@ -83,22 +85,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     ddp = DistributedDataParallel(model)  # sends the parameters of the first process to all
     optimizer = torch.optim.SGD(ddp.parameters(), lr=args.lr, momentum=0.9)
     filters = gf.chain(across_ranks(), gf.agree_filter(args.threshold))
-    criterion = nn.CrossEntropyLoss()
-    filtered = Filtered(ddp.module, criterion, filters, optimizer, args.microbatches)
+    filtered = Filtered(ddp.module, nn.CrossEntropyLoss(), filters, optimizer, args.microbatches)
 
-    for epoch in range(1, args.epochs + 1):
+    start = 0
+    if args.checkpoint and os.path.exists(args.checkpoint):
+        weights, states, start = torch.load(args.checkpoint, device, weights_only=True)
+        model.load_state_dict(weights)
+        filtered.load_state_dict(states)
+    for epoch in range(start + 1, args.epochs + 1):
         sampler.set_epoch(epoch)  # another order in every epoch
         losses, accepted = [], []
         for x, y in loader:
             result = filtered.step(x.to(device), y.to(device))
             losses.append(result.loss)  # of this process
             accepted.append(result.info["agree_filter/accepted"])  # of all rows of all processes
-        loss = torch.stack(losses).mean()
+        loss = torch.stack(losses).mean() / dist.get_world_size()
         dist.all_reduce(loss)
-        loss /= dist.get_world_size()
         right, rows = accuracy(model, test_loader, device), torch.stack(accepted).float().mean()
         if first:
             print(f"epoch {epoch}: loss {loss:.4f}, test accuracy {right:.4f}, accepted {rows:.4f}")
+        if first and args.checkpoint:
+            torch.save((model.state_dict(), filtered.state_dict(), epoch), args.checkpoint + "~")
+            os.replace(args.checkpoint + "~", args.checkpoint)  # the one before or this one
     equal = equal_everywhere(model)
     if first:
         print(f"{dist.get_world_size()} processes, equal parameters: {equal}")

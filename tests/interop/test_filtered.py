@@ -7,10 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -1003,3 +1007,33 @@ def test_what_is_saved_needs_no_module():
     torch.save(filtered(model).state_dict()["transforms"], file)
     file.seek(0)
     assert torch.load(file, weights_only=True) == {}
+
+
+@pytest.mark.usefixtures("float64")
+def test_averaged_weights_are_those_of_a_loop_by_hand():
+    model = Dropped(0.0)
+    plain = copy.deepcopy(model)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.8))
+    expected = [p.detach().clone() for p in model.parameters()]
+    wrapper, optimizer = filtered(model, 0.97, m=2), sgd(plain)
+    kept = []
+    for step in range(8):
+        x, y = vectors()
+        kept.append(bool(wrapper.step(x, y).info["keep"]))
+        average.update_parameters(model)
+        if kept[-1]:
+            optimizer.zero_grad()
+            F.cross_entropy(plain(x), y).backward()  # with two rows, a step has both or is skipped
+            optimizer.step()
+        for mean, p in zip(expected, plain.parameters(), strict=True):
+            mean.copy_(p.detach() if step == 0 else 0.8 * mean + 0.2 * p.detach())
+    assert 0 < sum(kept) < 8
+    for mean, p in zip(expected, average.module.parameters(), strict=True):
+        torch.testing.assert_close(p, mean, rtol=1e-10, atol=1e-10)
+
+
+def test_a_module_of_sharded_parameters_is_refused():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model = fully_shard(nn.Linear(6, 3), mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match=r"whole on this rank, found sharded ones .*sharded_rows"):
+        filtered(model)

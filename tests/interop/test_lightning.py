@@ -3,13 +3,16 @@
 import copy
 import pickle
 import sys
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import gradfilter as gf
+from _float16 import GROWTH, SCALE, Perceptron, samples, scaler, scales_by_hand, train_by_hand
 from gradfilter import interop
 from gradfilter.interop import Filtered
 
@@ -331,6 +334,128 @@ def test_mixed_precision_is_autocast_around_the_step():
     close(net, full, tolerance=0.2)
 
 
+DECAY = 0.8
+average_of = partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=True)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.skipif(not hasattr(L.pytorch.callbacks, "EMAWeightAveraging"), reason="Lightning 2.5")
+def test_averaged_weights_are_those_of_filtered_steps():
+    """Lightning counts a skipped step, in which the average moves towards unchanged weights."""
+    net, data = Net(), images()
+    plain = copy.deepcopy(net)
+    average = average_of(plain)
+    kept, _ = by_hand(plain, data, after_step=lambda _: average.update_parameters(plain))
+    averaging = L.pytorch.callbacks.EMAWeightAveraging(decay=DECAY)
+    trainer(callbacks=[averaging]).fit(net, loader(data))
+    assert 0 < kept < STEPS
+    close(net, average.module)  # at the end of a fit Lightning takes the averages
+    assert not torch.allclose(net.head.weight, plain.head.weight)
+
+
+class Half(FilteredModule):
+    """A perceptron that notes the scale after each batch, and the norms of steps made."""
+
+    microbatches, transforms = M, gf.mean_rows()
+
+    def __init__(self):
+        super().__init__()
+        self.net = Perceptron()
+        self.scales, self.norms = [], []
+
+    def microbatch_loss(self, batch):
+        return self.net(**batch)["loss"]
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        optimizer.register_step_post_hook(lambda *_: self.norms.append(self.norm()))
+        return optimizer
+
+    def norm(self):
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters()]).item()
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.scales.append(self.trainer.precision_plugin.scaler.get_scale())
+
+
+def half_precision(**options):
+    """A trainer in float16, which Lightning's own argument refuses on a CPU."""
+    plugin = L.pytorch.plugins.precision.MixedPrecision("16-mixed", "cpu", scaler())
+    return trainer(plugins=[plugin], **options)
+
+
+HOT = [(1, 2), (3, 0), (3, 3), *((5, row) for row in range(M))]  # the sixth step is skipped
+HALVES = 8
+
+
+class Flat(torch.utils.data.Dataset):
+    """The samples of all steps, one after the other."""
+
+    def __init__(self, columns):
+        self.columns = {name: values.flatten(0, 2) for name, values in columns.items()}
+
+    def __len__(self):
+        return len(self.columns["labels"])
+
+    def __getitem__(self, i):
+        return {name: values[i] for name, values in self.columns.items()}
+
+
+@pytest.mark.parametrize("plan", ["auto", "loop"])
+def test_in_float16_a_row_that_overflows_is_rejected_and_not_the_step(plan):
+    net, data = Half(), samples(HALVES, M, 2, HOT)
+    net.plan = plan
+    plain = copy.deepcopy(net.net)
+    fit = half_precision(gradient_clip_val=0.4)
+    fit.fit(net, loader(Flat(data)))
+    norms = train_by_hand(plain, data, HOT, limit=0.4)
+    assert net.scales == scales_by_hand(HALVES, HOT)
+    assert len(net.norms) == HALVES - 1 == len(norms) and min(norms) < 0.4 < max(norms)
+    assert net.norms == pytest.approx([min(norm, 0.4) for norm in norms], rel=5e-3)
+    close(net.net, plain, tolerance=5e-3)
+    assert fit.global_step == HALVES and fit.precision_plugin.scaler is not None
+
+
+def test_in_float16_rows_of_accumulated_batches_are_rejected_alone():
+    net, data = Half(), samples(HALVES, 2 * M, 2, HOT)
+    plain = copy.deepcopy(net.net)
+    half_precision(accumulate_grad_batches=2).fit(net, loader(Flat(data)))
+    train_by_hand(plain, data, HOT)
+    close(net.net, plain, tolerance=5e-3)
+    assert net.scales[1::2] == scales_by_hand(HALVES, HOT)
+    assert len(net.norms) == HALVES  # the sixth step has M rows left
+
+
+def test_a_scale_is_resumed_with_the_run(tmp_path):
+    data = loader(Flat(samples(HALVES - 1, M, 2, [(1, 2)])))  # the scale is about to grow
+    net = Half()
+    again = copy.deepcopy(net)
+    half_precision(max_epochs=2).fit(net, data)
+    first = half_precision()
+    first.fit(again, data)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    rest = Half()
+    half_precision(max_epochs=2).fit(rest, data, ckpt_path=tmp_path / "half.ckpt")
+    close(rest, net, tolerance=0)
+    expected = scales_by_hand(2 * HALVES - 2, [(1, 2), (HALVES, 2)])
+    assert again.scales + rest.scales == net.scales == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_in_float16_on_a_gpu_a_row_that_overflows_is_rejected_alone():
+    net, data = Half(), samples(HALVES, M, 2, HOT)
+    plain = copy.deepcopy(net.net)
+    plugin = L.pytorch.plugins.precision.MixedPrecision("16-mixed", "cuda")
+    plugin.scaler = torch.amp.GradScaler("cuda", init_scale=SCALE, growth_interval=GROWTH)
+    options = {"max_epochs": 1, "enable_checkpointing": False, "logger": False}
+    fit = L.Trainer(accelerator="gpu", devices=1, plugins=[plugin], **options)
+    fit.fit(net, loader(Flat(data)))
+    train_by_hand(plain, data, HOT)
+    assert net.scales == scales_by_hand(HALVES, HOT)
+    close(net.net.cpu(), plain, tolerance=5e-3)
+
+
 def test_a_module_that_has_a_training_step_lends_its_loss():
     class Usual(L.LightningModule):
         def __init__(self):
@@ -587,7 +712,6 @@ def test_sam_in_lightning_refuses_batches_that_its_closure_does_not_have():
 @pytest.mark.parametrize(
     ("attribute", "value", "message"),
     [
-        ("precision", "16-mixed", 'found "16-mixed"'),
         ("world_size", 2, 'strategy "ddp" for 2 processes, found SingleDeviceStrategy'),
     ],
 )

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradfilter as gf
+from _float16 import Perceptron, samples, scaler, scales_by_hand, train_by_hand
 from _world import PATIENCE, World
 from gradfilter import interop
 from gradfilter.distributed import across_ranks
@@ -371,6 +372,97 @@ def test_an_uneven_last_batch_is_cut_into_rows_on_each_rank(two):
     naive(net, batches)
     for one in found:
         torch.testing.assert_close(one, weights_of(net), rtol=1e-7, atol=1e-7)  # clip adds 1e-6
+
+
+COUNTS = (7, 5)  # samples of the ranks: last batches of 3 and 1
+
+
+class Bare(Net):
+    """Without BatchNorm, which refuses single samples."""
+
+    uneven, weighs = True, False
+
+    def __init__(self, rows):
+        super().__init__(clipped())
+        self.body[1], self.microbatches = nn.Identity(), rows
+
+    def microbatch_loss(self, batch):
+        output = self(batch[0])
+        self.log("hits", (output.argmax(1) == batch[1]).double().mean())
+        reduction = "none" if self.weighs else "mean"
+        return F.cross_entropy(output, batch[1], reduction=reduction)
+
+    def sample_weights(self, batch):
+        return torch.ones(len(batch[1])) if self.weighs else None
+
+
+def fewer_samples(rows, weighs, options):
+    torch.manual_seed(0)
+    net, logger = Bare(rows), Rows()
+    net.weighs, net.compile_step = weighs, options.pop("compile", False)
+    own = torch.utils.data.TensorDataset(*(t[:: 2 - dist.get_rank()] for t in data(14).tensors))
+    own = torch.utils.data.Subset(own, range(COUNTS[dist.get_rank()]))
+    trainer(use_distributed_sampler=False, logger=logger, **options).fit(net, loader(own))
+    return weights_of(net), logger.rows
+
+
+FEWER = {
+    "rows of two": (2, False, {}),
+    "one row per sample": (None, False, {}),
+    "weights": (2, True, {}),
+    "accumulated": (2, False, {"accumulate_grad_batches": 2}),
+    "a graph": (2, False, {"compile": "graph"}),
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if c == "a graph" else ()) for c in FEWER]
+)
+def test_ranks_with_fewer_samples_than_others_have_fewer_rows(two, case):
+    rows, weighs, options = FEWER[case]
+    torch.manual_seed(0)
+    net = Bare(rows)
+    own = [tuple(t[:: 2 - rank] for t in data(14).tensors) for rank in range(2)]
+    of_step = []
+    for start in (0, SIZE):
+        found = []
+        for rank, (x, y) in enumerate(own):
+            i = torch.arange(COUNTS[rank])[start : start + SIZE]
+            found += [(x[part], y[part]) for part in i.tensor_split(rows or len(i)) if len(part)]
+        of_step.append(found)
+    if case == "accumulated":
+        of_step = [of_step[0] + of_step[1]]
+    assert [len(found) for found in of_step][-1] == {"accumulated": 7}.get(case, 3 + (rows is None))
+    with torch.no_grad():
+        output = net(torch.cat([x for x, _ in of_step[0]]))
+    naive(net, of_step)
+    found = two.run(fewer_samples, rows, weighs, options)
+    for weights, _ in found:
+        torch.testing.assert_close(weights, weights_of(net), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(weights, found[0][0], rtol=0, atol=0)
+    logged = found[0][1]
+    if case != "accumulated":
+        labels = torch.cat([y for _, y in of_step[0]])
+        assert logged[0]["train_loss"] == pytest.approx(F.cross_entropy(output, labels).item())
+    assert all(0 <= row["hits"] <= 1 and row["train_loss"] > 0 for row in logged)
+
+
+def averaged(size):
+    net = fresh("agreement")
+    averaging = L.pytorch.callbacks.EMAWeightAveraging(decay=0.8)
+    batches = as_loader(joined(2)) if size == 1 else loader(data(2 * SIZE * STEPS))
+    if size == 1:
+        net.microbatches = 2 * M
+    trainer(size, callbacks=[averaging]).fit(net, batches)
+    return weights_of(net)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.skipif(not hasattr(L.pytorch.callbacks, "EMAWeightAveraging"), reason="Lightning 2.5")
+def test_averaged_weights_are_those_of_one_process(two):
+    for found in two.run(averaged, 2):
+        torch.testing.assert_close(found, averaged(1), rtol=1e-10, atol=1e-10)
 
 
 # --- DistributedDataParallel ---
@@ -734,6 +826,51 @@ def test_mixed_precision_is_autocast_on_every_rank(two):
     for found in two.run(half_precision):
         torch.testing.assert_close(found, weights_of(net), rtol=1e-4, atol=1e-4)
         assert not torch.allclose(found["head.weight"].double(), full.head.weight, atol=1e-6)
+
+
+class Half(FilteredModule):
+    """A perceptron that notes the scale after each batch."""
+
+    microbatches, transforms = M, gf.mean_rows()
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.scales = Perceptron(), []
+
+    def microbatch_loss(self, batch):
+        return self.net(**batch)["loss"]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.scales.append(self.trainer.precision_plugin.scaler.get_scale())
+
+
+# A row of the second rank, then all of its rows, then those of both: the last step is skipped.
+HOT = [(1, M), *((3, M + row) for row in range(M)), *((5, row) for row in range(2 * M))]
+
+
+def float16():
+    torch.manual_seed(0)
+    net = Half()
+    data = {n: v.chunk(2, 1)[dist.get_rank()] for n, v in samples(STEPS, 2 * M, 2, HOT).items()}
+    batches = [{n: v[step].flatten(0, 1) for n, v in data.items()} for step in range(STEPS)]
+    half = L.pytorch.plugins.precision.MixedPrecision("16-mixed", "cpu", scaler())
+    plugins = [Started(), half]
+    trainer(plugins=plugins, use_distributed_sampler=False).fit(net, as_loader(batches))
+    return weights_of(net.net), net.scales
+
+
+def test_in_float16_all_ranks_reject_the_rows_that_overflow_on_one(two):
+    torch.manual_seed(0)
+    plain = Half().net
+    assert len(train_by_hand(plain, samples(STEPS, 2 * M, 2, HOT), HOT)) == STEPS - 1
+    found = two.run(float16)
+    for weights, scales in found:
+        assert scales == scales_by_hand(STEPS, HOT)
+        torch.testing.assert_close(weights, weights_of(plain), rtol=5e-3, atol=5e-3)
+        torch.testing.assert_close(weights, found[0][0], rtol=0, atol=0)
 
 
 def compiled():

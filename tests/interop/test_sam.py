@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import gradfilter as gf
 from _naive import assert_close, assert_same
@@ -1086,3 +1087,34 @@ def test_sparse_gradients_are_refused():
     optimizer = SAM(model.parameters(), torch.optim.SGD(model.parameters(), lr=0.1), RHO)
     with pytest.raises(ValueError, match="dense gradients"):
         optimizer.step(lambda: backward(model(torch.tensor([1])).sum()))
+
+
+def test_averaged_weights_are_those_of_a_loop_by_hand():
+    model = network()
+    plain = copy.deepcopy(model)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.8))
+    optimizer, base, expected = sam(model), sgd(plain), None
+    for step in range(4):
+        x, y = batch(step)
+        optimizer.set_closure(F.cross_entropy, x, y)
+        optimizer.step()
+        average.update_parameters(model)
+        params = list(plain.parameters())
+        old = [p.detach().clone() for p in params]
+        first = torch.autograd.grad(F.cross_entropy(plain(x), y), params)
+        norm = torch.cat([g.flatten() for g in first]).norm() + 1e-12
+        with torch.no_grad():
+            for p, g in zip(params, first, strict=True):
+                p += RHO * g / norm
+        second = torch.autograd.grad(F.cross_entropy(plain(x), y), params)
+        with torch.no_grad():
+            for p, kept, g in zip(params, old, second, strict=True):
+                p.copy_(kept)
+                p.grad = g
+        base.step()
+        now = [p.detach().clone() for p in params]
+        if expected is None:
+            expected = now
+        expected = [0.8 * mean + 0.2 * p for mean, p in zip(expected, now, strict=True)]
+    for mean, p in zip(expected, average.module.parameters(), strict=True):
+        torch.testing.assert_close(p, mean, rtol=1e-9, atol=1e-9)

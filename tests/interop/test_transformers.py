@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import gradfilter as gf
+from _float16 import GROWTH, SCALE, Perceptron, samples, scaler, scales_by_hand, train_by_hand
 from gradfilter import interop
 from gradfilter.interop import Filtered
 
@@ -601,13 +603,146 @@ def test_mistakes_are_one_clear_message(trainer, monkeypatch):
         trainer(model, data)
 
 
-def test_half_precision_is_refused():
-    from gradfilter.interop._transformers import check_arguments
+average_of = partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.8))
 
-    args = hf.TrainingArguments.__new__(hf.TrainingArguments)  # fp16 needs a GPU to be asked for
-    args.__dict__.update(fp16=True, distributed_state=None, _n_gpu=0)
-    with pytest.raises(ValueError, match=r"found fp16=True.*Use bf16=True"):
-        check_arguments(args)
+
+class Averaging(hf.TrainerCallback):
+    """An average of the weights after every step, made or skipped."""
+
+    def on_train_begin(self, *args, model, **kwargs):
+        self.average = average_of(model)
+
+    def on_step_end(self, *args, model, **kwargs):
+        self.average.update_parameters(model)
+
+
+@pytest.mark.usefixtures("float64")
+def test_averaged_weights_are_those_of_filtered_steps(trainer):
+    model, chain, collator = language_model(), gf.agree_filter(0.3), Recorded()
+    plain, averaging = copy.deepcopy(model), Averaging()
+    trained = trainer(
+        model, sentences(), chain, data_collator=collator, optimizers=sgd(model)[:2],
+        callbacks=[averaging],
+    )  # fmt: skip
+    trained.train()
+    average = average_of(plain)
+    optimizer, scheduler, _ = sgd(plain)
+    wrapper = Filtered(plain, None, chain, optimizer, M)
+    plain.train()
+    for batch in collator.batches[:STEPS]:
+        wrapper.step(batch)
+        average.update_parameters(plain)
+        scheduler.step()
+    assert 0 < sum(column(trained, "keep")) < STEPS
+    close(averaging.average.module, average.module)
+    assert not torch.allclose(average.module.lm_head.weight, plain.lm_head.weight)
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_run_whose_first_step_is_skipped_does_not_warn(trainer):
+    model = classifier()
+    made = trainer(
+        model, labelled(2 * SIZE), gf.agree_filter(NOTHING), m=2, args={"max_steps": 2},
+        optimizers=sgd(model)[:2],
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*lr_scheduler.step")
+        made.train()
+    assert column(made, "keep") == [0.0, 0.0]
+
+
+class Half(FilteredTrainer):
+    """A trainer in float16, which accelerate leaves out on a CPU."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.scaler, self.accelerator.native_amp = scaler(), True
+
+    def compute_loss_context_manager(self):
+        return torch.autocast("cpu", torch.float16)
+
+
+class Scales(hf.TrainerCallback):
+    """Notes the scale after every step, and the norm of the gradient of steps made."""
+
+    def __init__(self, made):
+        self.made, self.scales = made, []
+
+    def on_step_end(self, *args, **kwargs):
+        self.scales.append(self.made.accelerator.scaler.get_scale())
+
+
+HOT = [(1, 2), (3, 0), (3, 3), *((5, row) for row in range(M))]  # the sixth step is skipped
+HALVES = 8
+
+
+def as_samples(columns):
+    flat = {name: values.flatten(0, 2) for name, values in columns.items()}
+    return [{n: v[i] for n, v in flat.items()} for i in range(len(flat["labels"]))]
+
+
+HALF = {
+    "fp16": True, "max_steps": HALVES, "max_grad_norm": 0.4, "save_strategy": "steps",
+    "save_steps": 4, "train_sampling_strategy": "sequential",
+}  # fmt: skip
+
+
+def half_precision(make, model, data, args=None, resume=None, cls=Half):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    constant = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    made = make(
+        model, as_samples(data), gf.mean_rows(), cls=cls, args=HALF | (args or {}),
+        optimizers=(optimizer, constant),
+    )  # fmt: skip
+    noted = Scales(made)
+    made.add_callback(noted)
+    made.train(resume_from_checkpoint=resume)
+    return made, noted.scales, len(calls)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_in_float16_a_row_that_overflows_is_rejected_and_not_the_step(trainer, accumulate):
+    data, model = samples(HALVES, accumulate * M, 2, HOT), Perceptron()
+    plain = copy.deepcopy(model)
+    args = {"gradient_accumulation_steps": accumulate}
+    trained, scales, calls = half_precision(trainer, model, data, args)
+    norms = train_by_hand(plain, data, HOT, limit=0.4)
+    assert scales == scales_by_hand(HALVES, HOT)
+    assert calls == len(norms) == HALVES - (accumulate == 1) and min(norms) < 0.4 < max(norms)
+    kept = [step for step, keep in enumerate(column(trained, "keep")) if keep]
+    found = [column(trained, "grad_norm")[step] for step in kept]
+    assert found == pytest.approx(norms, rel=5e-3)
+    close(model, plain, tolerance=5e-3)
+    assert trained.state.global_step == HALVES
+
+
+def test_a_scale_is_resumed_with_the_run(trainer, tmp_path):
+    data, model = samples(HALVES, M, 2, [(1, 2)]), Perceptron()  # at 4 the scale has just grown
+    start = copy.deepcopy(model)
+    _, scales, _ = half_precision(trainer, model, data, {"save_steps": 3})
+    again, rest, _ = half_precision(trainer, start, data, resume=str(tmp_path / "checkpoint-3"))
+    close(again.model, model, tolerance=0)
+    assert rest == scales[3:] and scales == scales_by_hand(HALVES, [(1, 2)])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_in_float16_on_a_gpu_a_row_that_overflows_is_rejected_alone(trainer):
+    class Scaled(FilteredTrainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            options = {"init_scale": SCALE, "growth_interval": GROWTH}
+            self.accelerator.scaler = torch.amp.GradScaler("cuda", **options)
+
+    data, model = samples(HALVES, M, 2, HOT), Perceptron()
+    plain = copy.deepcopy(model)
+    args = {"use_cpu": False}
+    _, scales, _ = half_precision(trainer, model, data, args, cls=Scaled)
+    train_by_hand(plain, data, HOT, limit=0.4)
+    assert scales == scales_by_hand(HALVES, HOT)
+    close(model.cpu(), plain, tolerance=5e-3)
 
 
 def test_without_transformers_the_rest_is_there(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,13 @@ collectives: Any = torch.ops._c10d_functional
 
 BACKENDS = ("gloo", "NCCL", "process group", "Connection")
 """Words in the errors of collectives."""
+
+
+LOST = "gradfilter/lost"
+"""The key under which a rank tells the others that it lost some."""
+
+MOMENT = 3
+"""The seconds for which a rank that lost others waits for them to say the same."""
 
 
 class LostRanksError(RuntimeError):
@@ -279,11 +287,30 @@ class Ranks:
         except RuntimeError as error:
             raise self._lost(doing, error) from error
 
+    def _silent(self) -> str:
+        """Name the ranks that do not say within a moment that they lost others, too."""
+        assert self.group is not None
+        members = dist.get_process_group_ranks(self.group)
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"{LOST}/{self.name(self.rank)}", "")
+            end = time.monotonic() + MOMENT
+            silent = members
+            while silent and time.monotonic() < end:
+                silent = [rank for rank in silent if not store.check([f"{LOST}/{rank}"])]
+                time.sleep(0.05)
+        except Exception:  # whatever a store of a dying group raises: the first error counts
+            return ""
+        if not silent:
+            return ""
+        names = ", ".join(map(str, silent))
+        return f"No word within {MOMENT} s from rank{'s' * (len(silent) > 1)} {names}. "
+
     def _lost(self, doing: str, error: RuntimeError) -> LostRanksError:
         return LostRanksError(
             f"Rank {self.name(self.rank)} of {dist.get_world_size()} lost the others while "
             f"{doing}: one of them died, raised an error, or was silent for longer than "
-            "the process group's timeout. "
+            f"the process group's timeout. {self._silent()}"
             "Nothing was updated in this step. Look for the first error among the ranks, and "
             f"start all of them again from a checkpoint. torch.distributed says: {error}"
         )

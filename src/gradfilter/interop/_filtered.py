@@ -403,7 +403,7 @@ class Filtered:
             self._state = settled(self.transforms.rules, False, state, self._state)
             note_skip(self.optimizer)
         if self.scaler is not None and self.scaler.is_enabled():
-            update_scale(self.scaler, overflowed(out, losses))
+            update_scale(self.scaler, self._overflowed(out, losses))
         if names := who_gave_up(out):
             raise gave_up("Filtered", names)
         metrics = {name: value for name, value in out.items() if name not in GLOBAL_NAMES}
@@ -508,6 +508,10 @@ class Filtered:
             self.scaler.load_state_dict(states["scaler"])
         self._state = state
         self._discard_accumulated()
+
+    def _overflowed(self, out: Out, losses: Tensor) -> Tensor:
+        """Return whether the scale was too large for a row, given what a step published. ()."""
+        return overflowed(out, losses)
 
     def _discard_accumulated(self) -> None:
         """Forget the batches accumulated since the last step."""

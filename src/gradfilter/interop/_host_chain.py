@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -125,12 +127,14 @@ def check_owned(module: nn.Module, optimizer: torch.optim.Optimizer, caller: str
         )
 
 
-def note_skip(optimizer: torch.optim.Optimizer) -> None:
+def note_skip(optimizer: Any) -> None:
     """Tell torch's schedulers that a step was skipped on purpose.
 
     Otherwise they would warn at their first step that the optimizer's step must come before it.
     """
-    vars(optimizer)["_opt_called"] = True
+    while isinstance(optimizer, torch.optim.Optimizer):
+        vars(optimizer)["_opt_called"] = True
+        optimizer = getattr(optimizer, "optimizer", None)  # accelerate's has the one that they know
 
 
 def write_grads(module: nn.Module, optimizer: torch.optim.Optimizer, grads: Tree) -> None:

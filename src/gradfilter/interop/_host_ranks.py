@@ -14,7 +14,7 @@ from gradfilter._types import Transform
 from gradfilter.distributed._rank_stack import across_ranks
 from gradfilter.distributed._ranks import Ranks
 from gradfilter.interop._filtered import StepResult
-from gradfilter.interop._hosted import ROWS, WEIGHTS
+from gradfilter.interop._hosted import ROWS, WEIGHTS, mark_rows
 from gradfilter.transforms._chain import chain, names_of
 
 # --- The chain ---
@@ -112,6 +112,7 @@ def logged_over_ranks(caller: str, result: StepResult, ranks: Ranks) -> dict[str
     Raises:
         ValueError: The ranks have numbers of different names; raised on all of them.
     """
+    mark_rows(result)
     info, aux = dict(result.info), dict(result.aux or {})
     rows, weights = info.pop(ROWS), aux.pop(WEIGHTS, None)
     dtype = torch.promote_types(result.loss.dtype, torch.float32)

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader
 from typing_extensions import override
 
+from gradfilter import _tree
 from gradfilter._info import AUX, means
-from gradfilter._types import Params, State, Transform
+from gradfilter._types import Out, Params, State, Transform, Tree
 from gradfilter.distributed._ranks import ALONE, Ranks
+from gradfilter.grads._batch import plain, samples_in
 from gradfilter.grads._microbatch import Plan
 from gradfilter.grads._stack import ComputedStack, GradStack
 from gradfilter.grads._state_owners import Owners
@@ -45,7 +47,12 @@ class BatchSizes(NamedTuple):
 def sizes_in(loader: Any) -> BatchSizes | None:
     """Return the sizes of the batches of a `DataLoader` of a known number of samples, or None."""
     sampler = getattr(loader, "batch_sampler", None)
-    if not isinstance(loader, DataLoader) or not isinstance(sampler, BatchSampler):
+    return sizes_of_sampler(sampler) if isinstance(loader, DataLoader) else None
+
+
+def sizes_of_sampler(sampler: Any) -> BatchSizes | None:
+    """Return the sizes of the batches of a `BatchSampler` of a known number of samples, or None."""
+    if not isinstance(sampler, BatchSampler):
         return None
     samples = getattr(sampler, "sampler", None)
     if not hasattr(samples, "__len__"):
@@ -112,6 +119,33 @@ def check_division(
 ROWS = "gradfilter/rows"
 """The name of the number of local rows that took part, in the info of a step of several ranks."""
 
+LIVE = "gradfilter/live"
+"""The name of the mask of rows that take part.
+
+In ``shared`` it is that of the rows of a batch, (M,) float, of which others have no samples; in the
+info of an uneven step of several ranks that of all local rows, (M,) bool.
+"""
+
+
+def padded(batch: Any, size: int) -> Any:
+    """Repeat the first sample of a batch at its end, until it has this many samples."""
+    batch = plain(batch)
+    lacking = size - samples_in(batch)
+
+    def longer(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return torch.cat([leaf, leaf[:1].expand(lacking, *leaf.shape[1:])])
+
+    return _tree.tree_map(longer, batch)
+
+
+def samples_first(rows: int, samples: int, device: torch.device) -> Tensor:
+    """Return the mask of rows that have samples, if the first ones have one each. (M,) float."""
+    live = torch.arange(rows, device=device) < samples
+    return live.to(_tree.sum_dtype(live))
+
+
 HostLoss = Callable[[dict[str, Any]], tuple[Tensor, dict[str, Tensor]]]
 """A host's loss of one microbatch, and the scalars that it logged, by name."""
 
@@ -130,6 +164,7 @@ class Hosted(Filtered):
         memory_budget: See `Filtered`.
         uneven: See `Filtered`.
         compile: See `Filtered`.
+        scaler: The host's scaler, whose methods the host must not call, or None.
         owners: Objects other than the model whose attributes the loss may change, by name.
         ranks: The processes of the host, over which its numbers are means.
 
@@ -153,6 +188,7 @@ class Hosted(Filtered):
         memory_budget: int | float | None,
         uneven: bool = False,
         compile: bool | str | Backend = False,
+        scaler: torch.amp.GradScaler | None = None,
         owners: Mapping[str, Any] | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -169,6 +205,7 @@ class Hosted(Filtered):
             plan=plan,
             memory_budget=memory_budget,
             uneven=uneven,
+            scaler=scaler,
             has_aux=True,
             compile=compile,
         )
@@ -196,6 +233,19 @@ class Hosted(Filtered):
         return result
 
     @override
+    def _rows(
+        self, params: Params, batch: Any, buffers: Tree | None, scale: Tensor | None
+    ) -> tuple[ComputedStack, Tensor | None]:
+        rows, factors = super()._rows(params, batch, buffers, scale)
+        if not (self._uneven and self.ranks.size > 1):
+            return rows, factors
+        # Accumulated batches are joined with the factors of all of them, or of none.
+        if factors is None:
+            factors = torch.ones_like(rows.live, dtype=_tree.sum_dtype(rows.live))
+        live = self.shared.get(LIVE)
+        return rows, factors if live is None else torch.where(live == 0, 0.0, factors)
+
+    @override
     def _filter(
         self,
         params: Params,
@@ -207,7 +257,21 @@ class Hosted(Filtered):
         found = super()._filter(params, of_batch, rows, state, extra)
         if self.ranks.size > 1 and isinstance(rows, GradStack):
             found.out[ROWS] = rows.live.sum()
+            if self._uneven:
+                found.out[LIVE] = rows.live
         return found
+
+    @override
+    def _overflowed(self, out: Out, losses: Tensor) -> Tensor:
+        own = super()._overflowed(self._of_rank(out, losses), losses)
+        return self.ranks.total(own.to(losses.dtype)) > 0
+
+    def _of_rank(self, out: Out, losses: Tensor) -> Out:
+        """Return values with one number per row of all ranks as those of the rows of this one."""
+        rows, ranks = len(losses), self.ranks
+        place = slice(rows * ranks.rank, rows * (ranks.rank + 1))
+        of_all = torch.Size((rows * ranks.size,))
+        return {name: v[place] if v.shape == of_all else v for name, v in out.items()}
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -342,6 +406,13 @@ def log_weights(values: dict[str, Tensor], weights: Tensor | None) -> None:
     """
     if values and weights is not None:
         values[WEIGHTS] = (weights.detach().sum() > 0).to(torch.float32)
+
+
+def mark_rows(result: StepResult) -> None:
+    """Log, with the values of the loss, which rows take part in their mean, if that is known."""
+    live = result.info.pop(LIVE, None)
+    if live is not None and result.aux and WEIGHTS not in result.aux:
+        result.aux[WEIGHTS] = live.to(torch.float32)
 
 
 def logged(result: StepResult) -> dict[str, Tensor]:

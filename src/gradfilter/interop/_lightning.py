@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import lightning.pytorch as lightning
@@ -21,7 +22,9 @@ from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter._types import Transform
+from gradfilter.distributed._rank_stack import check_leaves_alike
 from gradfilter.distributed._ranks import ALONE, Ranks
+from gradfilter.grads._batch import samples_in
 from gradfilter.grads._microbatch import Plan
 from gradfilter.interop._filtered import StepResult
 from gradfilter.interop._host_ranks import (
@@ -32,12 +35,15 @@ from gradfilter.interop._host_ranks import (
     states_of_rank,
 )
 from gradfilter.interop._hosted import (
+    LIVE,
     WEIGHTS,
     Hosted,
     LossLog,
     check_division,
     log_weights,
     logged,
+    padded,
+    samples_first,
 )
 from gradfilter.transforms._compile import Backend
 
@@ -73,11 +79,6 @@ def check_fit(module: Any) -> None:
             "automatic_optimization = False. Leave it as it is."
         )
     check_strategy(name, module)
-    if module.trainer.precision == "16-mixed":
-        raise ValueError(
-            f'{name}: expected precision "32-true" or "bf16-mixed", found "16-mixed", whose '
-            'scaler wants to scale the losses itself. Use "bf16-mixed".'
-        )
 
 
 SHARDED = DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -121,6 +122,28 @@ def check_strategy(name: str, module: Any) -> None:
             "SyncBatchNorm. Use L.Trainer(sync_batchnorm=False): every microbatch has its own "
             "statistics, as in one process."
         )
+
+
+# --- Loss scaling ---
+
+
+def scaler_of(module: Any) -> torch.amp.GradScaler | None:
+    """Return the scaler of precision "16-mixed", or None."""
+    scaler: torch.amp.GradScaler | None = getattr(module.trainer.precision_plugin, "scaler", None)
+    return scaler
+
+
+@contextmanager
+def without_scaler(module: Any) -> Iterator[None]:
+    """Let the trainer clip and step as in full precision: the rows are unscaled already."""
+    plugin, scaler = module.trainer.precision_plugin, scaler_of(module)
+    if scaler is not None:
+        plugin.scaler = None
+    try:
+        yield
+    finally:
+        if scaler is not None:
+            plugin.scaler = scaler
 
 
 # --- DistributedDataParallel ---
@@ -185,7 +208,8 @@ class FilteredModule(lightning.LightningModule):
     of the transforms, averaged over rows (``agree_filter/accepted`` is a fraction), and what
     ``microbatch_loss`` gives to ``self.log``, such as an accuracy (or a ``train_loss`` of its own),
     likewise. The transforms' state is in Lightning's checkpoint. For ``precision`` "32-true",
-    "64-true", "bf16-true" and "bf16-mixed".
+    "64-true", "bf16-true", "bf16-mixed" and "16-mixed": a row that overflows is rejected, not the
+    step, and the trainer's scaler is updated and saved as in `Filtered`.
 
     With strategy "ddp" (or "ddp_spawn", "ddp_notebook") the rows of all processes are one stack:
     `across_ranks` is put in front of a chain without one. M is the number of rows of each process,
@@ -193,7 +217,8 @@ class FilteredModule(lightning.LightningModule):
     processes, with ``sync_dist`` or without, and the same on all. What an epoch has logged, buffers
     (those of rank 0), checkpoints and samplers are as always in Lightning. States of transforms
     before an ``across_ranks`` of your own differ between processes; all of them are in the
-    checkpoint. Every process needs as many rows and batches as the others.
+    checkpoint. Every process needs as many batches as the others, and as many rows: with ``uneven``
+    rows without samples take no part.
 
     For a last batch that is not full, set ``uneven = True``. For padding, or samples of unequal
     importance, write a method `sample_weights`; for one row per user or task, `sample_groups`.
@@ -210,10 +235,10 @@ class FilteredModule(lightning.LightningModule):
         TypeError: At the start of a fit: ``transforms`` or ``microbatches`` are missing;
             ``transforms`` does not lead from rows to a tree; an optimizer that evaluates
             the loss again.
-        ValueError: At the start of a fit: a strategy that shards parameters, or precision
-            "16-mixed". Before the first step, or at a step if the number of samples is unknown: a
-            batch that ``microbatches`` does not divide (with ``uneven``, one of fewer samples). At
-            a step, on all ranks: other numbers of rows or batches than on other ranks.
+        ValueError: At the start of a fit: a strategy that shards parameters. Before the first
+            step, or at a step if the number of samples is unknown: a batch that ``microbatches``
+            does not divide (with ``uneven``, one of fewer samples). At a step, on all ranks: other
+            numbers of rows or batches than on other ranks.
 
     Examples:
         >>> import warnings, torch, lightning as L, gradfilter as gf
@@ -324,6 +349,9 @@ class FilteredModule(lightning.LightningModule):
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             hosted.begin()
         weights, groups = self.sample_weights(batch), self.sample_groups(batch)
+        hosted.shared = {}
+        if self.uneven and groups is None and hosted.ranks.size > 1:
+            batch, weights = self._fill_rows(batch, weights, hosted)
         inputs = {"batch": batch} if weights is None else {"batch": batch, WEIGHTS: weights}
         if not hosted.completes_step:
             return hosted.accumulate(inputs, sample_weights=weights, groups=groups)
@@ -374,7 +402,8 @@ class FilteredModule(lightning.LightningModule):
             hosted.completes_step = False
         share_buffers(self)
         if hosted.kept:
-            super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
+            with without_scaler(self):
+                super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -405,6 +434,14 @@ class FilteredModule(lightning.LightningModule):
             self._loss_log.add(name, value, *args, **kwargs)
 
     @override
+    def setup(self, stage: str) -> None:
+        """Compare the parameters of all processes, before DistributedDataParallel sends them."""
+        super().setup(stage)
+        if stage == TrainerFn.FITTING and self.trainer.world_size > 1:
+            check_strategy(type(self).__name__, self)
+            check_leaves_alike(dict(self.named_parameters()), Ranks.of(None))
+
+    @override
     def on_fit_start(self) -> None:
         """Check the module and the trainer before the first batch."""
         super().on_fit_start()
@@ -417,6 +454,8 @@ class FilteredModule(lightning.LightningModule):
         if type(self).sample_groups is not FilteredModule.sample_groups:
             return  # samples of any number belong to the rows
         trainer = self.trainer
+        if self.uneven and trainer.world_size > 1:
+            return  # rows without samples take no part
         batches = trainer.num_training_batches
         if trainer.max_steps >= 0:
             batches = min(batches, trainer.max_steps * trainer.accumulate_grad_batches)
@@ -472,6 +511,20 @@ class FilteredModule(lightning.LightningModule):
         is_last = trainer.is_last_batch or batch_idx + 1 >= batches or ends
         check_batches(type(self).__name__, hosted.ranks, batches, is_last)
 
+    def _fill_rows(
+        self, batch: Any, weights: Tensor | None, hosted: Hosted
+    ) -> tuple[Any, Tensor | None]:
+        """Give a batch as many rows as those of other ranks; rows without samples take no part."""
+        size, rows = samples_in(batch), self.microbatches
+        if rows is None:
+            rows = int(hosted.ranks.gather_on_host(torch.tensor([size])).max())
+        if size >= rows:
+            return batch, weights
+        if weights is not None:
+            weights = torch.cat([weights, weights.new_zeros(rows - size)])
+        hosted.shared = {LIVE: samples_first(rows, size, self.device)}
+        return padded(batch, rows), weights
+
     def _log_step(self, result: StepResult, ranks: Ranks) -> None:
         """Log the loss and the numbers of a step over the rows of all ranks."""
         assert self._loss_log is not None  # the wrapper exists, so the log does
@@ -506,6 +559,7 @@ class FilteredModule(lightning.LightningModule):
                 memory_budget=self.memory_budget,
                 uneven=self.uneven,
                 compile=self.compile_step,
+                scaler=scaler_of(self),
                 ranks=ranks,
             )
             if self._resumes:

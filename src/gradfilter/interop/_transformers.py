@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter._types import Transform
+from gradfilter.distributed._rank_stack import check_leaves_alike
 from gradfilter.distributed._ranks import ALONE, Ranks
 from gradfilter.grads._batch import mark_samples, rows_of_samples, samples_in
 from gradfilter.grads._microbatch import Plan
@@ -24,6 +25,8 @@ from gradfilter.grads._state_owners import PlainValues, owners_in
 from gradfilter.interop._host_chain import filter_chain
 from gradfilter.interop._host_ranks import averaged, copy_buffers, differ, over_all_ranks
 from gradfilter.interop._hosted import (
+    LIVE,
+    ROWS,
     WEIGHTS,
     BatchSizes,
     Hosted,
@@ -31,7 +34,10 @@ from gradfilter.interop._hosted import (
     check_division,
     log_weights,
     logged,
+    mark_rows,
+    samples_first,
     sizes_in,
+    sizes_of_sampler,
 )
 from gradfilter.transforms._compile import Backend
 
@@ -54,8 +60,7 @@ def check_arguments(args: Any) -> None:
         args: The `transformers.TrainingArguments`.
 
     Raises:
-        ValueError: Several devices in one process, loss scaling, or an optimizer inside the
-            backward pass.
+        ValueError: Several devices in one process, or an optimizer inside the backward pass.
     """
     if args.n_gpu > 1:
         raise ValueError(
@@ -64,11 +69,6 @@ def check_arguments(args: Any) -> None:
             f"--nproc-per-node {args.n_gpu} or accelerate launch, or make one device visible, with "
             "CUDA_VISIBLE_DEVICES=0."
         )
-    if args.fp16:
-        raise ValueError(
-            "FilteredTrainer: expected full precision or bf16, found fp16=True, whose scaler "
-            "wants to scale the losses itself. Use bf16=True."
-        )
     if "lomo" in str(args.optim).lower():
         raise ValueError(
             f"FilteredTrainer: expected an optimizer that takes gradients, found {args.optim}, "
@@ -76,12 +76,13 @@ def check_arguments(args: Any) -> None:
         )
 
 
-def check_processes(accelerator: Any, drop_last: bool) -> None:
+def check_processes(accelerator: Any, drop_last: bool, uneven: bool) -> None:
     """Refuse kinds of distributed training other than equal batches on whole copies of a model.
 
     Args:
         accelerator: The trainer's `accelerate.Accelerator`.
         drop_last: True if a last batch that is not full is omitted.
+        uneven: ``uneven`` of the trainer.
 
     Raises:
         ValueError: Sharded or split models, another engine, or batches that differ between ranks.
@@ -96,11 +97,13 @@ def check_processes(accelerator: Any, drop_last: bool) -> None:
             f"found {found}, which {does}. Start the processes with torchrun or accelerate launch "
             "without it; for FSDP2 write the loop with gradfilter.distributed.sharded_rows."
         )
-    if accelerator.num_processes > 1 and not accelerator.even_batches and not drop_last:
+    together = accelerator.even_batches or drop_last or uneven
+    if accelerator.num_processes > 1 and not together:
         raise ValueError(
             "FilteredTrainer: expected as many rows on every rank, found even_batches=False, which "
-            "gives ranks last batches of other sizes, or none. Leave it at True, or omit the last "
-            "batch with dataloader_drop_last=True."
+            "gives ranks last batches of other sizes, or none. Leave it at True, use "
+            "FilteredTrainer(uneven=True) for rows without samples, which take no part, or omit "
+            "the last batch with dataloader_drop_last=True."
         )
 
 
@@ -125,6 +128,45 @@ def sizes_on_rank(loader: Any, ranks: int) -> BatchSizes | None:
     full, rest = divmod(sizes.full, together)
     last = rest * sizes.size + sizes.last
     return BatchSizes(full, sizes.size * together // ranks, -(-last // ranks))
+
+
+def check_sizes_known(sampler: Any) -> None:
+    """Refuse a sampler whose last batches cannot be known to have samples of their own.
+
+    Raises:
+        ValueError: It is not a `BatchSampler` of a known number of samples.
+    """
+    if sizes_of_sampler(sampler) is None:
+        raise ValueError(
+            "FilteredTrainer: expected batches of known sizes with even_batches=False and "
+            f"uneven=True, found {type(sampler).__name__}. Use a torch.utils.data.BatchSampler, or "
+            "leave even_batches at True."
+        )
+
+
+def last_sizes(loader: Any) -> list[int] | None:
+    """Return the sizes of the last batches of all processes, without samples that complete them.
+
+    Args:
+        loader: A loader from `accelerate` that completes last batches.
+
+    Returns:
+        None if they are full, omitted, or of an unknown number of samples.
+    """
+    shard: Any = getattr(loader, "batch_sampler", None)
+    if not isinstance(shard, BatchSamplerShard):
+        return None
+    shard = cast(Any, shard)
+    of_all, ranks = shard.batch_sampler, shard.num_processes
+    sizes = sizes_of_sampler(of_all)
+    if sizes is None:
+        return None
+    together = 1 if shard.split_batches else ranks  # batches of one step
+    rest = sizes.full % together * sizes.size + sizes.last
+    each = sizes.size * together // ranks
+    if rest == 0 or of_all.drop_last:
+        return None
+    return [min(max(rest - each * rank, 0), each) for rank in range(ranks)]
 
 
 # --- Columns of a batch that hold weights and groups of samples ---
@@ -231,10 +273,17 @@ ITEMS = "num_items_in_batch"
 class _Metrics:
     """The metrics of the steps since the last log, by name.
 
+    Attributes:
+        since_log: The numbers of each step.
+        share: The share of this process in the rows of a step, times the number of processes.
+        last: The sizes of the last batches of all processes, if they are not full.
+
     It is a separate object, because attributes of a trainer are restored after a pass.
     """
 
     since_log: dict[str, list[Tensor]] = field(default_factory=dict)
+    share: float = 1.0
+    last: list[int] | None = None
 
 
 class FilteredTrainer(Trainer):
@@ -259,13 +308,17 @@ class FilteredTrainer(Trainer):
     Logged with Trainer's own: ``keep`` and the metrics of the transforms, averaged over rows
     (``agree_filter/accepted`` is a fraction) and over the steps since the last log; likewise the
     numbers that ``compute_loss`` gives to ``self.log``, such as an accuracy. In full
-    precision or with ``bf16=True``; ``torch_compile`` does not change training steps.
+    precision, with ``bf16=True`` or with ``fp16=True`` (a row that overflows is rejected, not the
+    step, and accelerate's scaler is updated and saved as in `Filtered`); ``torch_compile`` does not
+    change training steps.
 
     **Several processes**, from ``torchrun`` or ``accelerate launch``, each with the whole model:
     the rows of all are one stack, by `across_ranks` in front of a chain that has none, so the
     training is that of one process with all rows. What is logged is the mean over the processes;
     buffers are copied from the first one after every step; a state of transforms before
-    `across_ranks` is saved by each process. Sharded models are refused.
+    `across_ranks` is saved by each process. Sharded models are refused. With ``uneven`` and
+    accelerate's ``even_batches=False`` last batches have other sizes: rows without samples take no
+    part.
 
     **Weights and groups** are columns of the batch, from the data set or the collator. They reach
     neither the model nor ``compute_loss``, and ``remove_unused_columns`` keeps them; an evaluation
@@ -299,7 +352,7 @@ class FilteredTrainer(Trainer):
 
     Raises:
         TypeError: ``transforms`` does not lead from rows to a tree.
-        ValueError: Several devices, ``fp16=True``, an optimizer that works inside the backward
+        ValueError: Several devices, an optimizer that works inside the backward
             pass; ``groups`` without ``microbatches``. Before the first step, or at a step if the
             number of samples is unknown: a batch that ``microbatches`` does not divide (with
             ``uneven``, one of fewer samples). At a step: a column is missing, or holds wrong
@@ -353,7 +406,7 @@ class FilteredTrainer(Trainer):
         own = frozenset(vars(self))
         super().__init__(*args, **kwargs)
         check_arguments(self.args)
-        check_processes(self.accelerator, self.args.dataloader_drop_last)
+        check_processes(self.accelerator, self.args.dataloader_drop_last, uneven)
         self.add_callback(_Gate(self))
         self.transforms, self.microbatches = transforms, microbatches
         self.plan: Plan = plan
@@ -368,22 +421,39 @@ class FilteredTrainer(Trainer):
         self._loss_log = LossLog("FilteredTrainer")
 
     @override
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Create Trainer's optimizer, when all processes have models of the same parameters.
+
+        DistributedDataParallel, which comes next, stops the process if they differ.
+        """
+        if self.args.world_size > 1:
+            named = cast(nn.Module, self.model).named_parameters()
+            check_leaves_alike(dict(named), self._ranks)
+        return super().create_optimizer(*args, **kwargs)
+
+    @override
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """Return the batches of one step, and the number of items per row."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._host().begin()
+        counts = self._mark_last(batches)
         if items is None:
             return batches, None
+        if counts is not None:
+            real = [self._without_labels(batch) for batch in batches]
+            items = super().get_batch_samples(iter(real), len(real), device)[1]
         # The items that Trainer counts, and so their rows, are of all ranks or of this one.
         ranks = self._ranks if self.args.average_tokens_across_devices else ALONE
         if self._names_columns:
             with _named_remedy():
                 found = [self._samples(batch, counted=True) for batch in batches]
             return batches, _items_per_row(found, ranks)
-        rows = sum(self._rows_in(batch) for batch in batches)
-        return batches, torch.as_tensor(items) / (rows * ranks.size)
+        rows = sum(self._rows_in(batch) for batch in batches) * ranks.size
+        if counts is not None:
+            rows = max(1, sum(counts) if ranks.size > 1 else counts[self.args.process_index])
+        return batches, torch.as_tensor(items) / rows
 
     @override
     def training_step(
@@ -397,6 +467,7 @@ class FilteredTrainer(Trainer):
         Returns:
             The mean loss over all rows of the step, 0 before its last batch. ().
         """
+        self._mark_unscaled(False)
         model.train()
         if callable(train := getattr(self.optimizer, "train", None)):
             train()  # schedule-free optimizers have two sets of parameters
@@ -408,16 +479,27 @@ class FilteredTrainer(Trainer):
             if self._names_columns:
                 batch, marks = self._marked(batch, items)
                 items = None  # of each sample, in the batch
-            hosted.shared = {} if items is None else {ITEMS: torch.as_tensor(items)}
+            batch, live = self._with_rows(batch)
+            hosted.shared = live if items is None else {ITEMS: torch.as_tensor(items), **live}
             if not self.accelerator.sync_gradients:
                 return torch.zeros_like(hosted.accumulate(batch, **marks))
             reference = self._reference(ITEMS in batch)
             result = hosted.step(batch, reference_batch=reference, **marks)
+        self._mark_unscaled(True)
         if self.args.world_size > 1 and self.args.ddp_broadcast_buffers is not False:
             copy_buffers(cast(nn.Module, self.model), self._ranks)
+        result.info.pop(ROWS, None)
+        mark_rows(result)
+        of_rows = (result.aux or {}).keys() - result.info.keys()
         for name, value in logged(result).items():
-            self._metrics.since_log.setdefault(name, []).append(value)
-        return result.loss
+            number = self._of_share(value) if name in of_rows else value
+            self._metrics.since_log.setdefault(name, []).append(number)
+        return self._of_share(result.loss)
+
+    def _of_share(self, mean: Tensor) -> Tensor:
+        """Weight a mean over rows of this process, so that the mean over processes is right."""
+        share = self._metrics.share
+        return torch.zeros_like(mean) if share == 0 else mean * share
 
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -471,7 +553,15 @@ class FilteredTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return Trainer's loader, and store it for a check when the number of steps is known."""
         loader: DataLoader[Any] = super().get_train_dataloader()
-        self._train_loader = loader
+        self._train_loader, self._metrics.last = loader, None
+        if self.uneven and self.args.world_size > 1 and not self.accelerator.even_batches:
+            # With complete batches all ranks have as many; the samples that complete them are
+            # removed by `_mark_last`.
+            shard = getattr(loader, "batch_sampler", None)
+            if isinstance(shard, BatchSamplerShard):
+                check_sizes_known(cast(Any, shard).batch_sampler)
+                cast(Any, shard).even_batches = True
+            self._metrics.last = last_sizes(loader)
         return loader
 
     def _train_sizes(self) -> BatchSizes | None:
@@ -499,11 +589,18 @@ class FilteredTrainer(Trainer):
         finally:
             self.args.average_tokens_across_devices = before
 
+    def _mark_unscaled(self, unscaled: bool) -> None:
+        """Tell accelerate, which would unscale before it clips, whether gradients are unscaled."""
+        if self.accelerator.scaler is not None:
+            self.accelerator.native_amp = not unscaled
+
     def _host(self) -> Hosted:
         """Return the wrapper for the present model and optimizer."""
         model = cast(nn.Module, self.model)
         optimizer = cast(torch.optim.Optimizer, self.optimizer)
         if self._hosted is None or not self._hosted.serves(model, optimizer):
+            if hasattr(optimizer, "scaler"):  # accelerate's, which would unscale and skip
+                cast(Any, optimizer).scaler = None
             self._hosted = Hosted(
                 model,
                 self._microbatch_loss,
@@ -514,7 +611,9 @@ class FilteredTrainer(Trainer):
                 memory_budget=self.memory_budget,
                 uneven=self.uneven,
                 compile=self.compile,
+                scaler=self.accelerator.scaler,
                 owners=self._owners(model),
+                ranks=self._ranks,
             )
         return self._hosted
 
@@ -530,6 +629,46 @@ class FilteredTrainer(Trainer):
                 found = owners_in(value, names=True)
                 owners[name] = tuple(owner for owner in found if owner is not model)
         return owners
+
+    def _mark_last(self, batches: list[Any]) -> list[int] | None:
+        """Note in the last batch of an epoch how many of its samples do not just complete it.
+
+        Returns:
+            The number of rows of this step with samples, of each process; None if all rows have.
+        """
+        sizes, metrics = self._metrics.last, self._metrics
+        metrics.share = 1.0
+        if sizes is None or not self.accelerator.gradient_state.end_of_dataloader:
+            return None
+        rank, size = self._place
+        before = sum(self._rows_in(batch) for batch in batches[:-1])
+        rows = self._rows_in(batches[-1])
+        batches[-1] = {**batches[-1], LIVE: sizes[rank]}
+        counts = [before + min(rows, samples) for samples in sizes]
+        metrics.share = counts[rank] * size / sum(counts)
+        return counts
+
+    def _without_labels(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a batch without the labels of samples that only complete it."""
+        if LIVE not in batch:
+            return batch
+        found = dict(batch)
+        for name in {"labels", "shift_labels"} & batch.keys():
+            found[name] = batch[name].clone()
+            found[name][batch[LIVE] :] = -100
+        return found
+
+    def _with_rows(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return a batch that fills all rows, and the mask of those that have samples."""
+        inputs = dict(batch)
+        samples = inputs.pop(LIVE, None)
+        if samples is None:
+            return inputs, {}
+        rows = self._rows_in(inputs)
+        for name, value in inputs.items():
+            if isinstance(value, Tensor) and value.ndim:
+                inputs[name] = value[: max(rows, samples)]
+        return inputs, {LIVE: samples_first(rows, samples, self.args.device)}
 
     def _rows_in(self, batch: dict[str, Any]) -> int:
         if self.microbatches is not None:
@@ -565,9 +704,10 @@ class FilteredTrainer(Trainer):
             counted: True if the loss is divided by the number of items.
         """
         inputs = self._without_columns(batch)
+        real = inputs.pop(LIVE, None)
         size = samples_in(inputs)
         if self.groups is None:
-            index = rows_of_samples(size, self.microbatches, self.uneven)
+            index = self._rows_of_places(size, size if real is None else real)
         else:
             index = self._rows_of_groups(self._column(batch, "groups", self.groups), size)
         device = index.device
@@ -578,6 +718,8 @@ class FilteredTrainer(Trainer):
             weights = mark_samples(inputs, given, None, None).weights
             device = weights.device
         weights = weights.to(_tree.sum_dtype(weights))
+        if real is not None:
+            weights = torch.where(torch.arange(size, device=device) < real, weights, 0.0)
         items = None
         if counted:
             items = self._items_of(inputs).to(weights)
@@ -586,6 +728,14 @@ class FilteredTrainer(Trainer):
             self._check_mean_of_samples(inputs)
         rows = size if self.microbatches is None else self.microbatches
         return _Samples(inputs, weights, index.to(device), items, rows)
+
+    def _rows_of_places(self, size: int, real: int) -> Tensor:
+        """Return the row of each sample, of which the last ones do not count. (N,) int64."""
+        rows = self.microbatches
+        if real == size or rows is None:
+            return rows_of_samples(size, rows, self.uneven)
+        own = torch.arange(real) if real < rows else rows_of_samples(real, rows, self.uneven)
+        return torch.cat([own, torch.full((size - real,), rows - 1)])
 
     def _rows_of_groups(self, given: Any, size: int) -> Tensor:
         """Return the row of each sample from the numbers of their groups. (N,) int64."""
@@ -763,6 +913,7 @@ class _Gate(TrainerCallback):
 
     @override
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer._mark_unscaled(False)
         if not self._trainer._host().kept:
             self._trainer.accelerator.sync_gradients = False
 
