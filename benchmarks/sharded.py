@@ -1,4 +1,4 @@
-"""Measure a step over parameters that FSDP2 shards, beside an ordinary step of FSDP2.
+"""Measure a step over parameters that FSDP2 shards, next to an ordinary step of FSDP2.
 
     python -m benchmarks.sharded --out benchmarks/results
 
@@ -157,7 +157,7 @@ def _rank(rank: int, size: int, folder: str, sizes: Sizes, samples: int, rounds:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print a table, and write ``sharded-cpu.json``."""
-    parser = argparse.ArgumentParser(description="A step over sharded parameters beside FSDP2's.")
+    parser = argparse.ArgumentParser(description="A step over sharded parameters next to FSDP2's.")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a tiny model")
@@ -186,6 +186,11 @@ def main(argv: list[str] | None = None) -> None:
             "sizes": dict(zip(("width", "length", "words", "layers"), sizes, strict=True)),
             "parameters": parameters,
             "steps": found,
+            "ratios": {
+                name: {key: row[key] / base[key] for key in row}
+                for name, row in found.items()
+                if name != "ordinary"
+            },
         }
         (args.out / "sharded-cpu.json").write_text(json.dumps(result, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""What a step over sharded parameters sends and holds, beside an ordinary step of FSDP2."""
+"""What a step over sharded parameters sends and holds, next to an ordinary step of FSDP2."""
 
 import json
 

@@ -1035,5 +1035,5 @@ def test_averaged_weights_are_those_of_a_loop_by_hand():
 def test_a_module_of_sharded_parameters_is_refused():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     model = fully_shard(nn.Linear(6, 3), mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(ValueError, match=r"whole on this rank, found sharded ones .*sharded_rows"):
+    with pytest.raises(ValueError, match=r"expected across_ranks\(\) first in the chain"):
         filtered(model)

@@ -13,7 +13,7 @@ FILTERED, ACCUMULATE = "interop/test_filtered", "interop/test_filtered_accumulat
 LOOPS = "distributed/test_distributed_loops"
 HF, HF_RANKS = "interop/test_transformers", "interop/test_transformers_ranks"
 PL, PL_RANKS = "interop/test_lightning", "interop/test_lightning_ranks"
-SAM = "interop/test_sam"
+SAM, SHARDS = "interop/test_sam", "distributed/test_rows_over_shards"
 
 # What shows each cell: a file and a test of it.
 TESTS = {
@@ -22,7 +22,7 @@ TESTS = {
             (LOOPS, "test_filtered_with_the_rows_of_all_ranks"),
             (FILTERED, "test_a_module_whose_wrapper_would_not_average_over_ranks_is_refused"),
         ],
-        "FSDP2": [(FILTERED, "test_a_module_of_sharded_parameters_is_refused")],
+        "FSDP2": [(SHARDS, "test_filtered_drives_an_optimizer_of_torch")],
         "accumulation": [(ACCUMULATE, "test_accumulated_rows_follow_ordinary_backward_passes")],
         "float16": [
             (FILTERED, "test_a_row_that_overflows_is_rejected_alone_and_the_scale_backs_off"),

@@ -125,10 +125,10 @@ def sharded_rows(
 ) -> ShardedStack:
     r"""Compute M rows of a module under ``fully_shard`` by M ordinary backward passes in place.
 
-    `torch.func.vmap` cannot run over a sharded module, which mixes Tensors and DTensors. FSDP
-    averages a gradient over the ranks before it shards it, so **each row is the mean over the
+    FSDP averages a gradient over the ranks before it shards it, so **each row is the mean over the
     ranks** of their microbatches m. Rows then disagree less than those of single ranks, and a
-    threshold tuned on one process must be tuned again.
+    threshold tuned on one process must be tuned again. `microbatch_grads` with `across_ranks` gives
+    the rows of each rank's own samples, by one pass; this function is for modules that it refuses.
 
     The gradients are taken at the model's parameters; buffers change as in any training step.
     Gradients in ``p.grad`` are restored afterwards. The rows cannot be computed at other
