@@ -18,6 +18,19 @@ def is_sharded(tensor: Tensor) -> bool:
     return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "placements")
 
 
+PLAIN = {Tensor, nn.Parameter}
+
+
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Return whether some of the tensors are sharded."""
+    kinds = {*map(type, tensors)}  # usually one, and no call of Python for each tensor
+    return not kinds <= PLAIN and any(map(_is_dtensor, kinds))
+
+
+def _is_dtensor(kind: type) -> bool:
+    return kind not in PLAIN and hasattr(kind, "placements")
+
+
 def _is_cut(placement: Any) -> bool:
     """Return whether ranks along a mesh dim hold different pieces, in order or interleaved."""
     # is_shard() is false for the interleaved pieces that FSDP makes from tensor-parallel ones.
@@ -159,7 +172,7 @@ def is_shard_hook(hook: Any) -> bool:
 def reshard(modules: Iterable[nn.Module]) -> None:
     """Free the whole parameters that a pass without backward left; nothing without FSDP2."""
     for module in modules:
-        if fsdp_state(module) is not None:
+        if hasattr(type(module), "_get_fsdp_state"):  # asked of every module in every step
             again: Any = module
             again.reshard()
 
@@ -207,5 +220,5 @@ def refuse_sharding_options(model: nn.Module) -> None:
 
 def fsdp_state(module: nn.Module) -> Any:
     """Return the state that FSDP2 keeps of a module on which `fully_shard` was called, or None."""
-    find: Any = getattr(module, "_get_fsdp_state", None)
-    return None if find is None else find()
+    find: Any = getattr(type(module), "_get_fsdp_state", None)
+    return None if find is None else find(module)

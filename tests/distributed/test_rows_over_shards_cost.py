@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from benchmarks._wire import Wire
 
-from benchmarks import sharded
+from benchmarks import _sharded as sharded
 
 M = sharded.M
 

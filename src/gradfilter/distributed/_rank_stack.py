@@ -87,7 +87,7 @@ def validate_ranks(
 
 def _gathered(stack: GradStack, ranks: Ranks, numbers: Tensor) -> GatheredRows:
     """Return the rows of all ranks; over sharded parameters, the answers are sharded, too."""
-    if isinstance(stack, FusedStack) and stack.sharded:
+    if isinstance(stack, FusedStack) and stack.sharded.leaves:
         return RowsOverShards(stack, ranks, numbers)
     return GatheredRows(stack, ranks, numbers)
 
@@ -145,7 +145,7 @@ def _described(stack: GradStack, keeps: bool) -> bytes:
         [name, list(shape), str(tensors[name].dtype) if name in tensors else "unknown"]
         for name, shape in stack.shapes.items()
     ]
-    if isinstance(stack, FusedStack) and stack.sharded:  # gathered again in the same order
+    if isinstance(stack, FusedStack) and stack.sharded.leaves:  # gathered again in the same order
         leaves.append(["order of uses", stack.sharded.order, "sharded"])
     return json.dumps([*leaves, [stack.losses is not None, keeps]]).encode()
 

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter._readable import followed, readable
-from gradfilter._shards import is_sharded, refuse_sharding_options
+from gradfilter._shards import any_sharded, is_sharded, refuse_sharding_options
 from gradfilter._types import Params, Tree
 from gradfilter.grads._batch import (
     Batch,
@@ -222,7 +222,7 @@ class GradFunction:
 
     def _stack_of(self, params: Params, batch: Any, buffers: Tree | None) -> ComputedStack:
         if self._is_grouped(batch):
-            if any(isinstance(p, Tensor) and is_sharded(p) for p in params.values()):
+            if any_sharded(params.values()):
                 raise ValueError(
                     "Expected microbatches of equal sizes with parameters that are sharded over "
                     "ranks (DTensor), found groups=. Sort the samples into microbatches."
@@ -279,9 +279,9 @@ class GradFunction:
 
     def _check_sharded(self, params: Params) -> None:
         """Refuse what is not possible with parameters that are sharded over ranks."""
-        name = next((name for name, p in params.items() if is_sharded(p)), None)
-        if name is None:
+        if not any_sharded(params.values()):
             return
+        name = next(name for name, p in params.items() if is_sharded(p))
         if self.plan not in ("auto", "fused"):
             raise TypeError(
                 f'Expected plan "fused" with sharded parameters, found plan {self.plan!r} and '
@@ -378,7 +378,7 @@ class BatchPasses:
     @property
     def is_sharded(self) -> bool:
         """Whether some parameters are sharded over ranks, so that the loop cannot run."""
-        return any(map(is_sharded, self.params.values()))
+        return any_sharded(self.params.values())
 
     def _fused_or_loop(self, params: Mapping[str, Tensor], per_row: bool) -> ComputedStack:
         if self.is_sharded:

@@ -188,7 +188,8 @@ def _own_methods(modules: Iterable[nn.Module]) -> Iterator[Any]:
     functions: list[Any] = forward_methods(modules)
     for module in modules:
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        functions += (hook for hook in hooks if not is_shard_hook(hook))
+        if hooks:
+            functions += [hook for hook in hooks if not is_shard_hook(hook)]
     known = set[int]()
     for function in functions:
         for owner in owners_in(function, names=True):
@@ -226,9 +227,8 @@ class NormalizedLoss:
         """The names of running means with momentum None."""
         return set() if self.places is None else cumulative_means(self.places.modules)
 
-    @cached_property
     def kept_gathered(self) -> frozenset[str]:
-        """The sharded parameters that FSDP2 gathers once for forward and backward, by name."""
+        """Return the names of the parameters that FSDP2 gathers once for both passes."""
         return frozenset() if self.places is None else kept_gathered(self.places.modules)
 
     @cached_property

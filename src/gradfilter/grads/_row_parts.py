@@ -81,7 +81,7 @@ def dense_rows(rows: GradStack, factors: Tensor | None = None) -> DenseStack:
     Raises:
         ValueError: The parameters are sharded over ranks.
     """
-    if isinstance(rows, FusedStack) and rows.sharded:
+    if isinstance(rows, FusedStack) and rows.sharded.leaves:
         raise ValueError(
             "Expected all rows of a step from one batch that they divide evenly, because the "
             "parameters are sharded over ranks (DTensor), found rows in several parts. Leave out "

@@ -402,7 +402,7 @@ def forward(
         )
     ends = loss.check_reaches(losses, leaves.values())
     host.release()
-    if moves or sharded:
+    if moves or sharded.leaves:
         refuse_bypassed(losses, [leaves[name] for name in {*moves, *sharded.leaves}])
     if ends.padded_lookup:
         # vmap joins the tables of all rows into one, and masks only the first table. The override

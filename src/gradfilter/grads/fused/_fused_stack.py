@@ -163,7 +163,7 @@ class LazyRows:
         self.sharded = first.tape.sharded
         self.shapes = {name: leaf.shape[1:] for name, leaf in first.tape.leaves.items()}
         self._dtypes = {name: leaf.dtype for name, leaf in first.tape.leaves.items()}
-        limit = 1 if first.tape.sharded else MUCH_LARGER
+        limit = 1 if first.tape.sharded.leaves else MUCH_LARGER
         self.modes: Modes = choose_modes(
             first.tape.leaves, first.tape.uses, budget, limit=limit if lean else math.inf
         )
@@ -208,13 +208,13 @@ class LazyRows:
     def empty(self) -> Tensor | None:
         """Find the rows with a NaN loss and a zero gradient, or None. (M,) bool."""
         lost, every = self._losses.isnan(), frozenset(self.shapes)
-        if readable(lost) and not self.sharded:  # norms of shards are asked for on all ranks
+        if readable(lost) and not self.sharded.leaves:  # norms of shards are asked for on all ranks
             if not any(lost.tolist()):
                 return None
             if self._absent is not None and torch.equal(lost, self._absent):
                 return lost
             return lost & (self.sq_norms(every) == 0)
-        if every in self._norms and not self.sharded:
+        if every in self._norms and not self.sharded.leaves:
             return lost & (self._norms[every] == 0)
         # The norms would cost one more backward pass than most chains need.
         return None if self._ignored is None else lost & self._ignored
@@ -244,7 +244,7 @@ class LazyRows:
 
     def dot(self, tree: Tree) -> Tensor:
         """Return the products with a tree of some leaves. (M,)."""
-        if self.sharded:
+        if self.sharded.leaves:
             return self._dot_shards(tree)
         return self._sum(tree, lambda factor, name: factor.dot(tree[name]), (self.count,))
 
@@ -382,7 +382,7 @@ class LazyRows:
             if found is not None:
                 return found
         total = _Total(weights, self._live(names, weights), done)
-        found = self._ask(names, total, join=not self.sharded)
+        found = self._ask(names, total, join=not self.sharded.leaves)
         if JOINED in found:
             parts = split_joined(found.pop(JOINED), self._joined(names)[0], self.shapes)
             found |= {name: done(name, part) for name, part in parts.items()}
@@ -654,7 +654,7 @@ class FusedStack(ComputedStack):
 
     def _check_whole(self) -> None:
         """Refuse an answer of the size of the parameters, of which each rank holds a shard."""
-        if self.sharded:
+        if self.sharded.leaves:
             raise ValueError(
                 "Expected across_ranks() before a sum of rows over sharded parameters: each rank "
                 "holds its part of the sum, over the rows of all. Put "

@@ -67,7 +67,7 @@ class Host:
             for name, value in values.items()
         }
         self._own: dict[str, Tensor] = {}
-        self.replaces = bool(self.moves) or bool(self.tape.sharded)
+        self.replaces = bool(self.moves) or bool(self.tape.sharded.leaves)
 
     def adopt_checkpoint(self) -> None:
         """Let a checkpoint that the loss has entered run its function again in this pass."""
@@ -84,7 +84,7 @@ class Host:
         found = copy.copy(self)
         found.tape = self.tape.apart()
         found.drew = False  # what was drawn later must not refuse a question
-        if self.tape.sharded:
+        if self.tape.sharded.leaves:
             found._own = {}
         return found
 

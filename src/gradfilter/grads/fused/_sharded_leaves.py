@@ -8,14 +8,14 @@ rank must run the same operations in the same order, as under FSDP itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradfilter._shards import gather_shards, is_sharded
+from gradfilter._shards import any_sharded, gather_shards, is_sharded
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,13 +71,19 @@ class ShardedLeaves:
     order: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, params: Mapping[str, Any], kept: frozenset[str] = frozenset()) -> ShardedLeaves:
+    def of(
+        cls, params: Mapping[str, Any], find_kept: Callable[[], frozenset[str]]
+    ) -> ShardedLeaves:
         """Return those among the parameters that are sharded.
 
         Args:
             params: The parameters.
-            kept: The names of those that stay gathered from their first use to the last.
+            find_kept: Returns the names of those that stay gathered from their first use to the
+                last. It is called if any are sharded.
         """
+        if not any_sharded(params.values()):
+            return cls()
+        kept = find_kept()
         return cls(
             {
                 name: ShardedLeaf(p.detach(), p.dtype, {} if name in kept else None)
@@ -85,10 +91,6 @@ class ShardedLeaves:
                 if is_sharded(p)
             }
         )
-
-    def __bool__(self) -> bool:
-        """Return whether there are any."""
-        return bool(self.leaves)
 
     def used(self, name: str) -> None:
         """Note a use."""

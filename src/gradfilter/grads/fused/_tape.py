@@ -180,8 +180,8 @@ class Tape:
             return factor.rows()
         found = self._factors.setdefault(weight.leaf, [])
         found.append(factor)
-        complete = len(found) == self._expected[weight.leaf]
-        if complete and weight.leaf not in self._by_autograd:
+        expected = self._expected.get(weight.leaf)
+        if len(found) == expected and weight.leaf not in self._by_autograd:
             self._finish(weight.leaf, None)  # torch runs no hook of a leaf without a gradient
         return None
 
@@ -207,7 +207,8 @@ class Tape:
         finally:
             self.visitor = None
             self._factors.clear()
-            self.sharded.release()
+            if self.sharded.leaves:
+                self.sharded.release()
 
 
 def _complete(weak: weakref.ref[Tape], name: str, leaf: Tensor) -> None:

@@ -69,7 +69,7 @@ class _ClassLoss:
 
     def _note_ignored(self, tape: Tape, targets: Tensor) -> None:
         """Record the rows that have only ignored labels, if no rank may ask for norms alone."""
-        if tape.sharded or not readable(targets):
+        if tape.sharded.leaves or not readable(targets):
             nothing = (targets == self.ignore_index).flatten(1).all(1)
             tape.ignored = nothing if tape.ignored is None else tape.ignored & nothing
 

@@ -75,7 +75,7 @@ class RowOperation(ABC, Generic[W]):
         """Run the operation, and record its weight's and bias's gradients in the backward pass."""
         weight_rows = None if weight is None else weight.rows
         bias_rows = None if bias is None else bias.rows
-        if tape.sharded:
+        if tape.sharded.leaves:
             tape.expect(weight)
             tape.expect(bias)
         y: Tensor = _RowFunction.apply(x, weight_rows, bias_rows, self, weight, bias, tape)

@@ -1,6 +1,6 @@
 """Measure a step over parameters that FSDP2 shards, next to an ordinary step of FSDP2.
 
-    python -m benchmarks.sharded --out benchmarks/results
+    python -m benchmarks._sharded --out benchmarks/results
 
 Counts the bytes that a rank sends and the memory that a step takes in addition to what was there
 before it, on two processes of one machine. Times of processes that share a CPU say little.
