@@ -410,10 +410,12 @@ class FilteredTrainer(Trainer):
         self.add_callback(_Gate(self))
         self.transforms, self.microbatches = transforms, microbatches
         self.plan: Plan = plan
-        self.memory_budget, self.uneven = memory_budget, uneven
-        self.sample_weights, self.groups = sample_weights, groups
+        self.memory_budget: int | float | None = memory_budget
+        self.uneven: bool = uneven
+        self.sample_weights: str | None = sample_weights
+        self.groups: str | None = groups
         self.compile: bool | str | Backend = compile
-        self.reference_batch = reference_batch
+        self.reference_batch: Mapping[str, Any] | None = reference_batch
         self._hosted: Hosted | None = None
         self._train_loader: Any = None
         self._inherited = frozenset(vars(self)) - own
