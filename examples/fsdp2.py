@@ -2,11 +2,11 @@
 
     torchrun --nproc-per-node 2 examples/fsdp2.py
 
-`fully_shard` leaves a shard of every parameter in each process. `sharded_rows` computes the
-gradients of M microbatches as rows of such shards; the chain compares the rows across all
-processes, and the optimizer steps on the shards. A row is the mean over the processes of their
-microbatches m. Replace `digits()` by your data and the model in `main()` by yours, and shard its
-blocks before the whole. Needs scikit-learn (`pip install "gradfilter[lab]"`).
+`fully_shard` leaves a shard of every parameter in each process. `Filtered` gathers a layer when an
+operation needs it, and computes a row per microbatch of the process's own samples;
+`across_ranks()` joins the rows of all processes, and the optimizer steps on the shards. Replace
+`digits()` by your data and the model in `main()` by yours, and shard its blocks before the whole.
+Needs scikit-learn (`pip install "gradfilter[lab]"`).
 """
 
 import argparse
@@ -23,7 +23,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, random_split
 
 import gradfilter as gf
-from gradfilter.distributed import sharded_rows
+from gradfilter.distributed import across_ranks
+from gradfilter.interop import Filtered
 
 
 def digits() -> TensorDataset:
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=60, help="samples per process and step")
-    parser.add_argument("--microbatches", type=int, default=4, help="rows")
+    parser.add_argument("--microbatches", type=int, default=4, help="rows per process")
     parser.add_argument("--lr", type=float, default=0.005)
     parser.add_argument("--threshold", type=float, default=0.97, help="largest accepted 1 - cosine")
     parser.add_argument("--seed", type=int, default=0)
@@ -80,25 +81,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     criterion = nn.CrossEntropyLoss()
 
-    params = {name: p.detach() for name, p in model.named_parameters()}  # the same memory
-    filters = gf.agree_filter(args.threshold)
-    state = filters.init(params)
+    filters = gf.chain(across_ranks(), gf.agree_filter(args.threshold))
+    filtered = Filtered(model, criterion, filters, optimizer, args.microbatches)
     for epoch in range(1, args.epochs + 1):
         sampler.set_epoch(epoch)  # another order in every epoch
         losses, accepted = [], []
         for x, y in loader:
-            batch = x.to(device), y.to(device)
-            rows = sharded_rows(
-                model, lambda part: criterion(model(part[0]), part[1]), batch, args.microbatches
-            )
-            grads, state, out = filters.update(rows, state, params)
-            if out["keep"]:  # the same in every process
-                for name, p in model.named_parameters():
-                    p.grad = grads[name]
-                optimizer.step()
-            losses.append(rows.losses.mean())  # over all processes
-            accepted.append(out["accepted"])
+            result = filtered.step(x.to(device), y.to(device))
+            losses.append(result.loss)
+            accepted.append(result.info["agree_filter/accepted"])  # the same in every process
         loss, kept = torch.stack(losses).mean(), torch.stack(accepted).float().mean()
+        dist.all_reduce(loss)
+        loss /= dist.get_world_size()
         right = accuracy(model, test_loader, device)
         if first:
             print(f"epoch {epoch}: loss {loss:.4f}, test accuracy {right:.4f}, accepted {kept:.4f}")
