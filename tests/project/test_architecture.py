@@ -257,6 +257,7 @@ TESTED_BY = {
         "lab/sweep/test_sweep_command.py",
         "lab/sweep/test_sweep_config_options.py",
     ],
+    "lab/sweep/_bracketed_values": ["lab/sweep/test_sweep_config_options.py"],
     "lab/sweep/_join": ["lab/sweep/test_sweep_config_options.py", "lab/sweep/test_queue.py"],
     "lab/sweep/_plan": [
         "lab/sweep/test_sweep_command.py",

@@ -11,7 +11,7 @@ from optuna.trial import TrialState, create_trial
 
 from _lab import command
 from gradfilter.lab._usage import UsageError
-from gradfilter.lab.sweep._axes import quoted_value, split_values
+from gradfilter.lab.sweep._bracketed_values import quoted_value, split_values
 from gradfilter.lab.sweep._join import HEARTBEAT, KEY, joined_study
 from gradfilter.lab.sweep._sweep_command import parse_sweep, rows_of
 

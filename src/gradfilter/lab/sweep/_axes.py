@@ -17,6 +17,7 @@ from optuna.trial import Trial
 
 from gradfilter.lab._options import arguments
 from gradfilter.lab._usage import UsageError, check, did_you_mean
+from gradfilter.lab.sweep._bracketed_values import split_values
 from gradfilter.lab.train._train_command import NESTEROV
 from gradfilter.lab.train._train_config import PLACE, WATCHING, TrainConfig
 
@@ -108,55 +109,6 @@ def axes_of(typed: Sequence[str], option: str, read: Reader) -> tuple[Axis, ...]
             "Omit nesterov, or give optimizer=sgd."
         )
     return tuple(axes)
-
-
-def split_values(text: str, option: str, name: str) -> list[str]:
-    """Split values at commas, but for those within a value that is in brackets.
-
-    Raises:
-        UsageError: A bracket in which a value begins is not closed.
-
-    Examples:
-        >>> split_values("[etas=0.4,1.1],[a,b] c,head", "--grid", "optimizer_arguments")
-        ['etas=0.4,1.1', '[a,b] c', 'head']
-    """
-    values: list[str] = []
-    start = depth = 0
-    for at, letter in enumerate(text):
-        if letter == "[" and (depth or at == start):  # a bracket elsewhere is a letter like others
-            depth += 1
-        elif letter == "]" and depth:
-            depth -= 1
-        elif letter == "," and not depth:
-            values.append(text[start:at])
-            start = at + 1
-    values.append(text[start:])
-    if depth:
-        raise UsageError(
-            f"{option} {name}: expected a closing bracket after every opening one, found "
-            f"{values[-1]!r}. A value with commas is written [a,b]."
-        )
-    return [value[1:-1] if _is_bracketed(value) else value for value in values]
-
-
-def quoted_value(text: str) -> str:
-    """Return a value as `split_values` reads it.
-
-    Examples:
-        >>> quoted_value("etas=0.4,1.1"), quoted_value("0.1")
-        ('[etas=0.4,1.1]', '0.1')
-    """
-    return f"[{text}]" if "," in text or text.startswith("[") else text
-
-
-def _is_bracketed(value: str) -> bool:
-    """Return whether the bracket in which a value begins is closed at its end."""
-    depth = 0
-    for at, letter in enumerate(value):
-        depth += (letter == "[") - (letter == "]")
-        if depth <= 0:
-            return at > 0 and at == len(value) - 1
-    return False
 
 
 def _check_name(name: str, option: str) -> None:

@@ -15,7 +15,7 @@ from gradfilter.lab._options import (
     value_of,
 )
 from gradfilter.lab._usage import UsageError
-from gradfilter.lab.sweep._axes import quoted_value
+from gradfilter.lab.sweep._bracketed_values import quoted_value
 
 TRIALS = 20
 
