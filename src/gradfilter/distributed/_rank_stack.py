@@ -512,6 +512,8 @@ def across_ranks(group: dist.ProcessGroup | None = None) -> Transform:
     Results from before this transform are not changed: ``info["loss"]`` of a `train_step`, the
     ``loss`` of a `Filtered` step and metrics of earlier transforms are those of this rank's rows.
     In a step of `gradfilter.compile` the collectives are operations of the graph.
+    If the parameters are sharded over ranks, so are sums of rows, and the group has the ranks with
+    other samples: those along the dims of FSDP, not those of tensor parallelism.
     ``value`` for a `plateau` schedule must be the same on all ranks; `RankStack.losses` has all
     losses.
 

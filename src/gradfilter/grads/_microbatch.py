@@ -763,6 +763,9 @@ def microbatch_grads(
     ``grads_of(params, batch, buffers=rows.buffers)``. Without ``buffers=``, every call starts from
     the module's own.
 
+    Parameters may be sharded over ranks (DTensors, of FSDP2's ``fully_shard``): each rank gets the
+    rows of its own samples, and `gradfilter.distributed.across_ranks` makes one stack of all.
+
     Args:
         loss: ``loss(params, batch) -> scalar``, a pure function, or the result of `model_loss`.
             Each row's loss should be the mean over its samples. It may return one loss per sample,
