@@ -22,9 +22,10 @@ from gradfilter.distributed import across_ranks
 from gradfilter.interop import Filtered
 
 L = pytest.importorskip("lightning")
-from lightning.fabric.plugins.environments import LightningEnvironment  # noqa: E402
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy  # noqa: E402
-
+LightningEnvironment = pytest.importorskip(
+    "lightning.fabric.plugins.environments"
+).LightningEnvironment
+DDPStrategy, FSDPStrategy = L.pytorch.strategies.DDPStrategy, L.pytorch.strategies.FSDPStrategy
 FilteredModule = interop.FilteredModule
 check_strategy = sys.modules["gradfilter.interop._lightning"].check_strategy
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import lightning.pytorch as lightning
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -173,13 +174,6 @@ def share_buffers(module: Any) -> None:
     """
     if (wrapper := wrapper_of(module)) is not None:
         wrapper.require_forward_param_sync = True
-
-
-def _has_length(loader: Any) -> bool:
-    try:
-        return len(loader) >= 0
-    except (TypeError, NotImplementedError):  # that of an IterableDataset
-        return False
 
 
 # --- The module ---
@@ -505,7 +499,7 @@ class FilteredModule(lightning.LightningModule):
         """Check that no rank waits for one that has no more batches."""
         trainer = self.trainer
         batches = trainer.num_training_batches
-        if batch_idx and all(map(_has_length, _tree.leaves(trainer.train_dataloader))):
+        if batch_idx and None not in map(sized_len, _tree.leaves(trainer.train_dataloader)):
             return  # known since the first one
         ends = hosted.completes_step and trainer.global_step + 1 == trainer.max_steps
         is_last = trainer.is_last_batch or batch_idx + 1 >= batches or ends
