@@ -15,10 +15,11 @@ from torch import Tensor, nn
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether a tensor is a `torch.distributed.tensor.DTensor`."""
     # This runs for every leaf in every step, and torch.distributed.tensor is slow to import.
-    return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "placements")
+    return _is_dtensor(type(tensor))
 
 
 PLAIN = {Tensor, nn.Parameter}
+"""The types of most tensors, which need no further question."""
 
 
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
@@ -100,7 +101,7 @@ def local(tensor: Any) -> Tensor:
 
 
 def whole(number: Any) -> Tensor:
-    """Return a number from sharded tensors, equal on all ranks; return a plain one unchanged."""
+    """Return a tensor that is whole on every rank, gathered if it is sharded."""
     full: Tensor = number.full_tensor() if is_sharded(number) else number
     return full
 
@@ -113,10 +114,7 @@ def gather_shards(tensor: Any, dtype: torch.dtype | None = None) -> Tensor:
         dtype: The dtype in which the pieces are sent; None for their own.
     """
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-        found: Tensor = (
-            tensor if dtype in (None, tensor.dtype) else tensor.to(dtype)
-        ).full_tensor()
-    return found
+        return whole(tensor if dtype in (None, tensor.dtype) else tensor.to(dtype))
 
 
 def resharded(shard: Tensor, like: Any, dropped: int = 0) -> Tensor:

@@ -146,7 +146,7 @@ def _described(stack: GradStack, keeps: bool) -> bytes:
         for name, shape in stack.shapes.items()
     ]
     if isinstance(stack, FusedStack) and stack.sharded.leaves:  # gathered again in the same order
-        leaves.append(["order of uses", stack.sharded.order, "sharded"])
+        leaves.append(["order of uses", [*stack.sharded.order], "sharded"])
     return json.dumps([*leaves, [stack.losses is not None, keeps]]).encode()
 
 

@@ -120,6 +120,7 @@ class RowsOverShards(GatheredRows):
             grams = self._fused.each(self._gram_of).values()
             own = torch.stack(list(grams)).sum(0)
             self._gram = self.ranks.total(own)
+            self._gram.diagonal().clamp_(min=0)  # signed terms that cancel
         return self._gram.clone()
 
     def _gram_of(self, factor: Factor, name: str) -> Tensor:

@@ -216,6 +216,18 @@ class OuterFactor(Divisible):
         return _products.row_sq_norms(self.rows().flatten(1))
 
 
+def first_scaled(factor: Factor, count: int, scale: Tensor | None) -> Factor:
+    """Return the factor of the first rows, multiplied by ``scale`` (M,); a row of 0 is masked."""
+    live = None if scale is None else scale != 0
+    if type(factor) is not OuterFactor:
+        return DenseFactor(weigh(factor.rows()[:count], scale, live))
+    found = factor.part(0, count)
+    if live is None:
+        return found
+    outputs = weigh(found.outputs, scale, live)
+    return replace(found, inputs=mask(found.inputs, live), outputs=outputs)
+
+
 def join_uses(factors: list[Factor]) -> list[Factor]:
     """Join the outer products of several uses of a leaf: the positions of all uses are one sum."""
     joined: dict[tuple[int, int], list[OuterFactor]] = {}

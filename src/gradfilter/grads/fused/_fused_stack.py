@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from gradfilter import _tree
 from gradfilter._readable import readable
-from gradfilter._shards import gather_shards, is_sharded
+from gradfilter._shards import whole
 from gradfilter._types import Tree
 from gradfilter.grads._error_notes import note_anomaly, reason_of
 from gradfilter.grads._module_tensors import Hook, apply_hooks
@@ -41,6 +41,7 @@ from gradfilter.grads.fused._factors import (
     DenseFactor,
     Factor,
     TiledFactor,
+    first_scaled,
     join_rows,
     join_uses,
     small_rows,
@@ -244,18 +245,7 @@ class LazyRows:
 
     def dot(self, tree: Tree) -> Tensor:
         """Return the products with a tree of some leaves. (M,)."""
-        if self.sharded.leaves:
-            return self._dot_shards(tree)
-        return self._sum(tree, lambda factor, name: factor.dot(tree[name]), (self.count,))
-
-    def _dot_shards(self, tree: Tree) -> Tensor:
-        """Compute `dot` with a tree of which some leaves are sharded, gathered one by one."""
-
-        def dot(factor: Factor, name: str) -> Tensor:
-            leaf = tree[name]
-            return factor.dot(gather_shards(leaf) if is_sharded(leaf) else leaf)
-
-        return self._sum(tree, dot, (self.count,))
+        return self._sum(tree, lambda factor, name: factor.dot(whole(tree[name])), (self.count,))
 
     def rows(self, names: Collection[str]) -> Tree:
         """Return the rows on some leaves."""
@@ -664,8 +654,15 @@ class FusedStack(ComputedStack):
 
     def each(self, question: Question) -> Tree:
         """Ask about each leaf, also those without gradient, in one order on all ranks."""
-        assert self.count == self.run.count
-        return untraced(self.run.each)(self.names, question)
+        return untraced(self.run.each)(self.names, partial(self._asked, question))
+
+    def _asked(self, question: Question, factor: Factor, name: str) -> Tensor:
+        """Ask about the first rows of a factor, scaled as those of the stack."""
+        if isinstance(factor, TiledFactor) and len(factor.parts) == 1:
+            factor = factor.parts[0]
+        if self.scale is not None or self.count < self.run.count:
+            factor = first_scaled(factor, self.count, self.scale)
+        return question(factor, name)
 
     @override
     def explain(self) -> str:
@@ -779,9 +776,30 @@ class FusedStack(ComputedStack):
     def along(self, factors: Tensor) -> GradStack:
         check_per_row("factor", factors, self.count)
         # Groups of rows and a single row use the parameters themselves.
-        if self.origin.per_row or self.groups or self.run.count == 1:
+        single = self.run.count == 1 and not self.sharded.leaves
+        if self.origin.per_row or self.groups or single:
             return super().along(factors)
         return untraced(self._along)(factors)
+
+    @override
+    def at_rows(self, params: Tree) -> GradStack:
+        self._check_shared("at_rows")
+        return super().at_rows(params)
+
+    @override
+    def _points(self, factors: Tensor) -> Tree:
+        self._check_shared("along")
+        return super()._points(factors)
+
+    def _check_shared(self, question: str) -> None:
+        """Refuse parameters of each row, of which no rank holds a shard."""
+        if self.sharded.leaves:
+            raise ValueError(
+                f"Expected parameters that all rows share, because they are sharded over ranks "
+                f"(DTensor), found the question {question!r} for parameters of each row. Use "
+                "sam_perturb(rho, per_microbatch=True) without adaptive=, or one perturbation for "
+                "all rows."
+            )
 
     def _along(self, factors: Tensor) -> GradStack:
         steps = scale_rows(_tree.at_least_float32(factors), self.scale).clone()

@@ -68,7 +68,7 @@ class ShardedLeaves:
     """
 
     leaves: Mapping[str, ShardedLeaf] = field(default_factory=dict)
-    order: list[str] = field(default_factory=list)
+    order: dict[str, None] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -94,8 +94,7 @@ class ShardedLeaves:
 
     def used(self, name: str) -> None:
         """Note a use."""
-        if name not in self.order:
-            self.order.append(name)
+        self.order.setdefault(name)
 
     def release(self) -> None:
         """Let go of all gathered values."""
