@@ -44,6 +44,11 @@ def two():
 
 
 @pytest.fixture(scope="module")
+def three():
+    yield from processes(3)
+
+
+@pytest.fixture(scope="module")
 def four():
     yield from processes(4)
 

@@ -15,7 +15,6 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.checkpoint import checkpoint
 
 import gradfilter as gf
-from _world import World
 from gradfilter.distributed import across_ranks
 from gradfilter.interop import Filtered
 
@@ -276,13 +275,6 @@ def test_single_rows_move_along_themselves(two):
 @pytest.mark.parametrize("name", ["agreement", "consensus", "clipped rows", "sam"])
 def test_training_on_four_ranks(four, name):
     assert len(set(four.run(training, name, "hsdp"))) == 1
-
-
-@pytest.fixture(scope="module")
-def three():
-    world = World(3)
-    yield world
-    world.close()
 
 
 @pytest.mark.slow

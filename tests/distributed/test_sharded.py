@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import gradfilter as gf
+from _torch_optim import TORCH_CLASSES
 from gradfilter.distributed import ShardedStack, sharded_rows
 
 M, B, STEPS = 3, 4, 5
@@ -356,13 +357,6 @@ def test_the_recipe_for_torch_optim(two):
 # --- Classes of torch.optim by from_torch ---
 
 
-TORCH_CLASSES = {
-    name: kind
-    for name, kind in vars(torch.optim).items()
-    if isinstance(kind, type)
-    and issubclass(kind, torch.optim.Optimizer)
-    and kind is not torch.optim.Optimizer
-}
 UNFIT = {"LBFGS", "SparseAdam"}  # from_torch has no use for them with whole parameters either
 FLAGS = (
     {},

@@ -231,13 +231,6 @@ def test_the_others_end_within_the_timeout_when_a_rank_is_gone(fresh_ranks, tmp_
         assert fresh_ranks.outcome(victim)[1] == (BAD, True, "ArithmeticError", "my own mistake")
 
 
-@pytest.fixture(scope="module")
-def three():
-    world = World(3)
-    yield world
-    world.close()
-
-
 DIFFERENCES = {
     "rows": "expected as many rows on every rank, found 2 on rank 0 and 3 on rank 2",
     "chain": "agree_filter(threshold=1.9) on rank 0 and agree_filter(threshold=0.5) on rank 2",

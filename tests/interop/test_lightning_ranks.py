@@ -34,13 +34,6 @@ STEPS, SIZE, M = 6, 4, 2  # batches of a rank, their samples, and the rows of on
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
 
-@pytest.fixture(scope="module")
-def three():
-    world = World(3)
-    yield world
-    world.close()
-
-
 # --- A trainer in processes that exist already ---
 
 

@@ -13,7 +13,15 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import gradfilter as gf
-from _float16 import GROWTH, SCALE, Perceptron, samples, scaler, scales_by_hand, train_by_hand
+from _float16 import (
+    GROWTH,
+    SCALE,
+    Perceptron,
+    TrainerInHalf,
+    samples,
+    scales_by_hand,
+    train_by_hand,
+)
 from gradfilter import interop
 from gradfilter.interop import Filtered
 
@@ -651,15 +659,8 @@ def test_a_run_whose_first_step_is_skipped_does_not_warn(trainer):
     assert column(made, "keep") == [0.0, 0.0]
 
 
-class Half(FilteredTrainer):
-    """A trainer in float16, which accelerate leaves out on a CPU."""
-
-    def create_accelerator_and_postprocess(self):
-        super().create_accelerator_and_postprocess()
-        self.accelerator.scaler, self.accelerator.native_amp = scaler(), True
-
-    def compute_loss_context_manager(self):
-        return torch.autocast("cpu", torch.float16)
+class Half(TrainerInHalf, FilteredTrainer):
+    """A trainer in float16."""
 
 
 class Scales(hf.TrainerCallback):

@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import gradfilter as gf
-from _float16 import Perceptron, scaler, scales_by_hand, train_by_hand
+from _float16 import Perceptron, TrainerInHalf, scales_by_hand, train_by_hand
 from _float16 import samples as samples16
 from _world import World
 from gradfilter import interop
@@ -363,13 +363,6 @@ QUICK = ("agreement", "consensus", "agreement of accumulated rows", "accumulated
 )
 def test_two_ranks_are_one_process_with_the_rows_of_both(two, tmp_path, case):
     parity(two, tmp_path, case)
-
-
-@pytest.fixture(scope="module")
-def three():
-    world = World(3)
-    yield world
-    world.close()
 
 
 @pytest.mark.slow
@@ -754,15 +747,8 @@ def test_averaged_weights_are_those_of_one_process(two, tmp_path):
         close(SimpleNamespace(state=found.extra), SimpleNamespace(state=alone.extra))
 
 
-class Half(FilteredTrainer):
-    """A trainer in float16, which accelerate leaves out on a CPU."""
-
-    def create_accelerator_and_postprocess(self):
-        super().create_accelerator_and_postprocess()
-        self.accelerator.scaler, self.accelerator.native_amp = scaler(), True
-
-    def compute_loss_context_manager(self):
-        return torch.autocast("cpu", torch.float16)
+class Half(TrainerInHalf, FilteredTrainer):
+    """A trainer in float16 that logs its scale."""
 
     def training_step(self, *args):
         loss = super().training_step(*args)

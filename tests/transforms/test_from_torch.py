@@ -9,17 +9,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import gradfilter as gf
 import gradfilter.schedules as gs
 from _naive import assert_close, assert_same, generator
+from _torch_optim import TORCH_CLASSES as CLASSES
 from gradfilter.testing._laws import no_host_sync
 
 STEPS = 100
 SHAPES = {"weight": (4, 3), "bias": (3,), "scale": (), "kernel": (2, 1, 2, 2)}
-CLASSES = {
-    name: kind
-    for name, kind in vars(torch.optim).items()
-    if isinstance(kind, type)
-    and issubclass(kind, torch.optim.Optimizer)
-    and kind is not torch.optim.Optimizer
-}
 REFUSED = {"LBFGS": "closure", "SparseAdam": "dense gradients"}
 # A class gets those of the flags that it has; a new class of torch is covered by itself.
 FLAGS = [
