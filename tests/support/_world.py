@@ -1,5 +1,6 @@
 """Processes with a gloo process group, which run a function of a test module on every rank."""
 
+import faulthandler
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -67,16 +68,25 @@ class World:
         while len(found) < self.size:
             waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in found]
             ready = multiprocessing.connection.wait(waiting, patience)
-            found |= {self.pipes.index(pipe): pipe.recv() for pipe in ready}
+            found |= {rank: self._said(rank) for rank in map(self.pipes.index, ready)}
             wrong = [f"rank {rank}: {said}" for rank, (fine, said) in found.items() if not fine]
             patience = REST if wrong else PATIENCE
-            if not ready:  # the others still wait for it: only new processes are of any use
-                self.close()
-                self._open()
+            if not ready:
                 break
+        lost = [process for process in self.processes if not process.is_alive()]
+        if lost or not ready:  # the others may wait for it: only new processes are of any use
+            self.close()
+            self._open()
         if wrong or not ready:
             raise Failed("\n".join(wrong) or f"ranks said nothing for {patience} s")
         return [found[rank][1] for rank in range(self.size)]
+
+    def _said(self, rank):
+        try:
+            return self.pipes[rank].recv()
+        except EOFError:
+            self.processes[rank].join()
+            return False, f"its process died, exit code {self.processes[rank].exitcode}"
 
     def errors(self, function, *args):
         """Return the messages that all ranks raised; raise an error if a rank did not."""
@@ -94,6 +104,7 @@ class World:
 
 
 def _serve(pipe, store, rank, size, timeout):
+    faulthandler.enable()  # a crash in native code says where Python was
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     dist.init_process_group(
