@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradfilter._lost_ranks import explained
+
 # --- Tensors ---
 
 
@@ -65,10 +67,7 @@ class ShardPart:
         spread = [
             Partial() if d in over else Replicate() for d in range(self.like.device_mesh.ndim)
         ]
-        whole: Tensor = DTensor.from_local(
-            number, self.like.device_mesh, spread, run_check=False
-        ).full_tensor()
-        return whole
+        return whole(DTensor.from_local(number, self.like.device_mesh, spread, run_check=False))
 
 
 def parts(tree: Mapping[str, Tensor]) -> Iterator[ShardPart]:
@@ -102,7 +101,14 @@ def local(tensor: Any) -> Tensor:
 
 def whole(number: Any) -> Tensor:
     """Return a tensor that is whole on every rank, gathered if it is sharded."""
-    full: Tensor = number.full_tensor() if is_sharded(number) else number
+    if not is_sharded(number):
+        plain: Tensor = number
+        return plain
+    mesh = number.device_mesh
+    spread = [dim for dim, p in enumerate(number.placements) if not p.is_replicate()]
+    group = mesh.get_group(spread[0]) if spread else None
+    with explained("gathering what is sharded", group, among_others=True):
+        full: Tensor = number.full_tensor()
     return full
 
 

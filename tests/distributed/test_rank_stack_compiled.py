@@ -215,7 +215,8 @@ def test_the_others_fail_when_a_rank_is_gone():
 
 def one_collective_fails():
     """The error of a collective in the graph is explained, others are shown as they are."""
-    from gradfilter.distributed._ranks import LostRanksError, Ranks
+    from gradfilter._lost_ranks import LostRanksError
+    from gradfilter.distributed._ranks import Ranks
 
     ranks = Ranks.of(None)
     for text, kind in (("[gloo/pair.cc] closed", LostRanksError), ("no memory", RuntimeError)):

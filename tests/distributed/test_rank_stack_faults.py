@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import gradfilter as gf
 import gradfilter.schedules as gs
-from _world import PATIENCE, World
+from _world import PATIENCE, Failed, World
 from gradfilter.distributed import RankStack, across_ranks
 
 LEAVES = {"a.weight": (2, 3), "a.bias": (2,)}
@@ -199,6 +199,17 @@ def test_the_others_fail_within_the_timeout_when_a_rank_is_gone(size, harm):
             assert not fine and said.startswith("my own mistake")
     finally:
         world.close()
+
+
+def dies_alone():
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_world_names_a_process_that_died_and_starts_new_ones(two):
+    with pytest.raises(Failed, match=r"^rank 1: its process died, exit code -9$"):
+        two.run(dies_alone)
+    assert two.run(fine) == [4 * 4 * 8.0] * 2
 
 
 def nan_rank(seed):

@@ -1,5 +1,9 @@
 """Rows of each rank's own samples over sharded parameters are those of one process."""
 
+import os
+import signal
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +19,8 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.checkpoint import checkpoint
 
 import gradfilter as gf
+from _world import PATIENCE, World
+from gradfilter._lost_ranks import LostRanksError
 from gradfilter.distributed import across_ranks
 from gradfilter.interop import Filtered
 
@@ -519,3 +525,49 @@ def ignored_rows():
 
 def test_a_row_without_labels_on_one_rank(two):
     two.run(ignored_rows)
+
+
+# --- A rank that is gone while the others gather ---
+
+
+set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+
+
+def lost(victim, harm):
+    """What is said when one rank goes in the forward pass of the second step."""
+    model, going = sharded(), []
+
+    def leave(*_):
+        if going and dist.get_rank() == victim:
+            if harm == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            signal.pause()  # until the test is over
+
+    model.norm.register_forward_pre_hook(leave)
+    chain = gf.chain(across_ranks(), gf.mean_rows(), gf.sgd(0.1))
+    step = gf.train_step(gf.model_loss(model, F.cross_entropy), chain, microbatches=M)
+    state = step.init(model)
+    state, _ = step(state, own(batch_of(0)))
+    dist.barrier()
+    set_timeout(timedelta(seconds=1))
+    going.append(True)
+    before = {n: p.to_local().clone() for n, p in state["params"].items()}
+    with pytest.raises(LostRanksError) as found:
+        step(state, own(batch_of(1)))
+    close({n: p.to_local() for n, p in state["params"].items()}, before)
+    return str(found.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", ["killed", "stalls"])
+def test_a_rank_that_is_gone_while_the_others_gather_is_named(harm):
+    world = World(3, timeout=10 * PATIENCE)
+    try:
+        world.start(lost, 1, harm)
+        for rank in (0, 2):
+            fine, said = world.outcome(rank)
+            assert fine, said
+            assert f"Rank {rank} of 3 lost the others while gathering what is sharded" in said
+            assert "No word within 3 s from rank 1. Nothing was updated" in said
+    finally:
+        world.close()

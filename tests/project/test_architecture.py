@@ -183,6 +183,10 @@ def test_a_module_for_one_neighbour_has_a_reason_to_be_a_file():
 TESTED_BY = {
     "_about": ["lab/test_demo.py"],
     "_products": ["grads/test_stack.py", "grads/test_stack_half.py"],
+    "_lost_ranks": [
+        "distributed/test_rank_stack_faults.py",
+        "distributed/test_rows_over_shards.py",
+    ],
     "_readable": ["transforms/test_agreement.py", "grads/test_differentiated.py"],
     "_shards": ["distributed/test_sharded.py", "distributed/test_sharded_mesh.py"],
     "distributed/_gathered_rows": ["distributed/test_rank_stack.py"],

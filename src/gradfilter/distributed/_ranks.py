@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from gradfilter import _products
+from gradfilter._lost_ranks import explained
 from gradfilter._readable import readable
 from gradfilter._types import Tree
 from gradfilter.grads._call_context import surroundings
@@ -41,20 +41,6 @@ _reduce_scatter_single: Callable[..., dist.Work | None] = getattr(
 
 collectives: Any = torch.ops._c10d_functional
 """Collectives that can be operations of a graph: they return new tensors, and are waited for."""
-
-BACKENDS = ("gloo", "NCCL", "process group", "Connection")
-"""Words in the errors of collectives."""
-
-
-LOST = "gradfilter/lost"
-"""The key under which a rank tells the others that it lost some."""
-
-MOMENT = 3
-"""The seconds for which a rank that lost others waits for them to say the same."""
-
-
-class LostRanksError(RuntimeError):
-    """Raised if a collective fails: another rank died, raised an error or does not answer."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +103,7 @@ class Ranks:
             return self._in_graph(collectives.all_to_all_single, parcels, size, size)
         parts = torch.empty_like(parcels)
         doing = "exchanging gradients"
-        with self._explained(doing):
+        with explained(doing, self.group):
             work = dist.all_to_all_single(parts, parcels, group=self.group, async_op=True)
         return partial(self._wait_for, doing, [work], parts)
 
@@ -138,11 +124,11 @@ class Ranks:
             return lambda: parts
         doing = "gathering"
         if tensor.numel() > LONG and tensor.device.type == "cpu":
-            with self._explained(doing):
+            with explained(doing, self.group):
                 works = self._broadcasts(parts, tensor)
         else:
             own = tensor.contiguous()[None]
-            with self._explained(doing):
+            with explained(doing, self.group):
                 works = [_all_gather_single(parts, own, group=self.group, async_op=True)]
         return partial(self._wait_for, doing, works, parts)
 
@@ -170,7 +156,7 @@ class Ranks:
         if surroundings() is not None:
             return self._in_graph(collectives.all_reduce, tensor, "sum")
         doing = "adding up"
-        with self._explained(doing):
+        with explained(doing, self.group):
             work = dist.all_reduce(tensor, group=self.group, async_op=True)
         return partial(self._wait_for, doing, [work], tensor)
 
@@ -192,7 +178,7 @@ class Ranks:
             parcel[tuple(map(slice, piece.shape))] = piece
         found = torch.empty_like(first)
         doing = "adding up"
-        with self._explained(doing):
+        with explained(doing, self.group):
             given = parcels.flatten()
             work = _reduce_scatter_single(found.view(-1), given, group=self.group, async_op=True)
         self._wait_for(doing, [work], found)
@@ -208,7 +194,7 @@ class Ranks:
         """Overwrite a tensor by that of the first rank, in place."""
         if self.group is not None:
             doing = "copying"
-            with self._explained(doing):
+            with explained(doing, self.group):
                 work = dist.broadcast(tensor, group=self.group, group_src=0, async_op=True)
             self._wait_for(doing, [work], tensor)
 
@@ -218,7 +204,7 @@ class Ranks:
             return numbers[None]
         group = _host_group(self.group)
         parts = numbers.new_empty(self.size, len(numbers))
-        with self._explained("comparing notes"):
+        with explained("comparing notes", self.group):
             _all_gather_single(parts, numbers[None], group=group)
         return parts
 
@@ -264,56 +250,16 @@ class Ranks:
     def around_graph(self, check: Callable[[], None]) -> Iterator[None]:
         """Run a check before a graph, and explain errors of the collectives in the graph."""
         check()
-        try:
+        with explained("running a compiled step", self.group, among_others=True):
             yield
-        except RuntimeError as error:
-            if not any(word in str(error) for word in BACKENDS):
-                raise
-            raise self._lost("running a compiled step", error) from error
 
     def _wait_for(self, doing: str, works: Sequence[dist.Work | None], result: Tensor) -> Tensor:
         """Wait for collectives, which until then hold the tensors that they send and fill."""
-        with self._explained(doing):
+        with explained(doing, self.group):
             for work in works:
                 if work is not None:
                     work.wait()
         return result
-
-    @contextmanager
-    def _explained(self, doing: str) -> Iterator[None]:
-        """Replace the error of a failed collective by an explanation."""
-        try:
-            yield
-        except RuntimeError as error:
-            raise self._lost(doing, error) from error
-
-    def _silent(self) -> str:
-        """Name the ranks that do not say within a moment that they lost others, too."""
-        assert self.group is not None
-        members = dist.get_process_group_ranks(self.group)
-        try:
-            store = dist.distributed_c10d._get_default_store()
-            store.set(f"{LOST}/{self.name(self.rank)}", "")
-            end = time.monotonic() + MOMENT
-            silent = members
-            while silent and time.monotonic() < end:
-                silent = [rank for rank in silent if not store.check([f"{LOST}/{rank}"])]
-                time.sleep(0.05)
-        except Exception:  # whatever a store of a dying group raises: the first error counts
-            return ""
-        if not silent:
-            return ""
-        names = ", ".join(map(str, silent))
-        return f"No word within {MOMENT} s from rank{'s' * (len(silent) > 1)} {names}. "
-
-    def _lost(self, doing: str, error: RuntimeError) -> LostRanksError:
-        return LostRanksError(
-            f"Rank {self.name(self.rank)} of {dist.get_world_size()} lost the others while "
-            f"{doing}: one of them died, raised an error, or was silent for longer than "
-            f"the process group's timeout. {self._silent()}"
-            "Nothing was updated in this step. Look for the first error among the ranks, and "
-            f"start all of them again from a checkpoint. torch.distributed says: {error}"
-        )
 
 
 ALONE = Ranks(None, 0, 1)

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from gradfilter.distributed._ranks import ALONE, LostRanksError, Ranks
+from gradfilter._lost_ranks import LostRanksError
+from gradfilter.distributed._ranks import ALONE, Ranks
 from gradfilter.lab._processes import started_processes
 
 
