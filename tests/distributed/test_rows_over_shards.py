@@ -320,6 +320,51 @@ def test_filtered_drives_an_optimizer_of_torch(two):
     assert two.run(with_filtered, M) == [True] * 2
 
 
+def accumulated(links, clip):
+    """Steps of one to three batches, next to ordinary backward passes."""
+    model, plain, size = sharded(), network(), dist.get_world_size()
+    found = Filtered(
+        model,
+        F.cross_entropy,
+        gf.chain(across_ranks(), *links, gf.mean_rows()),
+        torch.optim.AdamW(model.parameters(), lr=0.01),
+        M,
+    )
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01)
+    for at in range(STEPS):
+        batches = [batch_of(10 * at + part) for part in range(1 + at % 3)]
+        params = {n: p.detach().clone() for n, p in plain.named_parameters()}
+        stacks = [reference(params, batch, M * size) for batch in batches]
+        for batch in batches[:-1]:
+            model(own(batch)[0])  # leaves the root's parameters gathered, as an evaluation does
+            found.accumulate(*own(batch))
+        result = found.step(*own(batches[-1]))
+        rows = [stack.stacked() for stack in stacks]
+        norms = torch.cat([stack.sq_norms() for stack in stacks]).sqrt()
+        factors = (clip / norms).clamp(max=1)
+        assert factors.min() < 1 if clip < 1e3 else factors.min() == 1
+        for name, p in plain.named_parameters():
+            leaf = torch.cat([own_rows[name] for own_rows in rows])
+            p.grad = torch.einsum("m,m...->...", factors, leaf) / len(leaf)
+        optimizer.step()
+        here = torch.cat(
+            [stack.losses.unflatten(0, (size, M))[dist.get_rank()] for stack in stacks]
+        )
+        close(result.loss, here.mean())
+        close(whole(found._params()), {n: p.detach() for n, p in plain.named_parameters()})
+    with pytest.raises(ValueError, match=r"expected no keep= with accumulate\(\)"):
+        found.accumulate(*own(batch_of(0)), keep=True)
+    found.accumulate(*own(batch_of(0)))
+    with pytest.raises(ValueError, match=r"expected no keep= with accumulate\(\)"):
+        found.step(*own(batch_of(0)), keep=True)
+
+
+@pytest.mark.parametrize("clip", [0.3, 1e9])
+def test_batches_accumulate_where_rows_need_not_be_held(two, clip):
+    links = [gf.finite_filter(), gf.clip_per_row(clip)] if clip < 1 else []
+    two.run(accumulated, links, clip)
+
+
 # --- Activation checkpoints ---
 
 
@@ -459,8 +504,10 @@ def refusals():
     with pytest.raises(ValueError, match="expected compile=False"):
         Filtered(model, F.cross_entropy, chain, optimizer, 2, compile=True)
     filtered = Filtered(model, F.cross_entropy, chain, optimizer, 2)
-    with pytest.raises(ValueError, match=r"found accumulate\(\) with parameters that are sharded"):
-        filtered.accumulate(*batch)
+    for first in ([across_ranks(), gf.agree_filter(1.0)], [gf.clip_per_row(1.0), across_ranks()]):
+        held = gf.chain(*first, *([] if "agree" in first[1].name else [gf.mean_rows()]))
+        with pytest.raises(ValueError, match=r"found accumulate\(\) with parameters that are sha"):
+            Filtered(model, F.cross_entropy, held, optimizer, 2).accumulate(*batch)
     with pytest.raises(ValueError, match="Expected whole parameters with reference_batch="):
         filtered.step(*batch, reference_batch=batch)
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gradfilter import _tree
 from gradfilter._overlap import copied_where_shared
+from gradfilter._row_rules import RowRules
 from gradfilter._shards import is_sharded, reshard
 from gradfilter._state_rules import settled
 from gradfilter._types import GLOBAL_NAMES, Out, Params, State, Transform, Tree, all_keep
@@ -145,6 +146,22 @@ def _check_for_shards(transforms: Transform, graphs: Graphs | None) -> None:
             "Filtered: expected compile=False with parameters that are sharded over ranks "
             "(DTensor). Leave it out."
         )
+
+
+ALL_RANKS_IN_EACH_BATCH = {"across_ranks": RowRules({})}
+"""The rules of `across_ranks` where the sums of each batch are added up over the ranks.
+
+Parameters that are whole on every rank have none: their rows are held, and sent with the step.
+"""
+
+
+def _row_part_over_shards(transforms: Transform) -> RowPart | None:
+    """Return what reduces each batch over sharded parameters; None if the chain needs all rows."""
+    found = row_part(transforms, ALL_RANKS_IN_EACH_BATCH)
+    # A transform before across_ranks may skip the step on one rank, and the others must know.
+    if found is None or found.rows_are_read or next(iter(found.parts)) != "across_ranks":
+        return None
+    return found
 
 
 class FilteredBatch(NamedTuple):
@@ -338,7 +355,8 @@ class Filtered:
             _check_for_shards(self.transforms, self._graphs)
         check_owned(self._module, optimizer, "Filtered")
         self._state = self.transforms.init(extract(self._module)[0])
-        self._row_part = row_part(self.transforms)
+        find_row_part = _row_part_over_shards if self._sharded else row_part
+        self._row_part = find_row_part(self.transforms)
         self._held: list[DenseStack] = []
         self._reduced: ReducedRows | None = None
         self._earlier = EarlierBatches()  # those of a compiled host
@@ -372,6 +390,8 @@ class Filtered:
         """
         if self._sharded:  # an evaluation may have left parameters whole
             reshard(self._module.modules())
+            if self._reduced is not None:
+                self._check_for_batches_of_shards(extra)
         check_owned(self._module, self.optimizer, "Filtered")
         params = self._params()
         batch = self._batch_of(inputs, targets, sample_weights, groups)
@@ -424,7 +444,9 @@ class Filtered:
         `mean_rows`), the rows of the batch are reduced at once, and all batches together hold one
         gradient. Otherwise the rows of all batches are held until the step, because the chain
         compares them. `reference_filter` also holds them, unless the gradient ``reference=`` is
-        given here as well: that of a ``reference_batch`` is known at the step only.
+        given here as well: that of a ``reference_batch`` is known at the step only. Over sharded
+        parameters rows cannot be held; those that are reduced at once are added up over the ranks
+        in every batch, as FSDP2 does.
 
         Args:
             inputs: As in `step`.
@@ -438,14 +460,11 @@ class Filtered:
 
         Raises:
             ValueError: Rows of other parameters, or keywords with other values, were accumulated;
-                the parameters are sharded over ranks.
+                the parameters are sharded over ranks, and the rows would have to be held.
         """
         if self._sharded:
-            raise ValueError(
-                "Filtered: expected step() with every batch, found accumulate() with parameters "
-                "that are sharded over ranks, whose rows are not held. Use more microbatches, "
-                "which with memory_budget=0 hold little in addition."
-            )
+            self._check_for_batches_of_shards(extra)
+            reshard(self._module.modules())
         params = self._params()
         batch = self._batch_of(inputs, targets, sample_weights, groups)
         if self._batch_graphs is None:
@@ -454,6 +473,22 @@ class Filtered:
             loss, buffers = self._accumulate_in_graph(self._batch_graphs, params, batch, extra)
         insert(self._module, {}, buffers)
         return loss
+
+    def _check_for_batches_of_shards(self, extra: Mapping[str, Any]) -> None:
+        """Refuse to accumulate what would have to be held, or what one rank alone knows."""
+        if self._row_part_for(extra) is None:
+            raise ValueError(
+                "Filtered: expected step() with every batch, found accumulate() with parameters "
+                "that are sharded over ranks, whose rows are not held. It works for chains that "
+                "begin with across_ranks(), act row by row up to the reducer, and do not use the "
+                "rows behind it: across_ranks(), clip_per_row(c), mean_rows(). For others use more "
+                "microbatches, which with memory_budget=0 hold little in addition."
+            )
+        if "keep" in extra:
+            raise ValueError(
+                "Filtered: expected no keep= with accumulate() and the step() behind it, found one "
+                "with parameters sharded over ranks, which must all skip or none. Leave it out."
+            )
 
     def _accumulate(self, params: Params, batch: Any, extra: Any) -> tuple[Tensor, Tree]:
         """Compute the rows of a batch and hold them; return the mean loss and the buffers."""

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from torch.optim import Optimizer
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from gradfilter._factory import factory
 from gradfilter._overlap import copied_where_shared
 from gradfilter._readable import followed
-from gradfilter._row_rules import joined_rules
+from gradfilter._row_rules import RowRules, joined_rules
 from gradfilter._scaled_tree import ScaledTree
 from gradfilter._state_rules import PartRules, settled
 from gradfilter._types import (
@@ -390,17 +391,24 @@ def _found(name: str, out: Out, params: Params, context: Context) -> Out:
     return found | {f"{name}/{k}": v for k, v in out.items() if k not in GLOBAL_NAMES}
 
 
-def row_part(update: Transform) -> RowPart | None:
-    """Return the transforms up to the reducer, if rows may come in parts; None if they may not."""
+def row_part(
+    update: Transform, more_rules: Mapping[str, RowRules] = MappingProxyType({})
+) -> RowPart | None:
+    """Return the transforms up to the reducer, if rows may come in parts; None if they may not.
+
+    Args:
+        update: A chain.
+        more_rules: The rules of transforms that have none of their own, by name.
+    """
     named_parts = dict(zip(names_of(update.parts), update.parts, strict=True))
     found: dict[str, Transform] = {}
     for position, (name, part) in enumerate(named_parts.items()):
-        if part.row_rules is None:
+        if part.row_rules is None and name not in more_rules:
             return None
         found[name] = part
         if Kind.ROWS_TO_TREE in part.kinds:
             behind = update.parts[position + 1 :]
-            return RowPart(found, any(later.row_rules is None for later in behind))
+            return RowPart(found, any(later.row_rules is None for later in behind), more_rules)
         if Kind.ROWS_TO_ROWS not in part.kinds:
             return None
     return None

@@ -28,15 +28,18 @@ class RowPart:
     Attributes:
         parts: The transforms by name, in their order.
         rows_are_read: True if a transform behind the reducer may use ``rows``.
+        more_rules: The rules of those that have none of their own, by name.
     """
 
     parts: Mapping[str, Transform]
     rows_are_read: bool
+    more_rules: Mapping[str, RowRules]
 
     @property
     def rules(self) -> dict[str, RowRules]:
         """The rules of the transforms, by name."""
-        found = {name: part.row_rules for name, part in self.parts.items()}
+        own = {name: part.row_rules for name, part in self.parts.items()}
+        found = {name: rules or self.more_rules.get(name) for name, rules in own.items()}
         return {name: rules for name, rules in found.items() if rules is not None}
 
     @property
