@@ -88,7 +88,7 @@ def making(m):
 
 def test_making_a_stack_sends_a_few_numbers(world):
     for found in world.run(making, 4):
-        assert found == (3 + 3 * 32) * (len(world.pipes) - 1)
+        assert found == (4 + 3 * 32) * (len(world.pipes) - 1)
 
 
 def gathering(count):

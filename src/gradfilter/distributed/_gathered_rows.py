@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from gradfilter import _products, _tree
 from gradfilter._types import Tree
+from gradfilter.distributed._departures import added_up_early, exchanged_early, last_first
 from gradfilter.distributed._ranks import Bucket, Ranks, added_up, combined, exchanged, reduced
 from gradfilter.grads._stack import GradStack
+from gradfilter.grads.fused._fused_stack import FusedStack
 
 
 def per_row(stack: GradStack, keep: Tensor | bool = True) -> Tensor:
@@ -32,11 +34,14 @@ class GatheredRows:
         ranks: The ranks that hold the rows.
         numbers: The result of `per_row` on every rank, gathered at the start, because later only
             some ranks may ask. (W, 3, M)
+        leaves_early: True if every rank computes its rows by one backward pass, during which
+            complete leaves are sent.
     """
 
     local: GradStack
     ranks: Ranks
     numbers: Tensor
+    leaves_early: bool = False
     _gram: Tensor | None = None
     _buckets: list[Bucket] | None = None
 
@@ -79,7 +84,7 @@ class GatheredRows:
         """Compute J Jᵀ, with the same bits on every rank. (M·W, M·W)."""
         if self._gram is None:
             buckets, parts = [], []
-            for bucket in exchanged(self.local.stacked(), self.ranks):
+            for bucket in self._exchanged():
                 parts.append(_products.inner(bucket.shard, bucket.shard))
                 buckets.append(bucket)
             self._buckets = buckets
@@ -93,14 +98,19 @@ class GatheredRows:
             buckets = self._buckets
             if len(self.local) == 1:
                 self._buckets = None  # the sum is written into their memory
-            return combined(buckets, weights, self.ranks)
+            return self._in_order(combined(buckets, weights, self.ranks))
         # Without shards of all rows, only the sum of the local rows must be sent.
-        return added_up(self.local.combine(self.local_part(weights)), self.ranks)
+        own = self.local_part(weights)
+        if self.leaves_early and isinstance(self.local, FusedStack):
+            early = added_up_early(self.local, own, self.ranks)
+            if early is not None:
+                return early
+        return self._in_order(added_up(last_first(self.local.combine(own)), self.ranks))
 
     def sum_squares(self, weights: Tensor) -> Tree:
         """Compute Σ_m w_m g_m² for weights (M·W,), with the same bits on every rank."""
         own = self.local.sum_squares(self.local_part(weights.detach()))
-        return added_up(own, self.ranks)
+        return self._in_order(added_up(last_first(own), self.ranks))
 
     def dot(self, tree: Mapping[str, Tensor]) -> Tensor:
         """Compute J v. (M·W,)."""
@@ -119,11 +129,20 @@ class GatheredRows:
 
     def reduce_columns(self, function: Callable[[Tensor], Tensor]) -> Tree:
         """Apply a function (M·W, n) -> (n,) to the columns, each on one rank."""
-        if self._buckets is None:
-            buckets = list(exchanged(self.local.stacked(), self.ranks))
-        else:
-            buckets = self._buckets
-        return reduced(buckets, function, self.ranks)
+        buckets = list(self._exchanged()) if self._buckets is None else self._buckets
+        return self._in_order(reduced(buckets, function, self.ranks))
+
+    def _in_order(self, tree: Tree) -> Tree:
+        """Return a tree with its leaves in the order of the rows."""
+        return {name: tree[name] for name in self.local.shapes}
+
+    def _exchanged(self) -> Iterable[Bucket]:
+        """Send every rank its shard of the local rows; during the backward pass if possible."""
+        if self.leaves_early and isinstance(self.local, FusedStack):
+            early = exchanged_early(self.local, self.ranks)
+            if early is not None:
+                return early
+        return exchanged(last_first(self.local.stacked()), self.ranks)
 
     def release(self) -> None:
         """Free the shards, and everything that the local rows can compute again."""

@@ -22,6 +22,7 @@ from gradfilter import _tree
 from gradfilter._factory import factory
 from gradfilter._shards import is_sharded
 from gradfilter._types import Context, Out, Params, State, Transform, Tree
+from gradfilter.distributed._departures import can_leave_early
 from gradfilter.distributed._gathered_rows import GatheredRows, per_row
 from gradfilter.distributed._ranks import Ranks
 from gradfilter.distributed._rows_over_shards import RowsOverShards
@@ -73,16 +74,19 @@ def validate_ranks(
         return _gathered(stack, ranks, ranks.gather(own))
     few = own.device.type == "cpu" and len(stack) <= ROWS
     # The message has a fixed length, because ranks that differ could not compare otherwise.
-    message = torch.zeros(3 + 3 * ROWS, dtype=torch.int64)
-    message[:3] = torch.tensor([len(stack), _digest(text), len(text)])
+    message = torch.zeros(4 + 3 * ROWS, dtype=torch.int64)
+    message[:4] = torch.tensor([len(stack), _digest(text), len(text), can_leave_early(stack)])
     if few:
-        message[3 : 3 + own.numel()] = own.flatten().view(torch.int64)
+        message[4 : 4 + own.numel()] = own.flatten().view(torch.int64)
     messages = ranks.gather_on_host(message)
     _check_alike(messages[:, :3].tolist(), text, ranks)
-    if not few:
-        return _gathered(stack, ranks, ranks.gather(own))
-    numbers = messages[:, 3 : 3 + own.numel()].contiguous().view(own.dtype)
-    return _gathered(stack, ranks, numbers.reshape(-1, *own.shape))
+    if few:
+        numbers = messages[:, 4 : 4 + own.numel()].contiguous().view(own.dtype)
+        found = _gathered(stack, ranks, numbers.reshape(-1, *own.shape))
+    else:
+        found = _gathered(stack, ranks, ranks.gather(own))
+    found.leaves_early = ranks.size > 1 and bool(messages[:, 3].all())
+    return found
 
 
 def _gathered(stack: GradStack, ranks: Ranks, numbers: Tensor) -> GatheredRows:

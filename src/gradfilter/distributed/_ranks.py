@@ -284,6 +284,12 @@ def _make_host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
 # --- Exchange rows: every rank gets one shard of all rows ---
 
 
+Arrived = Callable[[], Tensor]
+"""Waits for a collective, and returns its result."""
+
+Flight = tuple[dict[str, torch.Size], Arrived]
+"""A bucket whose collective has started: the shapes of one row's leaves, and its result."""
+
 BUCKET = 2**22
 """The numbers per row that are sent together: enough to outweigh a collective's latency."""
 
@@ -312,11 +318,20 @@ def exchanged(rows: Mapping[str, Tensor], ranks: Ranks) -> Iterator[Bucket]:
         rows: The local rows, with the same leaves on every rank. (M, *shape)
         ranks: The ranks that take part.
     """
-    flights = [
-        (shapes, ranks.exchange(_parcels(flat, ranks.size))) for shapes, flat in _flattened(rows)
-    ]
+    yield from arrived_buckets(
+        [(shapes, ranks.exchange(parcels(flat, ranks.size))) for shapes, flat in _flattened(rows)]
+    )
+
+
+def arrived_buckets(flights: Iterable[Flight]) -> Iterator[Bucket]:
+    """Wait for the parcels (W, M, s) of each bucket, one after another."""
     for shapes, arrived in flights:
         yield Bucket(shapes, rearrange(arrived(), "w m s -> (w m) s"))
+
+
+def arrived_leaves(flights: Iterable[Flight]) -> Tree:
+    """Wait for one row (n,) of each bucket, and cut it into leaves."""
+    return {n: leaf for shapes, arrived in flights for n, leaf in _leaves(shapes, arrived())}
 
 
 def combined(buckets: Iterable[Bucket], weights: Tensor, ranks: Ranks) -> Tree:
@@ -339,7 +354,7 @@ def combined(buckets: Iterable[Bucket], weights: Tensor, ranks: Ranks) -> Tree:
         else:
             arrived = ranks.start_gather(_summed_into(shard, weights, ranks.rank), into=shard)
         flights.append((bucket.shapes, arrived))
-    return {n: leaf for shapes, arrived in flights for n, leaf in _leaves(shapes, arrived())}
+    return arrived_leaves(flights)
 
 
 def reduced(buckets: Iterable[Bucket], function: Callable[[Tensor], Tensor], ranks: Ranks) -> Tree:
@@ -354,7 +369,7 @@ def reduced(buckets: Iterable[Bucket], function: Callable[[Tensor], Tensor], ran
     for bucket in buckets:
         part = reduce_pieces(function, bucket.shard)  # (s,)
         flights.append((bucket.shapes, ranks.start_gather(part)))
-    return {n: leaf for shapes, arrived in flights for n, leaf in _leaves(shapes, arrived())}
+    return arrived_leaves(flights)
 
 
 def added_up(tree: Tree, ranks: Ranks) -> Tree:
@@ -367,7 +382,7 @@ def added_up(tree: Tree, ranks: Ranks) -> Tree:
     flights = []
     for shapes, flat in _flattened({name: leaf[None] for name, leaf in tree.items()}):
         flights.append((shapes, ranks.start_total(flat[0].contiguous())))
-    return {n: leaf for shapes, arrived in flights for n, leaf in _leaves(shapes, arrived())}
+    return arrived_leaves(flights)
 
 
 def _summed_into(shard: Tensor, weights: Tensor, place: int) -> Tensor:
@@ -398,24 +413,31 @@ def _leaves(shapes: dict[str, torch.Size], flat: Tensor) -> Iterator[tuple[str, 
 
 def _flattened(rows: Mapping[str, Tensor]) -> Iterator[tuple[dict[str, torch.Size], Tensor]]:
     """Yield matrices (M, n) of up to `BUCKET` columns or of one larger leaf, with their shapes."""
-    shapes: dict[str, torch.Size] = {}
-    waiting: list[Tensor] = []
-    for name, leaf in rows.items():
-        matrix = leaf.reshape(len(leaf), -1)
-        columns = sum(m.shape[1] for m in waiting)
-        if waiting and (columns + matrix.shape[1] > BUCKET or matrix.dtype != waiting[0].dtype):
-            yield shapes, _side_by_side(waiting)
-            shapes, waiting = {}, []
-        shapes[name] = leaf.shape[1:]
-        waiting.append(matrix)
-    yield shapes, _side_by_side(waiting)
+    for shapes in bucketed({name: (leaf.shape[1:], leaf.dtype) for name, leaf in rows.items()}):
+        yield shapes, side_by_side([rows[name].reshape(len(rows[name]), -1) for name in shapes])
 
 
-def _side_by_side(matrices: list[Tensor]) -> Tensor:
+def bucketed(
+    leaves: Mapping[str, tuple[torch.Size, torch.dtype]],
+) -> Iterator[dict[str, torch.Size]]:
+    """Yield the shapes of leaves of one dtype, up to `BUCKET` numbers or one larger leaf."""
+    found: dict[str, torch.Size] = {}
+    columns, before = 0, None
+    for name, (shape, dtype) in leaves.items():
+        if found and (columns + shape.numel() > BUCKET or dtype != before):
+            yield found
+            found, columns = {}, 0
+        found[name] = shape
+        columns, before = columns + shape.numel(), dtype
+    yield found
+
+
+def side_by_side(matrices: list[Tensor]) -> Tensor:
+    """Join matrices (M, n) along their columns; a single one stays as it is."""
     return matrices[0] if len(matrices) == 1 else torch.cat(matrices, 1)
 
 
-def _parcels(flat: Tensor, size: int) -> Tensor:
+def parcels(flat: Tensor, size: int) -> Tensor:
     """Cut the columns of (M, n) into one parcel per rank, the last padded with zeros. (W, M, s)."""
     lacking = -flat.shape[1] % size
     padded = F.pad(flat, (0, lacking)) if lacking else flat

@@ -350,7 +350,7 @@ class LazyRows:
 
         The order is that of the backward pass, the same on all ranks.
         """
-        found = self._ask(names, question)
+        found = self._ask(names, question, in_pass=not self.sharded.leaves)
         for name in names:
             if name not in found:
                 nothing = torch.zeros((), dtype=self._dtypes[name], device=self.device)
@@ -408,12 +408,31 @@ class LazyRows:
             return torch.zeros(shape, dtype=dtype, device=self.device)
         return torch.stack(answers).sum(0)
 
-    def _ask(self, names: Collection[str], question: Question, *, join: bool = False) -> Tree:
-        """Return the answers of the named leaves that have a gradient."""
+    def _ask(
+        self,
+        names: Collection[str],
+        question: Question,
+        *,
+        join: bool = False,
+        in_pass: bool = False,
+    ) -> Tree:
+        """Return the answers of the named leaves that have a gradient.
+
+        Args:
+            names: The leaves.
+            question: The question. A leaf may be asked again, if a backward pass is refused.
+            join: True to ask once for all leaves with small rows.
+            in_pass: True to ask each leaf during the backward pass, also if factors are kept.
+        """
         if not self.modes.keeps and self.state is not State.FACTORS:
             answers = _Answers(self, names, question)
             if self._backward(None, answers):
                 return answers.found
+        elif in_pass and self.state is not State.FACTORS:
+            kept = _KeptAnswers(self, names=names, question=question)
+            if self._backward(None, kept):
+                self._enter_factors(kept.found)
+                return kept.answers
         chosen = self.factors(names)
         if join:
             small, joint = self._joined(names)
@@ -570,6 +589,21 @@ class _KeptFactors(LeafVisitor):
     @override
     def visit(self, name: str, factors: list[Factor], grad: Tensor | None) -> None:
         self.found[name] = self.rows.as_factor(name, factors, grad)
+
+
+@dataclass(kw_only=True)
+class _KeptAnswers(_KeptFactors):
+    """Keeps the factor of each leaf, and answers a question about some of them."""
+
+    names: Collection[str]
+    question: Question
+    answers: Tree = field(default_factory=dict)
+
+    @override
+    def visit(self, name: str, factors: list[Factor], grad: Tensor | None) -> None:
+        super().visit(name, factors, grad)
+        if name in self.names:
+            self.answers[name] = self.question(self.found[name], name)
 
 
 def _held_rows(kept: dict[str, Factor]) -> dict[str, Tensor]:
