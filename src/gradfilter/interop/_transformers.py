@@ -606,7 +606,7 @@ class FilteredTrainer(Trainer):
             self._hosted = Hosted(
                 model,
                 self._microbatch_loss,
-                over_all_ranks(self.transforms, self.args.world_size),
+                over_all_ranks(self.transforms, self._ranks),
                 optimizer,
                 self.microbatches,
                 plan=self.plan,
