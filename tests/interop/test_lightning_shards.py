@@ -11,14 +11,11 @@ from torch.distributed.tensor import DTensor
 
 import gradfilter as gf
 import test_lightning_ranks as hosts
-from gradfilter import interop
 from gradfilter.distributed import across_ranks
-from gradfilter.interop import Filtered
-from test_lightning_ranks import CHAINS, SIZE, STEPS, M, by_hand, data, joined, loader, orders
+from test_lightning_ranks import CHAINS, SIZE, STEPS, M, by_hand, data, joined, loader
 
 L = pytest.importorskip("lightning")
 ModelParallelStrategy = L.pytorch.strategies.ModelParallelStrategy
-FilteredModule = interop.FilteredModule
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -309,21 +306,17 @@ def test_mixed_precision_is_autocast(two):
         torch.testing.assert_close(found, hosts.weights_of(net), rtol=1e-4, atol=1e-4)
 
 
+class Hooked(Net):
+    """Has hooks; those from before the trainer has moved the shards would be lost."""
+
+    def on_fit_start(self):
+        super().on_fit_start()
+        self.head.weight.register_hook(lambda g: 2 * g)
+        self.body[0].weight.register_post_accumulate_grad_hook(hosts.tripled)
+
+
 def with_hooks():
-    net = fresh("clip + mean")
-    make = net.configure_model
-
-    def configure_model():
-        make()
-        net.head.weight.register_hook(lambda g: 2 * g)
-
-        def tripled(p):
-            p.grad.mul_(3)
-
-        net.body[0].weight.register_post_accumulate_grad_hook(tripled)
-
-    net.configure_model = configure_model
-    type(net).configure_model  # noqa: B018
+    net = fresh("clip + mean", Hooked)
     trainer().fit(net, loader(data(2 * SIZE * STEPS)))
     return weights_of(net)
 

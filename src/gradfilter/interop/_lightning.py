@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from gradfilter import _tree
+from gradfilter._shards import refuse_sharding_options, reshard
 from gradfilter._types import Transform
 from gradfilter.distributed._rank_stack import check_leaves_alike
 from gradfilter.distributed._ranks import ALONE, Ranks
@@ -40,7 +41,6 @@ from gradfilter.interop._host_shards import (
     OverShards,
     check_copies_alike,
     check_over_shards,
-    has_shards,
 )
 from gradfilter.interop._hosted import (
     LIVE,
@@ -510,7 +510,8 @@ class FilteredModule(lightning.LightningModule):
         super().setup(stage)
         if stage == TrainerFn.FITTING and self.trainer.world_size > 1:
             check_strategy(type(self).__name__, self)
-            check_leaves_alike(dict(self.named_parameters()), Ranks.of(None))
+            if not is_parallel(self):  # whose layers may be made later; `across_ranks` compares
+                check_leaves_alike(dict(self.named_parameters()), Ranks.of(None))
 
     @override
     def on_fit_start(self) -> None:
@@ -618,7 +619,9 @@ class FilteredModule(lightning.LightningModule):
         if self._hosted is None or not self._hosted.serves(self, optimizer):
             check_fit(self)
             ranks = self._ranks
-            if is_parallel(self) and has_shards(self):
+            if is_parallel(self):
+                reshard(self.modules())
+                refuse_sharding_options(self)
                 check_copies_alike(type(self).__name__, self, ranks)
             turn_off_reducer(self)
             self._loss_log = LossLog(type(self).__name__)
