@@ -201,7 +201,7 @@ def beside_the_host(algorithm):
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_a_mean_of_one_row_per_rank_is_the_training_of_the_host(two, algorithm):
     (norms, evaluated), other = two.run(beside_the_host, algorithm)
-    assert norms == other[0] and evaluated == other[1] or not other[1]
+    assert norms == other[0] and len(evaluated) == 2
     if algorithm == "norm":
         assert max(norms) == pytest.approx(0.5, abs=1e-5)
 
