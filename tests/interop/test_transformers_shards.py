@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import test_transformers_ranks as hosts
 import torch
@@ -35,6 +36,8 @@ def sharding_on_cpu():
             if self._mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
             self.fsdp_plugin = fsdp_plugin
+            shared = accelerate.state.PartialState._shared_state
+            shared["distributed_type"] = self.distributed_type  # which later states take over
 
     state.__init__ = start
     try:
@@ -52,12 +55,14 @@ class Sharded(FilteredTrainer):
             super().create_accelerator_and_postprocess()
 
     def create_optimizer(self, *args, **kwargs):
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.3, momentum=0.9)
+        if self.optimizer is None:
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.3, momentum=0.9)
         return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, *args, **kwargs):
-        scheduler = torch.optim.lr_scheduler
-        self.lr_scheduler = scheduler.LambdaLR(self.optimizer, lambda step: 0.9**step)
+        if self.lr_scheduler is None:
+            factor = lambda step: 0.9**step
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         return self.lr_scheduler
 
 
@@ -105,13 +110,16 @@ def kinds(trainer):
     return {name: type(p) is not torch.nn.Parameter for name, p in trainer.model.named_parameters()}
 
 
+STATISTICS = ("norm.running", "norm.num_batches")
+
+
 def compare(world, folder, options):
     """Train the shards on all ranks and the whole in one process; return the results of both."""
     ranks = world.run(hosts.job, folder / "ranks", options | SHARDS, None, None, kinds)
     one = alone(folder / "one", options, world.size)
     identical(ranks)
-    for name in [name for name in one.state if "running" in name]:  # those of the first rank
-        del one.state[name]
+    for name in [name for name in one.state if name.startswith(STATISTICS)]:
+        del one.state[name]  # those of the first rank
     close(ranks[0], one)
     for found in ranks:
         assert all(found.extra.values())
@@ -199,35 +207,28 @@ def test_a_run_is_resumed_with_other_ranks(two, three, tmp_path):
     saved = torch.load(folder / "transforms.pt", weights_only=True)
     for found in three.run(hosts.job, tmp_path / "rest", options, str(folder), started):
         torch.testing.assert_close(found.extra, saved, rtol=0, atol=0)
-    found = hosts.job(
-        tmp_path / "one",
-        as_one({k: v for k, v in options.items() if k not in SHARDS} | {"args": {}}),
-    )
-    assert found.steps == STEPS
 
 
 # --- Evaluation and a second training ---
 
 
 def again(trainer):
-    """Evaluate, train once more, and evaluate: a forward pass leaves parameters whole."""
-    data = hosts.samples(11, True)
-    first = trainer.evaluate(data)["eval_loss"]
+    """Predict, train once more, and predict: a forward pass leaves parameters whole."""
+    data = hosts.samples(16, False)
+    first = trainer.predict(data).predictions
     trainer.train()
-    return first, trainer.evaluate(data)["eval_loss"]
+    return first, trainer.predict(data).predictions
 
 
 @pytest.mark.slow
-def test_evaluation_and_a_second_training(two, tmp_path):
-    options = options_of("clip", args={"max_steps": 3})
+def test_predictions_and_a_second_training(two, tmp_path):
+    options = options_of("agreement", "classes", args={"max_steps": 3})
     ranks = two.run(hosts.job, tmp_path / "ranks", options | SHARDS, None, None, again)
-    args = {"max_steps": 3}
-    one = hosts.job(
-        tmp_path / "one", as_one(options | {"args": args}), None, None, again
-    )
+    one = as_one(options | {"args": {"max_steps": 3}})
+    one = hosts.job(tmp_path / "one", one, None, None, again)
     for found in ranks:
-        assert found.extra == pytest.approx(one.extra, rel=1e-6)
-    assert one.extra[0] != one.extra[1]
+        np.testing.assert_allclose(found.extra, one.extra, rtol=1e-8, atol=1e-8)
+    assert not np.allclose(*one.extra, atol=1e-4)
 
 
 # --- Refusals ---
@@ -271,9 +272,3 @@ def test_mixed_precision_is_refused_at_once(two, tmp_path):
     for said in refused(two, tmp_path, {"args": {"bf16": True}}):
         assert said.startswith("FilteredTrainer: expected no mixed precision with FSDP2, found")
         assert "mixed_precision=bf16" in said and "dtype=torch.bfloat16" in said
-
-
-def test_version_one_is_refused_at_once(two, tmp_path):
-    for said in refused(two, tmp_path, {"fsdp": {"version": 1}}):
-        assert "found FSDP, which joins parameters before it shards them" in said
-        assert 'fsdp_config={"version": 2}' in said
