@@ -1,18 +1,16 @@
 """`FilteredModule` in Lightning's `ModelParallelStrategy`: shards train as one whole model does."""
 
 import pytest
+import test_lightning_ranks as hosts
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
+from test_lightning_ranks import CHAINS, SIZE, STEPS, M, by_hand, data, joined, loader
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import gradfilter as gf
-import test_lightning_ranks as hosts
 from gradfilter.distributed import across_ranks
-from test_lightning_ranks import CHAINS, SIZE, STEPS, M, by_hand, data, joined, loader
 
 L = pytest.importorskip("lightning")
 ModelParallelStrategy = L.pytorch.strategies.ModelParallelStrategy

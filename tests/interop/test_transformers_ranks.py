@@ -868,8 +868,9 @@ def test_other_kinds_of_parallelism_are_refused():
     check_processes(accelerator(even=False), False, True)
     with pytest.raises(ValueError, match=r"as many rows on every rank, found even_batches=False"):
         check_processes(accelerator(even=False), False, False)
-    for kind, what in {"FSDP": "shards the parameters", "DEEPSPEED": "runs the backward"}.items():
-        with pytest.raises(ValueError, match=rf"found {kind}, which {what}"):
+    kinds = {"FSDP": "joins parameters", "DEEPSPEED": "runs the b", "MEGATRON_LM": "runs the b"}
+    for kind, what in kinds.items():
+        with pytest.raises(ValueError, match=rf"found {kind}, which {what}.*{{\"version\": 2}}"):
             check_processes(accelerator(kind), False, False)
     with pytest.raises(ValueError, match="found a parallelism_config, which splits"):
         check_processes(accelerator(config=object()), False, False)

@@ -7,7 +7,7 @@ import pytest
 import test_transformers_ranks as hosts
 import torch
 import torch.distributed as dist
-from test_transformers_ranks import SIZE, STEPS, M, as_one, close, column, identical
+from test_transformers_ranks import SIZE, STEPS, as_one, close, column, identical
 
 import gradfilter as gf
 from gradfilter import interop
@@ -91,8 +91,8 @@ def front():
     return [across_ranks()] if dist.is_initialized() else []
 
 
-def options_of(chain, model="language", args=None, **options):
-    layers = {"version": 2, "transformer_layer_cls_to_wrap": LAYERS[model]}
+def options_of(chain, model="language", args=None, fsdp=None, **options):
+    layers = {"version": 2, "transformer_layer_cls_to_wrap": LAYERS[model]} | (fsdp or {})
     args = {"fsdp": True, "fsdp_config": layers} | (args or {})
     return {"chain": chain, "model": model, "n": 400, "args": args} | options
 
@@ -139,6 +139,9 @@ PARITY = {
     "reference": options_of("average"),
     "clipped": options_of("clip", args={"max_grad_norm": 0.05}),
     "buffers": options_of("mean", "normed"),
+    "checkpointed activations": options_of("agreement", fsdp={"activation_checkpointing": True}),
+    "loaded on one rank": options_of("agreement", fsdp={"cpu_ram_efficient_loading": True}),
+    "size of layers": options_of("agreement", fsdp={"auto_wrap_policy": "SIZE_BASED_WRAP"}),
 }
 
 

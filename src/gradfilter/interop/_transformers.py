@@ -511,12 +511,8 @@ class FilteredTrainer(Trainer):
                 "reference_batch",
                 'Use reference_filter("average").',
             ),
-            OverShards(
-                self.compile is not False, f"compile={self.compile!r}", "Leave it out."
-            ),
-            OverShards(
-                self.plan not in ("auto", "fused"), f"plan={self.plan!r}", 'Use "auto".'
-            ),
+            OverShards(self.compile is not False, f"compile={self.compile!r}", "Leave it out."),
+            OverShards(self.plan not in ("auto", "fused"), f"plan={self.plan!r}", 'Use "auto".'),
         )
 
     @override
