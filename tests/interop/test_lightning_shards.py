@@ -1,5 +1,9 @@
 """`FilteredModule` in Lightning's `ModelParallelStrategy`: shards train as one whole model does."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import test_lightning_ranks as hosts
 import torch
@@ -411,3 +415,40 @@ def half_shards():
 def test_a_policy_that_changes_dtypes_is_refused(two):
     for said in two.errors(half_shards):
         assert "without a MixedPrecisionPolicy" in said and "torch.autocast" in said
+
+
+# --- Real launchers ---
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = {paths!r}
+import torch
+torch.set_default_dtype(torch.float64)
+torch.set_num_threads(1)
+import test_lightning_shards as tests
+
+if __name__ == "__main__":
+    net = tests.fresh("agreement")
+    strategy = tests.ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    data = tests.loader(tests.data(2 * tests.SIZE * tests.STEPS))
+    tests.hosts.trainer(2, strategy=strategy, plugins=None, devices=2).fit(net, data)
+    weights = tests.weights_of(net)
+    if net.global_rank == 0:
+        torch.save(weights, {out!r})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [hosts.TORCHRUN, []])
+def test_processes_of_every_launcher_train_as_one(tmp_path, launcher):
+    out, script = tmp_path / "weights.pt", tmp_path / "train.py"
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
+    script.write_text(SCRIPT.format(paths=paths, out=str(out)))
+    line = [sys.executable, *launcher, str(script)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    net = fresh("agreement", hosts.Net)
+    by_hand(net, joined(2), 2 * M)
+    found = torch.load(out, weights_only=True)
+    torch.testing.assert_close(found, hosts.weights_of(net), **TIGHT)

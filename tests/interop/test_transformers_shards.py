@@ -1,6 +1,10 @@
 """`FilteredTrainer` with FSDP2 of accelerate: shards train as one whole model does."""
 
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -275,3 +279,59 @@ def test_mixed_precision_is_refused_at_once(two, tmp_path):
     for said in refused(two, tmp_path, {"args": {"bf16": True}}):
         assert said.startswith("FilteredTrainer: expected no mixed precision with FSDP2, found")
         assert "mixed_precision=bf16" in said and "dtype=torch.bfloat16" in said
+
+
+# --- Real launchers ---
+
+
+class OnDevices(Sharded):
+    """Sharded by accelerate without help, which needs devices."""
+
+    create_accelerator_and_postprocess = FilteredTrainer.create_accelerator_and_postprocess
+
+
+SCRIPT = """
+import sys, torch
+sys.path[:0] = {paths!r}
+torch.set_default_dtype(torch.float64)
+torch.set_num_threads(1)
+import test_transformers_shards as tests
+made = tests.hosts.make({folder!r}, cls=tests.{cls}, sharded=True, **{options!r})
+made.train()
+assert all(tests.kinds(made).values())
+found = tests.hosts.outcome(made)
+if made.args.should_save:
+    state = {{name: torch.as_tensor(value) for name, value in found.state.items()}}
+    torch.save((state, found.logs), {result!r})
+"""
+
+
+def launched(folder, cls, count, options):
+    """Train by torchrun, and compare with one process on the CPU."""
+    result, script = folder / "result.pt", folder / "train.py"
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
+    given = {"folder": str(folder), "result": str(result), "options": options}
+    script.write_text(SCRIPT.format(paths=paths, cls=cls, **given))
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    line = [sys.executable, *start, str(script)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    state, logs = torch.load(result, weights_only=True)
+    options = options | {"args": options["args"] | {"use_cpu": True}}
+    one = alone(folder / "one", options, count)
+    found = SimpleNamespace(state={k: v.numpy() for k, v in state.items()}, logs=logs)
+    close(found, one)
+    for name in ("keep", "agree_filter/accepted", "loss"):
+        assert column(found, name) == pytest.approx(column(one, name), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_started_by_torchrun(tmp_path):
+    launched(tmp_path, "Sharded", 2, options_of("agreement"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_fsdp2_of_accelerate_on_gpus(tmp_path):
+    options = options_of("agreement", args={"use_cpu": False})
+    launched(tmp_path, "OnDevices", torch.cuda.device_count(), options)
