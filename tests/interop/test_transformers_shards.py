@@ -332,6 +332,6 @@ def test_started_by_torchrun(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_fsdp2_of_accelerate_on_gpus(tmp_path):
+def test_fsdp2_of_accelerate_on_a_gpu_or_more(tmp_path):
     options = options_of("agreement", args={"use_cpu": False})
     launched(tmp_path, "OnDevices", torch.cuda.device_count(), options)

@@ -289,6 +289,14 @@ class FilteredModule(lightning.LightningModule):
     checkpoint. Every process needs as many batches as the others, and as many rows: with ``uneven``
     rows without samples take no part.
 
+    With ``ModelParallelStrategy(tensor_parallel_size=1)`` and ``fully_shard`` in
+    ``configure_model`` (FSDP2, HSDP) the same holds for parameters that are sharded: the rows are
+    of whole parameters, the filtered gradient is sharded. Checkpoints, also those of shards, hold
+    the transforms' state as whole tensors, and resume with any number of processes. Refused at the
+    start: ``accumulate_grad_batches``, ``uneven``, `sample_groups`, `reference_batch`,
+    ``compile_step``, a MixedPrecisionPolicy (precision "bf16-mixed" is autocast, and works), and
+    copies of a parameter that differ between processes. "fsdp" and DeepSpeed are refused.
+
     For a last batch that is not full, set ``uneven = True``. For padding, or samples of unequal
     importance, write a method `sample_weights`; for one row per user or task, `sample_groups`.
 
@@ -304,10 +312,11 @@ class FilteredModule(lightning.LightningModule):
         TypeError: At the start of a fit: ``transforms`` or ``microbatches`` are missing;
             ``transforms`` does not lead from rows to a tree; an optimizer that evaluates
             the loss again.
-        ValueError: At the start of a fit: a strategy that shards parameters. Before the first
-            step, or at a step if the number of samples is unknown: a batch that ``microbatches``
-            does not divide (with ``uneven``, one of fewer samples). At a step, on all ranks: other
-            numbers of rows or batches than on other ranks.
+        ValueError: At the start of a fit: a strategy that shards joined parameters, or an option
+            that is not possible with sharded ones. Before the first step, or at a step if the
+            number of samples is unknown: a batch that ``microbatches`` does not divide (with
+            ``uneven``, one of fewer samples). At a step, on all ranks: other numbers of rows or
+            batches than on other ranks.
 
     Examples:
         >>> import warnings, torch, lightning as L, gradfilter as gf

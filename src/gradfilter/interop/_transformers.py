@@ -381,9 +381,16 @@ class FilteredTrainer(Trainer):
     the rows of all are one stack, by `across_ranks` in front of a chain that has none, so the
     training is that of one process with all rows. What is logged is the mean over the processes;
     buffers are copied from the first one after every step; a state of transforms before
-    `across_ranks` is saved by each process. Sharded models are refused. With ``uneven`` and
-    accelerate's ``even_batches=False`` last batches have other sizes: rows without samples take no
-    part.
+    `across_ranks` is saved by each process. With ``uneven`` and accelerate's
+    ``even_batches=False`` last batches have other sizes: rows without samples take no part.
+
+    **FSDP2**, ``TrainingArguments(fsdp=True, fsdp_config={"version": 2})`` or accelerate's
+    ``fsdp_version: 2``: the same training, with parameters that are sharded over the processes.
+    ``transforms.pt`` has whole tensors, for any number of processes. Refused at the start:
+    ``gradient_accumulation_steps``, ``uneven``, ``sample_weights``, ``groups``,
+    ``reference_batch``, ``compile``, ``torch_compile``, ``bf16`` and ``fp16`` (load the model in
+    the dtype of its training), and parameters offloaded to the CPU. FSDP of version 1, DeepSpeed,
+    Megatron and a parallelism_config are refused. With one process this needs torchrun, too.
 
     **Weights and groups** are columns of the batch, from the data set or the collator. They reach
     neither the model nor ``compute_loss``, and ``remove_unused_columns`` keeps them; an evaluation
@@ -417,8 +424,8 @@ class FilteredTrainer(Trainer):
 
     Raises:
         TypeError: ``transforms`` does not lead from rows to a tree.
-        ValueError: Several devices, an optimizer that works inside the backward
-            pass; ``groups`` without ``microbatches``. Before the first step, or at a step if the
+        ValueError: Several devices, an optimizer that works inside the backward pass; an option
+            that is not possible with sharded parameters; ``groups`` without ``microbatches``. Before the first step, or at a step if the
             number of samples is unknown: a batch that ``microbatches`` does not divide (with
             ``uneven``, one of fewer samples). At a step: a column is missing, or holds wrong
             numbers; a mean over tokens, not divided by ``num_items_in_batch``, with weights or
