@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradfilter._shards import cuts, is_sharded, local, reshard
+from gradfilter._shards import cuts, is_sharded, local, reshard, whole
 from gradfilter.distributed._ranks import Ranks
 
 # --- Checks before the first step ---
@@ -115,7 +115,7 @@ def whole_states(states: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Args:
         states: The state on this rank; all ranks call this.
     """
-    return {n: leaf.full_tensor().cpu() if is_sharded(leaf) else leaf for n, leaf in states.items()}
+    return {n: whole(leaf).cpu() if is_sharded(leaf) else leaf for n, leaf in states.items()}
 
 
 def cut_states(states: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -135,12 +135,12 @@ def cut_states(states: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict
     return found
 
 
-def _cut(whole: Tensor, like: Any) -> Tensor:
+def _cut(tensor: Tensor, like: Any) -> Tensor:
     """Return this rank's shard of a tensor that every rank has, without sending anything."""
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = like.device_mesh
     spread = DTensor.from_local(
-        whole.to(like.device), mesh, [Replicate()] * mesh.ndim, run_check=False
+        tensor.to(like.device), mesh, [Replicate()] * mesh.ndim, run_check=False
     )
     return spread.redistribute(mesh, like.placements)

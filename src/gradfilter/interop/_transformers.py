@@ -425,11 +425,11 @@ class FilteredTrainer(Trainer):
     Raises:
         TypeError: ``transforms`` does not lead from rows to a tree.
         ValueError: Several devices, an optimizer that works inside the backward pass; an option
-            that is not possible with sharded parameters; ``groups`` without ``microbatches``. Before the first step, or at a step if the
-            number of samples is unknown: a batch that ``microbatches`` does not divide (with
-            ``uneven``, one of fewer samples). At a step: a column is missing, or holds wrong
-            numbers; a mean over tokens, not divided by ``num_items_in_batch``, with weights or
-            groups.
+            that is not possible with sharded parameters; ``groups`` without ``microbatches``.
+            Before the first step, or at a step if the number of samples is unknown: a batch that
+            ``microbatches`` does not divide (with ``uneven``, one of fewer samples). At a step: a
+            column is missing, or holds wrong numbers; a mean over tokens, not divided by
+            ``num_items_in_batch``, with weights or groups.
 
     Examples:
         >>> import tempfile, torch, gradfilter as gf
