@@ -912,7 +912,7 @@ def synced():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (sharded, r'expected strategy "ddp", found FSDPStrategy.*sharded_rows'),
+        (sharded, r"or ModelParallelStrategy, found FSDPStrategy.*fully_shard in configure_model"),
         (another, r'strategy "ddp" for 2 processes, found SimpleNamespace. Use'),
         (synced, r"found SyncBatchNorm. Use L.Trainer\(sync_batchnorm=False\)"),
     ],

@@ -236,6 +236,10 @@ TESTED_BY = {
         "interop/test_lightning_ranks.py",
         "interop/test_transformers_ranks.py",
     ],
+    "interop/_host_shards": [
+        "interop/test_lightning_shards.py",
+        "interop/test_transformers_shards.py",
+    ],
     "interop/_hosted": ["interop/test_lightning.py", "interop/test_transformers.py"],
     "lab/_connect": ["lab/test_demo_ranks.py"],
     "lab/_demo_config": ["lab/test_demo.py"],

@@ -13,6 +13,8 @@ FILTERED, ACCUMULATE = "interop/test_filtered", "interop/test_filtered_accumulat
 LOOPS = "distributed/test_distributed_loops"
 HF, HF_RANKS = "interop/test_transformers", "interop/test_transformers_ranks"
 PL, PL_RANKS = "interop/test_lightning", "interop/test_lightning_ranks"
+HF_SHARDS, PL_SHARDS = "interop/test_transformers_shards", "interop/test_lightning_shards"
+SAM_SHARDS = "interop/test_sam_shards"
 SAM, SHARDS = "interop/test_sam", "distributed/test_rows_over_shards"
 
 # What shows each cell: a file and a test of it.
@@ -46,7 +48,12 @@ TESTS = {
     },
     "`FilteredTrainer`": {
         "DDP": [(HF_RANKS, "test_two_ranks_are_one_process_with_the_rows_of_both")],
-        "FSDP2": [(HF_RANKS, "test_other_kinds_of_parallelism_are_refused")],
+        "FSDP2": [
+            (HF_SHARDS, "test_shards_train_as_one_process_with_the_rows_of_all"),
+            (HF_SHARDS, "test_what_needs_whole_parameters_is_refused_at_once"),
+            (HF_SHARDS, "test_fsdp2_of_accelerate_on_a_gpu_or_more"),
+            (HF_RANKS, "test_other_kinds_of_parallelism_are_refused"),
+        ],
         "accumulation": [(HF, "test_the_mean_of_all_rows_is_the_gradient_of_a_trainer")],
         "float16": [
             (HF, "test_in_float16_a_row_that_overflows_is_rejected_and_not_the_step"),
@@ -78,7 +85,11 @@ TESTS = {
     },
     "`FilteredModule`": {
         "DDP": [(PL_RANKS, "test_two_ranks_train_as_one_process_with_the_rows_of_both")],
-        "FSDP2": [(PL_RANKS, "test_strategies_that_cannot_work_are_refused_by_name")],
+        "FSDP2": [
+            (PL_SHARDS, "test_shards_train_as_one_process_with_the_rows_of_all"),
+            (PL_SHARDS, "test_what_needs_whole_parameters_is_refused_before_the_first_step"),
+            (PL_RANKS, "test_strategies_that_cannot_work_are_refused_by_name"),
+        ],
         "accumulation": [(PL, "test_twenty_steps_are_those_of_a_plain_loop")],
         "float16": [
             (PL, "test_in_float16_a_row_that_overflows_is_rejected_and_not_the_step"),
@@ -107,7 +118,10 @@ TESTS = {
     },
     "`SAM`": {
         "DDP": [(SAM, "test_ranks_that_perturb_on_their_own_apply_the_mean")],
-        "FSDP2": [],
+        "FSDP2": [
+            (SAM_SHARDS, "test_shards_train_as_one_process_with_all_samples"),
+            (SAM_SHARDS, "test_gradients_of_single_ranks_are_refused"),
+        ],
         "accumulation": [
             (SAM, "test_a_closure_may_accumulate_over_several_backward_passes"),
             (PL, "test_sam_in_lightning_refuses_batches_that_its_closure_does_not_have"),
@@ -157,8 +171,9 @@ def test_the_table_has_the_cells_that_are_tested():
 
 def test_what_needs_a_gpu_is_said():
     for host, row in table().items():
-        gpu = any("on_a_gpu" in test for _, test in TESTS[host]["float16"])
-        assert ("GPU untested" in row["float16"]) == gpu
+        for feature, cell in row.items():
+            gpu = any("on_a_gpu" in test for _, test in TESTS[host][feature])
+            assert ("GPU untested" in cell) == gpu, (host, feature)
 
 
 @pytest.mark.parametrize("host", TESTS)

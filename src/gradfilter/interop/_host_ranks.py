@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfilter import _tree
+from gradfilter._shards import is_sharded
 from gradfilter._types import Transform
 from gradfilter.distributed._rank_stack import across_ranks
 from gradfilter.distributed._ranks import Ranks
@@ -20,18 +21,18 @@ from gradfilter.transforms._chain import chain, names_of
 # --- The chain ---
 
 
-def over_all_ranks(transforms: Transform, size: int) -> Transform:
-    """Put `across_ranks` in front of a chain that has none, if there are several processes.
+def over_all_ranks(transforms: Transform, ranks: Ranks) -> Transform:
+    """Put `across_ranks` in front of a chain that has none, if there is a process group.
 
     In a trainer each process would otherwise filter its own rows, and the parameters of the
     processes would diverge.
 
     Args:
         transforms: A chain that takes rows.
-        size: The number of processes of the trainer.
+        ranks: The processes of the trainer.
     """
     parts = chain(transforms).parts
-    if size == 1 or any(part.name == "across_ranks" for part in parts):
+    if ranks.group is None or any(part.name == "across_ranks" for part in parts):
         return transforms
     return chain(across_ranks(), *parts)
 
@@ -78,10 +79,10 @@ def copy_buffers(module: nn.Module, ranks: Ranks) -> None:
     """Copy the buffers of the first rank to all, in one message and without waiting for a device.
 
     Args:
-        module: The module, with the same buffers on all ranks.
+        module: The module, with the same buffers on all ranks. Sharded ones are left out.
         ranks: The ranks that take part.
     """
-    buffers = [buffer.detach() for buffer in module.buffers()]
+    buffers = [buffer.detach() for buffer in module.buffers() if not is_sharded(buffer)]
     if not buffers:
         return
     # As bytes, the buffers of all dtypes are one message.

@@ -23,6 +23,7 @@ from gradfilter.grads._state_owners import Owners
 from gradfilter.interop._filtered import Filtered, FilteredBatch, StepResult
 from gradfilter.interop._host_chain import note_skip
 from gradfilter.interop._host_loss import ModuleView
+from gradfilter.interop._host_shards import cut_states, whole_states
 from gradfilter.transforms._compile import Backend
 from gradfilter.transforms._state_dict import load_state_dict, state_dict
 from gradfilter.transforms._streaming import ReducedRows
@@ -277,9 +278,10 @@ class Hosted(Filtered):
     def state_dict(self) -> dict[str, Any]:
         """Return the transforms' state as flat tensors; the host saves the rest.
 
-        It has no accumulated rows, just as checkpoints of a host have no accumulated gradients.
+        It has no accumulated rows, just as checkpoints of a host have no accumulated gradients. If
+        parameters are sharded, all ranks call this, and each gets whole tensors.
         """
-        return state_dict(self._state)
+        return whole_states(state_dict(self._state))
 
     @override
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
@@ -288,14 +290,15 @@ class Hosted(Filtered):
         Raises:
             ValueError: The state belongs to other transforms.
         """
-        self._state = load_state_dict(self._state, states)
+        present = state_dict(self._state)
+        self._state = load_state_dict(self._state, cut_states(states, present))
         self._discard_accumulated()
 
     def resume(self, saved: Mapping[str, Any] | None, source: str) -> None:
         """Load a state, or warn if a checkpoint has no state for these transforms."""
         if saved is not None:
             self.load_state_dict(saved)
-        elif self.state_dict():
+        elif state_dict(self._state):
             warnings.warn(
                 f"Expected the transforms' state in {source}, found none: they start afresh. "
                 "Resume from a checkpoint of a run with filtered gradients.",

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from gradfilter import _tree
+from gradfilter._shards import refuse_sharding_options, reshard
 from gradfilter._types import Transform
 from gradfilter.distributed._rank_stack import check_leaves_alike
 from gradfilter.distributed._ranks import ALONE, Ranks
@@ -30,10 +31,16 @@ from gradfilter.grads._microbatch import Plan
 from gradfilter.interop._filtered import StepResult
 from gradfilter.interop._host_ranks import (
     check_batches,
+    copy_buffers,
     gathered_states,
     logged_over_ranks,
     over_all_ranks,
     states_of_rank,
+)
+from gradfilter.interop._host_shards import (
+    OverShards,
+    check_copies_alike,
+    check_over_shards,
 )
 from gradfilter.interop._hosted import (
     LIVE,
@@ -82,7 +89,8 @@ def check_fit(module: Any) -> None:
     check_strategy(name, module)
 
 
-SHARDED = DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+FLAT = DeepSpeedStrategy, FSDPStrategy
+"""The strategies that shard flat copies of the parameters, whose pieces are no parameters."""
 
 
 def check_strategy(name: str, module: Any) -> None:
@@ -98,12 +106,16 @@ def check_strategy(name: str, module: Any) -> None:
     """
     strategy = module.trainer.strategy
     kind = type(strategy).__name__
-    if isinstance(strategy, SHARDED):
+    if isinstance(strategy, FLAT):
         raise ValueError(
-            f'{name}: expected strategy "ddp", found {kind}, which gives every process a part of '
-            'the parameters. Use L.Trainer(strategy="ddp"), or for parameters too large for one '
-            "device a loop of your own with gradfilter.distributed.sharded_rows."
+            f'{name}: expected strategy "ddp" or ModelParallelStrategy, found {kind}, which gives '
+            "every process a part of parameters that it has joined. For parameters too large for "
+            "one device use L.Trainer(strategy=ModelParallelStrategy(tensor_parallel_size=1, "
+            "data_parallel_size=...)), with fully_shard in configure_model (FSDP2)."
         )
+    if isinstance(strategy, ModelParallelStrategy):
+        check_sharded(name, module)
+        return
     if module.trainer.world_size == 1:
         return
     if not isinstance(strategy, DDPStrategy):
@@ -117,12 +129,75 @@ def check_strategy(name: str, module: Any) -> None:
             "found one, which would never be used: the rows are exchanged by across_ranks. Leave "
             "it out."
         )
+    check_own_statistics(name, module)
+
+
+def check_own_statistics(name: str, module: nn.Module) -> None:
+    """Refuse rows that depend on rows of other processes."""
     if any(isinstance(part, nn.SyncBatchNorm) for part in module.modules()):
         raise ValueError(
             f"{name}: expected rows that do not depend on rows of other processes, found "
             "SyncBatchNorm. Use L.Trainer(sync_batchnorm=False): every microbatch has its own "
             "statistics, as in one process."
         )
+
+
+def check_sharded(name: str, module: Any) -> None:
+    """Refuse what is not possible with parameters that ModelParallelStrategy shards.
+
+    Args:
+        name: The beginning of the error.
+        module: A `LightningModule` with a trainer.
+
+    Raises:
+        ValueError: Tensor parallelism, or an option that needs whole parameters.
+    """
+    strategy, batches = module.trainer.strategy, module.trainer.accumulate_grad_batches
+    size = strategy.device_mesh["tensor_parallel"].size()
+    if size > 1:
+        raise ValueError(
+            f"{name}: expected tensor_parallel_size=1, with other samples in every process, found "
+            f"{size}. Use ModelParallelStrategy(tensor_parallel_size=1, data_parallel_size="
+            f"{module.trainer.world_size}), or a loop with gradfilter.interop.Filtered and "
+            'across_ranks(mesh.get_group("data_parallel")).'
+        )
+    check_own_statistics(name, module)
+    own = type(module)
+    check_over_shards(
+        name,
+        (
+            OverShards(
+                batches > 1,
+                f"accumulate_grad_batches={batches}",
+                "Use larger batches and more microbatches, which with memory_budget=0 hold little "
+                "in addition.",
+            ),
+            OverShards(module.uneven, "uneven = True", "Use DataLoader(..., drop_last=True)."),
+            OverShards(
+                own.sample_groups is not FilteredModule.sample_groups,
+                "sample_groups",
+                "Let the loader put the samples of a group into one microbatch.",
+            ),
+            OverShards(
+                own.reference_batch is not FilteredModule.reference_batch,
+                "reference_batch",
+                'Use reference_filter("average"), or strategy "ddp".',
+            ),
+            OverShards(
+                module.compile_step is not False,
+                f"compile_step = {module.compile_step!r}",
+                "Leave it out.",
+            ),
+            OverShards(
+                module.plan not in ("auto", "fused"), f"plan = {module.plan!r}", 'Use "auto".'
+            ),
+        ),
+    )
+
+
+def is_parallel(module: Any) -> bool:
+    """Return whether the strategy of a fit lets the user shard the parameters."""
+    return isinstance(module.trainer.strategy, ModelParallelStrategy)
 
 
 # --- Loss scaling ---
@@ -214,6 +289,14 @@ class FilteredModule(lightning.LightningModule):
     checkpoint. Every process needs as many batches as the others, and as many rows: with ``uneven``
     rows without samples take no part.
 
+    With ``ModelParallelStrategy(tensor_parallel_size=1)`` and ``fully_shard`` in
+    ``configure_model`` (FSDP2, HSDP) the same holds for parameters that are sharded: the rows are
+    of whole parameters, the filtered gradient is sharded. Checkpoints, also those of shards, hold
+    the transforms' state as whole tensors, and resume with any number of processes. Refused at the
+    start: ``accumulate_grad_batches``, ``uneven``, `sample_groups`, `reference_batch`,
+    ``compile_step``, a MixedPrecisionPolicy (precision "bf16-mixed" is autocast, and works), and
+    copies of a parameter that differ between processes. "fsdp" and DeepSpeed are refused.
+
     For a last batch that is not full, set ``uneven = True``. For padding, or samples of unequal
     importance, write a method `sample_weights`; for one row per user or task, `sample_groups`.
 
@@ -229,10 +312,11 @@ class FilteredModule(lightning.LightningModule):
         TypeError: At the start of a fit: ``transforms`` or ``microbatches`` are missing;
             ``transforms`` does not lead from rows to a tree; an optimizer that evaluates
             the loss again.
-        ValueError: At the start of a fit: a strategy that shards parameters. Before the first
-            step, or at a step if the number of samples is unknown: a batch that ``microbatches``
-            does not divide (with ``uneven``, one of fewer samples). At a step, on all ranks: other
-            numbers of rows or batches than on other ranks.
+        ValueError: At the start of a fit: a strategy that shards joined parameters, or an option
+            that is not possible with sharded ones. Before the first step, or at a step if the
+            number of samples is unknown: a batch that ``microbatches`` does not divide (with
+            ``uneven``, one of fewer samples). At a step, on all ranks: other numbers of rows or
+            batches than on other ranks.
 
     Examples:
         >>> import warnings, torch, lightning as L, gradfilter as gf
@@ -395,6 +479,8 @@ class FilteredModule(lightning.LightningModule):
         finally:
             hosted.completes_step = False
         share_buffers(self)
+        if is_parallel(self):
+            copy_buffers(self, hosted.ranks)
         if hosted.kept:
             with without_scaler(self):
                 super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
@@ -433,7 +519,8 @@ class FilteredModule(lightning.LightningModule):
         super().setup(stage)
         if stage == TrainerFn.FITTING and self.trainer.world_size > 1:
             check_strategy(type(self).__name__, self)
-            check_leaves_alike(dict(self.named_parameters()), Ranks.of(None))
+            if not is_parallel(self):  # whose layers may be made later; `across_ranks` compares
+                check_leaves_alike(dict(self.named_parameters()), Ranks.of(None))
 
     @override
     def on_fit_start(self) -> None:
@@ -540,13 +627,17 @@ class FilteredModule(lightning.LightningModule):
         optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
         if self._hosted is None or not self._hosted.serves(self, optimizer):
             check_fit(self)
-            ranks = Ranks.of(None) if self.trainer.world_size > 1 else ALONE
+            ranks = self._ranks
+            if is_parallel(self):
+                reshard(self.modules())
+                refuse_sharding_options(self)
+                check_copies_alike(type(self).__name__, self, ranks)
             turn_off_reducer(self)
             self._loss_log = LossLog(type(self).__name__)
             self._hosted = Hosted(
                 self,
                 self._loss,
-                over_all_ranks(self.transforms, ranks.size),
+                over_all_ranks(self.transforms, ranks),
                 optimizer,
                 self.microbatches,
                 plan=self.plan,
@@ -556,10 +647,17 @@ class FilteredModule(lightning.LightningModule):
                 scaler=scaler_of(self),
                 ranks=ranks,
             )
-            if self._resumes:
-                saved, of_ranks = self._saved, self._saved_of_ranks
-                if saved is not None and of_ranks is not None:
-                    saved = states_of_rank(type(self).__name__, saved, of_ranks, ranks)
-                self._hosted.resume(saved, "the checkpoint")
-            self._resumes, self._saved, self._saved_of_ranks = False, None, None
+        if self._resumes:  # a checkpoint of shards is read after the first hooks
+            saved, of_ranks = self._saved, self._saved_of_ranks
+            if saved is not None and of_ranks is not None:
+                ranks = self._hosted.ranks
+                saved = states_of_rank(type(self).__name__, saved, of_ranks, ranks)
+            self._hosted.resume(saved, "the checkpoint")
+        self._resumes, self._saved, self._saved_of_ranks = False, None, None
         return self._hosted
+
+    @property
+    def _ranks(self) -> Ranks:
+        """The processes of the trainer."""
+        several = self.trainer.world_size > 1 or is_parallel(self)
+        return Ranks.of(None) if several else ALONE

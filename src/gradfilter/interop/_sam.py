@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from gradfilter import _products, _tree
+from gradfilter._shards import any_sharded, reshard
 from gradfilter._types import Context, Out, Params, State, Transform, Tree
 from gradfilter.grads._call_context import (
     HostRandom,
@@ -122,6 +123,8 @@ class SameSurroundings:
     @contextmanager
     def second(self) -> Iterator[None]:
         """Run the second pass from the recorded state."""
+        # Parameters that FSDP2 gathered for the first pass are not the perturbed ones.
+        reshard((*self._known, *self._found))
         modules = dict.fromkeys(module for module, _ in self._buffers)
         after: Buffers = {}
         for module in modules:
@@ -139,6 +142,7 @@ class SameSurroundings:
                 _restore(self._buffers)
                 yield
             finally:
+                reshard((*self._known, *self._found))
                 for state in present:
                     state.restore()
                 _restore(after)
@@ -313,6 +317,12 @@ class TwoPassOptimizer(Optimizer):
             )
         check_steps_alone(type(self).__name__, base_optimizer, "Use one that needs no closure.")
         listed = tensors_of(params)
+        if no_sync is not None and any_sharded(listed):
+            raise ValueError(
+                f"{type(self).__name__}: expected no_sync=None with parameters that are sharded "
+                "over ranks (FSDP2), found one: a pass that sums nothing leaves no p.grad. Leave "
+                "it out: all ranks then perturb along the mean of their gradients."
+            )
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self.base_optimizer, self.model, self.scaler = base_optimizer, model, scaler
         self.no_sync: Callable[[], AbstractContextManager[Any]] = (
@@ -537,7 +547,8 @@ class SAM(TwoPassOptimizer):
     each of its two runs. AMP: give the GradScaler, and call ``scaler.update()`` after ``step`` as
     usual; a gradient with Inf or NaN skips the step. `torch.autocast` may be inside the closure or
     around ``step``. DDP works without changes; with ``no_sync=ddp_model.no_sync`` each rank
-    perturbs along its own gradient (m-sharpness) and saves the first synchronisation.
+    perturbs along its own gradient (m-sharpness) and saves the first synchronisation. FSDP2 works
+    without changes, also with a GradScaler, but without ``no_sync``.
 
     ``rho`` and ``adaptive`` are entries of the parameter groups, as ``lr`` is: set them per group
     (the values of a group stay), change them between steps, save and load them. There is one norm
@@ -558,7 +569,7 @@ class SAM(TwoPassOptimizer):
 
     Raises:
         ValueError: rho < 0; parameters of the base optimizer are not in ``params``; both scaler
-            and no_sync.
+            and no_sync; no_sync with sharded parameters.
         TypeError: ``**kwargs`` for an optimizer that exists already, or one whose step needs a
             closure.
 

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from typing_extensions import override
 
 from gradfilter import _tree
+from gradfilter._shards import is_sharded, refuse_sharding_options, reshard
 from gradfilter._types import Transform
 from gradfilter.distributed._rank_stack import check_leaves_alike
 from gradfilter.distributed._ranks import ALONE, Ranks
@@ -24,6 +25,12 @@ from gradfilter.grads._microbatch import Plan
 from gradfilter.grads._state_owners import PlainValues, owners_in
 from gradfilter.interop._host_chain import filter_chain
 from gradfilter.interop._host_ranks import averaged, copy_buffers, differ, over_all_ranks
+from gradfilter.interop._host_shards import (
+    OverShards,
+    check_copies_alike,
+    check_over_shards,
+    has_shards,
+)
 from gradfilter.interop._hosted import (
     LIVE,
     ROWS,
@@ -45,7 +52,7 @@ from gradfilter.transforms._compile import Backend
 
 
 OTHER_PARALLELISM = {
-    "FSDP": "shards the parameters",
+    "FSDP": "joins parameters before it shards them (version 1)",
     "DEEPSPEED": "runs the backward pass and the optimizer itself",
     "MEGATRON_LM": "runs the backward pass and the optimizer itself",
     "XLA": "traces the whole step",
@@ -77,7 +84,7 @@ def check_arguments(args: Any) -> None:
 
 
 def check_processes(accelerator: Any, drop_last: bool, uneven: bool) -> None:
-    """Refuse kinds of distributed training other than equal batches on whole copies of a model.
+    """Refuse kinds of distributed training other than equal batches by DDP or FSDP2.
 
     Args:
         accelerator: The trainer's `accelerate.Accelerator`.
@@ -85,17 +92,20 @@ def check_processes(accelerator: Any, drop_last: bool, uneven: bool) -> None:
         uneven: ``uneven`` of the trainer.
 
     Raises:
-        ValueError: Sharded or split models, another engine, or batches that differ between ranks.
+        ValueError: Models that are split in other ways, another engine, or batches that differ
+            between ranks.
     """
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     split = getattr(accelerator, "parallelism_config", None) is not None
-    if kind in OTHER_PARALLELISM or split:
+    if (kind in OTHER_PARALLELISM and not is_fsdp2(accelerator)) or split:
         found = "a parallelism_config" if split else kind
         does = "splits models or batches" if split else OTHER_PARALLELISM[kind]
         raise ValueError(
-            f"FilteredTrainer: expected data parallelism, with the whole model in every process, "
-            f"found {found}, which {does}. Start the processes with torchrun or accelerate launch "
-            "without it; for FSDP2 write the loop with gradfilter.distributed.sharded_rows."
+            f"FilteredTrainer: expected data parallelism, with the whole model in every process or "
+            f"sharded by FSDP2, found {found}, which {does}. Start the processes with torchrun or "
+            "accelerate launch without it; for parameters too large for one device use "
+            'TrainingArguments(fsdp=True, fsdp_config={"version": 2}), or fsdp_version: 2 in the '
+            "configuration of accelerate."
         )
     together = accelerator.even_batches or drop_last or uneven
     if accelerator.num_processes > 1 and not together:
@@ -105,6 +115,61 @@ def check_processes(accelerator: Any, drop_last: bool, uneven: bool) -> None:
             "FilteredTrainer(uneven=True) for rows without samples, which take no part, or omit "
             "the last batch with dataloader_drop_last=True."
         )
+
+
+def is_fsdp2(accelerator: Any) -> bool:
+    """Return whether `accelerate` shards the parameters by `fully_shard`."""
+    return bool(getattr(accelerator, "is_fsdp2", False))
+
+
+def check_fsdp2(accelerator: Any, model: Any) -> None:
+    """Refuse options of FSDP2 in accelerate that change what a pass over all rows would compute.
+
+    Args:
+        accelerator: The trainer's `accelerate.Accelerator`.
+        model: The trainer's model, before it is sharded.
+
+    Raises:
+        ValueError: Mixed precision, offloaded or compiled parameters, or a model that is sharded
+            already.
+    """
+    if not is_fsdp2(accelerator):
+        if isinstance(model, nn.Module) and has_shards(model):
+            raise ValueError(
+                "FilteredTrainer: expected a whole model, or one that accelerate shards, found "
+                "one that was sharded when it was loaded. Load it without a distributed_config or "
+                'tp_plan, and use TrainingArguments(fsdp=True, fsdp_config={"version": 2}).'
+            )
+        return
+    plugin = accelerator.state.fsdp_plugin
+    policy = plugin.mixed_precision_policy
+    dtypes = {getattr(policy, key, None) for key in ("param_dtype", "output_dtype")} - {None}
+    precision = str(accelerator.mixed_precision)
+    if precision != "no" or dtypes:
+        found = f"mixed_precision={precision}" if precision != "no" else str(policy)
+        raise ValueError(
+            f"FilteredTrainer: expected no mixed precision with FSDP2, found {found}: accelerate "
+            "casts by a MixedPrecisionPolicy, which is applied by hooks that do not run in a pass "
+            "over all rows. Use bf16=False and fp16=False, and load the model in the dtype of its "
+            "training, such as from_pretrained(..., dtype=torch.bfloat16)."
+        )
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    check_over_shards(
+        "FilteredTrainer",
+        (
+            OverShards(
+                isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+                "offload_params (cpu_offload)",
+                "Switch it off: shards must be on the device of their rank.",
+            ),
+            OverShards(
+                str(getattr(accelerator.state.dynamo_plugin.backend, "value", "NO")) != "NO",
+                "torch_compile",
+                "Leave it out: rows are not computed by the compiled module.",
+            ),
+        ),
+    )
 
 
 def sizes_on_rank(loader: Any, ranks: int) -> BatchSizes | None:
@@ -316,9 +381,16 @@ class FilteredTrainer(Trainer):
     the rows of all are one stack, by `across_ranks` in front of a chain that has none, so the
     training is that of one process with all rows. What is logged is the mean over the processes;
     buffers are copied from the first one after every step; a state of transforms before
-    `across_ranks` is saved by each process. Sharded models are refused. With ``uneven`` and
-    accelerate's ``even_batches=False`` last batches have other sizes: rows without samples take no
-    part.
+    `across_ranks` is saved by each process. With ``uneven`` and accelerate's
+    ``even_batches=False`` last batches have other sizes: rows without samples take no part.
+
+    **FSDP2**, ``TrainingArguments(fsdp=True, fsdp_config={"version": 2})`` or accelerate's
+    ``fsdp_version: 2``: the same training, with parameters that are sharded over the processes.
+    ``transforms.pt`` has whole tensors, for any number of processes. Refused at the start:
+    ``gradient_accumulation_steps``, ``uneven``, ``sample_weights``, ``groups``,
+    ``reference_batch``, ``compile``, ``torch_compile``, ``bf16`` and ``fp16`` (load the model in
+    the dtype of its training), and parameters offloaded to the CPU. FSDP of version 1, DeepSpeed,
+    Megatron and a parallelism_config are refused. With one process this needs torchrun, too.
 
     **Weights and groups** are columns of the batch, from the data set or the collator. They reach
     neither the model nor ``compute_loss``, and ``remove_unused_columns`` keeps them; an evaluation
@@ -352,12 +424,12 @@ class FilteredTrainer(Trainer):
 
     Raises:
         TypeError: ``transforms`` does not lead from rows to a tree.
-        ValueError: Several devices, an optimizer that works inside the backward
-            pass; ``groups`` without ``microbatches``. Before the first step, or at a step if the
-            number of samples is unknown: a batch that ``microbatches`` does not divide (with
-            ``uneven``, one of fewer samples). At a step: a column is missing, or holds wrong
-            numbers; a mean over tokens, not divided by ``num_items_in_batch``, with weights or
-            groups.
+        ValueError: Several devices, an optimizer that works inside the backward pass; an option
+            that is not possible with sharded parameters; ``groups`` without ``microbatches``.
+            Before the first step, or at a step if the number of samples is unknown: a batch that
+            ``microbatches`` does not divide (with ``uneven``, one of fewer samples). At a step: a
+            column is missing, or holds wrong numbers; a mean over tokens, not divided by
+            ``num_items_in_batch``, with weights or groups.
 
     Examples:
         >>> import tempfile, torch, gradfilter as gf
@@ -421,6 +493,34 @@ class FilteredTrainer(Trainer):
         self._inherited = frozenset(vars(self)) - own
         self._metrics = _Metrics()
         self._loss_log = LossLog("FilteredTrainer")
+        check_fsdp2(self.accelerator, self.model)
+        if is_fsdp2(self.accelerator):
+            check_over_shards("FilteredTrainer", self._over_shards())
+
+    def _over_shards(self) -> tuple[OverShards, ...]:
+        """Return what is not possible with sharded parameters."""
+        batches = self.args.gradient_accumulation_steps
+        return (
+            OverShards(
+                batches > 1,
+                f"gradient_accumulation_steps={batches}",
+                "Use a larger per_device_train_batch_size and more microbatches, which with "
+                "memory_budget=0 hold little in addition.",
+            ),
+            OverShards(self.uneven, "uneven=True", "Use dataloader_drop_last=True."),
+            OverShards(
+                self._names_columns,
+                f"the columns {self._columns} for sample_weights and groups",
+                "Leave them out; labels of -100 remove tokens.",
+            ),
+            OverShards(
+                self.reference_batch is not None,
+                "reference_batch",
+                'Use reference_filter("average").',
+            ),
+            OverShards(self.compile is not False, f"compile={self.compile!r}", "Leave it out."),
+            OverShards(self.plan not in ("auto", "fused"), f"plan={self.plan!r}", 'Use "auto".'),
+        )
 
     @override
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -428,9 +528,9 @@ class FilteredTrainer(Trainer):
 
         DistributedDataParallel, which comes next, stops the process if they differ.
         """
-        if self.args.world_size > 1:
-            named = cast(nn.Module, self.model).named_parameters()
-            check_leaves_alike(dict(named), self._ranks)
+        named = dict(cast(nn.Module, self.model).named_parameters())
+        if self.args.world_size > 1 and not any(map(is_sharded, named.values())):
+            check_leaves_alike(named, self._ranks)
         return super().create_optimizer(*args, **kwargs)
 
     @override
@@ -575,7 +675,8 @@ class FilteredTrainer(Trainer):
     @property
     def _ranks(self) -> Ranks:
         """The processes of the trainer."""
-        return Ranks.of(None) if self.args.world_size > 1 else ALONE
+        several = self.args.world_size > 1 or is_fsdp2(self.accelerator)
+        return Ranks.of(None) if several else ALONE
 
     @contextmanager
     def _as_one_process(self) -> Iterator[None]:
@@ -603,10 +704,14 @@ class FilteredTrainer(Trainer):
         if self._hosted is None or not self._hosted.serves(model, optimizer):
             if hasattr(optimizer, "scaler"):  # accelerate's, which would unscale and skip
                 cast(Any, optimizer).scaler = None
+            if is_fsdp2(self.accelerator):
+                reshard(model.modules())
+                refuse_sharding_options(model)
+                check_copies_alike("FilteredTrainer", model, self._ranks)
             self._hosted = Hosted(
                 model,
                 self._microbatch_loss,
-                over_all_ranks(self.transforms, self.args.world_size),
+                over_all_ranks(self.transforms, self._ranks),
                 optimizer,
                 self.microbatches,
                 plan=self.plan,
