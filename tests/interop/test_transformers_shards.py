@@ -12,6 +12,8 @@ import test_transformers_ranks as hosts
 import torch
 import torch.distributed as dist
 from test_transformers_ranks import SIZE, STEPS, as_one, close, column, identical
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import gradfilter as gf
 from gradfilter import interop
@@ -279,6 +281,23 @@ def test_mixed_precision_is_refused_at_once(two, tmp_path):
     for said in refused(two, tmp_path, {"args": {"bf16": True}}):
         assert said.startswith("FilteredTrainer: expected no mixed precision with FSDP2, found")
         assert "mixed_precision=bf16" in said and "dtype=torch.bfloat16" in said
+
+
+def sharded_before():
+    from gradfilter.interop._transformers import check_fsdp2
+
+    other = SimpleNamespace(is_fsdp2=False)
+    check_fsdp2(other, torch.nn.Linear(2, 2))
+    model = fully_shard(torch.nn.Linear(2, 2), mesh=init_device_mesh("cpu", (2,)))
+    with torch.no_grad():
+        model(torch.ones(1, 2))  # leaves its parameters whole
+    check_fsdp2(other, model)
+
+
+def test_a_model_that_was_sharded_when_it_was_loaded_is_refused(two):
+    for said in two.errors(sharded_before):
+        assert said.startswith("FilteredTrainer: expected a whole model, or one that accelerate")
+        assert "Load it without a distributed_config or tp_plan" in said
 
 
 # --- Real launchers ---
