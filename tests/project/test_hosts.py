@@ -24,7 +24,10 @@ TESTS = {
             (LOOPS, "test_filtered_with_the_rows_of_all_ranks"),
             (FILTERED, "test_a_module_whose_wrapper_would_not_average_over_ranks_is_refused"),
         ],
-        "FSDP2": [(SHARDS, "test_filtered_drives_an_optimizer_of_torch")],
+        "FSDP2": [
+            (SHARDS, "test_filtered_drives_an_optimizer_of_torch"),
+            (SHARDS, "test_batches_accumulate_where_rows_need_not_be_held"),
+        ],
         "accumulation": [(ACCUMULATE, "test_accumulated_rows_follow_ordinary_backward_passes")],
         "float16": [
             (FILTERED, "test_a_row_that_overflows_is_rejected_alone_and_the_scale_backs_off"),
