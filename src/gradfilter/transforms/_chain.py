@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 from torch.optim import Optimizer
@@ -391,15 +390,14 @@ def _found(name: str, out: Out, params: Params, context: Context) -> Out:
     return found | {f"{name}/{k}": v for k, v in out.items() if k not in GLOBAL_NAMES}
 
 
-def row_part(
-    update: Transform, more_rules: Mapping[str, RowRules] = MappingProxyType({})
-) -> RowPart | None:
+def row_part(update: Transform, more_rules: Mapping[str, RowRules] | None = None) -> RowPart | None:
     """Return the transforms up to the reducer, if rows may come in parts; None if they may not.
 
     Args:
         update: A chain.
         more_rules: The rules of transforms that have none of their own, by name.
     """
+    more_rules = more_rules or {}
     named_parts = dict(zip(names_of(update.parts), update.parts, strict=True))
     found: dict[str, Transform] = {}
     for position, (name, part) in enumerate(named_parts.items()):
