@@ -46,7 +46,7 @@ def explained(
 
 def _lost(doing: str, group: dist.ProcessGroup, error: RuntimeError) -> LostRanksError:
     return LostRanksError(
-        f"Rank {dist.get_rank()} of {dist.get_world_size(group)} lost the others while "
+        f"Rank {dist.get_rank()} of {dist.get_world_size()} lost the others while "
         f"{doing}: one of them died, raised an error, or was silent for longer than "
         f"the process group's timeout. {_silent(group)}"
         "Nothing was updated in this step. Look for the first error among the ranks, and "

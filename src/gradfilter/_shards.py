@@ -165,6 +165,29 @@ def cuts(tensor: Any) -> dict[int, int]:
     return {d: p.dim for d, p in enumerate(tensor.placements) if _is_cut(p)}
 
 
+def pieces_of(tensor: Tensor, count: int, dim: int) -> list[Tensor]:
+    """Cut a tensor as torch shards it: equal pieces, then a shorter one, then empty ones."""
+    found = list(torch.chunk(tensor, count, dim))
+    empty = tensor.narrow(dim, 0, 0)
+    return found + [empty] * (count - len(found))
+
+
+def shard_of(leaf: Tensor, like: Any, more: int = 0) -> Tensor:
+    """Return this rank's shard of a tensor that is whole on every rank; nothing is sent.
+
+    Args:
+        leaf: The tensor, with ``more`` first dims in addition to those of ``like``.
+        like: A DTensor to place it like; a plain tensor gives the tensor itself.
+        more: The number of first dims.
+    """
+    if not is_sharded(like):
+        return leaf
+    mesh = like.device_mesh
+    for dim, cut in reversed(cuts(like).items()):
+        leaf = pieces_of(leaf, mesh.size(dim), cut + more)[mesh.get_local_rank(dim)]
+    return resharded(leaf.contiguous(), like, -more)
+
+
 # --- Modules ---
 
 

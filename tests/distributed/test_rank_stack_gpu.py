@@ -57,15 +57,19 @@ def compare(rank, size, store, backend):
     dist.destroy_process_group()
 
 
+def needing(size):
+    """Return a number of ranks, for a test that needs a CUDA device for each."""
+    few = torch.cuda.device_count() < size
+    return pytest.param(size, marks=pytest.mark.skipif(few, reason=f"needs {size} CUDA devices"))
+
+
 def state_of(link, params):
     return gf.chain(link, gf.sgd(0.1, momentum=0.9)).init(params)
 
 
 @pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl"])
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [needing(1), needing(2)])
 def test_ranks_on_gpus_answer_as_one_stack(tmp_path, size, backend):
-    if torch.cuda.device_count() < size:
-        pytest.skip(f"needs {size} CUDA devices, found {torch.cuda.device_count()}")
     torch.multiprocessing.spawn(
         compare, (size, str(tmp_path / "store"), backend), nprocs=size, join=True
     )

@@ -101,11 +101,8 @@ class GatheredRows:
             return self._in_order(combined(buckets, weights, self.ranks))
         # Without shards of all rows, only the sum of the local rows must be sent.
         own = self.local_part(weights)
-        if self.leaves_early and isinstance(self.local, FusedStack):
-            early = added_up_early(self.local, own, self.ranks)
-            if early is not None:
-                return early
-        return self._in_order(added_up(last_first(self.local.combine(own)), self.ranks))
+        early = self.leaves_early and added_up_early(self._of_one_pass, own, self.ranks)
+        return early or self._in_order(added_up(last_first(self.local.combine(own)), self.ranks))
 
     def sum_squares(self, weights: Tensor) -> Tree:
         """Compute Σ_m w_m g_m² for weights (M·W,), with the same bits on every rank."""
@@ -132,17 +129,19 @@ class GatheredRows:
         buckets = list(self._exchanged()) if self._buckets is None else self._buckets
         return self._in_order(reduced(buckets, function, self.ranks))
 
+    @property
+    def _of_one_pass(self) -> FusedStack:
+        assert isinstance(self.local, FusedStack)  # else `can_leave_early` is False
+        return self.local
+
     def _in_order(self, tree: Tree) -> Tree:
         """Return a tree with its leaves in the order of the rows."""
         return {name: tree[name] for name in self.local.shapes}
 
     def _exchanged(self) -> Iterable[Bucket]:
         """Send every rank its shard of the local rows; during the backward pass if possible."""
-        if self.leaves_early and isinstance(self.local, FusedStack):
-            early = exchanged_early(self.local, self.ranks)
-            if early is not None:
-                return early
-        return exchanged(last_first(self.local.stacked()), self.ranks)
+        early = self.leaves_early and exchanged_early(self._of_one_pass, self.ranks)
+        return early or exchanged(last_first(self.local.stacked()), self.ranks)
 
     def release(self) -> None:
         """Free the shards, and everything that the local rows can compute again."""

@@ -436,7 +436,7 @@ def check_same_start(params: Params, ranks: Ranks) -> None:
     whole = {name: p for name, p in params.items() if not is_sharded(p)}
     if not whole:  # every rank holds another part of them
         return
-    sums = torch.stack([_bits(p) for p in whole.values()]).cpu()
+    sums = torch.stack([sum_of_bits(p) for p in whole.values()]).cpu()
     found = ranks.gather_on_host(sums)
     for rank, other in enumerate(found):
         for name, same in zip(whole, (other == found[0]).tolist(), strict=True):
@@ -486,7 +486,7 @@ def _chain_difference(ours: list[str], theirs: list[str], ranks: Ranks, rank: in
     return f"{a} {one} and {b} {other}"
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def sum_of_bits(tensor: Tensor) -> Tensor:
     """Return the sum of a tensor's bits as integers, which is exact. ()."""
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     return real.detach().view(INTEGERS[real.element_size()]).sum(dtype=torch.int64)

@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradfilter import _products
-from gradfilter._shards import cuts, is_sharded, local, resharded
+from gradfilter._shards import cuts, is_sharded, local, pieces_of, resharded, shard_of
 from gradfilter._types import Tree
 from gradfilter.distributed._gathered_rows import GatheredRows
 from gradfilter.distributed._ranks import Ranks, exchanged, reduced
@@ -76,13 +76,6 @@ class ShardSums:
                 "and replicates along: across_ranks(mesh.get_group(...)), or none for all ranks."
             )
         return found
-
-
-def pieces_of(tensor: Tensor, count: int, dim: int) -> list[Tensor]:
-    """Cut a tensor as torch shards it: equal pieces, then a shorter one, then empty ones."""
-    found = list(torch.chunk(tensor, count, dim))
-    empty = tensor.narrow(dim, 0, 0)
-    return found + [empty] * (count - len(found))
 
 
 # --- The rows ---
@@ -160,7 +153,7 @@ class RowsOverShards(GatheredRows):
 
         def own_shard(factor: Factor, name: str) -> Tensor:
             rows = self.ranks.gather(factor.rows()).flatten(0, 1)
-            return self._cut(name, choose(rows), 1)
+            return shard_of(choose(rows), self._sums.params[name], 1)
 
         return self._fused.each(own_shard)
 
@@ -168,25 +161,9 @@ class RowsOverShards(GatheredRows):
     def reduce_columns(self, function: Callable[[Tensor], Tensor]) -> Tree:
         def reduce(factor: Factor, name: str) -> Tensor:
             buckets = exchanged({name: factor.rows()}, self.ranks)
-            return self._cut(name, reduced(buckets, function, self.ranks)[name])
+            return shard_of(reduced(buckets, function, self.ranks)[name], self._sums.params[name])
 
         return self._fused.each(reduce)
-
-    def _cut(self, name: str, leaf: Tensor, more: int = 0) -> Tensor:
-        """Return this rank's shard of a tensor that is whole on every rank.
-
-        Args:
-            name: The leaf's name.
-            leaf: The tensor, with ``more`` first dims in addition to the parameter's.
-            more: Their number.
-        """
-        like = self._sums.params[name]
-        if not is_sharded(like):
-            return leaf
-        mesh = like.device_mesh
-        for dim, cut in reversed(cuts(like).items()):
-            leaf = pieces_of(leaf, mesh.size(dim), cut + more)[mesh.get_local_rank(dim)]
-        return resharded(leaf.contiguous(), like, -more)
 
 
 def _factors_are_smaller(factor: OuterFactor, ranks: int) -> bool:

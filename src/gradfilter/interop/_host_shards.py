@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradfilter._shards import cuts, is_sharded, local, reshard, whole
+from gradfilter._shards import cuts, is_sharded, local, reshard, shard_of, whole
+from gradfilter.distributed._rank_stack import sum_of_bits
 from gradfilter.distributed._ranks import Ranks
 
 # --- Checks before the first step ---
@@ -81,7 +82,7 @@ def check_copies_alike(caller: str, module: nn.Module, ranks: Ranks) -> None:
             of_mesh = sha256(str(mesh.mesh.tolist()).encode()).hexdigest()
             place = f"{of_mesh} {[mesh.get_local_rank(dim) for dim in cuts(p)]}"
         keys.append((place, name))
-        sums.append(_sum_of_bytes(local(p)))
+        sums.append(sum_of_bits(local(p)))
     digests: dict[str, Any] = {}
     numbers = torch.stack(sums).tolist() if sums else []
     for (place, name), number in zip(keys, numbers, strict=True):
@@ -99,11 +100,6 @@ def check_copies_alike(caller: str, module: nn.Module, ranks: Ranks) -> None:
                     "none. Set one seed on all ranks before the model is made, such as "
                     "seed_everything(0), or load the same weights."
                 )
-
-
-def _sum_of_bytes(tensor: Tensor) -> Tensor:
-    """Return a number that differs for other values, with high probability. ()."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)
 
 
 # --- States in checkpoints ---
@@ -131,16 +127,5 @@ def cut_states(states: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict
         saved = states[name]
         fits = isinstance(saved, Tensor) and saved.shape == template.shape
         if is_sharded(template) and fits and not is_sharded(saved):
-            found[name] = _cut(saved, template)
+            found[name] = shard_of(saved.to(template.device), template)
     return found
-
-
-def _cut(tensor: Tensor, like: Any) -> Tensor:
-    """Return this rank's shard of a tensor that every rank has, without sending anything."""
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh = like.device_mesh
-    spread = DTensor.from_local(
-        tensor.to(like.device), mesh, [Replicate()] * mesh.ndim, run_check=False
-    )
-    return spread.redistribute(mesh, like.placements)

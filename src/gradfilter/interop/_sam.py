@@ -362,8 +362,8 @@ class TwoPassOptimizer(Optimizer):
             forward_backward, self.model, partial(loss_fn, **kwargs), inputs, targets, self.scaler
         )
 
-    # torch declares that a step returns a loss; the published optimizer returns two values.
-    def step(self, closure: Callable[[], Any] | None = None) -> tuple[Any, Any]:  # type: ignore[override]
+    @override
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run the closure here and at the perturbed point, then step the base optimizer.
 
         Args:
